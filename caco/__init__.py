@@ -1,0 +1,1 @@
+"""caco: cooperative-adversarial contrastive learning (arXiv 2203.14370)."""

@@ -1,0 +1,1 @@
+"""Memory banks: rows that serve as positives and negatives."""

@@ -1,0 +1,1 @@
+"""Image sets, augmented views and loaders."""

@@ -1,0 +1,1 @@
+"""Evaluators of a backbone: k-NN, quick probe."""

@@ -1,0 +1,1 @@
+"""Contrastive objectives as positives x negatives x bank."""
