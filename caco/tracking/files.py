@@ -1,0 +1,67 @@
+"""Small files that survive a kill at any instant, and locks that die with their process."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace `path` by `content`: whoever reads it sees the old file or the new one, never half of one.
+
+    Raises:
+        OSError: the disk is full or not writable; the old file is still there.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w") as file:
+            json.dump(content, file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of `path`, or {} where there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait_s: float) -> Iterator[None]:
+    """Hold the lock `path` for the body; the kernel releases it when the process dies, however it dies.
+
+    POSIX locks and not flock: forked loader workers do not inherit them, so an orphaned worker cannot keep a dead
+    trainer's lock. Two locks on one path within ONE process do not exclude each other.
+
+    Raises:
+        BlockingIOError: another process still holds it after `wait_s` seconds.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    break  # a file system without locks: better to run without than not at all
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise OSError(error.errno, error.strerror, str(path)) from error
+                if time.monotonic() >= deadline:
+                    raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from error
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(fd)

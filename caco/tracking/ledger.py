@@ -1,0 +1,231 @@
+"""The ledger: the record of a run, one JSON line a row, written before anything else sees the numbers."""
+
+import contextlib
+import json
+import logging
+import math
+import numbers
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from caco.tracking.files import locked, read_json, write_json
+
+_log = logging.getLogger(__name__)
+
+# JSON has no word for these. They are written as strings, and read back as the floats that they were.
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_OWN_KEYS = ("kind", "step", "time")
+
+
+def _encode(name: str, value: float | int | str) -> float | int | str:
+    if isinstance(value, str):
+        if value in _NON_FINITE:
+            raise ValueError(f"{name}: expected text, got {value!r}, which stands for a float in the ledger")
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        value = float(value)
+        if math.isfinite(value):
+            return value  # json writes repr(), which reads back bit for bit
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    raise ValueError(f"{name}: expected a float, an int or a str, got {type(value).__name__}")
+
+
+def _decode(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected one JSON object a line, got {line[:80]!r}") from error
+    return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
+
+
+def read_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The complete rows from byte `offset` on, and the offset behind them; a torn last line is left out.
+
+    Safe beside a process that is writing.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except FileNotFoundError:
+        return [], offset
+    end = content.rfind(b"\n") + 1
+    return [_decode(line, path) for line in content[:end].splitlines()], offset + end
+
+
+class Ledger:
+    """Rows of numbers in a file, JSON Lines: "kind", "step", "time" (seconds since 1970) and the values.
+
+    A row whose append() has returned survives the death of the process; after sync() also that of the machine.
+    Opened for writing by the first append() or truncate(); one writer at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._fd: int | None = None
+        self._num_rows = 0
+        self._size = 0
+
+    def append(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
+        """Add one row.
+
+        Raises:
+            ValueError: a value is no float, int or str, or is named as one of the row's own keys.
+            OSError: the disk is full; the rows before are whole, and this one is not there.
+        """
+        row: dict[str, Any] = {"kind": kind, "step": int(step), "time": time.time()}
+        for name, value in values.items():
+            if name in _OWN_KEYS:
+                raise ValueError(f"expected value names other than {', '.join(_OWN_KEYS)}, got {name!r}")
+            row[name] = _encode(name, value)
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        fd = self._open()
+        written = 0
+        try:
+            # No buffer of ours: what is written is the kernel's, and a forked worker has nothing to write twice.
+            while written < len(line):
+                written += os.write(fd, line[written:])
+        except OSError as error:
+            os.ftruncate(fd, self._size)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._size += len(line)
+        self._num_rows += 1
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All complete rows, oldest first."""
+        return read_rows(self.path)[0]
+
+    def __len__(self) -> int:
+        if self._fd is not None:
+            return self._num_rows
+        try:
+            return self.path.read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
+    def truncate(self, num_rows: int) -> None:
+        """Keep the first `num_rows` rows.
+
+        One ftruncate at a row's end: a kill leaves all rows or exactly these, and a full disk does not matter.
+
+        Raises:
+            ValueError: there are fewer rows.
+        """
+        fd = self._open()
+        if not 0 <= num_rows <= self._num_rows:
+            raise ValueError(f"{self.path}: expected at least {num_rows} rows, got {self._num_rows}")
+        with open(self.path, "rb") as file:
+            size = sum(len(file.readline()) for _ in range(num_rows))
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+        self._num_rows, self._size = num_rows, size
+
+    def sync(self) -> None:
+        """Return once all rows are on the disk."""
+        os.fsync(self._open())
+
+    def close(self) -> None:
+        """Close the file; a later append() opens it again."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _open(self) -> int:
+        if self._fd is None:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            content = self.path.read_bytes()
+            self._num_rows = content.count(b"\n")
+            self._size = content.rfind(b"\n") + 1
+            if self._size < len(content):
+                os.ftruncate(fd, self._size)  # a line torn by a kill; a new row must not be glued to it
+            self._fd = fd
+        return self._fd
+
+
+class LedgerTracker:
+    """Tracks a run in its directory alone; `python -m caco.tracking.sync` can send it to MLflow at any time.
+
+    Files: ledger.jsonl (the record), tracking.json (name, parameters, tags, process, status), tracking.lock.
+    """
+
+    # A requeued job may start while the one before it is still dying.
+    lock_wait_s = 15.0
+
+    def __init__(self) -> None:
+        self._locks = contextlib.ExitStack()
+        self._ledger: Ledger | None = None
+
+    def start(
+        self,
+        run_dir: Path,
+        *,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        run_name: str,
+        state: dict[str, Any] | None,
+    ) -> None:
+        """Open the run's ledger and roll it back to a checkpoint's `state`, or to its beginning without one.
+
+        Raises:
+            ValueError: the ledger has fewer rows than the checkpoint saw written.
+            BlockingIOError: another process is training in this directory.
+        """
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        about = run_dir / "tracking.json"
+        try:
+            self._locks.enter_context(locked(run_dir / "tracking.lock", wait_s=self.lock_wait_s))
+        except BlockingIOError as error:
+            other = read_json(about)
+            message = f"in use by process {other.get('pid')} on {other.get('host')}; one run a directory"
+            raise BlockingIOError(error.errno, message, str(run_dir)) from error
+        self._about = about
+        ledger = Ledger(run_dir / "ledger.jsonl")
+        ledger.truncate(state["rows"] if state else 0)
+        content = {
+            "run_name": run_name,
+            "params": {name: _text(value) for name, value in params.items()},
+            "tags": {name: _text(value) for name, value in tags.items()},
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "status": "RUNNING",
+        }
+        write_json(about, content)
+        self._ledger = ledger
+
+    def log(self, step: int, values: dict[str, float | int | str], kind: str = "train") -> None:
+        """Add one row to the ledger; raises OSError, with its path, when the disk is full."""
+        assert self._ledger is not None, "start() first"
+        self._ledger.append(kind, step, values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; the rows it counts are on the disk when this returns."""
+        assert self._ledger is not None, "start() first"
+        self._ledger.sync()
+        return {"rows": len(self._ledger), "mlflow_run_id": "", "sent": 0}
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        """Close the record with FINISHED, FAILED or KILLED; a second call, or one without a start, does nothing."""
+        if self._ledger is None:
+            return
+        self._ledger.close()
+        self._ledger = None
+        try:
+            write_json(self._about, {**read_json(self._about), "status": status})
+        except OSError as error:
+            # Often the very disk error that ends the run, on its way up already.
+            _log.warning("the run's end is not recorded: %s", error)
+        finally:
+            self._locks.close()
+
+
+def _text(value: Any) -> str:
+    """A parameter as one types it on the command line: true and null, not True and None."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
