@@ -1,0 +1,58 @@
+"""The queue of past keys (MoCo; NNCLR's support set): first in, first out, nothing learned."""
+
+import torch
+from torch import Tensor, nn
+
+from caco.banks import scoring
+from caco.banks.rows import Rows
+
+
+class FifoBank(nn.Module):
+    """The last K keys, as negatives (MoCo v2) or as a place to look for neighbours (NNCLR).
+
+    Keys enter in `update`, after the step that they were computed in, so no key is ever its own negative.
+
+    Args:
+        size: rows, K.
+        dim: width D of the embedding.
+        seed: of the random rows that the queue starts with.
+    """
+
+    filled_by_keys = False
+
+    def __init__(self, *, size: int, dim: int, seed: int):
+        super().__init__()
+        self.rows = Rows(size=size, dim=dim, seed=seed, learnable=False)
+        self.size = size
+        self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
+
+    def most_probable(self, k_BD: Tensor) -> Tensor:
+        return self.rows.most_probable(k_BD)
+
+    def score(
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None
+    ) -> scoring.Score:
+        """Loss of each query over all rows and extra columns; see `scoring.score`. The rows take no gradient."""
+        return scoring.score(
+            q_BD,
+            self.rows.weight,
+            positive_B,
+            first_row=self.rows.first,
+            size=self.size,
+            tau=temperature,
+            extra_BE=extra_BE,
+        )
+
+    @torch.no_grad()
+    def update(self, *, lr: float, keys_GD: Tensor) -> None:
+        """Replace the oldest rows by the keys of the step just made; of more than K keys, the last K.
+
+        Args:
+            lr: not used; the learnable bank's update takes it.
+        """
+        start = int(self.next_row) + max(0, len(keys_GD) - self.size)
+        self.rows.write(keys_GD[-self.size :], start)
+        self.next_row.fill_((int(self.next_row) + len(keys_GD)) % self.size)
+
+    def statistics(self) -> dict[str, float]:
+        return self.rows.statistics()

@@ -1,0 +1,108 @@
+"""The bank whose rows are learned: pulled as positives, pushed as negatives (CaCo; AdCo with pull 0)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from caco.banks import scoring
+from caco.banks.rows import Rows
+
+
+class LearnableBank(nn.Module):
+    """K rows that take a cooperative-adversarial gradient step with every optimiser step.
+
+    Args:
+        size: rows, K. The paper's 1M, 2M, 4M, 8M, 12M are 8192, 16384, 32768, 65536, 98304.
+        dim: width D of the embedding.
+        seed: of the random rows.
+        pull: scale of the cooperative motion of positives; 1 in CaCo, 0 in AdCo.
+        push: scale of the adversarial motion of negatives; 1 in both. (0, 0) is a frozen bank.
+        lr: rate of the rows' SGD, 3.0 in the paper for every batch.
+        lr_reference_batch: None keeps `lr` for every batch, as published; a number makes the rate
+            lr * batch / lr_reference_batch, which keeps the published motion of a row at other batch sizes.
+        warmup_epochs: linear warm-up of the rate; constant after it.
+        momentum: of the rows' SGD.
+        temperature: None shares the encoder's; a number is the bank's own (AdCo).
+        reading: "code" leaves the stored rows' norms free, as the published code; "paper" puts rows back on the
+            sphere after each step (`equations.bank_update`).
+        initialisation: "keys": the encoder trains for K/B steps while momentum keys overwrite the rows in order, as
+            published; "random": uniform on the sphere.
+
+    Source: arXiv 2203.14370, Eqs. 6-11.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        dim: int,
+        seed: int,
+        pull: float = 1.0,
+        push: float = 1.0,
+        lr: float = 3.0,
+        lr_reference_batch: int | None = None,
+        warmup_epochs: float = 10,
+        momentum: float = 0.9,
+        temperature: float | None = None,
+        reading: Literal["code", "paper"] = "code",
+        initialisation: Literal["keys", "random"] = "keys",
+    ):
+        super().__init__()
+        for name, value in {"pull": pull, "push": push, "lr": lr, "warmup_epochs": warmup_epochs}.items():
+            if value < 0:
+                raise ValueError(f"bank.{name} must be 0 or more; got {value}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"bank.momentum must be in [0, 1); got {momentum}")
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
+        if lr_reference_batch is not None and lr_reference_batch < 1:
+            raise ValueError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
+        self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0)
+        self.size, self.pull, self.push = size, pull, push
+        self.lr, self.lr_reference_batch, self.warmup_epochs = lr, lr_reference_batch, warmup_epochs
+        self.momentum, self.temperature, self.reading = momentum, temperature, reading
+        self.filled_by_keys = initialisation == "keys"
+
+    def base_lr(self, batch: int) -> float:
+        """The rate after warm-up for a global batch."""
+        return self.lr * batch / self.lr_reference_batch if self.lr_reference_batch else self.lr
+
+    def most_probable(self, k_BD: Tensor) -> Tensor:
+        return self.rows.most_probable(k_BD)
+
+    def score(
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None
+    ) -> scoring.Score:
+        """Loss of each query over all rows and extra columns; see `scoring.score`. Rows gather their gradient."""
+        return scoring.score(
+            q_BD,
+            self.rows.weight,
+            positive_B,
+            first_row=self.rows.first,
+            size=self.size,
+            tau=temperature,
+            bank_tau=self.temperature,
+            pull=self.pull,
+            push=self.push,
+            extra_BE=extra_BE,
+        )
+
+    @torch.no_grad()
+    def update(self, *, lr: float, keys_GD: Tensor) -> None:
+        """Move the rows along the gradients gathered since the last update (`equations.bank_update`).
+
+        Args:
+            keys_GD: not used; the queue's update takes them.
+        """
+        rows, velocity = self.rows.weight, getattr(self.rows, "velocity", None)
+        if rows.grad is None:
+            return
+        velocity.mul_(self.momentum).add_(rows.grad)
+        rows.sub_(velocity, alpha=lr)
+        if self.reading == "paper":
+            rows.div_(rows.norm(dim=1, keepdim=True))
+        rows.grad = None
+
+    def statistics(self) -> dict[str, float]:
+        return self.rows.statistics()

@@ -1,0 +1,126 @@
+"""What every bank has: rows, this rank's shard of them, and statistics of their use."""
+
+import torch
+from torch import Tensor, nn
+
+from caco import distributed
+from caco.banks import scoring
+
+INIT_BLOCK = 4096  # rows drawn from one seed, so that a shard's rows do not depend on the number of ranks
+TWIN_SAMPLE = 512  # rows compared with all others when near-duplicates are counted
+TWIN_COSINE = 0.99
+
+
+def random_rows(first: int, last: int, dim: int, seed: int) -> Tensor:
+    """Rows first..last of a bank drawn uniformly on the unit sphere, the same for any sharding. [last - first, dim]."""
+    parts = []
+    for block in range(first // INIT_BLOCK, -(-last // INIT_BLOCK)):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + block) % 2**63)
+        rows = torch.randn(INIT_BLOCK, dim, generator=generator)
+        start = block * INIT_BLOCK
+        parts.append(rows[max(first - start, 0) : last - start])
+    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+
+
+class Rows(nn.Module):
+    """`size` vectors of width `dim`, shared out evenly over the ranks, and how often each was chosen as a positive.
+
+    The parts that the learnable bank and the queue have in common; they own one of these each.
+
+    Args:
+        size: rows of the whole bank, K; divisible by the number of ranks.
+        dim: width D of the embedding.
+        seed: of the initial rows, uniform on the unit sphere.
+        learnable: whether the rows receive gradients.
+    """
+
+    def __init__(self, *, size: int, dim: int, seed: int, learnable: bool):
+        super().__init__()
+        if size < 2:
+            raise ValueError(f"a bank needs at least 2 rows; got size={size}")
+        if dim < 1:
+            raise ValueError(f"a bank's rows need a width of at least 1; got dim={dim}")
+        self.size = size
+        self.first, self.last = distributed.shard(size)
+        self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed), requires_grad=learnable)
+        self.register_buffer("uses", torch.zeros(self.last - self.first, dtype=torch.int64))
+        if learnable:
+            self.register_buffer("velocity", torch.zeros_like(self.weight))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """The whole bank, so that a checkpoint does not depend on the number of ranks. A collective."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("weight", "uses", "velocity"):
+            if prefix + name in destination:
+                destination[prefix + name] = distributed.gather(destination[prefix + name])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in ("weight", "uses", "velocity"):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name][self.first : self.last]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def most_probable(self, k_BD: Tensor) -> Tensor:
+        """Index of each key's nearest row (Eq. 11), int64 [B]; counted in the statistics of use when training."""
+        row_B = scoring.most_probable_row(k_BD, self.weight, self.first)
+        if self.training:
+            row_G = distributed.gather(row_B)
+            here_G = row_G[(row_G >= self.first) & (row_G < self.last)] - self.first
+            self.uses += torch.bincount(here_G, minlength=len(self.uses))
+        return row_B
+
+    def lookup(self, row_B: Tensor) -> Tensor:
+        """Unit rows by index over the whole bank, [B, D]; no gradient."""
+        row_G = distributed.gather(row_B)
+        here_G = (row_G >= self.first) & (row_G < self.last)
+        m_GD = scoring.unit_rows(self.weight.detach()[torch.where(here_G, row_G - self.first, 0)])[0]
+        return distributed.own(distributed.sum_(torch.where(here_G[:, None], m_GD, 0.0)), len(row_B))
+
+    @torch.no_grad()
+    def write(self, k_GD: Tensor, start: int) -> None:
+        """Overwrite rows start, start + 1, ... (wrapping round) with unit keys; every rank passes all keys."""
+        index_G = (start + torch.arange(len(k_GD), device=k_GD.device)) % self.size
+        here_G = (index_G >= self.first) & (index_G < self.last)
+        self.weight[index_G[here_G] - self.first] = k_GD[here_G].to(self.weight.dtype)
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """How the rows were used since the last call, and how they lie; one pass over a sample of the bank.
+
+        rows_used: percent of rows chosen as a positive at least once. use_entropy: of the choices, as a share of the
+        entropy of even use, percent. row_norm_mean, row_norm_std: of the stored rows. near_duplicates: percent of a
+        fixed sample of rows that have another row within a cosine of 0.99.
+        """
+        total = distributed.sum_(self.uses.sum().double()).item()
+        used = distributed.sum_((self.uses > 0).sum().double()).item()
+        values = {}
+        if total:
+            share = self.uses.double() / total
+            entropy = distributed.sum_(-torch.special.xlogy(share, share).sum()).item()
+            values["rows_used"] = 100 * used / self.size
+            values["use_entropy"] = 100 * entropy / torch.tensor(float(min(self.size, total))).log().item()
+        norm_R = self.weight.norm(dim=1).double()
+        moments = distributed.sum_(torch.stack([norm_R.sum(), norm_R.square().sum()])) / self.size
+        values["row_norm_mean"] = moments[0].item()
+        values["row_norm_std"] = max(moments[1].item() - moments[0].item() ** 2, 0.0) ** 0.5
+        values["near_duplicates"] = self._near_duplicates()
+        self.uses.zero_()
+        return values
+
+    def _near_duplicates(self) -> float:
+        stride = -(-self.size // TWIN_SAMPLE)
+        sample_S = torch.arange(0, self.size, stride, device=self.weight.device)
+        m_SD = self._rows_of_all(sample_S)
+        close_S = torch.zeros(len(sample_S), device=self.weight.device)
+        for block in scoring.blocks(len(self.weight), len(sample_S)):
+            cosine = m_SD @ scoring.unit_rows(self.weight[block])[0].T
+            index = torch.arange(block.start, block.stop, device=cosine.device) + self.first
+            cosine.masked_fill_(index[None, :] == sample_S[:, None], -1.0)
+            close_S = torch.maximum(close_S, (cosine > TWIN_COSINE).any(1).float())
+        return 100 * distributed.max_(close_S).mean().item()
+
+    def _rows_of_all(self, row_S: Tensor) -> Tensor:
+        """Unit rows for indices that all ranks ask for alike, [S, D]."""
+        here_S = (row_S >= self.first) & (row_S < self.last)
+        m_SD = scoring.unit_rows(self.weight.detach()[torch.where(here_S, row_S - self.first, 0)])[0]
+        return distributed.sum_(torch.where(here_S[:, None], m_SD, 0.0))

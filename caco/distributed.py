@@ -1,0 +1,126 @@
+"""The process group from torchrun, submitit or nothing, and the few collectives that caco needs.
+
+Every function is an identity where there is one process, so no caller asks how many there are.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
+    """Join the process group that the environment describes; a single process joins none.
+
+    torchrun sets RANK and WORLD_SIZE itself; inside a SLURM task started by submitit they are exported first.
+    Raises:
+        RuntimeError: from torch, when the other ranks do not come within the time-out.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(overwrite=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
+        )
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_(x: Tensor) -> Tensor:
+    """Sum over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def max_(x: Tensor) -> Tensor:
+    """Elementwise maximum over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def gather(x: Tensor) -> Tensor:
+    """[B, ...] of every rank, joined in rank order to [world * B, ...]; no gradient. Every rank has the same B."""
+    if world() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        part = len(grad) // world()
+        return own(sum_(grad.contiguous().clone()), part)
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """As `gather`, and the gradients that all ranks hold for this rank's part are summed."""
+    return x if world() == 1 else _GatherWithGradient.apply(x)
+
+
+def own(x: Tensor, part: int) -> Tensor:
+    """This rank's `part` rows of a gathered tensor."""
+    return x[rank() * part : (rank() + 1) * part]
+
+
+def shared_object(value):
+    """Rank 0's value on every rank; small picklable things only."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_objects(value) -> list:
+    """Every rank's value, in rank order; small picklable things only."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shard(size: int) -> tuple[int, int]:
+    """First and last-plus-one of this rank's contiguous rows.
+
+    Raises:
+        ValueError: the rows cannot be shared out evenly.
+    """
+    if size % world():
+        raise ValueError(f"a bank of {size} rows cannot be shared evenly by {world()} ranks; got remainder {size % world()}")
+    part = size // world()
+    return rank() * part, (rank() + 1) * part

@@ -1,0 +1,179 @@
+"""The paper's equations, one pure function each: dense, slow, obviously right.
+
+This file is the oracle that every faster path is tested against. Equation numbers are those of arXiv 2203.14370.
+
+Shapes: B queries, K bank rows, D embedding width, E extra columns (logits of vectors that are no bank rows).
+Symbols: q query, k momentum key, m unit bank row, w stored bank row (any norm), p probability, tau temperature.
+Everywhere `positive_B` is int64: a value below K names a bank row, K + e names extra column e.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def info_nce(q_BD: Tensor, k_BD: Tensor, m_KD: Tensor, tau: float) -> Tensor:
+    """Contrastive loss of a query, its other view and the bank's rows as negatives, mean over the batch.
+
+    -(1/B) sum_i log [ exp(q_i.k_i/tau) / (exp(q_i.k_i/tau) + sum_j exp(q_i.m_j/tau)) ]
+
+    Source: Eq. 1. All vectors are of unit norm. Returns a scalar.
+    """
+    positive_B = (q_BD * k_BD).sum(-1) / tau
+    logits_BK = q_BD @ m_KD.T / tau
+    return (torch.logsumexp(torch.cat([positive_B[:, None], logits_BK], 1), 1) - positive_B).mean()
+
+
+def probabilities(q_BD: Tensor, m_KD: Tensor, tau: float, extra_BE: Tensor | None = None) -> Tensor:
+    """p_ij: how probable row j is as the positive of query i; softmax over the bank (and extra columns, if any).
+
+    Source: Eq. 5, which has no extra columns; AdCo's denominator has the batch's keys besides the bank.
+    Args:
+        extra_BE: cosines (not yet divided by tau) of columns that are no bank rows.
+    Returns:
+        [B, K + E], rows sum to 1.
+    """
+    cosines = q_BD @ m_KD.T
+    if extra_BE is not None:
+        cosines = torch.cat([cosines, extra_BE], 1)
+    return torch.softmax(cosines / tau, 1)
+
+
+def contrastive_loss(
+    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None
+) -> Tensor:
+    """-log p at each query's positive, not yet averaged over the batch.
+
+    Source: Eq. 3 (positives and negatives from one bank). With the positive in an extra column it is Eq. 1.
+    Returns:
+        [B]; the paper's L is its mean.
+    """
+    cosines = q_BD @ m_KD.T
+    if extra_BE is not None:
+        cosines = torch.cat([cosines, extra_BE], 1)
+    return F.cross_entropy(cosines / tau, positive_B, reduction="none")
+
+
+def most_probable_positive(k_BD: Tensor, m_KD: Tensor) -> Tensor:
+    """The row that each anchor takes as its positive: the most probable one, ties to the lowest index.
+
+    j+(i) = argmax_j k_i . m_j
+
+    Source: Eq. 11. Read literally the anchor is the query; Figure 2 and the published code let the momentum key of
+    the OTHER view choose, and so do we: pass keys (or queries for the literal reading).
+    Returns:
+        int64 [B], in [0, K).
+    """
+    return (k_BD @ m_KD.T).argmax(1)  # torch promises the first of equals
+
+
+def tangent(q_BD: Tensor, m_KD: Tensor) -> Tensor:
+    """(I - m_j m_j^T) q_i for every pair: what is left of q_i along the sphere at m_j.
+
+    Source: Eqs. 8 and 9. Returns [B, K, D], orthogonal to m_j; m of unit norm.
+    """
+    return q_BD[:, None, :] - (q_BD @ m_KD.T)[:, :, None] * m_KD[None, :, :]
+
+
+def positive_gradient(q_BD: Tensor, m_BD: Tensor, p_B: Tensor, tau: float) -> Tensor:
+    """Gradient of one query's loss at its own positive row, along the sphere: -(1 - p)(I - m m^T) q / tau.
+
+    Source: Eq. 8 (Eq. 4 before the projection). Descending it is the cooperative pull. Returns [B, D].
+    """
+    along = q_BD - (q_BD * m_BD).sum(-1, keepdim=True) * m_BD
+    return -(1 - p_B)[:, None] * along / tau
+
+
+def negative_gradient(q_BD: Tensor, m_KD: Tensor, p_BK: Tensor, tau: float) -> Tensor:
+    """Gradient of each query's loss at each negative row, along the sphere: p_ij (I - m_j m_j^T) q_i / tau.
+
+    Source: Eq. 9. ASCENDING it is the adversarial push. Returns [B, K, D].
+    """
+    return p_BK[:, :, None] * tangent(q_BD, m_KD) / tau
+
+
+def bank_weights(p_BK: Tensor, positive_B: Tensor, *, pull: float, push: float) -> Tensor:
+    """How far each row moves towards each anchor, cooperative and adversarial in one.
+
+    push * p_ij everywhere, pull * (1 - p_ij) at the positive. (1, 1) is CaCo's Eq. 6, (0, 1) AdCo's bank,
+    (1, 0) cooperative only, (0, 0) a frozen bank.
+
+    Source: Eqs. 6 and 10.
+    Args:
+        p_BK: probabilities of the K bank rows (the columns of `probabilities` that are rows).
+        positive_B: a value of K or more is no bank row: then all K rows are negatives of that query.
+    Raises:
+        ValueError: positive_B is not of shape [B].
+    """
+    B, K = p_BK.shape
+    if positive_B.shape != (B,):
+        raise ValueError(f"positive_B must have shape [{B}], one positive a query; got {list(positive_B.shape)}")
+    own_BK = positive_B[:, None] == torch.arange(K, device=p_BK.device)
+    return torch.where(own_BK, pull * (1 - p_BK), push * p_BK)
+
+
+def bank_direction(q_BD: Tensor, m_KD: Tensor, weights_BK: Tensor) -> Tensor:
+    """Sum over the anchors of weight times tangent: where Eq. 10 moves every row, without eta / tau.
+
+    Source: Eq. 10. Returns [K, D].
+    """
+    return torch.einsum("bk,bkd->kd", weights_BK, tangent(q_BD, m_KD))
+
+
+def bank_step_equation_10(
+    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, *, eta: float, pull: float = 1.0, push: float = 1.0
+) -> Tensor:
+    """One literal step of Eq. 10: a sum over the batch, no momentum, no normalisation afterwards. Returns [K, D]."""
+    weights_BK = bank_weights(probabilities(q_BD, m_KD, tau), positive_B, pull=pull, push=push)
+    return m_KD + eta / tau * bank_direction(q_BD, m_KD, weights_BK)
+
+
+def bank_gradient(
+    q_BD: Tensor,
+    w_KD: Tensor,
+    positive_B: Tensor,
+    tau: float,
+    *,
+    pull: float = 1.0,
+    push: float = 1.0,
+    extra_BE: Tensor | None = None,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """Gradient that the bank's optimiser DESCENDS, at stored rows of any norm.
+
+    g_j = -(1 / (tau |w_j|)) sum_i weight_i w_ij (I - m_j m_j^T) q_i,  m_j = w_j / |w_j|
+
+    Equal to the exact gradient of the mean of Eq. 3 through normalised rows, with the negatives' sign flipped and
+    scaled by pull and push. Departs from Eq. 10 as the published code does: a mean (weight_i = 1/B), not a sum, and
+    the 1/|w_j| of the normalisation.
+    Args:
+        weight_B: weight of each query's loss; None is the mean over the batch.
+    Returns:
+        [K, D].
+    """
+    norm_K1 = w_KD.norm(dim=1, keepdim=True)
+    m_KD = w_KD / norm_K1
+    p_BK = probabilities(q_BD, m_KD, tau, extra_BE)[:, : len(w_KD)]
+    weights_BK = bank_weights(p_BK, positive_B, pull=pull, push=push)
+    if weight_B is None:
+        weight_B = torch.full_like(q_BD[:, 0], 1 / len(q_BD))
+    return -bank_direction(q_BD, m_KD, weight_B[:, None] * weights_BK) / (tau * norm_K1)
+
+
+def bank_update(
+    w_KD: Tensor, velocity_KD: Tensor, gradient_KD: Tensor, *, lr: float, momentum: float, reading: str
+) -> tuple[Tensor, Tensor]:
+    """SGD with momentum on the rows, in one of two readings of the paper.
+
+    code: the rows are stored as they come and normalised only where they are read, as the published code does.
+    paper: the same step, then w_j / |w_j|; the velocity is left alone (the text after Eq. 7).
+    Returns:
+        (rows, velocity), both [K, D].
+    """
+    velocity_KD = momentum * velocity_KD + gradient_KD
+    w_KD = w_KD - lr * velocity_KD
+    if reading == "paper":
+        w_KD = w_KD / w_KD.norm(dim=1, keepdim=True)
+    elif reading != "code":
+        raise ValueError(f"reading must be 'paper' or 'code'; got {reading!r}")
+    return w_KD, velocity_KD
