@@ -96,6 +96,22 @@ def own(x: Tensor, part: int) -> Tensor:
     return x[rank() * part : (rank() + 1) * part]
 
 
+@torch.no_grad()
+def mean_gradients(parameters) -> None:
+    """Replace every gradient by its mean over the ranks, in one flat message.
+
+    After the backward pass rather than during it: one visible line in the loop, and an encoder may run several times.
+    """
+    if world() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 def shared_object(value):
     """Rank 0's value on every rank; small picklable things only."""
     if world() == 1:

@@ -26,9 +26,6 @@ class FifoBank(nn.Module):
         self.size = size
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
 
-    def most_probable(self, k_BD: Tensor) -> Tensor:
-        return self.rows.most_probable(k_BD)
-
     def score(
         self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None
     ) -> scoring.Score:
@@ -53,6 +50,3 @@ class FifoBank(nn.Module):
         start = int(self.next_row) + max(0, len(keys_GD) - self.size)
         self.rows.write(keys_GD[-self.size :], start)
         self.next_row.fill_((int(self.next_row) + len(keys_GD)) % self.size)
-
-    def statistics(self) -> dict[str, float]:
-        return self.rows.statistics()

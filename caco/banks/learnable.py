@@ -68,16 +68,19 @@ class LearnableBank(nn.Module):
         """The rate after warm-up for a global batch."""
         return self.lr * batch / self.lr_reference_batch if self.lr_reference_batch else self.lr
 
-    def most_probable(self, k_BD: Tensor) -> Tensor:
-        return self.rows.most_probable(k_BD)
-
     def score(
-        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None
+        self,
+        q_BD: Tensor,
+        positive_B: Tensor,
+        *,
+        temperature: float,
+        extra_BE: Tensor | None = None,
+        learn: bool = True,
     ) -> scoring.Score:
-        """Loss of each query over all rows and extra columns; see `scoring.score`. Rows gather their gradient."""
+        """Loss of each query over all rows and extra columns; see `scoring.score`. Rows that learn get a gradient."""
         return scoring.score(
             q_BD,
-            self.rows.weight,
+            self.rows.weight if learn else self.rows.weight.detach(),
             positive_B,
             first_row=self.rows.first,
             size=self.size,
@@ -103,6 +106,3 @@ class LearnableBank(nn.Module):
         if self.reading == "paper":
             rows.div_(rows.norm(dim=1, keepdim=True))
         rows.grad = None
-
-    def statistics(self) -> dict[str, float]:
-        return self.rows.statistics()

@@ -26,7 +26,7 @@ def test_five_steps_follow_the_dense_equations(reading, pull, push, temperature)
     w, v = bank.rows.weight.detach().clone(), torch.zeros(13, 6, dtype=torch.float64)
     for step in range(5):
         q = queries(step)
-        positive = bank.most_probable(queries(100 + step))
+        positive = bank.rows.most_probable(queries(100 + step))
         bank.score(q, positive, temperature=0.1).loss_B.mean().backward()
         bank.update(lr=0.7, keys_GD=q)
         gradient = eq.bank_gradient(q, w, positive, temperature or 0.1, pull=pull, push=push)
@@ -40,7 +40,7 @@ def test_rows_move_only_in_update_and_gradients_accumulate_until_then():
         bank = LearnableBank(size=13, dim=6, seed=0, lr=1.0).double()
         before = bank.rows.weight.detach().clone()
         for q in parts:
-            positive = bank.most_probable(q)
+            positive = bank.rows.most_probable(q)
             (bank.score(q, positive, temperature=0.1).loss_B.sum() / 8).backward()
         assert torch.equal(bank.rows.weight, before)
         bank.update(lr=1.0, keys_GD=queries(0))
@@ -53,7 +53,7 @@ def test_a_frozen_bank_never_moves():
     bank = LearnableBank(size=13, dim=6, seed=0, pull=0, push=0).double()
     before = bank.rows.weight.clone()
     q = queries(0).requires_grad_()
-    bank.score(q, bank.most_probable(q), temperature=0.1).loss_B.mean().backward()
+    bank.score(q, bank.rows.most_probable(q), temperature=0.1).loss_B.mean().backward()
     bank.update(lr=3.0, keys_GD=q)
     assert torch.equal(bank.rows.weight, before)
 

@@ -1,0 +1,101 @@
+"""Checkpoints: one file with everything, written so that a kill at any instant leaves the one before."""
+
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+NAME = re.compile(r"step_(\d{9})\.pt")
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last few, and milestones that stay.
+
+    Args:
+        directory: where they are.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep must be at least 1; got {keep}")
+        self.directory, self.keep = Path(directory), keep
+
+    def _files(self, kind: str = "") -> list[Path]:
+        folder = self.directory / kind
+        return sorted(p for p in folder.glob("step_*.pt") if NAME.fullmatch(p.name)) if folder.is_dir() else []
+
+    def save(self, state: dict, step: int, *, milestone: bool = False) -> Path:
+        """Write aside, sync, rename; then drop what is older than the last `keep`.
+
+        Args:
+            state: tensors, numbers, strings and containers of them only.
+            milestone: keep this one for ever too, as a second name of the same file.
+        Raises:
+            OSError: the disk is full or gone; the checkpoints that were there stay as they were.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"step_{step:09d}.pt"
+        aside = path.with_suffix(".partial")
+        try:
+            with open(aside, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
+            aside.unlink(missing_ok=True)
+            raise OSError(f"checkpoint {path} could not be written ({error}); the ones before it are untouched") from error
+        _sync_directory(self.directory)
+        if milestone:
+            (self.directory / "milestones").mkdir(exist_ok=True)
+            link = self.directory / "milestones" / path.name
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+        for old in self._files()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def load_newest(self) -> tuple[dict, Path] | None:
+        """The newest state that can be read whole; a corrupt one is named on stderr and the one before is taken.
+
+        Raises:
+            OSError: there are checkpoints and none can be read.
+        """
+        files = sorted(self._files() + self._files("milestones"), key=lambda p: p.name, reverse=True)
+        for path in files:
+            try:
+                return load(path), path
+            except ValueError as error:
+                print(f"caco: {error}; falling back to the one before", file=sys.stderr)
+        if files:
+            raise OSError(f"none of the {len(files)} checkpoints in {self.directory} can be read; remove them to start anew")
+        return None
+
+
+def load(path: Path) -> dict:
+    """A checkpoint's state, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        # torch.load does not look at the checksums that torch.save writes.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error})") from error
+    raise ValueError(f"checkpoint {path} is damaged (checksum of {damaged})")
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,189 @@
+"""Contrastive learning as positives x negatives x bank: CaCo, its P/N settings, AdCo, MoCo v2 and SimCLR.
+
+Shapes: B this rank's images, G all ranks' images, D width of the embedding, V views.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco import distributed
+from caco.banks.scoring import Score
+from caco.methods.sources import NearestKey, Positive
+from caco.nn.twin import MomentumTwin
+
+
+class Term(NamedTuple):
+    query: int  # view that is encoded with gradient
+    key: int  # view whose key chooses (or is) the positive
+    weight: float
+
+
+class Outputs(NamedTuple):
+    loss: Tensor  # scalar, this rank's part; the ranks' mean is the batch's loss
+    metrics: dict[str, Tensor]  # scalars without gradient
+
+
+def pair_terms(
+    num_large: int, num_small: int, *, symmetric: bool, reduction: Literal["sum", "mean"]
+) -> list[Term]:
+    """Which view queries which key, and with what weight.
+
+    Two large views: both directions where symmetric, summed (CaCo) or averaged (AdCo). With small crops: the mean of
+    the large cross terms plus the mean of the small crops' terms with every large key, as published for CaCo.
+    """
+    keys = range(num_large) if symmetric else range(1, num_large)
+    large = [(q, k) for k in keys for q in range(num_large) if q != k and (symmetric or q == 0)]
+    small = [(q, k) for k in keys for q in range(num_large, num_large + num_small)]
+    large_weight = 1 / len(large) if small or reduction == "mean" else 1.0
+    return [Term(q, k, large_weight) for q, k in large] + [Term(q, k, 1 / len(small)) for q, k in small]
+
+
+def contrast(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives, bank, temperature: float) -> Score:
+    """Loss of each query against one positive and a source of negatives; the bank's rows are streamed.
+
+    Args:
+        q_BD: unit queries; k_GD: unit keys of all ranks' images, in rank order.
+    """
+    columns = [] if positive.vector_BD is None else [(q_BD * positive.vector_BD).sum(1, keepdim=True)]
+    others = negatives(q_BD, k_GD)
+    columns += [] if others is None else [others]
+    extra_BE = torch.cat(columns, 1) if columns else None
+    if negatives.bank_rows:
+        row_B = positive.row_B
+        if row_B is None:  # the first extra column, which comes right after the bank's rows
+            row_B = torch.full((len(q_BD),), bank.size, device=q_BD.device)
+        return bank.score(q_BD, row_B, temperature=temperature, extra_BE=extra_BE)
+    logits_BE = extra_BE / temperature
+    first_B = torch.zeros(len(q_BD), dtype=torch.int64, device=q_BD.device)
+    probability_BE = torch.softmax(logits_BE.detach(), 1)
+    return Score(F.cross_entropy(logits_BE, first_B, reduction="none"), probability_BE.amax(1))
+
+
+class Contrastive(nn.Module):
+    """An encoder trained against positives and negatives, with or without a momentum twin and a bank.
+
+    Args:
+        encoder: images to unit embeddings; its `.backbone` is what evaluators see.
+        bank: a bank, or None where no source reads one.
+        positives, negatives: sources (`caco/methods/sources.py`).
+        temperature: tau of the loss.
+        momentum, final_momentum: the twin's m at the start and the end of its cosine; None for no twin: then keys are
+            the encoder's own embeddings and carry gradients (SimCLR).
+        symmetric: whether both views query (else view 0 queries, view 1 is the key).
+        reduction: of the two directions: "sum" (CaCo) or "mean" (AdCo).
+        filling_temperature, filling_momentum: of the steps that fill the bank with keys before epoch 0.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        bank: nn.Module | None,
+        *,
+        positives: object,
+        negatives: object,
+        temperature: float = 0.08,
+        momentum: float | None = 0.99,
+        final_momentum: float = 1.0,
+        symmetric: bool = True,
+        reduction: Literal["sum", "mean"] = "sum",
+        filling_temperature: float = 0.2,
+        filling_momentum: float = 0.999,
+    ):
+        super().__init__()
+        if temperature <= 0 or filling_temperature <= 0:
+            raise ValueError(f"temperatures must be positive; got {temperature} and, while filling, {filling_temperature}")
+        for name, value in {"momentum": momentum, "final_momentum": final_momentum}.items():
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"method.{name} must be in [0, 1]; got {value}")
+        if positives.bank_rows and not negatives.bank_rows:
+            raise ValueError(
+                "a positive that is a row of the bank needs the bank's rows as negatives; got "
+                f"{type(positives).__name__} with {type(negatives).__name__}"
+            )
+        if bank is None and (negatives.bank_rows or isinstance(positives, NearestKey)):
+            raise ValueError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
+        if bank is not None and bank.filled_by_keys and momentum is None:
+            raise ValueError("bank.initialisation=keys needs a momentum twin; got method.momentum=null")
+        self.encoder, self.bank = encoder, bank
+        self.twin = MomentumTwin(encoder) if momentum is not None else None
+        self.positives, self.negatives = positives, negatives
+        self.temperature, self.filling_temperature = temperature, filling_temperature
+        self.momentum, self.final_momentum, self.filling_momentum = momentum, final_momentum, filling_momentum
+        self.symmetric, self.reduction = symmetric, reduction
+        self.keys: list[Tensor] = []  # of the step in progress, for the bank's update
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.encoder.backbone
+
+    def update_twin(self, momentum: float) -> None:
+        """Before the keys are computed, as in the published code."""
+        if self.twin is not None:
+            self.twin.update(self.encoder, momentum)
+
+    def encode(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Term]]:
+        """Queries of every view that queries, keys of the large views (own and gathered), and the terms of the loss."""
+        num_large = sum(view.shape[-1] == views[0].shape[-1] for view in views)
+        terms = pair_terms(num_large, len(views) - num_large, symmetric=self.symmetric, reduction=self.reduction)
+        querying, chosen = {term.query for term in terms}, {term.key for term in terms}
+        q = [self.encoder(view) if v in querying else None for v, view in enumerate(views)]
+        if self.twin is not None:
+            k = [self.twin(views[v]) if v in chosen else None for v in range(num_large)]
+            all_k = [None if key is None else distributed.gather(key) for key in k]
+        else:
+            k = [self.encoder(views[v]) if q[v] is None else q[v] for v in range(num_large)]
+            all_k = [distributed.gather_with_gradient(key) for key in k]
+        return q, k, all_k, terms
+
+    def forward(self, views: list[Tensor]) -> Outputs:
+        """Loss of one batch of views, each [B, 3, H, W]; the large ones come first. Nothing but statistics changes."""
+        q, k, all_k, terms = self.encode(views)
+        positives = {v: self.positives(k[v], self.bank) for v in {term.key for term in terms}}
+        loss, metrics = torch.zeros((), device=views[0].device), {"positive_probability": [], "max_probability": []}
+        for term in terms:
+            score = contrast(
+                q[term.query], all_k[term.key], positives[term.key], self.negatives, self.bank, self.temperature
+            )
+            loss = loss + term.weight * score.loss_B.mean()
+            metrics["positive_probability"].append((-score.loss_B.detach()).exp().mean())
+            metrics["max_probability"].append(score.max_probability_B.mean())
+        self.keys += [all_k[v].detach() for v in sorted(positives)]
+        return Outputs(loss, {name: torch.stack(values).mean() for name, values in metrics.items()})
+
+    def update_bank(self, lr: float) -> None:
+        """Once per optimiser step, after a finite loss."""
+        if self.bank is not None:
+            self.bank.update(lr=lr, keys_GD=torch.cat(self.keys))
+        self.keys.clear()
+
+    # The published initialisation: before epoch 0 the encoder trains for K/B steps against the bank that its keys fill.
+
+    def filling_steps(self, batch: int) -> int:
+        return -(-self.bank.size // batch) if self.bank is not None and self.bank.filled_by_keys else 0
+
+    def filling_loss(self, views: list[Tensor]) -> Outputs:
+        """InfoNCE (Eq. 1) in one direction, the other view as positive, the partly filled bank as negatives."""
+        q_BD, k_BD = self.encoder(views[0]), self.twin(views[1])
+        positive_B1 = (q_BD * k_BD).sum(1, keepdim=True)
+        row_B = torch.full((len(q_BD),), self.bank.size, device=q_BD.device)
+        score = self.bank.score(q_BD, row_B, temperature=self.filling_temperature, extra_BE=positive_B1, learn=False)
+        self.keys.append(distributed.gather(k_BD))
+        return Outputs(score.loss_B.mean(), {})
+
+    def fill_bank(self, step: int) -> None:
+        """Write the keys of filling step `step` over the next rows, in order."""
+        keys_GD = torch.cat(self.keys)
+        start = step * len(keys_GD)
+        self.bank.rows.write(keys_GD[: self.bank.size - start], start)
+        self.keys.clear()
+
+    def finish_filling(self) -> None:
+        """The twin starts epoch 0 as a copy of the encoder."""
+        self.twin.update(self.encoder, 0.0)
+
+    def statistics(self) -> dict[str, float]:
+        """Of the bank's use and shape since the last call; `bank/` and a name."""
+        return {} if self.bank is None else {f"bank/{name}": value for name, value in self.bank.rows.statistics().items()}

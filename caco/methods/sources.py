@@ -1,0 +1,84 @@
+"""Where a query's positive comes from, and where its negatives come from. A method is a pair of these and a bank.
+
+Shapes: B this rank's queries, G all ranks' queries, D width, E extra columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from caco import distributed
+
+
+class Positive(NamedTuple):
+    """A query's positive: either a vector of its own or a row of the bank."""
+
+    vector_BD: Tensor | None = None
+    row_B: Tensor | None = None
+
+
+class OtherView:
+    """The key of the image's other view (SimCLR, MoCo, AdCo)."""
+
+    bank_rows = False
+
+    def __call__(self, k_BD: Tensor, bank) -> Positive:
+        return Positive(vector_BD=k_BD)
+
+
+class NearestKey:
+    """The bank's row nearest to the key, as a vector of its own (NNCLR-like; Table VII, Positive).
+
+    The paper's words are nearest to the query; as in Figure 2 we let the key of the other view choose.
+    """
+
+    bank_rows = False
+
+    def __call__(self, k_BD: Tensor, bank) -> Positive:
+        return Positive(vector_BD=bank.rows.lookup(bank.rows.most_probable(k_BD)))
+
+
+class BankRow:
+    """The most probable row of the bank itself, chosen by the key (CaCo, Eq. 11)."""
+
+    bank_rows = True
+
+    def __call__(self, k_BD: Tensor, bank) -> Positive:
+        return Positive(row_B=bank.rows.most_probable(k_BD))
+
+
+class BatchKeys:
+    """The keys of the batch's other images, over all ranks (Table VII, None and Positive)."""
+
+    bank_rows = False
+
+    def __call__(self, q_BD: Tensor, k_GD: Tensor) -> Tensor:
+        """Cosines [B, G], the query's own image masked out by -inf."""
+        own_B = torch.arange(len(q_BD), device=q_BD.device) + distributed.rank() * len(q_BD)
+        return (q_BD @ k_GD.T).scatter(1, own_B[:, None], -torch.inf)
+
+
+class BatchBothViews:
+    """Both views of the batch's other images: 2B - 2 negatives (SimCLR)."""
+
+    bank_rows = False
+
+    def __call__(self, q_BD: Tensor, k_GD: Tensor) -> Tensor:
+        other_views, same_view = BatchKeys(), distributed.gather_with_gradient(q_BD)
+        return torch.cat([other_views(q_BD, k_GD), other_views(q_BD, same_view)], 1)
+
+
+class BankRows:
+    """Every row of the bank but the positive (CaCo, MoCo; Table VII, Negative and Positive+Negative)."""
+
+    bank_rows = True
+
+    def __call__(self, q_BD: Tensor, k_GD: Tensor) -> None:
+        return None
+
+
+class BankRowsAndBatchKeys(BatchKeys):
+    """Every row of the bank and the other keys of the batch (AdCo: for stability, its authors say)."""
+
+    bank_rows = True

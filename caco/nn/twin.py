@@ -1,0 +1,27 @@
+"""The momentum twin: an encoder that follows another one slowly and takes no gradient."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class MomentumTwin(nn.Module):
+    """theta_k <- m theta_k + (1 - m) theta_q, for parameters only.
+
+    Buffers are the twin's own: it runs in training mode, so its BatchNorm gathers statistics by itself, as in the
+    published code.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, encoder: nn.Module, momentum: float) -> None:
+        """One step towards `encoder`; momentum 0 copies its parameters."""
+        torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.encoder(images)

@@ -1,0 +1,61 @@
+"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+def clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+class Progress:
+    """Steps done, images per second, time left.
+
+    Args:
+        total: steps of the run; done: steps that an earlier process made.
+        batch: images a step, over all ranks.
+        enabled: rank 0 alone speaks.
+    """
+
+    def __init__(self, *, total: int, done: int, batch: int, enabled: bool):
+        self.total, self.batch, self.enabled = total, batch, enabled
+        self.first, self.started = done, time.monotonic()
+        self.next_line = self.started + 1
+        self.evaluating = 0.0
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if enabled and terminal else None
+
+    def images_per_second(self, step: int) -> float:
+        """Mean over this process so far, evaluation excluded."""
+        busy = time.monotonic() - self.started - self.evaluating
+        return (step - self.first) * self.batch / max(busy, 1e-9)
+
+    def step(self, step: int, epoch: int, loss: float | None) -> None:
+        """`step` steps are done. `loss` is given where it is known already."""
+        if self.bar is not None:
+            self.bar.update(1)
+            if loss is not None:
+                self.bar.set_postfix_str(
+                    f"epoch {epoch}, loss {loss:.3f}, {self.images_per_second(step):.0f} images/s", refresh=False
+                )
+        elif self.enabled and loss is not None and time.monotonic() >= self.next_line:
+            rate = self.images_per_second(step)
+            left = (self.total - step) * self.batch / rate
+            self.say(f"step {step}/{self.total}, epoch {epoch}, loss {loss:.4f}, {rate:.0f} images/s, {clock(left)} left")
+            # Lines come ever more rarely, so that a long run's log stays readable.
+            elapsed = time.monotonic() - self.started
+            self.next_line = time.monotonic() + min(max(5.0, elapsed / 20), 300.0)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif self.enabled:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
