@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict]:
+def parameter_groups(parameters: list[nn.Parameter], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict]:
     """Parameters that decay and, where excluded, those of one dimension (biases, BatchNorm), which do not.
 
     timm's LARS scales no group whose weight decay is 0, so the exclusion holds for its scaling too.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
     if not exclude_one_dimensional:
         return [{"params": parameters, "weight_decay": weight_decay}]
     return [
@@ -30,7 +29,7 @@ def scaled_lr(lr: float, batch: int, reference_batch: int | None) -> float:
 
 
 def lars(
-    module: nn.Module,
+    parameters: list[nn.Parameter],
     *,
     batch: int,
     lr: float = 0.3,
@@ -47,13 +46,13 @@ def lars(
         raise ValueError(
             f"optimizer.weight_decay must be positive with LARS, whose scaling timm ties to it; got {weight_decay}"
         )
-    groups = parameter_groups(module, weight_decay, exclude_one_dimensional=True)
+    groups = parameter_groups(parameters, weight_decay, exclude_one_dimensional=True)
     rate = scaled_lr(lr, batch, reference_batch)
     return timm.optim.Lars(groups, lr=rate, momentum=momentum, trust_coeff=trust_coefficient)
 
 
 def sgd(
-    module: nn.Module,
+    parameters: list[nn.Parameter],
     *,
     batch: int,
     lr: float = 0.03,
@@ -62,12 +61,12 @@ def sgd(
     weight_decay: float = 1e-4,
 ) -> torch.optim.Optimizer:
     """SGD with momentum; decay on every parameter, as in MoCo and AdCo. The rate is lr * batch / reference_batch."""
-    groups = parameter_groups(module, weight_decay, exclude_one_dimensional=False)
+    groups = parameter_groups(parameters, weight_decay, exclude_one_dimensional=False)
     return torch.optim.SGD(groups, lr=scaled_lr(lr, batch, reference_batch), momentum=momentum)
 
 
 def adamw(
-    module: nn.Module,
+    parameters: list[nn.Parameter],
     *,
     batch: int,
     lr: float = 1e-3,
@@ -76,7 +75,7 @@ def adamw(
     weight_decay: float = 0.05,
 ) -> torch.optim.Optimizer:
     """AdamW, for ViTs; parameters of one dimension do not decay. The rate is lr * batch / reference_batch."""
-    groups = parameter_groups(module, weight_decay, exclude_one_dimensional=True)
+    groups = parameter_groups(parameters, weight_decay, exclude_one_dimensional=True)
     return torch.optim.AdamW(groups, lr=scaled_lr(lr, batch, reference_batch), betas=tuple(betas))
 
 

@@ -1,5 +1,6 @@
 """What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
 
@@ -24,14 +25,24 @@ class Progress:
         self.total, self.batch, self.enabled = total, batch, enabled
         self.first, self.started = done, time.monotonic()
         self.next_line = self.started + 1
-        self.evaluating = 0.0
+        self.paused = 0.0
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if enabled and terminal else None
 
     def images_per_second(self, step: int) -> float:
         """Mean over this process so far, evaluation excluded."""
-        busy = time.monotonic() - self.started - self.evaluating
+        busy = time.monotonic() - self.started - self.paused
         return (step - self.first) * self.batch / max(busy, 1e-9)
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Evaluation inside does not count as training time."""
+        since = time.monotonic()
+        yield
+        self.paused += time.monotonic() - since
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
         """`step` steps are done. `loss` is given where it is known already."""
@@ -46,8 +57,7 @@ class Progress:
             left = (self.total - step) * self.batch / rate
             self.say(f"step {step}/{self.total}, epoch {epoch}, loss {loss:.4f}, {rate:.0f} images/s, {clock(left)} left")
             # Lines come ever more rarely, so that a long run's log stays readable.
-            elapsed = time.monotonic() - self.started
-            self.next_line = time.monotonic() + min(max(5.0, elapsed / 20), 300.0)
+            self.next_line = time.monotonic() + min(max(5.0, self.elapsed() / 20), 300.0)
 
     def say(self, text: str) -> None:
         """A line that stays."""

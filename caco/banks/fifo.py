@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from caco.banks import scoring
 from caco.banks.rows import Rows
+from caco.optimizers import Schedule
 
 
 class FifoBank(nn.Module):
@@ -25,6 +26,10 @@ class FifoBank(nn.Module):
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=False)
         self.size = size
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
+
+    def rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
+        """A queue has no rate: 0 for every step."""
+        return [0.0] * (epochs * steps_per_epoch)
 
     def score(
         self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None

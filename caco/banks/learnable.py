@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from caco.banks import scoring
 from caco.banks.rows import Rows
+from caco.optimizers import Schedule
 
 
 class LearnableBank(nn.Module):
@@ -67,6 +68,11 @@ class LearnableBank(nn.Module):
     def base_lr(self, batch: int) -> float:
         """The rate after warm-up for a global batch."""
         return self.lr * batch / self.lr_reference_batch if self.lr_reference_batch else self.lr
+
+    def rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
+        """The rate of every step: warmed up, then constant."""
+        base = self.base_lr(batch)
+        return [base * factor for factor in schedule.warmup(self.warmup_epochs, epochs, steps_per_epoch)]
 
     def score(
         self,

@@ -13,6 +13,7 @@ from caco import distributed
 from caco.banks.scoring import Score
 from caco.methods.sources import NearestKey, Positive
 from caco.nn.twin import MomentumTwin
+from caco.optimizers import Schedule
 
 
 class Term(NamedTuple):
@@ -118,6 +119,22 @@ class Contrastive(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         return self.encoder.backbone
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser moves: everything that learns but the bank's rows."""
+        bank = set() if self.bank is None else set(self.bank.parameters())
+        return [p for p in self.parameters() if p.requires_grad and p not in bank]
+
+    def momenta(self, schedule: Schedule, epochs: int, steps_per_epoch: int) -> list[float]:
+        """The twin's m for every step after the filling."""
+        start = 0.0 if self.momentum is None else self.momentum
+        return schedule.momentum(start, self.final_momentum, epochs, steps_per_epoch)
+
+    def bank_rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
+        """The bank's learning rate for every step after the filling."""
+        if self.bank is None:
+            return [0.0] * (epochs * steps_per_epoch)
+        return self.bank.rates(schedule, batch, epochs, steps_per_epoch)
 
     def update_twin(self, momentum: float) -> None:
         """Before the keys are computed, as in the published code."""

@@ -1,0 +1,144 @@
+"""From a checked configuration to a Trainer: the only place where components meet their settings."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from caco import distributed, runs
+from caco.checkpoint import Checkpoints
+from caco.evals.evaluation import Evaluation
+from caco.nn.backbones import feature_width
+from caco.nn.heads import Encoder
+from caco.tracking.environment import environment
+from caco.trainer import Trainer
+
+
+def pick_device(name: str) -> torch.device:
+    """auto takes CUDA where there is one.
+
+    Raises:
+        ValueError: cuda was asked for and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+def make(node: DictConfig, *args, **kwargs):
+    """Hydra's instantiate, with plain lists and dicts as arguments and one seed-free way to call it."""
+    return instantiate(node, *args, _convert_="all", **kwargs)
+
+
+def build_encoder(cfg: DictConfig) -> Encoder:
+    """Backbone and projector, random weights from torch's generator."""
+    backbone = make(cfg.backbone)
+    return Encoder(backbone=backbone, projector=make(cfg.projector, in_dim=feature_width(backbone)))
+
+
+def build_method(cfg: DictConfig) -> torch.nn.Module:
+    """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
+    torch.manual_seed(cfg.seed)
+    encoder = build_encoder(cfg)
+    bank = None if cfg.bank is None else make(cfg.bank)
+    return make(cfg.method, encoder, bank)
+
+
+def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
+    """Build everything, go on from the newest checkpoint if there is one, train, and write summary.json.
+
+    Data come first, so that what is missing or too small is said before any model is built.
+    """
+    device = pick_device(cfg.device)
+    distributed.start(device)
+    main = distributed.is_main()
+    splits, views = make(cfg.data), make(cfg.augmentation)
+    loader = make(cfg.loader).bind(
+        splits.pretrain,
+        views,
+        batch=cfg.batch,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        device=device,
+    )
+    evaluation = Evaluation(
+        {name: make(node) for name, node in cfg.eval.items()},
+        splits,
+        views,
+        batch=max(1, min(cfg.batch, 512)),
+        device=device,
+        precision=cfg.precision,
+        seed=cfg.seed,
+    )
+    method = build_method(cfg).to(device=device, memory_format=torch.channels_last)
+    if cfg.compile:
+        method.encoder.compile()
+    optimizer = make(cfg.optimizer, method.encoder_parameters())
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
+    tracker = make(cfg.tracking)
+    config_hash = runs.run_hash(cfg)
+    trainer = Trainer(
+        method=method,
+        loader=loader,
+        optimizer=optimizer,
+        schedule=make(cfg.schedule),
+        evaluation=evaluation,
+        tracker=tracker,
+        checkpoints=checkpoints,
+        device=device,
+        epochs=cfg.epochs,
+        batch=cfg.batch,
+        seed=cfg.seed,
+        config_hash=config_hash,
+        max_steps=cfg.max_steps,
+        precision=cfg.precision,
+        log_every_steps=cfg.log_every_steps,
+        eval_every_epochs=cfg.eval_every_epochs,
+        save_every_epochs=cfg.checkpoint.every_epochs,
+        save_every_steps=cfg.checkpoint.every_steps,
+        milestone_epochs=list(cfg.checkpoint.milestone_epochs),
+        anomaly=cfg.anomaly,
+        profile_to=run_dir if cfg.profile else None,
+    )
+    newest = checkpoints.load_newest()
+    if newest is not None:
+        state, path = newest
+        trainer.load_state_dict(state)
+        if main:
+            print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", flush=True)
+
+    status = "FAILED"
+    summary: dict = {}
+    if main:
+        tracker.start(
+            run_dir,
+            params=runs.flat(cfg),
+            tags={**environment(), "config_hash": config_hash},
+            run_name=run_dir.name,
+            state=newest[0]["tracker"] if newest else None,
+        )
+    try:
+        metrics = trainer.fit()
+        summary = {**metrics, "config_hash": config_hash, "data": splits.pretrain.name}
+        if main:
+            runs.write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if main:
+            tracker.finish(status, summary)
+        loader.close()
+        distributed.stop()
+    return summary

@@ -1,0 +1,291 @@
+"""The training loop, to be read from top to bottom.
+
+A step, in order: rates, momentum twin, forward, backward, optimiser, bank, log, evaluate, save.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from caco import distributed
+from caco.checkpoint import Checkpoints
+from caco.data.loader import Batch
+from caco.methods.contrastive import Outputs
+from caco.optimizers import Schedule
+from caco.progress import Progress, clock
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss is NaN or infinite; nothing was updated with it."""
+
+
+class Trainer:
+    """Runs a method over a loader; owns the step counter, the rates, precision, cadence and the run's state.
+
+    Steps are numbered from 0 over the whole run. Methods whose bank is filled by keys take `filling` steps first, on
+    epochs -1, -2, ... of the loader; epoch 0 follows them.
+
+    Args:
+        method, loader, optimizer, schedule, evaluation, tracker, checkpoints: the parts.
+        epochs, batch, seed: of the run; `batch` is global.
+        max_steps: stop after so many steps (filling included), or None.
+        precision: "bf16" runs the encoders under autocast; embeddings, bank and parameters stay float32.
+        log_every_steps, eval_every_epochs, save_every_epochs, save_every_steps, milestone_epochs: cadence.
+        anomaly: torch's detection of the operation that made a NaN; slow.
+        profile_to: a folder for a torch profiler trace of a few steps, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: nn.Module,
+        loader: Any,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        evaluation: Any,
+        tracker: Any,
+        checkpoints: Checkpoints,
+        device: torch.device,
+        epochs: int,
+        batch: int,
+        seed: int,
+        config_hash: str,
+        max_steps: int | None = None,
+        precision: Literal["bf16", "fp32"] = "bf16",
+        log_every_steps: int = 10,
+        eval_every_epochs: int = 1,
+        save_every_epochs: int = 1,
+        save_every_steps: int | None = None,
+        milestone_epochs: list[int] = (),
+        anomaly: bool = False,
+        profile_to: Path | None = None,
+    ):
+        self.method, self.loader, self.optimizer = method, loader, optimizer
+        self.evaluation, self.tracker, self.checkpoints = evaluation, tracker, checkpoints
+        self.device, self.epochs, self.batch, self.config_hash = device, epochs, batch, config_hash
+        self.precision, self.anomaly, self.profile_to = precision, anomaly, profile_to
+        self.log_every_steps, self.eval_every_epochs = log_every_steps, eval_every_epochs
+        self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
+        self.milestone_epochs = set(milestone_epochs)
+
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.filling = method.filling_steps(batch)
+        self.total_steps = self.filling + epochs * self.steps_per_epoch
+        if max_steps is not None:
+            self.total_steps = min(self.total_steps, max_steps)
+        # One number a step for the whole run, filling first: full rate, its own m, no bank rate.
+        shape = (epochs, self.steps_per_epoch)
+        self.lr_factor = [1.0] * self.filling + schedule.learning_rate(*shape)
+        self.bank_lr = [0.0] * self.filling + method.bank_rates(schedule, batch, *shape)
+        self.momentum = [method.filling_momentum] * self.filling + method.momenta(schedule, *shape)
+
+        self.step = 0
+        self.epoch_sums: dict[str, torch.Tensor] = {}
+        self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
+        torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout and the like, from here on
+
+    # Where a step lies.
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch of the loader, step within it); epochs below 0 fill the bank."""
+        if step < self.filling:
+            return -1 - step // self.steps_per_epoch, step % self.steps_per_epoch
+        return divmod(step - self.filling, self.steps_per_epoch)
+
+    def batches(self) -> Iterator[Batch]:
+        """From the current step to the end of the run."""
+        step = self.step
+        while step < self.total_steps:
+            epoch, first = self.place(step)
+            end = min(self.total_steps, step - first + self.steps_per_epoch)
+            if step < self.filling:
+                end = min(end, self.filling)
+            for batch in self.loader.epoch(epoch, first):
+                yield batch
+                step += 1
+                if step == end:
+                    break
+
+    # The loop.
+
+    def fit(self) -> dict[str, float]:
+        """Train from the current step to the end; returns the final metrics.
+
+        Raises:
+            NonFiniteLossError: before anything is updated with it; the last checkpoint stays good.
+        """
+        progress = Progress(
+            total=self.total_steps, done=self.step, batch=self.batch, enabled=distributed.is_main()
+        )
+        if self.step == 0:
+            self.evaluate("epoch", progress)
+        with contextlib.closing(progress), self._instruments() as profiler:
+            for batch in self.batches():
+                step, (epoch, in_epoch) = self.step, self.place(self.step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * self.lr_factor[step]
+
+                self.method.train()
+                self.method.update_twin(self.momentum[step])
+                views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    outputs: Outputs = self.method.filling_loss(views) if epoch < 0 else self.method(views)
+                values = self._averaged(outputs)
+                # Every rank sees the same mean, so all stop together, and nothing has been updated yet.
+                if not math.isfinite(loss := values["loss"].item()):
+                    raise NonFiniteLossError(
+                        f"the loss is {loss} at step {step} (epoch {epoch}, step {in_epoch} of it); nothing was updated "
+                        "with it, and the last checkpoint is good; try a lower optimizer.lr, or precision=fp32"
+                    )
+                outputs.loss.backward()
+                distributed.mean_gradients(self.method.encoder_parameters())
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if epoch < 0:
+                    self.method.fill_bank(step)
+                    if step + 1 == self.filling:
+                        self.method.finish_filling()
+                else:
+                    self.method.update_bank(self.bank_lr[step])
+                self.step += 1
+                if profiler is not None:
+                    profiler.step()
+
+                self._log(step, epoch, values, progress)
+                last = self.step == self.total_steps
+                epoch_over = epoch >= 0 and in_epoch + 1 == self.steps_per_epoch
+                if epoch_over:
+                    self._log_epoch(epoch, progress)
+                if last or (epoch_over and (epoch + 1) % self.eval_every_epochs == 0):
+                    self.evaluate("end" if last else "epoch", progress)
+                if (
+                    last
+                    or (epoch_over and (epoch + 1) % self.save_every_epochs == 0)
+                    or (self.save_every_steps and self.step % self.save_every_steps == 0)
+                ):
+                    self.save(milestone=epoch_over and epoch + 1 in self.milestone_epochs)
+            rate = progress.images_per_second(self.step)
+        return {
+            **self.latest,
+            "steps": self.step,
+            "epochs": max(0, self.step - self.filling) / self.steps_per_epoch,
+            "images_per_second": rate,
+        }
+
+    def _averaged(self, outputs: Outputs) -> dict[str, torch.Tensor]:
+        """Loss and metrics as means over the ranks, in one message."""
+        names = ["loss", *outputs.metrics]
+        together = torch.stack([outputs.loss.detach().double(), *(value.double() for value in outputs.metrics.values())])
+        return dict(zip(names, distributed.sum_(together) / distributed.world(), strict=True))
+
+    @contextlib.contextmanager
+    def _instruments(self):
+        with contextlib.ExitStack() as stack:
+            if self.anomaly:
+                stack.enter_context(torch.autograd.set_detect_anomaly(True))
+            profiler = None
+            if self.profile_to is not None and distributed.is_main():
+                profiler = torch.profiler.profile(
+                    schedule=torch.profiler.schedule(wait=2, warmup=2, active=6, repeat=1),
+                    on_trace_ready=lambda p: p.export_chrome_trace(str(self.profile_to / "trace.json")),
+                )
+                stack.enter_context(profiler)
+            yield profiler
+
+    # What is written down.
+
+    def _log(self, step: int, epoch: int, values: dict[str, torch.Tensor], progress: Progress) -> None:
+        for name, value in values.items():
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+        self.epoch_sums["count"] = self.epoch_sums.get("count", 0.0) + torch.ones((), dtype=torch.float64)
+        now = (step + 1) % self.log_every_steps == 0 or self.step == self.total_steps
+        progress.step(self.step, epoch, values["loss"].item() if now or progress.bar is None else None)
+        if now:
+            row = {
+                "epoch": epoch,
+                **{name: value.item() for name, value in values.items()},
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "momentum": self.momentum[step],
+                "bank_lr": self.bank_lr[step],
+                "images_per_second": progress.images_per_second(self.step),
+            }
+            self.tracker.log(self.step, row, kind="filling" if epoch < 0 else "train")
+        if epoch < 0 and self.step == self.filling:
+            progress.say(f"the bank is filled with the keys of {self.filling} steps")
+            self.epoch_sums.clear()
+
+    def _log_epoch(self, epoch: int, progress: Progress) -> None:
+        count = self.epoch_sums.pop("count").item()
+        row = {name: value.item() / count for name, value in self.epoch_sums.items()} | self.method.statistics()
+        self.epoch_sums.clear()
+        self.latest |= row
+        self.tracker.log(self.step, {"epoch": epoch, **row}, kind="epoch")
+
+    def evaluate(self, when: Literal["epoch", "end"], progress: Progress) -> None:
+        """Evaluate the backbone; percent, 0-100. Rank 0 works, the others wait."""
+        with progress.pause():
+            results = self.evaluation.run(self.method.backbone, when) if distributed.is_main() else {}
+            distributed.barrier()
+        if not results:
+            return
+        self.latest |= results
+        epochs = max(0, self.step - self.filling) / self.steps_per_epoch
+        self.tracker.log(self.step, {"epochs": epochs, **results}, kind="eval")
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+        progress.say(f"after {epochs:g} of {self.epochs} epochs ({clock(progress.elapsed())}): {shown}")
+
+    # The run's state.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on. A collective: the bank's shards are gathered."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "version": 1,
+            "config_hash": self.config_hash,
+            "step": self.step,
+            "place": list(self.place(self.step)),  # follows from the step; written for people and checked on loading
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch_sums": dict(self.epoch_sums),
+            "latest": dict(self.latest),
+            "random": distributed.all_objects(random),
+            "tracker": self.tracker.state_dict() if distributed.is_main() else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of this run.
+
+        Raises:
+            ValueError: the checkpoint is of another configuration, or of a data set of another size.
+        """
+        if state["config_hash"] != self.config_hash:
+            raise ValueError(
+                f"expected a checkpoint of configuration {self.config_hash}; got one of {state['config_hash']}"
+            )
+        self.step = state["step"]
+        if state["place"] != list(self.place(self.step)):
+            raise ValueError(
+                f"step {self.step} is (epoch, step) {tuple(self.place(self.step))} of these data; the checkpoint was "
+                f"saved at {tuple(state['place'])}: the data set has changed its size since"
+            )
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])
+        if len(state["random"]) == distributed.world():  # else ranks came or went, and no state fits
+            random = state["random"][distributed.rank()]
+            torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def save(self, *, milestone: bool = False) -> None:
+        state = self.state_dict()
+        if distributed.is_main():
+            self.checkpoints.save(state, self.step, milestone=milestone)
+        distributed.barrier()
