@@ -1,0 +1,264 @@
+"""Batches of views whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from caco.data.sources import Source, UnreadableImage
+from caco.data.views import Views
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images: views[v] float32 [B, 3, H, W] normalised; index int64 [B], positions in the source; label int64 [B], -1 unlabelled."""
+
+    views: list[torch.Tensor]
+    index: torch.Tensor
+    label: torch.Tensor
+
+
+class TorchLoader:
+    """A torch DataLoader's settings; `bind` gives them data.
+
+    Args:
+        num_workers: processes that make views; 0 makes them in the process that trains.
+        prefetch: batches that each worker prepares ahead.
+    Raises:
+        ValueError: a negative number of workers, no batch ahead.
+    """
+
+    def __init__(self, *, num_workers: int = 2, prefetch: int = 4):
+        if num_workers < 0:
+            raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
+        if prefetch < 1:
+            raise ValueError(f"prefetch: expected at least 1 batch, got {prefetch}")
+        self.num_workers = num_workers
+        self.prefetch = prefetch
+
+    def bind(
+        self,
+        source: Source,
+        views: Views,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> "BoundLoader":
+        """One rank's part of every global batch of `batch` images, on `device`.
+
+        Raises:
+            ValueError: fewer images than one batch; a batch that the ranks cannot share evenly.
+        """
+        return BoundLoader(self, source, views, batch=batch, seed=seed, rank=rank, world=world, device=torch.device(device))
+
+
+class BoundLoader:
+    """What `TorchLoader.bind` returns: `epoch` iterates, `close` ends the workers."""
+
+    def __init__(
+        self,
+        settings: TorchLoader,
+        source: Source,
+        views: Views,
+        *,
+        batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+    ):
+        assert 0 <= rank < world
+        if batch < 1 or batch % world:
+            raise ValueError(
+                f"batch: expected a positive multiple of the {world} processes that share it, got {batch}. "
+                f"Try batch={max(world, batch // world * world)}."
+            )
+        if len(source) < batch:
+            raise ValueError(
+                f"batch: expected at most the {len(source)} images of {source.name}, got {batch}. Lower batch or give more images."
+            )
+        self.steps_per_epoch = len(source) // batch
+        self._views, self._device = views, device
+        self._order = _Order(len(source), batch=batch, seed=seed, rank=rank, world=world)
+        workers = settings.num_workers
+        self._loader = DataLoader(
+            _ViewMaker(source, views, seed),
+            sampler=self._order,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=settings.prefetch if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            # forked: the source's pixels and paths are shared, not copied
+            multiprocessing_context="fork" if workers else None,
+            pin_memory=device.type == "cuda",
+            # Else DataLoader draws its workers' seeds, which nothing uses, from the global generator.
+            generator=torch.Generator(),
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
+
+        One at a time: the iterator of an earlier call ends when a later one begins.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step: expected 0..{self.steps_per_epoch}, got {start_step}")
+        assert self._loader is not None, "the loader is closed"
+        self._order.begin(epoch, start_step)
+        return self._iterate(iter(self._loader), self._order.turn)
+
+    def _iterate(self, made: Iterator["_Pixels"], turn: int) -> Iterator[Batch]:
+        for pixels in made:
+            yield _batch(pixels, self._views, self._device)
+            assert turn == self._order.turn, "an epoch went on after another had begun"
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader = None  # the last reference to DataLoader's iterator, whose deletion ends them
+
+
+def plain_batches(
+    source: Source, views: Views, *, batch: int, num_workers: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every image once, in order, as evaluations see it: (images float32 [b, 3, H, W], labels int64 [b], -1 unlabelled).
+
+    The last batch may be smaller.
+    """
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
+    loader = DataLoader(
+        _PlainMaker(source, views),
+        sampler=[np.arange(i, min(i + batch, len(source))) for i in range(0, len(source), batch)],
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if num_workers else None,
+        generator=torch.Generator(),
+    )
+    for pixels in loader:
+        made = _batch(pixels, views, torch.device("cpu"))
+        yield made.views[0], made.label
+
+
+def mixed_seed(*numbers: int) -> int:
+    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as any.
+
+    (torch's CPU generator keeps the lower 32: two streams in 4e9 coincide, which an augmentation can bear.)
+    """
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """A batch as workers send it: uint8 [B, H, W, 3] a view, a quarter of the bytes of floats; normalised where it is used."""
+
+    views: list[torch.Tensor]
+    index: torch.Tensor
+    label: torch.Tensor
+
+    def pin_memory(self) -> "_Pixels":  # DataLoader calls it by this name
+        return _Pixels([view.pin_memory() for view in self.views], self.index.pin_memory(), self.label.pin_memory())
+
+
+class _Order:
+    """The sampler: keys (epoch, indices) of one rank's part of each batch, so that workers need no state."""
+
+    def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int):
+        self.num_images, self.batch, self.seed = num_images, batch, seed
+        self.part = slice(rank * batch // world, (rank + 1) * batch // world)
+        self.turn = 0
+        self.epoch, self.start_step = 0, 0
+
+    def begin(self, epoch: int, start_step: int) -> None:
+        self.epoch, self.start_step = epoch, start_step
+        self.turn += 1
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch - self.start_step
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        order = np.random.default_rng(mixed_seed(self.seed, self.epoch)).permutation(self.num_images)
+        for step in range(self.start_step, self.num_images // self.batch):
+            yield self.epoch, order[step * self.batch : (step + 1) * self.batch][self.part]
+
+
+class _ViewMaker:
+    """The dataset: (epoch, indices) to the pixels of all views."""
+
+    def __init__(self, source: Source, views: Views, seed: int):
+        self.source, self.views, self.seed = source, views, seed
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> _Pixels | UnreadableImage:
+        epoch, indices = key
+        made = [np.empty((len(indices), size, size, 3), np.uint8) for size in self.views.sizes]
+        state = torch.get_rng_state()  # without workers this is the generator that the training draws from
+        try:
+            for row, index in enumerate(indices.tolist()):
+                image = self.source.image(index)
+                for v in range(self.views.num_views):
+                    torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index, v))
+                    made[v][row] = self.views.view_pixels(image, v)
+        except UnreadableImage as error:
+            return error  # raised by the process that trains: a worker's exception would arrive as a page of traceback
+        finally:
+            torch.set_rng_state(state)
+        return _pixels(made, self.source, indices)
+
+
+class _PlainMaker:
+    def __init__(self, source: Source, views: Views):
+        self.source, self.views = source, views
+
+    def __getitem__(self, indices: np.ndarray) -> _Pixels | UnreadableImage:
+        try:
+            made = np.stack([self.views.plain_pixels(self.source.image(index)) for index in indices.tolist()])
+        except UnreadableImage as error:
+            return error
+        return _pixels([made], self.source, indices)
+
+
+def _pixels(made: list[np.ndarray], source: Source, indices: np.ndarray) -> _Pixels:
+    labels = np.full(len(indices), -1) if source.labels is None else source.labels[indices]
+    return _Pixels([torch.from_numpy(view) for view in made], torch.from_numpy(indices.copy()), torch.from_numpy(labels))
+
+
+def _batch(pixels: _Pixels | UnreadableImage, views: Views, device: torch.device) -> Batch:
+    if isinstance(pixels, UnreadableImage):
+        raise UnreadableImage(str(pixels))
+    return Batch(
+        [views.normalise(view.to(device, non_blocking=True)) for view in pixels.views],
+        pixels.index.to(device, non_blocking=True),
+        pixels.label.to(device, non_blocking=True),
+    )
+
+
+def _as_it_is(pixels: _Pixels) -> _Pixels:
+    return pixels
+
+
+def _start_worker(worker: int) -> None:
+    """Let the process that trains alone decide when a worker ends, also when a scheduler signals all of a job's processes."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # TERM ends a worker only if the parent sent it (as multiprocessing does when the parent exits). Only a thread that
+    # waits for the signal learns its sender.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_if_parent_asks, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_if_parent_asks(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,213 @@
+"""Sets of images: what a source is, files on disk, arrays in memory, seeded parts of either."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+
+
+class Source(Protocol):
+    """A map-style set of images.
+
+    `labels` is int64 [N], or None for an unlabelled set; `classes[label]` is a class's name.
+    """
+
+    name: str
+    labels: np.ndarray | None
+    classes: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image:
+        """The image at a position, RGB."""
+
+    def part(self, indices: np.ndarray, name: str) -> "Source":
+        """The images at these positions, in their order, under a name of their own."""
+
+    def digest(self) -> str:
+        """A short hash that changes when the images do: of paths and sizes, or of the pixels."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What one run reads: images to pre-train on, and labelled ones to evaluate with."""
+
+    pretrain: Source
+    train: Source | None
+    test: Source | None
+
+    def labelled(self, purpose: str) -> tuple[Source, Source]:
+        """The labelled (train, test) pair, or an error that says what `purpose` lacks.
+
+        Raises:
+            ValueError: a split is missing or has no labels.
+        """
+        for split, source in (("train", self.train), ("test", self.test)):
+            if source is None or source.labels is None:
+                raise ValueError(
+                    f"{purpose} needs labelled train and test images; expected class folders, got no labelled {split} split "
+                    f"with {self.pretrain.name}.\nGive data.labelled_root=PATH (train/ and test/ of class folders), hold some "
+                    "labelled images out with data.validation_fraction=0.1, or evaluate nothing with eval=[]."
+                )
+        return self.train, self.test
+
+
+class UnreadableImage(ValueError):
+    """An image file that cannot be read; the message names it."""
+
+
+class ImagesInMemory:
+    """Images as uint8 arrays [H, W, 3]; one array [N, H, W, 3] or any sequence of them."""
+
+    def __init__(
+        self, images: Sequence[np.ndarray], *, name: str, labels: np.ndarray | None = None, classes: list[str] | None = None
+    ):
+        assert labels is None or len(labels) == len(images)
+        self._images = images
+        self.name = name
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self._images[index]))
+
+    def part(self, indices: np.ndarray, name: str) -> "ImagesInMemory":
+        labels = None if self.labels is None else self.labels[indices]
+        return ImagesInMemory(_pick(self._images, indices), name=name, labels=labels, classes=self.classes)
+
+    def digest(self) -> str:
+        state = hashlib.blake2b(digest_size=8)
+        for image in self._images:
+            state.update(repr(image.shape).encode())
+            state.update(np.ascontiguousarray(image))
+        state.update(b"" if self.labels is None else self.labels.tobytes())
+        return state.hexdigest()
+
+
+class ImageFiles:
+    """Image files below a root, read when asked for; with `in_memory`, decoded once."""
+
+    def __init__(
+        self,
+        root: Path,
+        files: np.ndarray | Sequence[str],
+        *,
+        name: str,
+        labels: np.ndarray | None = None,
+        classes: list[str] | None = None,
+        decoded: Sequence[np.ndarray] | None = None,
+    ):
+        assert labels is None or len(labels) == len(files)
+        self.root = Path(root)
+        # One array of bytes, not a list of strings: forked workers would copy a list's pages by counting references.
+        self._files = files if isinstance(files, np.ndarray) else np.array([os.fsencode(file) for file in files])
+        self.name = name
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.classes = classes
+        self._decoded = decoded
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self._files[index])
+
+    def image(self, index: int) -> Image.Image:
+        if self._decoded is not None:
+            return Image.fromarray(self._decoded[index])
+        return read_image(self.path(index))
+
+    def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
+        labels = None if self.labels is None else self.labels[indices]
+        decoded = None if self._decoded is None else _pick(self._decoded, indices)
+        return ImageFiles(self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded)
+
+    def in_memory(self, max_mb: int) -> "ImageFiles":
+        """The same set decoded once, if that takes no more than `max_mb`; else itself.
+
+        Raises:
+            ValueError: an image cannot be read.
+        """
+        budget = max_mb * 2**20
+        sample = np.unique(np.linspace(0, len(self) - 1, 16).astype(int))
+        if budget == 0 or np.mean([_decoded_bytes(self.path(i)) for i in sample]) * len(self) > budget:
+            return self
+        decoded, used = [], 0
+        for i in range(len(self)):
+            decoded.append(np.asarray(read_image(self.path(i))))
+            used += decoded[-1].nbytes
+            if used > budget:
+                return self
+        return ImageFiles(
+            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded
+        )
+
+    def digest(self) -> str:
+        # Of the files also when decoded: how a set is held must not change what it is called.
+        state = hashlib.blake2b(digest_size=8)
+        for i, file in enumerate(self._files):
+            state.update(b"%s\0%d\0" % (file, os.stat(self.path(i)).st_size))
+        state.update(b"" if self.labels is None else self.labels.tobytes())
+        return state.hexdigest()
+
+
+def read_image(path: Path) -> Image.Image:
+    """One image file as RGB.
+
+    Raises:
+        UnreadableImage: a ValueError that names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for some broken PNGs
+        raise UnreadableImage(
+            f"{path}: expected an image that can be read, got {type(error).__name__}: {error}. Replace or remove the file."
+        ) from error
+
+
+def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, balanced: bool) -> np.ndarray:
+    """`count` of `total` positions, ascending; a smaller count is a subset of a larger one.
+
+    Args:
+        labels: int64 [total]; None draws without regard to classes.
+        balanced: equally many of each class (as far as the classes go) rather than in proportion to their sizes.
+    Raises:
+        ValueError: count is not in 1..total.
+    """
+    if not 1 <= count <= total:
+        raise ValueError(f"expected a number of images in 1..{total}, got {count}")
+    draw = np.random.default_rng(seed).permutation(total)
+    if labels is None:
+        return np.sort(draw[:count])
+    by_class = draw[np.argsort(labels[draw], kind="stable")]
+    _, starts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
+    rank = np.arange(total) - np.repeat(starts, sizes)
+    # Ties (the r-th images of all classes) fall as in the draw, so no class is always the one that gets the odd image.
+    turn = np.empty(total)
+    turn[by_class] = rank if balanced else (rank + 0.5) / np.repeat(sizes, sizes)
+    return np.sort(draw[np.argsort(turn[draw], kind="stable")][:count])
+
+
+def _decoded_bytes(path: Path) -> int:
+    try:
+        with Image.open(path) as image:
+            return 3 * image.width * image.height
+    except (OSError, SyntaxError, ValueError):
+        return 0  # read_image will name it
+
+
+def _pick(images: Sequence[np.ndarray], indices: np.ndarray) -> Sequence[np.ndarray]:
+    if isinstance(images, np.ndarray):
+        return images[indices]
+    return [images[i] for i in indices]
