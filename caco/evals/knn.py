@@ -1,0 +1,167 @@
+"""Weighted k-nearest-neighbour accuracy of frozen features, exact and in bounded memory.
+
+Shapes: Q queries, N rows of the feature bank, D feature width, C classes, k neighbours.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco.evals.features import FeatureStore, full_float32
+
+_LAST_INDEX = 2**32 - 1
+
+
+def _ordered_keys(sim_QN: Tensor, first_index: int) -> Tensor:
+    """One int64 a pair that sorts by similarity, then by the smaller index: so equal similarities rank deterministically.
+
+    The bits of a float32 order like integers once those of negative numbers are inverted.
+    """
+    bits = (sim_QN + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    bits = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    index_N = torch.arange(first_index, first_index + sim_QN.shape[1], device=sim_QN.device)
+    return bits.long() * 2**32 + (_LAST_INDEX - index_N)
+
+
+def _read_keys(key_Qk: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities float32 and indices int64 that the keys were made of."""
+    bits = (key_Qk >> 32).int()
+    sim = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).view(torch.float32)
+    return sim, _LAST_INDEX - (key_Qk & _LAST_INDEX)
+
+
+@full_float32()
+def nearest(
+    query_QD: Tensor, bank_ND: Tensor, *, k: int, block: int = 2048, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The k most similar bank rows of each query by cosine, most similar first, ties by the smaller index.
+
+    Holds block x (block + k) similarities and keys, and block x D features, at a time on `device`.
+
+    Returns:
+        similarities [Q, k] float32 and bank indices [Q, k] int64, on the CPU.
+    Raises:
+        ValueError: k is not in [1, N], widths differ, block < 1.
+    """
+    if query_QD.ndim != 2 or bank_ND.ndim != 2 or query_QD.shape[1] != bank_ND.shape[1]:
+        raise ValueError(f"expected [Q, D] and [N, D], got {list(query_QD.shape)} and {list(bank_ND.shape)}")
+    if not 1 <= k <= len(bank_ND):
+        raise ValueError(f"k: expected 1 to {len(bank_ND)}, the size of the feature bank, got {k}")
+    if block < 1:
+        raise ValueError(f"block: expected at least 1, got {block}")
+    sims, indices = [], []
+    for query in query_QD.split(block):
+        query = F.normalize(query.to(device, torch.float32), dim=1)
+        best = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+        for first in range(0, len(bank_ND), block):
+            rows = F.normalize(bank_ND[first : first + block].to(device, torch.float32), dim=1)
+            best = torch.cat([best, _ordered_keys(query @ rows.T, first)], dim=1)
+            best = best.topk(min(k, best.shape[1]), dim=1).values
+        sim, index = _read_keys(best)
+        sims.append(sim.cpu())
+        indices.append(index.cpu())
+    return torch.cat(sims), torch.cat(indices)
+
+
+def knn_votes(sim_Qk: Tensor, label_Qk: Tensor, *, temperature: float, num_classes: int) -> Tensor:
+    """Votes [Q, C] float64: each neighbour gives its class exp(sim / temperature), up to a factor for each query.
+
+    The factor, exp(-largest sim / temperature), keeps small temperatures finite and changes no winner.
+
+    Source: Wu et al. 2018 (arXiv 1805.01978), Section 3.4; the paper's and MoCo's monitors.
+    """
+    sim_Qk = sim_Qk.double()
+    weight_Qk = ((sim_Qk - sim_Qk.amax(dim=1, keepdim=True)) / temperature).exp()
+    return weight_Qk.new_zeros(len(sim_Qk), num_classes).scatter_add_(1, label_Qk, weight_Qk)
+
+
+def knn_predict(
+    query_QD: Tensor,
+    bank_ND: Tensor,
+    label_N: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+    block: int = 2048,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Class [Q] with the most votes among each query's k nearest bank rows; of equal votes the smaller class."""
+    sim_Qk, index_Qk = nearest(query_QD, bank_ND, k=k, block=block, device=device)
+    return knn_votes(sim_Qk, label_N[index_Qk], temperature=temperature, num_classes=num_classes).argmax(dim=1)
+
+
+def balanced_share(labels: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a random share of each class, at least one image of each; fraction 1 takes all."""
+    chosen = []
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        size = max(1, round(fraction * len(members)))
+        # A stream for each class: adding a class changes no other's share.
+        chosen.append(np.random.default_rng([seed, c]).permutation(members)[:size])
+    return np.sort(np.concatenate(chosen))
+
+
+class KNN:
+    """k-NN top-1 accuracy on the test set with (a share of) the training set as the feature bank: `knn_top1`, percent.
+
+    Args:
+        k: neighbours that vote.
+        temperature: a neighbour's weight is exp(cosine / temperature).
+        fraction: share of each training class that forms the bank, drawn once by the seed.
+        block: queries and bank rows compared at a time: bounds memory.
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    def __init__(
+        self,
+        *,
+        k: int = 20,
+        temperature: float = 0.2,
+        fraction: float = 1.0,
+        block: int = 2048,
+        when: Literal["epoch", "end"] = "epoch",
+    ) -> None:
+        if k < 1 or block < 1:
+            raise ValueError(f"knn: expected k and block of at least 1, got {k} and {block}")
+        if not temperature > 0:
+            raise ValueError(f"knn temperature: expected a positive number, got {temperature}")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"knn fraction: expected 0 < fraction <= 1, got {fraction}")
+        if when not in ("epoch", "end"):
+            raise ValueError(f"knn when: expected epoch or end, got {when!r}")
+        self.k, self.temperature, self.fraction, self.block, self.when = k, temperature, fraction, block, when
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Draws the bank's images.
+
+        Raises:
+            ValueError: no labels, or fewer images in the bank than k.
+        """
+        labels, test_labels = store.labels("k-NN")
+        self._store = store
+        self._bank = balanced_share(labels, fraction=self.fraction, seed=seed)
+        if len(self._bank) < self.k:
+            raise ValueError(f"k: expected at most {len(self._bank)}, the images in the feature bank, got {self.k}")
+        self._bank_labels = torch.from_numpy(labels[self._bank])
+        self._test_labels = torch.from_numpy(test_labels)
+        self._num_classes = int(labels.max()) + 1
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields ("knn_top1", percent)."""
+        bank_ND = self._store.features(backbone, "train", self._bank)
+        predicted = knn_predict(
+            self._store.features(backbone, "test"),
+            bank_ND,
+            self._bank_labels,
+            k=self.k,
+            temperature=self.temperature,
+            num_classes=self._num_classes,
+            block=self.block,
+            device=self._store.device,
+        )
+        yield "knn_top1", 100 * (predicted == self._test_labels).double().mean().item()
