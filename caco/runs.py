@@ -1,0 +1,181 @@
+"""A run's identity and its directory.
+
+The identity is everything in the resolved configuration that can change a number. What cannot (where the data lie, how
+many workers read them, how often something is logged or saved, who is told) is recorded, not hashed: so a run moved to
+another machine stays the same run.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from caco.tracking.environment import environment
+from caco.tracking.files import write_json
+
+# A pattern covers the key itself and all below it.
+NEUTRAL_KEYS = (
+    "name",
+    "log_every_steps",
+    "eval_every_epochs",
+    "checkpoint",
+    "profile",
+    "anomaly",
+    "data.root",
+    "data.labelled_root",
+    "data.in_memory_mb",
+    "loader.num_workers",
+    "loader.prefetch",
+    "tracking",
+    "launcher",
+    "hydra",
+)
+
+_locks: dict[Path, IO[str]] = {}  # held until the process ends: closing one would give the lock up
+
+
+def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """cfg as dicts, lists and scalars, interpolations resolved, without Hydra's own part; `???` stays a string."""
+    if not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    # Key by key: hydra.run.dir asks for the hash while it is being resolved, so `hydra` must not be touched.
+    job = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.to_container(job, resolve=True)  # type: ignore[return-value]
+
+
+def flat(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of cfg by dotted name, as `bank.size`; a list's items by number, as `augmentation.views.0.blur`.
+
+    Empty lists and dicts are leaves, or their disappearance would not show.
+    """
+    leaves: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        children = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in items]
+        if children:
+            for name, value in children:
+                visit(name, value)
+        elif prefix:
+            leaves[prefix] = node
+
+    visit("", plain(cfg))
+    return leaves
+
+
+def is_neutral(key: str) -> bool:
+    """Whether the dotted key cannot change a number."""
+    return any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL_KEYS)
+
+
+def identity(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The flat leaves that can change a number; 1.0 and 1 are one value."""
+    return {key: _canonical(value) for key, value in sorted(flat(cfg).items()) if not is_neutral(key)}
+
+
+def _canonical(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def run_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
+    """Ten hexadecimal digits of the identity."""
+    return hashlib.sha256(json.dumps(identity(cfg)).encode()).hexdigest()[:10]
+
+
+def short_name(overrides: Iterable[str], *, limit: int = 80) -> str:
+    """What a command line changed, as one readable word that is safe in a path, a shell and a Hydra override.
+
+    `["pn=positive", "bank=12M", "data.root=/d"]` -> "bank-12M_pn-positive"; neutral settings are left out, the order in
+    which they were given too; nothing changed -> "default".
+    """
+    kept = []
+    for override in sorted(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        if not is_neutral(key.partition("@")[0]):
+            kept.append(re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{key}-{value}").strip("-"))
+    return "_".join(kept)[:limit].rstrip("-_.") or "default"
+
+
+def run_name(cfg: DictConfig) -> str:
+    """The last part of a run's directory: what was overridden and the identity's hash. cfg holds Hydra's part too."""
+    return f"{short_name(cfg.hydra.overrides.task)}-{run_hash(cfg)}"
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """One line per key that two identities do not share."""
+    absent = "(absent)"
+    return [
+        f"{key}: there {theirs.get(key, absent)}, here {ours.get(key, absent)}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key, absent) != ours.get(key, absent)
+    ]
+
+
+def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
+    """Make run_dir this run's, for as long as this process lives, and write config.yaml and environment.json into it.
+
+    Raises:
+        ValueError: another process trains there now, or the directory holds a run of another identity.
+    """
+    run_dir = Path(run_dir).absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _lock(run_dir)
+    record = run_dir / "config.yaml"
+    if record.exists():
+        changed = differences(identity(OmegaConf.load(record)), identity(cfg))
+        if changed:
+            shown = "\n".join(f"  {line}" for line in changed[:20])
+            more = f"\n  and {len(changed) - 20} more" if len(changed) > 20 else ""
+            raise ValueError(
+                f"{run_dir} holds another run; choose another hydra.run.dir. What differs:\n{shown}{more}"
+            )
+    _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
+    write_json(run_dir / "environment.json", {**environment(), "command": shlex.join(sys.argv)})
+
+
+def is_first_rank() -> bool:
+    """Whether this process, of those that train one run together, is the one that writes; known before torch is."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def _lock(run_dir: Path) -> None:
+    """Hold run_dir/.lock until this process ends, however it ends."""
+    if run_dir in _locks:
+        return
+    file = open(run_dir / ".lock", "a+")
+    try:
+        # A POSIX record lock: forked loader workers do not inherit it, so a worker that outlives a killed run
+        # cannot keep the next one out (flock would).
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"{run_dir} is in use: {holder} trains there now") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[run_dir] = file
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace path as a whole: a reader sees the old text or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -1,0 +1,123 @@
+"""`python -m caco.train` and `caco-train`: compose, check, open the run's directory, train.
+
+Everything that can be refused without torch is refused before torch is imported.
+"""
+
+import linecache
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from caco import config, refusals, runs, validation
+
+
+def run(cfg: DictConfig, run_dir: Path) -> None:
+    """Build every component from cfg, which is checked, and train in run_dir, which is ours."""
+    # LEAD: fill in; torch and caco.trainer are imported here, not above.
+    raise NotImplementedError("the Trainer")
+
+
+def job(cfg: DictConfig) -> None:
+    """One run: what Hydra calls with the composed configuration, here or on a node."""
+    hydra_cfg = HydraConfig.get()
+    run_dir = Path(hydra_cfg.runtime.output_dir)
+    try:
+        validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
+        if runs.is_first_rank():
+            runs.open_run(run_dir, cfg)
+        run(cfg, run_dir)
+    except Exception as error:
+        if not for_user(error):
+            raise
+        refuse(str(error))
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            raise  # the sweep's other runs go on
+        sys.exit(2)
+
+
+def for_user(error: BaseException) -> bool:
+    """Whether error is a message to the user: caco itself raised it, by a `raise`. All else is a bug with a traceback.
+
+    CACO_TRACEBACK=1 in the environment shows the traceback of these too.
+    """
+    if os.environ.get("CACO_TRACEBACK") == "1" or not isinstance(error, (ValueError, OSError, ImportError, ArithmeticError)):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("caco."):
+        return False
+    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).lstrip().startswith("raise ")
+
+
+def refuse(message: str) -> None:
+    print(f"caco: {message}", file=sys.stderr)
+
+
+def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
+    """The command line of each job of a sweep; of a single run, its own.
+
+    What only a search (Optuna) draws is not known yet: then none, and each job checks itself as it starts.
+    """
+    if not multirun:
+        return [overrides]
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parsed = parser.parse_overrides(overrides)
+        if any(item.is_sweep_override() and not item.is_discrete_sweep() for item in parsed):
+            return []
+        return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+def check_command(overrides: list[str], *, multirun: bool) -> None:
+    """Compose and check every job before the first one starts or a directory is made.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    try:
+        for job_overrides in jobs(overrides, multirun=multirun):
+            cfg = config.compose(job_overrides)
+            hydra_cfg = cfg.hydra
+            validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
+    except (*refusals.COMPOSITION_ERRORS, ValueError) as error:
+        if isinstance(error, config.ConfigError):
+            raise
+        raise config.ConfigError(refusals.explain(error, overrides)) from error
+
+
+def main() -> None:
+    """The console script: Hydra's command line, with refusals in plain words and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them its own way
+    args = get_args_parser().parse_args()
+    starts = not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+    elsewhere = args.config_name or args.config_path or args.config_dir or args.experimental_rerun
+    try:
+        if starts and not elsewhere:
+            check_command(args.overrides, multirun=args.multirun)
+        hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(job)()
+    except config.ConfigError as error:
+        refuse(str(error))
+        sys.exit(2)
+    except refusals.COMPOSITION_ERRORS as error:
+        if starts and not elsewhere:
+            raise
+        refuse(refusals.explain(error, args.overrides))
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    # Not main() as it stands here: a job that a launcher pickles must belong to caco.train, not to __main__.
+    from caco.train import main as importable_main
+
+    importable_main()

@@ -1,0 +1,171 @@
+"""Every refusal that needs neither torch nor data, made before either is touched.
+
+The root is typed by its schema; each component's keys are bound to the signature of its `_target_`; plain values are
+checked against each other; and a choice on the command line that something later undoes is refused, not ignored.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from caco import signatures
+from caco.annotations import argument_mismatches
+from caco.config import CONF, ConfigError, Root
+from caco.runs import flat, plain
+
+COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
+SUPPLIED = {"projector": ("in_dim",)}  # plain values that no YAML gives, because another component decides them
+
+
+def check(cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None) -> None:
+    """Refuse what cannot be run.
+
+    Args:
+        cfg: composed; Hydra's own part is ignored.
+        overrides: the command line, to tell the user which of it would have no effect.
+        choices: group -> option, from Hydra.
+
+    Raises:
+        ConfigError: one line per problem, each with the key, what was expected and what was got.
+    """
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
+    if missing:
+        raise ConfigError("\n".join(f"{key}: must be given, as {key}=..." for key in missing))
+    try:
+        tree = plain(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    problems = _shape(tree)
+    if not problems:
+        problems = _root(tree) + _components(tree) + _no_effect(tree, overrides, choices or {})
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _shape(tree: dict[str, Any]) -> list[str]:
+    """The root has its keys and no others, and a component in each place for one."""
+    known = list(Root.__dataclass_fields__)
+    problems = []
+    for key in tree.keys() - set(known):
+        near = difflib.get_close_matches(key, known, n=1)
+        problems.append(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+    problems += [f"{key}: is missing" for key in known if key not in tree]
+    for key in COMPONENTS:
+        if key in tree and not (isinstance(tree[key], dict) and "_target_" in tree[key]):
+            problems.append(f"{key}: expected a component with a _target_, got {tree[key]!r:.60}")
+    if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
+        problems.append(f"bank: this setting has none, got {tree['bank']!r:.60}")
+    evaluators = tree.get("eval")
+    if not isinstance(evaluators, dict):
+        problems.append(f"eval: expected evaluators by name, as eval=[knn,probe], got {evaluators!r:.60}")
+    else:
+        for name, part in evaluators.items():
+            if not (isinstance(part, dict) and "_target_" in part):
+                problems.append(f"eval.{name}: expected an evaluator with a _target_, got {part!r:.60}")
+    return problems
+
+
+def _root(tree: dict[str, Any]) -> list[str]:
+    """Plain values: sense, not taste. What depends on the data is checked where the data are known."""
+    problems = []
+
+    def demand(key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            got = tree
+            for part in key.split("."):
+                got = got[part]
+            problems.append(f"{key}: expected {expected}, got {got!r}")
+
+    schedule, checkpoint = tree["schedule"], tree["checkpoint"]
+    demand("name", re.fullmatch(r"[\w.+-]+", tree["name"]) is not None, "letters, digits and . _ + - (it names a folder)")
+    demand("batch", tree["batch"] >= 2, "at least 2 images")
+    demand("epochs", tree["epochs"] >= 1, "at least 1")
+    demand("max_steps", tree["max_steps"] is None or tree["max_steps"] >= 1, "null or at least 1")
+    demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
+    demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
+    demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+    demand("schedule.warmup_epochs", schedule["warmup_epochs"] >= 0, "0 or more")
+    demand("schedule.final_fraction", 0 <= schedule["final_fraction"] <= 1, "0 to 1")
+    demand("schedule.unit", schedule["unit"] in ("step", "epoch"), "step or epoch")
+    demand("log_every_steps", tree["log_every_steps"] >= 1, "at least 1")
+    demand("eval_every_epochs", tree["eval_every_epochs"] >= 1, "at least 1")
+    demand("checkpoint.every_epochs", checkpoint["every_epochs"] >= 1, "at least 1")
+    every_steps = checkpoint["every_steps"]
+    demand("checkpoint.every_steps", every_steps is None or every_steps >= 1, "null or at least 1")
+    demand("checkpoint.keep", checkpoint["keep"] >= 1, "at least 1")
+    demand("checkpoint.milestone_epochs", all(epoch >= 1 for epoch in checkpoint["milestone_epochs"]), "epochs from 1")
+    return problems
+
+
+def _components(node: Any, path: str = "") -> list[str]:
+    """Every `_target_` in the tree exists and takes what is set beside it."""
+    if isinstance(node, list):
+        return [line for number, item in enumerate(node) for line in _components(item, f"{path}.{number}")]
+    if not isinstance(node, dict):
+        return []
+    problems = _component(node, path) if "_target_" in node else []
+    for key, value in node.items():
+        problems += _components(value, f"{path}.{key}" if path else str(key))
+    return problems
+
+
+def _component(part: dict[str, Any], path: str) -> list[str]:
+    target = part["_target_"]
+    if not isinstance(target, str) or "." not in target:
+        return [f"{path}._target_: expected a dotted path to a class or function, got {target!r}"]
+    module_name, _, name = target.rpartition(".")
+    module = signatures.load(module_name)
+    if module is None:
+        if signatures.load(module_name.partition(".")[0]) is None:
+            return [f"{path}._target_: {target} is not installed here"]
+        return [f"{path}._target_: no module {module_name} that can be read, for {target}"]
+    if signatures.lookup(module, name) is None:
+        near = difflib.get_close_matches(name, [*module.nodes, *module.imports], n=1)
+        return [f"{path}._target_: no {name} in {module_name}" + (f"; did you mean {near[0]}?" if near else "")]
+    taken = signatures.find(target)
+    given = {key: value for key, value in part.items() if key != "_target_"}
+    return argument_mismatches(given, taken, path, name, SUPPLIED.get(path, ())) if taken else []
+
+
+def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
+    """What the command line asks for and the composed configuration does not do."""
+    problems = []
+    if "pn" in choices and choices.get("method") != "caco":
+        problems.append(f"pn={choices['pn']}: belongs to method=caco, and the method is {choices.get('method')}")
+    leaves = flat(tree)
+    assigned = {item.lstrip("+~").partition("=")[0] for item in overrides}
+    for override in overrides:
+        group, _, option = override.lstrip("+").partition("=")
+        file = CONF / group / f"{option}.yaml"
+        if not file.is_file() or group == "preset":
+            continue
+        for key, value in _settings(group, file):
+            by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if "." in name or name == key)
+            if by_hand or leaves.get(key) == value or (isinstance(value, str) and "${" in value):
+                continue
+            if group == "bank" and tree["bank"] is None:
+                problems.append(f"{override}: this setting has no bank (pn={choices['pn']})" if "pn" in choices else
+                                f"{override}: method={choices.get('method')} has no bank")
+            else:
+                undone_by = f"preset={choices['preset']}" if choices.get("preset") else "a later group"
+                problems.append(
+                    f"{override}: would have no effect, {undone_by} sets {key}={leaves.get(key)}; write {key}={value}"
+                )
+            break
+    return problems
+
+
+def _settings(group: str, file: Any) -> list[tuple[str, Any]]:
+    """The dotted keys that an option's file sets, and their values."""
+    text = file.read_text(encoding="utf-8")
+    header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
+    package = header.group(1) if header else group
+    content = OmegaConf.create(text)
+    prefix = "" if package == "_global_" else f"{package}."
+    raw = OmegaConf.to_container(content, resolve=False)
+    raw = {key: value for key, value in raw.items() if key not in ("defaults", "hydra")} if isinstance(raw, dict) else {}
+    return [(f"{prefix}{key}", value) for key, value in flat(raw).items()]
