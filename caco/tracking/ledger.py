@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from caco.tracking.files import locked, read_json, write_json
+from caco.tracking import watermark
+from caco.tracking.files import locked, process_start, read_json, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -178,25 +179,31 @@ class LedgerTracker:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         about = run_dir / "tracking.json"
-        try:
-            self._locks.enter_context(locked(run_dir / "tracking.lock", wait_s=self.lock_wait_s))
-        except BlockingIOError as error:
-            other = read_json(about)
-            message = f"in use by process {other.get('pid')} on {other.get('host')}; one run a directory"
-            raise BlockingIOError(error.errno, message, str(run_dir)) from error
-        self._about = about
-        ledger = Ledger(run_dir / "ledger.jsonl")
-        ledger.truncate(state["rows"] if state else 0)
-        content = {
-            "run_name": run_name,
-            "params": {name: _text(value) for name, value in params.items()},
-            "tags": {name: _text(value) for name, value in tags.items()},
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "status": "RUNNING",
-        }
-        write_json(about, content)
-        self._ledger = ledger
+        with contextlib.ExitStack() as locks:
+            try:
+                locks.enter_context(locked(run_dir / "tracking.lock", wait_s=self.lock_wait_s))
+            except BlockingIOError as error:
+                other = read_json(about)
+                message = f"in use by process {other.get('pid')} on {other.get('host')}; one run a directory"
+                raise BlockingIOError(error.errno, message, str(run_dir)) from error
+            ledger = Ledger(run_dir / "ledger.jsonl")
+            num_rows = state["rows"] if state else 0
+            if num_rows < len(ledger):
+                # First what MLflow has of the rows, then the rows: a kill in between forgets nothing.
+                watermark.roll_back(run_dir, ledger.rows(), num_rows, wait_s=self.lock_wait_s)
+            ledger.truncate(num_rows)
+            content = {
+                "run_name": run_name,
+                "params": {name: _text(value) for name, value in params.items()},
+                "tags": {name: _text(value) for name, value in tags.items()},
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "process_start": process_start(os.getpid()),
+                "status": "RUNNING",
+            }
+            write_json(about, content)
+            self._locks = locks.pop_all()
+        self._about, self._ledger = about, ledger
 
     def log(self, step: int, values: dict[str, float | int | str], kind: str = "train") -> None:
         """Add one row to the ledger; raises OSError, with its path, when the disk is full."""

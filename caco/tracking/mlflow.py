@@ -1,0 +1,123 @@
+"""Tracking in the ledger and, fed from it by a thread, in MLflow."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from caco.tracking.feed import Feed, first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.ledger import Ledger, LedgerTracker
+from caco.tracking.watermark import Watermark
+
+_log = logging.getLogger(__name__)
+
+
+class MLflowTracker:
+    """Tracks a run in its ledger, and in one MLflow run that a thread feeds from the ledger.
+
+    log() writes to the ledger and never waits for MLflow. A server that is down, slow or dies costs one warning; what
+    it missed, `python -m caco.tracking.sync RUN_DIR` sends later, once each.
+
+    Args:
+        uri: a database or a server; null is MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db in the working directory,
+            with the artifacts in mlruns/ beside it.
+        experiment: the MLflow experiment; created where there is none.
+        feed_seconds: the thread sends what is new this often.
+        finish_seconds: finish() waits at most this long for the rest to be sent.
+
+    Raises:
+        ModuleNotFoundError: mlflow is not installed.
+        ValueError: `uri` is neither a database nor a server.
+    """
+
+    def __init__(
+        self, *, uri: str | None, experiment: str, feed_seconds: float = 2.0, finish_seconds: float = 10.0
+    ) -> None:
+        require_mlflow()
+        self.uri = resolve_uri(uri)
+        self.experiment = experiment
+        self.feed_seconds = feed_seconds
+        self.finish_seconds = finish_seconds
+        self._ledger = LedgerTracker()
+        self._feeder: _Feeder | None = None
+
+    def start(
+        self,
+        run_dir: Path,
+        *,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        run_name: str,
+        state: dict[str, Any] | None,
+    ) -> None:
+        """As LedgerTracker.start(); the MLflow run of this directory, or of the checkpoint's `state`, goes on."""
+        import_mlflow()
+        run_dir = Path(run_dir)
+        if state and state["mlflow_run_id"] and not Watermark.load(run_dir).run_id:
+            # The side file is gone: only the checkpoint knows the run, and later rows may have been sent, too.
+            num_rows = len(Ledger(run_dir / "ledger.jsonl"))
+            Watermark(run_id=state["mlflow_run_id"], sent=state["sent"], attempted=num_rows).save(run_dir)
+        self._ledger.start(run_dir, params=params, tags=tags, run_name=run_name, state=state)
+        self._feeder = _Feeder(run_dir, self.uri, self.experiment, self.feed_seconds)
+        if self.uri.startswith("sqlite:"):
+            # Creating a store takes seconds of computing: before the loop, not beside it.
+            self._feeder.attempt()
+        self._feeder.start()
+
+    def log(self, step: int, values: dict[str, float | int | str], kind: str = "train") -> None:
+        """Add one row to the ledger; raises OSError, with its path, when the disk is full, and nothing for MLflow."""
+        self._ledger.log(step, values, kind)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: rows in the ledger, the MLflow run, rows sent to it."""
+        state = self._ledger.state_dict()
+        assert self._feeder is not None, "start() first"
+        mark = self._feeder.feed.mark
+        return {**state, "mlflow_run_id": mark.run_id, "sent": min(mark.sent, state["rows"])}
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        """End the run with FINISHED, FAILED or KILLED; waits no longer than `finish_seconds` for MLflow."""
+        self._ledger.finish(status, summary)
+        feeder, self._feeder = self._feeder, None
+        if feeder is None:
+            return
+        feeder.end = (status, summary)
+        feeder.stopping.set()
+        feeder.join(self.finish_seconds)
+        if feeder.feed.mark.closed != status:
+            _log.warning("MLflow lacks a part of this run; send it: python -m caco.tracking.sync %s", feeder.feed.run_dir)
+
+
+class _Feeder(threading.Thread):
+    """Sends what is new in the ledger until told to stop, and then the end. A daemon: it never holds up an exit."""
+
+    def __init__(self, run_dir: Path, uri: str, experiment: str, seconds: float) -> None:
+        super().__init__(name="caco-mlflow", daemon=True)
+        self.feed = Feed(run_dir, uri=uri, experiment=experiment)
+        self.stopping = threading.Event()
+        self.end: tuple[str, dict[str, Any]] | None = None
+        self._seconds = seconds
+        self._failures = 0
+        self._warned = False
+
+    def run(self) -> None:
+        while not self.stopping.wait(min(self._seconds * 2**self._failures, 60.0)):
+            self.attempt()
+        self.attempt()
+
+    def attempt(self) -> None:
+        """Bring MLflow up to date; a failure is told once."""
+        try:
+            if not self.feed.is_open:
+                self.feed.open()
+            self.feed.send()
+            if self.end is not None:
+                self.feed.end(*self.end)
+                self.feed.release()
+            self._failures = 0
+        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like; training goes on
+            self.feed.release()
+            self._failures = min(self._failures + 1, 10)
+            if not self._warned:
+                self._warned = True
+                _log.warning("MLflow at %s: %s; training goes on, the ledger keeps all", self.feed.uri, first_line(error))

@@ -1,0 +1,97 @@
+"""How far a run's ledger is in MLflow: the side file mlflow.json, kept apart from checkpoints because it runs ahead."""
+
+import dataclasses
+import uuid
+from pathlib import Path
+from typing import Any
+
+from caco.tracking.files import locked, read_json, write_json
+
+Point = tuple[str, int, str]  # kind, step, name of the value
+
+
+@dataclasses.dataclass
+class Watermark:
+    """What MLflow has of a run directory.
+
+    Before a batch leaves, `attempted` moves; after it arrived, `sent`. Between the two a kill leaves rows of which
+    nobody here knows whether they arrived: they are sent again, with their old times, and MLflow keeps one of two
+    equal points.
+    """
+
+    run_id: str = ""
+    token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose id did not get here
+    uri: str = ""
+    experiment: str = ""
+    sent: int = 0  # ledger rows
+    attempted: int = 0
+    closed: str = ""  # the final status that MLflow has
+    # Points that were rolled back after they had been sent (None) or perhaps sent (their time, in ms).
+    rolled_back: dict[Point, int | None] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Watermark":
+        """That of `run_dir`, or a fresh one."""
+        content = read_json(_path(run_dir))
+        points = {(kind, step, name): time for kind, step, name, time in content.pop("rolled_back", [])}
+        return cls(**content, rolled_back=points)
+
+    def save(self, run_dir: Path) -> None:
+        """Write it, atomically."""
+        content = dataclasses.asdict(self)
+        content["rolled_back"] = [[*point, time] for point, time in self.rolled_back.items()]
+        write_json(_path(run_dir), content)
+
+    def restart(self) -> None:
+        """Forget the run: MLflow has nothing."""
+        self.run_id, self.token, self.closed = "", uuid.uuid4().hex, ""
+        self.sent = self.attempted = 0
+        self.rolled_back = {}
+
+    def roll_back(self, rows: list[dict[str, Any]], num_rows: int) -> None:
+        """Keep in mind which points MLflow has, or may have, of the `rows` behind the first `num_rows`.
+
+        By point and not by row number: the cadence of logging may be another after a resume.
+        """
+        kept = {point for row in rows[:num_rows] for point, _ in points(row)}
+        self.rolled_back = {point: time for point, time in self.rolled_back.items() if point not in kept}
+        for number, row in enumerate(rows[num_rows : self.attempted], start=num_rows):
+            for point, _ in points(row):
+                # A point known from an earlier roll-back is in MLflow with that time, not this row's.
+                earlier = self.rolled_back.get(point, milliseconds(row))
+                self.rolled_back[point] = None if number < self.sent else earlier
+        self.sent = min(self.sent, num_rows)
+        self.attempted = min(self.attempted, num_rows)
+
+
+def roll_back(run_dir: Path, rows: list[dict[str, Any]], num_rows: int, *, wait_s: float) -> None:
+    """Prepare the watermark of `run_dir`, if it has one, for a ledger cut to `num_rows`.
+
+    Raises:
+        BlockingIOError: another process has been sending this run for longer than `wait_s` seconds.
+    """
+    if _path(run_dir).exists():
+        with sending(run_dir, wait_s=wait_s):
+            watermark = Watermark.load(run_dir)
+            watermark.roll_back(rows, num_rows)
+            watermark.save(run_dir)
+
+
+def sending(run_dir: Path, *, wait_s: float):
+    """The lock of those who send this run to MLflow."""
+    return locked(Path(run_dir) / "mlflow.lock", wait_s=wait_s)
+
+
+def points(row: dict[str, Any]) -> list[tuple[Point, float | int]]:
+    """A row's numbers, each with the point that it is of its series."""
+    values = ((name, value) for name, value in row.items() if name not in ("kind", "step", "time"))
+    return [((row["kind"], row["step"], name), v) for name, v in values if not isinstance(v, str)]
+
+
+def milliseconds(row: dict[str, Any]) -> int:
+    """The row's time as MLflow counts it."""
+    return int(row["time"] * 1000)
+
+
+def _path(run_dir: Path) -> Path:
+    return Path(run_dir) / "mlflow.json"

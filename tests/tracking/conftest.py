@@ -1,0 +1,66 @@
+"""A real SQLite store for all tracking tests (its creation takes seconds), and how they look into it."""
+
+import time
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """The URI of an SQLite store; each test uses an experiment of its own in it."""
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    from caco.tracking.feed import import_mlflow
+
+    import_mlflow()
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+class Look:
+    """What an experiment holds, read through MLflow's own client."""
+
+    def __init__(self, uri, experiment):
+        self.uri, self.experiment = uri, experiment
+
+    @property
+    def client(self):
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
+
+    def runs(self, filter_string=""):
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        return list(self.client.search_runs([experiment.experiment_id], filter_string)) if experiment else []
+
+    def run(self):
+        (run,) = self.runs()
+        return run
+
+    def points(self, name):
+        """(step, value) of each point of a series, in order of steps; equal points twice if they are there twice."""
+        history = self.client.get_metric_history(self.run().info.run_id, name)
+        return sorted((metric.step, metric.value) for metric in history)
+
+    def artifacts(self):
+        return sorted(file.path for file in self.client.list_artifacts(self.run().info.run_id))
+
+
+@pytest.fixture
+def look(store, request):
+    return Look(store, request.node.name)
+
+
+@pytest.fixture
+def eventually():
+    def wait(condition, seconds=20.0):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "did not happen in time"
+            time.sleep(0.02)
+
+    return wait

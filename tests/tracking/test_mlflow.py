@@ -1,0 +1,321 @@
+"""One MLflow run per training run, fed from the ledger: every point once, whatever is killed, resumed or down."""
+
+import importlib.util
+import json
+import logging
+import math
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from caco.tracking.feed import resolve_uri
+from caco.tracking.ledger import Ledger
+from caco.tracking.mlflow import MLflowTracker
+
+PARAMS = {"bank.size": 8192, "pn": "both", "compile": False, "max_steps": None}
+
+
+def begin(look, run_dir, state=None, params=PARAMS, **arguments):
+    tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, feed_seconds=0.05, **arguments)
+    tracker.start(run_dir, params=params, tags={"git_sha": "abc", "host": "h"}, run_name="bank=1M", state=state)
+    return tracker
+
+
+def kill(tracker):
+    """The end of the process as far as one can have it inside this one: nothing more is sent, nothing is closed."""
+    feeder = tracker._feeder
+    feeder.attempt = lambda: None
+    feeder.stopping.set()
+    feeder.join()
+    feeder.feed.release()
+
+
+def test_a_run_is_found_by_config_name_and_holds_what_was_logged(look, tmp_path):
+    (tmp_path / "config.yaml").write_text("batch: 64\n")
+    tracker = begin(look, tmp_path)
+    values = [0.1, 1 / 3, 5e-324, 1e300]
+    for step, value in enumerate(values):
+        tracker.log(step, {"loss": value, "note": "text stays in the ledger"})
+    tracker.log(4, {"knn_top1": 91.5}, kind="eval")
+    tracker.finish("FINISHED", {"knn_top1": 91.5, "steps": 5, "note": "x"})
+
+    (run,) = look.runs("params.`bank.size` = '8192' and params.pn = 'both' and params.compile = 'false'")
+    assert look.runs("params.`bank.size` = '4096'") == []
+    assert run.data.params == {"bank.size": "8192", "pn": "both", "compile": "false", "max_steps": "null"}
+    assert (run.info.run_name, run.info.status) == ("bank=1M", "FINISHED")
+    assert run.data.tags["host"] == "h"
+    assert run.data.tags["mlflow.source.git.commit"] == "abc"
+    assert look.points("loss") == list(enumerate(values))
+    assert look.points("knn_top1") == [(4, 91.5)]
+    assert look.points("final/knn_top1") == [(4, 91.5)]
+    assert look.points("final/steps") == [(4, 5.0)]
+    assert look.artifacts() == ["config.yaml", "summary.json"]
+    history = look.client.get_metric_history(run.info.run_id, "loss")
+    times = [int(row["time"] * 1000) for row in Ledger(tmp_path / "ledger.jsonl").rows() if "loss" in row]
+    assert sorted(metric.timestamp for metric in history) == sorted(times)
+
+
+def test_what_is_not_finite_stays_in_the_ledger_and_the_run_says_so(look, tmp_path):
+    tracker = begin(look, tmp_path)
+    tracker.log(1, {"loss": math.inf, "lr": 0.5})
+    tracker.log(2, {"loss": 2.0, "lr": math.nan})
+    tracker.finish("FAILED", {"loss": math.nan})
+    assert look.points("loss") == [(2, 2.0)]
+    assert look.points("lr") == [(1, 0.5)]
+    assert look.run().data.tags["caco.non_finite"] == "loss, lr"
+    assert look.run().info.status == "FAILED"
+
+
+def test_more_parameters_values_and_characters_than_one_request_takes(look, tmp_path):
+    params = {f"p.{i}": i for i in range(250)} | {"long": "x" * 7000, "views[0]": 1}
+    tracker = begin(look, tmp_path, params=params)
+    tracker.log(1, {f"m{i}": float(i) for i in range(1500)})
+    tracker.log(2, {"m1499": 2.0})
+    tracker.finish("FINISHED", {})
+    assert len(look.run().data.params) == 252
+    assert look.run().data.params["long"] == "x" * 6000
+    assert look.run().data.params["views_0_"] == "1"
+    assert len(look.run().data.metrics) == 1500
+    assert look.points("m1499") == [(1, 1499.0), (2, 2.0)]
+
+
+def test_a_resumed_run_goes_on_with_each_point_once_though_rows_were_rolled_back(look, tmp_path, eventually):
+    tracker = begin(look, tmp_path)
+    for step in range(4):
+        tracker.log(step, {"loss": step / 7})
+    eventually(lambda: tracker.state_dict()["sent"] == 4)
+    state = tracker.state_dict()
+    for step in range(4, 9):
+        tracker.log(step, {"loss": step / 7})
+    eventually(lambda: tracker.state_dict()["sent"] == 9)
+    kill(tracker)
+
+    # Not the same cadence of checkpoints: a parameter that changed must neither raise nor change.
+    tracker = begin(look, tmp_path, state, params={**PARAMS, "max_steps": 7, "new": 1})
+    assert tracker.state_dict()["mlflow_run_id"] == state["mlflow_run_id"] == look.run().info.run_id
+    assert look.run().info.status == "RUNNING"
+    for step in range(4, 12):
+        tracker.log(step, {"loss": step / 7})
+    tracker.finish("FINISHED", {})
+    assert look.points("loss") == [(step, step / 7) for step in range(12)]
+    assert look.run().data.params == {
+        "bank.size": "8192", "pn": "both", "compile": "false", "max_steps": "null", "new": "1"
+    }  # fmt: skip
+    assert look.run().info.status == "FINISHED"
+
+
+def test_a_roll_back_that_is_itself_killed_and_rolled_back_doubles_nothing(look, tmp_path, eventually):
+    state = None
+    for end in (6, 3, 8):
+        tracker = begin(look, tmp_path, state)
+        for step in range(end):
+            tracker.log(step, {"loss": step / 7})
+        eventually(lambda tracker=tracker, end=end: tracker.state_dict()["sent"] == end)
+        kill(tracker)
+    assert look.points("loss") == [(step, step / 7) for step in range(8)]
+
+
+def test_a_resume_with_another_logging_cadence_has_every_point_once(look, tmp_path, eventually):
+    tracker = begin(look, tmp_path)
+    for step in range(0, 60, 10):
+        tracker.log(step, {"loss": step / 7})
+        if step == 20:
+            state = tracker.state_dict()
+    eventually(lambda: tracker.state_dict()["sent"] == 6)
+    kill(tracker)
+    tracker = begin(look, tmp_path, state)
+    for step in range(25, 75, 5):
+        tracker.log(step, {"loss": step / 7})
+    tracker.finish("FINISHED", {})
+    assert look.points("loss") == [(step, step / 7) for step in [0, 10, *range(20, 75, 5)]]
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_kill_while_a_batch_is_on_its_way_neither_doubles_nor_loses_it(look, tmp_path, monkeypatch, arrived):
+    tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, feed_seconds=1000)
+    tracker.start(tmp_path, params={}, tags={}, run_name="n", state=None)
+    tracker.log(0, {"loss": 0.0})
+    tracker._feeder.attempt()
+    state = tracker.state_dict()
+    assert (state["rows"], state["sent"]) == (1, 1)
+    tracker.log(1, {"loss": 0.5})
+    tracker.log(2, {"loss": 0.25})
+    feed = tracker._feeder.feed
+    send = feed._client.log_batch
+
+    def dies(*args, **kwargs):
+        if arrived:
+            send(*args, **kwargs)
+        raise ConnectionResetError
+
+    monkeypatch.setattr(feed._client, "log_batch", dies)
+    tracker._feeder.attempt()
+    kill(tracker)
+    monkeypatch.undo()
+    assert look.points("loss") == ([(0, 0.0), (1, 0.5), (2, 0.25)] if arrived else [(0, 0.0)])
+
+    tracker = begin(look, tmp_path, state)
+    tracker.log(1, {"loss": 0.5})
+    tracker.log(2, {"loss": 0.25})
+    tracker.finish("FINISHED", {})
+    assert look.points("loss") == [(0, 0.0), (1, 0.5), (2, 0.25)]
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on_and_is_not_made_again(look, tmp_path, eventually):
+    tracker = begin(look, tmp_path)
+    tracker.log(0, {"loss": 1.0})
+    eventually(lambda: tracker.state_dict()["sent"] == 1)
+    kill(tracker)
+    tracker = begin(look, tmp_path, None)
+    tracker.log(0, {"loss": 1.0})
+    tracker.log(1, {"loss": 0.5})
+    tracker.finish("FINISHED", {})
+    assert look.points("loss") == [(0, 1.0), (1, 0.5)]  # of the only run
+
+
+def test_a_kill_right_after_the_runs_creation_does_not_make_a_second_one(look, tmp_path):
+    kill(begin(look, tmp_path))
+    side = json.loads((tmp_path / "mlflow.json").read_text())
+    (tmp_path / "mlflow.json").write_text(json.dumps({**side, "run_id": ""}))  # created there, and not yet noted here
+    tracker = begin(look, tmp_path)
+    tracker.log(0, {"loss": 1.0})
+    tracker.finish("FINISHED", {})
+    assert look.points("loss") == [(0, 1.0)]
+
+
+def test_without_the_side_file_the_checkpoint_knows_the_run(look, tmp_path, eventually):
+    tracker = begin(look, tmp_path)
+    tracker.log(0, {"loss": 1.0})
+    eventually(lambda: tracker.state_dict()["sent"] == 1)
+    state = tracker.state_dict()
+    tracker.log(1, {"loss": 0.5})
+    eventually(lambda: tracker.state_dict()["sent"] == 2)
+    kill(tracker)
+    (tmp_path / "mlflow.json").unlink()
+    tracker = begin(look, tmp_path, state)
+    tracker.log(1, {"loss": 0.5})
+    tracker.log(2, {"loss": 0.25})
+    tracker.finish("FINISHED", {})
+    assert look.points("loss") == [(0, 1.0), (1, 0.5), (2, 0.25)]
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_made_anew_with_everything(look, tmp_path, eventually):
+    tracker = begin(look, tmp_path)
+    tracker.log(0, {"loss": 1.0})
+    eventually(lambda: tracker.state_dict()["sent"] == 1)
+    state = tracker.state_dict()
+    kill(tracker)
+    look.client.delete_run(state["mlflow_run_id"])
+    tracker = begin(look, tmp_path, state)
+    tracker.log(1, {"loss": 0.5})
+    tracker.finish("FINISHED", {})
+    assert look.run().info.run_id != state["mlflow_run_id"]
+    assert look.points("loss") == [(0, 1.0), (1, 0.5)]
+
+
+FRESH = """
+import logging, sys
+from pathlib import Path
+from caco.tracking.mlflow import MLflowTracker
+logging.basicConfig(level=logging.WARNING)
+tracker = MLflowTracker(uri=None, experiment="sweep", finish_seconds=60)
+sys.stdin.readline()  # all at once
+tracker.start(Path(sys.argv[1]), params={"seed": sys.argv[1]}, tags={}, run_name=sys.argv[1], state=None)
+tracker.log(1, {"loss": 0.5})
+tracker.finish("FINISHED", {"loss": 0.5})
+"""
+
+
+def test_four_processes_at_once_on_a_fresh_default_store_each_log_their_run(tmp_path, request, store):
+    root = str(Path(__file__).parents[2])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\n" + FRESH, f"run{i}"],
+            cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, errors
+    assert errors == [""] * 4
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
+    assert sorted(run.data.params["seed"] for run in runs) == [f"run{i}" for i in range(4)]
+    assert {(run.info.status, run.data.metrics["loss"]) for run in runs} == {("FINISHED", 0.5)}
+    assert all(run.info.artifact_uri.startswith(f"file://{tmp_path}/mlruns/") for run in runs)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {f"run{i}" for i in range(4)}
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_server_that_is_down_costs_one_warning_and_no_time(tmp_path, caplog, store):
+    tracker = MLflowTracker(
+        uri=f"http://127.0.0.1:{free_port()}", experiment="x", feed_seconds=0.01, finish_seconds=1.0
+    )
+    began = time.perf_counter()
+    tracker.start(tmp_path, params=PARAMS, tags={}, run_name="n", state=None)
+    assert time.perf_counter() - began < 1.0
+    seconds = []
+    for step in range(500):
+        began = time.perf_counter()
+        tracker.log(step, {"loss": 1 / (step + 1), "lr": 0.1, "images_per_second": 100.0})
+        seconds.append(time.perf_counter() - began)
+        time.sleep(0.01)
+    assert statistics.median(seconds) < 0.002
+    assert tracker.state_dict() == {"rows": 500, "mlflow_run_id": "", "sent": 0}
+    began = time.perf_counter()
+    tracker.finish("FINISHED", {"loss": 0.1})
+    assert time.perf_counter() - began < 2.0
+    assert len(Ledger(tmp_path / "ledger.jsonl")) == 500
+    down, lacks = [r.getMessage() for r in caplog.records if r.name.startswith("caco") and r.levelno >= logging.WARNING]
+    assert "training goes on" in down
+    assert f"python -m caco.tracking.sync {tmp_path}" in lacks
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "mlruns", "/tmp/mlruns", "sqlite://", "databricks", "ftp://x"])
+def test_what_is_no_database_and_no_server_is_refused_at_once(uri, store):
+    with pytest.raises(ValueError, match=f"expected a server, .*got '{uri}'"):
+        MLflowTracker(uri=uri, experiment="x")
+
+
+def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, monkeypatch):
+    assert resolve_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert resolve_uri("sqlite:///some/x.db") == f"sqlite:///{tmp_path}/some/x.db"
+    assert resolve_uri("postgresql+psycopg2://h/db") == "postgresql+psycopg2://h/db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert resolve_uri(None) == "http://host:5000"
+
+
+def test_without_mlflow_one_is_told_what_to_do(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'caco\[mlflow\]'.*tracking=ledger"):
+        MLflowTracker(uri=None, experiment="x")
+
+
+def test_the_users_own_limits_for_requests_hold():
+    code = (
+        "import os; os.environ['MLFLOW_HTTP_REQUEST_MAX_RETRIES'] = '5'\n"
+        "from caco.tracking.feed import import_mlflow; import sys\n"
+        "assert 'mlflow' not in sys.modules and 'torch' not in sys.modules\n"
+        "import_mlflow()\n"
+        "from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES as retries\n"
+        "from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR as factor\n"
+        "assert (retries.get(), factor.get()) == (5, 1), (retries.get(), factor.get())\n"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
