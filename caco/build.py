@@ -1,19 +1,20 @@
 """From a checked configuration to a Trainer: the only place where components meet their settings."""
 
-import json
 import os
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from caco import distributed, runs
 from caco.checkpoint import Checkpoints
+from caco.config import build
 from caco.evals.evaluation import Evaluation
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
+from caco.optimizers import Schedule
 from caco.tracking.environment import environment
+from caco.tracking.files import write_json
 from caco.trainer import Trainer
 
 
@@ -32,23 +33,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make(node: DictConfig, *args, **kwargs):
-    """Hydra's instantiate, with plain lists and dicts as arguments and one seed-free way to call it."""
-    return instantiate(node, *args, _convert_="all", **kwargs)
-
-
 def build_encoder(cfg: DictConfig) -> Encoder:
     """Backbone and projector, random weights from torch's generator."""
-    backbone = make(cfg.backbone)
-    return Encoder(backbone=backbone, projector=make(cfg.projector, in_dim=feature_width(backbone)))
+    backbone = build(cfg.backbone)
+    return Encoder(backbone=backbone, projector=build(cfg.projector, in_dim=feature_width(backbone)))
 
 
 def build_method(cfg: DictConfig) -> torch.nn.Module:
     """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
     torch.manual_seed(cfg.seed)
     encoder = build_encoder(cfg)
-    bank = None if cfg.bank is None else make(cfg.bank)
-    return make(cfg.method, encoder, bank)
+    bank = None if cfg.bank is None else build(cfg.bank)
+    return build(cfg.method, encoder=encoder, bank=bank)
 
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
@@ -59,8 +55,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     device = pick_device(cfg.device)
     distributed.start(device)
     main = distributed.is_main()
-    splits, views = make(cfg.data), make(cfg.augmentation)
-    loader = make(cfg.loader).bind(
+    splits, views = build(cfg.data), build(cfg.augmentation)
+    loader = build(cfg.loader).bind(
         splits.pretrain,
         views,
         batch=cfg.batch,
@@ -70,7 +66,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         device=device,
     )
     evaluation = Evaluation(
-        {name: make(node) for name, node in cfg.eval.items()},
+        {name: build(node) for name, node in cfg.eval.items()},
         splits,
         views,
         batch=max(1, min(cfg.batch, 512)),
@@ -81,17 +77,17 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     method = build_method(cfg).to(device=device, memory_format=torch.channels_last)
     if cfg.compile:
         method.encoder.compile()
-    optimizer = make(cfg.optimizer, method.encoder_parameters())
+    optimizer = build(cfg.optimizer, parameters=method.encoder_parameters())
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    tracker = make(cfg.tracking)
+    tracker = build(cfg.tracking)
     config_hash = runs.run_hash(cfg)
     trainer = Trainer(
         method=method,
         loader=loader,
         optimizer=optimizer,
-        schedule=make(cfg.schedule),
+        schedule=Schedule(**cfg.schedule),
         evaluation=evaluation,
         tracker=tracker,
         checkpoints=checkpoints,
@@ -131,7 +127,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         metrics = trainer.fit()
         summary = {**metrics, "config_hash": config_hash, "data": splits.pretrain.name}
         if main:
-            runs.write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_json(run_dir / "summary.json", summary)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -80,9 +80,9 @@ class Contrastive(nn.Module):
 
     def __init__(
         self,
+        *,
         encoder: nn.Module,
         bank: nn.Module | None,
-        *,
         positives: object,
         negatives: object,
         temperature: float = 0.08,
