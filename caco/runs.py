@@ -102,7 +102,7 @@ def short_name(overrides: Iterable[str], *, limit: int = 80) -> str:
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")
         if not is_neutral(key.partition("@")[0]):
-            kept.append(re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{key}-{value}").strip("-"))
+            kept.append(re.sub(r"[^A-Za-z0-9.+]+", "-", f"{key}={value}").strip("-"))
     return "_".join(kept)[:limit].rstrip("-_.") or "default"
 
 

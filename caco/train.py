@@ -22,9 +22,10 @@ from caco import config, refusals, runs, validation
 
 
 def run(cfg: DictConfig, run_dir: Path) -> None:
-    """Build every component from cfg, which is checked, and train in run_dir, which is ours."""
-    # LEAD: fill in; torch and caco.trainer are imported here, not above.
-    raise NotImplementedError("the Trainer")
+    """Train in run_dir, which is ours, what cfg says, which is checked."""
+    from caco.build import train  # here and not above: it imports torch
+
+    train(cfg, run_dir)
 
 
 def job(cfg: DictConfig) -> None:

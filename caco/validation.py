@@ -137,25 +137,23 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     if "pn" in choices and choices.get("method") != "caco":
         problems.append(f"pn={choices['pn']}: belongs to method=caco, and the method is {choices.get('method')}")
     leaves = flat(tree)
-    assigned = {item.lstrip("+~").partition("=")[0] for item in overrides}
+    assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
+    presets = [item for item in overrides if item.startswith("preset=")]
     for override in overrides:
-        group, _, option = override.lstrip("+").partition("=")
-        file = CONF / group / f"{option}.yaml"
-        if not file.is_file() or group == "preset":
-            continue
-        for key, value in _settings(group, file):
-            by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if "." in name or name == key)
-            if by_hand or leaves.get(key) == value or (isinstance(value, str) and "${" in value):
+        group, _, value = override.lstrip("+").partition("=")
+        for option in value.strip("[]").split(","):
+            file = CONF / group / f"{option.strip()}.yaml"
+            if group == "preset" or not file.is_file():
                 continue
             if group == "bank" and tree["bank"] is None:
-                problems.append(f"{override}: this setting has no bank (pn={choices['pn']})" if "pn" in choices else
-                                f"{override}: method={choices.get('method')} has no bank")
-            else:
-                undone_by = f"preset={choices['preset']}" if choices.get("preset") else "a later group"
-                problems.append(
-                    f"{override}: would have no effect, {undone_by} sets {key}={leaves.get(key)}; write {key}={value}"
-                )
-            break
+                without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
+                problems.append(f"{override}: {without} has no bank")
+                continue
+            for key, asked in _settings(group, file):
+                by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
+                if not by_hand and leaves.get(key) != asked and "${" not in str(asked):
+                    undone_by = presets[-1] if presets else "a later group"
+                    problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={asked}")
     return problems
 
 
