@@ -68,8 +68,7 @@ def folder(
         train, test = _read_layout(top, name, class_list)
         return _finish(train, test, name, limit, validation_fraction, seed, in_memory_mb)
     unlabelled = unlabelled_images(top / "train" if (top / "train").is_dir() else top, f"{name}/unlabelled")
-    if limit is not None:
-        unlabelled = unlabelled.part(choose(None, limit, len(unlabelled), seed=seed, balanced=False), unlabelled.name)
+    unlabelled = limited(unlabelled, limit, seed=seed)
     train, test = _read_layout(existing_root(labelled_root, example=f"data={name}"), f"{name}/labelled", class_list)
     if train.labels is None:
         raise ValueError(f"data.labelled_root: expected class folders below {labelled_root}, got images without labels")
@@ -201,11 +200,17 @@ def reduced(
         held_out = choose(train.labels, count, len(train), seed=seed, balanced=False)
         test = train.part(held_out, f"{name}/validation")
         train = train.part(np.setdiff1d(np.arange(len(train)), held_out), train.name)
-    if limit is not None:
-        if not 1 <= limit <= len(train):
-            raise ValueError(f"data.limit: expected a number of images in 1..{len(train)}, got {limit}")
-        train = train.part(choose(train.labels, limit, len(train), seed=seed + 1, balanced=True), train.name)
+    train = limited(train, limit, seed=seed)
     return Splits(train, train if train.labels is not None else None, test)
+
+
+def limited(source: Source, limit: int | None, *, seed: int) -> Source:
+    """`limit` of the images, equally from the classes; all of them for None."""
+    if limit is None:
+        return source
+    if not 1 <= limit <= len(source):
+        raise ValueError(f"data.limit: expected a number of images in 1..{len(source)}, got {limit}")
+    return source.part(choose(source.labels, limit, len(source), seed=seed, balanced=True), source.name)
 
 
 def _finish(

@@ -1,11 +1,14 @@
 """Batches of views whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
 
+import contextlib
 import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,11 @@ from caco.data.views import Views
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images: views[v] float32 [B, 3, H, W] normalised; index int64 [B], positions in the source; label int64 [B], -1 unlabelled."""
+    """One step's images.
+
+    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source. label: int64
+    [B], -1 unlabelled.
+    """
 
     views: list[torch.Tensor]
     index: torch.Tensor
@@ -84,27 +91,22 @@ class BoundLoader:
             )
         if len(source) < batch:
             raise ValueError(
-                f"batch: expected at most the {len(source)} images of {source.name}, got {batch}. Lower batch or give more images."
+                f"batch: expected at most the {len(source)} images of {source.name}, got {batch}. "
+                "Lower batch or give more images."
             )
         self.steps_per_epoch = len(source) // batch
         self._views, self._device = views, device
         self._order = _Order(len(source), batch=batch, seed=seed, rank=rank, world=world)
         workers = settings.num_workers
-        self._loader = DataLoader(
+        self._loader = _data_loader(
             _ViewMaker(source, views, seed),
-            sampler=self._order,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
+            self._order,
+            workers,
             prefetch_factor=settings.prefetch if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
-            # forked: the source's pixels and paths are shared, not copied
-            multiprocessing_context="fork" if workers else None,
             pin_memory=device.type == "cuda",
-            # Else DataLoader draws its workers' seeds, which nothing uses, from the global generator.
-            generator=torch.Generator(),
         )
+        self._running = self._iterate(iter(()))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
@@ -114,16 +116,18 @@ class BoundLoader:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step: expected 0..{self.steps_per_epoch}, got {start_step}")
         assert self._loader is not None, "the loader is closed"
-        self._order.begin(epoch, start_step)
-        return self._iterate(iter(self._loader), self._order.turn)
+        self._running.close()
+        self._order.epoch, self._order.start_step = epoch, start_step
+        self._running = self._iterate(_begin(self._loader))
+        return self._running
 
-    def _iterate(self, made: Iterator["_Pixels"], turn: int) -> Iterator[Batch]:
+    def _iterate(self, made: Iterator["_Pixels | UnreadableImage"]) -> Generator[Batch, None, None]:
         for pixels in made:
             yield _batch(pixels, self._views, self._device)
-            assert turn == self._order.turn, "an epoch went on after another had begun"
 
     def close(self) -> None:
         """End the workers."""
+        self._running.close()
         self._loader = None  # the last reference to DataLoader's iterator, whose deletion ends them
 
 
@@ -136,17 +140,9 @@ def plain_batches(
     """
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
-    loader = DataLoader(
-        _PlainMaker(source, views),
-        sampler=[np.arange(i, min(i + batch, len(source))) for i in range(0, len(source), batch)],
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if num_workers else None,
-        generator=torch.Generator(),
-    )
-    for pixels in loader:
+    parts = [np.arange(i, min(i + batch, len(source))) for i in range(0, len(source), batch)]
+    loader = _data_loader(_PlainMaker(source, views), parts, num_workers)
+    for pixels in _begin(loader):
         made = _batch(pixels, views, torch.device("cpu"))
         yield made.views[0], made.label
 
@@ -157,6 +153,36 @@ def mixed_seed(*numbers: int) -> int:
     (torch's CPU generator keeps the lower 32: two streams in 4e9 coincide, which an augmentation can bear.)
     """
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
+def _data_loader(maker: Any, keys: Iterable[Any], num_workers: int, **options: Any) -> DataLoader:
+    """A DataLoader that takes one key a batch, and draws nothing from the caller's generators."""
+    with _any_number_of_workers():
+        return DataLoader(
+            maker,
+            sampler=keys,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            worker_init_fn=_start_worker,
+            # forked: the source's pixels and paths are shared, not copied
+            multiprocessing_context="fork" if num_workers else None,
+            generator=torch.Generator(),
+            **options,
+        )
+
+
+def _begin(loader: DataLoader) -> Iterator[Any]:
+    with _any_number_of_workers():
+        return iter(loader)
+
+
+@contextlib.contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """More workers than cores is the user's choice, and harmless: without DataLoader's warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 @dataclass(frozen=True)
@@ -177,12 +203,7 @@ class _Order:
     def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int):
         self.num_images, self.batch, self.seed = num_images, batch, seed
         self.part = slice(rank * batch // world, (rank + 1) * batch // world)
-        self.turn = 0
-        self.epoch, self.start_step = 0, 0
-
-    def begin(self, epoch: int, start_step: int) -> None:
-        self.epoch, self.start_step = epoch, start_step
-        self.turn += 1
+        self.epoch, self.start_step = 0, 0  # set before each iteration
 
     def __len__(self) -> int:
         return self.num_images // self.batch - self.start_step
@@ -243,7 +264,7 @@ def _batch(pixels: _Pixels | UnreadableImage, views: Views, device: torch.device
     )
 
 
-def _as_it_is(pixels: _Pixels) -> _Pixels:
+def _as_it_is(pixels: Any) -> Any:
     return pixels
 
 

@@ -144,13 +144,12 @@ class Views:
         return np.array(self._views[v].draw(image, self.sizes[v]))
 
     def plain_pixels(self, image: Image.Image) -> np.ndarray:
-        """The plain view before normalisation, uint8 [H, W, 3]."""
+        """The plain view before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
         short = round(self.size / self.plain_crop)
-        width = max(self.size, round(short * image.width / min(image.size)))
-        height = max(self.size, round(short * image.height / min(image.size)))
+        width, height = (short * side // min(image.size) for side in image.size)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return np.array(image.crop((left, top, left + self.size, top + self.size)))
 
     def normalise(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""Tiny sets that the tests write themselves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from caco.data.sources import ImagesInMemory
+from caco.data.views import View, Views
+
+
+def noise(size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def write_images() -> Callable[..., None]:
+    """write_images(folder, count, size=8, suffix=".png"): images 0000, 0001, ... in a folder."""
+
+    def write(folder: Path, count: int, size: int = 8, suffix: str = ".png") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(noise(size, i)).save(folder / f"{i:04d}{suffix}")
+
+    return write
+
+
+@pytest.fixture
+def noise_source() -> Callable[..., ImagesInMemory]:
+    """noise_source(count): as many different images, labelled 0, 1, 2, 0, ..."""
+
+    def make(count: int, size: int = 12) -> ImagesInMemory:
+        images = np.stack([noise(size, i) for i in range(count)])
+        return ImagesInMemory(images, name="noise", labels=np.arange(count) % 3, classes=["a", "b", "c"])
+
+    return make
+
+
+@pytest.fixture
+def two_views() -> Views:
+    """Two views of one kind and a smaller third, with every random step in use."""
+    kind = {"blur_p": 0.5, "solarize_p": 0.5, "rotate": 10.0, "shift": 0.1}
+    return Views(
+        size=8, views={"both": View(count=2, **kind), "small": View(size=6, **kind)}, mean=[0.5] * 3, std=[0.25] * 3
+    )

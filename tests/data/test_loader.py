@@ -1,0 +1,258 @@
+"""The loader: the same batches whatever makes them, and errors that come at once and say which file."""
+
+import contextlib
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from caco.data.datasets import folder
+from caco.data.loader import Batch, TorchLoader, plain_batches
+from caco.data.sources import ImagesInMemory
+from caco.data.views import View, Views
+
+
+def batches(source, views, epochs=(0,), *, workers=0, prefetch=2, batch=8, start_step=0, **options) -> list[Batch]:
+    loader = TorchLoader(num_workers=workers, prefetch=prefetch).bind(source, views, **{"batch": batch, "seed": 7} | options)
+    with contextlib.closing(loader):
+        return [one for epoch in epochs for one in loader.epoch(epoch, start_step)]
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.label, b.label)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+def by_image(made: list[Batch]) -> dict[int, list[torch.Tensor]]:
+    return {int(i): [view[row] for view in one.views] for one in made for row, i in enumerate(one.index)}
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (3, 2)])
+def test_workers_do_not_change_a_batch(noise_source, two_views, workers, prefetch):
+    source = noise_source(30)
+    alone = batches(source, two_views, epochs=(-1, 0, 1))
+    assert_same(batches(source, two_views, epochs=(-1, 0, 1), workers=workers, prefetch=prefetch), alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_inside_an_epoch_gives_the_rest_of_it(noise_source, two_views, workers):
+    source = noise_source(40)
+    whole = batches(source, two_views, epochs=(3,))
+    assert_same(batches(source, two_views, epochs=(3,), start_step=2, workers=workers), whole[2:])
+
+
+def test_an_epoch_left_early_does_not_leak_into_the_next(noise_source, two_views):
+    source = noise_source(40)
+    loader = TorchLoader(num_workers=2, prefetch=2).bind(source, two_views, batch=8, seed=7)
+    next(loader.epoch(0))
+    assert_same(list(loader.epoch(1)), batches(source, two_views, epochs=(1,)))
+    loader.close()
+
+
+def test_every_image_comes_at_most_once_an_epoch_and_the_rest_is_dropped(noise_source, two_views):
+    source = noise_source(30)
+    made = batches(source, two_views)
+    indices = torch.cat([one.index for one in made])
+    assert len(made) == 3 and len(indices) == 24 == len(indices.unique())
+    assert TorchLoader(num_workers=0).bind(source, two_views, batch=8, seed=7).steps_per_epoch == 3
+    assert torch.equal(torch.cat([one.label for one in made]), torch.from_numpy(source.labels)[indices])
+
+
+def test_order_and_views_differ_between_epochs_and_seeds(noise_source, two_views):
+    source = noise_source(32)
+    streams = [
+        batches(source, two_views, epochs=(epoch,), seed=seed) for epoch, seed in [(0, 7), (1, 7), (-1, 7), (-2, 7), (0, 8)]
+    ]
+    for a in range(len(streams)):
+        for b in range(a):
+            order = [torch.cat([one.index for one in stream]) for stream in (streams[a], streams[b])]
+            assert not torch.equal(*order)
+            ours, theirs = by_image(streams[a]), by_image(streams[b])
+            same = [torch.equal(ours[i][v], theirs[i][v]) for i in ours for v in range(3)]
+            assert not any(same)
+
+
+def test_views_and_samples_draw_apart(two_views):
+    """Equal images at different places get different views, and view 0 is not view 1."""
+    source = ImagesInMemory(np.repeat(np.random.default_rng(0).integers(0, 256, (1, 12, 12, 3), np.uint8), 16, 0), name="equal")
+    drawn = [view for pair in by_image(batches(source, two_views)).values() for view in pair[:2]]
+    assert len({view.numpy().tobytes() for view in drawn}) == 32
+
+
+def test_a_view_depends_on_seed_epoch_sample_and_view_alone(noise_source, two_views):
+    """Not on its place in the batch, nor on the batch's size, nor on the images before it."""
+    source = noise_source(32)
+    ours, theirs = by_image(batches(source, two_views, batch=8)), by_image(batches(source, two_views, batch=4))
+    for i in ours:
+        assert all(torch.equal(a, b) for a, b in zip(ours[i], theirs[i], strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_have_the_batch_of_one_process(noise_source, two_views, world):
+    source = noise_source(30)
+    one = batches(source, two_views, epochs=(0, 1))
+    parts = [batches(source, two_views, epochs=(0, 1), rank=rank, world=world) for rank in range(world)]
+    joined = [
+        Batch(
+            [torch.cat([part.views[v] for part in step]) for v in range(3)],
+            torch.cat([part.index for part in step]),
+            torch.cat([part.label for part in step]),
+        )
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, one)
+    assert all(len(part.index) == 8 // world for part in parts[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_caller_keeps_its_random_state(noise_source, two_views, workers):
+    source = noise_source(16)
+    before = torch.get_rng_state()
+    batches(source, two_views, workers=workers)
+    list(plain_batches(source, two_views, batch=8, num_workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_callers_random_state_does_not_change_a_batch(noise_source, two_views):
+    source = noise_source(16)
+    torch.manual_seed(1)
+    first = batches(source, two_views)
+    torch.manual_seed(2)
+    assert_same(batches(source, two_views), first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_plain_batches_are_complete_and_in_order(noise_source, two_views, workers):
+    source = noise_source(11)
+    made = list(plain_batches(source, two_views, batch=4, num_workers=workers))
+    assert [len(labels) for _, labels in made] == [4, 4, 3]
+    assert torch.equal(torch.cat([labels for _, labels in made]), torch.from_numpy(source.labels))
+    images = torch.cat([images for images, _ in made])
+    assert torch.equal(images, torch.stack([two_views.plain(source.image(i)) for i in range(11)]))
+
+
+def test_views_are_normalised_floats_in_channels_last(noise_source, two_views):
+    (one,) = batches(noise_source(8), two_views)
+    assert [tuple(view.shape) for view in one.views] == [(8, 3, 8, 8), (8, 3, 8, 8), (8, 3, 6, 6)]
+    for view in one.views:
+        assert view.dtype == torch.float32 and view.is_contiguous(memory_format=torch.channels_last)
+        assert view.min() >= -2 and view.max() <= 2 and view.min() < 0 < view.max()
+
+
+def test_unlabelled_images_have_label_minus_one(two_views):
+    source = ImagesInMemory(np.zeros((8, 12, 12, 3), np.uint8), name="unlabelled")
+    assert batches(source, two_views)[0].label.tolist() == [-1] * 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named_within_seconds(tmp_path: Path, write_images: Callable, two_views, workers):
+    write_images(tmp_path / "cat", 20)
+    (tmp_path / "cat" / "0013.png").write_bytes(b"not an image")
+    source = folder(root=str(tmp_path), in_memory_mb=0).pretrain
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"cat/0013\.png: expected an image that can be read, got Unidentified") as caught:
+        batches(source, two_views, batch=10, workers=workers)
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"cat/0013\.png"):
+        list(plain_batches(source, two_views, batch=10, num_workers=workers))
+    assert time.monotonic() - start < 10
+
+
+def test_workers_outlive_signals_to_the_whole_job_and_end_with_the_loader(noise_source, two_views):
+    source = noise_source(80)
+    others = multiprocessing.active_children()
+    loader = TorchLoader(num_workers=2, prefetch=1).bind(source, two_views, batch=8, seed=7)
+    running = loader.epoch(0)
+    made = [next(running)]
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    for name in ("USR2", "TERM", "INT"):  # sent by another process, as SLURM does to all processes of a step
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    made += list(running)
+    assert_same(made, batches(source, two_views))
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    loader.close()
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+
+
+def test_a_parent_that_ends_its_workers_is_obeyed(noise_source, two_views):
+    others = multiprocessing.active_children()
+    loader = TorchLoader(num_workers=1).bind(noise_source(16), two_views, batch=8, seed=7)
+    running = loader.epoch(0)
+    next(running)
+    (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+    list(running)
+    worker.terminate()
+    worker.join(5)
+    assert worker.exitcode == 0
+    loader.close()
+
+
+def test_a_program_that_fails_with_a_loader_open_ends_at_once(repo_root: Path):
+    script = """
+import numpy as np
+from caco.data.loader import TorchLoader
+from caco.data.sources import ImagesInMemory
+from caco.data.views import View, Views
+views = Views(size=8, views={"both": View(count=2)}, mean=[0.5] * 3, std=[0.5] * 3)
+source = ImagesInMemory(np.zeros((64, 8, 8, 3), np.uint8), name="black")
+loader = TorchLoader(num_workers=2).bind(source, views, batch=8, seed=0)
+running = loader.epoch(0)
+next(running)
+print("begun", flush=True)
+raise SystemExit(3)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=repo_root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    assert process.wait(timeout=12) == 3
+    process.stdout.close()
+
+
+class Threads:
+    """A source whose every pixel is the number of torch's threads where it is read."""
+
+    name, labels, classes = "threads", None, None
+
+    def __len__(self) -> int:
+        return 2
+
+    def image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (8, 8), (torch.get_num_threads(),) * 3)
+
+
+def test_workers_use_one_thread():
+    views = Views(size=8, plain_crop=1.0, views={"one": View()}, mean=[0.0] * 3, std=[1 / 255] * 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = {workers: next(plain_batches(Threads(), views, batch=2, num_workers=workers))[0].max() for workers in (0, 1)}
+    finally:
+        torch.set_num_threads(before)
+    assert seen[0] == pytest.approx(2) and seen[1] == pytest.approx(1)
+
+
+def test_what_does_not_fit_is_refused(noise_source, two_views):
+    source = noise_source(10)
+    with pytest.raises(ValueError, match="at most the 10 images of noise, got 16"):
+        TorchLoader(num_workers=0).bind(source, two_views, batch=16, seed=0)
+    with pytest.raises(ValueError, match=r"multiple of the 4 processes that share it, got 6\. Try batch=4"):
+        TorchLoader(num_workers=0).bind(source, two_views, batch=6, seed=0, world=4)
+    with pytest.raises(ValueError, match=r"start_step: expected 0\.\.2, got 3"):
+        TorchLoader(num_workers=0).bind(source, two_views, batch=5, seed=0).epoch(0, 3)
+    with pytest.raises(ValueError, match="num_workers: expected 0 or more, got -1"):
+        TorchLoader(num_workers=-1)
+    with pytest.raises(ValueError, match="prefetch: expected at least 1 batch, got 0"):
+        TorchLoader(prefetch=0)
+    with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
+        next(plain_batches(source, two_views, batch=0))
