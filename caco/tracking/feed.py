@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import logging
-import math
 import os
 import re
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 
 from caco.tracking.files import locked, read_json
 from caco.tracking.ledger import read_rows
-from caco.tracking.watermark import Watermark, milliseconds, points, sending
+from caco.tracking.watermark import Watermark, is_finite, milliseconds, points, sending
 
 _log = logging.getLogger(__name__)
 
@@ -198,16 +197,17 @@ class Feed:
         return len(rows)
 
     def _metrics(self, rows: list[dict[str, Any]]) -> list[Any]:
+        """The rows' numbers as KIND/NAME: the loss of a step and that of an epoch are two series."""
         from mlflow.entities import Metric
 
         metrics = []
         for row in rows:
-            for point, value in points(row):
-                time = self.mark.rolled_back.get(point, milliseconds(row))
-                if not _is_finite(value):
-                    self._non_finite.add(point[2])
-                elif time is not None:
-                    metrics.append(Metric(_name(point[2]), float(value), time, row["step"]))
+            for (kind, step, name), value in points(row):
+                old = self.mark.rolled_back.get((kind, step, name), (milliseconds(row), value))
+                if not is_finite(value):
+                    self._non_finite.add(f"{kind}/{name}")
+                elif old is not None:
+                    metrics.append(Metric(_name(f"{kind}/{name}"), float(old[1]), old[0], step))
         return metrics
 
     def _log(self, metrics: list[Any]) -> None:
@@ -224,7 +224,7 @@ class Feed:
         rows = read_rows(self.run_dir / "ledger.jsonl")[0]
         # The last row's time, so that ending twice sends the same points.
         step, time = (rows[-1]["step"], milliseconds(rows[-1])) if rows else (0, 0)
-        numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and _is_finite(v)}
+        numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and is_finite(v)}
         self._log([Metric(_name(f"final/{k}"), float(v), time, step) for k, v in numbers.items()])
         if summary:
             self._artifact(self.run_dir / "summary.json", summary)
@@ -250,13 +250,6 @@ def first_line(error: Exception) -> str:
 def _name(name: str) -> str:
     """`name` with what MLflow does not take in a name replaced."""
     return re.sub(r"[^\w.\-/ :]", "_", name)[:250]
-
-
-def _is_finite(value: float | int) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond the floats
-        return False
 
 
 def _chunks(items: list[Any], size: int) -> list[list[Any]]:

@@ -15,12 +15,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace `path` by `content`: whoever reads it sees the old file or the new one, never half of one.
 
     Raises:
+        ValueError: there is a float in it that JSON has no word for.
         OSError: the disk is full or not writable; the old file is still there.
     """
+    text = json.dumps(content, indent=1, allow_nan=False)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "w") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -1,6 +1,5 @@
 """The ledger: the record of a run, one JSON line a row, written before anything else sees the numbers."""
 
-import contextlib
 import json
 import logging
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from caco.tracking import watermark
-from caco.tracking.files import locked, process_start, read_json, write_json
+from caco.tracking.files import process_start, read_json, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -151,14 +150,10 @@ class Ledger:
 class LedgerTracker:
     """Tracks a run in its directory alone; `python -m caco.tracking.sync` can send it to MLflow at any time.
 
-    Files: ledger.jsonl (the record), tracking.json (name, parameters, tags, process, status), tracking.lock.
+    Files: ledger.jsonl (the record), tracking.json (name, parameters, tags, process, status).
     """
 
-    # A requeued job may start while the one before it is still dying.
-    lock_wait_s = 15.0
-
     def __init__(self) -> None:
-        self._locks = contextlib.ExitStack()
         self._ledger: Ledger | None = None
 
     def start(
@@ -174,36 +169,28 @@ class LedgerTracker:
 
         Raises:
             ValueError: the ledger has fewer rows than the checkpoint saw written.
-            BlockingIOError: another process is training in this directory.
+            BlockingIOError: another process has been sending this run to MLflow for a minute.
         """
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        about = run_dir / "tracking.json"
-        with contextlib.ExitStack() as locks:
-            try:
-                locks.enter_context(locked(run_dir / "tracking.lock", wait_s=self.lock_wait_s))
-            except BlockingIOError as error:
-                other = read_json(about)
-                message = f"in use by process {other.get('pid')} on {other.get('host')}; one run a directory"
-                raise BlockingIOError(error.errno, message, str(run_dir)) from error
-            ledger = Ledger(run_dir / "ledger.jsonl")
-            num_rows = state["rows"] if state else 0
-            if num_rows < len(ledger):
-                # First what MLflow has of the rows, then the rows: a kill in between forgets nothing.
-                watermark.roll_back(run_dir, ledger.rows(), num_rows, wait_s=self.lock_wait_s)
-            ledger.truncate(num_rows)
-            content = {
-                "run_name": run_name,
-                "params": {name: _text(value) for name, value in params.items()},
-                "tags": {name: _text(value) for name, value in tags.items()},
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "process_start": process_start(os.getpid()),
-                "status": "RUNNING",
-            }
-            write_json(about, content)
-            self._locks = locks.pop_all()
-        self._about, self._ledger = about, ledger
+        ledger = Ledger(run_dir / "ledger.jsonl")
+        num_rows = state["rows"] if state else 0
+        if num_rows < len(ledger):
+            # First what MLflow has of the rows, then the rows: a kill in between forgets nothing.
+            watermark.roll_back(run_dir, ledger.rows(), num_rows, wait_s=60)
+        ledger.truncate(num_rows)
+        about = {
+            "run_name": run_name,
+            "params": {name: _text(value) for name, value in params.items()},
+            "tags": {name: _text(value) for name, value in tags.items()},
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_start": process_start(os.getpid()),
+            "status": "RUNNING",
+        }
+        self._about = run_dir / "tracking.json"
+        write_json(self._about, about)
+        self._ledger = ledger
 
     def log(self, step: int, values: dict[str, float | int | str], kind: str = "train") -> None:
         """Add one row to the ledger; raises OSError, with its path, when the disk is full."""
@@ -227,8 +214,6 @@ class LedgerTracker:
         except OSError as error:
             # Often the very disk error that ends the run, on its way up already.
             _log.warning("the run's end is not recorded: %s", error)
-        finally:
-            self._locks.close()
 
 
 def _text(value: Any) -> str:

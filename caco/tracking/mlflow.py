@@ -76,7 +76,10 @@ class MLflowTracker:
         return {**state, "mlflow_run_id": mark.run_id, "sent": min(mark.sent, state["rows"])}
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        """End the run with FINISHED, FAILED or KILLED; waits no longer than `finish_seconds` for MLflow."""
+        """End the run with FINISHED, FAILED or KILLED; waits no longer than `finish_seconds` for MLflow.
+
+        Write summary.json first: what does not arrive in time, sync reads from the run directory.
+        """
         self._ledger.finish(status, summary)
         feeder, self._feeder = self._feeder, None
         if feeder is None:

@@ -1,6 +1,7 @@
 """How far a run's ledger is in MLflow: the side file mlflow.json, kept apart from checkpoints because it runs ahead."""
 
 import dataclasses
+import math
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ class Watermark:
     """What MLflow has of a run directory.
 
     Before a batch leaves, `attempted` moves; after it arrived, `sent`. Between the two a kill leaves rows of which
-    nobody here knows whether they arrived: they are sent again, with their old times, and MLflow keeps one of two
+    nobody here knows whether they arrived: they are sent again, with their old times and values, and MLflow keeps one of two
     equal points.
     """
 
@@ -26,20 +27,21 @@ class Watermark:
     sent: int = 0  # ledger rows
     attempted: int = 0
     closed: str = ""  # the final status that MLflow has
-    # Points that were rolled back after they had been sent (None) or perhaps sent (their time, in ms).
-    rolled_back: dict[Point, int | None] = dataclasses.field(default_factory=dict)
+    # Points that were rolled back after they had been sent (None) or perhaps sent (their time in ms, and value).
+    rolled_back: dict[Point, tuple[int, float] | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, run_dir: Path) -> "Watermark":
         """That of `run_dir`, or a fresh one."""
         content = read_json(_path(run_dir))
-        points = {(kind, step, name): time for kind, step, name, time in content.pop("rolled_back", [])}
-        return cls(**content, rolled_back=points)
+        entries = content.pop("rolled_back", [])
+        rolled_back = {(kind, step, name): old and tuple(old) for kind, step, name, old in entries}
+        return cls(**content, rolled_back=rolled_back)
 
     def save(self, run_dir: Path) -> None:
         """Write it, atomically."""
         content = dataclasses.asdict(self)
-        content["rolled_back"] = [[*point, time] for point, time in self.rolled_back.items()]
+        content["rolled_back"] = [[*point, old] for point, old in self.rolled_back.items()]
         write_json(_path(run_dir), content)
 
     def restart(self) -> None:
@@ -54,12 +56,13 @@ class Watermark:
         By point and not by row number: the cadence of logging may be another after a resume.
         """
         kept = {point for row in rows[:num_rows] for point, _ in points(row)}
-        self.rolled_back = {point: time for point, time in self.rolled_back.items() if point not in kept}
+        self.rolled_back = {point: old for point, old in self.rolled_back.items() if point not in kept}
         for number, row in enumerate(rows[num_rows : self.attempted], start=num_rows):
-            for point, _ in points(row):
-                # A point known from an earlier roll-back is in MLflow with that time, not this row's.
-                earlier = self.rolled_back.get(point, milliseconds(row))
-                self.rolled_back[point] = None if number < self.sent else earlier
+            for point, value in points(row):
+                if is_finite(value):  # MLflow gets no others
+                    # A point known from an earlier roll-back is in MLflow as it was then, not as in this row.
+                    old = self.rolled_back.get(point, (milliseconds(row), value))
+                    self.rolled_back[point] = None if number < self.sent else old
         self.sent = min(self.sent, num_rows)
         self.attempted = min(self.attempted, num_rows)
 
@@ -86,6 +89,14 @@ def points(row: dict[str, Any]) -> list[tuple[Point, float | int]]:
     """A row's numbers, each with the point that it is of its series."""
     values = ((name, value) for name, value in row.items() if name not in ("kind", "step", "time"))
     return [((row["kind"], row["step"], name), v) for name, v in values if not isinstance(v, str)]
+
+
+def is_finite(value: float | int) -> bool:
+    """Whether it is a finite float, or an int that can become one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def milliseconds(row: dict[str, Any]) -> int:

@@ -200,30 +200,6 @@ def test_a_checkpoint_that_counts_more_rows_than_there_are_is_refused(tmp_path):
         started(tmp_path, {"rows": 3, "mlflow_run_id": "", "sent": 0})
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from caco.tracking.ledger import LedgerTracker
-tracker = LedgerTracker()
-tracker.start(Path(sys.argv[1]), params={}, tags={}, run_name="", state=None)
-print("on", flush=True)
-time.sleep(60)
-"""
-
-
-def test_two_processes_cannot_train_in_one_directory_and_a_killed_one_leaves_it_free(tmp_path, monkeypatch):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "on\n"
-        monkeypatch.setattr(LedgerTracker, "lock_wait_s", 0.2)
-        with pytest.raises(BlockingIOError, match=f"in use by process {process.pid} on"):
-            started(tmp_path)
-    finally:
-        process.kill()
-        process.communicate()
-    started(tmp_path).finish("FINISHED", {})
-
-
 def test_the_directory_says_how_the_run_ended_and_what_it_was(tmp_path):
     tracker = started(tmp_path)
     about = json.loads((tmp_path / "tracking.json").read_text())

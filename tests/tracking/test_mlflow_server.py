@@ -1,0 +1,226 @@
+"""A real `mlflow server` that is slow, hangs, loses its answers, goes away and is killed: the run notices nothing."""
+
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from caco.tracking.ledger import Ledger
+from caco.tracking.mlflow import MLflowTracker
+from caco.tracking.sync import main
+
+
+class Wire:
+    """A TCP relay before the server: "through", "slow" (0.7 s an answer), "hangs", "loses answers" or "cut"."""
+
+    def __init__(self, port):
+        self.mode, self._upstream = "through", port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.mode == "cut":
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(("127.0.0.1", self._upstream))
+            except OSError:
+                client.close()
+                continue
+            for source, sink, answers in ((client, server, False), (server, client, True)):
+                threading.Thread(target=self._relay, args=(source, sink, answers), daemon=True).start()
+
+    def _relay(self, source, sink, answers):
+        with source, sink:
+            try:
+                while data := source.recv(1 << 16):
+                    if self.mode == "cut" or (answers and self.mode == "loses answers"):
+                        break
+                    while self.mode == "hangs":
+                        time.sleep(0.05)
+                    if answers and self.mode == "slow":
+                        time.sleep(0.7)
+                    sink.sendall(data)
+                for end in (source, sink):
+                    end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the other direction has closed both
+
+    def close(self):
+        self._listener.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(port, database, process) of a real server; its start takes up to half a minute."""
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    directory = tmp_path_factory.mktemp("server")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    database = f"sqlite:///{directory}/mlflow.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
+    command += ["--artifacts-destination", str(directory / "artifacts"), "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with open(directory / "log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=directory, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                assert process.poll() is None and time.monotonic() < deadline, (directory / "log").read_text()[-3000:]
+                time.sleep(0.2)
+        yield port, database, process
+    finally:
+        kill_group(process)
+
+
+def kill_group(process):
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def wire(server, monkeypatch):
+    # So that the feeder's own retries are what is tested, and a hanging request ends within the test.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    wire = Wire(server[0])
+    yield wire
+    wire.close()
+
+
+@pytest.fixture
+def there(server, look):
+    """What the server's database holds in this test's experiment."""
+    return type(look)(server[1], look.experiment)
+
+
+def begin(wire, experiment, run_dir, **arguments):
+    tracker = MLflowTracker(uri=wire.uri, experiment=experiment, feed_seconds=0.05, **arguments)
+    (run_dir / "config.yaml").write_text("batch: 64\n")
+    tracker.start(run_dir, params={"bank.size": 8192}, tags={}, run_name="n", state=None)
+    return tracker
+
+
+def log(tracker, first, last, pause=0.0):
+    """Rows `first` to `last` - 1; the median time that log() took, in seconds."""
+    seconds = []
+    for step in range(first, last):
+        began = time.perf_counter()
+        tracker.log(step, {"loss": step / 7, "lr": 1 / (step + 1)})
+        seconds.append(time.perf_counter() - began)
+        time.sleep(pause)
+    return statistics.median(seconds)
+
+
+def expected(num_rows):
+    return [(step, step / 7) for step in range(num_rows)]
+
+
+def sent(tracker):
+    return tracker.state_dict()["sent"]
+
+
+def test_all_arrives_through_http(wire, there, tmp_path):
+    tracker = begin(wire, there.experiment, tmp_path, finish_seconds=30)
+    log(tracker, 0, 600)
+    tracker.finish("FINISHED", {"knn_top1": 90.5})
+    assert there.points("train/loss") == expected(600)
+    assert there.points("final/knn_top1") == [(599, 90.5)]
+    assert there.run().data.params == {"bank.size": "8192"}
+    assert there.run().info.status == "FINISHED"
+    through = type(there)(wire.uri, there.experiment)
+    assert through.artifacts() == ["config.yaml", "summary.json"]
+
+
+@pytest.mark.parametrize("mode", ["slow", "hangs"])
+def test_a_server_that_answers_late_or_never_takes_no_time_and_loses_nothing(
+    wire, there, tmp_path, eventually, caplog, mode
+):
+    tracker = begin(wire, there.experiment, tmp_path, finish_seconds=1.0)
+    log(tracker, 0, 10)
+    eventually(lambda: sent(tracker) == 10)
+    wire.mode = mode
+    assert log(tracker, 10, 300, pause=0.01) < 0.002
+    began = time.perf_counter()
+    feeder = tracker._feeder
+    tracker.finish("FINISHED", {})
+    assert time.perf_counter() - began < 2.0
+    assert len(Ledger(tmp_path / "ledger.jsonl")) == 300
+    assert f"python -m caco.tracking.sync {tmp_path}" in caplog.messages[-1]
+    # The end of the process, which takes the feeder with it.
+    feeder.attempt = lambda: None
+    wire.mode = "cut"
+    feeder.join()
+    feeder.feed.release()
+    wire.mode = "through"
+    assert main([str(tmp_path)]) == 0  # to the server that it knows
+    assert there.points("train/loss") == expected(300)
+    assert there.run().info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("mode", ["loses answers", "cut"])
+def test_an_outage_during_a_run_is_made_up_for_when_it_is_over(wire, there, tmp_path, eventually, caplog, mode):
+    tracker = begin(wire, there.experiment, tmp_path, finish_seconds=30)
+    log(tracker, 0, 10)
+    eventually(lambda: sent(tracker) == 10)
+    wire.mode = mode
+    log(tracker, 10, 60, pause=0.02)
+    wire.mode = "through"
+    log(tracker, 60, 80)
+    eventually(lambda: sent(tracker) == 80)
+    tracker.finish("FINISHED", {})
+    assert there.points("train/loss") == expected(80)
+    assert there.run().info.status == "FINISHED"
+    assert len(caplog.messages) == 1  # one line for the outage, none at the end
+    assert "training goes on" in caplog.messages[0]
+
+
+def test_a_run_whose_creation_was_not_answered_is_created_once(wire, there, tmp_path, eventually):
+    wire.mode = "loses answers"
+    tracker = begin(wire, there.experiment, tmp_path, finish_seconds=30)
+    log(tracker, 0, 30, pause=0.02)
+    wire.mode = "through"
+    eventually(lambda: sent(tracker) == 30)
+    tracker.finish("FINISHED", {})
+    assert there.points("train/loss") == expected(30)  # of the only run
+
+
+def test_a_server_killed_during_a_run_loses_nothing_after_a_sync(server, wire, there, tmp_path, eventually, caplog):
+    tracker = begin(wire, there.experiment, tmp_path)
+    log(tracker, 0, 100)
+    eventually(lambda: sent(tracker) == 100)
+    kill_group(server[2])
+    assert log(tracker, 100, 400, pause=0.005) < 0.002
+    (tmp_path / "summary.json").write_text('{"knn_top1": 90.5}')
+    tracker.finish("FINISHED", {"knn_top1": 90.5})
+    assert there.points("train/loss") == expected(100)
+    assert len(caplog.messages) == 2
+    # Its database survived it; a sync to there goes on with the same run.
+    assert main([str(tmp_path), "--uri", server[1]]) == 0
+    assert main([str(tmp_path), "--uri", server[1]]) == 0
+    assert there.points("train/loss") == expected(400)
+    assert there.points("final/knn_top1") == [(399, 90.5)]
+    assert there.run().info.status == "FINISHED"
