@@ -1,0 +1,26 @@
+"""What all tests share: where things are, and few threads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """Small tensors are faster, and sums come in one order, with one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data(repo_root: Path) -> Path:
+    """The folder of zipped image sets that may lie beside the checkout."""
+    folder = repo_root.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the image sets in {folder}, which is not there")
+    return folder
