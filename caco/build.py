@@ -1,6 +1,7 @@
 """From a checked configuration to a Trainer: the only place where components meet their settings."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
 from caco.optimizers import Schedule
 from caco.tracking.environment import environment
-from caco.tracking.files import write_json
+from caco.tracking.files import read_json, write_json
 from caco.trainer import Trainer
 
 
@@ -111,7 +112,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         state, path = newest
         trainer.load_state_dict(state)
         if main:
-            print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", flush=True)
+            print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
+        if trainer.step == trainer.total_steps and (run_dir / "summary.json").exists():
+            loader.close()
+            distributed.stop()
+            return read_json(run_dir / "summary.json")
 
     status = "FAILED"
     summary: dict = {}

@@ -19,7 +19,7 @@ class FifoBank(nn.Module):
         seed: of the random rows that the queue starts with.
     """
 
-    filled_by_keys = False
+    filling_passes = 0  # it fills itself as it goes
 
     def __init__(self, *, size: int, dim: int, seed: int):
         super().__init__()

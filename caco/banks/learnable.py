@@ -29,6 +29,8 @@ class LearnableBank(nn.Module):
             sphere after each step (`equations.bank_update`).
         initialisation: "keys": the encoder trains for K/B steps while momentum keys overwrite the rows in order, as
             published; "random": uniform on the sphere.
+        filling_passes: how many times the keys go over all rows before epoch 0; 1 as published. The published 64 steps
+            (65,536 rows, batch 1024) become a handful in a small run, too few for the encoder's embeddings to spread.
 
     Source: arXiv 2203.14370, Eqs. 6-11.
     """
@@ -48,6 +50,7 @@ class LearnableBank(nn.Module):
         temperature: float | None = None,
         reading: Literal["code", "paper"] = "code",
         initialisation: Literal["keys", "random"] = "keys",
+        filling_passes: int = 1,
     ):
         super().__init__()
         for name, value in {"pull": pull, "push": push, "lr": lr, "warmup_epochs": warmup_epochs}.items():
@@ -59,11 +62,13 @@ class LearnableBank(nn.Module):
             raise ValueError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
         if lr_reference_batch is not None and lr_reference_batch < 1:
             raise ValueError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
+        if filling_passes < 1:
+            raise ValueError(f"bank.filling_passes must be at least 1 (initialisation=random fills by no keys); got {filling_passes}")
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0)
         self.size, self.pull, self.push = size, pull, push
         self.lr, self.lr_reference_batch, self.warmup_epochs = lr, lr_reference_batch, warmup_epochs
         self.momentum, self.temperature, self.reading = momentum, temperature, reading
-        self.filled_by_keys = initialisation == "keys"
+        self.filling_passes = filling_passes if initialisation == "keys" else 0
 
     def base_lr(self, batch: int) -> float:
         """The rate after warm-up for a global batch."""

@@ -106,7 +106,7 @@ class Contrastive(nn.Module):
             )
         if bank is None and (negatives.bank_rows or isinstance(positives, NearestKey)):
             raise ValueError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
-        if bank is not None and bank.filled_by_keys and momentum is None:
+        if bank is not None and bank.filling_passes and momentum is None:
             raise ValueError("bank.initialisation=keys needs a momentum twin; got method.momentum=null")
         self.encoder, self.bank = encoder, bank
         self.twin = MomentumTwin(encoder) if momentum is not None else None
@@ -179,7 +179,8 @@ class Contrastive(nn.Module):
     # The published initialisation: before epoch 0 the encoder trains for K/B steps against the bank that its keys fill.
 
     def filling_steps(self, batch: int) -> int:
-        return -(-self.bank.size // batch) if self.bank is not None and self.bank.filled_by_keys else 0
+        """Steps before epoch 0: as many as the keys of so large a batch need for the bank's rows, for each pass."""
+        return self.bank.filling_passes * -(-self.bank.size // batch) if self.bank is not None else 0
 
     def filling_loss(self, views: list[Tensor]) -> Outputs:
         """InfoNCE (Eq. 1) in one direction, the other view as positive, the partly filled bank as negatives."""
@@ -191,9 +192,9 @@ class Contrastive(nn.Module):
         return Outputs(score.loss_B.mean(), {})
 
     def fill_bank(self, step: int) -> None:
-        """Write the keys of filling step `step` over the next rows, in order."""
+        """Write the keys of filling step `step` over the next rows, in order; a pass ends at the last row."""
         keys_GD = torch.cat(self.keys)
-        start = step * len(keys_GD)
+        start = step % -(-self.bank.size // len(keys_GD)) * len(keys_GD)
         self.bank.rows.write(keys_GD[: self.bank.size - start], start)
         self.keys.clear()
 

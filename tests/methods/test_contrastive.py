@@ -1,0 +1,229 @@
+"""Every P/N setting of Table VII computes the loss that the paper defines for it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from caco import equations as eq
+from caco.banks.fifo import FifoBank
+from caco.banks.learnable import LearnableBank
+from caco.methods import sources
+from caco.methods.contrastive import Contrastive, Term, pair_terms
+
+B, D, K, TAU = 6, 5, 11, 0.2
+
+
+class Flat(nn.Module):
+    """An encoder one can compute by hand: pixels, a matrix, the unit sphere."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Flatten()
+        self.matrix = nn.Linear(12, D, bias=False)
+
+    def forward(self, images):
+        return F.normalize(self.matrix(self.backbone(images)), dim=1)
+
+
+def build(positives, negatives, bank, **settings):
+    torch.manual_seed(0)
+    encoder = Flat().double()
+    method = Contrastive(
+        encoder=encoder, bank=bank, positives=positives, negatives=negatives, temperature=TAU, **settings
+    ).double()
+    if method.twin is not None:  # a twin that differs from its encoder, or the tests could not tell them apart
+        with torch.no_grad():
+            method.twin.encoder.matrix.weight.add_(0.1 * torch.randn(D, 12, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(B, 3, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
+    return method, views
+
+
+def dense_logits(positive_B, others_BE):
+    return torch.cat([positive_B[:, None], others_BE], 1) / TAU
+
+
+def others_of(q, k):
+    """Cosines with the keys of the other images, by a loop."""
+    return torch.stack([torch.cat([q[i] @ torch.cat([k[:i], k[i + 1 :]]).T]) for i in range(len(q))])
+
+
+def expected(setting, q, k, m):
+    """One direction of each row of Table VII, written out as paper and notes define it."""
+    if setting == "both":
+        return eq.contrastive_loss(q, m, eq.most_probable_positive(k, m), TAU).mean()
+    if setting == "negative":
+        return eq.info_nce(q, k, m, TAU)
+    positive = k if setting == "none" else m[eq.most_probable_positive(k, m)]
+    logits = dense_logits((q * positive).sum(1), others_of(q, k))
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
+
+
+SETTINGS = {
+    "none": (sources.OtherView, sources.BatchKeys, None),
+    "positive": (sources.NearestKey, sources.BatchKeys, FifoBank),
+    "negative": (sources.OtherView, sources.BankRows, LearnableBank),
+    "both": (sources.BankRow, sources.BankRows, LearnableBank),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_loss_and_encoder_gradient_of_each_row_of_table_7(setting):
+    positives, negatives, bank = SETTINGS[setting]
+    method, views = build(positives(), negatives(), bank and bank(size=K, dim=D, seed=0))
+    loss = method(views).loss
+    loss.backward()
+    gradient = method.encoder.matrix.weight.grad.clone()
+
+    method.zero_grad()
+    m = None if bank is None else F.normalize(method.bank.rows.weight.detach(), dim=1)
+    dense = sum(
+        expected(setting, method.encoder(views[a]), method.twin(views[b]), m) for a, b in ((0, 1), (1, 0))
+    )
+    dense.backward()
+    assert torch.allclose(loss, dense, atol=1e-12)
+    assert torch.allclose(gradient, method.encoder.matrix.weight.grad, atol=1e-12)
+
+
+def test_caco_s_bank_takes_the_sum_of_both_directions():
+    method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0, lr=1.0))
+    w = method.bank.rows.weight.detach().clone()
+    method(views).loss.backward()
+    gradient = sum(
+        eq.bank_gradient(
+            method.encoder(views[a]),
+            w,
+            eq.most_probable_positive(method.twin(views[b]), F.normalize(w, dim=1)),
+            TAU,
+        )
+        for a, b in ((0, 1), (1, 0))
+    )
+    assert torch.allclose(method.bank.rows.weight.grad, gradient, atol=1e-12)
+    method.update_bank(lr=1.0)
+    assert torch.allclose(method.bank.rows.weight, w - gradient, atol=1e-12)
+
+
+def test_the_negative_setting_pushes_rows_and_pulls_none():
+    bank = LearnableBank(size=K, dim=D, seed=0, pull=0.0, push=1.0)
+    method, views = build(sources.OtherView(), sources.BankRows(), bank, symmetric=False)
+    w = bank.rows.weight.detach().clone()
+    method(views).loss.backward()
+    q, k = method.encoder(views[0]).detach(), method.twin(views[1])
+    extra = (q * k).sum(1, keepdim=True)
+    dense = eq.bank_gradient(q, w, torch.full((B,), K), TAU, pull=0, push=1, extra_BE=extra)
+    assert torch.allclose(bank.rows.weight.grad, dense, atol=1e-12)
+
+
+def test_the_queue_of_the_positive_setting_takes_the_keys_of_both_views_after_the_step():
+    method, views = build(sources.NearestKey(), sources.BatchKeys(), FifoBank(size=2 * B, dim=D, seed=0))
+    before = method.bank.rows.weight.clone()
+    method(views).loss.backward()
+    assert torch.equal(method.bank.rows.weight, before)
+    method.update_bank(lr=0.0)
+    assert torch.allclose(method.bank.rows.weight, torch.cat([method.twin(views[0]), method.twin(views[1])]))
+    assert method.keys == []
+
+
+def test_adco_s_denominator_has_the_bank_and_the_batch():
+    bank = LearnableBank(size=K, dim=D, seed=0, pull=0.0, push=1.0, temperature=0.05)
+    method, views = build(sources.OtherView(), sources.BankRowsAndBatchKeys(), bank, reduction="mean")
+    w = bank.rows.weight.detach().clone()
+    m = F.normalize(w, dim=1)
+    loss = method(views).loss
+    loss.backward()
+    dense, gradient = 0.0, 0.0
+    for a, b in ((0, 1), (1, 0)):
+        q, k = method.encoder(views[a]).detach(), method.twin(views[b])
+        everything = torch.cat([q @ m.T, q @ k.T], 1)
+        own = K + torch.arange(B)
+        dense += F.cross_entropy(everything / TAU, own) / 2
+        gradient += eq.bank_gradient(q, w, own, 0.05, pull=0, push=1, extra_BE=q @ k.T) / 2
+    assert torch.allclose(loss, dense, atol=1e-12)
+    assert torch.allclose(bank.rows.weight.grad, gradient, atol=1e-12)
+
+
+def test_without_a_twin_keys_carry_gradients_and_both_views_are_negatives():
+    """SimCLR: 2B - 2 negatives, written out as the usual matrix over all 2B embeddings."""
+    method, views = build(
+        sources.OtherView(), sources.BatchBothViews(), None, momentum=None, reduction="mean"
+    )
+    loss = method(views).loss
+    loss.backward()
+    gradient = method.encoder.matrix.weight.grad.clone()
+    method.zero_grad()
+    z = torch.cat([method.encoder(views[0]), method.encoder(views[1])])
+    cosines = (z @ z.T / TAU).masked_fill(torch.eye(2 * B, dtype=torch.bool), -torch.inf)
+    dense = F.cross_entropy(cosines, torch.arange(2 * B).roll(B))
+    dense.backward()
+    assert torch.allclose(loss, dense, atol=1e-12)
+    assert torch.allclose(gradient, method.encoder.matrix.weight.grad, atol=1e-12)
+
+
+def test_which_view_queries_which_key():
+    assert pair_terms(2, 0, symmetric=True, reduction="sum") == [Term(1, 0, 1.0), Term(0, 1, 1.0)]
+    assert pair_terms(2, 0, symmetric=True, reduction="mean") == [Term(1, 0, 0.5), Term(0, 1, 0.5)]
+    assert pair_terms(2, 0, symmetric=False, reduction="sum") == [Term(0, 1, 1.0)]
+    many = pair_terms(2, 6, symmetric=True, reduction="sum")  # the published multi-crop: 2 large and 12 small terms
+    assert [term.weight for term in many] == pytest.approx([1 / 2] * 2 + [1 / 12] * 12)
+    assert {term.key for term in many} == {0, 1}
+    assert {(t.query, t.key) for t in many[2:]} == {(q, k) for q in range(2, 8) for k in (0, 1)}
+
+
+def test_filling_writes_the_keys_in_order_and_then_copies_the_encoder_to_the_twin():
+    method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=10, dim=D, seed=0))
+    assert method.filling_steps(B) == 2
+    rows = method.bank.rows.weight.detach().clone()
+    loss = method.filling_loss(views).loss
+    q, k = method.encoder(views[0]), method.twin(views[1])
+    assert torch.allclose(loss, eq.info_nce(q, k, F.normalize(rows, dim=1), 0.2), atol=1e-12)
+    loss.backward()
+    assert method.bank.rows.weight.grad is None, "rows are overwritten, not learned, while the bank fills"
+    method.fill_bank(0)
+    assert torch.equal(method.bank.rows.weight, torch.cat([k, rows[B:]]))
+    method.filling_loss(list(reversed(views)))
+    method.fill_bank(1)
+    assert torch.allclose(method.bank.rows.weight, torch.cat([k, method.twin(views[0])[:4]]))
+    method.filling_loss(views)
+    method.fill_bank(2)  # a second pass begins at the first row again
+    assert torch.equal(method.bank.rows.weight[:B], k)
+    method.finish_filling()
+    assert torch.equal(method.twin.encoder.matrix.weight, method.encoder.matrix.weight)
+    assert method.keys == []
+
+
+def test_the_probability_of_figure_4():
+    method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0), symmetric=False)
+    metrics = method(views).metrics
+    m = F.normalize(method.bank.rows.weight.detach(), dim=1)
+    q = method.encoder(views[0])
+    p = eq.probabilities(q, m, TAU)
+    assert torch.allclose(metrics["max_probability"], p.amax(1).mean(), atol=1e-12)
+    chosen = eq.most_probable_positive(method.twin(views[1]), m)
+    assert torch.allclose(metrics["positive_probability"], p[torch.arange(B), chosen].mean(), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((sources.BankRow(), sources.BatchKeys(), None), "needs the bank's rows as negatives; got BankRow with BatchKeys"),
+        ((sources.OtherView(), sources.BankRows(), None), "needs a bank; got bank=null"),
+        ((sources.NearestKey(), sources.BatchKeys(), None), "needs a bank; got bank=null"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(*arguments)
+
+
+def test_filling_by_keys_needs_a_twin():
+    with pytest.raises(ValueError, match="needs a momentum twin"):
+        build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0), momentum=None)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"momentum": 1.5}])
+def test_impossible_numbers_are_refused(wrong):
+    with pytest.raises(ValueError, match="got"):
+        Contrastive(
+            encoder=Flat(), bank=None, positives=sources.OtherView(), negatives=sources.BatchKeys(), **wrong
+        )

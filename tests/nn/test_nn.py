@@ -1,0 +1,100 @@
+"""Backbones, projectors and the twin are what the paper's recipe says."""
+
+import pytest
+import torch
+from torch import nn
+
+from caco.nn.backbones import feature_width, small_resnet, timm_backbone
+from caco.nn.heads import Encoder, Projector
+from caco.nn.twin import MomentumTwin
+
+
+def test_resnet50_is_torchvision_s_resnet50():
+    """The published code trains torchvision's; timm's must have the same parameters and initial scale."""
+    import torchvision
+
+    ours, theirs = timm_backbone(name="resnet50"), torchvision.models.resnet50()
+    del theirs.fc
+    assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
+    assert ours.num_features == 2048
+    assert (ours.layer1[0].bn3.weight == 1).all(), "no residual branch starts at zero"
+
+
+def test_the_two_resnets_compute_the_same():
+    import torchvision
+
+    ours, theirs = timm_backbone(name="resnet18").eval(), torchvision.models.resnet18().eval()
+    theirs.fc = nn.Identity()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+
+
+def test_the_cifar_stem_keeps_the_resolution():
+    model = timm_backbone(name="resnet18", cifar_stem=True)
+    assert model.maxpool(model.conv1(torch.zeros(1, 3, 32, 32))).shape == (1, 64, 32, 32)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+
+
+@pytest.mark.parametrize("size", [16, 24, 32])
+def test_the_small_resnet_takes_small_images(size):
+    model = small_resnet(width=8)
+    assert feature_width(model) == 64
+    assert model(torch.zeros(2, 3, size, size)).shape == (2, 64)
+
+
+def test_a_vit_takes_crops_of_two_sizes():
+    model = timm_backbone(name="vit_tiny_patch16_224", image_size=64)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == model(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: timm_backbone(name="resnet5"), "'resnet5'; near: .*resnet50"),
+        (lambda: timm_backbone(name="vit_tiny_patch16_224", cifar_stem=True), "cifar_stem is for ResNets"),
+        (lambda: small_resnet(width=7), "even width.*got width=7"),
+        (lambda: small_resnet(blocks=[1, 1]), r"4 stages; got width=16, blocks=\[1, 1\]"),
+        (lambda: Projector(in_dim=4, dim=0), "at least 1; got .*dim=0"),
+        (lambda: feature_width(nn.Linear(2, 2)), "num_features; Linear has None"),
+    ],
+)
+def test_impossible_networks_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_paper_s_projector():
+    head = Projector(in_dim=2048)
+    kinds = [type(m).__name__ for m in head]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert [(m.in_features, m.out_features, m.bias) for m in head if isinstance(m, nn.Linear)] == [
+        (2048, 2048, None), (2048, 2048, None), (2048, 256, None)
+    ]  # fmt: skip
+
+
+def test_embeddings_are_unit_and_float32_under_autocast():
+    encoder = Encoder(backbone=small_resnet(width=2), projector=Projector(in_dim=16, hidden_dim=8, dim=4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embedding = encoder(torch.randn(6, 3, 16, 16))
+    assert embedding.dtype == torch.float32
+    assert torch.allclose(embedding.norm(dim=1), torch.ones(6), atol=1e-6)
+
+
+def test_the_twin_follows_parameters_only():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    twin = MomentumTwin(encoder)
+    with torch.no_grad():
+        encoder[0].weight.add_(1.0)
+        encoder[1].running_mean.fill_(7.0)
+    before = twin.encoder[0].weight.clone()
+    twin.update(encoder, 0.9)
+    assert torch.allclose(twin.encoder[0].weight, 0.9 * before + 0.1 * encoder[0].weight)
+    assert (twin.encoder[1].running_mean == 0).all(), "BatchNorm's statistics are the twin's own"
+    twin.update(encoder, 1.0)
+    assert torch.allclose(twin.encoder[0].weight, 0.9 * before + 0.1 * encoder[0].weight)
+    twin.update(encoder, 0.0)
+    assert torch.equal(twin.encoder[0].weight, encoder[0].weight)
+    assert not any(p.requires_grad for p in twin.parameters())
+    assert not twin(torch.randn(4, 3)).requires_grad

@@ -1,0 +1,89 @@
+"""Rates follow the paper's schedule, and groups its exclusions."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from caco import optimizers
+from caco.optimizers import Schedule
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2, bias=False)).double()
+
+
+def test_the_paper_s_rate_by_hand_per_epoch():
+    """The published code's steps: (e + 1) / 10 for ten epochs, then a cosine that would reach 1/100 at the end."""
+    factor = Schedule(warmup_epochs=10, final_fraction=0.01, unit="epoch").learning_rate(200, 3)
+    assert len(factor) == 600
+    assert factor[:6] == [0.1] * 3 + [0.2] * 3
+    assert factor[27] == 1.0 and factor[30] == 1.0
+    assert factor[3 * 105] == pytest.approx(0.505)  # half-way down the cosine: (1 + 0.01) / 2
+    assert factor[-1] == pytest.approx(0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 189 / 190)))
+
+
+def test_per_step_the_rate_changes_with_every_step_and_agrees_at_epoch_borders():
+    step = Schedule(warmup_epochs=2, unit="step").learning_rate(10, 5)
+    epoch = Schedule(warmup_epochs=2, unit="epoch").learning_rate(10, 5)
+    assert step[0] == 0.1 and step[9] == 1.0
+    assert step[2 * 5 :: 5] == pytest.approx(epoch[2 * 5 :: 5])
+    assert all(a > b for a, b in zip(step[10:], step[11:], strict=False))
+
+
+def test_the_bank_s_rate_is_warmed_up_and_then_constant():
+    factor = Schedule(warmup_epochs=2).warmup(2, 10, 5)
+    assert factor[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert factor[9:] == [1.0] * 41
+    assert Schedule().warmup(0, 2, 5) == [1.0] * 10
+
+
+def test_the_twin_s_momentum_goes_from_0_99_to_1_by_a_cosine():
+    m = Schedule().momentum(0.99, 1.0, 10, 5)
+    assert m[0] == pytest.approx(0.99)
+    assert m[25] == pytest.approx(0.995)
+    assert m[-1] == pytest.approx(1 - 0.01 * 0.5 * (1 + math.cos(math.pi * 49 / 50)))
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused():
+    with pytest.raises(ValueError, match="must be below epochs, 5; got 10"):
+        Schedule(warmup_epochs=10).learning_rate(5, 3)
+
+
+def test_base_rates_scale_with_the_batch():
+    parameters = list(model().parameters())
+    assert optimizers.lars(parameters, batch=4096).param_groups[0]["lr"] == pytest.approx(4.8)  # 0.3 x 16
+    assert optimizers.sgd(parameters, batch=64).param_groups[0]["lr"] == pytest.approx(0.0075)
+    assert optimizers.sgd(parameters, batch=64, reference_batch=None).param_groups[0]["lr"] == 0.03
+
+
+def test_lars_by_hand():
+    """Weights: lr * trust * |p| / (|g| + wd |p|) times (g + wd p). Biases and BatchNorm: plain lr * g, no decay."""
+    net = model()
+    parameters = list(net.parameters())
+    before = [p.detach().clone() for p in parameters]
+    generator = torch.Generator().manual_seed(1)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    optimizer = optimizers.lars(parameters, batch=256, lr=0.5, weight_decay=0.1, momentum=0.9)
+    optimizer.step()
+    for p, old in zip(parameters, before, strict=True):
+        if p.ndim > 1:
+            ratio = 1e-3 * old.norm() / (p.grad.norm() + 0.1 * old.norm())
+            expected = old - 0.5 * ratio * (p.grad + 0.1 * old)
+        else:
+            expected = old - 0.5 * p.grad
+        assert torch.allclose(p, expected, atol=1e-9)
+
+
+def test_adamw_decays_no_parameter_of_one_dimension():
+    groups = optimizers.adamw(list(model().parameters()), batch=256).param_groups
+    assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [(0.05, {2}), (0.0, {1})]
+
+
+@pytest.mark.parametrize("factory", [optimizers.lars, optimizers.sgd, optimizers.adamw])
+def test_a_rate_that_is_not_positive_is_refused(factory):
+    with pytest.raises(ValueError, match="optimizer.lr must be positive; got 0"):
+        factory(list(model().parameters()), batch=64, lr=0.0)

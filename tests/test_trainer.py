@@ -1,0 +1,238 @@
+"""A run learns, is recorded, and can be cut anywhere and go on to the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import BANK, TINY, compose, train
+
+from caco import build, trainer
+from caco.checkpoint import load
+from caco.tracking.ledger import read_rows
+
+CLOCK = ("time", "images_per_second")  # the only values of a ledger that may differ between equal runs
+
+
+def record(run_dir):
+    rows, _ = read_rows(run_dir / "ledger.jsonl")
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
+def final(run_dir):
+    return load(sorted((run_dir / "checkpoints").glob("*.pt"))[-1])
+
+
+def assert_same(a, b, where="state"):
+    """Equal to the last bit, whatever is nested in what."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in CLOCK:
+                assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}.{number}")
+    else:
+        assert a == b, where
+
+
+class Cut(BaseException):
+    """Not an Exception, so that nothing may catch it: as abrupt as a process can end and tell the tale."""
+
+
+def cut_after(monkeypatch, steps):
+    """Let the method work for so many steps and then end everything."""
+    made = {"steps": 0}
+    original = trainer.distributed.mean_gradients
+
+    def mean_gradients(parameters):
+        if made["steps"] == steps:
+            raise Cut
+        made["steps"] += 1
+        original(parameters)
+
+    monkeypatch.setattr(trainer.distributed, "mean_gradients", mean_gradients)
+
+
+EVERY = ["checkpoint.every_steps=3"]
+
+
+# Steps 0 and 1 fill the bank; a checkpoint after every third step; 21 steps make an epoch.
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 9, 11])
+def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, steps):
+    train(tmp_path / "whole", *EVERY)
+    with monkeypatch.context() as patch:
+        cut_after(patch, steps)
+        with pytest.raises(Cut):
+            train(tmp_path / "cut", *EVERY)
+    train(tmp_path / "cut", *EVERY)
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "cut"))
+    assert record(tmp_path / "whole") == record(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("pn", ["none", "positive", "negative"])
+def test_so_does_every_other_setting_of_table_7(tmp_path, monkeypatch, pn):
+    settings = [f"pn={pn}", *EVERY]
+    has_bank = pn != "none"
+    train(tmp_path / "whole", *settings, bank=has_bank)
+    with monkeypatch.context() as patch:
+        cut_after(patch, 7)
+        with pytest.raises(Cut):
+            train(tmp_path / "cut", *settings, bank=has_bank)
+    train(tmp_path / "cut", *settings, bank=has_bank)
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "cut"))
+    assert record(tmp_path / "whole") == record(tmp_path / "cut")
+
+
+def test_so_does_a_process_killed_at_whatever_instant(tmp_path):
+    """SIGKILL, again and again, at moments that the run does not choose; workers and bf16 included."""
+    command = [
+        sys.executable, "-m", "caco.train", *TINY, *BANK, "max_steps=40", "checkpoint.every_steps=2", "precision=bf16",
+        "loader.num_workers=1",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, f"hydra.run.dir={tmp_path}/whole"], env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    command = [*command, f"hydra.run.dir={tmp_path}/killed"]
+    kills = 0
+    while True:
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        seen = len(list((tmp_path / "killed" / "checkpoints").glob("step_*.pt")))
+        newest = max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step_*.pt")), default="")
+        while kills < 3 and child.poll() is None:
+            now = max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step_*.pt")), default="")
+            if now > newest or len(list((tmp_path / "killed" / "checkpoints").glob("step_*.pt"))) != seen:
+                time.sleep(0.013 * (kills + 1))
+                child.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        _, errors = child.communicate()
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, errors
+        kills += 1
+    assert kills >= 2, "the run was never killed, so nothing was shown"
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
+    assert record(tmp_path / "whole") == record(tmp_path / "killed")
+
+
+def test_a_finished_run_started_again_stays_as_it_is(tmp_path):
+    first = train(tmp_path)
+    rows = record(tmp_path)
+    second = train(tmp_path)
+    assert record(tmp_path) == rows
+    assert {k: v for k, v in first.items() if k not in CLOCK} == {k: v for k, v in second.items() if k not in CLOCK}
+    assert json.loads((tmp_path / "summary.json").read_text())["images_per_second"] == first["images_per_second"]
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tmp_path / name, f"seed={seed}", "max_steps=4")
+    assert record(tmp_path / "a") == record(tmp_path / "b")
+    assert record(tmp_path / "a") != record(tmp_path / "c")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    train(tmp_path, "max_steps=4")
+    with pytest.raises(ValueError, match="expected a checkpoint of configuration .*; got one of"):
+        train(tmp_path, "max_steps=4", "bank.lr=1.0")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
+    train(tmp_path / "good", "max_steps=6")
+    monkeypatch.setattr(
+        build,
+        "Evaluation",
+        type("Quiet", (), {"__init__": lambda *a, **k: None, "run": lambda *a: {}}),
+    )
+    original = trainer.Trainer._averaged
+
+    def poisoned(self, outputs):
+        values = original(self, outputs)
+        if self.step == 6:
+            values["loss"] = torch.tensor(float("nan"))
+        return values
+
+    monkeypatch.setattr(trainer.Trainer, "_averaged", poisoned)
+    with pytest.raises(trainer.NonFiniteLossError, match=r"the loss is nan at step 6 \(epoch 0, step 4 of it\)"):
+        train(tmp_path / "bad", "checkpoint.every_steps=6")
+    state = final(tmp_path / "bad")
+    assert state["step"] == 6
+    assert_same(state["method"], final(tmp_path / "good")["method"])
+    assert len(record(tmp_path / "bad")) == 6, "the step that failed is not in the record"
+
+
+def test_the_record_has_what_the_run_did(tmp_path):
+    summary = train(tmp_path, "max_steps=44", "epochs=2", "log_every_steps=5")
+    rows = record(tmp_path)
+    kinds = [row["kind"] for row in rows]
+    assert kinds[0] == "eval" and kinds[-1] == "eval", "k-NN before and after"
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    assert [row["epoch"] for row in epochs] == [0, 1]
+    for name in ("loss", "max_probability", "positive_probability", "bank/rows_used", "bank/use_entropy",
+                 "bank/row_norm_mean", "bank/row_norm_std", "bank/near_duplicates"):  # fmt: skip
+        assert name in epochs[0]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [5, 10, 15, 20, 25, 30, 35, 40, 44]
+    assert summary["steps"] == 44 and summary["epochs"] == 2.0
+    assert 0 <= summary["knn_top1"] <= 100
+    assert summary["loss"] == epochs[-1]["loss"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_an_epoch_s_loss_is_the_mean_over_its_steps(tmp_path):
+    train(tmp_path, "max_steps=23")
+    rows = record(tmp_path)
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    (epoch,) = [row for row in rows if row["kind"] == "epoch"]
+    assert len(losses) == 21
+    assert epoch["loss"] == pytest.approx(sum(losses) / 21, abs=1e-12)
+
+
+def test_the_rates_are_those_of_the_schedule(tmp_path):
+    """SGD at batch 64: 0.03 / 4; bank 3.0 warmed up over one epoch of 21 steps; m from 0.99; while filling, full rate."""
+    train(tmp_path, "max_steps=4", "schedule.warmup_epochs=1", "epochs=2")
+    rows = [row for row in record(tmp_path) if row["kind"] in ("filling", "train")]
+    assert [row["kind"] for row in rows] == ["filling", "filling", "train", "train"]
+    assert [row["lr"] for row in rows] == pytest.approx([0.0075, 0.0075, 0.0075 / 21, 0.0075 * 2 / 21])
+    assert [row["bank_lr"] for row in rows] == pytest.approx([0, 0, 3 / 21, 6 / 21])
+    assert [row["momentum"] for row in rows][:3] == pytest.approx([0.999, 0.999, 0.99])
+
+
+def test_a_step_is_the_equations_and_the_published_order(tmp_path):
+    """One step after the filling, redone by hand in the order of the recipe: twin, keys, loss, encoder and bank at once."""
+    train(tmp_path / "before", "max_steps=2")
+    train(tmp_path / "after", "max_steps=3")
+    before, after = final(tmp_path / "before"), final(tmp_path / "after")
+
+    cfg = compose("max_steps=3")
+    method = build.build_method(cfg).train()
+    method.load_state_dict(before["method"])
+    loader = build.build(cfg.loader).bind(
+        build.build(cfg.data).pretrain, build.build(cfg.augmentation), batch=64, seed=0, device="cpu"
+    )
+    views = [v.contiguous(memory_format=torch.channels_last) for v in next(iter(loader.epoch(0))).views]
+    method.twin.update(method.encoder, 0.99)
+    method(views).loss.backward()
+    rows = method.bank.rows
+    expected_rows = rows.weight.detach() - 3.0 * rows.weight.grad  # first step: velocity is the gradient; no warm-up
+    assert torch.allclose(after["method"]["bank.rows.weight"], expected_rows, atol=1e-6)
+    for name, p in method.encoder.named_parameters():
+        momentum = before["optimizer"]["state"][[n for n, _ in method.encoder.named_parameters()].index(name)]
+        velocity = 0.9 * momentum["momentum_buffer"] + p.grad + 1e-4 * p
+        assert torch.allclose(after["method"][f"encoder.{name}"], p - 0.0075 * velocity, atol=1e-6), name
+    assert torch.equal(after["method"]["twin.encoder.projector.0.weight"], method.twin.encoder.projector[0].weight)
+
+
+def test_fewer_images_than_a_batch_are_refused_before_a_model_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "build_method", lambda cfg: pytest.fail("a model was built"))
+    with pytest.raises(ValueError, match="batch: expected at most the 1400 images of .*, got 2048"):
+        train(tmp_path, "batch=2048")

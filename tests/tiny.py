@@ -1,0 +1,41 @@
+"""A run small enough for a test: digits, a narrow ResNet, a few steps; everything else as in the product."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from caco import config
+
+TINY = [
+    "data=digits",
+    "augmentation=digits",
+    "backbone=small_resnet",
+    "backbone.width=2",
+    "projector=small",
+    "projector.hidden_dim=16",
+    "projector.dim=8",
+    "optimizer=sgd",
+    "schedule.warmup_epochs=0",
+    "batch=64",
+    "epochs=2",
+    "max_steps=12",
+    "precision=fp32",
+    "device=cpu",
+    "eval=[knn]",
+    "tracking=ledger",
+    "loader.num_workers=0",
+    "log_every_steps=1",
+]
+BANK = ["bank.size=128"]  # two filling steps at batch 64
+
+
+def compose(*overrides: str, bank: bool = True) -> DictConfig:
+    """A checked configuration without Hydra's own part."""
+    config.register()
+    return config.job_config(config.compose([*TINY, *(BANK if bank else []), *overrides]))
+
+
+def train(run_dir: Path, *overrides: str, bank: bool = True) -> dict[str, float]:
+    from caco.build import train
+
+    return train(compose(*overrides, bank=bank), run_dir)
