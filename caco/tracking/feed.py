@@ -215,7 +215,8 @@ class Feed:
             self._client.log_batch(self.mark.run_id, metrics=part, synchronous=True)
         if self._non_finite:
             # MLflow stores inf as 1.797e308, which ruins a chart: they stay in the ledger, and the run says so.
-            self._client.set_tag(self.mark.run_id, "caco.non_finite", ", ".join(sorted(self._non_finite))[:_MAX_TAG_CHARS])
+            names = ", ".join(sorted(self._non_finite))
+            self._client.set_tag(self.mark.run_id, "caco.non_finite", names[:_MAX_TAG_CHARS])
 
     def end(self, status: str, summary: dict[str, Any]) -> None:
         """Send the final metrics, as final/NAME, and summary.json; set the run's last status."""

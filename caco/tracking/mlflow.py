@@ -88,7 +88,8 @@ class MLflowTracker:
         feeder.stopping.set()
         feeder.join(self.finish_seconds)
         if feeder.feed.mark.closed != status:
-            _log.warning("MLflow lacks a part of this run; send it: python -m caco.tracking.sync %s", feeder.feed.run_dir)
+            command = f"python -m caco.tracking.sync {feeder.feed.run_dir}"
+            _log.warning("MLflow lacks a part of this run; send it: %s", command)
 
 
 class _Feeder(threading.Thread):
@@ -123,4 +124,5 @@ class _Feeder(threading.Thread):
             self._failures = min(self._failures + 1, 10)
             if not self._warned:
                 self._warned = True
-                _log.warning("MLflow at %s: %s; training goes on, the ledger keeps all", self.feed.uri, first_line(error))
+                what = first_line(error)
+                _log.warning("MLflow at %s: %s; training goes on, the ledger keeps all", self.feed.uri, what)

@@ -16,8 +16,8 @@ class Watermark:
     """What MLflow has of a run directory.
 
     Before a batch leaves, `attempted` moves; after it arrived, `sent`. Between the two a kill leaves rows of which
-    nobody here knows whether they arrived: they are sent again, with their old times and values, and MLflow keeps one of two
-    equal points.
+    nobody here knows whether they arrived: they are sent again, with their old times and values, and MLflow keeps one
+    of two equal points.
     """
 
     run_id: str = ""

@@ -319,5 +319,5 @@ def test_the_users_own_limits_for_requests_hold(monkeypatch, store):
 
 
 def test_the_trackers_modules_import_mlflow_only_when_it_is_used():
-    code = "import sys, caco.tracking.mlflow, caco.tracking.sync; sys.exit(bool({'mlflow', 'torch'} & set(sys.modules)))"
+    code = "import sys, caco.tracking.mlflow, caco.tracking.sync; sys.exit(bool({'mlflow', 'torch'} & {*sys.modules}))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
