@@ -30,6 +30,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(set(known))
     # Lower case, because 12m should find 12M.
     lowered = {name.lower(): name for name in known}
+    if word.lower() in lowered:
+        return f"; did you mean {lowered[word.lower()]}?"
     close = [lowered[name] for name in difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.6)]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
@@ -92,13 +94,12 @@ def _explain_key(key: str, overrides: Sequence[str], *, in_defaults_list: bool) 
 def _explain_type(error: ValidationError) -> str:
     """OmegaConf's own type error, for a key of the typed root."""
     key = str(error.full_key)
-    got = re.search(r"Value '(.*)' (?:of type '(\w+)'|\()", str(error), re.DOTALL)
-    expected = re.search(r"could not be converted to (\w+)|is not a valid (\w+)", str(error))
+    got = re.search(r"Value '(.*)' (?:of type|is not a valid|\()", str(error), re.DOTALL)
+    expected = re.search(r"(?:could not be converted to|is not a valid) (\w+)", str(error))
     if not got or not expected:
         return f"{key}: {str(error).splitlines()[0]}"
-    words = {"Integer": "int", "Float": "float", "Boolean": "bool", "String": "str"}
-    kind = next(filter(None, expected.groups()))
-    return f"{key}: expected {words.get(kind, kind)}, got {got.group(1)!r}"
+    words = {"Integer": "int", "Float": "float", "String": "str"}
+    return f"{key}: expected {words.get(expected.group(1), expected.group(1))}, got {got.group(1)!r}"
 
 
 def _compose_without(key: str, overrides: Sequence[str]) -> DictConfig | None:

@@ -32,13 +32,13 @@ def check(cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[st
     Raises:
         ConfigError: one line per problem, each with the key, what was expected and what was got.
     """
-    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
-    if missing:
-        raise ConfigError("\n".join(f"{key}: must be given, as {key}=..." for key in missing))
     try:
+        missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
         tree = plain(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    if missing:
+        raise ConfigError("\n".join(f"{key}: must be given, as {key}=..." for key in missing))
     problems = _shape(tree)
     if not problems:
         problems = _root(tree) + _components(tree) + _no_effect(tree, overrides, choices or {})

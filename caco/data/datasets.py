@@ -11,13 +11,15 @@ from caco.data.imagenet100 import IMAGENET100_CLASSES
 from caco.data.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose
 
 
-def digits(*, size: int = 16, seed: int = 0, validation_fraction: float | None = None) -> Splits:
+def digits(
+    *, size: int = 16, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+) -> Splits:
     """scikit-learn's digits: 1,797 real scans of 8 x 8 pixels, inside its wheel; 1,400 to train on, 397 to test.
 
     Args:
         size: pixels to which the scans are enlarged (bicubic), once.
         seed: of the split, stratified by class.
-        validation_fraction: see `folder`.
+        limit, validation_fraction: see `folder`.
     """
     from sklearn.datasets import load_digits
 
@@ -32,7 +34,7 @@ def digits(*, size: int = 16, seed: int = 0, validation_fraction: float | None =
     chosen = choose(every.labels, 397, len(every), seed=seed, balanced=False)
     train = every.part(np.setdiff1d(np.arange(len(every)), chosen), "digits/train")
     test = every.part(chosen, "digits/test")
-    return reduced(train, test, name="digits", limit=None, validation_fraction=validation_fraction, seed=seed)
+    return reduced(train, test, name="digits", limit=limit, validation_fraction=validation_fraction, seed=seed)
 
 
 def folder(
