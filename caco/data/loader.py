@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 from caco.data.sources import Source, UnreadableImage
 from caco.data.views import Views
 
+_JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}  # a terminal or a scheduler sends them to every process of a job
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -106,7 +108,7 @@ class BoundLoader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
         )
-        self._running = self._iterate(iter(()))
+        self._running = _batches(iter(()), views, device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
@@ -118,12 +120,8 @@ class BoundLoader:
         assert self._loader is not None, "the loader is closed"
         self._running.close()
         self._order.epoch, self._order.start_step = epoch, start_step
-        self._running = self._iterate(_begin(self._loader))
+        self._running = _batches(_begin(self._loader), self._views, self._device)
         return self._running
-
-    def _iterate(self, made: Iterator["_Pixels | UnreadableImage"]) -> Generator[Batch, None, None]:
-        for pixels in made:
-            yield _batch(pixels, self._views, self._device)
 
     def close(self) -> None:
         """End the workers."""
@@ -142,9 +140,8 @@ def plain_batches(
         raise ValueError(f"batch: expected at least 1, got {batch}")
     parts = [np.arange(i, min(i + batch, len(source))) for i in range(0, len(source), batch)]
     loader = _data_loader(_PlainMaker(source, views), parts, num_workers)
-    for pixels in _begin(loader):
-        made = _batch(pixels, views, torch.device("cpu"))
-        yield made.views[0], made.label
+    for one in _batches(_begin(loader), views, torch.device("cpu")):
+        yield one.views[0], one.label
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -173,8 +170,13 @@ def _data_loader(maker: Any, keys: Iterable[Any], num_workers: int, **options: A
 
 
 def _begin(loader: DataLoader) -> Iterator[Any]:
-    with _any_number_of_workers():
-        return iter(loader)
+    # Workers are born with the signals blocked: one that came before `_start_worker` would end them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
+    try:
+        with _any_number_of_workers():
+            return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -254,14 +256,22 @@ def _pixels(made: list[np.ndarray], source: Source, indices: np.ndarray) -> _Pix
     return _Pixels([torch.from_numpy(view) for view in made], torch.from_numpy(indices.copy()), torch.from_numpy(labels))
 
 
-def _batch(pixels: _Pixels | UnreadableImage, views: Views, device: torch.device) -> Batch:
-    if isinstance(pixels, UnreadableImage):
-        raise UnreadableImage(str(pixels))
-    return Batch(
-        [views.normalise(view.to(device, non_blocking=True)) for view in pixels.views],
-        pixels.index.to(device, non_blocking=True),
-        pixels.label.to(device, non_blocking=True),
-    )
+def _batches(
+    made: Iterator[_Pixels | UnreadableImage], views: Views, device: torch.device
+) -> Generator[Batch, None, None]:
+    try:
+        for pixels in made:
+            if isinstance(pixels, UnreadableImage):
+                raise UnreadableImage(str(pixels))
+            yield Batch(
+                [views.normalise(view.to(device, non_blocking=True)) for view in pixels.views],
+                pixels.index.to(device, non_blocking=True),
+                pixels.label.to(device, non_blocking=True),
+            )
+    finally:
+        # An exception's traceback keeps this frame. With DataLoader's iterator in it, that would be left to the garbage
+        # collector, where it fails to tell its workers to end and waits five seconds for each.
+        del made
 
 
 def _as_it_is(pixels: Any) -> Any:
@@ -273,9 +283,9 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    # TERM ends a worker only if the parent sent it (as multiprocessing does when the parent exits). Only a thread that
-    # waits for the signal learns its sender.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # TERM, still blocked, ends a worker only if the parent sent it (as multiprocessing does when the parent exits).
+    # Only a thread that waits for the signal learns its sender.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS - {signal.SIGTERM})
     threading.Thread(target=_end_if_parent_asks, args=(os.getppid(),), daemon=True).start()
 
 

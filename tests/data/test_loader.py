@@ -159,13 +159,14 @@ def test_an_unreadable_image_is_named_within_seconds(tmp_path: Path, write_image
     write_images(tmp_path / "cat", 20)
     (tmp_path / "cat" / "0013.png").write_bytes(b"not an image")
     source = folder(root=str(tmp_path), in_memory_mb=0).pretrain
-    start = time.monotonic()
+    start, others = time.monotonic(), multiprocessing.active_children()
     with pytest.raises(ValueError, match=r"cat/0013\.png: expected an image that can be read, got Unidentified") as caught:
         batches(source, two_views, batch=10, workers=workers)
     assert "Traceback" not in str(caught.value)
+    assert set(multiprocessing.active_children()) <= set(others)  # closed although the exception is still held
     with pytest.raises(ValueError, match=r"cat/0013\.png"):
         list(plain_batches(source, two_views, batch=10, num_workers=workers))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
 
 
 def test_workers_outlive_signals_to_the_whole_job_and_end_with_the_loader(noise_source, two_views):
@@ -215,7 +216,9 @@ raise SystemExit(3)
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=repo_root, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
-    assert process.wait(timeout=12) == 3
+    start = time.monotonic()
+    assert process.wait(timeout=30) == 3
+    assert time.monotonic() - start < 5
     process.stdout.close()
 
 

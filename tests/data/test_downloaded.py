@@ -1,0 +1,132 @@
+"""The sets that torchvision reads, on tiny files of their published layouts."""
+
+import pickle
+import re
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import STL10, cifar, utils
+
+from caco.data.downloaded import cifar10, cifar100, stl10
+
+
+class Old(pickle.Pickler):
+    """Spells a dtype as the Pythons of 2009 did, with numbers for booleans: numpy 2.4 warns of it."""
+
+    def reducer_override(self, value):
+        if isinstance(value, np.dtype):
+            return np.dtype, (value.str[1:], 0, 1), (3, "|", None, None, None, -1, -1, 0)
+        return NotImplemented
+
+
+def dump(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        Old(file, protocol=2).dump(content)
+
+
+def rows(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
+
+
+@pytest.fixture
+def any_checksum(monkeypatch) -> None:
+    """Our tiny files do not have the published ones' checksums."""
+    for module in (cifar, utils):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
+    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda path, md5=None: Path(path).is_file())
+
+
+def write_cifar10(root: Path) -> None:
+    for i in range(5):
+        dump(root / "cifar-10-batches-py" / f"data_batch_{i + 1}", {"data": rows(4, i), "labels": [0, 1, 2, 9]})
+    dump(root / "cifar-10-batches-py" / "test_batch", {"data": rows(3, 9), "labels": [9, 8, 7]})
+    dump(root / "cifar-10-batches-py" / "batches.meta", {"label_names": [f"class{i}" for i in range(10)]})
+
+
+def test_cifar10_is_read_in_its_published_layout(tmp_path, any_checksum):
+    write_cifar10(tmp_path)
+    splits = cifar10(root=str(tmp_path))
+    assert (len(splits.train), len(splits.test)) == (20, 3) and splits.pretrain is splits.train
+    assert splits.train.labels.tolist() == [0, 1, 2, 9] * 5 and splits.test.labels.tolist() == [9, 8, 7]
+    assert splits.train.classes[9] == "class9" and splits.train.name == "cifar10/train"
+    expected = rows(4, 1)[2].reshape(3, 32, 32).transpose(1, 2, 0)  # a row: the red plane, the green, the blue
+    assert np.array_equal(np.asarray(splits.train.image(6)), expected)
+
+
+def test_cifar10_can_be_limited_and_hold_images_out(tmp_path, any_checksum):
+    write_cifar10(tmp_path)
+    splits = cifar10(root=str(tmp_path), limit=8, validation_fraction=0.2)
+    assert np.bincount(splits.train.labels)[[0, 1, 2, 9]].tolist() == [2] * 4
+    assert len(splits.test) == 4 and splits.test.name == "cifar10/validation"
+
+
+def test_cifar100_has_its_fine_labels(tmp_path, any_checksum):
+    top = tmp_path / "cifar-100-python"
+    dump(top / "train", {"data": rows(4, 0), "fine_labels": [99, 5, 5, 0], "coarse_labels": [1, 1, 1, 1]})
+    dump(top / "test", {"data": rows(2, 1), "fine_labels": [7, 8], "coarse_labels": [0, 0]})
+    dump(top / "meta", {"fine_label_names": [f"fine{i}" for i in range(100)], "coarse_label_names": []})
+    splits = cifar100(root=str(tmp_path))
+    assert splits.train.labels.tolist() == [99, 5, 5, 0] and splits.test.classes[7] == "fine7"
+
+
+@pytest.fixture
+def stl_root(tmp_path, any_checksum) -> str:
+    top = tmp_path / STL10.base_folder
+    top.mkdir()
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 3), ("unlabeled", 5)):
+        generator.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8).tofile(top / f"{split}_X.bin")
+    np.array([1, 10, 3, 3], np.uint8).tofile(top / "train_y.bin")
+    np.array([2, 1, 1], np.uint8).tofile(top / "test_y.bin")
+    (top / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    return str(tmp_path)
+
+
+def test_stl10_pretrains_on_its_unlabelled_images(stl_root):
+    splits = stl10(root=stl_root)
+    assert (len(splits.pretrain), len(splits.train), len(splits.test)) == (5, 4, 3)
+    assert splits.pretrain.labels is None and splits.train.labels.tolist() == [0, 9, 2, 2]
+    theirs = STL10(stl_root, split="unlabeled")
+    for i in range(5):
+        assert np.array_equal(np.asarray(splits.pretrain.image(i)), np.asarray(theirs[i][0]))
+    assert np.array_equal(np.asarray(splits.train.image(1)), np.asarray(STL10(stl_root, split="train")[1][0]))
+    assert len(stl10(root=stl_root, limit=2).pretrain) == 2
+    labelled = stl10(root=stl_root, pretrain="train", limit=3)
+    assert labelled.pretrain is labelled.train and len(labelled.train) == 3
+    with pytest.raises(ValueError, match="data.pretrain: expected unlabeled or train, got 'everything'"):
+        stl10(root=stl_root, pretrain="everything")
+
+
+@pytest.mark.parametrize("load", [cifar10, cifar100, stl10])
+def test_a_missing_set_takes_two_lines_to_put_right(load, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    for options, got in (
+        ({"root": None}, "got none"),
+        ({"root": str(tmp_path / "new")}, "Network is unreachable"),
+        ({"root": str(tmp_path), "download": False}, "got RuntimeError"),
+    ):
+        with pytest.raises(FileNotFoundError) as caught:
+            load(**options)
+        first, second = str(caught.value).splitlines()
+        assert f"data={load.__name__}" in first and "data.root=" in first and re.search(got, first) and "preset=demo" in second
+    assert socket.getdefaulttimeout() is None
+
+
+def test_download_happens_once_and_only_where_files_are_missing(tmp_path, monkeypatch, any_checksum):
+    fetched = []
+
+    def fetch(url, root, **options):
+        fetched.append(url)
+        write_cifar10(Path(root))
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", fetch)
+    assert len(cifar10(root=str(tmp_path / "new")).train) == 20
+    assert len(cifar10(root=str(tmp_path / "new")).train) == 20
+    assert len(fetched) == 1
