@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -41,7 +41,7 @@ NEUTRAL_KEYS = (
     "hydra",
 )
 
-_locks: dict[Path, IO[str]] = {}  # held until the process ends: closing one would give the lock up
+_locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -152,23 +152,22 @@ def _lock(run_dir: Path) -> None:
     """Hold run_dir/.lock until this process ends, however it ends."""
     if run_dir in _locks:
         return
-    file = open(run_dir / ".lock", "a+")
+    lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         # A POSIX record lock: forked loader workers do not inherit it, so a worker that outlives a killed run
         # cannot keep the next one out (flock would).
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise ValueError(f"{run_dir} is in use: {holder} trains there now") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _locks[run_dir] = file
+        holder = os.read(lock, 200).decode().strip() or "another process"
+        os.close(lock)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"{run_dir} is in use: {holder} trains there now") from error
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return  # a file system without locks: better to run without than not at all
+        raise
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _locks[run_dir] = lock
 
 
 def _write(path: Path, text: str) -> None:

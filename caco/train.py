@@ -144,6 +144,10 @@ def main() -> None:
             raise
         refuse(refusals.explain(error, args.overrides))
         sys.exit(2)
+    except Exception as error:
+        if for_user(error):  # a sweep's job has told it
+            sys.exit(2)
+        raise
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""`python -m caco.train` as a user types it."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from caco import train
+
+
+def caco(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "caco.train", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        # A checkout need not be installed to be tested.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(train.config.CONF.parent), *sys.path])), **environment},
+    )
+
+
+def test_a_mistake_costs_seconds_one_line_and_exit_code_2(tmp_path):
+    started = time.monotonic()
+    done = caco("bach=3", cwd=tmp_path)
+    assert time.monotonic() - started < 5  # about one; a busy machine takes longer
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "caco: bach: no such key; did you mean batch?\n"
+
+
+def test_a_refusal_leaves_nothing_behind(tmp_path):
+    caco("batch=1", cwd=tmp_path)
+    caco("-m", "batch=64,1", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_groups_options_and_values_without_torch(tmp_path):
+    done = caco("--help", "preset=demo", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    assert "  pn: both, negative, none, positive\n" in done.stdout
+    assert "data:\n  _target_: caco.data.datasets.digits\n" in done.stdout
+    assert "| torch\n" not in done.stderr and "| hydra\n" in done.stderr
+
+
+def test_cfg_job_prints_the_configuration_and_starts_nothing(tmp_path):
+    done = caco("--cfg", "job", "bank=12M", "batch=4096", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "batch: 4096\n" in done.stdout and "size: 98304\n" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert caco("--cfg", "job", "bach=3", cwd=tmp_path).stderr == "caco: bach: no such key; did you mean batch?\n"
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """main() in this process, in an empty directory: `here("seed=1")` returns the exit code."""
+
+    def main(*arguments: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["caco-train", *arguments])
+        try:
+            train.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it; this puts it back afterwards
+    return main
+
+
+def test_bare_command_without_imagenet_says_in_two_lines_what_to_do(here, capsys):
+    assert here("tracking=ledger") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "data.root=" in lines[0] and "preset=demo" in lines[1]
+
+
+def test_a_run_gets_its_directory_before_it_starts(here, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda cfg, run_dir: seen.append((cfg.seed, run_dir, (run_dir / "config.yaml").exists())))
+    assert here("seed=5") == 0
+    assert here("seed=5", "data.root=/images", "hydra.run.dir=mine") == 0
+    (_, first, _), (_, second, _) = seen
+    assert first.parent == tmp_path / "runs" / "caco" and first.name.startswith("seed-5-")
+    assert second == tmp_path / "mine"
+    assert all(seed == 5 and recorded for seed, _, recorded in seen)
+
+
+def test_another_run_in_the_same_directory_is_refused_with_the_difference(here, monkeypatch, capsys):
+    monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
+    assert here("hydra.run.dir=mine", "bank=8M") == 0
+    assert here("hydra.run.dir=mine", "bank=12M") == 2
+    assert "bank.size: there 65536, here 98304" in capsys.readouterr().err
+
+
+def test_only_the_first_of_several_ranks_opens_the_run(here, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
+    monkeypatch.setenv("RANK", "1")
+    assert here("hydra.run.dir=mine") == 0
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_the_jobs_of_a_sweep_resume_the_runs_that_were_started_alone(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda cfg, run_dir: seen.append(run_dir))
+    assert here("seed=1", "bank=4M") == 0
+    assert here("-m", "seed=1,2", "bank=4M") == 0
+    assert here("-m", "seed=1,2", "bank=4M") == 0
+    assert len(seen) == 5 and len(set(seen)) == 2 and seen[0] == seen[1]
+
+
+def test_a_sweep_goes_on_after_a_refused_job_and_ends_with_exit_code_2(here, monkeypatch, capsys):
+    from caco.data.datasets import existing_root
+
+    done = []
+
+    def run(cfg, run_dir):
+        if cfg.seed == 0:
+            existing_root(None, example="this")
+        done.append(cfg.seed)
+
+    monkeypatch.setattr(train, "run", run)
+    assert here("-m", "seed=0,1") == 2
+    assert done == [1]
+    assert "data.root=PATH" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(here, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda cfg, run_dir: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        here("seed=0")
+
+
+def raised(action) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        action()
+    return caught.value
+
+
+def test_what_caco_raises_is_for_the_user_and_what_a_library_raises_is_a_bug(monkeypatch, tmp_path):
+    from caco.runs import open_run
+
+    open_run(tmp_path, {"seed": 0})
+    refused = raised(lambda: open_run(tmp_path, {"seed": 1}))
+    assert train.for_user(refused)
+    assert not train.for_user(raised(lambda: int("abc")))
+    assert not train.for_user(raised(lambda: __import__("json").loads("{")))
+    monkeypatch.setenv("CACO_TRACEBACK", "1")
+    assert not train.for_user(refused)
+
+
+def test_a_value_error_that_caco_stumbles_over_is_a_bug(monkeypatch):
+    from caco import runs
+
+    monkeypatch.setenv("RANK", "first")
+    assert not train.for_user(raised(runs.is_first_rank))
+
+
+def test_jobs_are_pickled_by_name():
+    """Not as part of __main__, which a launcher's process does not have."""
+    assert train.job.__module__ == "caco.train"
