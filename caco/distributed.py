@@ -91,6 +91,21 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     return x if world() == 1 else _GatherWithGradient.apply(x)
 
 
+class _SumWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_(grad.contiguous().clone())
+
+
+def sum_with_gradient(x: Tensor) -> Tensor:
+    """Sum over the ranks; the gradients that all ranks hold for it are summed too."""
+    return x if world() == 1 else _SumWithGradient.apply(x)
+
+
 def own(x: Tensor, part: int) -> Tensor:
     """This rank's `part` rows of a gathered tensor."""
     return x[rank() * part : (rank() + 1) * part]

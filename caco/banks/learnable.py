@@ -24,6 +24,7 @@ class LearnableBank(nn.Module):
             lr * batch / lr_reference_batch, which keeps the published motion of a row at other batch sizes.
         warmup_epochs: linear warm-up of the rate; constant after it.
         momentum: of the rows' SGD.
+        weight_decay: of the stored rows; 0 in CaCo, 1e-4 in AdCo.
         temperature: None shares the encoder's; a number is the bank's own (AdCo).
         reading: "code" leaves the stored rows' norms free, as the published code; "paper" puts rows back on the
             sphere after each step (`equations.bank_update`).
@@ -47,13 +48,17 @@ class LearnableBank(nn.Module):
         lr_reference_batch: int | None = None,
         warmup_epochs: float = 10,
         momentum: float = 0.9,
+        weight_decay: float = 0.0,
         temperature: float | None = None,
         reading: Literal["code", "paper"] = "code",
         initialisation: Literal["keys", "random"] = "keys",
         filling_passes: int = 1,
     ):
         super().__init__()
-        for name, value in {"pull": pull, "push": push, "lr": lr, "warmup_epochs": warmup_epochs}.items():
+        at_least_zero = {
+            "pull": pull, "push": push, "lr": lr, "warmup_epochs": warmup_epochs, "weight_decay": weight_decay
+        }  # fmt: skip
+        for name, value in at_least_zero.items():
             if value < 0:
                 raise ValueError(f"bank.{name} must be 0 or more; got {value}")
         if not 0 <= momentum < 1:
@@ -67,7 +72,7 @@ class LearnableBank(nn.Module):
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0)
         self.size, self.pull, self.push = size, pull, push
         self.lr, self.lr_reference_batch, self.warmup_epochs = lr, lr_reference_batch, warmup_epochs
-        self.momentum, self.temperature, self.reading = momentum, temperature, reading
+        self.momentum, self.weight_decay, self.temperature, self.reading = momentum, weight_decay, temperature, reading
         self.filling_passes = filling_passes if initialisation == "keys" else 0
 
     def base_lr(self, batch: int) -> float:
@@ -113,6 +118,8 @@ class LearnableBank(nn.Module):
         if rows.grad is None:
             return
         velocity.mul_(self.momentum).add_(rows.grad)
+        if self.weight_decay:
+            velocity.add_(rows, alpha=self.weight_decay)
         rows.sub_(velocity, alpha=lr)
         if self.reading == "paper":
             rows.div_(rows.norm(dim=1, keepdim=True))

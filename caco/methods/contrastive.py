@@ -27,19 +27,19 @@ class Outputs(NamedTuple):
     metrics: dict[str, Tensor]  # scalars without gradient
 
 
-def pair_terms(
-    num_large: int, num_small: int, *, symmetric: bool, reduction: Literal["sum", "mean"]
-) -> list[Term]:
+def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Literal["sum", "mean"]) -> list[Term]:
     """Which view queries which key, and with what weight.
 
-    Two large views: both directions where symmetric, summed (CaCo) or averaged (AdCo). With small crops: the mean of
-    the large cross terms plus the mean of the small crops' terms with every large key, as published for CaCo.
+    Keys are the large views (symmetric) or the second of them (else); every other view queries each key. "sum" adds
+    the terms (CaCo's two directions; AdCo's five crops). "mean" averages the large views' terms and adds the average of
+    the small ones' (AdCo's two directions; CaCo's multi-crop: 2 large and 12 small terms).
     """
-    keys = range(num_large) if symmetric else range(1, num_large)
-    large = [(q, k) for k in keys for q in range(num_large) if q != k and (symmetric or q == 0)]
+    keys = range(num_large) if symmetric else [1]
+    large = [(q, k) for k in keys for q in (range(num_large) if symmetric else [0]) if q != k]
     small = [(q, k) for k in keys for q in range(num_large, num_large + num_small)]
-    large_weight = 1 / len(large) if small or reduction == "mean" else 1.0
-    return [Term(q, k, large_weight) for q, k in large] + [Term(q, k, 1 / len(small)) for q, k in small]
+    return [
+        Term(q, k, 1.0 if reduction == "sum" else 1 / len(pairs)) for pairs in (large, small) for q, k in pairs
+    ]
 
 
 def contrast(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives, bank, temperature: float) -> Score:
@@ -74,7 +74,7 @@ class Contrastive(nn.Module):
         momentum, final_momentum: the twin's m at the start and the end of its cosine; None for no twin: then keys are
             the encoder's own embeddings and carry gradients (SimCLR).
         symmetric: whether both views query (else view 0 queries, view 1 is the key).
-        reduction: of the two directions: "sum" (CaCo) or "mean" (AdCo).
+        reduction: of the terms, "sum" or "mean"; see `pair_terms`.
         filling_temperature, filling_momentum: of the steps that fill the bank with keys before epoch 0.
     """
 

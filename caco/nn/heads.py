@@ -17,7 +17,7 @@ class Projector(nn.Sequential):
         dim: width D of the embedding.
         layers: number of linear layers.
         batch_norm: BatchNorm after every layer but the last.
-        last_batch_norm: a BatchNorm without learned scale after the last layer too (SimCLR, NNCLR).
+        last_batch_norm: a BatchNorm after the last layer too (SimCLR, NNCLR).
         bias: biases in the linear layers.
     """
 
@@ -44,7 +44,7 @@ class Projector(nn.Sequential):
                 modules += ([nn.BatchNorm1d(narrow)] if batch_norm else []) + [nn.ReLU(inplace=True)]
             modules.append(nn.Linear(narrow, wide, bias=bias))
         if last_batch_norm:
-            modules.append(nn.BatchNorm1d(dim, affine=False))
+            modules.append(nn.BatchNorm1d(dim))
         super().__init__(*modules)
         self.dim = dim
 

@@ -164,10 +164,12 @@ def test_which_view_queries_which_key():
     assert pair_terms(2, 0, symmetric=True, reduction="sum") == [Term(1, 0, 1.0), Term(0, 1, 1.0)]
     assert pair_terms(2, 0, symmetric=True, reduction="mean") == [Term(1, 0, 0.5), Term(0, 1, 0.5)]
     assert pair_terms(2, 0, symmetric=False, reduction="sum") == [Term(0, 1, 1.0)]
-    many = pair_terms(2, 6, symmetric=True, reduction="sum")  # the published multi-crop: 2 large and 12 small terms
+    many = pair_terms(2, 6, symmetric=True, reduction="mean")  # CaCo's multi-crop: 2 large and 12 small terms
     assert [term.weight for term in many] == pytest.approx([1 / 2] * 2 + [1 / 12] * 12)
     assert {term.key for term in many} == {0, 1}
     assert {(t.query, t.key) for t in many[2:]} == {(q, k) for q in range(2, 8) for k in (0, 1)}
+    adco = pair_terms(2, 4, symmetric=False, reduction="sum")  # AdCo's: one key, five queries, summed
+    assert adco == [Term(q, 1, 1.0) for q in (0, 2, 3, 4, 5)]
 
 
 def test_filling_writes_the_keys_in_order_and_then_copies_the_encoder_to_the_twin():

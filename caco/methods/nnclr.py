@@ -1,0 +1,57 @@
+"""NNCLR proper: neighbours from a queue as positives, a predictor, no momentum encoder (arXiv 2104.14548)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco import distributed
+from caco.methods.contrastive import Contrastive, Outputs, contrast
+from caco.methods.sources import BatchKeys, NearestKey, Positive
+
+
+class NNCLR(Contrastive):
+    """The nearest past embedding of view a should predict view b's image among those of the batch.
+
+    L = -log [ exp(nn(z_i, Q) . p_i / tau) / sum_k exp(nn(z_i, Q) . p_k / tau) ], averaged over both directions; small
+    crops only predict. The queue takes the embeddings of the first view.
+
+    Args:
+        encoder, bank: as in `Contrastive`; the bank is the queue Q.
+        predictor_hidden_dim: width of the predictor's hidden layer.
+        temperature: tau.
+    """
+
+    def __init__(self, *, encoder: nn.Module, bank: nn.Module, predictor_hidden_dim: int = 4096, temperature: float = 0.1):
+        super().__init__(
+            encoder=encoder,
+            bank=bank,
+            positives=NearestKey(),
+            negatives=BatchKeys(),
+            temperature=temperature,
+            momentum=None,
+            reduction="mean",
+        )
+        dim = encoder.projector.dim
+        self.predictor = nn.Sequential(
+            nn.Linear(dim, predictor_hidden_dim),
+            nn.BatchNorm1d(predictor_hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(predictor_hidden_dim, dim),
+        )
+
+    def forward(self, views: list[Tensor]) -> Outputs:
+        """Loss of one batch of views, each [B, 3, H, W]; the large ones come first."""
+        z, _, _, terms = self.encode(views)
+        p = [F.normalize(self.predictor(z_BD).to(z_BD.dtype), dim=1) for z_BD in z]  # float32 under autocast too
+        everyone = [distributed.gather_with_gradient(p_BD) for p_BD in p]
+        neighbours = {v: self.positives(z[v].detach(), self.bank).vector_BD for v in {term.key for term in terms}}
+        loss, probabilities = torch.zeros((), device=views[0].device), []
+        for term in terms:
+            # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
+            score = contrast(
+                neighbours[term.key], everyone[term.query], Positive(p[term.query]), self.negatives, None, self.temperature
+            )
+            loss = loss + term.weight * score.loss_B.mean()
+            probabilities.append((-score.loss_B.detach()).exp().mean())
+        self.keys.append(distributed.gather(z[0]))
+        return Outputs(loss, {"positive_probability": torch.stack(probabilities).mean()})
