@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from caco.evals.knn import KNN, balanced_share, knn_predict, knn_votes, nearest
+from caco.evals.knn import KNN, _ordered_keys, _read_keys, balanced_share, knn_predict, knn_votes, nearest
 
 
 def brute_force(query, bank, labels, *, k, temperature, num_classes):
@@ -56,6 +56,13 @@ def test_neighbours_of_opposite_and_orthogonal_rows_are_ordered():
     sims, indices = nearest(torch.tensor([[2.0, 0.0]]), bank, k=6, block=2)
     assert indices.tolist() == [[3, 4, 1, 2, 5, 0]]
     torch.testing.assert_close(sims, torch.tensor([[1.0, 0.5**0.5, 0.0, 0.0, -0.6, -1.0]]))
+
+
+def test_keys_rank_by_value_then_smaller_index_and_read_back():
+    sims = torch.tensor([[0.0, -0.25, 1.0, -0.0, -1.0, 0.25, -0.25, 1e-30]])
+    read, indices = _read_keys(_ordered_keys(sims, 2**31).sort(dim=1, descending=True).values)
+    assert (indices - 2**31).tolist() == [[2, 5, 7, 0, 3, 1, 6, 4]]
+    assert torch.equal(read, sims[:, indices[0] - 2**31])
 
 
 def test_votes_are_exp_of_similarity_over_temperature():
