@@ -59,7 +59,7 @@ def test_neighbours_of_opposite_and_orthogonal_rows_are_ordered():
 
 
 def test_keys_rank_by_value_then_smaller_index_and_read_back():
-    sims = torch.tensor([[0.0, -0.25, 1.0, -0.0, -1.0, 0.25, -0.25, 1e-30]])
+    sims = torch.tensor([[-0.0, -0.25, 1.0, 0.0, -1.0, 0.25, -0.25, 1e-30]])
     read, indices = _read_keys(_ordered_keys(sims, 2**31).sort(dim=1, descending=True).values)
     assert (indices - 2**31).tolist() == [[2, 5, 7, 0, 3, 1, 6, 4]]
     assert torch.equal(read, sims[:, indices[0] - 2**31])
