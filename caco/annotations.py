@@ -47,7 +47,8 @@ def alternatives(annotation: ast.expr, module: Module) -> list[tuple[Module, ast
 
 def is_plain(annotation: ast.expr | None, module: Module) -> bool:
     """Whether YAML can hold it: else (a network, parameters, a device) the program supplies it."""
-    return annotation is not None and any(_is_plain(item, where) for where, item in alternatives(annotation, module))
+    members = [] if annotation is None else alternatives(annotation, module)
+    return bool(members) and all(_is_plain(item, where) for where, item in members)
 
 
 def _is_plain(annotation: ast.expr, module: Module) -> bool:
@@ -55,7 +56,7 @@ def _is_plain(annotation: ast.expr, module: Module) -> bool:
     items = _items(annotation.slice) if isinstance(annotation, ast.Subscript) else []
     if kind in LISTS or kind in DICTS or kind in ("tuple", "Tuple"):
         return all(_is_ellipsis(item) or is_plain(item, module) for item in items)
-    return kind in ("Literal", "Any", "object") or (kind in SCALARS and kind != "None")
+    return kind in ("Literal", "Any", "object") or kind in SCALARS
 
 
 def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: str) -> list[str]:
@@ -168,8 +169,9 @@ def _literals(annotation: ast.expr) -> list[Any]:
 
 
 def _show(annotation: ast.expr | None) -> str:
-    choices = _literals(annotation) if annotation is not None else []
-    return " | ".join(map(str, choices)) if choices else ast.unparse(annotation) if annotation is not None else "a value"
+    if annotation is None:
+        return "a value"
+    return " | ".join(map(str, _literals(annotation))) or ast.unparse(annotation)
 
 
 def _kind(value: Any) -> str:

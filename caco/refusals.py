@@ -49,12 +49,11 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ValidationError) and cause.full_key:
         return _explain_type(cause)
-    numbers = [item for item in overrides if re.fullmatch(r"(\w+)=([\d.-]*|null|true|false)", item, re.IGNORECASE)]
-    numbers = [item for item in numbers if item.split("=")[0] in groups()]
-    if numbers:
-        group = numbers[0].split("=")[0]
-        size = f"; for another size bank.size={numbers[0].split('=')[1]}" if re.fullmatch(r"bank=\d+", numbers[0]) else ""
-        return f"{numbers[0]}: {group} is one of {', '.join(groups()[group])}{size}"
+    for override in overrides:  # Hydra takes no number and no null for the name of an option, and does not say whose
+        group, _, option = override.partition("=")
+        if group in groups() and re.fullmatch(r"[\d.-]*|null|true|false", option, re.IGNORECASE):
+            size = f"; for another size bank.size={option}" if group == "bank" and option.isdigit() else ""
+            return f"{override}: {group} is one of {', '.join(groups()[group])}{size}"
     lines = [line.strip() for line in str(error if str(error) else cause).splitlines() if line.strip()]
     return " ".join(lines)
 

@@ -1,6 +1,6 @@
-"""What a `_target_` takes, read from its source: importing it would import torch, seconds before a typing error is told.
+"""What a `_target_` takes, read from its source: importing it would import torch, seconds before a slip is told.
 
-A name is looked up as Python would (imports, re-exports, aliases, base classes followed), by parsing and never by running.
+A name is looked up as Python would (imports, re-exports, aliases, base classes followed), by parsing, not by running.
 Where that ends, at a C extension say, nothing is claimed and nothing refused.
 """
 
@@ -24,7 +24,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """A callable's keyword parameters by name. `open`: it takes others too (**kwargs, or a base that cannot be read)."""
+    """A callable's parameters by name; `open` if it takes others too (**kwargs, or a base that cannot be read)."""
 
     parameters: dict[str, Parameter]
     open: bool

@@ -51,7 +51,8 @@ def for_user(error: BaseException) -> bool:
 
     CACO_TRACEBACK=1 in the environment shows the traceback of these too.
     """
-    if os.environ.get("CACO_TRACEBACK") == "1" or not isinstance(error, (ValueError, OSError, ImportError, ArithmeticError)):
+    told = (ValueError, OSError, ImportError, ArithmeticError)
+    if os.environ.get("CACO_TRACEBACK") == "1" or not isinstance(error, told):
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

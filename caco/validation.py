@@ -7,6 +7,7 @@ checked against each other; and a choice on the command line that something late
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -81,7 +82,7 @@ def _root(tree: dict[str, Any]) -> list[str]:
             problems.append(f"{key}: expected {expected}, got {got!r}")
 
     schedule, checkpoint = tree["schedule"], tree["checkpoint"]
-    demand("name", re.fullmatch(r"[\w.+-]+", tree["name"]) is not None, "letters, digits and . _ + - (it names a folder)")
+    demand("name", re.fullmatch(r"\w[\w.+-]*", tree["name"]) is not None, "letters, digits and ._+- (a folder's name)")
     demand("batch", tree["batch"] >= 2, "at least 2 images")
     demand("epochs", tree["epochs"] >= 1, "at least 1")
     demand("max_steps", tree["max_steps"] is None or tree["max_steps"] >= 1, "null or at least 1")
@@ -157,13 +158,12 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     return problems
 
 
-def _settings(group: str, file: Any) -> list[tuple[str, Any]]:
+def _settings(group: str, file: Path) -> list[tuple[str, Any]]:
     """The dotted keys that an option's file sets, and their values."""
     text = file.read_text(encoding="utf-8")
     header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
     package = header.group(1) if header else group
-    content = OmegaConf.create(text)
     prefix = "" if package == "_global_" else f"{package}."
-    raw = OmegaConf.to_container(content, resolve=False)
-    raw = {key: value for key, value in raw.items() if key not in ("defaults", "hydra")} if isinstance(raw, dict) else {}
-    return [(f"{prefix}{key}", value) for key, value in flat(raw).items()]
+    content = OmegaConf.to_container(OmegaConf.create(text))
+    settings = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
+    return [(f"{prefix}{key}", value) for key, value in flat(settings).items()]

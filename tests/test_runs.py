@@ -105,7 +105,7 @@ def test_flat_resolves_and_leaves_out_hydras_own_part():
         ([], "default"),
         (["pn=positive", "bank=12M"], "bank-12M_pn-positive"),
         (["bank=12M", "pn=positive"], "bank-12M_pn-positive"),
-        (["data.root=/images", "loader.num_workers=8", "tracking=ledger", "launcher=slurm", "log_every_steps=1"], "default"),
+        (["data.root=/images", "loader.num_workers=8", "tracking=ledger", "launcher=slurm"], "default"),
         (["eval=[knn,probe]"], "eval-knn-probe"),
         (["+a.b='x y/../z'"], "a.b-x-y-..-z"),
         (["bank.lr=3.0e-1"], "bank.lr-3.0e-1"),
