@@ -149,6 +149,9 @@ def main() -> None:
         if for_user(error):  # a sweep's job has told it
             sys.exit(2)
         raise
+    except KeyboardInterrupt:
+        refuse("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

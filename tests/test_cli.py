@@ -126,6 +126,15 @@ def test_a_sweep_goes_on_after_a_refused_job_and_ends_with_exit_code_2(here, mon
     assert "data.root=PATH" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_says_how_to_go_on(here, monkeypatch, capsys):
+    def run(cfg, run_dir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", run)
+    assert here("seed=0") == 130
+    assert capsys.readouterr().err == "caco: interrupted; the same command goes on from the last checkpoint\n"
+
+
 def test_a_bug_keeps_its_traceback(here, monkeypatch):
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: 1 / 0)
     with pytest.raises(ZeroDivisionError):
