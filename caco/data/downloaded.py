@@ -2,14 +2,12 @@
 
 import fcntl
 import socket
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.exceptions import VisibleDeprecationWarning
 
 from caco.data.datasets import limited, reduced
 from caco.data.sources import ImagesInMemory, Splits
@@ -116,18 +114,15 @@ def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[
             "Without any data, preset=demo learns from scikit-learn's digits, which need none."
         )
     top = Path(root).expanduser()
-    with warnings.catch_warnings():
-        # The published pickles are of 2009: numpy 2.4 warns of how they spell a dtype.
-        warnings.simplefilter("ignore", VisibleDeprecationWarning)
+    try:
+        return list(read(root=top, download=False).items())
+    except RuntimeError as error:
+        problem = error
+    if download:
         try:
-            return list(read(root=top, download=False).items())
-        except RuntimeError as error:
+            return list(_fetch(top, read).items())
+        except (OSError, RuntimeError) as error:
             problem = error
-        if download:
-            try:
-                return list(_fetch(top, read).items())
-            except (OSError, RuntimeError) as error:
-                problem = error
     raise FileNotFoundError(
         f"data={name}: expected its files below data.root={root}, or a network to fetch them; got {type(problem).__name__}: "
         f"{problem}.\nWhere there is no network, fetch the set elsewhere and point data.root to it; preset=demo needs no data."

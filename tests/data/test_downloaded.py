@@ -1,5 +1,6 @@
 """The sets that torchvision reads, on tiny files of their published layouts."""
 
+import io
 import pickle
 import re
 import socket
@@ -13,7 +14,7 @@ from caco.data.downloaded import cifar10, cifar100, stl10
 
 
 class Old(pickle.Pickler):
-    """Spells a dtype as the Pythons of 2009 did, with numbers for booleans: numpy 2.4 warns of it."""
+    """Spells a dtype as the pickles of 2009 do, with numbers for booleans: elsewhere numpy 2.4 warns of it."""
 
     def reducer_override(self, value):
         if isinstance(value, np.dtype):
@@ -23,8 +24,9 @@ class Old(pickle.Pickler):
 
 def dump(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        Old(file, protocol=2).dump(content)
+    file = io.BytesIO()
+    Old(file, protocol=2).dump(content)
+    path.write_bytes(file.getvalue().replace(b"numpy._core.", b"numpy.core."))
 
 
 def rows(count: int, seed: int) -> np.ndarray:

@@ -222,6 +222,17 @@ raise SystemExit(3)
     process.stdout.close()
 
 
+def test_closing_inside_an_epoch_ends_the_workers(noise_source, two_views):
+    others = multiprocessing.active_children()
+    loader = TorchLoader(num_workers=2).bind(noise_source(80), two_views, batch=8, seed=7)
+    running = loader.epoch(0)
+    next(running)
+    assert len(multiprocessing.active_children()) == len(others) + 2
+    loader.close()
+    assert set(multiprocessing.active_children()) <= set(others)
+    assert list(running) == []
+
+
 class Threads:
     """A source whose every pixel is the number of torch's threads where it is read."""
 

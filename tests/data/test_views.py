@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageFilter
-from scipy.stats import ks_2samp, kstest
+from scipy.stats import ks_2samp, kstest, spearmanr
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -156,8 +156,13 @@ def test_the_papers_two_views_draw_each_step_as_often_as_it_says(photo, monkeypa
     for v, expected_blur, expected_solarize in ((0, 1.0, 0.0), (1, 0.1, 0.2)):
         happened.clear()
         sigmas.clear()
-        gray = sum(np.ptp(views.view_pixels(photo, v), axis=2).max() == 0 for _ in range(count))
+        gray = both = 0
+        for _ in range(count):
+            before = len(sigmas), happened.count("solarize")
+            gray += np.ptp(views.view_pixels(photo, v), axis=2).max() == 0
+            both += len(sigmas) > before[0] and happened.count("solarize") > before[1]
         seen = {
+            "blur and solarize": (both, expected_blur * expected_solarize),  # of one draw they would come together
             "blur": (len(sigmas), expected_blur),
             "solarize": (happened.count("solarize"), expected_solarize),
             "jitter": (happened.count("jitter"), 0.8),
@@ -199,6 +204,8 @@ def test_jitter_draws_each_factor_evenly_and_each_order(photo, monkeypatch):
         assert kstest(drawn[step], "uniform", args=(middle - strength, 2 * strength)).pvalue > 0.001
     orders = [tuple(order[i : i + 4]) for i in range(0, len(order), 4)]
     counts = {each: orders.count(each) for each in set(orders)}
+    for step, factors in drawn.items():
+        assert spearmanr([each.index(step) for each in orders], factors).pvalue > 0.001
     assert len(counts) == 24 and all(50 < times < 160 for times in counts.values())
 
 
