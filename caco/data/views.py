@@ -24,8 +24,8 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 class View:
     """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order.
 
-    Pillow throughout, as in the published code. The steps are our own because torchvision's transforms take twice
-    as long at 32 px (1.2 times at 224); the tests hold them to torchvision's results.
+    Pillow throughout, as in the published code. The steps are our own because torchvision's transforms take two to
+    three times as long at 32 px (1.2 times at 224); the tests hold them to torchvision's results.
 
     Args:
         count: how many views of this kind.
