@@ -13,6 +13,7 @@ from caco.config import build
 from caco.evals.evaluation import Evaluation
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
+from caco.nn.norm import over_all_ranks
 from caco.optimizers import Schedule
 from caco.tracking.environment import environment
 from caco.tracking.files import read_json, write_json
@@ -56,6 +57,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     device = pick_device(cfg.device)
     distributed.start(device)
     main = distributed.is_main()
+    config_hash = runs.run_hash(cfg)
+    hashes = distributed.all_objects(config_hash)
+    if len(set(hashes)) > 1:
+        raise ValueError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
+    tracker = build(cfg.tracking)
     splits, views = build(cfg.data), build(cfg.augmentation)
     loader = build(cfg.loader).bind(
         splits.pretrain,
@@ -75,15 +81,13 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         precision=cfg.precision,
         seed=cfg.seed,
     )
-    method = build_method(cfg).to(device=device, memory_format=torch.channels_last)
+    method = over_all_ranks(build_method(cfg), device).to(device=device, memory_format=torch.channels_last)
     if cfg.compile:
         method.encoder.compile()
     optimizer = build(cfg.optimizer, parameters=method.encoder_parameters())
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    tracker = build(cfg.tracking)
-    config_hash = runs.run_hash(cfg)
     trainer = Trainer(
         method=method,
         loader=loader,

@@ -32,6 +32,7 @@ NEUTRAL_KEYS = (
     "profile",
     "anomaly",
     "data.root",
+    "data.download",
     "data.labelled_root",
     "data.in_memory_mb",
     "loader.num_workers",

@@ -199,6 +199,10 @@ class Trainer:
 
     # What is written down.
 
+    def _record(self, row: dict[str, float], kind: str) -> None:
+        if distributed.is_main():
+            self.tracker.log(self.step, row, kind=kind)
+
     def _log(self, step: int, epoch: int, values: dict[str, torch.Tensor], progress: Progress) -> None:
         for name, value in values.items():
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
@@ -214,7 +218,7 @@ class Trainer:
                 "bank_lr": self.bank_lr[step],
                 "images_per_second": progress.images_per_second(self.step),
             }
-            self.tracker.log(self.step, row, kind="filling" if epoch < 0 else "train")
+            self._record(row, "filling" if epoch < 0 else "train")
         if epoch < 0 and self.step == self.filling:
             progress.say(f"the bank is filled with the keys of {self.filling} steps")
             self.epoch_sums.clear()
@@ -224,7 +228,7 @@ class Trainer:
         row = {name: value.item() / count for name, value in self.epoch_sums.items()} | self.method.statistics()
         self.epoch_sums.clear()
         self.latest |= row
-        self.tracker.log(self.step, {"epoch": epoch, **row}, kind="epoch")
+        self._record({"epoch": epoch, **row}, "epoch")
 
     def evaluate(self, when: Literal["epoch", "end"], progress: Progress) -> None:
         """Evaluate the backbone; percent, 0-100. Rank 0 works, the others wait."""
@@ -235,7 +239,7 @@ class Trainer:
             return
         self.latest |= results
         epochs = max(0, self.step - self.filling) / self.steps_per_epoch
-        self.tracker.log(self.step, {"epochs": epochs, **results}, kind="eval")
+        self._record({"epochs": epochs, **results}, "eval")
         shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
         progress.say(f"after {epochs:g} of {self.epochs} epochs ({clock(progress.elapsed())}): {shown}")
 

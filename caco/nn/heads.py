@@ -2,6 +2,7 @@
 
 import itertools
 
+import torch
 from torch import Tensor, nn
 
 
@@ -57,5 +58,6 @@ class Encoder(nn.Module):
         self.backbone, self.projector = backbone, projector
 
     def forward(self, images: Tensor) -> Tensor:
-        # float32 from here on: similarities at tau 0.08 do not survive eight bits of mantissa.
-        return nn.functional.normalize(self.projector(self.backbone(images)).float(), dim=1)
+        embedding = self.projector(self.backbone(images))
+        # float32 at least from here on: similarities at tau 0.08 do not survive bf16's eight bits of mantissa.
+        return nn.functional.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1)

@@ -41,6 +41,7 @@ def over_all_ranks(module: nn.Module, device: torch.device) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
             ours = AllRanksBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            ours.weight, ours.bias = child.weight, child.bias  # the twin's stay without gradient
             ours.load_state_dict(child.state_dict())
             setattr(module, name, ours)
         else:
