@@ -31,6 +31,16 @@ class Schedule:
 
 
 @dataclass
+class BankLearning:
+    lr: float = MISSING
+    lr_reference_batch: int | None = MISSING
+    push: float = MISSING
+    reading: str = MISSING
+    initialisation: str = MISSING
+    filling_passes: int = MISSING
+
+
+@dataclass
 class Checkpoint:
     every_epochs: int = MISSING
     every_steps: int | None = MISSING
@@ -54,6 +64,7 @@ class Root:
     compile: bool = MISSING
     device: str = MISSING
     schedule: Schedule = field(default_factory=Schedule)
+    bank_learning: BankLearning = field(default_factory=BankLearning)
     log_every_steps: int = MISSING
     eval_every_epochs: int = MISSING
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

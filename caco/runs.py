@@ -26,6 +26,7 @@ from caco.tracking.files import write_json
 # A pattern covers the key itself and all below it.
 NEUTRAL_KEYS = (
     "name",
+    "bank_learning",  # what comes of it is under bank
     "log_every_steps",
     "eval_every_epochs",
     "checkpoint",

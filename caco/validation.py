@@ -140,6 +140,8 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
+    if any(name.startswith("bank_learning.") for name in assigned) and "lr" not in (tree["bank"] or {}):
+        problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):
