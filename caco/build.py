@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from caco import distributed, runs
+from caco import distributed, runs, weights
 from caco.checkpoint import Checkpoints
 from caco.config import build
 from caco.evals.evaluation import Evaluation
@@ -63,6 +63,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         raise ValueError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
     tracker = build(cfg.tracking)
     splits, views = build(cfg.data), build(cfg.augmentation)
+    data_digest = distributed.shared_object(splits.pretrain.digest() if main else None)
     loader = build(cfg.loader).bind(
         splits.pretrain,
         views,
@@ -81,13 +82,19 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         precision=cfg.precision,
         seed=cfg.seed,
     )
-    method = over_all_ranks(build_method(cfg), device).to(device=device, memory_format=torch.channels_last)
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
+    newest = checkpoints.load_newest()
+    method = build_method(cfg)
+    if cfg.weights is not None and newest is None:
+        told = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
+        if main:
+            print(f"caco: {told}", file=sys.stderr)
+    method = over_all_ranks(method, device).to(device=device, memory_format=torch.channels_last)
     if cfg.compile:
         method.encoder.compile()
     optimizer = build(cfg.optimizer, parameters=method.encoder_parameters())
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     trainer = Trainer(
         method=method,
         loader=loader,
@@ -101,6 +108,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         batch=cfg.batch,
         seed=cfg.seed,
         config_hash=config_hash,
+        data_digest=data_digest,
         max_steps=cfg.max_steps,
         precision=cfg.precision,
         log_every_steps=cfg.log_every_steps,
@@ -111,7 +119,6 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         anomaly=cfg.anomaly,
         profile_to=run_dir if cfg.profile else None,
     )
-    newest = checkpoints.load_newest()
     if newest is not None:
         state, path = newest
         trainer.load_state_dict(state)
@@ -128,13 +135,13 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         tracker.start(
             run_dir,
             params=runs.flat(cfg),
-            tags={**environment(), "config_hash": config_hash},
+            tags={**environment(), "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
             run_name=run_dir.name,
             state=newest[0]["tracker"] if newest else None,
         )
     try:
         metrics = trainer.fit()
-        summary = {**metrics, "config_hash": config_hash, "data": splits.pretrain.name}
+        summary = {**metrics, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
         if main:
             write_json(run_dir / "summary.json", summary)
         status = "FINISHED"

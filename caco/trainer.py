@@ -33,6 +33,7 @@ class Trainer:
     Args:
         method, loader, optimizer, schedule, evaluation, tracker, checkpoints: the parts.
         epochs, batch, seed: of the run; `batch` is global.
+        config_hash, data_digest: what a checkpoint must share to be gone on from.
         max_steps: stop after so many steps (filling included), or None.
         precision: "bf16" runs the encoders under autocast; embeddings, bank and parameters stay float32.
         log_every_steps, eval_every_epochs, save_every_epochs, save_every_steps, milestone_epochs: cadence.
@@ -55,6 +56,7 @@ class Trainer:
         batch: int,
         seed: int,
         config_hash: str,
+        data_digest: str,
         max_steps: int | None = None,
         precision: Literal["bf16", "fp32"] = "bf16",
         log_every_steps: int = 10,
@@ -67,7 +69,8 @@ class Trainer:
     ):
         self.method, self.loader, self.optimizer = method, loader, optimizer
         self.evaluation, self.tracker, self.checkpoints = evaluation, tracker, checkpoints
-        self.device, self.epochs, self.batch, self.config_hash = device, epochs, batch, config_hash
+        self.device, self.epochs, self.batch = device, epochs, batch
+        self.config_hash, self.data_digest = config_hash, data_digest
         self.precision, self.anomaly, self.profile_to = precision, anomaly, profile_to
         self.log_every_steps, self.eval_every_epochs = log_every_steps, eval_every_epochs
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
@@ -253,8 +256,9 @@ class Trainer:
         return {
             "version": 1,
             "config_hash": self.config_hash,
+            "data_digest": self.data_digest,
             "step": self.step,
-            "place": list(self.place(self.step)),  # follows from the step; written for people and checked on loading
+            "place": list(self.place(self.step)),  # (epoch, step in it): follows from the step, written for people
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch_sums": dict(self.epoch_sums),
@@ -267,18 +271,19 @@ class Trainer:
         """Go on from a checkpoint of this run.
 
         Raises:
-            ValueError: the checkpoint is of another configuration, or of a data set of another size.
+            ValueError: the checkpoint is of another configuration, or of other data.
         """
         if state["config_hash"] != self.config_hash:
             raise ValueError(
                 f"expected a checkpoint of configuration {self.config_hash}; got one of {state['config_hash']}"
             )
-        self.step = state["step"]
-        if state["place"] != list(self.place(self.step)):
+        if state["data_digest"] != self.data_digest:
             raise ValueError(
-                f"step {self.step} is (epoch, step) {tuple(self.place(self.step))} of these data; the checkpoint was "
-                f"saved at {tuple(state['place'])}: the data set has changed its size since"
+                f"expected a checkpoint made with these data (digest {self.data_digest}); got one made with others "
+                f"({state['data_digest']}): point data.root to those, or choose another hydra.run.dir"
             )
+        self.step = state["step"]
+        assert state["place"] == list(self.place(self.step)), "the same data and configuration give the same steps"
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])

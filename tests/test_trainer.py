@@ -79,20 +79,6 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, step
     assert record(tmp_path / "whole") == record(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("pn", ["none", "positive", "negative"])
-def test_so_does_every_other_setting_of_table_7(tmp_path, monkeypatch, pn):
-    settings = [f"pn={pn}", *EVERY]
-    has_bank = pn != "none"
-    train(tmp_path / "whole", *settings, bank=has_bank)
-    with monkeypatch.context() as patch:
-        cut_after(patch, 7)
-        with pytest.raises(Cut):
-            train(tmp_path / "cut", *settings, bank=has_bank)
-    train(tmp_path / "cut", *settings, bank=has_bank)
-    assert_same(final(tmp_path / "whole"), final(tmp_path / "cut"))
-    assert record(tmp_path / "whole") == record(tmp_path / "cut")
-
-
 def test_so_does_a_process_killed_at_whatever_instant(tmp_path):
     """SIGKILL, again and again, at moments that the run does not choose; workers and bf16 included."""
     command = [

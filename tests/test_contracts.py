@@ -1,0 +1,83 @@
+"""What every method and every P/N setting in conf/ promises, found there: a new one is held to it by being there."""
+
+import pytest
+import torch
+from test_trainer import assert_same, final, record
+from tiny import compose, train
+
+from caco.build import build_method
+from caco.config import CONF
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
+# A method chooses its own projector, optimiser and views; a test needs small ones.
+SMALL = ["augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd"]
+MULTICROP = ["+augmentation.views.small._target_=caco.data.views.View", "+augmentation.views.small.count=2",
+             "+augmentation.views.small.size=8"]  # fmt: skip
+CASES = {f"method={name}": [f"method={name}", *SMALL] for name in METHODS}
+CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items())}
+CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
+
+
+def bank_of(overrides):
+    return compose(*overrides, bank=False).bank
+
+
+def has_bank(overrides):
+    return bank_of(overrides) is not None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
+    overrides = [*CASES[case], "max_steps=7", "checkpoint.every_steps=4"]
+    bank = has_bank(overrides)
+    train(tmp_path, *overrides, bank=bank)
+    whole, rows = final(tmp_path), record(tmp_path)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(set(losses)) == 7, "every step gives another loss"
+    (tmp_path / "checkpoints" / "step_000000007.pt").unlink()
+    (tmp_path / "summary.json").unlink()
+    train(tmp_path, *overrides, bank=bank)
+    assert_same(whole, final(tmp_path))
+    assert record(tmp_path) == rows
+
+
+def views_of(cfg, step):
+    from caco.build import build
+
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(8, 3, size, size, generator=generator) for size in build(cfg.augmentation).sizes]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bank_and_twin_move_only_when_told(case):
+    cfg = compose(*CASES[case], bank=has_bank(CASES[case]))
+    method = build_method(cfg).train()
+    rows = None if method.bank is None else method.bank.rows.weight.detach().clone()
+    twin = None if method.twin is None else [p.clone() for p in method.twin.parameters()]
+    method(views_of(cfg, 0)).loss.backward()
+    if twin is not None:
+        assert all(torch.equal(a, b) for a, b in zip(twin, method.twin.parameters(), strict=True))
+        assert all(p.grad is None for p in method.twin.parameters())
+    if rows is not None:
+        assert torch.equal(rows, method.bank.rows.weight)
+        method.update_bank(0.5)
+        assert not torch.equal(rows, method.bank.rows.weight)
+    assert all(p.grad is not None for p in method.encoder_parameters()), "every parameter takes part"
+
+
+QUEUED = [case for case in CASES if has_bank(CASES[case]) and "lr" not in bank_of(CASES[case])]
+
+
+@pytest.mark.parametrize("case", QUEUED)
+def test_no_key_is_a_negative_of_its_own_image(case):
+    """A queue that hands keys back at once would hold a vector equal to the step's own key; none may."""
+    cfg = compose(*CASES[case], bank=has_bank(CASES[case]))
+    method = build_method(cfg).train()
+    for step in range(3):
+        before = method.bank.rows.weight.detach().clone()
+        method(views_of(cfg, step))
+        for keys in method.keys:
+            assert (keys @ before.T).max() < 1 - 1e-6
+        assert torch.equal(before, method.bank.rows.weight)
+        method.update_bank(0.0)
