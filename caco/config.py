@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from caco.runs import run_name
+from caco.runs import file_digest, run_name
 
 # Beside the package in a checkout, inside it in a wheel (pyproject.toml maps the one to the other).
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir())
@@ -63,6 +63,9 @@ class Root:
     precision: str = MISSING
     compile: bool = MISSING
     device: str = MISSING
+    weights: str | None = MISSING
+    format: str | None = MISSING
+    weights_digest: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     bank_learning: BankLearning = field(default_factory=BankLearning)
     log_every_steps: int = MISSING
@@ -83,9 +86,10 @@ class Root:
 
 
 def register() -> None:
-    """Tell Hydra the schema and OmegaConf the resolver that names a run's directory."""
+    """Tell Hydra the schema and OmegaConf the resolvers: a run's directory, and what is in a file."""
     ConfigStore.instance().store("schema", Root)
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
 
 
 register()

@@ -15,6 +15,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from caco.tracking.files import write_json
 # A pattern covers the key itself and all below it.
 NEUTRAL_KEYS = (
     "name",
+    "weights",  # weights_digest is what counts
     "bank_learning",  # what comes of it is under bank
     "log_every_steps",
     "eval_every_epochs",
@@ -42,6 +44,8 @@ NEUTRAL_KEYS = (
     "launcher",
     "hydra",
 )
+# Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
+NOTHING_IF_NULL = ("format", "weights_digest")
 
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 
@@ -82,7 +86,11 @@ def is_neutral(key: str) -> bool:
 
 def identity(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The flat leaves that can change a number; 1.0 and 1 are one value."""
-    return {key: _canonical(value) for key, value in sorted(flat(cfg).items()) if not is_neutral(key)}
+    return {
+        key: _canonical(value)
+        for key, value in sorted(flat(cfg).items())
+        if not is_neutral(key) and not (value is None and key in NOTHING_IF_NULL)
+    }
 
 
 def _canonical(value: Any) -> Any:
@@ -92,6 +100,22 @@ def _canonical(value: Any) -> Any:
 def run_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
     """Ten hexadecimal digits of the identity."""
     return hashlib.sha256(json.dumps(identity(cfg)).encode()).hexdigest()[:10]
+
+
+def file_digest(path: str | None) -> str | None:
+    """Sixteen hexadecimal digits of a file's content; None where there is no file."""
+    file = None if path is None else Path(path).expanduser().absolute()
+    if file is None or not file.is_file():
+        return None
+    status = file.stat()
+    return _digest(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=None)
+def _digest(file: Path, size: int, changed_ns: int) -> str:
+    """Read once a process, as long as the file stays as it is: a configuration is resolved many times."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 def short_name(overrides: Iterable[str], *, limit: int = 80) -> str:

@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from caco import signatures
 from caco.annotations import argument_mismatches
 from caco.config import CONF, ConfigError, Root
-from caco.runs import flat, plain
+from caco.runs import file_digest, flat, plain
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
+FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/weights.py
 SUPPLIED = {"projector": ("in_dim",)}  # plain values that no YAML gives, because another component decides them
 
 
@@ -89,6 +90,13 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
     demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
     demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+    weights = tree["weights"]
+    demand("weights", weights is None or Path(weights).expanduser().is_file(), "a file that is there")
+    demand("weights_digest", tree["weights_digest"] == file_digest(weights), "it not to be set; weights=FILE does")
+    if weights is None:
+        demand("format", tree["format"] is None, "null, as there is no weights=FILE")
+    else:
+        demand("format", tree["format"] in FORMATS, f"one of {', '.join(FORMATS)}, that of weights={weights}")
     demand("schedule.warmup_epochs", schedule["warmup_epochs"] >= 0, "0 or more")
     demand("schedule.final_fraction", 0 <= schedule["final_fraction"] <= 1, "0 to 1")
     demand("schedule.unit", schedule["unit"] in ("step", "epoch"), "step or epoch")
