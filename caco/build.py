@@ -15,6 +15,7 @@ from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
 from caco.optimizers import Schedule
+from caco.preemption import Stop, Stopped
 from caco.tracking.environment import environment
 from caco.tracking.files import read_json, write_json
 from caco.trainer import Trainer
@@ -49,7 +50,7 @@ def build_method(cfg: DictConfig) -> torch.nn.Module:
     return build(cfg.method, encoder=encoder, bank=bank)
 
 
-def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
+def train(cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None) -> dict[str, float]:
     """Build everything, go on from the newest checkpoint if there is one, train, and write summary.json.
 
     Data come first, so that what is missing or too small is said before any model is built.
@@ -118,6 +119,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         milestone_epochs=list(cfg.checkpoint.milestone_epochs),
         anomaly=cfg.anomaly,
         profile_to=run_dir if cfg.profile else None,
+        stop=stop,
     )
     if newest is not None:
         state, path = newest
@@ -145,7 +147,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         if main:
             write_json(run_dir / "summary.json", summary)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         status = "KILLED"
         raise
     finally:

@@ -19,13 +19,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from caco import config, refusals, runs, validation
+from caco.preemption import Stop, Stopped, leave
 
 
 def run(cfg: DictConfig, run_dir: Path) -> None:
     """Train in run_dir, which is ours, what cfg says, which is checked."""
-    from caco.build import train  # here and not above: it imports torch
+    try:
+        with Stop() as stop:
+            from caco.build import train  # here and not above: it imports torch
 
-    train(cfg, run_dir)
+            train(cfg, run_dir, stop=stop)
+    except Stopped as stopped:
+        leave(stopped, is_first_rank=runs.is_first_rank())
 
 
 def job(cfg: DictConfig) -> None:

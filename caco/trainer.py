@@ -17,6 +17,7 @@ from caco.checkpoint import Checkpoints
 from caco.data.loader import Batch
 from caco.methods.contrastive import Outputs
 from caco.optimizers import Schedule
+from caco.preemption import Stop, Stopped
 from caco.progress import Progress, clock
 
 
@@ -39,6 +40,7 @@ class Trainer:
         log_every_steps, eval_every_epochs, save_every_epochs, save_every_steps, milestone_epochs: cadence.
         anomaly: torch's detection of the operation that made a NaN; slow.
         profile_to: a folder for a torch profiler trace of a few steps, or None.
+        stop: says when this process was told to stop.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Trainer:
         milestone_epochs: list[int] = (),
         anomaly: bool = False,
         profile_to: Path | None = None,
+        stop: Stop | None = None,
     ):
         self.method, self.loader, self.optimizer = method, loader, optimizer
         self.evaluation, self.tracker, self.checkpoints = evaluation, tracker, checkpoints
         self.device, self.epochs, self.batch = device, epochs, batch
         self.config_hash, self.data_digest = config_hash, data_digest
         self.precision, self.anomaly, self.profile_to = precision, anomaly, profile_to
+        self.stop = stop or Stop()
         self.log_every_steps, self.eval_every_epochs = log_every_steps, eval_every_epochs
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
         self.milestone_epochs = set(milestone_epochs)
@@ -121,6 +125,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: before anything is updated with it; the last checkpoint stays good.
+            Stopped: some rank was told to stop; all have ended the same step and saved.
         """
         progress = Progress(
             total=self.total_steps, done=self.step, batch=self.batch, enabled=distributed.is_main()
@@ -139,6 +144,7 @@ class Trainer:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     outputs: Outputs = self.method.filling_loss(views) if epoch < 0 else self.method(views)
                 values = self._averaged(outputs)
+                stopping = values.pop("stop").item() > 0  # some rank was told to: all end with this step
                 # Every rank sees the same mean, so all stop together, and nothing has been updated yet.
                 if not math.isfinite(loss := values["loss"].item()):
                     raise NonFiniteLossError(
@@ -168,10 +174,13 @@ class Trainer:
                     self.evaluate("end" if last else "epoch", progress)
                 if (
                     last
+                    or stopping
                     or (epoch_over and (epoch + 1) % self.save_every_epochs == 0)
                     or (self.save_every_steps and self.step % self.save_every_steps == 0)
                 ):
                     self.save(milestone=epoch_over and epoch + 1 in self.milestone_epochs)
+                if stopping and not last:
+                    raise Stopped(f"after step {self.step} of {self.total_steps}", self.stop.signum)
             rate = progress.images_per_second(self.step)
         return {
             **self.latest,
@@ -181,9 +190,10 @@ class Trainer:
         }
 
     def _averaged(self, outputs: Outputs) -> dict[str, torch.Tensor]:
-        """Loss and metrics as means over the ranks, in one message."""
-        names = ["loss", *outputs.metrics]
-        together = torch.stack([outputs.loss.detach().double(), *(value.double() for value in outputs.metrics.values())])
+        """Loss and metrics as means over the ranks, and "stop", the part of them told to stop, in one message."""
+        names = ["loss", *outputs.metrics, "stop"]
+        stop = torch.tensor(float(self.stop.requested()), dtype=torch.float64, device=self.device)
+        together = torch.stack([outputs.loss.detach().double(), *(v.double() for v in outputs.metrics.values()), stop])
         return dict(zip(names, distributed.sum_(together) / distributed.world(), strict=True))
 
     @contextlib.contextmanager

@@ -1,0 +1,80 @@
+"""Being told to stop, by a scheduler or a user: a flag that the loop reads, and what happens after its save.
+
+SIGUSR2 comes from SLURM ahead of a time limit or a preemption (`--signal`), SIGTERM on `scontrol requeue`, on the
+preemption of clusters that send nothing else, on `scancel`, and from any user's `kill`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from typing import NoReturn
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class Stopped(Exception):
+    """The run was told to stop and has saved itself; not an error."""
+
+    def __init__(self, at: str, signum: int | None):
+        name = signal.Signals(signum).name if signum else "a signal to another rank"
+        super().__init__(f"stopped by {name} {at}, which is saved")
+        self.signum = signum
+
+
+class Stop:
+    """Within `with`, a signal to stop is noted instead of obeyed; the loop asks `requested` and ends at a step's end."""
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._before: dict[int, object] = {}
+
+    def requested(self) -> bool:
+        """Whether this process was told to stop; the ranks of a run agree among themselves."""
+        return self.signum is not None
+
+    def __enter__(self) -> "Stop":
+        self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.signum = signum
+
+
+def leave(stopped: Stopped, *, is_first_rank: bool) -> NoReturn:
+    """End this process such that the run goes on: requeued by whom it was started by, or by the user's next command.
+
+    Called outside `with Stop()`, where SIGUSR2 is submitit's again if submitit started this process.
+    """
+    executor = os.environ.get("SUBMITIT_EXECUTOR")
+    if executor is None or (executor == "local" and stopped.signum == signal.SIGTERM):
+        if is_first_rank:
+            print(f"caco: {stopped}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + (stopped.signum or signal.SIGTERM))
+    if not is_first_rank:
+        sys.exit(0)
+    if executor == "slurm" and not _still_running():
+        print(f"caco: {stopped}; SLURM has requeued or cancelled this job itself", file=sys.stderr)
+        sys.exit(0)
+    print(f"caco: {stopped}; it goes back into the queue", file=sys.stderr)
+    requeue = signal.getsignal(signal.SIGUSR2)
+    assert callable(requeue), "submitit listens for the signal"
+    requeue(signal.SIGUSR2, None)  # counts time-outs, writes its submission anew, requeues and exits
+    raise AssertionError("unreachable: submitit's handler exits")
+
+
+def _still_running() -> bool:
+    """Whether SLURM means this job to run on. Once it is being requeued or cancelled its state is another one.
+
+    A job that the user cancels must not come back, and one that SLURM requeues must not be requeued twice.
+    """
+    command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return True  # requeueing, which needs the same controller, then says what is wrong
+    return "JobState=RUNNING" in shown.split()
