@@ -15,7 +15,7 @@ demo: setup
 	.venv/bin/python -m caco.train preset=demo $(ARGS)
 
 test: setup
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # What make made; never runs/.
 clean:
