@@ -166,7 +166,15 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
                 f"{run_dir} holds another run; choose another hydra.run.dir. What differs:\n{shown}{more}"
             )
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
-    write_json(run_dir / "environment.json", {**environment(), "command": shlex.join(sys.argv)})
+    write_json(run_dir / "environment.json", {**environment(), "command": _command()})
+
+
+def _command() -> str:
+    """The command line as one types it, whichever way the program was started."""
+    program, *arguments = sys.argv
+    if Path(program).parts[-2:] == ("caco", "train.py"):
+        return shlex.join(["python", "-m", "caco.train", *arguments])
+    return shlex.join([Path(program).name, *arguments])
 
 
 def is_first_rank() -> bool:
