@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from rank_worker import STEPS
+from test_contracts import MULTICROP
 from test_trainer import EVERY, assert_same, final, record
 from tiny import BANK, TINY
 
@@ -17,6 +18,7 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
 CASES = [f"method={m} {SMALL}" for m in METHODS if m != "caco"] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
+CASES += [" ".join(MULTICROP), " ".join([CASES[0], *MULTICROP])]
 
 
 def launch(world, command):

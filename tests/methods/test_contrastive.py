@@ -172,6 +172,25 @@ def test_which_view_queries_which_key():
     assert adco == [Term(q, 1, 1.0) for q in (0, 2, 3, 4, 5)]
 
 
+def test_multi_crop_by_hand():
+    """Two large views and two small: labels from the large ones' keys; the mean of 2 terms plus the mean of 4."""
+    method, large = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0), reduction="mean")
+    method.encoder.backbone = method.twin.encoder.backbone = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    large = [F.interpolate(view, size=4) for view in large]
+    small = [torch.randn(B, 3, 2, 2, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (5, 6)]
+    w = method.bank.rows.weight.detach()
+    m = F.normalize(w, dim=1)
+    loss = method(large + small).loss
+    loss.backward()
+    label = [eq.most_probable_positive(method.twin(view), m) for view in large]
+    q = [method.encoder(view).detach() for view in large + small]
+    terms = [(0, 1, 1 / 2), (1, 0, 1 / 2)] + [(v, k, 1 / 4) for v in (2, 3) for k in (0, 1)]
+    dense = sum(weight * eq.contrastive_loss(q[v], m, label[k], TAU).mean() for v, k, weight in terms)
+    gradient = sum(weight * eq.bank_gradient(q[v], w, label[k], TAU) for v, k, weight in terms)
+    assert torch.allclose(loss, dense, atol=1e-12)
+    assert torch.allclose(method.bank.rows.weight.grad, gradient, atol=1e-12)
+
+
 def test_filling_writes_the_keys_in_order_and_then_copies_the_encoder_to_the_twin():
     method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=10, dim=D, seed=0))
     assert method.filling_steps(B) == 2
