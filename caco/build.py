@@ -32,7 +32,8 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Modulo: some clusters show each process its own GPU alone, as number 0.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device(name)
 
 

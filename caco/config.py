@@ -83,11 +83,13 @@ class Root:
     loader: Any = MISSING
     eval: dict[str, Any] = field(default_factory=dict)
     tracking: Any = MISSING
+    launcher: Any = MISSING
 
 
 def register() -> None:
     """Tell Hydra the schema and OmegaConf the resolvers: a run's directory, and what is in a file."""
     ConfigStore.instance().store("schema", Root)
+    ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
 

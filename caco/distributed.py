@@ -1,4 +1,4 @@
-"""The process group from torchrun, submitit or nothing, and the few collectives that caco needs.
+"""The process group from torchrun's environment (caco/launchers.py makes one too) or nothing, and the few collectives that caco needs.
 
 Every function is an identity where there is one process, so no caller asks how many there are.
 """
@@ -14,14 +14,9 @@ from torch import Tensor
 def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
     """Join the process group that the environment describes; a single process joins none.
 
-    torchrun sets RANK and WORLD_SIZE itself; inside a SLURM task started by submitit they are exported first.
     Raises:
         RuntimeError: from torch, when the other ranks do not come within the time-out.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SUBMITIT_EXECUTOR" in os.environ:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        TorchDistributedEnvironment().export(overwrite=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)

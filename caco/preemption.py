@@ -72,7 +72,10 @@ def _still_running() -> bool:
 
     A job that the user cancels must not come back, and one that SLURM requeues must not be requeued twice.
     """
-    command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
+    # Of an array's last task SLURM_JOB_ID is the whole array's.
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    command = ["scontrol", "show", "job", "-o", job]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):

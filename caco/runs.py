@@ -5,6 +5,7 @@ many workers read them, how often something is logged or saved, who is told) is 
 another machine stays the same run.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -165,6 +166,7 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{run_dir} holds another run; choose another hydra.run.dir. What differs:\n{shown}{more}"
             )
+    (run_dir / "failure.txt").unlink(missing_ok=True)
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
     write_json(run_dir / "environment.json", {**environment(), "command": _command()})
 
@@ -175,6 +177,17 @@ def _command() -> str:
     if Path(program).parts[-2:] == ("caco", "train.py"):
         return shlex.join(["python", "-m", "caco.train", *arguments])
     return shlex.join([Path(program).name, *arguments])
+
+
+def record_failure(run_dir: Path, text: str) -> None:
+    """Write failure.txt, unless another rank has: the first to fail is the cause, others lose their peer."""
+    with contextlib.suppress(OSError), open(run_dir / "failure.txt", "x", encoding="utf-8") as file:
+        file.write(text.rstrip() + "\n")
+
+
+def objective(summary: Mapping[str, Any]) -> float | None:
+    """What a search (Optuna) maximises: k-NN accuracy if it was evaluated, else a probe's, else nothing."""
+    return next((summary[name] for name in ("knn_top1", "probe_top1") if name in summary), None)
 
 
 def is_first_rank() -> bool:

@@ -3,9 +3,11 @@
 Everything that can be refused without torch is refused before torch is imported.
 """
 
+import importlib.util
 import linecache
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -15,6 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,28 +25,33 @@ from caco import config, refusals, runs, validation
 from caco.preemption import Stop, Stopped, leave
 
 
-def run(cfg: DictConfig, run_dir: Path) -> None:
+def run(cfg: DictConfig, run_dir: Path) -> float | None:
     """Train in run_dir, which is ours, what cfg says, which is checked."""
     try:
         with Stop() as stop:
             from caco.build import train  # here and not above: it imports torch
 
-            train(cfg, run_dir, stop=stop)
+            return runs.objective(train(cfg, run_dir, stop=stop))
     except Stopped as stopped:
         leave(stopped, is_first_rank=runs.is_first_rank())
 
 
-def job(cfg: DictConfig) -> None:
-    """One run: what Hydra calls with the composed configuration, here or on a node."""
+def job(cfg: DictConfig) -> float | None:
+    """One run: what Hydra calls with the composed configuration. Returns what a search maximises."""
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
+    opened = False
     try:
         validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
         if runs.is_first_rank():
             runs.open_run(run_dir, cfg)
-        run(cfg, run_dir)
+        opened = True
+        return run(cfg, run_dir)
     except Exception as error:
-        if not for_user(error):
+        told = for_user(error)
+        if opened:  # else it is another process's
+            runs.record_failure(run_dir, str(error) if told else traceback.format_exc())
+        if not told:
             raise
         refuse(str(error))
         if hydra_cfg.mode == RunMode.MULTIRUN:
@@ -84,6 +92,25 @@ def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
         if any(item.is_sweep_override() and not item.is_discrete_sweep() for item in parsed):
             return []
         return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+def is_launched(overrides: list[str]) -> bool:
+    """Whether the jobs run elsewhere: launcher=slurm, launcher=local."""
+    chosen = [item.partition("=")[2] for item in overrides if item.startswith("launcher=")]
+    return bool(chosen) and chosen[-1] != "none"
+
+
+def offer_launcher() -> None:
+    """Tell Hydra of caco/sweep.py, which it does not find in an editable install.
+
+    Raises:
+        ConfigError: submitit is not installed.
+    """
+    if importlib.util.find_spec("submitit") is None:
+        raise config.ConfigError("launcher: needs submitit, which is not installed; pip install 'caco[slurm]'")
+    from hydra_plugins.caco_launcher import SubmititLauncher
+
+    Plugins.instance().register(SubmititLauncher)
 
 
 def check_command(overrides: list[str], *, multirun: bool) -> None:
@@ -139,8 +166,13 @@ def main() -> None:
         if args.help:
             print(help_text(args.overrides), end="")
             return
+        launched = is_launched(args.overrides)
         if starts and not elsewhere:
-            check_command(args.overrides, multirun=args.multirun)
+            check_command(args.overrides, multirun=args.multirun or launched)
+        if launched:
+            if elsewhere:
+                raise config.ConfigError("launcher: a job composes conf/ alone; take launcher=none or no other folder")
+            offer_launcher()
         hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(job)()
     except config.ConfigError as error:
         refuse(str(error))
@@ -151,7 +183,12 @@ def main() -> None:
         refuse(refusals.explain(error, args.overrides))
         sys.exit(2)
     except Exception as error:
-        if for_user(error):  # a sweep's job has told it
+        if type(error).__name__ == "SweepFailed":  # by name: what it comes from is imported only where it is used
+            refuse(str(error))
+            sys.exit(1)
+        if for_user(error):
+            if launched:  # else a sweep's job has told it
+                refuse(str(error))
             sys.exit(2)
         raise
     except KeyboardInterrupt:

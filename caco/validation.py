@@ -61,6 +61,8 @@ def _shape(tree: dict[str, Any]) -> list[str]:
             problems.append(f"{key}: expected a component with a _target_, got {tree[key]!r:.60}")
     if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
         problems.append(f"bank: this setting has none, got {tree['bank']!r:.60}")
+    if tree.get("launcher") is not None and not (isinstance(tree["launcher"], dict) and "_target_" in tree["launcher"]):
+        problems.append(f"launcher: expected none, local or slurm, got {tree['launcher']!r:.60}")
     evaluators = tree.get("eval")
     if not isinstance(evaluators, dict):
         problems.append(f"eval: expected evaluators by name, as eval=[knn,probe], got {evaluators!r:.60}")

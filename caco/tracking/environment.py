@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from caco.tracking.files import read_json
+
 _PACKAGES = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "hydra": "hydra-core", "mlflow": "mlflow"}
 _PACKAGES |= {"ffcv": "ffcv", "numpy": "numpy"}
+SOURCE = "source.json"  # beside the package in a copy made for a job, which has no Git (caco/snapshot.py)
 
 
 def environment() -> dict[str, str]:
@@ -25,6 +28,7 @@ def environment() -> dict[str, str]:
     found = {
         "git_sha": sha or "unknown",
         "git_dirty": "unknown" if not sha or changes is None else str(bool(changes)).lower(),
+        **read_json(here.parents[1] / SOURCE),
         "python": platform.python_version(),
         **{name: _version(package) for name, package in _PACKAGES.items()},
         "host": socket.gethostname(),

@@ -1,0 +1,310 @@
+"""Where the jobs of a sweep run: on SLURM, or as processes of this machine; both through submitit.
+
+A job is the command that a user would type for that one run, started in a copy of the code as it was submitted
+(caco/snapshot.py). So it resumes, refuses and records as any run does. caco/sweep.py follows the jobs.
+"""
+
+import math
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+# The outcome of jobs that are no longer in SLURM's hands; every other state means wait.
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as submitit pickles it; `overrides` are its command line."""
+
+    overrides: tuple[str, ...]
+    run_dir: Path
+
+    def __call__(self) -> None:
+        _export_ranks()
+        quoted = str(self.run_dir).replace("\\", "\\\\").replace("'", "\\'")
+        sys.argv = ["caco-train", *self.overrides, f"hydra.run.dir='{quoted}'"]
+        runpy.run_module("caco.train", run_name="__main__")
+
+    def checkpoint(self) -> Any:
+        """What goes back into the queue when SLURM takes the node away: the same again, it finds its checkpoints."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _export_ranks() -> None:
+    """What torchrun would export, where submitit has started several processes for this job."""
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    job = JobEnvironment()
+    if job.num_tasks > 1:
+        # Below the ports that kernels give out, and another one for each job that may share a node.
+        os.environ["MASTER_PORT"] = str(10_000 + int(job.raw_job_id) % 20_000)
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+class Slurm:
+    """Jobs in SLURM's queue, one array per sweep.
+
+    Args:
+        partition, account, qos, constraint: as sbatch takes them; null leaves the choice to the cluster.
+        nodes, gpus_per_node: of each job.
+        tasks_per_node: processes a node; null is one per GPU.
+        cpus_per_task, mem_gb: of a process, and of a node; null is the cluster's default.
+        hours: time limit of one turn in the queue; a run that needs longer saves and queues again.
+        signal_minutes: so long before the limit it is told to.
+        max_timeouts: so many turns it may take up.
+        max_crashes: so often a job that something killed (no memory left, a lost process) queues again.
+        parallel: jobs of the sweep that run at the same time.
+        setup: shell lines before the job, such as `module load cuda`.
+        sbatch: any other option of sbatch by its long name.
+        srun: further arguments of srun.
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+
+    needs_refill = False  # the queue holds any number; SLURM starts `parallel` of them at a time
+
+    def __init__(
+        self,
+        *,
+        partition: str | None,
+        account: str | None,
+        qos: str | None,
+        constraint: str | None,
+        nodes: int,
+        gpus_per_node: int,
+        tasks_per_node: int | None,
+        cpus_per_task: int | None,
+        mem_gb: float | None,
+        hours: float,
+        signal_minutes: float,
+        max_timeouts: int,
+        max_crashes: int,
+        parallel: int,
+        setup: list[str],
+        sbatch: dict[str, Any],
+        srun: list[str],
+    ):
+        tasks = max(1, gpus_per_node) if tasks_per_node is None else tasks_per_node
+        _demand("nodes", nodes, nodes >= 1, "at least 1")
+        _demand("gpus_per_node", gpus_per_node, gpus_per_node >= 0, "0 or more")
+        _demand("tasks_per_node", tasks_per_node, tasks >= 1, "null or at least 1")
+        _demand("hours", hours, hours > 0, "more than 0")
+        _demand("parallel", parallel, parallel >= 1, "at least 1")
+        self.partition, self.ranks, self.cpus = partition, nodes * tasks, tasks * (cpus_per_task or 1)
+        self.asked = {"hours": hours, "gpus_per_node": gpus_per_node, "nodes": nodes}
+        self.parallel, self.setup, self.max_timeouts, self.max_crashes = parallel, setup, max_timeouts, max_crashes
+        wanted = {
+            "partition": partition,
+            "account": account,
+            "qos": qos,
+            "constraint": constraint,
+            "nodes": nodes,
+            "gpus_per_node": gpus_per_node or None,
+            "ntasks_per_node": tasks,
+            "cpus_per_task": cpus_per_task,
+            "mem": None if mem_gb is None else f"{math.ceil(mem_gb * 1024)}MB",
+            "time": math.ceil(hours * 60),
+            "signal_delay_s": math.ceil(signal_minutes * 60),
+            "array_parallelism": parallel,
+            "additional_parameters": {"requeue": True, **sbatch},
+            # One rank that fails ends the others at once: those that linger keep nodes and, unkillable, drain them.
+            "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *srun],
+        }
+        self._wanted = {key: value for key, value in wanted.items() if value is not None}
+
+    def check(self, cfg: DictConfig) -> None:
+        """Refuse, before anything is queued, what this cluster cannot run.
+
+        Raises:
+            ValueError: no SLURM here; no such partition; more than it has; a batch that ranks cannot share.
+        """
+        if not all(shutil.which(command) for command in ("sbatch", "squeue", "sinfo", "scontrol")):
+            raise ValueError(
+                "launcher=slurm needs SLURM's commands, sbatch and others: run this on a login node, or take launcher=local"
+            )
+        _check_ranks(cfg, self.ranks, self.asked["gpus_per_node"])
+        # Partition (* is the default one), its time limit, GPUs and so on a node, nodes, CPUs a node; a line for each kind.
+        listed = [line.split("|") for line in _slurm("sinfo", "--noheader", "--format=%P|%l|%G|%D|%c").stdout.splitlines()]
+        names = {line[0].rstrip("*") for line in listed}
+        default = {line[0].rstrip("*") for line in listed if line[0].endswith("*")}
+        chosen = default if self.partition is None else set(self.partition.split(","))
+        if not chosen <= names:
+            raise ValueError(f"launcher.partition: expected one of {', '.join(sorted(names))}, got {self.partition}")
+        ours = [line[1:] for line in listed if line[0].rstrip("*") in chosen]
+        if not ours:
+            return  # no default partition: sbatch says so
+        # Most clusters take what exceeds these and let it wait for ever.
+        has = {
+            "hours": max(_hours(limit) for limit, *_ in ours),
+            "gpus_per_node": max(sum(map(int, re.findall(r"\bgpu(?::[^:(,]+)?:(\d+)", kinds))) for _, kinds, *_ in ours),
+            "nodes": sum(int(nodes) for *_, nodes, _ in ours),
+        }
+        where = f"partition {','.join(sorted(chosen))}"
+        for key, most in has.items():
+            if self.asked[key] > most:
+                raise ValueError(f"launcher.{key}: expected at most {most:g}, as {where} has, got {self.asked[key]:g}")
+        cpus = max(int(cpus.rstrip("+")) for *_, cpus in ours)
+        if self.cpus > cpus:
+            raise ValueError(f"launcher: expected at most the {cpus} CPUs that a node of {where} has, got {self.cpus}")
+
+    def submit(self, jobs: list[Job], folder: Path, code: Path) -> list[str]:
+        """Queue the jobs, which then run `code`; their ids, as squeue shows them.
+
+        Raises:
+            ValueError: SLURM refuses them, in its words.
+        """
+        from submitit import SlurmExecutor
+        from submitit.core.utils import FailedJobError
+
+        folder.mkdir(parents=True, exist_ok=True)
+        executor = SlurmExecutor(folder=folder / "%j", max_num_timeout=self.max_timeouts)
+        executor.update_parameters(
+            **self._wanted,
+            job_name="caco",
+            setup=[*self.setup, *(f"export {name}={shlex.quote(value)}" for name, value in _environment(code).items())],
+            teardown=self._teardown(folder),
+        )
+        try:
+            return [job.job_id for job in executor.submit_array(jobs)]
+        except FailedJobError as error:
+            raise ValueError(f"SLURM refuses the jobs: {_first_words(str(error))}") from error
+
+    def states(self, ids: list[str]) -> dict[str, str]:
+        """The state of each job that SLURM still knows, and why it waits; none are given while SLURM does not answer."""
+        command = ("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N")
+        try:
+            listed = _slurm(*command).stdout.splitlines()
+        except ValueError:
+            return {id: "UNKNOWN" for id in ids}  # a controller that restarts; the jobs do not mind
+        found = dict.fromkeys(ids, "GONE")  # ended so long ago that SLURM has forgotten
+        for id, state, reason, nodes in (line.split("|") for line in listed):
+            if id in found:
+                more = nodes or reason
+                found[id] = state if state in ENDED or more in ("", "None") else f"{state} ({more})"
+        return found
+
+    def log(self, folder: Path, id: str) -> Path:
+        return folder / id / f"{id}_0_log.err"
+
+    def _teardown(self, folder: Path) -> list[str]:
+        """The job ends as its ranks did; what something killed queues again, some times."""
+        crashes = shlex.quote(str(folder)) + "/crashes_$job"
+        return [
+            "status=$?",
+            # Of an array's last task SLURM_JOB_ID is the whole array's.
+            "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+            "# Above 128: ended by a signal, here any but SIGTERM and those that people send.",
+            "case $status in 132|134|135|136|137|139)",
+            f'  echo "$status" >> {crashes}',
+            f'  if [ "$(wc -l < {crashes})" -le {self.max_crashes} ] && scontrol requeue "$job"; then',
+            '    echo "caco: killed by signal $((status - 128)); it goes back into the queue" >&2',
+            "    sleep 600  # SLURM ends this script to requeue it",
+            "  fi",
+            "esac",
+            "exit $status",
+        ]
+
+
+class Local:
+    """Jobs as processes of this machine, a few at a time.
+
+    Args:
+        gpus_per_job: each job sees the first so many.
+        tasks_per_job: processes a job; null is one per GPU.
+        parallel: jobs at the same time.
+        setup: shell lines before each job.
+    """
+
+    needs_refill = True
+
+    def __init__(self, *, gpus_per_job: int, tasks_per_job: int | None, parallel: int, setup: list[str]):
+        tasks = max(1, gpus_per_job) if tasks_per_job is None else tasks_per_job
+        _demand("gpus_per_job", gpus_per_job, gpus_per_job >= 0, "0 or more")
+        _demand("tasks_per_job", tasks_per_job, tasks >= 1, "null or at least 1")
+        _demand("parallel", parallel, parallel >= 1, "at least 1")
+        self.gpus, self.ranks, self.parallel, self.setup = gpus_per_job, tasks, parallel, setup
+        self._running: dict[str, Any] = {}
+
+    def check(self, cfg: DictConfig) -> None:
+        """Refuse a batch that the ranks cannot share, and GPUs that would not be used."""
+        _check_ranks(cfg, self.ranks, self.gpus)
+
+    def submit(self, jobs: list[Job], folder: Path, code: Path) -> list[str]:
+        """Start the jobs, which then run `code`; their process ids."""
+        from submitit import LocalExecutor
+        from submitit.core.utils import environment_variables
+
+        folder.mkdir(parents=True, exist_ok=True)
+        executor = LocalExecutor(folder=folder / "%j", max_num_timeout=10**6)
+        executor.update_parameters(
+            gpus_per_node=self.gpus, tasks_per_node=self.ranks, timeout_min=10**6, setup=self.setup
+        )
+        with environment_variables(**_environment(code)):
+            started = executor.submit_array(jobs)
+        self._running |= {job.job_id: job for job in started}
+        return [job.job_id for job in started]
+
+    def states(self, ids: list[str]) -> dict[str, str]:
+        return {id: "GONE" if id not in self._running or self._running[id].done() else "RUNNING" for id in ids}
+
+    def log(self, folder: Path, id: str) -> Path:
+        return folder / id / f"{id}_0_log.err"
+
+
+def _demand(key: str, got: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"launcher.{key}: expected {expected}, got {got}")
+
+
+def _check_ranks(cfg: DictConfig, ranks: int, gpus: int) -> None:
+    if cfg.batch % ranks:
+        raise ValueError(f"batch: expected a multiple of the {ranks} processes of a job, got {cfg.batch}")
+    if (cfg.device == "cpu") != (gpus == 0) and cfg.device != "auto":
+        raise ValueError(f"device={cfg.device} and GPUs of the launcher: expected both or neither, got {gpus} GPUs")
+
+
+def _environment(code: Path) -> dict[str, str]:
+    """So that a job imports caco from `code` and not, which `python -m` prefers, from the directory it starts in."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{code}{os.pathsep}{inherited}" if inherited else str(code), "PYTHONSAFEPATH": "1"}
+
+
+def _hours(limit: str) -> float:
+    """SLURM's [days-]hours:minutes:seconds or minutes:seconds, or infinite."""
+    if not re.fullmatch(r"[\d:-]+", limit):
+        return math.inf
+    days, _, rest = limit.rpartition("-")
+    parts = [0, 0, 0, *(int(part) for part in rest.split(":"))][-3:]
+    return int(days or 0) * 24 + parts[0] + parts[1] / 60 + parts[2] / 3600
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess:
+    """Raises ValueError with SLURM's own words where it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"{command[0]}: {_first_words(error.stderr)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{command[0]} has not answered for a minute; is SLURM's controller up?") from error
+
+
+def _first_words(text: str) -> str:
+    """What SLURM's command said: its error lines in one, without those of Python around it."""
+    told = [line.split("error: ", 1)[1] for line in text.splitlines() if re.match(r"\s*s\w+: error: ", line)]
+    return "; ".join(told) or text.strip()[-500:]
