@@ -17,6 +17,7 @@ from tiny import BANK, TINY
 
 from caco.tracking.environment import environment
 
+pytestmark = pytest.mark.timeout(600)  # of the first test, which waits for all jobs; two cores need three minutes
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ["launcher=slurm", "launcher.hours=1", "launcher.gpus_per_node=0", "launcher.setup=['export GLOO_SOCKET_IFNAME=lo']"]
 # Long enough to be interrupted; no checkpoint before the end but those of interruptions.
