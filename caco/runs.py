@@ -119,7 +119,7 @@ def _digest(file: Path, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
-def short_name(overrides: Iterable[str], *, limit: int = 80) -> str:
+def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
     """What a command line changed, as one readable word that is safe in a path, a shell and a Hydra override.
 
     `["pn=positive", "bank=12M", "data.root=/d"]` -> "bank-12M_pn-positive"; neutral settings are left out, the order in
