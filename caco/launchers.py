@@ -105,6 +105,8 @@ class Slurm:
         _demand("gpus_per_node", gpus_per_node, gpus_per_node >= 0, "0 or more")
         _demand("tasks_per_node", tasks_per_node, tasks >= 1, "null or at least 1")
         _demand("hours", hours, hours > 0, "more than 0")
+        # Else each turn would be a step or two; SLURM may send the signal a minute early.
+        _demand("signal_minutes", signal_minutes, 0 < signal_minutes <= hours * 30, "at most half of launcher.hours")
         _demand("parallel", parallel, parallel >= 1, "at least 1")
         self.partition, self.ranks, self.cpus = partition, nodes * tasks, tasks * (cpus_per_task or 1)
         self.asked = {"hours": hours, "gpus_per_node": gpus_per_node, "nodes": nodes}
@@ -186,13 +188,13 @@ class Slurm:
             raise ValueError(f"SLURM refuses the jobs: {_first_words(str(error))}") from error
 
     def states(self, ids: list[str]) -> dict[str, str]:
-        """The state of each job that SLURM still knows, and why it waits; none are given while SLURM does not answer."""
+        """The state of each job, and why it waits; UNKNOWN of all while SLURM does not answer."""
         command = ("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N")
         try:
             listed = _slurm(*command).stdout.splitlines()
         except ValueError:
             return {id: "UNKNOWN" for id in ids}  # a controller that restarts; the jobs do not mind
-        found = dict.fromkeys(ids, "GONE")  # ended so long ago that SLURM has forgotten
+        found = dict.fromkeys(ids, "ENDED")  # ended so long ago that SLURM has forgotten
         for id, state, reason, nodes in (line.split("|") for line in listed):
             if id in found:
                 more = nodes or reason
@@ -261,7 +263,7 @@ class Local:
         return [job.job_id for job in started]
 
     def states(self, ids: list[str]) -> dict[str, str]:
-        return {id: "GONE" if id not in self._running or self._running[id].done() else "RUNNING" for id in ids}
+        return {id: "ENDED" if id not in self._running or self._running[id].done() else "RUNNING" for id in ids}
 
     def log(self, folder: Path, id: str) -> Path:
         return folder / id / f"{id}_0_log.err"

@@ -106,7 +106,7 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
                     _say(active[id], f"job {id} {state}")
                     told[id] = state
                     pause_s = 0.5
-                if state in ENDED or state == "GONE":
+                if state in ENDED or state == "ENDED":
                     active.pop(id)
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.3, 15.0)
@@ -124,7 +124,7 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
 
 def _is_active(launcher: Slurm | Local, id: str) -> bool:
     state = launcher.states([id])[id]
-    return state not in ENDED and state != "GONE"
+    return state not in ENDED and state != "ENDED"
 
 
 def _wait_for_results(jobs: list[Job], *, seconds: float = 5.0) -> None:

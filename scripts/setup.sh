@@ -25,6 +25,15 @@ missing_packages() {
   fi
 }
 
+# Only for tests: a SLURM that they start on this machine. Found where root's PATH looks, too.
+missing_test_packages() {
+  local PATH=$PATH:/usr/sbin:/usr/local/sbin
+  command -v munged >/dev/null || echo munge
+  command -v slurmctld >/dev/null || echo slurmctld
+  command -v slurmd >/dev/null || echo slurmd
+  { command -v sbatch && command -v srun; } >/dev/null || echo slurm-client
+}
+
 install_packages() { # returns non-zero where it may not or cannot
   command -v apt-get >/dev/null || return 1
   local root=()
@@ -38,10 +47,11 @@ install_packages() { # returns non-zero where it may not or cannot
 }
 
 missing=$(missing_packages | xargs)
-if [ -n "$missing" ]; then
-  say "missing system packages: $missing"
+wanted=$(echo "$missing" "$(missing_test_packages)" | xargs)
+if [ -n "$wanted" ]; then
+  say "missing system packages: $wanted"
   # shellcheck disable=SC2086  # one word a package
-  install_packages $missing || say "they could not be installed from here (needs root or sudo, and apt-get)"
+  install_packages $wanted || say "they could not be installed from here (needs root or sudo, and apt-get)"
   missing=$(missing_packages | xargs)
 fi
 
@@ -69,4 +79,10 @@ if [ "$extras" != all,test ]; then
   say "*** INCOMPLETE: no ffcv, for want of system packages. All else works. To complete it, as root:"
   say "***   apt-get install $missing"
   say "*** and then: make -B setup"
+fi
+
+missing=$(missing_test_packages | xargs)
+if [ -n "$missing" ]; then
+  say "*** make test will skip the tests on a real SLURM. To have them, as root:"
+  say "***   apt-get install $missing"
 fi

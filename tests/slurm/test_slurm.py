@@ -222,6 +222,7 @@ def test_the_same_command_submits_the_unfinished_jobs_and_one_failure_does_not_s
         (["launcher.partition=big"], "launcher.partition: expected one of long, short, got big"),
         (["launcher.gpus_per_node=2", "device=auto"], "launcher.gpus_per_node: expected at most 0, as partition short has, got 2"),
         (["launcher.hours=24"], "launcher.hours: expected at most 1, as partition short has, got 24"),
+        (["launcher.signal_minutes=40"], "launcher.signal_minutes: expected at most half of launcher.hours, got 40"),
         (["launcher.tasks_per_node=3"], "batch: expected a multiple of the 3 processes of a job, got 16"),
         (["launcher.nodes=2"], "launcher.nodes: expected at most 1, as partition short has, got 2"),
         (["launcher.cpus_per_task=9"], "launcher: expected at most the 8 CPUs that a node of partition short has, got 9"),
