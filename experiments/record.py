@@ -59,12 +59,15 @@ def gather(run_dirs: list[Path]) -> dict:
 def table(record: dict) -> str:
     """A Markdown table: a line a run."""
     columns = ["knn_top1", "probe_top1", "loss", "max_probability", "bank/rows_used", "bank/near_duplicates", "bank/row_norm_mean"]
-    lines = ["| run | seed | k-NN before | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
-    for run in record["runs"]:
+    words = [run["command"].split()[3:] for run in record["runs"]]
+    everywhere = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    lines = ["| what differs | seed | k-NN before | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
+    for run, overrides in zip(record["runs"], words, strict=True):
+        differs = [word for word in overrides if word not in everywhere and not word.startswith("seed=")]
         first = next((row["knn_top1"] for row in run["curve"] if "knn_top1" in row), None)
         numbers = [first, *(run["summary"].get(name) for name in columns)]
         shown = ["" if n is None else f"{n:.3f}" if abs(n) < 1 else f"{n:.1f}" for n in numbers]
-        lines.append(f"| {run['name'].rsplit('-', 1)[0]} | {run['seed']} | " + " | ".join(shown) + " |")
+        lines.append(f"| `{' '.join(differs) or 'as all'}` | {run['seed']} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
