@@ -91,6 +91,7 @@ def interrupted(slurm, tmp_path_factory, copy_of_the_code):
     names = "name=alone,requeued,killed"
     pairs = ["name=two-alone,two-told", "launcher.tasks_per_node=2"]
     with Sweep(folder, names, code=copy_of_the_code) as single, Sweep(folder, *pairs) as double:
+        single.commit = environment()["git_sha"]  # now: someone may commit while this runs
         interrupt(single, double, copy_of_the_code)
         return single, {"single": single.end(), "double": double.end()}
 
@@ -166,7 +167,7 @@ def test_the_code_is_recorded_by_its_commit(interrupted):
     sweep, _ = interrupted
     recorded = [json.loads((sweep.run_dir(f"runs/{name}") / "environment.json").read_text()) for name in ("killed", "two-alone")]
     assert recorded[0]["git_sha"] == "0123abc" and recorded[0]["slurm_job_id"] == sweep.job("runs/killed")
-    assert recorded[1]["git_sha"] == environment()["git_sha"]
+    assert recorded[1]["git_sha"] == sweep.commit
 
 
 def test_the_same_sweep_again_has_nothing_to_do(interrupted):
