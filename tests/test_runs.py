@@ -116,7 +116,7 @@ def test_short_names_say_what_differs_and_are_safe_in_a_path(overrides, name):
 
 
 def test_short_names_are_short():
-    assert len(short_name([f"key{number}=value" for number in range(100)])) <= 80
+    assert len(short_name([f"key{number}=value" for number in range(100)])) <= 160
 
 
 def test_the_same_command_gets_the_same_directory_and_another_gets_another():
