@@ -22,6 +22,10 @@ _ROWS_PER_BATCH = 200
 # What MLflow takes: metrics and parameters a request, characters a value.
 _MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS = 1000, 100, 6000, 8000
 
+_COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+)  # fmt: skip
+
 # A dead server blocks a call for 247 s by default, and a hanging one for twice that.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -102,7 +106,9 @@ def _connect(uri: str, experiment: str, artifacts: Path | None) -> tuple[Any, st
     found = client.get_experiment_by_name(experiment)
     if found is None:
         try:
-            return client, client.create_experiment(experiment, artifact_location=artifacts and artifacts.as_uri())
+            tags = {"mlflow.experimentKind": "custom_model_development"}  # else its page opens as one of a language model
+            where = artifacts and artifacts.as_uri()
+            return client, client.create_experiment(experiment, artifact_location=where, tags=tags)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -188,10 +194,10 @@ class Feed:
             self._client.log_inputs(self.mark.run_id, [DatasetInput(dataset=found, tags=[context])])
 
     def _published(self, run: Any, about: dict[str, Any]) -> None:
-        """The paper's values, as final/NAME_paper beside our final/NAME."""
+        """The paper's values, as paper/NAME beside our eval/NAME and final/NAME."""
         from mlflow.entities import Metric
 
-        paper = {_name(f"final/{name}_paper"): float(value) for name, value in about.get("paper", {}).items()}
+        paper = {_name(f"paper/{name}"): float(value) for name, value in about.get("paper", {}).items()}
         new = [Metric(name, value, 0, 0) for name, value in paper.items() if run.data.metrics.get(name) != value]
         if new:
             self._log(new)
@@ -210,7 +216,9 @@ class Feed:
                 self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)
                 self.mark.parent_id = parent.info.run_id
                 self.mark.save(self.run_dir)
-            refresh_sweep(self._client, self._experiment_id, self.mark.parent_id)
+            siblings = refresh_sweep(self._client, self._experiment_id, self.mark.parent_id)
+            # MLflow's own choice, from the id, gives neighbours one colour.
+            self._client.set_tag(self.mark.run_id, "mlflow.runColor", _COLOURS[siblings.index(self.mark.run_id) % len(_COLOURS)])
 
     def release(self) -> None:
         """Let others send this run."""
@@ -338,9 +346,14 @@ def has_new_model(run_dir: Path, mark: Watermark) -> bool:
     return not mark.model_id and (run_dir / "model" / "MLmodel").exists()
 
 
-def refresh_sweep(client: Any, experiment_id: str, parent_id: str) -> None:
-    """Give a sweep's run the state that follows from its jobs': RUNNING while one is, SCHEDULED while some are to come."""
-    children = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent_id}'", max_results=50_000)
+def refresh_sweep(client: Any, experiment_id: str, parent_id: str) -> list[str]:
+    """Give a sweep's run the state that follows from its jobs': RUNNING while one is, SCHEDULED while some are to come.
+
+    Returns:
+        The ids of its jobs' runs, oldest first.
+    """
+    same, order = f"tags.`mlflow.parentRunId` = '{parent_id}'", ["attributes.start_time ASC"]
+    children = client.search_runs([experiment_id], same, max_results=50_000, order_by=order)
     states = [child.info.status for child in children]
     parent = client.get_run(parent_id)
     still = max(int(parent.data.tags.get("caco.jobs", 0)), len(states)) - states.count("FINISHED")
@@ -349,6 +362,7 @@ def refresh_sweep(client: Any, experiment_id: str, parent_id: str) -> None:
     if told != parent.info.status:
         ended = told not in ("RUNNING", "SCHEDULED")
         client.set_terminated(parent_id, told) if ended else client.update_run(parent_id, status=told)
+    return [child.info.run_id for child in children]
 
 
 def _sweep_lock(run_dir: Path) -> contextlib.AbstractContextManager:

@@ -97,7 +97,8 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
     is_complete = is_complete and not new_files(run_dir, mark) and not has_new_model(run_dir, mark)
     if mark.closed == status and is_complete and mark.uri == uri:
         return f"complete ({status}, {num_rows} rows)"
-    feed = Feed(run_dir, uri=uri, experiment=experiment or mark.experiment or "caco")
+    name = read_json(run_dir / "tracking.json")["params"].get("name")
+    feed = Feed(run_dir, uri=uri, experiment=experiment or mark.experiment or name or "caco")
     try:
         feed.open()
         num_sent = feed.send()
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m caco.tracking.sync", description=__doc__.splitlines()[0])
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a directory of runs")
     parser.add_argument("--uri", help="MLflow server or database; default: the run's, else as tracking=mlflow")
-    parser.add_argument("--experiment", metavar="NAME", help="default: the run's, else caco")
+    parser.add_argument("--experiment", metavar="NAME", help="default: the run's name, else caco")
     options = parser.parse_args(arguments)
     try:
         require_mlflow()
