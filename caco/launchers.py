@@ -246,8 +246,12 @@ class Local:
         self._running: dict[str, Any] = {}
 
     def check(self, cfg: DictConfig) -> None:
-        """Refuse a batch that the ranks cannot share, and GPUs that would not be used."""
+        """Refuse a batch that the ranks cannot share, GPUs that would not be used, and more of them than there are."""
         _check_ranks(cfg, self.ranks, self.gpus)
+        if self.gpus:
+            import torch  # seconds, and only here
+
+            _demand("gpus_per_job", self.gpus, self.gpus <= (n := torch.cuda.device_count()), f"at most {n}, as this machine has")
 
     def submit(self, jobs: list[Job], folder: Path, code: Path) -> list[str]:
         """Start the jobs, which then run `code`; their process ids."""
@@ -279,6 +283,8 @@ def _demand(key: str, got: Any, holds: bool, expected: str) -> None:
 def _check_ranks(cfg: DictConfig, ranks: int, gpus: int) -> None:
     if cfg.batch % ranks:
         raise ValueError(f"batch: expected a multiple of the {ranks} processes of a job, got {cfg.batch}")
+    if cfg.bank is not None and cfg.bank.size % ranks:
+        raise ValueError(f"bank.size: expected a multiple of the {ranks} processes of a job, got {cfg.bank.size}")
     if (cfg.device == "cpu") != (gpus == 0) and cfg.device != "auto":
         raise ValueError(f"device={cfg.device} and GPUs of the launcher: expected both or neither, got {gpus} GPUs")
 

@@ -162,7 +162,7 @@ def label(hydra_cfg: DictConfig) -> Label:
     sweep = json.loads(os.environ.get(SWEEP, "null"))
     varied = [item for item in overrides if sweep and _key(item) in sweep["keys"]]
     choices = {group: option for group, option in hydra_cfg.runtime.choices.items() if option and "/" not in group}
-    return Label(title(varied or overrides), choices, sweep)
+    return Label(" ".join(varied) or title(overrides), choices, sweep)
 
 
 def title(overrides: Iterable[str], *, limit: int = 200) -> str:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -102,10 +103,12 @@ def update(folder: Path, uri: str, *, named: bool) -> list[str]:
     Args:
         named: the user chose the store: everything goes there. Else each run goes where it went before.
     """
-    lines = []
-    with contextlib.suppress(ValueError):  # no run yet
-        told, _ = sync(find_runs([folder]), uri=uri if named else None)
-        lines = [line for line in told if ": complete (" not in line and ": skipped: " not in line]
+    try:
+        run_dirs = find_runs([folder])
+    except ValueError:
+        run_dirs = []  # no run yet
+    told, _ = sync(run_dirs, uri=uri if named else None)
+    lines = [line for line in told if ": complete (" not in line and ": skipped: " not in line]
     client, _ = connect(uri, "caco")
     for experiment in client.search_experiments():
         if client.search_runs([experiment.experiment_id], max_results=1):
@@ -128,13 +131,14 @@ def server(uri: str, *, host: str, port: int) -> Iterator[subprocess.Popen]:
     Raises:
         OSError: it ends or does not answer in two minutes; with its last words.
     """
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
     # One worker: each is a process of 300 MB. Jobs are for language models; two more processes, and a log that grows.
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
+    # Not as arguments, which every user of the machine sees: a database's address may hold its password.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+    if uri.startswith("sqlite:///"):  # what comes by HTTP; runs beside the store write into its mlruns/ themselves
+        environment["MLFLOW_ARTIFACTS_DESTINATION"] = str(Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts"))
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [*command, "--workers", "1"], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             deadline = time.monotonic() + 120
             while not _answers(f"http://{host}:{port}/health"):
@@ -186,9 +190,10 @@ def main(arguments: list[str] | None = None) -> int:
             _say(shown(uri, uri))
             return 0
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with server(uri, host=options.host, port=free_port(options.host, options.port)) as process:
-            base = f"http://{options.host}:{process.args[process.args.index('--port') + 1]}"
-            _say([*shown(uri, base), f"the store is {uri}; Ctrl-C ends this server, and no run"])
+        port = free_port(options.host, options.port)
+        with server(uri, host=options.host, port=port) as process:
+            base = f"http://{options.host}:{port}"
+            _say([*shown(uri, base), f"the store is {re.sub('//[^/]*@', '//', uri)}; Ctrl-C ends this server, and no run"])
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=options.every)
