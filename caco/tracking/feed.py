@@ -211,7 +211,7 @@ class Feed:
                 parent = next(iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None)
                 if parent is None:
                     tags = {"caco.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
-                    tags["mlflow.source.name"] = "caco.train -m"
+                    tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": "#000000"}
                     parent = self._client.create_run(self._experiment_id, run_name=sweep["title"], tags=tags)
                 self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)
                 self.mark.parent_id = parent.info.run_id

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ def save_model(backbone: Any, run_dir: Path) -> Path:
 
     `mlflow.pytorch.load_model` gives it back as a module that can be trained on; it needs timm, not caco.
     """
-    import mlflow.pytorch
     import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about types in MLflow's own code, as it is imported
+        import mlflow.pytorch
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
 
     # It warns that unpickling runs code, which MLflow's safe format avoids: a traced graph, which cannot be fine-tuned.
     logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
