@@ -1,8 +1,8 @@
-# Everything from a bare Debian: make demo | make test. Both set up first; make setup alone does only that.
+# Everything from a bare Debian: make demo | make test | make dashboard. All set up first; make setup alone does only that.
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test dashboard clean
 
 setup: .venv/.done
 
@@ -13,6 +13,10 @@ setup: .venv/.done
 
 demo: setup
 	.venv/bin/python -m caco.train preset=demo $(ARGS)
+
+# All runs of runs/ in a browser, also while they go on; ARGS="--port 8080", python -m caco.tracking.dashboard --help.
+dashboard: setup
+	.venv/bin/python -m caco.tracking.dashboard $(ARGS)
 
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
