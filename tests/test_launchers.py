@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import BANK, TINY
+from tiny import BANK, TINY, compose
 
 from caco import train
 from caco.launchers import Local, _hours
@@ -33,6 +33,8 @@ def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tm
     assert "got 2048. Lower batch or give more images." in first.stderr
     run = tmp_path / "runs" / "caco" / "b64"
     assert json.loads((run / "summary.json").read_text())["steps"] == 12
+    about = json.loads((run / "tracking.json").read_text())
+    assert (about["run_name"], about["sweep"]["jobs"], about["sweep"]["keys"]) == ("batch=64", 2, ["batch"])
     written = (run / "ledger.jsonl").stat().st_mtime_ns
     again = caco(*sweep, cwd=tmp_path)
     assert "caco/b64: is done already" in again.stderr and again.returncode == 1
@@ -55,6 +57,19 @@ def test_without_slurm_the_launcher_says_so(tmp_path):
 def test_numbers_without_sense_are_refused(key, value):
     with pytest.raises(ValueError, match=f"launcher.{key}: expected .*, got {value}"):
         Local(**LOCAL | {key: value})
+
+
+def test_what_this_machine_or_the_ranks_cannot_do_is_refused():
+    import torch
+
+    cfg = compose("batch=64", "bank.size=128", "device=auto")
+    with pytest.raises(ValueError, match="batch: expected a multiple of the 3 processes of a job, got 64"):
+        Local(**LOCAL | {"tasks_per_job": 3}).check(cfg)
+    with pytest.raises(ValueError, match="bank.size: expected a multiple of the 64 processes of a job, got 100"):
+        Local(**LOCAL | {"tasks_per_job": 64}).check(compose("bank.size=100"))
+    here = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=f"launcher.gpus_per_job: expected at most {here}, as this machine has, got {here + 1}"):
+        Local(**LOCAL | {"gpus_per_job": here + 1, "tasks_per_job": 1}).check(cfg)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from caco.config import compose
-from caco.runs import differences, flat, identity, open_run, run_hash, short_name
+from caco.runs import SWEEP, differences, flat, identity, label, open_run, run_hash, short_name, sweep_label
 
 CFG = {
     "name": "caco",
@@ -117,6 +117,21 @@ def test_short_names_say_what_differs_and_are_safe_in_a_path(overrides, name):
 
 def test_short_names_are_short():
     assert len(short_name([f"key{number}=value" for number in range(100)])) <= 160
+
+
+def test_a_run_is_labelled_by_what_was_typed_and_in_a_sweep_by_what_tells_it_apart(monkeypatch):
+    monkeypatch.delenv(SWEEP, raising=False)
+    cfg = compose(["preset=smoke", "pn=none", "data.root=/d", "seed=1"])
+    alone = label(cfg.hydra)
+    assert (alone.name, alone.sweep) == ("preset=smoke pn=none seed=1", None)
+    assert (alone.choices["pn"], alone.choices["bank"], alone.choices["method"]) == ("none", "tiny", "caco")
+    assert label(compose([]).hydra).name == "default"
+    command = ["preset=smoke", "pn=none,both", "data.root=/d", "seed=1,2"]
+    monkeypatch.setenv(SWEEP, sweep_label(command, ["pn", "seed"], 4))
+    within = label(cfg.hydra)
+    assert (within.name, within.sweep["jobs"], within.sweep["title"]) == ("pn=none seed=1", 4, "preset=smoke pn=none,both seed=1,2")
+    again = json.loads(sweep_label([*reversed(command), "launcher=slurm"], ["seed", "pn"], 1))
+    assert again["name"] == within.sweep["name"], "the same sweep, in another order, from elsewhere, half done"
 
 
 def test_the_same_command_gets_the_same_directory_and_another_gets_another():

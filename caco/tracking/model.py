@@ -13,30 +13,33 @@ def save_model(backbone: Any, run_dir: Path) -> Path:
 
     `mlflow.pytorch.load_model` gives it back as a module that can be trained on; it needs timm, not caco.
     """
-    import numpy as np
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about types in MLflow's own code, as it is imported
-        import mlflow.pytorch
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
-
-    # It warns that unpickling runs code, which MLflow's safe format avoids: a traced graph, which cannot be fine-tuned.
-    logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
     target, aside = run_dir / "model", run_dir / f".model.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about types in MLflow's own code, as it is imported
+        _save(backbone, aside)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return target
+
+
+def _save(backbone: Any, folder: Path) -> None:
+    import mlflow.pytorch
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    # It warns that unpickling runs code, which MLflow's safe format avoids: a traced graph, which cannot be trained on.
+    logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
     numbers = np.dtype(np.float32)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(numbers, (-1, 3, -1, -1))]), outputs=Schema([TensorSpec(numbers, (-1, backbone.num_features))])
     )
     mlflow.pytorch.save_model(
         backbone,
-        aside,
+        folder,
         signature=signature,
         # Given, or MLflow loads the model in a process of its own to find out.
         pip_requirements=["torch", "timm", "numpy"],
         serialization_format="pickle",
     )
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    return target

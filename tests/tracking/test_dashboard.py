@@ -64,12 +64,13 @@ def test_a_port_that_is_taken_gives_way_to_a_free_one():
         dashboard.free_port("203.0.113.1", 0)
 
 
-def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path, store):
-    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
-    with pytest.raises(OSError, match="mlflow server does not start: .*"), dashboard.server(
-        f"sqlite:///{tmp_path}/mlflow.db", host="203.0.113.1", port=1
-    ):
-        pass
+def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\necho no such database; exit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(dashboard.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(OSError, match="mlflow server does not start: no such database"):
+        with dashboard.server(f"sqlite:///{tmp_path}/mlflow.db", host="127.0.0.1", port=1):
+            pass
 
 
 def test_what_is_no_store_is_refused(capsys, store):
