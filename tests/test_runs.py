@@ -121,12 +121,12 @@ def test_short_names_are_short():
 
 def test_a_run_is_labelled_by_what_was_typed_and_in_a_sweep_by_what_tells_it_apart(monkeypatch):
     monkeypatch.delenv(SWEEP, raising=False)
-    cfg = compose(["preset=smoke", "pn=none", "data.root=/d", "seed=1"])
+    cfg = compose(["preset=smoke", "pn=none", "loader.num_workers=1", "seed=1"])
     alone = label(cfg.hydra)
     assert (alone.name, alone.sweep) == ("preset=smoke pn=none seed=1", None)
     assert (alone.choices["pn"], alone.choices["bank"], alone.choices["method"]) == ("none", "tiny", "caco")
     assert label(compose([]).hydra).name == "default"
-    command = ["preset=smoke", "pn=none,both", "data.root=/d", "seed=1,2"]
+    command = ["preset=smoke", "pn=none,both", "loader.num_workers=1", "seed=1,2"]
     monkeypatch.setenv(SWEEP, sweep_label(command, ["pn", "seed"], 4))
     within = label(cfg.hydra)
     assert (within.name, within.sweep["jobs"], within.sweep["title"]) == ("pn=none seed=1", 4, "preset=smoke pn=none,both seed=1,2")
