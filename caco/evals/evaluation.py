@@ -21,7 +21,7 @@ class Evaluation:
 
     Args:
         evaluators: by their config name (`eval.<name>`); may be empty.
-        splits, views, batch, device, precision, num_workers, loader, folder, say: see FeatureStore.
+        splits, views, batch, device, precision, num_workers, loader, folder, cache, overlap, say: see FeatureStore.
         seed: of the evaluators' own draws.
     Raises:
         ValueError: an evaluator cannot work on these splits; names it and says what to do.
@@ -40,6 +40,8 @@ class Evaluation:
         num_workers: int = 0,
         loader: Any = None,
         folder: Path | None = None,
+        cache: Path | None = None,
+        overlap: Literal["refuse", "allow"] = "refuse",
         say: Callable[..., None] = lambda text, passing=False: None,
     ) -> None:
         self.evaluators = evaluators
@@ -52,6 +54,8 @@ class Evaluation:
             num_workers=num_workers,
             loader=loader,
             folder=folder,
+            cache=cache,
+            overlap=overlap,
             say=say,
         )
         for name, evaluator in evaluators.items():

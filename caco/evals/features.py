@@ -181,6 +181,8 @@ class FeatureStore:
         cache_bytes: a split whose transformed images take no more than this stays in memory.
         loader: settings of the loader that training uses, for evaluators that train on augmented views.
         folder: where features and evaluators' checkpoints are kept on disk; None keeps features in memory.
+        cache: another folder for the features, which several evaluations may share.
+        overlap: whether evaluators that bring images of their own may test on training images.
         say: is told what an evaluator that takes its time is doing; `passing` lines may be left out.
     """
 
@@ -196,6 +198,8 @@ class FeatureStore:
         cache_bytes: int = 2**30,
         loader: Any = None,
         folder: Path | None = None,
+        cache: Path | None = None,
+        overlap: Literal["refuse", "allow"] = "refuse",
         say: Callable[..., None] = lambda text, passing=False: None,
     ) -> None:
         if batch < 1:
@@ -205,8 +209,8 @@ class FeatureStore:
         self.num_workers, self.cache_bytes = num_workers, cache_bytes
         self.loader = loader if loader is not None else TorchLoader(num_workers=num_workers)
         self.folder = None if folder is None else Path(folder)
-        self.say = say
-        self._files = None if folder is None else FeatureFiles(self.folder / "features")
+        self.overlap, self.say = overlap, say
+        self._files = None if folder is None else FeatureFiles(cache or self.folder / "features")
         self._digests: dict[int, str] = {}
         self._images: dict[str, Tensor] = {}
         self._labels: dict[str, Tensor] = {}
