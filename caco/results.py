@@ -11,7 +11,7 @@ from torch import nn
 
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import key_of
-from caco.runs import command, flat, plain
+from caco.runs import command, flat, is_neutral, plain
 from caco.tracking.environment import environment
 from caco.tracking.files import read_json, write_json
 from caco.tracking.ledger import Ledger
@@ -66,7 +66,7 @@ class Record:
         splits, views = store.splits, store.views
         sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
         return {
-            "evaluator": OmegaConf.to_container(self.cfg.eval[name], resolve=True),
+            "evaluator": {k: v for k, v in plain(self.cfg)["eval"][name].items() if not is_neutral(f"eval.{name}.{k}")},
             "inputs": evaluator.inputs() if hasattr(evaluator, "inputs") else [],
             "encoder": store.digest_of(encoder),
             "images": {split: source and source.digest() for split, source in sources.items()},

@@ -39,6 +39,7 @@ NEUTRAL_KEYS = (
     "data.download",
     "data.labelled_root",
     "data.in_memory_mb",
+    "eval.transfer.root",
     "loader.num_workers",
     "loader.prefetch",
     "tracking",
