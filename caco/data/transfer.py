@@ -109,13 +109,13 @@ def cars(root: Path, seed: int) -> TransferSet:
         "cars",
         root / "stanford_cars",
         None,
-        also="holding cars_train/, cars_test/, devkit/ and devkit/cars_test_annos_withlabels.mat (the original server is gone: "
-        "from a copy)",
+        also="holding cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat (the original server is gone: from a copy)",
     )
     classes = [str(name) for name in loadmat(top / "devkit" / "cars_meta.mat", squeeze_me=True)["class_names"].tolist()]
 
     def part(split: str, file: str) -> ImageFiles:
-        rows = np.atleast_1d(loadmat(_file("cars", top / "devkit" / file), squeeze_me=True)["annotations"])
+        path = top / file if (top / file).is_file() else _file("cars", top / "devkit" / file)
+        rows = np.atleast_1d(loadmat(path, squeeze_me=True)["annotations"])
         files = [f"cars_{split}/{row['fname']}" for row in rows]
         return _files(top, files, f"cars/{split}", [int(row["class"]) - 1 for row in rows], classes)
 

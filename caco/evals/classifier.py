@@ -162,7 +162,7 @@ def train_classifier(
                 checkpoints.save(state, epoch + 1)
     finally:
         loader.close()
-    return network.eval()
+    return network
 
 
 def _epoch(

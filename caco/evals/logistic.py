@@ -5,6 +5,7 @@ Shapes: N images, D feature width, C classes, R directions in which the features
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,21 +66,25 @@ def fit(
     tolerance: float = 1e-5,
     block: int = 65536,
     start: tuple[Tensor, Tensor] | None = None,
-    step_D: Tensor | None = None,
+    steps: tuple[Tensor, float] | None = None,
+    size: Callable[[Tensor, Tensor], float] | None = None,
     warn: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Weight [D, C] and bias [C] at the optimum of `objective`, by torch's L-BFGS with a strong-Wolfe line search.
 
-    Ends when no gradient is above `tolerance`; warns where max_iterations do not suffice. The same input gives the same
+    Ends when the gradient's `size` is not above `tolerance`; warns where max_iterations do not suffice. The same input gives the same
     result.
 
     Args:
         start: weight and bias to start from; zeros without.
-        step_D: how far each feature's weights should move at first, up to a factor: L-BFGS works on weight / step_D.
+        steps: how far the weights of each feature [D] and the bias should move at first, up to a factor: L-BFGS works on
+            what is left when they are divided out.
+        size: of a gradient by weight and bias, for the tolerance; its largest entry without.
     """
     weight_DC, bias_C = start if start is not None else (x_ND.new_zeros(x_ND.shape[1], num_classes), x_ND.new_zeros(num_classes))
-    step_D1 = torch.ones_like(weight_DC[:, :1]) if step_D is None else step_D[:, None]
-    inner_DC, inner_C = weight_DC / step_D1, bias_C.clone()
+    size = size or largest
+    step_D1, step = (torch.ones_like(weight_DC[:, :1]), 1.0) if steps is None else (steps[0][:, None], steps[1])
+    inner_DC, inner_C = weight_DC / step_D1, bias_C / step
     optimizer = torch.optim.LBFGS(
         [inner_DC, inner_C],
         max_iter=max_iterations,
@@ -91,23 +96,23 @@ def fit(
     )
 
     def closure() -> Tensor:
-        loss, grad_DC, grad_C = objective(inner_DC * step_D1, inner_C, x_ND, target, l2=l2, block=block)
-        if largest(grad_DC, grad_C) <= tolerance:
+        loss, grad_DC, grad_C = objective(inner_DC * step_D1, inner_C * step, x_ND, target, l2=l2, block=block)
+        if size(grad_DC, grad_C) <= tolerance:
             raise _FlatEnough  # the parameters are at this point, a trial one of the line search too
-        inner_DC.grad, inner_C.grad = grad_DC * step_D1, grad_C
+        inner_DC.grad, inner_C.grad = grad_DC * step_D1, grad_C * step
         return loss
 
     try:
         optimizer.step(closure)
-        _, grad_DC, grad_C = objective(inner_DC * step_D1, inner_C, x_ND, target, l2=l2, block=block)
-        if warn and largest(grad_DC, grad_C) > 10 * tolerance:  # float32 may end a little above
+        _, grad_DC, grad_C = objective(inner_DC * step_D1, inner_C * step, x_ND, target, l2=l2, block=block)
+        if warn and size(grad_DC, grad_C) > 10 * tolerance:  # float32 may end a little above
             warnings.warn(
-                f"logistic regression: gradient {largest(grad_DC, grad_C):.1e} after {max_iterations} iterations, "
+                f"logistic regression: gradient {size(grad_DC, grad_C):.1e} after {max_iterations} iterations, "
                 f"expected {tolerance:.0e}"
             )
     except _FlatEnough:
         pass
-    return inner_DC * step_D1, inner_C
+    return inner_DC * step_D1, inner_C * step
 
 
 def largest(grad_DC: Tensor, grad_C: Tensor) -> float:
@@ -129,14 +134,13 @@ class Axes:
     variance_R: Tensor
 
     @classmethod
-    @full_float32()
-    def of(cls, x_ND: Tensor, *, block: int = 65536) -> "Axes":
+    def of(cls, x_ND: Tensor, *, block: int = 8192) -> "Axes":
+        # In float64: a rotation by float32 axes keeps |W| to 1e-5 only, and what float32 calls no variance has a gradient.
         mean_D = sum(x.double().sum(dim=0) for x in x_ND.split(block)) / len(x_ND)
-        mean_D = mean_D.float()
-        gram_DD = sum((x.float() - mean_D).T @ (x.float() - mean_D) for x in x_ND.split(block)) / len(x_ND)
+        gram_DD = sum((x.double() - mean_D).T @ (x.double() - mean_D) for x in x_ND.split(block)) / len(x_ND)
         variance_D, axes_DD = torch.linalg.eigh(gram_DD)
-        kept = variance_D > variance_D[-1].clamp(min=1e-30) * 1e-7  # of float32, the rest is rounding
-        return cls(mean_D, axes_DD[:, kept].contiguous(), variance_D[kept].contiguous())
+        kept = variance_D > variance_D[-1].clamp(min=1e-30) * 1e-12
+        return cls(mean_D.float(), axes_DD[:, kept].float(), variance_D[kept].float())
 
     @full_float32()
     def turn(self, x_ND: Tensor, *, block: int = 65536) -> Tensor:
@@ -152,9 +156,14 @@ class Axes:
         """A classifier of the features as they came, as a start on these axes."""
         return self.axes_DR.T @ weight_DC, bias_C + self.mean_D @ weight_DC
 
-    def step(self, confusion: float, l2: float) -> Tensor:
-        """[R]: one over the root of the curvature, confusion * variance + l2."""
-        return (confusion * self.variance_R + l2).rsqrt()
+    def size(self, grad_RC: Tensor, grad_C: Tensor) -> float:
+        """No less than the largest entry of the gradient by the weights of the features as they came, and by the bias."""
+        # That gradient is the turned one turned back, plus the bias's times the features' mean.
+        return (grad_RC.norm(dim=0) + grad_C.abs() * max(1.0, self.mean_D.abs().max().item())).max().item()
+
+    def steps(self, confusion: float, l2: float) -> tuple[Tensor, float]:
+        """One over the root of the curvature: confusion * variance + l2 [R] of the weights, confusion of the bias."""
+        return (confusion * self.variance_R + l2).rsqrt(), confusion**-0.5
 
 
 @torch.no_grad()
@@ -193,7 +202,8 @@ def fit_on_axes(
         tolerance=tolerance,
         block=block,
         start=start,
-        step_D=axes.step(confusion, l2),
+        steps=axes.steps(confusion, l2),
+        size=axes.size,
         warn=False,
     )
 
