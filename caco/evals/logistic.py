@@ -135,17 +135,15 @@ class Axes:
 
     @classmethod
     def of(cls, x_ND: Tensor, *, block: int = 8192) -> "Axes":
-        # In float64: a rotation by float32 axes keeps |W| to 1e-5 only, and what float32 calls no variance has a gradient.
         mean_D = sum(x.double().sum(dim=0) for x in x_ND.split(block)) / len(x_ND)
         gram_DD = sum((x.double() - mean_D).T @ (x.double() - mean_D) for x in x_ND.split(block)) / len(x_ND)
         variance_D, axes_DD = torch.linalg.eigh(gram_DD)
         kept = variance_D > variance_D[-1].clamp(min=1e-30) * 1e-12
-        return cls(mean_D.float(), axes_DD[:, kept].float(), variance_D[kept].float())
+        return cls(mean_D, axes_DD[:, kept], variance_D[kept])
 
-    @full_float32()
-    def turn(self, x_ND: Tensor, *, block: int = 65536) -> Tensor:
-        """[N, R] float32."""
-        return torch.cat([(x.float() - self.mean_D) @ self.axes_DR for x in x_ND.split(block)])
+    def turn(self, x_ND: Tensor, *, block: int = 8192) -> Tensor:
+        """[N, R] float64."""
+        return torch.cat([(x.double() - self.mean_D) @ self.axes_DR for x in x_ND.split(block)])
 
     def back(self, weight_RC: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
         """The same classifier for the features as they came."""
@@ -167,7 +165,6 @@ class Axes:
 
 
 @torch.no_grad()
-@full_float32()
 def fit_on_axes(
     axes: Axes,
     z_NR: Tensor,

@@ -17,7 +17,7 @@ from caco.data.overlap import refuse_shared
 from caco.data.sources import Source
 from caco.data.transfer import MissingSet, TransferSet, load
 from caco.data.views import View, Views
-from caco.evals.features import FeatureStore, full_float32, require_classes
+from caco.evals.features import FeatureStore, require_classes
 from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
 
 PUBLISHED = (
@@ -113,7 +113,6 @@ class Transfer:
         for one in self._found:
             yield from self._one(backbone, one)
 
-    @full_float32()
     def _one(self, backbone: nn.Module, one: TransferSet) -> Iterator[tuple[str, float]]:
         store = self._store
         train, validation = self._features(backbone, one.train), self._features(backbone, one.validation)
@@ -137,9 +136,9 @@ class Transfer:
         weight = fit_on_axes(axes, axes.turn(everything), labels, strength=chosen, start=axes.start(*start), **settings)
         weight_DC, bias_C = axes.back(*weight)
         l2 = chosen / len(everything)
-        _, grad_DC, grad_C = objective(weight_DC, bias_C, everything.float(), labels, l2=l2)
+        _, grad_DC, grad_C = objective(weight_DC, bias_C, everything.double(), labels, l2=l2)
         test = self._features(backbone, one.test)
-        logits_NC = torch.cat([torch.addmm(bias_C, x.float(), weight_DC).cpu() for x in test.split(8192)])
+        logits_NC = torch.cat([torch.addmm(bias_C, x.double(), weight_DC).cpu() for x in test.split(8192)])
         for metric, value in score(logits_NC, one.test.labels, one.metric):
             yield f"transfer/{one.name}_{metric}", value
         yield f"transfer/{one.name}_strength", chosen
@@ -188,4 +187,4 @@ def average_precision_11(scores: np.ndarray, marks: np.ndarray) -> float:
     hits = np.cumsum(present)
     precision = hits / np.arange(1, len(hits) + 1)
     # In integers: 3 of 10 images are a recall of exactly 0.3.
-    return sum(precision[10 * hits >= tenth * hits[-1]].max() for tenth in range(11)) / 11
+    return float(sum(precision[10 * hits >= tenth * hits[-1]].max() for tenth in range(11))) / 11
