@@ -52,7 +52,7 @@ def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Cal
             raise ConfigError(f"{', '.join(flags)}: expected key=value, --cfg or --help")
         cfg = pretrained.compose(name, [item for item in overrides if item not in ("--cfg", "job")])
         if flags:
-            print(OmegaConf.to_yaml(cfg), end="")
+            print(OmegaConf.to_yaml(OmegaConf.create(runs.plain(cfg))), end="")
             return
         act(cfg)
     except ConfigError as error:

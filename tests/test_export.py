@@ -66,7 +66,8 @@ def test_timm_makes_the_same_network_from_the_folder_and_knows_its_images(resnet
     model = timm.create_model(f"local-dir:{exported}", pretrained=True)
     assert torch.equal(features(model, images), features(resnet, images))
     data = timm.data.resolve_model_data_config(model)
-    assert (data["input_size"], data["mean"], data["std"], data["crop_pct"]) == ((3, 64, 64), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), 0.9)
+    assert [list(data[key]) for key in ("input_size", "mean", "std")] == [[3, 64, 64], [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]]
+    assert data["crop_pct"] == 0.9
 
 
 def test_torchvision_takes_all_but_its_classifier(resnet, exported, images):
@@ -114,10 +115,10 @@ def test_a_vit_comes_back_through_timm(tmp_path):
 
 
 def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_written(tmp_path):
-    node = {"_target_": "caco.nn.backbones.small_resnet", "width": 4}
+    node = {"_target_": "caco.nn.backbones.small_resnet", "width": 8}
     for layout, expected in (("timm", "timm has no model"), ("torchvision", "expects a ResNet"), ("detectron2", "expects a ResNet")):
         with pytest.raises(ValueError, match=expected):
-            export.export(small_resnet(width=4), node, ["safetensors", layout], tmp_path / "to", ABOUT)
+            export.export(small_resnet(width=8), node, ["safetensors", layout], tmp_path / "to", ABOUT)
     with pytest.raises(ValueError, match="timm has no model"):
         export.export(timm_backbone(name="resnet18", cifar_stem=True), {**RESNET, "cifar_stem": True}, ["timm"], tmp_path / "to", ABOUT)
     assert not (tmp_path / "to").exists()
