@@ -106,13 +106,21 @@ class Views:
         size: pixels of the plain view, and of every view that names none.
         views: the kinds of view by any name, in order; a kind of count n gives n views in a row.
         plain_crop: share of the shorter side that the plain view keeps (224 of 256: 0.875).
+        plain_interpolation: by which the plain view is resized.
         mean, std: of each channel, for pixels in 0..1.
     Raises:
         ValueError: a value out of its range.
     """
 
     def __init__(
-        self, *, size: int, views: dict[str, View], mean: list[float], std: list[float], plain_crop: float = 0.875
+        self,
+        *,
+        size: int,
+        views: dict[str, View],
+        mean: list[float],
+        std: list[float],
+        plain_crop: float = 0.875,
+        plain_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     ):
         _check_size("size", size)
         if not views:
@@ -121,8 +129,11 @@ class Views:
             raise ValueError(f"plain_crop: expected a share in (0, 1], got {plain_crop}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std: expected three values each, std above 0, got {list(mean)} and {list(std)}")
+        if plain_interpolation not in _RESAMPLING:
+            raise ValueError(f"plain_interpolation: expected one of {', '.join(_RESAMPLING)}, got {plain_interpolation!r}")
         self.size = size
-        self.plain_crop = plain_crop
+        self.plain_crop, self.plain_interpolation = plain_crop, plain_interpolation
+        self.mean, self.std = list(mean), list(std)
         # A YAML's views arrive as mappings: a named kind of view is a value of the command line, a `_target_` is not.
         kinds = [view if isinstance(view, View) else View(**view) for view in views.values()]
         self._views = [view for view in kinds for _ in range(view.count)]
@@ -148,7 +159,7 @@ class Views:
         short = round(self.size / self.plain_crop)
         width, height = (short * side // min(image.size) for side in image.size)
         if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            image = image.resize((width, height), _RESAMPLING[self.plain_interpolation])
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return np.array(image.crop((left, top, left + self.size, top + self.size)))
 
