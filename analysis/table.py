@@ -73,7 +73,7 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
     headers = ["setting", *({"bank": "rows"}.get(key, key) for key in sized)]
     for heading in table.columns.values():
         headers += [heading, gain_name] if with_gains else [heading]
-    groups = [("", 1), ("the paper's", len(headers) - 1)]
+    groups = [("", 1), ("recipe", len(sized)), ("the paper's", len(headers) - 1 - len(sized))]
     for metrics in measured.values():
         for metric in metrics:
             headers += [NAMES.get(metric, metric), *([gain_name] if with_gains else []), *([] if ratio or not with_gains else ["p"])]
@@ -102,7 +102,7 @@ def _published(table: Table, row: Found, column: str, ratio: bool, with_gains: b
     value = row.experiment.row.published.get(column)
     base = table.rows[table.reference].published.get(column)
     if not with_gains:
-        return ["-" if value is None else f"{value:g}"]
+        return ["-" if value is None else f"{value:.1f}"]
     if value is None:
         return ["-", "-"]
     shown = f"{value:.2f}" if ratio or column.endswith("epoch") else f"{value:.1f}"
@@ -129,7 +129,11 @@ def _ours(row: Found, reference: Found | None, metric: str, ratio: bool, with_ga
     shown = spread(gain.spread, percent=percent or ratio, signed=not ratio)
     if gain.spread.n < len(values):
         shown += f" (n {gain.spread.n})"
-    return [*cells, shown, *([] if ratio else ["-" if gain.p is None else f"{gain.p:.2g}"])]
+    return [*cells, shown, *([] if ratio else [_p(gain.p)])]
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _against_paper(row: Found, column: str, metric: str) -> str:
@@ -154,6 +158,7 @@ def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[st
         elif row.experiment.row.run is not None:
             notes.append(f"{row.experiment.row_id} is {ELSEWHERE}: {row.experiment.why_not}.")
     notes += [f"{', '.join(ids)} are one and the same run at this scale." for ids in same.values() if len(ids) > 1]
+    notes += [f"{table.note}."] if table.note else []
     notes += [f"{row.experiment.row.label}: {row.experiment.row.note}." for row in found if row.experiment.row.note]
     for row in found:
         if row.experiment.name in scale.controls:
@@ -192,15 +197,23 @@ def _code(environment: dict[str, str]) -> str:
 def _missing(scale: Scale, found: Sequence[Found], measured: dict[str, list[str]]) -> list[str]:
     lines = []
     for row in found:
-        if row.missing and row.experiment.why_not is None:
+        if row.missing and row.experiment.why_not is None and any(measured.values()):
             what = f"seed{'s' if len(row.missing) > 1 else ''} {', '.join(map(str, row.missing))}"
             seeds = ",".join(map(str, row.missing))
             lines.append(f"{row.experiment.row_id}, {what}: {row.experiment.command(seeds)}")
-        for metric in {metric for metrics in measured.values() for metric in metrics}:
-            lacking = [str(seed) for seed, result in row.by_seed.items() if result.value(metric) is None]
-            if lacking:
-                lines.append(f"{row.experiment.row_id}, {metric} of seed {', '.join(lacking)}: was not measured in that run")
+        for metric in dict.fromkeys(metric for metrics in measured.values() for metric in metrics):
+            for seed, result in row.by_seed.items():
+                if result.value(metric) is None:
+                    lines.append(f"{row.experiment.row_id}, seed {seed}, {metric}: {_evaluation(scale, metric, result)}")
     return lines + [line for row in found for line in row.refused]
+
+
+def _evaluation(scale: Scale, metric: str, result: Result) -> str:
+    """The command that measures it after the training, where there is one."""
+    if metric in results.DERIVED:
+        return "its record does not say"
+    evaluator = metric.partition("/")[0] if "/" in metric else metric.rpartition("_")[0]
+    return f"python -m caco.evaluate run=runs/{scale.id}/{result.name} eval=[{evaluator}]"
 
 
 # The formats.

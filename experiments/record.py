@@ -122,8 +122,15 @@ def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], 
     for runs in parts:
         for run in runs:
             first = kept.setdefault(run["config_hash"], run)
-            if numbers(first) != numbers(run):
-                told.append(f"{run['name']}: run twice, and not to the same bits; kept {first['name']} of the first record")
+            if first is run:
+                continue
+            differing = [key for key in numbers(first) if run["summary"].get(key, first["summary"][key]) != first["summary"][key]]
+            if differing:
+                told.append(f"{run['name']}: run twice, with another {differing[0]}; {first['name']} of the first record is kept")
+            else:  # one of the two may have been evaluated once more
+                longer = max(first, run, key=lambda run: len(run["curve"]))
+                summary = {**run["summary"], **first["summary"]}
+                kept[run["config_hash"]] = first | {"summary": summary, "curve": longer["curve"]}
     return list(kept.values()), told
 
 

@@ -99,11 +99,13 @@ def estimate(experiment: Experiment, *, world: int) -> str:
         return "no estimate"
     from caco.plan import plan
 
-    cost: dict[str, Any] = plan(experiment.cfg, world=world)
-    flops = cost["flops_per_step"] * cost["steps"]
+    try:
+        cost: dict[str, Any] = plan(experiment.cfg, world=world)
+    except ValueError as error:
+        return f"no estimate: {error}"
     return (
-        f"estimate: {cost['steps']:,} steps, {cost['run_hours']:.2g} h, {flops:.2g} FLOPs, "
-        f"{cost['device_bytes'] / 2**30:.2g} GiB a device"
+        f"estimate: {cost['steps']:,.0f} steps, {cost['flops_per_step'] * cost['steps']:.2g} operations, "
+        f"{cost['run_hours']:.2g} h on {world} devices of the speed that caco.plan assumes, {cost['device_bytes'] / 2**30:.2g} GiB each"
     )
 
 
@@ -274,6 +276,8 @@ def _main(arguments: argparse.Namespace) -> int:
             print(f"# {experiment.name}: not run: {experiment.why_not}")
     if not chosen:
         raise ConfigError(f"{table.id} has no row that can be run at scale {scale.id}")
+    if not any(scale.metrics.get(column) for column in table.columns):
+        raise ConfigError(f"{table.id}: scale {scale.id} measures nothing of it ({', '.join(table.columns)}); scale=paper does")
     runs = runs_of(chosen, numbers(own["seed"]) if "seed" in own else None)
     if arguments.dry_run:
         launcher = build_launcher(chosen[0], launcher_words)

@@ -54,6 +54,7 @@ class Table:
         reference: the row that gains are counted from.
         columns: the paper's columns and their headers.
         compare: gains as a difference, or as a ratio (of times).
+        note: what a reader must know.
     """
 
     id: str = MISSING
@@ -64,6 +65,7 @@ class Table:
     columns: dict[str, str] = MISSING
     rows: dict[str, Row] = MISSING
     compare: str = "difference"
+    note: str | None = None
 
 
 @dataclass
