@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.results import NAMES, Found, Spread
@@ -14,15 +15,15 @@ from experiments.tables import Scale, Table
 
 Data = list[dict[str, Any]]
 BANK = {  # panel -> (metric, axis)
-    "rows in use": ("bank/rows_used", "rows chosen as a positive, %"),
-    "evenness of use": ("bank/use_entropy", "entropy of the choices, %"),
-    "near-duplicates": ("bank/near_duplicates", "rows with a twin, %"),
-    "norm": ("bank/row_norm_mean", "mean norm of the stored rows"),
+    "rows chosen as a positive in the epoch": ("bank/rows_used", "rows, %"),
+    "entropy of the choices, of even use": ("bank/use_entropy", "entropy, %"),
+    "rows with another within a cosine of 0.99": ("bank/near_duplicates", "rows, %"),
+    "mean norm of the stored rows": ("bank/row_norm_mean", "norm"),
 }
 COMPUTE = {
-    "hours": "hours of training at the measured rate",
+    "flops": "arithmetic, 10$^{15}$ operations",  # counted by caco.plan
     "images": "images seen, millions",
-    "flops": "arithmetic, 10$^{15}$ operations",
+    "hours": "hours of training at the measured rate",  # of runs on one machine that did nothing else
 }
 
 
@@ -59,6 +60,11 @@ def line(axes: Axes, number: int, label: str, points: dict[float, dict[int, floa
         axes.fill_between(xs, low, high, color=look["color"], alpha=0.18, linewidth=0)
 
 
+def epochs_axis(axes: Axes) -> None:
+    axes.set_xlabel("epochs")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def data_of(found: Found, metric: str, points: dict[float, dict[int, float]]) -> Data:
     return [
         {"row": found.experiment.row_id, "metric": metric, "epochs": epochs, "seed": seed, "value": value}
@@ -85,7 +91,7 @@ def _footnote(figure: Figure, scale: Scale, found: Sequence[Found]) -> None:
     counts = {len(row.by_seed) for row in found}
     n = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     band = "; bands: range over them" if n != "1" else ""
-    figure.supxlabel(f"{scale.title}\n{n} seed{'' if n == '1' else 's'} a line{band}", fontsize=6, color="#555555")
+    style.footnote(figure, f"{scale.title}. {n} seed{'' if n == '1' else 's'} a line{band}.")
 
 
 def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) -> tuple[Figure, Data]:
@@ -115,7 +121,7 @@ def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool
     top.set_yscale("log")
     top.set_ylabel("mean max. probability")
     bottom.set_ylabel("k-NN accuracy, %")
-    bottom.set_xlabel("epochs")
+    epochs_axis(bottom)
     if len(rows) > 1:
         bottom.legend()
     _footnote(figure, scale, rows)
@@ -141,8 +147,11 @@ def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
         axes.set_ylabel(ylabel)
         if ylabel.endswith("%"):
             axes.set_ylim(-3, 103)
+        elif axes.lines:
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, 0.9), max(high, 1.1))  # rounding is no motion
     for axes in panels[1]:
-        axes.set_xlabel("epochs")
+        epochs_axis(axes)
     handles, labels = {}, []
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -198,13 +207,15 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
         axes.legend()
     counts = [len(row.values(metric)) for rows in methods.values() for row in rows if row.values(metric)]
     what = "one seed" if max(counts) == 1 else "bars: standard deviation over seeds"
-    figure.supxlabel(f"{scale.title}; {what}", fontsize=6, color="#555555")
+    style.footnote(figure, f"{scale.title}. Ours: {what}.")
     return figure, data
 
 
-def compute(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool, x: str = "hours") -> tuple[Figure, Data]:
+def compute(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool, x: str | None = None) -> tuple[Figure, Data]:
     """k-NN accuracy over what the training has cost so far."""
     metric = "knn_top1"
+    if x is None:
+        x = "images" if importlib.util.find_spec("caco.plan") is None else "flops"
     able = [row for row in found if row.experiment.why_not is None]
     rows = _need(able, f"several values of {metric}", lambda row: len(series(row, metric)) > 1)
     figure, axes = _figure(style.PAGE * 0.75, 3.2)

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--scale", help="whose results")
     parser.add_argument("--table", help=f"whose rows; by default {', '.join(f'{k}: {v}' for k, v in OF_RESULTS.items())}")
     parser.add_argument("--rows", help="these rows alone, as none,both")
-    parser.add_argument("--x", choices=("hours", "images", "flops"), default="hours", help="of the figure compute")
+    parser.add_argument("--x", choices=("flops", "images", "hours"), help="of the figure compute; flops where caco.plan is")
     add_sources(parser)
     parser.add_argument("--run", type=Path, metavar="DIR", help="of the figures 3 and 5")
     parser.add_argument("--data-root", metavar="PATH", help="where that run's images are now")
@@ -84,7 +84,7 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
     return draw(name, found, arguments.out, chosen=arguments.rows is not None, x=arguments.x)
 
 
-def draw(name: str, found: Sequence[Found], out: Path, *, chosen: bool = False, x: str = "hours") -> tuple[list[Path], list]:
+def draw(name: str, found: Sequence[Found], out: Path, *, chosen: bool = False, x: str | None = None) -> tuple[list[Path], list]:
     """A figure of results, into out/SCALE-TABLE-figure-NAME.*."""
     from analysis import curves, style
 

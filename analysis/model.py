@@ -116,12 +116,13 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=6)
     share = np.mean([row["class"] == row["query_class"] for row in data if row["kind"] == "positive"])
-    figure.supxlabel(
-        f"Rows of the bank shown as the training image nearest to them; solid blue: the query's class, dashed orange: another. "
-        f"p: of {bank.size:,} rows. Step {trained.step:,}.\n{share:.0%} of these {len(chosen)} positives are of the query's class; "
-        f"chance {np.mean([(train.labels == test.labels[i]).mean() for i in chosen]):.0%}.",
-        fontsize=6, color="#555555",
-    )  # fmt: skip
+    chance = np.mean([(train.labels == test.labels[i]).mean() for i in chosen])
+    style.footnote(
+        figure,
+        f"Rows of the bank, shown as the training image nearest to them. Solid blue: of the query's class; dashed orange: of "
+        f"another. p: of {bank.size:,} rows. Step {trained.step:,}. {share:.0%} of these {len(chosen)} positives are of the query's "
+        f"class; chance {chance:.0%}.",
+    )
     return figure, data
 
 
@@ -146,7 +147,7 @@ def _show(axes: Any, image: Any, caption: str, colour: str, *, solid: bool) -> N
     axes.grid(visible=False)
     axes.set_xlabel(caption, fontsize=5.5, labelpad=1.5)
     for spine in axes.spines.values():
-        spine.set(visible=True, color=colour, linewidth=1.6, linestyle="-" if solid else (0, (2, 1)))
+        spine.set(visible=True, color=colour, linewidth=1.6, linestyle="-" if solid else (0, (2, 1.2)), capstyle="butt")
 
 
 def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) -> tuple[Figure, Data]:
@@ -169,10 +170,11 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
     axes.grid(visible=False)
     if len(names) <= 20:
         figure.legend(loc="outside right upper", markerscale=2)
-    figure.supxlabel(
-        f"{len(chosen):,} images of {test.name}, features at step {trained.step:,}, perplexity {perplexity:g}. Distances between groups, "
-        "and their sizes, mean little in t-SNE.", fontsize=6, color="#555555",
-    )  # fmt: skip
+    style.footnote(
+        figure,
+        f"{len(chosen):,} images of {test.name}, features at step {trained.step:,}, perplexity {perplexity:g}. Distances between "
+        "groups, and their sizes, mean little in t-SNE.",
+    )
     data = [
         {"image": int(image), "class": names[int(label)], "x": float(x), "y": float(y)}
         for image, label, (x, y) in zip(chosen, some.labels, placed, strict=True)

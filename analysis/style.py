@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def look(number: int) -> dict[str, Any]:
     """Colour, marker and dashes of the number-th line."""
     at = number % len(COLOURS)
     return {"color": COLOURS[at], "marker": MARKERS[at], "linestyle": DASHES[at]}
+
+
+def footnote(figure: Figure, text: str) -> None:
+    """What the figure shows, below its axes, in lines that fit."""
+    width = int(figure.get_figwidth() * 23)
+    figure.supxlabel("\n".join(textwrap.wrap(text, width)), fontsize=6, color="#555555")
 
 
 def save(figure: Figure, data: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:

@@ -203,15 +203,13 @@ def _missing(scale: Scale, found: Sequence[Found], measured: dict[str, list[str]
             lines.append(f"{row.experiment.row_id}, {what}: {row.experiment.command(seeds)}")
         for metric in dict.fromkeys(metric for metrics in measured.values() for metric in metrics):
             for seed, result in row.by_seed.items():
-                if result.value(metric) is None:
+                if result.value(metric) is None and metric not in results.DERIVED:
                     lines.append(f"{row.experiment.row_id}, seed {seed}, {metric}: {_evaluation(scale, metric, result)}")
     return lines + [line for row in found for line in row.refused]
 
 
 def _evaluation(scale: Scale, metric: str, result: Result) -> str:
-    """The command that measures it after the training, where there is one."""
-    if metric in results.DERIVED:
-        return "its record does not say"
+    """The command that measures it after the training."""
     evaluator = metric.partition("/")[0] if "/" in metric else metric.rpartition("_")[0]
     return f"python -m caco.evaluate run=runs/{scale.id}/{result.name} eval=[{evaluator}]"
 

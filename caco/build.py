@@ -144,7 +144,8 @@ def train(cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None) -> dict[s
         )
     try:
         metrics = trainer.fit()
-        summary = {**metrics, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        summary = {**metrics, "processes": distributed.world(), **about}
         if main:
             write_json(run_dir / "summary.json", summary)
         status = "FINISHED"
