@@ -189,7 +189,7 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
         spreads = [Spread.of(row.values(metric).values()) for row in rows]
         right.errorbar(
             [row.experiment.sized("bank") for row in rows], [spread.mean for spread in spreads],
-            yerr=[spread.sd or 0.0 for spread in spreads], capsize=2, label=label, **style.look(number),
+            yerr=[spread.sd or float("nan") for spread in spreads], capsize=2, label=label, **style.look(number),
         )  # fmt: skip
         data += [
             {"source": "ours", "method": name, "rows": row.experiment.sized("bank"), "seed": seed, "value": value}
@@ -206,7 +206,7 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
         axes.set_title(title, loc="left")
         axes.legend()
     counts = [len(row.values(metric)) for rows in methods.values() for row in rows if row.values(metric)]
-    what = "one seed" if max(counts) == 1 else "bars: standard deviation over seeds"
+    what = "one seed" if max(counts) == 1 else "means, with bars of a standard deviation where there are several seeds"
     style.footnote(figure, f"{scale.title}. Ours: {what}.")
     return figure, data
 

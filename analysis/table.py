@@ -173,8 +173,8 @@ def provenance(there: Sequence[Result]) -> list[str]:
     """On what, with what and by which code; more than one of any is worth a reader's notice."""
     lines = []
     digests = sorted({f"{r.summary.get('data', '?')} ({r.summary.get('data_digest', '?')})" for r in there})
-    machines = sorted({_machine(r.environment) for r in there})
-    codes = sorted({_code(r.environment) for r in there})
+    machines = sorted({machine(r.environment) for r in there})
+    codes = sorted({code(r.environment) for r in there})
     for name, values in (("Data", digests), ("Machine", machines), ("Code", codes)):
         if values:
             lines.append(f"{name}: {'; '.join(values)}.")
@@ -183,13 +183,13 @@ def provenance(there: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _machine(environment: dict[str, str]) -> str:
+def machine(environment: dict[str, str]) -> str:
     gpus = environment.get("gpus", "none")
     device = environment.get("cpu", "unknown") if gpus == "none" else gpus
     return f"{device}, {environment.get('cores', '?')} cores, torch {environment.get('torch', '?')}"
 
 
-def _code(environment: dict[str, str]) -> str:
+def code(environment: dict[str, str]) -> str:
     changed = ", with uncommitted changes" if environment.get("git_dirty") == "true" else ""
     return environment.get("git_sha", "unknown")[:10] + changed
 
