@@ -99,7 +99,7 @@ def of_sweep(arguments: argparse.Namespace) -> str:
         path = Path(folder) / "record.json"
         record.write_json(path, record.gather(finished))
         there, _ = results.from_records([path])
-        figures: list[dict[str, str]] = []
+        figures: list[dict[str, Any]] = []
         without: list[str] = []
         _of_runs(figures, without, arguments, Path(folder))
     about = f"{len(there)} finished runs in {arguments.sweep}."
@@ -126,17 +126,19 @@ def _values(result: Result, metrics: Sequence[str]) -> list[str]:
     return ["-" if value is None else table.number(value, percent=metric in UNITS) for metric, value in values]
 
 
-def _figure(figures: list[dict[str, str]], without: list[str], name: str, make: Any) -> None:
+def _figure(figures: list[dict[str, Any]], without: list[str], name: str, make: Any) -> None:
     """Add a figure, or the reason why it is not there."""
     try:
         (png,) = [path for path in make() if path.suffix == ".png"]
     except ConfigError as error:
         without.append(f"{CAPTIONS[name]}: {str(error).splitlines()[0].rstrip(':')}")
         return
-    figures.append({"caption": CAPTIONS[name], "png": base64.b64encode(png.read_bytes()).decode()})
+    # A page's width holds two of the others beside each other.
+    wide = name in ("3", "bank", "size")
+    figures.append({"wide": wide, "caption": CAPTIONS[name], "png": base64.b64encode(png.read_bytes()).decode()})
 
 
-def _of_runs(figures: list[dict[str, str]], without: list[str], arguments: argparse.Namespace, folder: Path) -> None:
+def _of_runs(figures: list[dict[str, Any]], without: list[str], arguments: argparse.Namespace, folder: Path) -> None:
     for run in arguments.run:
         for name in ("3", "5"):
             one = argparse.Namespace(
