@@ -41,8 +41,10 @@ class Sheet:
 
 
 def number(value: float, *, percent: bool, signed: bool = False) -> str:
-    """Percent to 0.01; anything else to three digits."""
+    """Percent to 0.01; anything else to three digits, thousands in full."""
     sign = "+" if signed else ""
+    if abs(value) >= 1000:
+        return f"{value:{sign},.0f}"
     return f"{value:{sign}.2f}" if percent else f"{value:{sign}.3g}"
 
 
