@@ -4,6 +4,7 @@ A table is free of any scale: its rows choose a method and name the paper's epoc
 train everything, and by how much the paper's numbers shrink. Imports no torch.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -233,25 +234,18 @@ class Experiment:
         """
         overrides = self.overrides(self.seeds[0])
         try:
-            cfg = config.compose(overrides)
-            hydra_cfg = cfg.hydra
-            validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
+            return _composed(tuple(overrides))
         except (*refusals.COMPOSITION_ERRORS, ConfigError) as error:
             why = str(error) if isinstance(error, ConfigError) else refusals.explain(error, overrides)
             raise ConfigError(f"{self.name} at scale {self.scale.id}: {why}") from error
-        return config.job_config(cfg)
 
     def with_seed(self, seed: int) -> DictConfig:
-        cfg = self.cfg.copy()
-        cfg.seed = seed
-        return cfg
+        return _with_seed(self.cfg, seed)
 
     def hash(self, seed: int) -> str:
         """What tells its runs from all others."""
-        known = self.__dict__.setdefault("_hashes", {})
-        if seed not in known:
-            known[seed] = run_hash(self.with_seed(seed))
-        return known[seed]
+        assert self.cfg is not None  # it composes, or says what is wrong
+        return _hash(tuple(self.overrides(self.seeds[0])), seed)
 
     def command(self, seed: int | None = None) -> str:
         """What a user types to have it run."""
@@ -259,6 +253,26 @@ class Experiment:
         words += [f"seed={seed}"] if seed is not None else []
         words += ["data.root=PATH"] if "root" in self.cfg.data and self.cfg.data.root is None else []
         return " ".join(words)
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Composed and checked once a process: it takes half a second."""
+    cfg = config.compose(list(overrides))
+    hydra_cfg = cfg.hydra
+    validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
+    return config.job_config(cfg)
+
+
+@functools.cache
+def _hash(overrides: tuple[str, ...], seed: int) -> str:
+    return run_hash(_with_seed(_composed(overrides), seed))
+
+
+def _with_seed(cfg: DictConfig, seed: int) -> DictConfig:
+    cfg = cfg.copy()
+    cfg.seed = seed
+    return cfg
 
 
 def experiments(
@@ -273,6 +287,9 @@ def experiments(
         _pick("row", row, list(table.rows))
     for override in further:
         key = re.split("[=@]", override.lstrip("+~"))[0]
+        root, known = key.partition(".")[0], {*config.Root.__dataclass_fields__, *refusals.groups()}
+        if root not in known:
+            raise ConfigError(f"{override}: no such key{refusals.nearest(root, known)}")
         if not is_neutral(key):
             raise ConfigError(
                 f"{override}: could change a number, and then this would not be scale {scale.id}; put it into a scale of its "

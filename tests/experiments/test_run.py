@@ -157,7 +157,7 @@ def test_a_begun_run_goes_on_where_it_is(here, trainings, tmp_path, capsys):
         (["table7", "scale=mini", "rows=none", "data.root=/nowhere"], "data.root=/nowhere: there is nothing"),
         (["table5", "scale=mini"], "scale mini measures nothing of it"),
         (["table3", "scale=mini"], "table3 has no row that can be run at scale mini"),
-        (["table7", "scale=smoke", "rows=none", "trackin.uri=x"], "no such key"),
+        (["table7", "scale=smoke", "rows=none", "trackin.uri=x"], "trackin.uri=x: no such key; did you mean tracking?"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_starts(here, trainings, capsys, tmp_path, arguments, words):
