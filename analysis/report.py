@@ -64,6 +64,9 @@ def of_scale(arguments: argparse.Namespace) -> str:
     """
     scale = load_scale(arguments.scale)
     there, told = read_results(arguments, scale.id, curves=True)
+    needed = f"scale {scale.id}: no results among {len(there)}; this makes some: python -m experiments.run table7 scale={scale.id}"
+    if not there:
+        raise ConfigError(needed)
     sheets, figures, without, used = [], [], list(told), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.tables.split(",") if arguments.tables else tables():
@@ -77,8 +80,7 @@ def of_scale(arguments: argparse.Namespace) -> str:
                 if about.id == f"table{of_table}":
                     _figure(figures, without, figure, lambda figure=figure, found=found: draw(figure, found, Path(folder))[0])
         if not used:
-            needed = f"python -m experiments.run table7 scale={scale.id}"
-            raise ConfigError(f"scale {scale.id}: no results among {len(there)}; this makes some: {needed}")
+            raise ConfigError(needed)
         _of_runs(figures, without, arguments, Path(folder))
     title = f"Scale {scale.id}: {scale.title}"
     sources = sorted({result.source for result in there})

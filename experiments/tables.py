@@ -244,11 +244,11 @@ class Experiment:
 
     def hash(self, seed: int) -> str:
         """What tells its runs from all others."""
-        assert self.cfg is not None  # it composes, or says what is wrong
+        self.cfg  # noqa: B018 - composes, or says what is wrong with it
         return _hash(tuple(self.overrides(self.seeds[0])), seed)
 
-    def command(self, seed: int | None = None) -> str:
-        """What a user types to have it run."""
+    def command(self, seed: int | str | None = None) -> str:
+        """What a user types to have it run, with a seed or several, as 0,1."""
         words = ["python -m experiments.run", self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
         words += [f"seed={seed}"] if seed is not None else []
         words += ["data.root=PATH"] if "root" in self.cfg.data and self.cfg.data.root is None else []

@@ -75,8 +75,17 @@ def test_a_scales_page_holds_tables_figures_records_and_configurations(here, res
     assert {"table7", "figures", "records", "configurations"} <= page.ids
 
 
-def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trained, tmp_path):
+def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trained, tmp_path, monkeypatch):
+    from PIL import Image
+
     run_dir, _ = trained
+
+    def of_a_run(arguments):  # what these figures show has tests of its own
+        assert arguments.run == run_dir
+        Image.new("RGB", (4, 4)).save(arguments.out / f"{arguments.figure}.png")
+        return [arguments.out / f"{arguments.figure}.png"], []
+
+    monkeypatch.setattr(report, "of_a_run", of_a_run)
     code, errors = here("--sweep", str(run_dir.parent), "--run", str(run_dir), "--out", "page.html")
     assert code == 0, errors
     page = whole(tmp_path / "page.html")
