@@ -162,7 +162,8 @@ def train(
         )
     try:
         metrics = trainer.fit()
-        summary = {**metrics, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        summary = {**metrics, "processes": distributed.world(), **about}
         if main:
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
