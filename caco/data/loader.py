@@ -2,11 +2,15 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from caco.data import native
 from caco.data.sources import Source, UnreadableImage
 from caco.data.views import Views
 
@@ -34,10 +39,13 @@ class Batch:
 
 
 class TorchLoader:
-    """A torch DataLoader's settings; `bind` gives them data.
+    """Settings of a loader that needs no more than torch; `bind` gives them data.
+
+    Images in memory become views in one compiled call a batch, by threads; image files, and all images where nothing was
+    compiled, in the forked workers of a torch DataLoader. The bits are the same.
 
     Args:
-        num_workers: processes that make views; 0 makes them in the process that trains.
+        num_workers: threads or processes that make views; 0 makes them where and when the training asks for them.
         prefetch: batches that each worker prepares ahead.
     Raises:
         ValueError: a negative number of workers, no batch ahead.
@@ -100,14 +108,17 @@ class BoundLoader:
         self._views, self._device = views, device
         self._order = _Order(len(source), batch=batch, seed=seed, rank=rank, world=world)
         workers = settings.num_workers
-        self._loader = _data_loader(
-            _ViewMaker(source, views, seed),
-            self._order,
-            workers,
-            prefetch_factor=settings.prefetch if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-        )
+        if source.arrays is not None and native.library() is not None:
+            self._loader = _InMemory(source, views, seed, self._order, workers, settings.prefetch, device)
+        else:
+            self._loader = _data_loader(
+                _ViewMaker(source, views, seed),
+                self._order,
+                workers,
+                prefetch_factor=settings.prefetch if workers else None,
+                persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda",
+            )
         self._running = _batches(iter(()), views, device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -145,10 +156,7 @@ def plain_batches(
 
 
 def mixed_seed(*numbers: int) -> int:
-    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as any.
-
-    (torch's CPU generator keeps the lower 32: two streams in 4e9 coincide, which an augmentation can bear.)
-    """
+    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as any."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
@@ -224,19 +232,85 @@ class _ViewMaker:
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> _Pixels | UnreadableImage:
         epoch, indices = key
-        made = [np.empty((len(indices), size, size, 3), np.uint8) for size in self.views.sizes]
-        state = torch.get_rng_state()  # without workers this is the generator that the training draws from
         try:
-            for row, index in enumerate(indices.tolist()):
-                image = self.source.image(index)
-                for v in range(self.views.num_views):
-                    torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index, v))
-                    made[v][row] = self.views.view_pixels(image, v)
+            images = [np.asarray(self.source.image(index)) for index in indices.tolist()]
         except UnreadableImage as error:
             return error  # raised by the process that trains: a worker's exception would arrive as a page of traceback
-        finally:
-            torch.set_rng_state(state)
+        made = self.views.batch_pixels(images, indices, mixed_seed(self.seed, epoch))
+        return _pixels([torch.from_numpy(view) for view in made], self.source, indices)
+
+
+class _InMemory:
+    """Batches of images in memory, each made by threads in one compiled call, `ahead` of them before they are asked for."""
+
+    def __init__(
+        self, source: Source, views: Views, seed: int, keys: Iterable, num_workers: int, ahead: int, device: torch.device
+    ):
+        self.source, self.seed, self.keys, self.device = source, seed, keys, device
+        self.num_workers, self.ahead = num_workers, ahead
+        self.sizes, self.settings = views.sizes, views.settings()
+        self.memory = _Memory(device)
+        images = source.arrays
+        mapped = isinstance(images, np.ndarray) and not images.flags.c_contiguous  # STL-10's, in an order of its own
+        self.table = None if mapped else native.table(images)
+
+    def __iter__(self) -> Iterator[_Pixels]:
+        return _ahead(self.make, self.keys, self.ahead if self.num_workers else 0)
+
+    def make(self, key: tuple[int, np.ndarray]) -> _Pixels:
+        epoch, indices = key
+        if self.table is None:
+            images = np.ascontiguousarray(self.source.arrays[indices])
+        rows = native.table(images) if self.table is None else self.table[indices]
+        # A GPU is sent bytes and normalises there; on a CPU the compiled views do it in passing.
+        dtype = torch.float32 if self.device.type == "cpu" else torch.uint8
+        made = [self.memory.take((len(indices), size, size, 3), dtype) for size in self.sizes]
+        native.make_views(
+            self.settings,
+            rows,
+            indices,
+            mixed_seed(self.seed, epoch),
+            [view.numpy() for view in made],
+            num_threads=max(1, self.num_workers),
+        )
         return _pixels(made, self.source, indices)
+
+
+def _ahead(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """make(key) of each key in order, by one thread that is `ahead` of the caller; what it raises is raised here."""
+    if ahead == 0:
+        yield from map(make, keys)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque = deque()
+        try:
+            for key in keys:
+                waiting.append(thread.submit(make, key))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class _Memory:
+    """Tensors whose memory is used again once nobody holds them any more: fresh pages cost more than what is done here."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self._device.type == "cuda":
+            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps it until its copy to the GPU is done
+        size = math.prod(shape) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else np.empty(size, np.uint8)
+        handed_out = memory.view()  # dies with the last tensor that shares it
+        weakref.finalize(handed_out, free.append, memory).atexit = False
+        return torch.from_numpy(handed_out).view(dtype).view(shape)
 
 
 class _PlainMaker:
@@ -248,12 +322,12 @@ class _PlainMaker:
             made = np.stack([self.views.plain_pixels(self.source.image(index)) for index in indices.tolist()])
         except UnreadableImage as error:
             return error
-        return _pixels([made], self.source, indices)
+        return _pixels([torch.from_numpy(made)], self.source, indices)
 
 
-def _pixels(made: list[np.ndarray], source: Source, indices: np.ndarray) -> _Pixels:
+def _pixels(made: list[torch.Tensor], source: Source, indices: np.ndarray) -> _Pixels:
     labels = np.full(len(indices), -1) if source.labels is None else source.labels[indices]
-    return _Pixels([torch.from_numpy(view) for view in made], torch.from_numpy(indices.copy()), torch.from_numpy(labels))
+    return _Pixels(made, torch.from_numpy(indices.copy()), torch.from_numpy(labels))
 
 
 def _batches(
