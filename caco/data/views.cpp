@@ -4,6 +4,10 @@
 // resizes, float blends that are cut off, box blurs of 24 bits. Here a view stays in the second-level cache from crop to
 // output, pixels are 32-bit words (red lowest), and colour steps run over blocks of planar floats that hold integers.
 // Compiled without contraction of a * b + c: the bits must not depend on what the processor can fuse.
+//
+// The file includes itself: the steps are compiled for any processor and for those with AVX2, and chosen when called.
+
+#ifndef STEPS
 
 #include <algorithm>
 #include <atomic>
@@ -13,18 +17,12 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
-#else
-#define FOR_EACH_PROCESSOR
+#ifdef __x86_64__
+#include <immintrin.h>
 #endif
-#define INLINE static inline __attribute__((always_inline))  // so that a clone's instructions reach every step
 
 namespace {
 
-typedef uint8_t u8x4 __attribute__((vector_size(4)));
-typedef uint8_t u8x8 __attribute__((vector_size(8)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
@@ -105,6 +103,55 @@ Box crop_box(const View& view, int width, int height, const double* u) {
   return {(width - w) / 2, (height - h) / 2, w, h};
 }
 
+typedef void MakeView(const Job& job, int64_t n, int view, const uint8_t* pixels, int width, int height, Scratch& s);
+
+}  // namespace
+
+#define INLINE static inline __attribute__((always_inline))
+#define STEPS any_processor
+#include "views.cpp"
+#undef STEPS
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#define STEPS avx2
+#define WITH_AVX2  // __AVX2__ does not follow the pragma
+#include "views.cpp"
+#undef WITH_AVX2
+#undef STEPS
+#pragma GCC pop_options
+#define HAS_AVX2 __builtin_cpu_supports("avx2")
+#else
+#define HAS_AVX2 false
+namespace avx2 = any_processor;
+#endif
+
+namespace {
+
+void work(const Job& job, std::atomic<int64_t>& next) {
+  MakeView* const make_view = HAS_AVX2 ? avx2::make_view : any_processor::make_view;
+  Scratch scratch;
+  for (int64_t n; (n = next++) < job.num_images;)
+    for (int v = 0; v < job.num_views; v++)
+      make_view(job, n, v, job.images[n].data, job.images[n].width, job.images[n].height, scratch);
+}
+
+}  // namespace
+
+extern "C" void caco_make_views(const Job* job) {
+  std::atomic<int64_t> next(0);
+  std::vector<std::thread> threads;
+  for (int i = 1; i < std::min<int64_t>(job->num_threads, job->num_images); i++)
+    threads.emplace_back(work, std::cref(*job), std::ref(next));
+  work(*job, next);
+  for (std::thread& thread : threads) thread.join();
+}
+
+#else  // STEPS
+
+namespace {
+namespace STEPS {
+
 // Resizing: outputs begin..begin + size of the `out` that `in` inputs become; the filter is widened when it shrinks.
 
 double triangle(double x) { return std::max(0.0, 1.0 - std::fabs(x)); }
@@ -148,27 +195,50 @@ void find_taps(int in, int out, int begin, int size, bool bicubic, std::vector<d
   }
 }
 
-INLINE i32x8 load8(const uint8_t* p) {
-  u8x8 v;
-  std::memcpy(&v, p, 8);
-  return __builtin_convertvector(v, i32x8);
+#ifdef WITH_AVX2
+
+INLINE i32x4 load4(const void* p) { return (i32x4)_mm_cvtepu8_epi32(_mm_loadu_si32(p)); }
+INLINE i32x8 load8(const void* p) { return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+
+INLINE void store4(void* p, i32x4 v) {  // clipped to 0..255
+  const __m128i words = _mm_packus_epi32((__m128i)v, (__m128i)v);
+  _mm_storeu_si32(p, _mm_packus_epi16(words, words));
 }
 
-template <typename Vector>
-INLINE Vector clipped(Vector v) {
-  v >>= kBits;
-  v = v < 0 ? Vector{} : v;
-  return v > 255 ? Vector{} + 255 : v;
+INLINE void store8(void* p, i32x8 v) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
 }
+
+#else
+
+INLINE i32x4 load4(const void* p) {
+  const uint8_t* in = static_cast<const uint8_t*>(p);
+  return i32x4{in[0], in[1], in[2], in[3]};
+}
+
+INLINE i32x8 load8(const void* p) {
+  const uint8_t* in = static_cast<const uint8_t*>(p);
+  return i32x8{in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7]};
+}
+
+INLINE void store4(void* p, i32x4 v) {
+  for (int i = 0; i < 4; i++) static_cast<uint8_t*>(p)[i] = std::min(std::max(v[i], 0), 255);
+}
+
+INLINE void store8(void* p, i32x8 v) {
+  for (int i = 0; i < 8; i++) static_cast<uint8_t*>(p)[i] = std::min(std::max(v[i], 0), 255);
+}
+
+#endif
 
 INLINE void unpack_row(const uint8_t* in, int width, uint32_t* out) {
   int x = 0;
-  for (; 3 * x + 16 <= 3 * width; x += 4) {
-    u8x16 v;
-    std::memcpy(&v, in + 3 * x, 16);
-    v = __builtin_shuffle(v, u8x16{0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11});
-    std::memcpy(out + x, &v, 16);
-  }
+#ifdef WITH_AVX2
+  const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+  for (; 3 * x + 16 <= 3 * width; x += 4)
+    _mm_storeu_si128((__m128i*)(out + x), _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)(in + 3 * x)), spread));
+#endif
   for (; x < width; x++) out[x] = in[3 * x] | in[3 * x + 1] << 8 | in[3 * x + 2] << 16;
 }
 
@@ -194,14 +264,13 @@ INLINE void resize(const uint8_t* pixels, int image_width, Box box, int width, i
     }
     const int32_t* w = s.x.weight.data();
     for (int x = 0; x < size; x++) {
-      const uint8_t* in = reinterpret_cast<const uint8_t*>(s.row.data() + s.x.first[x]);
+      const uint32_t* in = s.row.data() + s.x.first[x];
       i32x8 sum = {};
       for (int k = 0; k < s.x.count; k += 2, w += 2)
-        sum += load8(in + 4 * k) * i32x8{w[0], w[0], w[0], w[0], w[1], w[1], w[1], w[1]};
+        sum += load8(in + k) * i32x8{w[0], w[0], w[0], w[0], w[1], w[1], w[1], w[1]};
       i32x4 half[2];
       std::memcpy(half, &sum, 32);
-      const u8x4 out = __builtin_convertvector(clipped(half[0] + half[1] + (1 << (kBits - 1))), u8x4);
-      std::memcpy(row + x, &out, 4);
+      store4(row + x, (half[0] + half[1] + (1 << (kBits - 1))) >> kBits);
     }
   }
   if (!down) return;
@@ -216,9 +285,8 @@ INLINE void resize(const uint8_t* pixels, int image_width, Box box, int width, i
         a += load8(in + size_t(k) * size * 4 + x) * w[k];
         b += load8(in + size_t(k) * size * 4 + x + 8) * w[k];
       }
-      const u8x8 low = __builtin_convertvector(clipped(a), u8x8), high = __builtin_convertvector(clipped(b), u8x8);
-      std::memcpy(out + x, &low, 8);
-      std::memcpy(out + x + 8, &high, 8);
+      store8(out + x, a >> kBits);
+      store8(out + x + 8, b >> kBits);
     }
   }
 }
@@ -295,15 +363,15 @@ INLINE void turn_hue(Block& p, int n, float turn) {
     h = (h > 255.0f ? h - 256.0f : h) * 6.0f;
     const float sector = float(int32_t((h + 0.5f) * (1.0f / 255.0f)));  // 0..6
     const float part = (h - 255.0f * sector) / 255.0f, share = saturation / 255.0f;
-    const bool odd = sector == 1.0f || sector == 3.0f || sector == 5.0f;
+    const bool odd = (sector == 1.0f) | (sector == 3.0f) | (sector == 5.0f);
     // Pillow rounds these in double precision, and near one half that shows.
     const double slope = double(odd ? 0.0f : 1.0f) + double(odd ? 1.0f : -1.0f) * double(part);
     const float middle = float(int32_t(double(most) * (1.0 - double(share) * slope) + 0.5));
     const float low = float(int32_t(most * (255.0f - saturation) * (1.0f / 255.0f) + 0.5f));
-    const bool first = sector == 0.0f || sector == 6.0f;
-    p.r[i] = first || sector == 5.0f ? most : sector == 1.0f || sector == 4.0f ? middle : low;
-    p.g[i] = sector == 1.0f || sector == 2.0f ? most : first || sector == 3.0f ? middle : low;
-    p.b[i] = sector == 3.0f || sector == 4.0f ? most : sector == 2.0f || sector == 5.0f ? middle : low;
+    const bool first = (sector == 0.0f) | (sector == 6.0f);
+    p.r[i] = first | (sector == 5.0f) ? most : (sector == 1.0f) | (sector == 4.0f) ? middle : low;
+    p.g[i] = (sector == 1.0f) | (sector == 2.0f) ? most : first | (sector == 3.0f) ? middle : low;
+    p.b[i] = (sector == 3.0f) | (sector == 4.0f) ? most : (sector == 2.0f) | (sector == 5.0f) ? middle : low;
   }
 }
 
@@ -389,7 +457,7 @@ BoxFilter box_filter(float sigma) {
 }
 
 // out[i] from in[i + k * stride], k = -radius - 1 .. radius + 1
-INLINE void box_line(const uint8_t* in, uint8_t* out, int n, int stride, BoxFilter f) {
+INLINE void box_line(const uint8_t* __restrict in, uint8_t* __restrict out, int n, int stride, BoxFilter f) {
   const uint8_t *far_left = in - (f.radius + 1) * stride, *far_right = in + (f.radius + 1) * stride;
   if (f.radius == 0)
     for (int i = 0; i < n; i++)
@@ -450,9 +518,7 @@ INLINE void write_out(const Job& job, int v, int64_t n, bool flip, const uint32_
       float* out = static_cast<float*>(job.out[v]) + start + size_t(y) * size * 3;
       const f32x4 scale = {job.scale[0], job.scale[1], job.scale[2], 0}, offset = {job.offset[0], job.offset[1], job.offset[2], 0};
       for (int x = 0; x < size; x++, out += 3) {
-        u8x4 pixel;
-        std::memcpy(&pixel, row + (flip ? size - 1 - x : x), 4);
-        const f32x4 value = __builtin_convertvector(__builtin_convertvector(pixel, i32x4), f32x4) * scale + offset;
+        const f32x4 value = __builtin_convertvector(load4(row + (flip ? size - 1 - x : x)), f32x4) * scale + offset;
         std::memcpy(out, &value, x + 1 < size || y + 1 < size ? 16 : 12);  // a fourth float is overwritten by the next pixel
       }
     } else {
@@ -465,7 +531,6 @@ INLINE void write_out(const Job& job, int v, int64_t n, bool flip, const uint32_
   }
 }
 
-FOR_EACH_PROCESSOR
 void make_view(const Job& job, int64_t n, int v, const uint8_t* pixels, int width, int height, Scratch& s) {
   const View& view = job.views[v];
   const int size = view.size;
@@ -507,20 +572,7 @@ void make_view(const Job& job, int64_t n, int v, const uint8_t* pixels, int widt
   write_out(job, v, n, u[kFlip] < view.flip_p, s.image.data());
 }
 
-void work(const Job& job, std::atomic<int64_t>& next) {
-  Scratch scratch;
-  for (int64_t n; (n = next++) < job.num_images;)
-    for (int v = 0; v < job.num_views; v++)
-      make_view(job, n, v, job.images[n].data, job.images[n].width, job.images[n].height, scratch);
-}
-
+}  // namespace STEPS
 }  // namespace
 
-extern "C" void caco_make_views(const Job* job) {
-  std::atomic<int64_t> next(0);
-  std::vector<std::thread> threads;
-  for (int i = 1; i < std::min<int64_t>(job->num_threads, job->num_images); i++)
-    threads.emplace_back(work, std::cref(*job), std::ref(next));
-  work(*job, next);
-  for (std::thread& thread : threads) thread.join();
-}
+#endif
