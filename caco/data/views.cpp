@@ -340,38 +340,53 @@ INLINE float blend(float from, float to, float factor) {
   return float(int32_t(std::min(std::max(from + factor * (to - from), 0.0f), 255.0f)));
 }
 
-INLINE float times255(float x) {  // the integer part of the exact product
-  const float high = x * 256.0f, product = high - x, lost = -x - (product - high);
-  const float whole = float(int32_t(product));
-  return whole - ((whole == product) & (lost < 0.0f) ? 1.0f : 0.0f);
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef double f64x4 __attribute__((vector_size(32)));
+
+INLINE f32x8 truncated(f32x8 x) { return __builtin_convertvector(__builtin_convertvector(x, i32x8), f32x8); }
+
+INLINE f32x8 times255(f32x8 x) {  // the integer part of the exact product
+  const f32x8 high = x * 256.0f, product = high - x, lost = -x - (product - high), whole = truncated(product);
+  return ((whole == product) & (lost < 0.0f)) ? whole - 1.0f : whole;
+}
+
+// Pillow rounds the middle channel in double precision, and near one half that shows.
+INLINE f32x4 middle_channel(f32x4 most, f32x4 share, f32x4 start, f32x4 sign, f32x4 part) {
+  const f64x4 slope = __builtin_convertvector(start, f64x4) + __builtin_convertvector(sign, f64x4) * __builtin_convertvector(part, f64x4);
+  const f64x4 value = __builtin_convertvector(most, f64x4) * (1.0 - __builtin_convertvector(share, f64x4) * slope) + 0.5;
+  return __builtin_convertvector(__builtin_convertvector(value, i32x4), f32x4);
 }
 
 INLINE void turn_hue(Block& p, int n, float turn) {
-  for (int i = 0; i < n; i++) {
-    const float r = p.r[i], g = p.g[i], b = p.b[i];
-    const float most = std::max(r, std::max(g, b)), spread = most - std::min(r, std::min(g, b));
-    const float divisor = spread > 0.0f ? spread : 1.0f;
-    const float saturation = times255(spread / (most > 0.0f ? most : 1.0f));
+  const f32x8 zero = {}, one = zero + 1.0f;
+  for (int i = 0; i < n; i += 8) {
+    f32x8& r = *reinterpret_cast<f32x8*>(p.r + i);
+    f32x8& g = *reinterpret_cast<f32x8*>(p.g + i);
+    f32x8& b = *reinterpret_cast<f32x8*>(p.b + i);
+    const f32x8 rg = r > g ? r : g, most = rg > b ? rg : b, gr = r < g ? r : g, spread = most - (gr < b ? gr : b);
+    const f32x8 saturation = times255(spread / (most > zero ? most : one));
     // Of the two lesser channels one is the least, whose term is 1: so one division and one rounding, as in Pillow.
-    const bool red = r == most, green = g == most;
-    const float base = red ? 0.0f : green ? 2.0f : 4.0f;
-    const float plus = most - (red ? b : green ? r : g), minus = most - (red ? g : green ? b : r);
-    const bool least = plus == spread;
-    float hue = (base + (least ? 1.0f : -1.0f)) + (least ? -minus : plus) / divisor;
-    hue = hue / 6.0f + (hue < 0.0f ? 1.0f : 0.0f);
-    float h = (spread > 0.0f ? times255(hue) : 0.0f) + turn;
+    const i32x8 red = r == most, green = g == most;
+    const f32x8 plus = most - (red ? b : green ? r : g), minus = most - (red ? g : green ? b : r);
+    const i32x8 least = plus == spread;
+    const f32x8 base = (red ? zero : green ? zero + 2.0f : zero + 4.0f) + (least ? one : -one);
+    f32x8 hue = base + (least ? -minus : plus) / (spread > zero ? spread : one);
+    hue = hue / 6.0f + (hue < zero ? one : zero);
+    f32x8 h = (spread > zero ? times255(hue) : zero) + turn;
     h = (h > 255.0f ? h - 256.0f : h) * 6.0f;
-    const float sector = float(int32_t((h + 0.5f) * (1.0f / 255.0f)));  // 0..6
-    const float part = (h - 255.0f * sector) / 255.0f, share = saturation / 255.0f;
-    const bool odd = (sector == 1.0f) | (sector == 3.0f) | (sector == 5.0f);
-    // Pillow rounds these in double precision, and near one half that shows.
-    const double slope = double(odd ? 0.0f : 1.0f) + double(odd ? 1.0f : -1.0f) * double(part);
-    const float middle = float(int32_t(double(most) * (1.0 - double(share) * slope) + 0.5));
-    const float low = float(int32_t(most * (255.0f - saturation) * (1.0f / 255.0f) + 0.5f));
-    const bool first = (sector == 0.0f) | (sector == 6.0f);
-    p.r[i] = first | (sector == 5.0f) ? most : (sector == 1.0f) | (sector == 4.0f) ? middle : low;
-    p.g[i] = (sector == 1.0f) | (sector == 2.0f) ? most : first | (sector == 3.0f) ? middle : low;
-    p.b[i] = (sector == 3.0f) | (sector == 4.0f) ? most : (sector == 2.0f) | (sector == 5.0f) ? middle : low;
+    const f32x8 sector = truncated((h + 0.5f) * (1.0f / 255.0f));  // 0..6
+    const f32x8 part = (h - 255.0f * sector) / 255.0f, share = saturation / 255.0f;
+    const i32x8 odd = (sector == 1.0f) | (sector == 3.0f) | (sector == 5.0f), first = (sector == 0.0f) | (sector == 6.0f);
+    const f32x8 in[5] = {most, share, odd ? zero : one, odd ? one : -one, part};
+    f32x4 half[5][2], out[2];
+    std::memcpy(half, in, sizeof in);
+    for (int k = 0; k < 2; k++) out[k] = middle_channel(half[0][k], half[1][k], half[2][k], half[3][k], half[4][k]);
+    f32x8 middle;
+    std::memcpy(&middle, out, sizeof out);
+    const f32x8 low = truncated(most * (255.0f - saturation) * (1.0f / 255.0f) + 0.5f);
+    r = (first | (sector == 5.0f)) ? most : ((sector == 1.0f) | (sector == 4.0f)) ? middle : low;
+    g = ((sector == 1.0f) | (sector == 2.0f)) ? most : (first | (sector == 3.0f)) ? middle : low;
+    b = ((sector == 3.0f) | (sector == 4.0f)) ? most : ((sector == 2.0f) | (sector == 5.0f)) ? middle : low;
   }
 }
 
