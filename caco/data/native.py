@@ -41,6 +41,8 @@ class _Job(ctypes.Structure):
         ("offset", ctypes.c_void_p),
         ("plain", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
+        ("turbojpeg", ctypes.c_void_p),
+        ("unreadable", ctypes.c_void_p),
     ]
 
 
@@ -59,12 +61,27 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+@cache
+def turbojpeg() -> ctypes.Array | None:
+    """The addresses of libturbojpeg's functions that views.cpp calls, or None where it is not installed.
+
+    The functions of version 2, which version 3 still has.
+    """
+    try:
+        loaded = ctypes.CDLL("libturbojpeg.so.0")
+    except OSError:
+        return None
+    names = ("InitDecompress", "DecompressHeader3", "Decompress2", "GetErrorStr2", "GetErrorCode", "Destroy")
+    made = (ctypes.c_void_p * len(names))(*(ctypes.cast(getattr(loaded, f"tj{name}"), ctypes.c_void_p) for name in names))
+    made.library = loaded
+    return made
+
+
 @dataclass(frozen=True)
 class Settings:
     """A recipe as C structs; the arrays are kept for as long as it is."""
 
     views: ctypes.Array
-    sizes: list[int]
     scale: np.ndarray
     offset: np.ndarray
 
@@ -77,7 +94,7 @@ def settings(views: Sequence[tuple[Any, int]], scale: Any, offset: Any) -> Setti
         for name, kind in _View._fields_[2:]:
             value = getattr(view, name)
             setattr(struct, name, kind(*value) if isinstance(value, list) else value)
-    return Settings(made, [size for _, size in views], np.float32(scale), np.float32(offset))
+    return Settings(made, np.float32(scale), np.float32(offset))
 
 
 def table(images: Sequence[np.ndarray]) -> np.ndarray:
@@ -101,19 +118,27 @@ def make_views(
     stream: int,
     out: Sequence[np.ndarray],
     *,
+    plain: int = 0,
     num_threads: int = 1,
-) -> None:
+) -> np.ndarray:
     """Fill out[v], [B, H, W, 3] each: normalised where it is float32, pixels where it is uint8.
 
     Args:
         images: rows of `table`.
         samples, stream: what the random numbers depend on, see caco.data.views.uniforms.
+        plain: not 0: no random view, but the middle of each image after its shorter side was resized to this.
+    Returns:
+        bool [B], which images are JPEGs that cannot be decoded; their rows of out are as they were.
     """
     images, samples = np.ascontiguousarray(images), np.ascontiguousarray(samples, np.int64)
     normalise = out[0].dtype == np.float32
-    assert len(images) == len(samples) and len(out) == len(settings.sizes)
-    for one, size in zip(out, settings.sizes, strict=True):
-        assert one.shape == (len(images), size, size, 3) and one.flags.c_contiguous and one.dtype == out[0].dtype
+    assert len(images) == len(samples) and len(out) == len(settings.views)
+    for one, view in zip(out, settings.views, strict=True):
+        assert one.shape == (len(images), view.size, view.size, 3) and one.flags.c_contiguous and one.dtype == out[0].dtype
+    unreadable = np.zeros(len(images), bool)
+    functions = turbojpeg() if images["bytes"].any() else None
+    assert functions is not None or not images["bytes"].any()
+    addresses = (ctypes.c_void_p * len(out))(*(one.ctypes.data for one in out))
     job = _Job(
         num_images=len(images),
         images=images.ctypes.data,
@@ -121,10 +146,13 @@ def make_views(
         stream=stream,
         num_views=len(out),
         views=ctypes.addressof(settings.views),
-        out=ctypes.addressof(addresses := (ctypes.c_void_p * len(out))(*(one.ctypes.data for one in out))),
+        out=ctypes.addressof(addresses),
         scale=settings.scale.ctypes.data if normalise else None,
         offset=settings.offset.ctypes.data if normalise else None,
+        plain=plain,
         num_threads=num_threads,
+        turbojpeg=None if functions is None else ctypes.addressof(functions),
+        unreadable=unreadable.ctypes.data,
     )
     library().caco_make_views(ctypes.byref(job))  # lets go of the interpreter: other threads run on
-    del addresses  # kept until here
+    return unreadable

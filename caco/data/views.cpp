@@ -39,6 +39,15 @@ struct Image {  // uint8 [height, width, 3], or a JPEG of `bytes`
   int32_t height, width;
 };
 
+struct TurboJpeg {  // the library's functions, handed in: nothing is linked
+  void* (*start)();
+  int (*read_header)(void*, const uint8_t*, unsigned long, int* width, int* height, int* subsampling, int* colours);
+  int (*decompress)(void*, const uint8_t*, unsigned long, uint8_t* out, int width, int pitch, int height, int format, int flags);
+  const char* (*error)(void*);
+  int (*is_fatal)(void*);  // tjGetErrorCode
+  int (*stop)(void*);
+};
+
 struct Job {
   int64_t num_images;
   const Image* images;
@@ -51,6 +60,8 @@ struct Job {
   const float* offset;
   int32_t plain;  // > 0: no random view, but the middle of the image whose shorter side is resized to this
   int32_t num_threads;
+  const TurboJpeg* turbojpeg;
+  uint8_t* unreadable;  // set to 1 for each JPEG that cannot be decoded; its views are left as they were
 };
 
 constexpr int kTries = 10, kCropTop = 20, kCropLeft = 21, kJitter = 22, kGray = 23, kBlur = 24, kSigma = 25, kSolarize = 26,
@@ -128,12 +139,34 @@ namespace avx2 = any_processor;
 
 namespace {
 
+// A JPEG as pixels; refused where Pillow refuses it, so not for a mere oddity that libjpeg warns of.
+bool decode(const TurboJpeg& t, void* handle, const Image& image, std::vector<uint8_t>& pixels) {
+  int width, height, subsampling, colours;
+  if (t.read_header(handle, image.data, image.bytes, &width, &height, &subsampling, &colours) != 0) return false;
+  if (width != image.width || height != image.height) return false;
+  pixels.resize(size_t(width) * height * 3);
+  if (t.decompress(handle, image.data, image.bytes, pixels.data(), width, 0, height, 0, 0) == 0) return true;
+  return !t.is_fatal(handle) && !std::strstr(t.error(handle), "Premature end");
+}
+
 void work(const Job& job, std::atomic<int64_t>& next) {
   MakeView* const make_view = HAS_AVX2 ? avx2::make_view : any_processor::make_view;
   Scratch scratch;
-  for (int64_t n; (n = next++) < job.num_images;)
-    for (int v = 0; v < job.num_views; v++)
-      make_view(job, n, v, job.images[n].data, job.images[n].width, job.images[n].height, scratch);
+  std::vector<uint8_t> decoded;
+  void* const handle = job.turbojpeg ? job.turbojpeg->start() : nullptr;
+  for (int64_t n; (n = next++) < job.num_images;) {
+    const Image& image = job.images[n];
+    const uint8_t* pixels = image.data;
+    if (image.bytes) {
+      if (!decode(*job.turbojpeg, handle, image, decoded)) {
+        job.unreadable[n] = 1;
+        continue;
+      }
+      pixels = decoded.data();
+    }
+    for (int v = 0; v < job.num_views; v++) make_view(job, n, v, pixels, image.width, image.height, scratch);
+  }
+  if (handle) job.turbojpeg->stop(handle);
 }
 
 }  // namespace

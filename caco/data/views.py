@@ -161,6 +161,16 @@ class Views:
                 made[v][row] = self.view_pixels(Image.fromarray(image), v, u)
         return made
 
+    def plain_batch(self, images: np.ndarray, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled."""
+        made = np.empty((len(images), self.size, self.size, 3), np.uint8)
+        settings = native.settings([(View(), self.size)], self._scale, self._offset)
+        shorter = round(self.size / self.plain_crop)
+        unreadable = native.make_views(
+            settings, images, np.zeros(len(images)), 0, [made], plain=shorter, num_threads=num_threads
+        )
+        return made, unreadable
+
     def settings(self) -> native.Settings:
         """All views' settings as the compiled views take them."""
         return native.settings(list(zip(self._views, self.sizes, strict=True)), self._scale, self._offset)
