@@ -40,6 +40,7 @@ NEUTRAL_KEYS = (
     "data.download",
     "data.labelled_root",
     "data.in_memory_mb",
+    "eval.transfer.root",
     "loader.num_workers",
     "loader.prefetch",
     "tracking",
@@ -199,7 +200,7 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
     """
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
-    _lock(run_dir)
+    hold(run_dir)
     record = run_dir / "config.yaml"
     if record.exists():
         changed = differences(identity(OmegaConf.load(record)), identity(cfg))
@@ -211,14 +212,14 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
             )
     (run_dir / "failure.txt").unlink(missing_ok=True)
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
-    write_json(run_dir / "environment.json", {**environment(), "command": _command()})
+    write_json(run_dir / "environment.json", {**environment(), "command": command()})
 
 
-def _command() -> str:
+def command() -> str:
     """The command line as one types it, whichever way the program was started."""
     program, *arguments = sys.argv
-    if Path(program).parts[-2:] == ("caco", "train.py"):
-        return shlex.join(["python", "-m", "caco.train", *arguments])
+    if Path(program).parts[-2:-1] == ("caco",) and Path(program).suffix == ".py":
+        return shlex.join(["python", "-m", f"caco.{Path(program).stem}", *arguments])
     return shlex.join([Path(program).name, *arguments])
 
 
@@ -238,8 +239,13 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
-def _lock(run_dir: Path) -> None:
-    """Hold run_dir/.lock until this process ends, however it ends."""
+def hold(run_dir: Path) -> None:
+    """Hold run_dir/.lock until this process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    run_dir = run_dir.absolute()
     if run_dir in _locks:
         return
     lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -251,7 +257,7 @@ def _lock(run_dir: Path) -> None:
         holder = os.read(lock, 200).decode().strip() or "another process"
         os.close(lock)
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(f"{run_dir} is in use: {holder} trains there now") from error
+            raise ValueError(f"{run_dir} is in use: {holder} trains or evaluates there now") from error
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return  # a file system without locks: better to run without than not at all
         raise
