@@ -138,7 +138,7 @@ def test_the_final_backbone_comes_back_from_mlflow_and_is_sent_once(look, tmp_pa
     torch = pytest.importorskip("torch")
     from caco.nn.backbones import small_resnet
 
-    backbone = small_resnet(width=2).eval()
+    backbone = small_resnet(width=8).eval()
     tracker = begin(look, tmp_path, sweep=None)
     tracker.log_model(lambda: backbone)
     tracker.finish("FINISHED", {"loss": 1.0})
