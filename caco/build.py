@@ -57,11 +57,21 @@ def build_method(cfg: DictConfig) -> torch.nn.Module:
     return build(cfg.method, encoder=encoder, bank=bank)
 
 
-def train(cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None) -> dict[str, float]:
+def final_backbone(cfg: DictConfig, method: torch.nn.Module) -> torch.nn.Module:
+    """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no other rank."""
+    backbone = build(cfg.backbone)
+    backbone.load_state_dict(method.backbone.state_dict())
+    return backbone.eval()
+
+
+def train(
+    cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: runs.Label | None = None
+) -> dict[str, float]:
     """Build everything, go on from the newest checkpoint if there is one, train, and write summary.json.
 
     Data come first, so that what is missing or too small is said before any model is built.
     """
+    label = label or runs.Label(run_dir.name, {})
     device = pick_device(cfg.device)
     distributed.start(device)
     main = distributed.is_main()
@@ -144,15 +154,18 @@ def train(cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None) -> dict[s
     if main:
         tracker.start(
             run_dir,
-            params=runs.flat(cfg),
+            params={**label.choices, **runs.flat(cfg)},
             tags={**environment(), "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
-            run_name=run_dir.name,
+            run_name=label.name,
             state=newest[0]["tracker"] if newest else None,
+            sweep=label.sweep,
         )
     try:
         metrics = trainer.fit()
-        summary = {**metrics, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        summary = {**metrics, "processes": distributed.world(), **about}
         if main:
+            tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
         status = "FINISHED"
     except (KeyboardInterrupt, Stopped):

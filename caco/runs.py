@@ -16,6 +16,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
     kept = []
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")
-        if not is_neutral(key.partition("@")[0]):
+        if not is_neutral(_key(override)):
             kept.append(re.sub(r"[^A-Za-z0-9.+]+", "-", f"{key}={value}").strip("-"))
     return "_".join(kept)[:limit].rstrip("-_.") or "default"
 
@@ -137,6 +138,48 @@ def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
 def run_name(cfg: DictConfig) -> str:
     """The last part of a run's directory: what was overridden and the identity's hash. cfg holds Hydra's part too."""
     return f"{short_name(cfg.hydra.overrides.task)}-{run_hash(cfg)}"
+
+
+SWEEP = "CACO_SWEEP"  # the environment variable that tells a sweep's jobs, wherever they run, which sweep they are of
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a run is called where several are compared.
+
+    name: what was overridden, as typed; in a sweep only what tells its runs apart.
+    choices: group -> chosen option, such as {"pn": "both", "bank": "8M"}.
+    sweep: as a tracker's start() takes it, or None.
+    """
+
+    name: str
+    choices: Mapping[str, str]
+    sweep: dict[str, Any] | None = None
+
+
+def label(hydra_cfg: DictConfig) -> Label:
+    """Of a run that Hydra has composed; `hydra_cfg` is Hydra's own part."""
+    overrides = list(hydra_cfg.overrides.task)
+    sweep = json.loads(os.environ.get(SWEEP, "null"))
+    varied = [item for item in overrides if sweep and _key(item) in sweep["keys"]]
+    choices = {group: option for group, option in hydra_cfg.runtime.choices.items() if option and "/" not in group}
+    return Label(" ".join(varied) or title(overrides), choices, sweep)
+
+
+def title(overrides: Iterable[str], *, limit: int = 200) -> str:
+    """What a command line changed, as it was typed, without what cannot change a number."""
+    return " ".join(item for item in overrides if not is_neutral(_key(item)))[:limit] or "default"
+
+
+def sweep_label(overrides: Iterable[str], keys: Iterable[str], num_jobs: int) -> str:
+    """The value of SWEEP for the jobs of a command line that varies `keys`; its order makes no other sweep."""
+    overrides = list(overrides)
+    name = " ".join(sorted(item for item in overrides if not is_neutral(_key(item))))
+    return json.dumps({"name": name, "title": title(overrides), "keys": sorted(keys), "jobs": num_jobs})
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
