@@ -39,6 +39,7 @@ NEUTRAL_KEYS = (
     "data.download",
     "data.labelled_root",
     "data.in_memory_mb",
+    "loader._target_",  # every loader makes the same batches
     "loader.num_workers",
     "loader.prefetch",
     "tracking",
