@@ -264,6 +264,9 @@ INLINE void store_pixels(uint8_t* p, i32x8 v) {
   _mm_storeu_si32(p + 20, _mm_srli_si128(last, 8));
 }
 
+INLINE f32x4 lower(f32x8 v) { return (f32x4)_mm256_castps256_ps128((__m256)v); }
+INLINE f32x4 upper(f32x8 v) { return (f32x4)_mm256_extractf128_ps((__m256)v, 1); }
+INLINE f32x8 joined(f32x4 low, f32x4 high) { return (f32x8)_mm256_set_m128((__m128)high, (__m128)low); }
 INLINE float truncated(float x) { return __builtin_truncf(x); }
 INLINE f32x8 truncated(f32x8 x) { return (f32x8)_mm256_round_ps((__m256)x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
 
@@ -292,6 +295,9 @@ INLINE void store_pixels(uint8_t* p, i32x8 v) {
   for (int i = 0; i < 24; i++) p[i] = v[i / 3] >> (8 * (i % 3));
 }
 
+INLINE f32x4 lower(f32x8 v) { return f32x4{v[0], v[1], v[2], v[3]}; }
+INLINE f32x4 upper(f32x8 v) { return f32x4{v[4], v[5], v[6], v[7]}; }
+INLINE f32x8 joined(f32x4 low, f32x4 high) { return f32x8{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]}; }
 INLINE float truncated(float x) { return float(int32_t(x)); }
 INLINE f32x8 truncated(f32x8 x) { return __builtin_convertvector(__builtin_convertvector(x, i32x8), f32x8); }
 
@@ -414,6 +420,8 @@ struct Block {
   alignas(32) float r[kBlock], g[kBlock], b[kBlock];
 };
 
+INLINE f32x8& plane(float* values, int i) { return *reinterpret_cast<f32x8*>(values + i); }
+
 INLINE float luma(float r, float g, float b) {  // sums stay below 2^24: exact
   return truncated((r * 19595.0f + g * 38470.0f + b * 7471.0f + 32768.0f) * 0x1p-16f);
 }
@@ -434,12 +442,10 @@ INLINE f32x4 middle_channel(f32x4 most, f32x4 share, f32x4 start, f32x4 sign, f3
   return __builtin_convertvector(__builtin_convertvector(value, i32x4), f32x4);
 }
 
-INLINE void turn_hue(Block& p, int n, float turn) {
+INLINE void to_hsv(Block& p, int n) {  // in place: hue, saturation, value, each 0..255
   const f32x8 zero = {}, one = zero + 1.0f;
   for (int i = 0; i < n; i += 8) {
-    f32x8& r = *reinterpret_cast<f32x8*>(p.r + i);
-    f32x8& g = *reinterpret_cast<f32x8*>(p.g + i);
-    f32x8& b = *reinterpret_cast<f32x8*>(p.b + i);
+    f32x8 &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
     const f32x8 rg = r > g ? r : g, most = rg > b ? rg : b, gr = r < g ? r : g, spread = most - (gr < b ? gr : b);
     const f32x8 saturation = times255(spread / (most > zero ? most : one));
     // Of the two lesser channels one is the least, whose term is 1: so one division and one rounding, as in Pillow.
@@ -447,23 +453,29 @@ INLINE void turn_hue(Block& p, int n, float turn) {
     const f32x8 plus = most - (red ? b : green ? r : g), minus = most - (red ? g : green ? b : r);
     const i32x8 least = plus == spread;
     const f32x8 base = (red ? zero : green ? zero + 2.0f : zero + 4.0f) + (least ? one : -one);
-    f32x8 hue = base + (least ? -minus : plus) / (spread > zero ? spread : one);
-    hue = hue / 6.0f + (hue < zero ? one : zero);
-    f32x8 h = (spread > zero ? times255(hue) : zero) + turn;
-    h = (h > 255.0f ? h - 256.0f : h) * 6.0f;
+    const f32x8 hue = base + (least ? -minus : plus) / (spread > zero ? spread : one);
+    r = spread > zero ? times255(hue / 6.0f + (hue < zero ? one : zero)) : zero;
+    g = saturation;
+    b = most;
+  }
+}
+
+INLINE void from_hsv(Block& p, int n, float turn) {  // and the hue turned
+  const f32x8 zero = {}, one = zero + 1.0f;
+  for (int i = 0; i < n; i += 8) {
+    f32x8 &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
+    const f32x8 turned = r + turn, h = (turned > 255.0f ? turned - 256.0f : turned) * 6.0f, saturation = g, most = b;
     const f32x8 sector = truncated((h + 0.5f) * (1.0f / 255.0f));  // 0..6
     const f32x8 part = (h - 255.0f * sector) / 255.0f, share = saturation / 255.0f;
-    const i32x8 odd = (sector == 1.0f) | (sector == 3.0f) | (sector == 5.0f), first = (sector == 0.0f) | (sector == 6.0f);
-    const f32x8 in[5] = {most, share, odd ? zero : one, odd ? one : -one, part};
-    f32x4 half[5][2], out[2];
-    std::memcpy(half, in, sizeof in);
-    for (int k = 0; k < 2; k++) out[k] = middle_channel(half[0][k], half[1][k], half[2][k], half[3][k], half[4][k]);
-    f32x8 middle;
-    std::memcpy(&middle, out, sizeof out);
+    const i32x8 one_ = sector == 1.0f, three = sector == 3.0f, five = sector == 5.0f, odd = one_ | three | five;
+    const f32x8 start = odd ? zero : one, sign = odd ? one : -one;
+    const f32x8 middle = joined(middle_channel(lower(most), lower(share), lower(start), lower(sign), lower(part)),
+                                middle_channel(upper(most), upper(share), upper(start), upper(sign), upper(part)));
     const f32x8 low = truncated(most * (255.0f - saturation) * (1.0f / 255.0f) + 0.5f);
-    r = (first | (sector == 5.0f)) ? most : ((sector == 1.0f) | (sector == 4.0f)) ? middle : low;
-    g = ((sector == 1.0f) | (sector == 2.0f)) ? most : (first | (sector == 3.0f)) ? middle : low;
-    b = ((sector == 3.0f) | (sector == 4.0f)) ? most : ((sector == 2.0f) | (sector == 5.0f)) ? middle : low;
+    const i32x8 zeroth = (sector == 0.0f) | (sector == 6.0f), two = sector == 2.0f, four = sector == 4.0f;
+    r = zeroth | five ? most : one_ | four ? middle : low;
+    g = one_ | two ? most : zeroth | three ? middle : low;
+    b = three | four ? most : two | five ? middle : low;
   }
 }
 
@@ -485,7 +497,8 @@ INLINE void apply(Block& p, int n, Step step, float mean) {
       }
       break;
     case kHue:
-      turn_hue(p, n, f);
+      to_hsv(p, n);
+      from_hsv(p, n, f);
       break;
     case kToGray:
       for (int i = 0; i < n; i++) p.r[i] = p.g[i] = p.b[i] = luma(p.r[i], p.g[i], p.b[i]);
@@ -502,9 +515,9 @@ INLINE void apply(Block& p, int n, Step step, float mean) {
 INLINE void load_block(const uint8_t* in, int n, Block& p) {
   for (int i = 0; i < n; i += 8) {
     const i32x8 v = load_pixels(in + 3 * i);
-    *reinterpret_cast<f32x8*>(p.r + i) = __builtin_convertvector(v & 255, f32x8);
-    *reinterpret_cast<f32x8*>(p.g + i) = __builtin_convertvector((v >> 8) & 255, f32x8);
-    *reinterpret_cast<f32x8*>(p.b + i) = __builtin_convertvector(v >> 16, f32x8);
+    plane(p.r, i) = __builtin_convertvector(v & 255, f32x8);
+    plane(p.g, i) = __builtin_convertvector((v >> 8) & 255, f32x8);
+    plane(p.b, i) = __builtin_convertvector(v >> 16, f32x8);
   }
 }
 
