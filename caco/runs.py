@@ -41,6 +41,7 @@ NEUTRAL_KEYS = (
     "data.labelled_root",
     "data.in_memory_mb",
     "eval.transfer.root",
+    "loader._target_",  # every loader makes the same batches
     "loader.num_workers",
     "loader.prefetch",
     "tracking",

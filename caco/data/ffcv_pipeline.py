@@ -7,26 +7,40 @@ plain Python and nothing is compiled. FFCV's other traps are met where they lie:
 """
 
 import threading
+import warnings
 from collections.abc import Iterator
 from queue import Empty
 
+import numba.typed
 import numpy as np
 import torch
 
 from caco.data import native
+from caco.data.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
 from caco.data.beton import RAW, BetonImages
-from caco.data.loader import Compiled, Order, Pixels, mixed_seed, pixels, those_after
 from caco.data.sources import UnreadableImage
 from caco.data.views import Views
 
-_THREADS = torch.get_num_threads()
-import ffcv.loader  # noqa: E402
+
+def _import_ffcv() -> None:
+    """Import ffcv without what its import does to a process: one thread for torch, and five seconds of compiling."""
+    threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
+    numba.typed.Dict = dict  # for a table of two entries, whose methods numba would compile
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # distutils
+            import ffcv.loader  # noqa: F401
+    finally:
+        numba.typed.Dict = typed_dict
+        torch.set_num_threads(threads)
+
+
+_import_ffcv()
+from ffcv.loader import Loader  # noqa: E402
 from ffcv.pipeline import PipelineSpec  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
 from ffcv.traversal_order.base import TraversalOrder  # noqa: E402
-
-torch.set_num_threads(_THREADS)  # ffcv's import sets it to 1
 
 
 class FFCVBatches:
@@ -49,7 +63,7 @@ class FFCVBatches:
         enabled = Compiler.is_enabled
         Compiler.set_enabled(False)
         try:
-            self._loader = ffcv.loader.Loader(
+            self._loader = Loader(
                 str(source.file),
                 batch_size=order.size,
                 # FFCV hands this number to torch.set_num_threads, here and in each of its threads.
@@ -70,13 +84,13 @@ class FFCVBatches:
             return
         running = iter(self._loader)  # a thread that makes batches, and a queue
         try:
-            while (made := _next(running, self._operation)) is not None:
+            while (made := _next(running)) is not None:
                 yield made
         finally:
             _end(running, self._operation)
 
 
-def _next(running: threading.Thread, operation: "DecodeIntoViews") -> Pixels | UnreadableImage | None:
+def _next(running: threading.Thread) -> Pixels | UnreadableImage | None:
     """The next batch; where FFCV's own `next` would wait for ever for a thread that has died, an error."""
     while True:
         alive = running.is_alive()  # asked before the queue: what it put there last is not overlooked
@@ -115,7 +129,7 @@ class _Traversal(TraversalOrder):
         # FFCV takes the number of batches of an epoch from the first traversal.
         self._positions = np.zeros(len(source) // order.batch * order.size, np.int64)
 
-    def __call__(self, loader: ffcv.loader.Loader) -> "_Traversal":
+    def __call__(self, loader: Loader) -> "_Traversal":
         return self
 
     def begin(self) -> list[tuple[int, np.ndarray]]:

@@ -1,19 +1,16 @@
 """Batches of views whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
 
 import contextlib
-import hashlib
 import importlib.util
-import math
 import os
 import signal
 import sys
 import threading
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from caco.data import native
+from caco.data.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
 from caco.data.beton import BetonImages
 from caco.data.sources import Source, UnreadableImage
 from caco.data.views import Views
@@ -195,7 +193,7 @@ class BoundLoader:
 
     def __init__(
         self,
-        maker: Callable[["Order"], Iterable["Pixels"]],
+        maker: Callable[[Order], Iterable[Pixels]],
         source: Source,
         views: Views,
         *,
@@ -257,11 +255,6 @@ def plain_batches(
         yield one.views[0], one.label
 
 
-def mixed_seed(*numbers: int) -> int:
-    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as any."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
-
-
 def _data_loader(maker: Any, keys: Iterable[Any], num_workers: int, **options: Any) -> DataLoader:
     """A DataLoader that takes one key a batch, and draws nothing from the caller's generators."""
     with _any_number_of_workers():
@@ -297,41 +290,6 @@ def _any_number_of_workers() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32.
-
-    stand_ins: (index of an unreadable image, index of the one in its place) pairs.
-    """
-
-    views: list[torch.Tensor]
-    index: torch.Tensor
-    label: torch.Tensor
-    stand_ins: list[tuple[int, int]] = field(default_factory=list)
-
-    def pin_memory(self) -> "Pixels":  # DataLoader calls it by this name
-        views = [view.pin_memory() for view in self.views]
-        return Pixels(views, self.index.pin_memory(), self.label.pin_memory(), self.stand_ins)
-
-
-class Order:
-    """The sampler: keys (epoch, indices) of one rank's part of each batch, so that workers need no state."""
-
-    def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int):
-        self.num_images, self.batch, self.seed = num_images, batch, seed
-        self.size = batch // world
-        self.part = slice(rank * batch // world, (rank + 1) * batch // world)
-        self.epoch, self.start_step = 0, 0  # set before each iteration
-
-    def __len__(self) -> int:
-        return self.num_images // self.batch - self.start_step
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        order = np.random.default_rng(mixed_seed(self.seed, self.epoch)).permutation(self.num_images)
-        for step in range(self.start_step, self.num_images // self.batch):
-            yield self.epoch, order[step * self.batch : (step + 1) * self.batch][self.part]
-
-
 class _ViewMaker:
     """The dataset: (epoch, indices) to the pixels of all views."""
 
@@ -358,27 +316,6 @@ class _ViewMaker:
             with contextlib.suppress(UnreadableImage):
                 return candidate, np.asarray(self.source.image(candidate))
         raise UnreadableImage(f"{self.source.name}: expected an image that can be read, got none")
-
-
-def those_after(index: int, count: int) -> Iterator[int]:
-    """The images that may stand in for an unreadable one, in order."""
-    return ((index + step) % count for step in range(1, count))
-
-
-class Compiled:
-    """All views of a batch in one compiled call, in memory that is used again; floats for a CPU, bytes for a GPU."""
-
-    def __init__(self, views: Views, device: torch.device, num_threads: int):
-        self.sizes, self.settings, self.num_threads = views.sizes, views.settings(), num_threads
-        # A GPU is sent a quarter of the bytes and normalises there; on a CPU this call does it in passing.
-        self._dtype = torch.float32 if device.type == "cpu" else torch.uint8
-        self._memory = _Memory(device)
-
-    def __call__(self, rows: np.ndarray, samples: np.ndarray, stream: int) -> tuple[list[torch.Tensor], np.ndarray]:
-        """A tensor [B, H, W, 3] a view, and bool [B]: which images could not be decoded."""
-        made = [self._memory.take((len(rows), size, size, 3), self._dtype) for size in self.sizes]
-        out = [view.numpy() for view in made]
-        return made, native.make_views(self.settings, rows, samples, stream, out, num_threads=self.num_threads)
 
 
 class _InMemory:
@@ -425,24 +362,6 @@ def _ahead(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Itera
                 future.cancel()
 
 
-class _Memory:
-    """Tensors whose memory is used again once nobody holds them any more: fresh pages cost more than what is done here."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._free: dict[int, list[np.ndarray]] = {}
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if self._device.type == "cuda":
-            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps it until its copy to the GPU is done
-        size = math.prod(shape) * dtype.itemsize
-        free = self._free.setdefault(size, [])
-        memory = free.pop() if free else np.empty(size, np.uint8)
-        handed_out = memory.view()  # dies with the last tensor that shares it
-        weakref.finalize(handed_out, free.append, memory).atexit = False
-        return torch.from_numpy(handed_out).view(dtype).view(shape)
-
-
 class _PlainMaker:
     """The dataset of evaluations: indices to the pixels of plain views."""
 
@@ -463,13 +382,6 @@ class _PlainMaker:
         for row in np.flatnonzero(unreadable):
             raise self.source.unreadable(indices[row])
         return made
-
-
-def pixels(made: list[torch.Tensor], source: Source, indices: np.ndarray, taken: np.ndarray) -> Pixels:
-    """A batch of the images `taken`, which differ from `indices` where one had to stand in."""
-    labels = np.full(len(taken), -1) if source.labels is None else source.labels[taken]
-    stand_ins = [(int(index), int(other)) for index, other in zip(indices, taken, strict=True) if index != other]
-    return Pixels(made, torch.from_numpy(taken.copy()), torch.from_numpy(labels), stand_ins)
 
 
 def _batches(

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
+from caco.data import native
+from caco.data.beton import BetonImages
 from caco.data.datasets import folder
-from caco.data.loader import Batch, TorchLoader, plain_batches
-from caco.data.sources import ImagesInMemory
+from caco.data.loader import AutoLoader, Batch, FFCVLoader, TorchLoader, plain_batches
+from caco.data.sources import ImagesInMemory, Splits
 from caco.data.views import View, Views
+from caco.data.write import write_splits
 
 
-def batches(source, views, epochs=(0,), *, workers=0, prefetch=2, batch=8, start_step=0, **options) -> list[Batch]:
-    loader = TorchLoader(num_workers=workers, prefetch=prefetch).bind(source, views, **{"batch": batch, "seed": 7} | options)
+def batches(
+    source, views, epochs=(0,), *, kind=TorchLoader, workers=0, prefetch=2, corrupt="fail", batch=8, start_step=0, **options
+) -> list[Batch]:
+    settings = kind(num_workers=workers, prefetch=prefetch, corrupt=corrupt)
+    loader = settings.bind(source, views, **{"batch": batch, "seed": 7} | options)
     with contextlib.closing(loader):
         return [one for epoch in epochs for one in loader.epoch(epoch, start_step)]
 
@@ -44,24 +51,183 @@ def test_workers_do_not_change_a_batch(noise_source, two_views, workers, prefetc
     assert_same(batches(source, two_views, epochs=(-1, 0, 1), workers=workers, prefetch=prefetch), alone)
 
 
+@pytest.fixture
+def beton_source(noise_source, tmp_path: Path) -> Callable[[int], BetonImages]:
+    """beton_source(count): noise_source's images, as raw pixels in a .beton."""
+
+    def make(count: int) -> BetonImages:
+        source = noise_source(count)
+        write_splits(Splits(source, source, None), tmp_path, mode="raw", num_workers=1)
+        return BetonImages(tmp_path / "train.beton", name="noise")
+
+    return make
+
+
+EVERY_PART = [
+    {"epochs": (-1, 0, 1)},
+    {"epochs": (3,), "start_step": 2},
+    {"epochs": (0, 1), "rank": 1, "world": 2},
+    {"epochs": (0,), "seed": 11, "batch": 15, "start_step": 1},
+    {"epochs": (0,), "start_step": 3},
+]
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (3, 2)])
+def test_ffcv_makes_the_same_batches(noise_source, beton_source, two_views, threads, prefetch):
+    source, file = noise_source(30), beton_source(30)
+    for part in EVERY_PART:
+        expected = batches(source, two_views, **part)
+        made = batches(file, two_views, kind=FFCVLoader, workers=threads, prefetch=prefetch, **part)
+        assert len(made) == len(expected)
+        if made:
+            assert_same(made, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_beton_gives_the_same_batches_without_ffcv(noise_source, beton_source, two_views, workers):
+    assert_same(batches(beton_source(30), two_views, workers=workers), batches(noise_source(30), two_views))
+
+
+def test_auto_takes_ffcv_for_a_beton_and_says_so(noise_source, beton_source, two_views, capsys, monkeypatch):
+    source, file = noise_source(16), beton_source(16)
+    capsys.readouterr()
+    made = batches(file, two_views, kind=AutoLoader)
+    assert capsys.readouterr().err == "caco: views by FFCV, compiled\n"
+    assert_same(made, batches(source, two_views, kind=AutoLoader))
+    assert capsys.readouterr().err == "caco: views by the compiled views of images in memory\n"
+    assert_same(batches(source, two_views, kind=AutoLoader, rank=1, world=2), batches(source, two_views, rank=1, world=2))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(native, "turbojpeg", lambda: None)
+    assert_same(batches(file, two_views, kind=AutoLoader), made)
+    assert "torch's DataLoader and the compiled views; no FFCV: needs libturbojpeg" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="loader=ffcv: needs libturbojpeg .*; loader=auto and loader=torch do without"):
+        batches(file, two_views, kind=FFCVLoader, workers=1)
+    with pytest.raises(ValueError, match=r"loader=ffcv: reads a \.beton"):
+        batches(source, two_views, kind=FFCVLoader, workers=1)
+
+
+def test_ffcv_leaves_the_process_as_it_was(beton_source, two_views):
+    file = beton_source(16)
+    torch.set_num_threads(2)
+    try:
+        before, threads = torch.get_rng_state(), set(threading.enumerate())
+        loader = FFCVLoader(num_workers=1).bind(file, two_views, batch=4, seed=7)
+        list(loader.epoch(0))
+        next(loader.epoch(1))
+        loader.close()
+        assert torch.get_num_threads() == 2
+        assert torch.equal(torch.get_rng_state(), before) and set(threading.enumerate()) <= threads
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", [TorchLoader, FFCVLoader])
+def test_a_batch_stays_as_it_is_as_long_as_somebody_holds_it(noise_source, beton_source, two_views, kind):
+    source = beton_source(64) if kind is FFCVLoader else noise_source(64)
+    loader = kind(num_workers=2, prefetch=2).bind(source, two_views, batch=8, seed=7)
+    held, copies = [], []
+    for epoch in range(3):
+        for one in loader.epoch(epoch):
+            held.append(one.views[1][3])
+            copies.append(held[-1].clone())
+    loader.close()
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize("kind", [TorchLoader, FFCVLoader])
+def test_memory_stays_flat_over_epochs(beton_source, noise_source, two_views, kind):
+    source = beton_source(64) if kind is FFCVLoader else noise_source(64)
+    views = Views(size=64, views={"both": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)  # 6.3 MB a batch
+    loader = kind(num_workers=2, prefetch=2).bind(source, views, batch=64, seed=7)
+
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    def run(epochs: range) -> float:
+        for epoch in epochs:
+            for _ in loader.epoch(epoch):
+                pass
+        return resident_mb()
+
+    before = run(range(10))
+    assert run(range(10, 40)) < before + 15
+    loader.close()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> BetonImages:
+    """Twelve JPEGs in a .beton, of which number 3 ends early and number 4 is noise."""
+    (tmp_path / "in").mkdir()
+    smooth = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
+    for i, colours in enumerate(smooth):
+        Image.fromarray(colours).resize((60, 40), Image.Resampling.BICUBIC).save(tmp_path / "in" / f"{i:02d}.jpg", quality=90)
+    splits = folder(root=str(tmp_path / "in"))
+    write_splits(splits, tmp_path, num_workers=1)
+    file = tmp_path / "train.beton"
+    whole = BetonImages(file, name="photos")
+    content = bytearray(file.read_bytes())
+    for at, begin in ((3, int(whole._sizes[3]) // 2), (4, 0)):
+        place, size = int(whole.records["image"]["place"][at]), int(whole._sizes[at])
+        content[place + begin : place + size] = bytes(size - begin)
+    file.write_bytes(content)
+    return BetonImages(file, name="photos")
+
+
+@pytest.mark.parametrize(("kind", "workers"), [(TorchLoader, 0), (TorchLoader, 2), (FFCVLoader, 2)])
+def test_a_corrupt_jpeg_is_named_or_another_stands_in_for_it(photos, two_views, kind, workers, capsys):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"train\.beton: .* corrupt JPEG as number [34]\. .*loader\.corrupt=skip"):
+        batches(photos, two_views, kind=kind, workers=workers, batch=12)
+    assert time.monotonic() - start < 15
+    (made,) = batches(photos, two_views, kind=kind, workers=workers, batch=12, corrupt="skip")
+    assert sorted(made.index.tolist()) == [0, 1, 2, 5, 5, 5, 6, 7, 8, 9, 10, 11]
+    told = capsys.readouterr().err
+    assert "image 3 cannot be read; image 5 stands in for it" in told and "(2 such so far)" in told
+    (again,) = batches(photos, two_views, batch=12, corrupt="skip")
+    assert_same([made], [again])
+    stand_ins = [made.views[0][row] for row in range(12) if made.index[row] == 5]
+    assert not torch.equal(stand_ins[0], stand_ins[1])  # each with the random numbers of its own place
+    with pytest.raises(ValueError, match=r"corrupt JPEG as number 3\."):
+        list(plain_batches(photos, two_views, batch=6))
+
+
+def test_where_nothing_can_be_read_skipping_ends_too(photos, two_views):
+    broken = photos.part(np.array([3, 4, 3, 4]), "broken")
+    for kind in (TorchLoader, FFCVLoader):
+        with pytest.raises(ValueError, match="expected an image that can be read, got none"):
+            batches(broken, two_views, kind=kind, workers=1, batch=4, corrupt="skip")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_breaks_inside_ffcv_ends_the_epoch_within_seconds(beton_source, two_views, monkeypatch):
+    from caco.data import ffcv_pipeline
+
+    file = beton_source(16)
+    loader = FFCVLoader(num_workers=1).bind(file, two_views, batch=4, seed=7)
+    start = time.monotonic()
+    monkeypatch.setattr(native, "make_views", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(loader.epoch(0))
+    monkeypatch.undo()
+    broken = property(lambda self: 1 / 0, lambda self, value: None)
+    monkeypatch.setattr(ffcv_pipeline.DecodeIntoViews, "ended", broken, raising=False)
+    with pytest.raises(RuntimeError, match="FFCV's thread has ended without a batch"):
+        list(loader.epoch(1))
+    monkeypatch.undo()
+    assert time.monotonic() - start < 10
+    assert len(list(loader.epoch(2))) == 4  # and the loader is as good as before
+    file.file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train\.beton: expected the \.beton that this run reads"):
+        list(loader.epoch(3))
+    loader.close()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_compiled_views_and_pillows_make_the_same_batches(noise_source, two_views, workers, request):
     source = noise_source(30)
     compiled = batches(source, two_views, epochs=(-1, 2), workers=3)
     request.getfixturevalue("not_compiled")
     assert_same(batches(source, two_views, epochs=(-1, 2), workers=workers), compiled)
-
-
-def test_a_batch_stays_as_it_is_as_long_as_somebody_holds_it(noise_source, two_views):
-    source = noise_source(64)
-    loader = TorchLoader(num_workers=2, prefetch=2).bind(source, two_views, batch=8, seed=7)
-    held, copies = [], []
-    for epoch in range(3):
-        for one in loader.epoch(epoch):
-            held.append(one.views[1][3])
-            copies.append(held[-1].clone())
-    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
-    loader.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
