@@ -61,10 +61,6 @@ struct Update {
     bool normalise;
 };
 
-void note_bad(std::atomic<int64_t>& bad_row, int64_t start, int64_t bad) {
-    if (bad >= 0) bad_row = start + bad;
-}
-
 // Put those of a row of scores that are good enough into the TOP best; equal scores stay in the order of their rows.
 void insert(const float* row, int64_t valid, int64_t first, float* values, int64_t* index) {
     for (int64_t j = 0; j < valid; j++) {
@@ -195,9 +191,9 @@ int caco_top() { return TOP; }
 // For each of G queries over R rows of any norm, m = w / |w|:
 //   z = sum_j exp(inverse_tau q.m_j - shift), z2 the same at a second temperature (null for none), peak = max_j q.m_j,
 //   sums = sum_j exp(...) m_j  [G, D] (null for none).
-// Returns 0, or 1 where memory ran out; bad_row is a row of norm zero or not finite, or -1.
+// Returns 0, or 1 where memory ran out. A row of norm zero, and anything that is not finite, makes z not finite.
 int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D, float inverse_tau, float shift,
-                 float inverse_tau2, float shift2, double* z, double* z2, float* peak, float* sums, int64_t* bad_row,
+                 float inverse_tau2, float shift2, double* z, double* z2, float* peak, float* sums,
                  int threads, int set) try {
     set = chosen(set);
     const Shares shares(G, R, D, threads);
@@ -208,13 +204,12 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
     std::vector<double> totals(padded * shares.row_shares), totals2(z2 ? padded * shares.row_shares : 0);
     std::vector<float> peaks(padded * shares.row_shares, -3.0e38f);
     Buffer weighed(sums ? padded * shares.row_shares * wide : 0);
-    std::atomic<int64_t> bad{-1};
     const bool done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
         const int64_t qs = part % shares.query_shares, rs = part / shares.query_shares;
         const int64_t at = rs * padded + qs * share;
         const int64_t last = round_up(std::min(G, (qs + 1) * share), 12), last_row = std::min(R, (rs + 1) * shares.rows);
         DISPATCH(set, forward_part(f, qs * share, last, rs * shares.rows, last_row, &totals[at], z2 ? &totals2[at] : nullptr,
-                                   &peaks[at], sums ? &weighed[at * wide] : nullptr, bad));
+                                   &peaks[at], sums ? &weighed[at * wide] : nullptr));
     });
     if (!done) return 1;
     for (int64_t i = 0; i < G; i++) {
@@ -231,7 +226,6 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
             sums[i * D + d] = total;
         }
     }
-    *bad_row = bad;
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
@@ -239,7 +233,7 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
 
 // The TOP rows of the largest cosines for each of G keys, best first, equal ones by index: values and index [G, TOP].
 int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index,
-                 int64_t* bad_row, int threads, int set) try {
+                 int threads, int set) try {
     set = chosen(set);
     const Shares shares(G, R, D, threads);
     const int64_t share = shares.queries, padded = shares.query_shares * share;
@@ -248,12 +242,11 @@ int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D
     const Forward f{padded_k.at, w, D, false, 0, 0, 0, 0};
     std::vector<float> best(padded * shares.row_shares * TOP, -3.0e38f);
     std::vector<int64_t> rows(padded * shares.row_shares * TOP, -1);
-    std::atomic<int64_t> bad{-1};
     const bool done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
         const int64_t qs = part % shares.query_shares, rs = part / shares.query_shares;
         const int64_t at = (rs * padded + qs * share) * TOP;
         const int64_t last = round_up(std::min(G, (qs + 1) * share), 12), last_row = std::min(R, (rs + 1) * shares.rows);
-        DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at], bad));
+        DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at]));
     });
     if (!done) return 1;
     for (int64_t i = 0; i < G; i++) {
@@ -270,7 +263,6 @@ int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D
             taken[from]++;
         }
     }
-    *bad_row = bad;
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

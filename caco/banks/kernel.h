@@ -75,10 +75,9 @@ TARGET static inline void accumulate(
 }
 
 // Unit rows of a block, transposed into panels [panel][d][16]; with `rows`, also as they are, in panels [d / 16][row][16].
-// Rows beyond `count` are zero. Returns the first row whose norm is zero or not finite, or -1.
-TARGET static int64_t pack(
+// Rows beyond `count` are zero.
+TARGET static void pack(
     const float* w, int64_t count, int64_t D, int64_t S, float* transposed, float* rows, float* inverse_norm) {
-    int64_t bad = -1;
     const int64_t padded = round_up(count, PANEL), wide = round_up(D, PANEL);
     for (int64_t j = 0; j < padded; j++) {
         float inverse = 0;
@@ -89,7 +88,6 @@ TARGET static int64_t pack(
             for (; d + V <= D; d += V) squares += load(row + d) * load(row + d);
             float square = sum(squares);
             for (; d < D; d++) square += row[d] * row[d];
-            if (!(square > 0 && square <= 3.0e38f) && bad < 0) bad = j;
             inverse = 1.0f / sqrtf(square);
         }
         if (inverse_norm) inverse_norm[j] = inverse;
@@ -99,12 +97,11 @@ TARGET static int64_t pack(
         for (int64_t d = 0; d < wide; d++)
             rows[(d / PANEL) * S * PANEL + j * PANEL + d % PANEL] = j < count && d < D ? w[j * D + d] * inverse : 0.0f;
     }
-    return bad;
 }
 
 // Sums over some rows for some queries: see caco_forward. `q` is padded to whole tiles of queries.
 TARGET static void forward_part(const Forward& f, int64_t first_query, int64_t last_query, int64_t first_row, int64_t last_row,
-                         double* z, double* z2, float* peak, float* sums, std::atomic<int64_t>& bad_row) {
+                         double* z, double* z2, float* peak, float* sums) {
     const int64_t D = f.D, S = block_rows(D), wide = round_up(D, PANEL), queries = last_query - first_query;
     const int64_t tile_rows = S + PANEL;
     Buffer transposed(S * D), rows(sums ? S * wide : 0), tile(QUERY_TILE * tile_rows), totals(queries * V), totals2(f.second ? queries * V : 0),
@@ -112,7 +109,7 @@ TARGET static void forward_part(const Forward& f, int64_t first_query, int64_t l
     for (int64_t i = 0; i < queries * V; i++) peaks[i] = -3.0e38f;
     for (int64_t start = first_row; start < last_row; start += S) {
         const int64_t count = std::min(S, last_row - start), panels = round_up(count, PANEL) / PANEL;
-        note_bad(bad_row, start, pack(f.w + start * D, count, D, S, transposed.at, sums ? rows.at : nullptr, nullptr));
+        pack(f.w + start * D, count, D, S, transposed.at, sums ? rows.at : nullptr, nullptr);
         for (int64_t tile_start = 0; tile_start < queries; tile_start += QUERY_TILE) {
             const int64_t tile_queries = std::min(QUERY_TILE, queries - tile_start);
             for (int64_t panel = 0; panel < panels; panel++) {
@@ -163,12 +160,12 @@ TARGET static void forward_part(const Forward& f, int64_t first_query, int64_t l
 
 // The best TOP rows of some queries among some rows, best first: see caco_nearest.
 TARGET static void nearest_part(const Forward& f, int64_t first_query, int64_t last_query, int64_t first_row, int64_t last_row,
-                         float* best, int64_t* index, std::atomic<int64_t>& bad_row) {
+                         float* best, int64_t* index) {
     const int64_t D = f.D, S = block_rows(D), queries = last_query - first_query;
     Buffer transposed(S * D);
     for (int64_t start = first_row; start < last_row; start += S) {
         const int64_t count = std::min(S, last_row - start), panels = round_up(count, PANEL) / PANEL;
-        note_bad(bad_row, start, pack(f.w + start * D, count, D, S, transposed.at, nullptr, nullptr));
+        pack(f.w + start * D, count, D, S, transposed.at, nullptr, nullptr);
         for (int64_t panel = 0; panel < panels; panel++) {
             const int64_t valid = std::min<int64_t>(PANEL, count - panel * PANEL);
             for (int64_t i = 0; i < queries; i += MR) {
