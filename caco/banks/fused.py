@@ -13,6 +13,12 @@ from torch import Tensor
 
 INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plain, 1 AVX2, 2 the AVX-512 tile on AVX2
 
+SIGNATURES = {  # pointer, int64, float, int
+    "caco_forward": "pnpnnffffppppii",
+    "caco_nearest": "pnpnnppii",
+    "caco_update": "ppppnppnnffffffiii",
+}
+
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
@@ -21,7 +27,11 @@ def library() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         print("caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, slower", file=sys.stderr)
         return None
-    return ctypes.CDLL(found.origin)
+    kernel = ctypes.CDLL(found.origin)
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+    for name, arguments in SIGNATURES.items():
+        getattr(kernel, name).argtypes = [kinds[kind] for kind in arguments]
+    return kernel
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -69,19 +79,13 @@ def update(
         "caco_update",
         q_ND.contiguous(), positive_N.contiguous(), log_sum_N.contiguous(), weight_N.contiguous(), len(q_ND),
         w_RD, velocity_RD, len(w_RD), w_RD.shape[1], 1 / tau, pull, push, lr, momentum, weight_decay,
-    normalise)  # fmt: skip
+        normalise,
+    )  # fmt: skip
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
     assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor))
-    passed = [
-        ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor)
-        else ctypes.c_void_p(None) if x is None
-        else ctypes.c_int(x) if isinstance(x, bool)
-        else ctypes.c_float(x) if isinstance(x, float)
-        else ctypes.c_int64(x)
-        for x in arguments
-    ]  # fmt: skip
-    threads, chosen = ctypes.c_int(torch.get_num_threads()), ctypes.c_int(-1 if INSTRUCTIONS is None else INSTRUCTIONS)
+    threads, chosen = torch.get_num_threads(), -1 if INSTRUCTIONS is None else INSTRUCTIONS
+    passed = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     if getattr(library(), name)(*passed, threads, chosen):
         raise MemoryError(f"the bank's kernel found no memory for its blocks ({name})")
