@@ -1,7 +1,9 @@
-"""From a checked configuration to a Trainer: the only place where components meet their settings."""
+"""From a checked configuration to a Trainer or an evaluation: the only place where components meet their settings."""
 
+import copy
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -10,12 +12,16 @@ from omegaconf import DictConfig
 from caco import distributed, runs, weights
 from caco.checkpoint import Checkpoints
 from caco.config import build
+from caco.data.overlap import refuse_overlap
 from caco.evals.evaluation import Evaluation
+from caco.evals.pixels import RawPixels
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
 from caco.optimizers import Schedule
 from caco.preemption import Stop, Stopped
+from caco.pretrained import CHECKPOINT, Place
+from caco.results import Record, say_sometimes
 from caco.tracking.environment import environment
 from caco.tracking.files import read_json, write_json
 from caco.trainer import Trainer
@@ -51,11 +57,21 @@ def build_method(cfg: DictConfig) -> torch.nn.Module:
     return build(cfg.method, encoder=encoder, bank=bank)
 
 
-def train(cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None) -> dict[str, float]:
+def final_backbone(cfg: DictConfig, method: torch.nn.Module) -> torch.nn.Module:
+    """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no other rank."""
+    backbone = build(cfg.backbone)
+    backbone.load_state_dict(method.backbone.state_dict())
+    return backbone.eval()
+
+
+def train(
+    cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: runs.Label | None = None
+) -> dict[str, float]:
     """Build everything, go on from the newest checkpoint if there is one, train, and write summary.json.
 
     Data come first, so that what is missing or too small is said before any model is built.
     """
+    label = label or runs.Label(run_dir.name, {})
     device = pick_device(cfg.device)
     distributed.start(device)
     main = distributed.is_main()
@@ -83,6 +99,7 @@ def train(cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None) -> dict[s
         device=device,
         precision=cfg.precision,
         seed=cfg.seed,
+        loader=build(cfg.loader),
     )
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
@@ -137,15 +154,18 @@ def train(cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None) -> dict[s
     if main:
         tracker.start(
             run_dir,
-            params=runs.flat(cfg),
+            params={**label.choices, **runs.flat(cfg)},
             tags={**environment(), "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
-            run_name=run_dir.name,
+            run_name=label.name,
             state=newest[0]["tracker"] if newest else None,
+            sweep=label.sweep,
         )
     try:
         metrics = trainer.fit()
-        summary = {**metrics, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        summary = {**metrics, "processes": distributed.world(), **about}
         if main:
+            tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
         status = "FINISHED"
     except (KeyboardInterrupt, Stopped):
@@ -157,3 +177,85 @@ def train(cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None) -> dict[s
         loader.close()
         distributed.stop()
     return summary
+
+
+def load_pretrained(cfg: DictConfig, place: Place | None, backbone: torch.nn.Module) -> tuple[Path, int]:
+    """Give a backbone the weights that run=, the newest checkpoint that can be read, or weights= names.
+
+    Returns:
+        the file, and the step at which it was saved (0: not one of our runs).
+    Raises:
+        ValueError: no file can be read, or it is of another architecture; the keys are named.
+    """
+    if place is None:
+        path = Path(cfg.weights).expanduser()
+        weights.load_backbone(path, cfg.format, backbone)
+        return path, 0
+    if place.checkpoint is not None:
+        path = place.checkpoint
+    else:
+        _, path = Checkpoints(place.run_dir / "checkpoints").load_newest()
+    weights.load_backbone(path, "caco", backbone)
+    return path, int(CHECKPOINT.fullmatch(path.name)[1])
+
+
+def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[str, float]:
+    """Run the evaluators that have not given their results yet; each result is written as soon as it is there.
+
+    Args:
+        place: the run that is evaluated; None for weights=.
+        results_dir: where results go: the run's directory, or another.
+    Returns:
+        every result by name; baselines as untrained/NAME and pixels/NAME.
+    """
+    device = pick_device(cfg.device)
+    distributed.start(device)
+    torch.manual_seed(cfg.seed)
+    backbone = build(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
+    encoders = {"": backbone}
+    if cfg.baselines:
+        encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size)}
+    path, step = load_pretrained(cfg, place, backbone)
+    splits, views = build(cfg.data), build(cfg.augmentation)
+    if cfg.overlap == "refuse" and distributed.is_main():
+        refuse_overlap(splits)
+    evaluation = Evaluation(
+        {name: build(node) for name, node in cfg.eval.items()},
+        splits,
+        views,
+        batch=cfg.batch,
+        device=device,
+        precision=cfg.precision,
+        seed=cfg.seed,
+        loader=build(cfg.loader),
+        folder=results_dir / "evaluations",
+        cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
+        overlap=cfg.overlap,
+        say=say_sometimes(distributed.is_main()),
+    )
+    record = Record(
+        results_dir, cfg, tracker=build(cfg.tracking), step=step, path=path, is_run=place is not None and cfg.to is None
+    )
+    status = None
+    try:
+        if distributed.is_main():
+            status = record.open()
+        for prefix, encoder in encoders.items():
+            encoder.to(device=device, memory_format=torch.channels_last).eval()
+            todo = None
+            if distributed.is_main():
+                made_from = {name: record.made_from(name, evaluation, encoder) for name in cfg.eval}
+                todo = [name for name in cfg.eval if not record.known(prefix, name, made_from[name])]
+            todo = distributed.shared_object(todo)
+            begun = time.monotonic()
+            for name, values in evaluation.each(encoder, todo):
+                if distributed.is_main():
+                    record.add(prefix, name, made_from[name], values, seconds=time.monotonic() - begun)
+                begun = time.monotonic()
+    finally:
+        if status is not None:
+            record.close(status)
+        distributed.stop()
+    if record.results:
+        print(record.table())
+    return record.results

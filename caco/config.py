@@ -86,9 +86,54 @@ class Root:
     launcher: Any = MISSING
 
 
+@dataclass
+class EvaluateRoot:
+    """As Root, of conf/evaluate.yaml."""
+
+    name: str = MISSING
+    run: str | None = MISSING
+    weights: str | None = MISSING
+    format: str | None = MISSING
+    weights_digest: str | None = MISSING
+    to: str | None = MISSING
+    cache: str | None = MISSING
+    baselines: bool = MISSING
+    overlap: str = MISSING
+    seed: int = MISSING
+    batch: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    backbone: Any = MISSING
+    augmentation: Any = MISSING
+    data: Any = MISSING
+    loader: Any = MISSING
+    eval: dict[str, Any] = field(default_factory=dict)
+    tracking: Any = MISSING
+
+
+@dataclass
+class ExportRoot:
+    """As Root, of conf/export.yaml."""
+
+    run: str | None = MISSING
+    weights: str | None = MISSING
+    format: str | None = MISSING
+    weights_digest: str | None = MISSING
+    to: str | None = MISSING
+    layouts: list[str] = MISSING
+    backbone: Any = MISSING
+    augmentation: Any = MISSING
+
+
+ROOTS = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}
+
+
 def register() -> None:
-    """Tell Hydra the schema and OmegaConf the resolvers: a run's directory, and what is in a file."""
+    """Tell Hydra the schemas and OmegaConf the resolvers: a run's directory, and what is in a file."""
     ConfigStore.instance().store("schema", Root)
+    ConfigStore.instance().store("evaluate_schema", EvaluateRoot)
+    ConfigStore.instance().store("export_schema", ExportRoot)
+    ConfigStore.instance().store("of_the_run", {})  # caco/pretrained.py replaces it by what a run recorded
     ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
@@ -97,14 +142,16 @@ def register() -> None:
 register()
 
 
-def compose(overrides: list[str]) -> DictConfig:
+def compose(overrides: list[str], name: str = "config") -> DictConfig:
     """The configuration of a command line, with Hydra's own part under `hydra`.
 
+    Args:
+        name: of the root in conf/.
     Raises:
         Hydra's and OmegaConf's own errors; caco.refusals.explain puts them in words.
     """
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", list(overrides), return_hydra_config=True)
+        return hydra_compose(name, list(overrides), return_hydra_config=True)
 
 
 def job_config(cfg: DictConfig) -> DictConfig:

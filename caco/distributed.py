@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_patient: dist.ProcessGroup | None = None  # of wait_for_main, made when first needed
+
 
 def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
     """Join the process group that the environment describes; a single process joins none.
@@ -26,8 +28,10 @@ def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
 
 
 def stop() -> None:
+    global _patient
     if dist.is_initialized():
         dist.destroy_process_group()
+    _patient = None
 
 
 def rank() -> int:
@@ -45,6 +49,16 @@ def is_main() -> bool:
 def barrier() -> None:
     if world() > 1:
         dist.barrier()
+
+
+def wait_for_main() -> None:
+    """A barrier of all ranks without the time-out: rank 0 may work for hours meanwhile."""
+    global _patient
+    if world() == 1:
+        return
+    if _patient is None:
+        _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    dist.barrier(group=_patient)
 
 
 def sum_(x: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from caco.runs import SWEEP
+
 # The outcome of jobs that are no longer in SLURM's hands; every other state means wait.
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
@@ -71,7 +73,7 @@ class Slurm:
         max_crashes: so often a job that something killed (no memory left, a lost process) queues again.
         parallel: jobs of the sweep that run at the same time.
         setup: shell lines before the job, such as `module load cuda`.
-        sbatch: any other option of sbatch by its long name.
+        sbatch: any other option of sbatch by its long name, or null.
         srun: further arguments of srun.
     Raises:
         ValueError: a number that makes no sense.
@@ -97,7 +99,7 @@ class Slurm:
         max_crashes: int,
         parallel: int,
         setup: list[str],
-        sbatch: dict[str, Any],
+        sbatch: dict[str, Any] | None,
         srun: list[str],
     ):
         tasks = max(1, gpus_per_node) if tasks_per_node is None else tasks_per_node
@@ -124,7 +126,7 @@ class Slurm:
             "time": math.ceil(hours * 60),
             "signal_delay_s": math.ceil(signal_minutes * 60),
             "array_parallelism": parallel,
-            "additional_parameters": {"requeue": True, **sbatch},
+            "additional_parameters": {"requeue": True, **(sbatch or {})},
             # One rank that fails ends the others at once: those that linger keep nodes and, unkillable, drain them.
             "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *srun],
         }
@@ -244,8 +246,12 @@ class Local:
         self._running: dict[str, Any] = {}
 
     def check(self, cfg: DictConfig) -> None:
-        """Refuse a batch that the ranks cannot share, and GPUs that would not be used."""
+        """Refuse a batch that the ranks cannot share, GPUs that would not be used, and more of them than there are."""
         _check_ranks(cfg, self.ranks, self.gpus)
+        if self.gpus:
+            import torch  # seconds, and only here
+
+            _demand("gpus_per_job", self.gpus, self.gpus <= (n := torch.cuda.device_count()), f"at most {n}, as this machine has")
 
     def submit(self, jobs: list[Job], folder: Path, code: Path) -> list[str]:
         """Start the jobs, which then run `code`; their process ids."""
@@ -277,14 +283,20 @@ def _demand(key: str, got: Any, holds: bool, expected: str) -> None:
 def _check_ranks(cfg: DictConfig, ranks: int, gpus: int) -> None:
     if cfg.batch % ranks:
         raise ValueError(f"batch: expected a multiple of the {ranks} processes of a job, got {cfg.batch}")
+    if cfg.bank is not None and cfg.bank.size % ranks:
+        raise ValueError(f"bank.size: expected a multiple of the {ranks} processes of a job, got {cfg.bank.size}")
     if (cfg.device == "cpu") != (gpus == 0) and cfg.device != "auto":
         raise ValueError(f"device={cfg.device} and GPUs of the launcher: expected both or neither, got {gpus} GPUs")
 
 
 def _environment(code: Path) -> dict[str, str]:
-    """So that a job imports caco from `code` and not, which `python -m` prefers, from the directory it starts in."""
+    """So that a job imports caco from `code` and not, which `python -m` prefers, from the directory it starts in.
+
+    And knows its sweep, also where sbatch hands no environment on.
+    """
     inherited = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": f"{code}{os.pathsep}{inherited}" if inherited else str(code), "PYTHONSAFEPATH": "1"}
+    path = f"{code}{os.pathsep}{inherited}" if inherited else str(code)
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", SWEEP: os.environ.get(SWEEP, "null")}
 
 
 def _hours(limit: str) -> float:

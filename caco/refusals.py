@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from caco.annotations import is_plain
-from caco.config import CONF, Root, compose
+from caco.config import CONF, ROOTS, compose
 from caco.runs import plain
 from caco.signatures import find
 from caco.validation import SUPPLIED
@@ -36,8 +36,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> str:
-    """One or two lines on why the command line `overrides` does not compose."""
+def explain(error: Exception, overrides: Sequence[str], root: str = "config") -> str:
+    """One or two lines on why the command line `overrides` does not compose with the root conf/<root>.yaml."""
     if isinstance(error, OverrideParseException):
         why = next(line for line in str(error).splitlines() if not line.startswith("Error parsing override"))
         return f"{error.override or 'the command line'} cannot be read ({why}); expected key=value"
@@ -45,7 +45,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         return _explain_option(error.missing_cfg_file)
     given = re.search(r"Could not override '([^'@]+)", str(error))
     if given:
-        return _explain_key(given.group(1), overrides, in_defaults_list="defaults list" in str(error))
+        return _explain_key(given.group(1), overrides, root, in_defaults_list="defaults list" in str(error))
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ValidationError) and cause.full_key:
         return _explain_type(cause)
@@ -65,7 +65,7 @@ def _explain_option(missing: str) -> str:
     return f"{group}={option}: no such option{nearest(option, options) or '.'}{listed}"
 
 
-def _explain_key(key: str, overrides: Sequence[str], *, in_defaults_list: bool) -> str:
+def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_list: bool) -> str:
     if key == "pn":
         return (
             "pn belongs to method=caco: it chooses the positives and negatives of that method alone (Table VII). "
@@ -73,8 +73,8 @@ def _explain_key(key: str, overrides: Sequence[str], *, in_defaults_list: bool) 
         )
     if in_defaults_list:
         return f"{key}: no such group in this configuration{nearest(key, groups())}"
-    cfg = _compose_without(key, overrides)
-    known = [*_names(plain(cfg)), *groups()] if cfg is not None else [*Root.__dataclass_fields__, *groups()]
+    cfg = _compose_without(key, overrides, root)
+    known = [*_names(plain(cfg)), *groups()] if cfg is not None else [*ROOTS[root].__dataclass_fields__, *groups()]
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if cfg is not None and parent else None
     if isinstance(node, DictConfig):
@@ -85,7 +85,7 @@ def _explain_key(key: str, overrides: Sequence[str], *, in_defaults_list: bool) 
             return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
         near = nearest(name, [str(item) for item in node])
         return f"{key}: no such key{near or nearest(key, known)} {parent} has: {', '.join(map(str, node))}"
-    if parent and cfg is not None and parent in Root.__dataclass_fields__:
+    if parent and cfg is not None and parent in ROOTS[root].__dataclass_fields__:
         return f"{key}: this setting has no {parent} (it is {node!r:.40})"
     return f"{key}: no such key{nearest(key, known) or '. `--help` lists all'}"
 
@@ -101,11 +101,11 @@ def _explain_type(error: ValidationError) -> str:
     return f"{key}: expected {words.get(expected.group(1), expected.group(1))}, got {got.group(1)!r}"
 
 
-def _compose_without(key: str, overrides: Sequence[str]) -> DictConfig | None:
+def _compose_without(key: str, overrides: Sequence[str], root: str) -> DictConfig | None:
     """The configuration that the other overrides make, to look for what the user may have meant; None if none."""
     others = [item for item in overrides if item.lstrip("+~").partition("=")[0] != key]
     try:
-        return compose(others)
+        return compose(others, root)
     except COMPOSITION_ERRORS:
         return None
 

@@ -16,6 +16,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ NEUTRAL_KEYS = (
     "data.download",
     "data.labelled_root",
     "data.in_memory_mb",
+    "eval.transfer.root",
     "loader.num_workers",
     "loader.prefetch",
     "tracking",
@@ -128,7 +130,7 @@ def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
     kept = []
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")
-        if not is_neutral(key.partition("@")[0]):
+        if not is_neutral(_key(override)):
             kept.append(re.sub(r"[^A-Za-z0-9.+]+", "-", f"{key}={value}").strip("-"))
     return "_".join(kept)[:limit].rstrip("-_.") or "default"
 
@@ -136,6 +138,48 @@ def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
 def run_name(cfg: DictConfig) -> str:
     """The last part of a run's directory: what was overridden and the identity's hash. cfg holds Hydra's part too."""
     return f"{short_name(cfg.hydra.overrides.task)}-{run_hash(cfg)}"
+
+
+SWEEP = "CACO_SWEEP"  # the environment variable that tells a sweep's jobs, wherever they run, which sweep they are of
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a run is called where several are compared.
+
+    name: what was overridden, as typed; in a sweep only what tells its runs apart.
+    choices: group -> chosen option, such as {"pn": "both", "bank": "8M"}.
+    sweep: as a tracker's start() takes it, or None.
+    """
+
+    name: str
+    choices: Mapping[str, str]
+    sweep: dict[str, Any] | None = None
+
+
+def label(hydra_cfg: DictConfig) -> Label:
+    """Of a run that Hydra has composed; `hydra_cfg` is Hydra's own part."""
+    overrides = list(hydra_cfg.overrides.task)
+    sweep = json.loads(os.environ.get(SWEEP, "null"))
+    varied = [item for item in overrides if sweep and _key(item) in sweep["keys"]]
+    choices = {group: option for group, option in hydra_cfg.runtime.choices.items() if option and "/" not in group}
+    return Label(" ".join(varied) or title(overrides), choices, sweep)
+
+
+def title(overrides: Iterable[str], *, limit: int = 200) -> str:
+    """What a command line changed, as it was typed, without what cannot change a number."""
+    return " ".join(item for item in overrides if not is_neutral(_key(item)))[:limit] or "default"
+
+
+def sweep_label(overrides: Iterable[str], keys: Iterable[str], num_jobs: int) -> str:
+    """The value of SWEEP for the jobs of a command line that varies `keys`; its order makes no other sweep."""
+    overrides = list(overrides)
+    name = " ".join(sorted(item for item in overrides if not is_neutral(_key(item))))
+    return json.dumps({"name": name, "title": title(overrides), "keys": sorted(keys), "jobs": num_jobs})
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -156,7 +200,7 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
     """
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
-    _lock(run_dir)
+    hold(run_dir)
     record = run_dir / "config.yaml"
     if record.exists():
         changed = differences(identity(OmegaConf.load(record)), identity(cfg))
@@ -168,14 +212,14 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
             )
     (run_dir / "failure.txt").unlink(missing_ok=True)
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
-    write_json(run_dir / "environment.json", {**environment(), "command": _command()})
+    write_json(run_dir / "environment.json", {**environment(), "command": command()})
 
 
-def _command() -> str:
+def command() -> str:
     """The command line as one types it, whichever way the program was started."""
     program, *arguments = sys.argv
-    if Path(program).parts[-2:] == ("caco", "train.py"):
-        return shlex.join(["python", "-m", "caco.train", *arguments])
+    if Path(program).parts[-2:-1] == ("caco",) and Path(program).suffix == ".py":
+        return shlex.join(["python", "-m", f"caco.{Path(program).stem}", *arguments])
     return shlex.join([Path(program).name, *arguments])
 
 
@@ -195,8 +239,13 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
-def _lock(run_dir: Path) -> None:
-    """Hold run_dir/.lock until this process ends, however it ends."""
+def hold(run_dir: Path) -> None:
+    """Hold run_dir/.lock until this process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    run_dir = run_dir.absolute()
     if run_dir in _locks:
         return
     lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -208,7 +257,7 @@ def _lock(run_dir: Path) -> None:
         holder = os.read(lock, 200).decode().strip() or "another process"
         os.close(lock)
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(f"{run_dir} is in use: {holder} trains there now") from error
+            raise ValueError(f"{run_dir} is in use: {holder} trains or evaluates there now") from error
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return  # a file system without locks: better to run without than not at all
         raise

@@ -31,7 +31,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float | None:
         with Stop() as stop:
             from caco.build import train  # here and not above: it imports torch
 
-            return runs.objective(train(cfg, run_dir, stop=stop))
+            return runs.objective(train(cfg, run_dir, stop=stop, label=runs.label(HydraConfig.get())))
     except Stopped as stopped:
         leave(stopped, is_first_rank=runs.is_first_rank())
 
@@ -113,21 +113,31 @@ def offer_launcher() -> None:
     Plugins.instance().register(SubmititLauncher)
 
 
-def check_command(overrides: list[str], *, multirun: bool) -> None:
-    """Compose and check every job before the first one starts or a directory is made.
+def check_command(overrides: list[str], *, multirun: bool) -> int:
+    """Compose and check every job before the first one starts or a directory is made; how many are not done already.
 
     Raises:
         ConfigError: one line per problem.
     """
+    unfinished = 0
     try:
         for job_overrides in jobs(overrides, multirun=multirun):
             cfg = config.compose(job_overrides)
             hydra_cfg = cfg.hydra
             validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
+            unfinished += not (Path(hydra_cfg.sweep.dir) / hydra_cfg.sweep.subdir / "summary.json").exists()
     except (*refusals.COMPOSITION_ERRORS, ValueError) as error:
         if isinstance(error, config.ConfigError):
             raise
         raise config.ConfigError(refusals.explain(error, overrides)) from error
+    return unfinished
+
+
+def name_sweep(overrides: list[str], num_jobs: int) -> None:
+    """Tell the jobs of a sweep, through their environment, which one they are of; one job alone is no sweep."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    if varied := [item.get_key_element() for item in parsed if item.is_sweep_override()]:
+        os.environ[runs.SWEEP] = runs.sweep_label(overrides, varied, num_jobs)
 
 
 HELP = """\
@@ -168,7 +178,9 @@ def main() -> None:
             return
         launched = is_launched(args.overrides)
         if starts and not elsewhere:
-            check_command(args.overrides, multirun=args.multirun or launched)
+            num_jobs = check_command(args.overrides, multirun=args.multirun or launched)
+            if args.multirun or launched:
+                name_sweep(args.overrides, num_jobs)
         if launched:
             if elsewhere:
                 raise config.ConfigError("launcher: a job composes conf/ alone; take launcher=none or no other folder")

@@ -244,10 +244,9 @@ class Trainer:
         self._record({"epoch": epoch, **row}, "epoch")
 
     def evaluate(self, when: Literal["epoch", "end"], progress: Progress) -> None:
-        """Evaluate the backbone; percent, 0-100. Rank 0 works, the others wait."""
+        """Evaluate the backbone; percent, 0-100. A collective: some evaluators train on all ranks."""
         with progress.pause():
-            results = self.evaluation.run(self.method.backbone, when) if distributed.is_main() else {}
-            distributed.barrier()
+            results = self.evaluation.run(self.method.backbone, when)
         if not results:
             return
         self.latest |= results

@@ -6,7 +6,7 @@ checked against each other; and a choice on the command line that something late
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,20 @@ from caco.runs import file_digest, flat, plain
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
 FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/weights.py
+EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
 SUPPLIED = {"projector": ("in_dim",)}  # plain values that no YAML gives, because another component decides them
 
 
-def check(cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None) -> None:
+def check(
+    cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None, root: type = Root
+) -> None:
     """Refuse what cannot be run.
 
     Args:
         cfg: composed; Hydra's own part is ignored.
         overrides: the command line, to tell the user which of it would have no effect.
         choices: group -> option, from Hydra.
+        root: the schema that cfg was composed with.
 
     Raises:
         ConfigError: one line per problem, each with the key, what was expected and what was got.
@@ -41,16 +45,17 @@ def check(cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[st
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     if missing:
         raise ConfigError("\n".join(f"{key}: must be given, as {key}=..." for key in missing))
-    problems = _shape(tree)
+    problems = _shape(tree, root)
     if not problems:
-        problems = _root(tree) + _components(tree) + _no_effect(tree, overrides, choices or {})
+        values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
+        problems = values + _components(tree) + _no_effect(tree, overrides, choices or {})
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _shape(tree: dict[str, Any]) -> list[str]:
+def _shape(tree: dict[str, Any], root: type) -> list[str]:
     """The root has its keys and no others, and a component in each place for one."""
-    known = list(Root.__dataclass_fields__)
+    known = list(root.__dataclass_fields__)
     problems = []
     for key in tree.keys() - set(known):
         near = difflib.get_close_matches(key, known, n=1)
@@ -63,7 +68,7 @@ def _shape(tree: dict[str, Any]) -> list[str]:
         problems.append(f"bank: this setting has none, got {tree['bank']!r:.60}")
     if tree.get("launcher") is not None and not (isinstance(tree["launcher"], dict) and "_target_" in tree["launcher"]):
         problems.append(f"launcher: expected none, local or slurm, got {tree['launcher']!r:.60}")
-    evaluators = tree.get("eval")
+    evaluators = tree.get("eval", {} if "eval" not in known else None)
     if not isinstance(evaluators, dict):
         problems.append(f"eval: expected evaluators by name, as eval=[knn,probe], got {evaluators!r:.60}")
     else:
@@ -75,15 +80,7 @@ def _shape(tree: dict[str, Any]) -> list[str]:
 
 def _root(tree: dict[str, Any]) -> list[str]:
     """Plain values: sense, not taste. What depends on the data is checked where the data are known."""
-    problems = []
-
-    def demand(key: str, holds: bool, expected: str) -> None:
-        if not holds:
-            got = tree
-            for part in key.split("."):
-                got = got[part]
-            problems.append(f"{key}: expected {expected}, got {got!r}")
-
+    problems, demand = _demands(tree)
     schedule, checkpoint = tree["schedule"], tree["checkpoint"]
     demand("name", re.fullmatch(r"\w[\w.+-]*", tree["name"]) is not None, "letters, digits and ._+- (a folder's name)")
     demand("batch", tree["batch"] >= 2, "at least 2 images")
@@ -92,13 +89,7 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
     demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
     demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
-    weights = tree["weights"]
-    demand("weights", weights is None or Path(weights).expanduser().is_file(), "a file that is there")
-    demand("weights_digest", tree["weights_digest"] == file_digest(weights), "it not to be set; weights=FILE does")
-    if weights is None:
-        demand("format", tree["format"] is None, "null, as there is no weights=FILE")
-    else:
-        demand("format", tree["format"] in FORMATS, f"one of {', '.join(FORMATS)}, that of weights={weights}")
+    _weights(tree, demand)
     demand("schedule.warmup_epochs", schedule["warmup_epochs"] >= 0, "0 or more")
     demand("schedule.final_fraction", 0 <= schedule["final_fraction"] <= 1, "0 to 1")
     demand("schedule.unit", schedule["unit"] in ("step", "epoch"), "step or epoch")
@@ -109,6 +100,50 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("checkpoint.every_steps", every_steps is None or every_steps >= 1, "null or at least 1")
     demand("checkpoint.keep", checkpoint["keep"] >= 1, "at least 1")
     demand("checkpoint.milestone_epochs", all(epoch >= 1 for epoch in checkpoint["milestone_epochs"]), "epochs from 1")
+    return problems
+
+
+def _demands(tree: dict[str, Any]) -> tuple[list[str], Callable[[str, bool, str], None]]:
+    """A list of problems, and `demand(key, holds, expected)`, which adds one to it."""
+    problems: list[str] = []
+
+    def demand(key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            got = tree
+            for part in key.split("."):
+                got = got[part]
+            problems.append(f"{key}: expected {expected}, got {got!r}")
+
+    return problems, demand
+
+
+def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> None:
+    weights = tree["weights"]
+    demand("weights", weights is None or Path(weights).expanduser().is_file(), "a file that is there")
+    demand("weights_digest", tree["weights_digest"] == file_digest(weights), "it not to be set; weights=FILE does")
+    if weights is None:
+        demand("format", tree["format"] is None, "null, as there is no weights=FILE")
+    else:
+        demand("format", tree["format"] in FORMATS, f"one of {', '.join(FORMATS)}, that of weights={weights}")
+
+
+def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
+    """Plain values of conf/evaluate.yaml and conf/export.yaml."""
+    problems, demand = _demands(tree)
+    if (tree["run"] is None) == (tree["weights"] is None):
+        got = "both" if tree["run"] else "neither"
+        problems.append(f"expected run=RUN or weights=FILE, got {got}")
+    _weights(tree, demand)
+    if "layouts" in tree:
+        demand("to", tree["to"] is not None, "a folder to write to, as to=FOLDER")
+        demand("layouts", bool(tree["layouts"]) and set(tree["layouts"]) <= set(EXPORTS), f"some of {', '.join(EXPORTS)}")
+    else:
+        demand("batch", tree["batch"] >= 1, "at least 1 image")
+        demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
+        demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
+        demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+        demand("overlap", tree["overlap"] in ("refuse", "allow"), "refuse or allow")
+        demand("eval", bool(tree["eval"]), "at least one evaluator, as eval=[knn,linear]")
     return problems
 
 
@@ -150,7 +185,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
-    if any(name.startswith("bank_learning.") for name in assigned) and "lr" not in (tree["bank"] or {}):
+    if any(name.startswith("bank_learning.") for name in assigned) and "lr" not in (tree.get("bank") or {}):
         problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
@@ -158,7 +193,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
             file = CONF / group / f"{option.strip()}.yaml"
             if group == "preset" or not file.is_file():
                 continue
-            if group == "bank" and tree["bank"] is None:
+            if group == "bank" and tree.get("bank") is None:
                 without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
                 problems.append(f"{override}: {without} has no bank")
                 continue

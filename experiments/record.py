@@ -1,62 +1,145 @@
-"""Gather finished runs into one record: what was run, on what, and what came out.
+"""Gather finished runs into one record, and merge records: what was run, on what, and what came out.
 
-    python experiments/record.py runs/study/* > experiments/records/NAME.json
-    python experiments/record.py --table experiments/records/NAME.json
+    python -m experiments.record runs/mini/* > experiments/records/mini.json
+    python -m experiments.record --merge experiments/records/mini.json theirs.json --into experiments/records/mini.json
+    python -m experiments.record --table experiments/records/mini.json
 
 A record holds each run's command line, configuration (what differs, and the hash), seed, data, hardware, versions, final
-metrics, and its curve: the ledger's rows of kind epoch and eval.
+metrics, its curve (the ledger's rows of kind epoch and eval), and the row of a table that it was run for. Two runs of
+one configuration and seed are one run: the hash tells.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
+from caco.config import ConfigError
 from caco.runs import identity, run_hash
+from caco.tracking.files import read_json, write_json
 from caco.tracking.ledger import read_rows
 
-MACHINE = ("cpu", "cores", "memory_gib", "gpu", "python", "torch", "torchvision", "timm", "git_sha", "git_dirty")
+MACHINE = (
+    "cpu", "cores", "memory_gib", "gpus", "platform", "python", "torch", "torchvision", "timm", "numpy", "git_sha", "git_dirty",
+)  # fmt: skip
+LABEL = "experiment.json"  # in a run's directory: the table, row and scale that it was run for
 
 
-def gather(run_dirs: list[Path]) -> dict:
+def gather(run_dirs: Iterable[Path]) -> dict[str, Any]:
     """The record of finished runs.
 
     Raises:
-        ValueError: a directory holds no finished run.
+        ConfigError: a directory holds no finished run.
     """
-    runs = []
-    for run_dir in run_dirs:
-        if not (run_dir / "summary.json").is_file():
-            raise ValueError(f"expected a finished run, with summary.json, in {run_dir}; start its command again to finish it")
-        environment = json.loads((run_dir / "environment.json").read_text())
-        cfg = OmegaConf.load(run_dir / "config.yaml")
-        rows, _ = read_rows(run_dir / "ledger.jsonl")
-        runs.append(
-            {
-                "name": run_dir.name,
-                "command": environment["command"],
-                "config_hash": run_hash(cfg),
-                "seed": cfg.seed,
-                "config": identity(cfg),
-                "environment": {k: v for k, v in environment.items() if k in MACHINE},
-                "summary": json.loads((run_dir / "summary.json").read_text()),
-                "curve": [
-                    {k: v for k, v in row.items() if k != "time"} for row in rows if row["kind"] in ("epoch", "eval")
-                ],
-            }
-        )
-    shared = {k: v for k, v in runs[0]["config"].items() if all(run["config"].get(k, ()) == v for run in runs)}
-    for run in runs:
-        run["config"] = {k: v for k, v in run["config"].items() if k not in shared}
-    machine = {k: v for k, v in runs[0]["environment"].items() if all(run["environment"].get(k) == v for run in runs)}
-    for run in runs:
-        run["environment"] = {k: v for k, v in run["environment"].items() if k not in machine}
-    return {"config": shared, "environment": machine, "runs": runs}
+    return pack([_run(Path(run_dir)) for run_dir in run_dirs])
 
 
-def table(record: dict) -> str:
+def _run(run_dir: Path) -> dict[str, Any]:
+    if not (run_dir / "summary.json").is_file():
+        raise ConfigError(f"expected a finished run, with summary.json, in {run_dir}; start its command again to finish it")
+    environment = read_json(run_dir / "environment.json")
+    cfg = OmegaConf.load(run_dir / "config.yaml")
+    rows, _ = read_rows(run_dir / "ledger.jsonl")
+    label = read_json(run_dir / LABEL)
+    return {
+        "name": run_dir.name,
+        "command": environment["command"],
+        **({"experiment": label} if label else {}),
+        "config_hash": run_hash(cfg),
+        "seed": cfg.seed,
+        "config": identity(cfg),
+        "environment": {k: v for k, v in environment.items() if k in MACHINE},
+        "summary": read_json(run_dir / "summary.json"),
+        "curve": [{k: v for k, v in row.items() if k != "time"} for row in rows if row["kind"] in ("epoch", "eval")],
+    }
+
+
+def pack(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs as one record, what all share said once."""
+    record: dict[str, Any] = {}
+    for part in ("config", "environment"):
+        everywhere = [set(map(json.dumps, run[part].items())) for run in runs]
+        shared = set.intersection(*everywhere) if runs else set()
+        record[part] = {k: v for k, v in (runs[0][part] if runs else {}).items() if json.dumps((k, v)) in shared}
+    return {**record, "runs": [run | {part: _without(run[part], record[part]) for part in record} for run in runs]}
+
+
+def _without(mapping: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in shared}
+
+
+def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    """A record's runs, each whole.
+
+    Args:
+        source: what to call the record.
+    Raises:
+        ConfigError: it is no record; a run's configuration is not the one that its hash says.
+    """
+    try:
+        parts = ("config", "environment")
+        runs = [run | {part: dict(sorted({**record[part], **run[part]}.items())) for part in parts} for run in record["runs"]]
+        for run in runs:
+            found = run_hash(run["config"])
+            if found != run["config_hash"]:
+                raise ConfigError(
+                    f"{source}: run {run['name']}: expected the configuration {run['config_hash']}, got {found}: the record "
+                    "was changed by hand"
+                )
+            run["summary"], run["curve"], run["seed"]  # noqa: B018 - that they are there
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{source}: expected a record, as python -m experiments.record makes it; got none ({error!r})") from error
+    return runs
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs in a record's file.
+
+    Raises:
+        ConfigError: there is no such file, or it is no record.
+    """
+    try:
+        return unpack(json.loads(path.read_text()), str(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such record") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: expected a record, got something that is not JSON ({error})") from error
+
+
+def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Each run once, and a line for each that came twice with different results, of which the first is kept.
+
+    A run is its configuration, which holds the seed: equal hash, equal run, whatever row it was run for.
+    """
+    kept: dict[str, dict[str, Any]] = {}
+    told = []
+    for runs in parts:
+        for run in runs:
+            first = kept.setdefault(run["config_hash"], run)
+            if first is run:
+                continue
+            differing = [key for key in numbers(first) if run["summary"].get(key, first["summary"][key]) != first["summary"][key]]
+            if differing:
+                told.append(f"{run['name']}: run twice, with another {differing[0]}; {first['name']} of the first record is kept")
+            else:  # one of the two may have been evaluated once more
+                longer = max(first, run, key=lambda run: len(run["curve"]))
+                summary = {**run["summary"], **first["summary"]}
+                kept[run["config_hash"]] = first | {"summary": summary, "curve": longer["curve"]}
+    return list(kept.values()), told
+
+
+def numbers(run: dict[str, Any]) -> dict[str, Any]:
+    """What two equal runs share: the final metrics without the rate."""
+    return {key: value for key, value in run["summary"].items() if key != "images_per_second"}
+
+
+def table(record: dict[str, Any]) -> str:
     """A Markdown table: a line a run."""
     columns = ["knn_top1", "probe_top1", "loss", "max_probability", "bank/rows_used", "bank/near_duplicates", "bank/row_norm_mean"]
     words = [run["command"].split()[3:] for run in record["runs"]]
@@ -65,21 +148,37 @@ def table(record: dict) -> str:
     for run, overrides in zip(record["runs"], words, strict=True):
         differs = [word for word in overrides if word not in everywhere and not word.startswith("seed=")]
         first = next((row["knn_top1"] for row in run["curve"] if "knn_top1" in row), None)
-        numbers = [first, *(run["summary"].get(name) for name in columns)]
-        shown = ["" if n is None else f"{n:.3f}" if abs(n) < 1 else f"{n:.1f}" for n in numbers]
+        shown = ["" if n is None else f"{n:.3f}" if abs(n) < 1 else f"{n:.1f}" for n in (first, *map(run["summary"].get, columns))]
         lines.append(f"| `{' '.join(differs) or 'as all'}` | {run['seed']} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories; with --table, one record")
-    parser.add_argument("--table", action="store_true", help="print a record as a Markdown table")
+    parser.add_argument("paths", nargs="+", type=Path, help="run directories; with --merge, records; with --table, one record")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--merge", action="store_true", help="records into one")
+    kind.add_argument("--table", action="store_true", help="print a record as a Markdown table")
+    parser.add_argument("--into", type=Path, help="a file for the record, in place of the standard output")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.runs[0].read_text())))
+    try:
+        if arguments.table:
+            print(table(pack(read(arguments.paths[0]))))
+            return
+        if arguments.merge:
+            runs, told = merge(map(read, arguments.paths))
+            for line in told:
+                print(f"caco: {line}", file=sys.stderr)
+            record = pack(runs)
+        else:
+            record = gather(path for path in arguments.paths if not path.is_file())
+    except ConfigError as error:
+        print(f"caco: {error}", file=sys.stderr)
+        sys.exit(2)
+    if arguments.into:
+        write_json(arguments.into, record)
     else:
-        json.dump(gather(arguments.runs), sys.stdout, indent=1)
+        json.dump(record, sys.stdout, indent=1)
         print()
 
 

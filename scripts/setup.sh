@@ -63,7 +63,7 @@ if [ -n "$missing" ]; then
       exit 1
       ;;
   esac
-  extras=mlflow,slurm,test
+  extras=mlflow,slurm,analysis,test
 fi
 
 "$python" -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and

@@ -62,7 +62,8 @@ def here(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it; this puts it back afterwards
+    for name, value in {"HYDRA_FULL_ERROR": "0", "CACO_SWEEP": "null"}.items():
+        monkeypatch.setenv(name, value)  # main sets it; this puts it back afterwards
     return main
 
 

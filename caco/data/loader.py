@@ -2,18 +2,26 @@
 
 import contextlib
 import hashlib
+import importlib.util
+import math
 import os
 import signal
+import sys
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from caco.data import native
+from caco.data.beton import BetonImages
 from caco.data.sources import Source, UnreadableImage
 from caco.data.views import Views
 
@@ -34,22 +42,24 @@ class Batch:
 
 
 class TorchLoader:
-    """A torch DataLoader's settings; `bind` gives them data.
+    """Settings of a loader that needs no more than torch; `bind` gives them data.
+
+    Images in memory become views in one compiled call a batch, by threads; image files, and all images where nothing was
+    compiled, in the forked workers of a torch DataLoader. The bits are the same.
 
     Args:
-        num_workers: processes that make views; 0 makes them in the process that trains.
-        prefetch: batches that each worker prepares ahead.
+        num_workers: threads or processes that make views; 0 makes them where and when the training asks for them.
+        prefetch: batches that are prepared ahead (by each process, where there are processes).
+        corrupt: an image that cannot be read ends the run (fail), or the next one that can stands in for it (skip).
     Raises:
-        ValueError: a negative number of workers, no batch ahead.
+        ValueError: a negative number of workers, no batch ahead, another word for `corrupt`.
     """
 
-    def __init__(self, *, num_workers: int = 2, prefetch: int = 4):
+    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
         if num_workers < 0:
             raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
-        if prefetch < 1:
-            raise ValueError(f"prefetch: expected at least 1 batch, got {prefetch}")
-        self.num_workers = num_workers
-        self.prefetch = prefetch
+        check_settings(prefetch, corrupt)
+        self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
 
     def bind(
         self,
@@ -67,15 +77,125 @@ class TorchLoader:
         Raises:
             ValueError: fewer images than one batch; a batch that the ranks cannot share evenly.
         """
-        return BoundLoader(self, source, views, batch=batch, seed=seed, rank=rank, world=world, device=torch.device(device))
+        device = torch.device(device)
+
+        def maker(order: Order) -> Iterable[Pixels]:
+            if source.arrays is not None and native.library() is not None:
+                return _InMemory(source, views, seed, order, self.num_workers, self.prefetch, device)
+            return _data_loader(
+                _ViewMaker(source, views, seed, self.corrupt),
+                order,
+                self.num_workers,
+                prefetch_factor=self.prefetch if self.num_workers else None,
+                persistent_workers=self.num_workers > 0,
+                pin_memory=device.type == "cuda",
+            )
+
+        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device)
+
+
+class FFCVLoader:
+    """Settings of FFCV's loader over a .beton; `bind` gives it data. The same batches as `TorchLoader`'s, to the bit.
+
+    Each JPEG is decoded once for all of its views, inside FFCV's pipeline (caco/data/ffcv_pipeline.py).
+
+    Args:
+        num_workers: threads that decode and make views.
+        prefetch, corrupt: as of `TorchLoader`.
+    Raises:
+        ValueError: no thread, no batch ahead, another word for `corrupt`.
+    """
+
+    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+        if num_workers < 1:
+            raise ValueError(f"num_workers: expected at least 1 with loader=ffcv, got {num_workers}")
+        check_settings(prefetch, corrupt)
+        self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
+
+    def bind(
+        self,
+        source: Source,
+        views: Views,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> "BoundLoader":
+        """As `TorchLoader.bind`.
+
+        Raises:
+            ValueError: also: the data are no .beton; FFCV or a compiled part is missing here.
+        """
+        if (missing := what_ffcv_lacks(source)) is not None:
+            raise ValueError(f"loader=ffcv: {missing}; loader=auto and loader=torch do without")
+        from caco.data.ffcv_pipeline import FFCVBatches
+
+        device = torch.device(device)
+
+        def maker(order: Order) -> Iterable[Pixels]:
+            return FFCVBatches(source, views, seed, order, self.num_workers, self.prefetch, self.corrupt, device)
+
+        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device)
+
+
+class AutoLoader:
+    """FFCV where the data are a .beton and FFCV is installed, else what torch has; the batches are the same.
+
+    Args:
+        num_workers, prefetch, corrupt: as of `TorchLoader`.
+    """
+
+    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+        self._torch = TorchLoader(num_workers=num_workers, prefetch=prefetch, corrupt=corrupt)
+        self._settings = {"num_workers": max(1, num_workers), "prefetch": prefetch, "corrupt": corrupt}
+
+    def bind(self, source: Source, views: Views, *, rank: int = 0, **options: Any) -> "BoundLoader":
+        """As `TorchLoader.bind`; rank 0 says what was chosen."""
+        missing = what_ffcv_lacks(source)
+        if rank == 0:
+            print(f"caco: views by {_chosen(source, missing)}", file=sys.stderr)
+        loader = self._torch if missing is not None else FFCVLoader(**self._settings)
+        return loader.bind(source, views, rank=rank, **options)
+
+
+def _chosen(source: Source, missing: str | None) -> str:
+    if missing is None:
+        return "FFCV, compiled"
+    how = "Pillow (the compiled views were not built)" if native.library() is None else "the compiled views"
+    if source.arrays is not None:
+        return f"{how} of images in memory"
+    return f"torch's DataLoader and {how}" + (f"; no FFCV: {missing}" if isinstance(source, BetonImages) else "")
+
+
+def what_ffcv_lacks(source: Source) -> str | None:
+    """Why FFCV cannot serve these data here, or None if it can."""
+    if not isinstance(source, BetonImages):
+        return "reads a .beton (data=beton), which python -m caco.data.write makes of any data"
+    if native.library() is None:
+        return "needs the compiled views, which were not built: install a C++ compiler, then caco again"
+    if native.turbojpeg() is None:
+        return "needs libturbojpeg (Debian: libturbojpeg0)"
+    if importlib.util.find_spec("ffcv") is None:
+        return "needs FFCV: pip install 'caco[ffcv]' (Debian: with libopencv-dev, libturbojpeg0-dev and pkg-config)"
+    return None
+
+
+def check_settings(prefetch: int, corrupt: str) -> None:
+    """Raises ValueError for what no loader takes."""
+    if prefetch < 1:
+        raise ValueError(f"prefetch: expected at least 1 batch, got {prefetch}")
+    if corrupt not in ("fail", "skip"):
+        raise ValueError(f"corrupt: expected fail or skip, got {corrupt!r}")
 
 
 class BoundLoader:
-    """What `TorchLoader.bind` returns: `epoch` iterates, `close` ends the workers."""
+    """What a loader's `bind` returns: `epoch` iterates, `close` ends the workers."""
 
     def __init__(
         self,
-        settings: TorchLoader,
+        maker: Callable[["Order"], Iterable["Pixels"]],
         source: Source,
         views: Views,
         *,
@@ -98,17 +218,10 @@ class BoundLoader:
             )
         self.steps_per_epoch = len(source) // batch
         self._views, self._device = views, device
-        self._order = _Order(len(source), batch=batch, seed=seed, rank=rank, world=world)
-        workers = settings.num_workers
-        self._loader = _data_loader(
-            _ViewMaker(source, views, seed),
-            self._order,
-            workers,
-            prefetch_factor=settings.prefetch if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-        )
-        self._running = _batches(iter(()), views, device)
+        self._order = Order(len(source), batch=batch, seed=seed, rank=rank, world=world)
+        self._loader = maker(self._order)
+        self._stand_ins: dict[int, int] = {}
+        self._running = _batches(iter(()), views, device, {})
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
@@ -120,7 +233,7 @@ class BoundLoader:
         assert self._loader is not None, "the loader is closed"
         self._running.close()
         self._order.epoch, self._order.start_step = epoch, start_step
-        self._running = _batches(_begin(self._loader), self._views, self._device)
+        self._running = _batches(_begin(self._loader), self._views, self._device, self._stand_ins)
         return self._running
 
     def close(self) -> None:
@@ -140,15 +253,12 @@ def plain_batches(
         raise ValueError(f"batch: expected at least 1, got {batch}")
     parts = [np.arange(i, min(i + batch, len(source))) for i in range(0, len(source), batch)]
     loader = _data_loader(_PlainMaker(source, views), parts, num_workers)
-    for one in _batches(_begin(loader), views, torch.device("cpu")):
+    for one in _batches(_begin(loader), views, torch.device("cpu"), {}):
         yield one.views[0], one.label
 
 
 def mixed_seed(*numbers: int) -> int:
-    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as any.
-
-    (torch's CPU generator keeps the lower 32: two streams in 4e9 coincide, which an augmentation can bear.)
-    """
+    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as any."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
@@ -188,22 +298,28 @@ def _any_number_of_workers() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Pixels:
-    """A batch as workers send it: uint8 [B, H, W, 3] a view, a quarter of the bytes of floats; normalised where it is used."""
+class Pixels:
+    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32.
+
+    stand_ins: (index of an unreadable image, index of the one in its place) pairs.
+    """
 
     views: list[torch.Tensor]
     index: torch.Tensor
     label: torch.Tensor
+    stand_ins: list[tuple[int, int]] = field(default_factory=list)
 
-    def pin_memory(self) -> "_Pixels":  # DataLoader calls it by this name
-        return _Pixels([view.pin_memory() for view in self.views], self.index.pin_memory(), self.label.pin_memory())
+    def pin_memory(self) -> "Pixels":  # DataLoader calls it by this name
+        views = [view.pin_memory() for view in self.views]
+        return Pixels(views, self.index.pin_memory(), self.label.pin_memory(), self.stand_ins)
 
 
-class _Order:
+class Order:
     """The sampler: keys (epoch, indices) of one rank's part of each batch, so that workers need no state."""
 
     def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int):
         self.num_images, self.batch, self.seed = num_images, batch, seed
+        self.size = batch // world
         self.part = slice(rank * batch // world, (rank + 1) * batch // world)
         self.epoch, self.start_step = 0, 0  # set before each iteration
 
@@ -219,54 +335,161 @@ class _Order:
 class _ViewMaker:
     """The dataset: (epoch, indices) to the pixels of all views."""
 
-    def __init__(self, source: Source, views: Views, seed: int):
-        self.source, self.views, self.seed = source, views, seed
+    def __init__(self, source: Source, views: Views, seed: int, corrupt: str):
+        self.source, self.views, self.seed, self.corrupt = source, views, seed, corrupt
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> _Pixels | UnreadableImage:
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Pixels | UnreadableImage:
         epoch, indices = key
-        made = [np.empty((len(indices), size, size, 3), np.uint8) for size in self.views.sizes]
-        state = torch.get_rng_state()  # without workers this is the generator that the training draws from
         try:
-            for row, index in enumerate(indices.tolist()):
-                image = self.source.image(index)
-                for v in range(self.views.num_views):
-                    torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index, v))
-                    made[v][row] = self.views.view_pixels(image, v)
+            read = [self._read(index) for index in indices.tolist()]
         except UnreadableImage as error:
             return error  # raised by the process that trains: a worker's exception would arrive as a page of traceback
+        made = self.views.batch_pixels([image for _, image in read], indices, mixed_seed(self.seed, epoch))
+        taken = np.array([index for index, _ in read])
+        return pixels([torch.from_numpy(view) for view in made], self.source, indices, taken)
+
+    def _read(self, index: int) -> tuple[int, np.ndarray]:
+        try:
+            return index, np.asarray(self.source.image(index))
+        except UnreadableImage:
+            if self.corrupt == "fail":
+                raise
+        for candidate in those_after(index, len(self.source)):
+            with contextlib.suppress(UnreadableImage):
+                return candidate, np.asarray(self.source.image(candidate))
+        raise UnreadableImage(f"{self.source.name}: expected an image that can be read, got none")
+
+
+def those_after(index: int, count: int) -> Iterator[int]:
+    """The images that may stand in for an unreadable one, in order."""
+    return ((index + step) % count for step in range(1, count))
+
+
+class Compiled:
+    """All views of a batch in one compiled call, in memory that is used again; floats for a CPU, bytes for a GPU."""
+
+    def __init__(self, views: Views, device: torch.device, num_threads: int):
+        self.sizes, self.settings, self.num_threads = views.sizes, views.settings(), num_threads
+        # A GPU is sent a quarter of the bytes and normalises there; on a CPU this call does it in passing.
+        self._dtype = torch.float32 if device.type == "cpu" else torch.uint8
+        self._memory = _Memory(device)
+
+    def __call__(self, rows: np.ndarray, samples: np.ndarray, stream: int) -> tuple[list[torch.Tensor], np.ndarray]:
+        """A tensor [B, H, W, 3] a view, and bool [B]: which images could not be decoded."""
+        made = [self._memory.take((len(rows), size, size, 3), self._dtype) for size in self.sizes]
+        out = [view.numpy() for view in made]
+        return made, native.make_views(self.settings, rows, samples, stream, out, num_threads=self.num_threads)
+
+
+class _InMemory:
+    """Batches of images in memory, each made by one compiled call, `ahead` of them before they are asked for."""
+
+    def __init__(
+        self, source: Source, views: Views, seed: int, keys: Iterable, num_workers: int, ahead: int, device: torch.device
+    ):
+        self.source, self.seed, self.keys = source, seed, keys
+        self.ahead = ahead if num_workers else 0
+        self.make_views = Compiled(views, device, max(1, num_workers))
+        images = source.arrays
+        mapped = isinstance(images, np.ndarray) and not images.flags.c_contiguous  # STL-10's, in an order of its own
+        self.table = None if mapped else native.table(images)
+
+    def __iter__(self) -> Iterator[Pixels]:
+        return _ahead(self.make, self.keys, self.ahead)
+
+    def make(self, key: tuple[int, np.ndarray]) -> Pixels:
+        epoch, indices = key
+        if self.table is None:
+            images = np.ascontiguousarray(self.source.arrays[indices])
+        rows = native.table(images) if self.table is None else self.table[indices]
+        made, _ = self.make_views(rows, indices, mixed_seed(self.seed, epoch))
+        return pixels(made, self.source, indices, indices)
+
+
+def _ahead(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """make(key) of each key in order, by one thread that is `ahead` of the caller; what it raises is raised here."""
+    if ahead == 0:
+        yield from map(make, keys)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque = deque()
+        try:
+            for key in keys:
+                waiting.append(thread.submit(make, key))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
-            torch.set_rng_state(state)
-        return _pixels(made, self.source, indices)
+            for future in waiting:
+                future.cancel()
+
+
+class _Memory:
+    """Tensors whose memory is used again once nobody holds them any more: fresh pages cost more than what is done here."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self._device.type == "cuda":
+            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps it until its copy to the GPU is done
+        size = math.prod(shape) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else np.empty(size, np.uint8)
+        handed_out = memory.view()  # dies with the last tensor that shares it
+        weakref.finalize(handed_out, free.append, memory).atexit = False
+        return torch.from_numpy(handed_out).view(dtype).view(shape)
 
 
 class _PlainMaker:
+    """The dataset of evaluations: indices to the pixels of plain views."""
+
     def __init__(self, source: Source, views: Views):
         self.source, self.views = source, views
 
-    def __getitem__(self, indices: np.ndarray) -> _Pixels | UnreadableImage:
+    def __getitem__(self, indices: np.ndarray) -> Pixels | UnreadableImage:
         try:
-            made = np.stack([self.views.plain_pixels(self.source.image(index)) for index in indices.tolist()])
+            made = self._make(indices)
         except UnreadableImage as error:
             return error
-        return _pixels([made], self.source, indices)
+        return pixels([torch.from_numpy(made)], self.source, indices, indices)
+
+    def _make(self, indices: np.ndarray) -> np.ndarray:
+        if not isinstance(self.source, BetonImages) or native.library() is None or native.turbojpeg() is None:
+            return np.stack([self.views.plain_pixels(self.source.image(index)) for index in indices.tolist()])
+        made, unreadable = self.views.plain_batch(self.source.rows(indices), num_threads=torch.get_num_threads())
+        for row in np.flatnonzero(unreadable):
+            raise self.source.unreadable(indices[row])
+        return made
 
 
-def _pixels(made: list[np.ndarray], source: Source, indices: np.ndarray) -> _Pixels:
-    labels = np.full(len(indices), -1) if source.labels is None else source.labels[indices]
-    return _Pixels([torch.from_numpy(view) for view in made], torch.from_numpy(indices.copy()), torch.from_numpy(labels))
+def pixels(made: list[torch.Tensor], source: Source, indices: np.ndarray, taken: np.ndarray) -> Pixels:
+    """A batch of the images `taken`, which differ from `indices` where one had to stand in."""
+    labels = np.full(len(taken), -1) if source.labels is None else source.labels[taken]
+    stand_ins = [(int(index), int(other)) for index, other in zip(indices, taken, strict=True) if index != other]
+    return Pixels(made, torch.from_numpy(taken.copy()), torch.from_numpy(labels), stand_ins)
 
 
 def _batches(
-    made: Iterator[_Pixels | UnreadableImage], views: Views, device: torch.device
+    made: Iterator[Pixels | UnreadableImage], views: Views, device: torch.device, stand_ins: dict[int, int]
 ) -> Generator[Batch, None, None]:
     try:
-        for pixels in made:
-            if isinstance(pixels, UnreadableImage):
-                raise UnreadableImage(str(pixels))
+        for one in made:
+            if isinstance(one, UnreadableImage):
+                raise UnreadableImage(str(one))
+            for index, other in one.stand_ins:
+                if index not in stand_ins:
+                    stand_ins[index] = other
+                    print(
+                        f"caco: image {index} cannot be read; image {other} stands in for it ({len(stand_ins)} such so far)",
+                        file=sys.stderr,
+                    )
             yield Batch(
-                [views.normalise(view.to(device, non_blocking=True)) for view in pixels.views],
-                pixels.index.to(device, non_blocking=True),
-                pixels.label.to(device, non_blocking=True),
+                [views.normalise(view.to(device, non_blocking=True)) for view in one.views],
+                one.index.to(device, non_blocking=True),
+                one.label.to(device, non_blocking=True),
             )
     finally:
         # An exception's traceback keeps this frame. With DataLoader's iterator in it, that would be left to the garbage

@@ -17,12 +17,14 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 class Source(Protocol):
     """A map-style set of images.
 
-    `labels` is int64 [N], or None for an unlabelled set; `classes[label]` is a class's name.
+    `labels` is int64 [N], or None for an unlabelled set; `classes[label]` is a class's name. `arrays` are all images as
+    uint8 [H, W, 3], one array or a sequence, or None where they are read from files one by one.
     """
 
     name: str
     labels: np.ndarray | None
     classes: list[str] | None
+    arrays: Sequence[np.ndarray] | None
 
     def __len__(self) -> int: ...
 
@@ -71,24 +73,24 @@ class ImagesInMemory:
         self, images: Sequence[np.ndarray], *, name: str, labels: np.ndarray | None = None, classes: list[str] | None = None
     ):
         assert labels is None or len(labels) == len(images)
-        self._images = images
+        self.arrays = images
         self.name = name
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.arrays)
 
     def image(self, index: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self._images[index]))
+        return Image.fromarray(np.ascontiguousarray(self.arrays[index]))
 
     def part(self, indices: np.ndarray, name: str) -> "ImagesInMemory":
         labels = None if self.labels is None else self.labels[indices]
-        return ImagesInMemory(_pick(self._images, indices), name=name, labels=labels, classes=self.classes)
+        return ImagesInMemory(_pick(self.arrays, indices), name=name, labels=labels, classes=self.classes)
 
     def digest(self) -> str:
         state = hashlib.blake2b(digest_size=8)
-        for image in self._images:
+        for image in self.arrays:
             state.update(repr(image.shape).encode())
             state.update(np.ascontiguousarray(image))
         state.update(b"" if self.labels is None else self.labels.tobytes())
@@ -115,7 +117,7 @@ class ImageFiles:
         self.name = name
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
-        self._decoded = decoded
+        self.arrays = decoded
 
     def __len__(self) -> int:
         return len(self._files)
@@ -124,13 +126,13 @@ class ImageFiles:
         return self.root / os.fsdecode(self._files[index])
 
     def image(self, index: int) -> Image.Image:
-        if self._decoded is not None:
-            return Image.fromarray(self._decoded[index])
+        if self.arrays is not None:
+            return Image.fromarray(self.arrays[index])
         return read_image(self.path(index))
 
     def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
-        decoded = None if self._decoded is None else _pick(self._decoded, indices)
+        decoded = None if self.arrays is None else _pick(self.arrays, indices)
         return ImageFiles(self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded)
 
     def in_memory(self, max_mb: int) -> "ImageFiles":

@@ -1,6 +1,7 @@
 """Augmented views of one image, as the published recipes draw them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,8 +9,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
+from caco.data import native
+
 # Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
-# one setting (say blur_p) leaves all other draws of the same seed as they were.
+# one setting (say blur_p) leaves all other draws of the same seed as they were. (views.cpp has the same places.)
 _CROP_TRIES = 10
 _CROP = slice(0, 2 * _CROP_TRIES)
 _CROP_TOP, _CROP_LEFT, _JITTER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP, _ANGLE, _SHIFT_X, _SHIFT_Y = range(20, 31)
@@ -24,8 +27,8 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 class View:
     """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order.
 
-    Pillow throughout, as in the published code. The steps are our own because torchvision's transforms take two to
-    three times as long at 32 px (1.2 times at 224); the tests hold them to torchvision's results.
+    Written with Pillow, as the published code is, and held to torchvision's results by the tests. This is what a view
+    is; views.cpp makes the same bits several times faster, and is held to this.
 
     Args:
         count: how many views of this kind.
@@ -74,11 +77,10 @@ class View:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"view {name}: expected a value in 0..1, got {getattr(self, name)}")
 
-    def draw(self, image: Image.Image, size: int) -> Image.Image:
-        """One random view, size x size; every random number comes from torch's global generator."""
-        u = torch.rand(_NUM_UNIFORMS, dtype=torch.float64).tolist()
+    def draw(self, image: Image.Image, size: int, u: Sequence[float]) -> Image.Image:
+        """The view, size x size, that these random numbers (see `uniforms`) make of an image."""
         box = crop_box(image.width, image.height, self.scale, self.ratio, u[_CROP], u[_CROP_TOP], u[_CROP_LEFT])
-        image = image.crop(box).resize((size, size), _RESAMPLING[self.interpolation])
+        image = _resize(image.crop(box), size, size, self.interpolation)
         if self.rotate or self.shift:
             image = _rotate_and_shift(
                 image,
@@ -106,13 +108,21 @@ class Views:
         size: pixels of the plain view, and of every view that names none.
         views: the kinds of view by any name, in order; a kind of count n gives n views in a row.
         plain_crop: share of the shorter side that the plain view keeps (224 of 256: 0.875).
+        plain_interpolation: by which the plain view is resized.
         mean, std: of each channel, for pixels in 0..1.
     Raises:
         ValueError: a value out of its range.
     """
 
     def __init__(
-        self, *, size: int, views: dict[str, View], mean: list[float], std: list[float], plain_crop: float = 0.875
+        self,
+        *,
+        size: int,
+        views: dict[str, View],
+        mean: list[float],
+        std: list[float],
+        plain_crop: float = 0.875,
+        plain_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     ):
         _check_size("size", size)
         if not views:
@@ -121,8 +131,11 @@ class Views:
             raise ValueError(f"plain_crop: expected a share in (0, 1], got {plain_crop}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std: expected three values each, std above 0, got {list(mean)} and {list(std)}")
+        if plain_interpolation not in _RESAMPLING:
+            raise ValueError(f"plain_interpolation: expected one of {', '.join(_RESAMPLING)}, got {plain_interpolation!r}")
         self.size = size
-        self.plain_crop = plain_crop
+        self.plain_crop, self.plain_interpolation = plain_crop, plain_interpolation
+        self.mean, self.std = list(mean), list(std)
         # A YAML's views arrive as mappings: a named kind of view is a value of the command line, a `_target_` is not.
         kinds = [view if isinstance(view, View) else View(**view) for view in views.values()]
         self._views = [view for view in kinds for _ in range(view.count)]
@@ -131,31 +144,86 @@ class Views:
         self._scale = 1 / (255 * torch.tensor(list(std)))
         self._offset = -torch.tensor(list(mean)) / torch.tensor(list(std))
 
-    def view(self, image: Image.Image, v: int) -> torch.Tensor:
-        """View v, normalised, float32 [3, H, W]; draws from torch's global generator, which the caller seeds."""
-        return self.normalise(torch.from_numpy(self.view_pixels(image, v))[None])[0]
+    def view(self, image: Image.Image, v: int, u: Sequence[float]) -> torch.Tensor:
+        """View v, normalised, float32 [3, H, W]."""
+        return self.normalise(torch.from_numpy(self.view_pixels(image, v, u))[None])[0]
 
     def plain(self, image: Image.Image) -> torch.Tensor:
         """The view for evaluation: shorter side resized, centre cropped, normalised, float32 [3, H, W]."""
         return self.normalise(torch.from_numpy(self.plain_pixels(image))[None])[0]
 
-    def view_pixels(self, image: Image.Image, v: int) -> np.ndarray:
+    def view_pixels(self, image: Image.Image, v: int, u: Sequence[float]) -> np.ndarray:
         """View v before normalisation, uint8 [H, W, 3]."""
-        return np.array(self._views[v].draw(image, self.sizes[v]))
+        return np.array(self._views[v].draw(image, self.sizes[v], u))
+
+    def batch_pixels(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int) -> list[np.ndarray]:
+        """All views of some images (uint8 [h, w, 3] each) before normalisation: a view's are uint8 [B, H, W, 3].
+
+        Args:
+            samples, stream: what the random numbers depend on, see `uniforms`.
+        """
+        made = [np.empty((len(images), size, size, 3), np.uint8) for size in self.sizes]
+        if native.library() is not None:
+            images = [np.ascontiguousarray(image) for image in images]
+            native.make_views(self.settings(), native.table(images), samples, stream, made)
+            return made
+        for v in range(self.num_views):
+            for row, (image, u) in enumerate(zip(images, uniforms(stream, samples, v).tolist(), strict=True)):
+                made[v][row] = self.view_pixels(Image.fromarray(image), v, u)
+        return made
+
+    def plain_batch(self, images: np.ndarray, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled."""
+        made = np.empty((len(images), self.size, self.size, 3), np.uint8)
+        settings = native.settings([(View(), self.size)], self._scale, self._offset)
+        shorter = round(self.size / self.plain_crop)
+        unreadable = native.make_views(
+            settings, images, np.zeros(len(images)), 0, [made], plain=shorter, num_threads=num_threads
+        )
+        return made, unreadable
+
+    def settings(self) -> native.Settings:
+        """All views' settings as the compiled views take them."""
+        return native.settings(list(zip(self._views, self.sizes, strict=True)), self._scale, self._offset)
 
     def plain_pixels(self, image: Image.Image) -> np.ndarray:
         """The plain view before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
         short = round(self.size / self.plain_crop)
         width, height = (short * side // min(image.size) for side in image.size)
         if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            image = _resize(image, width, height, self.plain_interpolation)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return np.array(image.crop((left, top, left + self.size, top + self.size)))
 
     def normalise(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last strides, on the pixels' device."""
+        """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last strides, on the pixels' device; floats are done."""
+        if pixels_BHWC.is_floating_point():
+            return pixels_BHWC.permute(0, 3, 1, 2)
         scale, offset = self._scale.to(pixels_BHWC.device), self._offset.to(pixels_BHWC.device)
         return pixels_BHWC.float().mul_(scale).add_(offset).permute(0, 3, 1, 2)
+
+
+def uniforms(stream: int, samples: np.ndarray, v: int) -> np.ndarray:
+    """The random numbers in [0, 1) of view v of some samples, float64 [B, 39]: SplitMix64, started from the three.
+
+    Of (stream, sample, view) alone, whichever numbers were drawn before: so any process may make any view.
+
+    Args:
+        stream: 64 bits, different for each seed and epoch.
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    step = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64
+        start = _mix(np.uint64(stream) + step * (np.asarray(samples).astype(np.uint64) + np.uint64(1)))
+        start = _mix(start + step * np.uint64(v + 1))
+        bits = _mix(start[:, None] + step * np.arange(1, _NUM_UNIFORMS + 1, dtype=np.uint64))
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
 
 
 def crop_box(
@@ -184,6 +252,12 @@ def crop_box(
     h = min(height, max(1, round(width / low)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> Image.Image:
+    """Across, then down, rounded between: what Pillow does at once, except that from 13 on it turns the order for some."""
+    how = _RESAMPLING[interpolation]
+    return image.resize((width, image.height), how).resize((width, height), how)
 
 
 def _jitter(

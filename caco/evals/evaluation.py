@@ -1,10 +1,13 @@
 """An evaluation round: several evaluators of one backbone that share its features."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from caco import distributed
 from caco.data.sources import Splits
 from caco.data.views import Views
 from caco.evals.features import FeatureStore, Precision
@@ -13,11 +16,12 @@ from caco.evals.features import FeatureStore, Precision
 class Evaluation:
     """Builds each evaluator once and then runs them on whatever the backbone has become.
 
-    An evaluator has `when`, `build(store, *, seed)` and `run(backbone)`, which yields (name, value) pairs.
+    An evaluator has `when`, `build(store, *, seed)` and `run(backbone)`, which yields (name, value) pairs. One that
+    trains has `on_all_ranks = True`; the others run on rank 0 alone.
 
     Args:
         evaluators: by their config name (`eval.<name>`); may be empty.
-        splits, views, batch, device, precision, num_workers: see FeatureStore.
+        splits, views, batch, device, precision, num_workers, loader, folder, cache, overlap, say: see FeatureStore.
         seed: of the evaluators' own draws.
     Raises:
         ValueError: an evaluator cannot work on these splits; names it and says what to do.
@@ -34,28 +38,60 @@ class Evaluation:
         precision: Precision,
         seed: int,
         num_workers: int = 0,
+        loader: Any = None,
+        folder: Path | None = None,
+        cache: Path | None = None,
+        overlap: Literal["refuse", "allow"] = "refuse",
+        say: Callable[..., None] = lambda text, passing=False: None,
     ) -> None:
         self.evaluators = evaluators
         self.store = FeatureStore(
-            splits, views, batch=batch, device=device, precision=precision, num_workers=num_workers
+            splits,
+            views,
+            batch=batch,
+            device=device,
+            precision=precision,
+            num_workers=num_workers,
+            loader=loader,
+            folder=folder,
+            cache=cache,
+            overlap=overlap,
+            say=say,
         )
         for name, evaluator in evaluators.items():
             try:
                 evaluator.build(self.store, seed=seed)
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
                 raise ValueError(f"eval.{name}: {error}") from error
 
     def run(self, backbone: nn.Module, when: Literal["epoch", "end"]) -> dict[str, float]:
-        """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was."""
+        """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was.
+
+        A collective; ranks other than 0 get none.
+        """
         if when not in ("epoch", "end"):
             raise ValueError(f"when: expected epoch or end, got {when!r}")
-        self.store.forget()
+        chosen = [name for name, evaluator in self.evaluators.items() if when == "end" or evaluator.when == "epoch"]
         results: dict[str, float] = {}
-        for name, evaluator in self.evaluators.items():
-            if when == "end" or evaluator.when == "epoch":
-                for key, value in evaluator.run(backbone):
-                    if key in results:
-                        raise ValueError(f"eval.{name}: another evaluator already gave {key}")
-                    results[key] = value
-        self.store.forget()  # a round's features must not lie in memory while training goes on
+        for name, values in self.each(backbone, chosen):
+            for key in values:
+                if key in results:
+                    raise ValueError(f"eval.{name}: another evaluator already gave {key}")
+            results |= values
         return results
+
+    def each(
+        self, backbone: nn.Module, names: list[str], before: Callable[[str], None] = lambda name: None
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        """(name, results) of these evaluators, one after the other; `before` is told which one begins."""
+        self.store.forget()
+        try:
+            for name in names:
+                before(name)
+                evaluator = self.evaluators[name]
+                on_all_ranks = getattr(evaluator, "on_all_ranks", False)
+                values = dict(evaluator.run(backbone)) if on_all_ranks or distributed.is_main() else {}
+                distributed.wait_for_main()
+                yield name, values if distributed.is_main() else {}
+        finally:
+            self.store.forget()  # a round's features must not lie in memory while training goes on

@@ -40,7 +40,7 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k most similar bank rows of each query by cosine, most similar first, ties by the smaller index.
 
-    Holds block x (block + k) similarities and keys, and block x D features, at a time on `device`.
+    Holds block x (block + k) similarities and keys, twice block x D features, and Q x k keys at a time on `device`.
 
     Returns:
         similarities [Q, k] float32 and bank indices [Q, k] int64, on the CPU.
@@ -53,18 +53,16 @@ def nearest(
         raise ValueError(f"k: expected 1 to {len(bank_ND)}, the size of the feature bank, got {k}")
     if block < 1:
         raise ValueError(f"block: expected at least 1, got {block}")
-    sims, indices = [], []
-    for query in query_QD.split(block):
-        query = F.normalize(query.to(device, torch.float32), dim=1)
-        best = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
-        for first in range(0, len(bank_ND), block):
-            rows = F.normalize(bank_ND[first : first + block].to(device, torch.float32), dim=1)
-            best = torch.cat([best, _ordered_keys(query @ rows.T, first)], dim=1)
-            best = best.topk(min(k, best.shape[1]), dim=1).values
-        sim, index = _read_keys(best)
-        sims.append(sim.cpu())
-        indices.append(index.cpu())
-    return torch.cat(sims), torch.cat(indices)
+    # The bank, which may be mapped from a file larger than memory, is gone through once; the queries for each of its blocks.
+    best = [torch.empty(len(query), 0, dtype=torch.int64, device=device) for query in query_QD.split(block)]
+    for first in range(0, len(bank_ND), block):
+        rows = F.normalize(bank_ND[first : first + block].to(device, torch.float32), dim=1)
+        for part, query in enumerate(query_QD.split(block)):
+            query = F.normalize(query.to(device, torch.float32), dim=1)
+            candidates = torch.cat([best[part], _ordered_keys(query @ rows.T, first)], dim=1)
+            best[part] = candidates.topk(min(k, candidates.shape[1]), dim=1).values
+    sim_Qk, index_Qk = _read_keys(torch.cat(best))
+    return sim_Qk.cpu(), index_Qk.cpu()
 
 
 def knn_votes(sim_Qk: Tensor, label_Qk: Tensor, *, temperature: float, num_classes: int) -> Tensor:

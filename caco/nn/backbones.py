@@ -41,9 +41,11 @@ def small_resnet(*, width: int = 16, blocks: list[int] = (1, 1, 1, 1)):
         width: channels of the first stage, even; each of the three later ones halves the resolution and doubles them.
         blocks: basic blocks in each of the four stages.
     """
-    if width < 2 or width % 2 or len(blocks) != 4 or min(blocks) < 1:
+    # Not below 8: on processors with AVX2 alone torch (2.14.1 for one) then writes beyond the gradient of the 1x1
+    # convolutions that halve the resolution, and the process dies.
+    if width < 8 or width % 2 or len(blocks) != 4 or min(blocks) < 1:
         raise ValueError(
-            f"small_resnet needs an even width and at least one block in each of 4 stages; got width={width}, "
+            f"small_resnet needs an even width of at least 8 and a block or more in each of 4 stages; got width={width}, "
             f"blocks={list(blocks)}"
         )
     channels = tuple(width * 2**stage for stage in range(4))

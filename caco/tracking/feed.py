@@ -1,11 +1,13 @@
 """Feeds a run's ledger to MLflow, once each row. The only module that talks to MLflow; imports it when used."""
 
 import contextlib
+import getpass
 import importlib.util
 import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 _ROWS_PER_BATCH = 200
 # What MLflow takes: metrics and parameters a request, characters a value.
 _MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS = 1000, 100, 6000, 8000
+
+_COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+)  # fmt: skip
 
 # A dead server blocks a call for 247 s by default, and a hanging one for twice that.
 _ENVIRONMENT = {
@@ -100,7 +106,9 @@ def _connect(uri: str, experiment: str, artifacts: Path | None) -> tuple[Any, st
     found = client.get_experiment_by_name(experiment)
     if found is None:
         try:
-            return client, client.create_experiment(experiment, artifact_location=artifacts and artifacts.as_uri())
+            tags = {"mlflow.experimentKind": "custom_model_development"}  # else its page opens as one of a language model
+            where = artifacts and artifacts.as_uri()
+            return client, client.create_experiment(experiment, artifact_location=where, tags=tags)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -123,6 +131,7 @@ class Feed:
         self._lock = contextlib.ExitStack()
         self._offset = 0  # bytes of the ledger that are read
         self._skip = 0  # of the rows behind them, how many MLflow has
+        self._system_offset, self._system_skip = 0, 0  # of system.jsonl
         self._non_finite: set[str] = set()
 
     def open(self) -> None:
@@ -136,18 +145,20 @@ class Feed:
         self._lock.enter_context(sending(self.run_dir, wait_s=0))
         self.mark = Watermark.load(self.run_dir)
         about = read_json(self.run_dir / "tracking.json")
-        self._client, experiment_id = connect(self.uri, self.experiment)
-        run = self._find(experiment_id)
+        self._client, self._experiment_id = connect(self.uri, self.experiment)
+        run = self._find()
         if run is None:
             if self.mark.run_id:
                 self.mark.restart()  # another server, or a deleted run: it gets everything
             self.mark.save(self.run_dir)  # the token first: a kill after the next line must not make a second run
-            tags = {"caco.token": self.mark.token}
-            run = self._client.create_run(experiment_id, run_name=about.get("run_name"), tags=tags)
+            # MLflow lets nobody change the user later.
+            tags = {"caco.token": self.mark.token, "mlflow.user": _user()}
+            run = self._client.create_run(self._experiment_id, run_name=about.get("run_name"), tags=tags)
         else:
-            self._client.update_run(run.info.run_id, status="RUNNING")
+            self._client.update_run(run.info.run_id, status="RUNNING", name=about.get("run_name"))
         self.mark.run_id, self.mark.closed = run.info.run_id, ""
         self.mark.uri, self.mark.experiment = self.uri, self.experiment
+        self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
         # A parameter is logged once: MLflow refuses another value, and cadence or paths may differ after a resume.
         params = {_name(k): v[:_MAX_PARAM_CHARS] for k, v in about.get("params", {}).items()}
@@ -155,26 +166,71 @@ class Feed:
         for part in _chunks(params, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, params=part, synchronous=True)
         tags = dict(about.get("tags", {}))
+        tags["caco.run_dir"] = str(self.run_dir.absolute())
+        tags["mlflow.source.name"] = "caco.train"
         if "git_sha" in tags:
             tags["mlflow.source.git.commit"] = tags["git_sha"]  # the dashboard has a place for it
         tags = [RunTag(_name(k), v[:_MAX_TAG_CHARS]) for k, v in tags.items()]
         for part in _chunks(tags, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, tags=part, synchronous=True)
-        self._artifact(self.run_dir / "config.yaml")
+        self._data_set(run, about)
+        self._published(run, about)
+        if about.get("sweep"):
+            self._enter_sweep(about["sweep"])
+        self._files()
         self._offset, self._skip = 0, self.mark.sent
+        self._system_offset, self._system_skip = 0, self.mark.system_sent
         self.is_open = True
+
+    def _data_set(self, run: Any, about: dict[str, Any]) -> None:
+        """Name and digest of what is trained on, where MLflow has a column for it."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        name, digest = (about.get("tags", {}).get(key, "") for key in ("data", "data_digest"))
+        if name and digest and not run.inputs.dataset_inputs:
+            source = about["params"].get("data.root", "null")
+            found = Dataset(name=name, digest=digest, source_type="local", source="the package" if source == "null" else source)
+            context = InputTag("mlflow.data.context", "training")
+            self._client.log_inputs(self.mark.run_id, [DatasetInput(dataset=found, tags=[context])])
+
+    def _published(self, run: Any, about: dict[str, Any]) -> None:
+        """The paper's values, as paper/NAME beside our eval/NAME and final/NAME."""
+        from mlflow.entities import Metric
+
+        paper = {_name(f"paper/{name}"): float(value) for name, value in about.get("paper", {}).items()}
+        new = [Metric(name, value, 0, 0) for name, value in paper.items() if run.data.metrics.get(name) != value]
+        if new:
+            self._log(new)
+
+    def _enter_sweep(self, sweep: dict[str, Any]) -> None:
+        """Become a child of the sweep's run, which the first child creates; the first sweep that a run is in keeps it."""
+        with _sweep_lock(self.run_dir):
+            if not self.mark.parent_id:
+                name = sweep["name"].replace("'", "_")[:_MAX_TAG_CHARS]  # in a filter MLflow knows no escapes
+                same = f"tags.`caco.sweep` = '{name}'"
+                parent = next(iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None)
+                if parent is None:
+                    tags = {"caco.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
+                    tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": "#000000"}
+                    parent = self._client.create_run(self._experiment_id, run_name=sweep["title"], tags=tags)
+                self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)
+                self.mark.parent_id = parent.info.run_id
+                self.mark.save(self.run_dir)
+            siblings = refresh_sweep(self._client, self._experiment_id, self.mark.parent_id)
+            # MLflow's own choice, from the id, gives neighbours one colour.
+            self._client.set_tag(self.mark.run_id, "mlflow.runColor", _COLOURS[siblings.index(self.mark.run_id) % len(_COLOURS)])
 
     def release(self) -> None:
         """Let others send this run."""
         self.is_open = False
         self._lock.close()
 
-    def _find(self, experiment_id: str) -> Any:
+    def _find(self) -> Any:
         from mlflow.exceptions import MlflowException
 
         if not self.mark.run_id:
             same = f"tags.`caco.token` = '{self.mark.token}'"
-            return next(iter(self._client.search_runs([experiment_id], filter_string=same, max_results=1)), None)
+            return next(iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None)
         try:
             run = self._client.get_run(self.mark.run_id)
         except MlflowException as error:
@@ -194,7 +250,18 @@ class Feed:
             self.mark.sent += len(part)
             self.mark.save(self.run_dir)
         self._offset = end
+        self._send_system()
         return len(rows)
+
+    def _send_system(self) -> None:
+        """Rows of system.jsonl, which never go back: one that is sent twice is the same point."""
+        rows, end = read_rows(self.run_dir / "system.jsonl", self._system_offset)
+        rows, self._system_skip = rows[self._system_skip :], 0
+        for part in _chunks(rows, _ROWS_PER_BATCH):
+            self._log(self._metrics(part))
+            self.mark.system_sent += len(part)
+            self.mark.save(self.run_dir)
+        self._system_offset = end
 
     def _metrics(self, rows: list[dict[str, Any]]) -> list[Any]:
         """The rows' numbers as KIND/NAME: the loss of a step and that of an epoch are two series."""
@@ -228,19 +295,94 @@ class Feed:
         numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and is_finite(v)}
         self._log([Metric(_name(f"final/{k}"), float(v), time, step) for k, v in numbers.items()])
         if summary:
-            self._artifact(self.run_dir / "summary.json", summary)
+            with _artifact("summary.json"):
+                self._client.log_dict(self.mark.run_id, summary, "summary.json")
+        self._files()
+        with _artifact("the model"):
+            self._model()
         self._client.set_terminated(self.mark.run_id, status, end_time=time or None)
         self.mark.closed = status
         self.mark.save(self.run_dir)
+        if self.mark.parent_id:
+            with _sweep_lock(self.run_dir):
+                refresh_sweep(self._client, self._experiment_id, self.mark.parent_id)
 
-    def _artifact(self, path: Path, content: dict[str, Any] | None = None) -> None:
-        try:
-            if content is not None:
-                self._client.log_dict(self.mark.run_id, content, path.name)
-            elif path.exists():
-                self._client.log_artifact(self.mark.run_id, str(path))
-        except Exception as error:  # noqa: BLE001 - each artifact store has its own; metrics must go on without it
-            _log.warning("MLflow did not take %s (%s); it is in the run directory", path.name, first_line(error))
+    def _files(self) -> None:
+        """Send the artifacts that are new or have changed."""
+        for name, state in new_files(self.run_dir, self.mark).items():
+            with _artifact(name):
+                folder = str(Path(name).parent)
+                self._client.log_artifact(self.mark.run_id, str(self.run_dir / name), None if folder == "." else folder)
+                self.mark.files[name] = state
+                self.mark.save(self.run_dir)
+
+    def _model(self) -> None:
+        """Send run_dir/model, once, as a model that this run has made."""
+        from mlflow.entities import LoggedModelOutput
+
+        if not has_new_model(self.run_dir, self.mark):
+            return
+        same = f"source_run_id = '{self.mark.run_id}'"
+        model = next(iter(self._client.search_logged_models([self._experiment_id], filter_string=same)), None)
+        if model is None:
+            made = {"name": "backbone", "source_run_id": self.mark.run_id, "model_type": "encoder"}
+            model = self._client.create_logged_model(self._experiment_id, **made)
+        self._client.log_model_artifacts(model.model_id, str(self.run_dir / "model"))
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(self.mark.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        self.mark.model_id = model.model_id
+        self.mark.save(self.run_dir)
+
+
+def new_files(run_dir: Path, mark: Watermark) -> dict[str, str]:
+    """The artifacts of a run directory that MLflow lacks, and the state of each: configuration, environment, figures."""
+    paths = [run_dir / "config.yaml", run_dir / "environment.json", *sorted((run_dir / "figures").glob("[!.]*"))]
+    states = {p.relative_to(run_dir).as_posix(): p.stat() for p in paths if p.is_file()}
+    states = {name: f"{status.st_size} bytes of {status.st_mtime_ns}" for name, status in states.items()}
+    return {name: state for name, state in states.items() if mark.files.get(name) != state}
+
+
+def has_new_model(run_dir: Path, mark: Watermark) -> bool:
+    return not mark.model_id and (run_dir / "model" / "MLmodel").exists()
+
+
+def refresh_sweep(client: Any, experiment_id: str, parent_id: str) -> list[str]:
+    """Give a sweep's run the state that follows from its jobs': RUNNING while one is, SCHEDULED while some are to come.
+
+    Returns:
+        The ids of its jobs' runs, oldest first.
+    """
+    same, order = f"tags.`mlflow.parentRunId` = '{parent_id}'", ["attributes.start_time ASC"]
+    children = client.search_runs([experiment_id], same, max_results=50_000, order_by=order)
+    states = [child.info.status for child in children]
+    parent = client.get_run(parent_id)
+    still = max(int(parent.data.tags.get("caco.jobs", 0)), len(states)) - states.count("FINISHED")
+    told = "SCHEDULED" if still else "FINISHED"
+    told = next((state for state in ("RUNNING", "FAILED", "KILLED") if state in states), told)
+    if told != parent.info.status:
+        ended = told not in ("RUNNING", "SCHEDULED")
+        client.set_terminated(parent_id, told) if ended else client.update_run(parent_id, status=told)
+    return [child.info.run_id for child in children]
+
+
+def _sweep_lock(run_dir: Path) -> contextlib.AbstractContextManager:
+    """Of all jobs of a sweep, whose run directories lie side by side: one parent, and the last one to end closes it."""
+    return locked(run_dir.absolute().parent / ".mlflow-sweep.lock", wait_s=60)
+
+
+@contextlib.contextmanager
+def _artifact(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - each artifact store has its own; metrics must go on without it
+        _log.warning("MLflow did not take %s (%s); it is in the run directory", name, first_line(error))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def first_line(error: Exception) -> str:

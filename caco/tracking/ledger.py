@@ -7,6 +7,7 @@ import numbers
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,20 @@ class Ledger:
 class LedgerTracker:
     """Tracks a run in its directory alone; `python -m caco.tracking.sync` can send it to MLflow at any time.
 
-    Files: ledger.jsonl (the record), tracking.json (name, parameters, tags, process, status).
+    Files: ledger.jsonl (the record), system.jsonl (what the machine did), tracking.json (name, parameters, tags, process,
+    status).
+
+    Args:
+        system_seconds: how often the machine's load is written down; 0 is never.
+        paper: published values by the name of ours, such as {linear_top1: 71.3}; MLflow shows them beside ours.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, system_seconds: float = 10.0, paper: dict[str, float] | None = None) -> None:
+        if system_seconds < 0:
+            raise ValueError(f"tracking.system_seconds: expected 0 or more, got {system_seconds}")
+        self._system_seconds, self._paper = system_seconds, dict(paper or {})
         self._ledger: Ledger | None = None
+        self._sampler: Any = None
 
     def start(
         self,
@@ -164,9 +174,14 @@ class LedgerTracker:
         tags: dict[str, str],
         run_name: str,
         state: dict[str, Any] | None,
+        sweep: dict[str, Any] | None = None,
     ) -> None:
         """Open the run's ledger and roll it back to a checkpoint's `state`, or to its beginning without one.
 
+        Args:
+            params, tags: by their names in MLflow; the tags "data" and "data_digest" name the data set.
+            run_name: short; need not be unique.
+            sweep: "name", unique in the experiment; "title"; "jobs", how many runs it has, 0 where nobody knows.
         Raises:
             ValueError: the ledger has fewer rows than the checkpoint saw written.
             BlockingIOError: another process has been sending this run to MLflow for a minute.
@@ -187,10 +202,17 @@ class LedgerTracker:
             "pid": os.getpid(),
             "process_start": process_start(os.getpid()),
             "status": "RUNNING",
+            "sweep": sweep,
+            "paper": self._paper,
         }
         self._about = run_dir / "tracking.json"
         write_json(self._about, about)
         self._ledger = ledger
+        if self._system_seconds:
+            from caco.tracking.system import Sampler
+
+            self._sampler = Sampler(Ledger(run_dir / "system.jsonl"), self._system_seconds)
+            self._sampler.start()
 
     def log(self, step: int, values: dict[str, float | int | str], kind: str = "train") -> None:
         """Add one row to the ledger; raises OSError, with its path, when the disk is full."""
@@ -203,10 +225,16 @@ class LedgerTracker:
         self._ledger.sync()
         return {"rows": len(self._ledger), "mlflow_run_id": "", "sent": 0}
 
+    def log_model(self, make_backbone: Callable[[], Any]) -> None:
+        """Nothing: without MLflow the weights are in the checkpoints alone."""
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Close the record with FINISHED, FAILED or KILLED; a second call, or one without a start, does nothing."""
         if self._ledger is None:
             return
+        if self._sampler is not None:
+            self._sampler.stop()
+            self._sampler = None
         self._ledger.close()
         self._ledger = None
         try:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class MLflowTracker:
         experiment: the MLflow experiment; created where there is none.
         feed_seconds: the thread sends what is new this often.
         finish_seconds: finish() waits at most this long for the rest to be sent.
+        model: whether the final weights become a model of MLflow, in the run directory and the store (ResNet-50: 94 MB each).
+        system_seconds, paper: see LedgerTracker.
 
     Raises:
         ModuleNotFoundError: mlflow is not installed.
@@ -31,14 +34,23 @@ class MLflowTracker:
     """
 
     def __init__(
-        self, *, uri: str | None, experiment: str, feed_seconds: float = 2.0, finish_seconds: float = 10.0
+        self,
+        *,
+        uri: str | None,
+        experiment: str,
+        feed_seconds: float = 2.0,
+        finish_seconds: float = 10.0,
+        model: bool = True,
+        system_seconds: float = 10.0,
+        paper: dict[str, float] | None = None,
     ) -> None:
         require_mlflow()
         self.uri = resolve_uri(uri)
         self.experiment = experiment
         self.feed_seconds = feed_seconds
         self.finish_seconds = finish_seconds
-        self._ledger = LedgerTracker()
+        self.model = model
+        self._ledger = LedgerTracker(system_seconds=system_seconds, paper=paper)
         self._feeder: _Feeder | None = None
 
     def start(
@@ -49,6 +61,7 @@ class MLflowTracker:
         tags: dict[str, str],
         run_name: str,
         state: dict[str, Any] | None,
+        sweep: dict[str, Any] | None = None,
     ) -> None:
         """As LedgerTracker.start(); the MLflow run of this directory, or of the checkpoint's `state`, goes on."""
         import_mlflow()
@@ -57,7 +70,8 @@ class MLflowTracker:
             # The side file is gone: only the checkpoint knows the run, and later rows may have been sent, too.
             num_rows = len(Ledger(run_dir / "ledger.jsonl"))
             Watermark(run_id=state["mlflow_run_id"], sent=state["sent"], attempted=num_rows).save(run_dir)
-        self._ledger.start(run_dir, params=params, tags=tags, run_name=run_name, state=state)
+        self._ledger.start(run_dir, params=params, tags=tags, run_name=run_name, state=state, sweep=sweep)
+        self._run_dir = run_dir
         self._feeder = _Feeder(run_dir, self.uri, self.experiment, self.feed_seconds)
         if self.uri.startswith("sqlite:"):
             # Creating a store takes seconds of computing: before the loop, not beside it.
@@ -74,6 +88,17 @@ class MLflowTracker:
         assert self._feeder is not None, "start() first"
         mark = self._feeder.feed.mark
         return {**state, "mlflow_run_id": mark.run_id, "sent": min(mark.sent, state["rows"])}
+
+    def log_model(self, make_backbone: Callable[[], Any]) -> None:
+        """Keep what it makes, a torch module in eval mode, as the run's model; finish() sends it. One warning where it cannot."""
+        if not self.model:
+            return
+        from caco.tracking.model import save_model
+
+        try:
+            save_model(make_backbone(), self._run_dir)
+        except Exception as error:  # noqa: BLE001 - MLflow raises what it likes; the checkpoints have the weights
+            _log.warning("no model for MLflow: %s; the weights are in the checkpoints", first_line(error))
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """End the run with FINISHED, FAILED or KILLED; waits no longer than `finish_seconds` for MLflow.

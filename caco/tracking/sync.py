@@ -2,19 +2,35 @@
 
 Works on runs that were tracked with tracking=ledger, that lost their server, or that were killed; at any time, as often
 as one likes, and beside runs that are still going on. A run whose process is gone ends as KILLED (or FINISHED, if its
-summary is there), never for ever RUNNING; a run on another machine is left RUNNING, since only there one can know.
+summary is there), never for ever RUNNING. Of a run on another machine SLURM says whether its job is there; without SLURM,
+one that has written nothing for a day is gone.
 """
 
 import argparse
+import shutil
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from caco.tracking.feed import Feed, first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.feed import (
+    Feed,
+    connect,
+    first_line,
+    has_new_model,
+    import_mlflow,
+    new_files,
+    refresh_sweep,
+    require_mlflow,
+    resolve_uri,
+)
 from caco.tracking.files import process_start, read_json
 from caco.tracking.ledger import Ledger
 from caco.tracking.watermark import Watermark
+
+_SILENT_HOURS = 24  # an evaluation may take hours without a row
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
@@ -36,14 +52,34 @@ def last_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
     """How the run ended, or "RUNNING", and its summary."""
     about, summary = read_json(run_dir / "tracking.json"), read_json(run_dir / "summary.json")
     status = about["status"]
-    if status == "RUNNING" and _is_gone(about):
+    if status == "RUNNING" and _is_gone(run_dir, about):
         status = summary.get("status", "FINISHED") if summary else "KILLED"
     return status, summary
 
 
-def _is_gone(about: dict[str, Any]) -> bool:
+def _is_gone(run_dir: Path, about: dict[str, Any]) -> bool:
     began = about["process_start"]
-    return about["host"] == socket.gethostname() and began != "" and process_start(about["pid"]) != began
+    if about["host"] == socket.gethostname():
+        return began != "" and process_start(about["pid"]) != began
+    job = about["tags"].get("slurm_job_id")
+    if job and (runs := _runs_in_slurm(job)) is not None:
+        return not runs
+    signs = (run_dir / name for name in ("ledger.jsonl", "system.jsonl", "tracking.json"))
+    return max(sign.stat().st_mtime for sign in signs if sign.exists()) < time.time() - _SILENT_HOURS * 3600
+
+
+def _runs_in_slurm(job: str) -> bool | None:
+    """Whether a job has processes; None where SLURM does not say. One that waits in the queue has none, and goes on later."""
+    if shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if told.returncode and "Invalid job id" not in told.stderr:
+        return None  # no controller, or not the cluster that the job was on
+    return any(state in told.stdout.split() for state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"))
 
 
 def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = None) -> str:
@@ -57,9 +93,12 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
     uri = resolve_uri(uri or mark.uri or None)
     status, summary = last_status(run_dir)
     num_rows = len(Ledger(run_dir / "ledger.jsonl"))
-    if mark.closed == status and mark.sent == num_rows and mark.uri == uri:
+    is_complete = mark.sent == num_rows and mark.system_sent == len(Ledger(run_dir / "system.jsonl"))
+    is_complete = is_complete and not new_files(run_dir, mark) and not has_new_model(run_dir, mark)
+    if mark.closed == status and is_complete and mark.uri == uri:
         return f"complete ({status}, {num_rows} rows)"
-    feed = Feed(run_dir, uri=uri, experiment=experiment or mark.experiment or "caco")
+    name = read_json(run_dir / "tracking.json")["params"].get("name")
+    feed = Feed(run_dir, uri=uri, experiment=experiment or mark.experiment or name or "caco")
     try:
         feed.open()
         num_sent = feed.send()
@@ -70,12 +109,40 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
     return f"sent {num_sent} rows of {feed.mark.sent} ({status}, run {feed.mark.run_id})"
 
 
+def sync(run_dirs: list[Path], *, uri: str | None = None, experiment: str | None = None) -> tuple[list[str], int]:
+    """sync_run() for each; then the runs of sweeps are told how their jobs are.
+
+    Returns:
+        A line for each run, and how many could not be sent.
+    """
+    lines, failed, parents = [], 0, {}
+    for run_dir in run_dirs:
+        try:
+            line = sync_run(run_dir, uri=uri, experiment=experiment)
+        except BlockingIOError:
+            line = "skipped: a running process is sending it"
+        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like; the others go on
+            failed += 1
+            line = f"not sent: {first_line(error)}"
+        lines.append(f"{run_dir}: {line}")
+        mark = Watermark.load(run_dir)
+        if mark.parent_id:
+            parents[mark.uri, mark.parent_id] = mark.experiment
+    for (at, parent_id), name in parents.items():
+        try:
+            refresh_sweep(*connect(at, name), parent_id)
+        except Exception as error:  # noqa: BLE001 - as above
+            failed += 1
+            lines.append(f"sweep {parent_id}: not brought up to date: {first_line(error)}")
+    return lines, failed
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the number of runs that could not be sent, at most 1."""
     parser = argparse.ArgumentParser(prog="python -m caco.tracking.sync", description=__doc__.splitlines()[0])
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a directory of runs")
     parser.add_argument("--uri", help="MLflow server or database; default: the run's, else as tracking=mlflow")
-    parser.add_argument("--experiment", metavar="NAME", help="default: the run's, else caco")
+    parser.add_argument("--experiment", metavar="NAME", help="default: the run's name, else caco")
     options = parser.parse_args(arguments)
     try:
         require_mlflow()
@@ -85,17 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ModuleNotFoundError, ValueError) as error:
         parser.error(str(error))
     import_mlflow()
-    failed = 0
-    for run_dir in runs:
-        try:
-            line = sync_run(run_dir, uri=options.uri, experiment=options.experiment)
-        except BlockingIOError:
-            line = "skipped: a running process is sending it"
-        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like; the others go on
-            failed = 1
-            line = f"not sent: {first_line(error)}"
-        print(f"{run_dir}: {line}", flush=True)
-    return failed
+    lines, failed = sync(runs, uri=options.uri, experiment=options.experiment)
+    print("\n".join(lines), flush=True)
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ class Watermark:
     sent: int = 0  # ledger rows
     attempted: int = 0
     closed: str = ""  # the final status that MLflow has
+    parent_id: str = ""  # the sweep's run
+    system_sent: int = 0  # rows of system.jsonl
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # artifacts, and which state of each MLflow has
+    model_id: str = ""
     # Points that were rolled back after they had been sent (None) or perhaps sent (their time in ms, and value).
     rolled_back: dict[Point, tuple[int, float] | None] = dataclasses.field(default_factory=dict)
 
@@ -47,7 +51,9 @@ class Watermark:
     def restart(self) -> None:
         """Forget the run: MLflow has nothing."""
         self.run_id, self.token, self.closed = "", uuid.uuid4().hex, ""
-        self.sent = self.attempted = 0
+        self.parent_id = self.model_id = ""
+        self.sent = self.attempted = self.system_sent = 0
+        self.files = {}
         self.rolled_back = {}
 
     def roll_back(self, rows: list[dict[str, Any]], num_rows: int) -> None:

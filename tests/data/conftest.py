@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from caco.data import native
 from caco.data.sources import ImagesInMemory
 from caco.data.views import View, Views
 
@@ -45,3 +46,9 @@ def two_views() -> Views:
     return Views(
         size=8, views={"both": View(count=2, **kind), "small": View(size=6, **kind)}, mean=[0.5] * 3, std=[0.25] * 3
     )
+
+
+@pytest.fixture
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where caco was installed without a compiler."""
+    monkeypatch.setattr(native, "library", lambda: None)

@@ -44,6 +44,26 @@ def test_workers_do_not_change_a_batch(noise_source, two_views, workers, prefetc
     assert_same(batches(source, two_views, epochs=(-1, 0, 1), workers=workers, prefetch=prefetch), alone)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_compiled_views_and_pillows_make_the_same_batches(noise_source, two_views, workers, request):
+    source = noise_source(30)
+    compiled = batches(source, two_views, epochs=(-1, 2), workers=3)
+    request.getfixturevalue("not_compiled")
+    assert_same(batches(source, two_views, epochs=(-1, 2), workers=workers), compiled)
+
+
+def test_a_batch_stays_as_it_is_as_long_as_somebody_holds_it(noise_source, two_views):
+    source = noise_source(64)
+    loader = TorchLoader(num_workers=2, prefetch=2).bind(source, two_views, batch=8, seed=7)
+    held, copies = [], []
+    for epoch in range(3):
+        for one in loader.epoch(epoch):
+            held.append(one.views[1][3])
+            copies.append(held[-1].clone())
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+    loader.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_inside_an_epoch_gives_the_rest_of_it(noise_source, two_views, workers):
     source = noise_source(40)
@@ -169,7 +189,7 @@ def test_an_unreadable_image_is_named_within_seconds(tmp_path: Path, write_image
     assert time.monotonic() - start < 5
 
 
-def test_workers_outlive_signals_to_the_whole_job_and_end_with_the_loader(noise_source, two_views):
+def test_workers_outlive_signals_to_the_whole_job_and_end_with_the_loader(not_compiled, noise_source, two_views):
     source = noise_source(80)
     others = multiprocessing.active_children()
     loader = TorchLoader(num_workers=2, prefetch=1).bind(source, two_views, batch=8, seed=7)
@@ -187,7 +207,7 @@ def test_workers_outlive_signals_to_the_whole_job_and_end_with_the_loader(noise_
         assert not worker.is_alive()
 
 
-def test_a_parent_that_ends_its_workers_is_obeyed(noise_source, two_views):
+def test_a_parent_that_ends_its_workers_is_obeyed(not_compiled, noise_source, two_views):
     others = multiprocessing.active_children()
     loader = TorchLoader(num_workers=1).bind(noise_source(16), two_views, batch=8, seed=7)
     running = loader.epoch(0)
@@ -222,7 +242,7 @@ raise SystemExit(3)
     process.stdout.close()
 
 
-def test_closing_inside_an_epoch_ends_the_workers(noise_source, two_views):
+def test_closing_inside_an_epoch_ends_the_workers(not_compiled, noise_source, two_views):
     others = multiprocessing.active_children()
     loader = TorchLoader(num_workers=2).bind(noise_source(80), two_views, batch=8, seed=7)
     running = loader.epoch(0)

@@ -1,7 +1,6 @@
-"""Views: each step does what torchvision's does, as often as the recipe says, from torch's generator alone."""
+"""Views: each step does what torchvision's does, as often as the recipe says; compiled views are the same to the bit."""
 
 import math
-import random
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from caco.data import views as module
-from caco.data.views import View, Views
+from caco.data.views import View, Views, uniforms
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "augmentation"
 PAPER = {"jitter_p": 0.8, "gray_p": 0.2, "blur": [0.1, 2.0], "flip_p": 0.5}
@@ -25,6 +24,11 @@ def from_yaml(name: str, **changes) -> Views:
     settings = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     assert settings.pop("_target_") == "caco.data.views.Views"
     return Views(**settings | changes)
+
+
+def draws(count: int, stream: int = 0) -> list[list[float]]:
+    """The random numbers of as many samples."""
+    return uniforms(stream, np.arange(count), 0).tolist()
 
 
 def one_view(**settings) -> Views:
@@ -66,14 +70,14 @@ def test_hue_equals_torchvisions(photo, turns):
 )
 def test_a_step_that_is_sure_does_what_its_name_says(photo, settings, expected):
     square = photo.crop((0, 0, 24, 24))
-    drawn = View(**QUIET | settings).draw(square, 24)
+    drawn = View(**QUIET | settings).draw(square, 24, draws(1)[0])
     assert np.array_equal(np.asarray(drawn), np.asarray(expected(square)))
     assert not np.array_equal(np.asarray(drawn), np.asarray(square))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_crops_are_resized_as_torchvision_does(photo, interpolation):
-    drawn = View(**QUIET | {"interpolation": interpolation, "ratio": [0.5, 2.0]}).draw(photo, 16)
+    drawn = View(**QUIET | {"interpolation": interpolation, "ratio": [0.5, 2.0]}).draw(photo, 16, draws(1)[0])
     expected = F.resize(photo, [16, 16], interpolation=v2.InterpolationMode(interpolation))
     assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 
@@ -109,11 +113,7 @@ def test_a_shift_moves_the_picture_right_and_down_and_leaves_black():
 
 
 def crop_boxes(width: int, height: int, scale: list[float], ratio: list[float], count: int) -> np.ndarray:
-    drawn = []
-    for _ in range(count):
-        u = torch.rand(22, dtype=torch.float64).tolist()
-        drawn.append(module.crop_box(width, height, scale, ratio, u[:20], u[20], u[21]))
-    return np.array(drawn)
+    return np.array([module.crop_box(width, height, scale, ratio, u[:20], u[20], u[21]) for u in draws(count)])
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 100), (160, 60)])
@@ -136,7 +136,6 @@ def test_crops_are_distributed_as_torchvisions(width, height):
 
 
 def test_where_no_crop_fits_the_largest_centred_one_is_taken():
-    torch.manual_seed(0)
     wide = crop_boxes(1000, 10, [1.0, 1.0], [3 / 4, 4 / 3], 5)
     assert (wide == [493, 0, 506, 10]).all()
     tall = crop_boxes(10, 1000, [1.0, 1.0], [3 / 4, 4 / 3], 5)
@@ -151,15 +150,14 @@ def test_the_papers_two_views_draw_each_step_as_often_as_it_says(photo, monkeypa
     monkeypatch.setattr(module, "_jitter", lambda *args: happened.append("jitter") or jitter(*args))
     monkeypatch.setattr(module.ImageFilter, "GaussianBlur", lambda sigma: sigmas.append(sigma) or blur(sigma))
     views = from_yaml("caco", size=8)
-    torch.manual_seed(0)
     count = 1500
     for v, expected_blur, expected_solarize in ((0, 1.0, 0.0), (1, 0.1, 0.2)):
         happened.clear()
         sigmas.clear()
         gray = both = 0
-        for _ in range(count):
+        for u in draws(count, stream=v):
             before = len(sigmas), happened.count("solarize")
-            gray += np.ptp(views.view_pixels(photo, v), axis=2).max() == 0
+            gray += np.ptp(views.view_pixels(photo, v, u), axis=2).max() == 0
             both += len(sigmas) > before[0] and happened.count("solarize") > before[1]
         seen = {
             "blur and solarize": (both, expected_blur * expected_solarize),  # of one draw they would come together
@@ -175,9 +173,8 @@ def test_the_papers_two_views_draw_each_step_as_often_as_it_says(photo, monkeypa
 
 def test_flips_come_half_of_the_time():
     ramp = Image.fromarray(np.repeat(np.arange(8, dtype=np.uint8)[None, :, None] * 30, 8, 0).repeat(3, 2))
-    torch.manual_seed(0)
     view = View(**QUIET | {"flip_p": 0.5})
-    flipped = sum(np.asarray(view.draw(ramp, 8))[0, 0, 0] > 100 for _ in range(1000))
+    flipped = sum(np.asarray(view.draw(ramp, 8, u))[0, 0, 0] > 100 for u in draws(1000))
     assert abs(flipped - 500) < 4 * math.sqrt(250)
 
 
@@ -197,9 +194,8 @@ def test_jitter_draws_each_factor_evenly_and_each_order(photo, monkeypatch):
         monkeypatch.setattr(module, f"change_{step}", spy(step))
     monkeypatch.setattr(module, "turn_hue", spy("hue"))
     view = View(**QUIET | {"jitter_p": 1.0, "jitter": [0.4, 0.3, 0.2, 0.1]})
-    torch.manual_seed(0)
-    for _ in range(2400):
-        view.draw(photo, 8)
+    for u in draws(2400):
+        view.draw(photo, 8, u)
     for step, (middle, strength) in {"brightness": (1, 0.4), "contrast": (1, 0.3), "saturation": (1, 0.2), "hue": (0, 0.1)}.items():
         assert kstest(drawn[step], "uniform", args=(middle - strength, 2 * strength)).pvalue > 0.001
     orders = [tuple(order[i : i + 4]) for i in range(0, len(order), 4)]
@@ -209,23 +205,33 @@ def test_jitter_draws_each_factor_evenly_and_each_order(photo, monkeypatch):
     assert len(counts) == 24 and all(50 < times < 160 for times in counts.values())
 
 
-def test_all_randomness_is_torchs(photo, two_views):
-    def draw(seed: int) -> list[np.ndarray]:
-        torch.manual_seed(seed)
-        return [two_views.view_pixels(photo, v) for v in range(3) for _ in range(5)]
+def test_the_random_numbers_are_splitmix64s():
+    """Of seed 0 its first outputs are published; here they follow a start that the three numbers are mixed into."""
+    step, mask = 0x9E3779B97F4A7C15, 2**64 - 1
 
-    first = draw(3)
-    random.seed(1)
-    np.random.seed(1)
-    assert all(np.array_equal(a, b) for a, b in zip(first, draw(3), strict=True))
-    assert not any(np.array_equal(a, b) for a, b in zip(first, draw(4), strict=True))
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        return z ^ (z >> 31)
+
+    assert [mix(step * i & mask) for i in (1, 2, 3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    start = mix((mix((2**64 - 3 + step * (5 + 1)) & mask) + step * (2 + 1)) & mask)
+    expected = [(mix((start + step * i) & mask) >> 11) / 2**53 for i in range(1, 40)]
+    assert uniforms(2**64 - 3, np.array([5]), 2)[0].tolist() == expected
+
+
+def test_the_random_numbers_are_even_and_independent():
+    drawn = np.stack([uniforms(3, np.arange(2000), v) for v in (0, 1)])
+    assert kstest(drawn.ravel(), "uniform").pvalue > 0.001
+    for other in (drawn[:, 1:, :], drawn[:, :-1, :]), (drawn[0], drawn[1]), (drawn[:, :, 1:], drawn[:, :, :-1]):
+        assert abs(spearmanr(other[0].ravel(), other[1].ravel()).statistic) < 0.015
+    assert len(np.unique(drawn)) == drawn.size
 
 
 def test_a_changed_probability_leaves_the_other_draws_alone(photo):
-    torch.manual_seed(5)
-    plain = View(flip_p=0.0, blur_p=0.0, solarize_p=0.0).draw(photo, 16)
-    torch.manual_seed(5)
-    mirrored = View(flip_p=1.0, blur_p=0.0, solarize_p=0.0).draw(photo, 16)
+    (u,) = draws(1)
+    plain = View(flip_p=0.0, blur_p=0.0, solarize_p=0.0).draw(photo, 16, u)
+    mirrored = View(flip_p=1.0, blur_p=0.0, solarize_p=0.0).draw(photo, 16, u)
     assert np.array_equal(np.asarray(plain)[:, ::-1], np.asarray(mirrored))
 
 
@@ -235,10 +241,9 @@ def test_a_changed_probability_leaves_the_other_draws_alone(photo):
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_every_recipe_gives_views_of_its_sizes(photo, name):
     views = from_yaml(name)
-    torch.manual_seed(0)
     assert views.num_views == len(views.sizes) >= 2
     for v, size in enumerate(views.sizes):
-        view = views.view(photo, v)
+        view = views.view(photo, v, draws(1)[0])
         assert view.shape == (3, size, size) and view.dtype == torch.float32 and view.isfinite().all()
     assert views.plain(photo).shape == (3, views.size, views.size)
 

@@ -7,7 +7,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from caco.evals.probe import Probe, fit, moments, objective
+from caco.evals.logistic import fit, moments, objective
+from caco.evals.probe import Probe
 
 
 @pytest.fixture(scope="module")

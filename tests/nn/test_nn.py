@@ -74,7 +74,7 @@ def test_the_paper_s_projector():
 
 
 def test_embeddings_are_unit_and_float32_under_autocast():
-    encoder = Encoder(backbone=small_resnet(width=2), projector=Projector(in_dim=16, hidden_dim=8, dim=4))
+    encoder = Encoder(backbone=small_resnet(width=8), projector=Projector(in_dim=64, hidden_dim=8, dim=4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embedding = encoder(torch.randn(6, 3, 16, 16))
     assert embedding.dtype == torch.float32

@@ -1,8 +1,13 @@
 """A real SQLite store for all tracking tests (its creation takes seconds), and how they look into it."""
 
+import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
+
+from caco.tracking.files import locked
 
 
 @pytest.fixture(autouse=True)
@@ -12,13 +17,29 @@ def no_settings_of_the_user(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory):
-    """The URI of an SQLite store; each test uses an experiment of its own in it."""
+def new_store(tmp_path_factory):
+    """`new_store(folder)` is the URI of a new SQLite store: a copy of an empty one, which takes seconds to create."""
     pytest.importorskip("mlflow", reason="mlflow is not installed")
-    from caco.tracking.feed import import_mlflow
+    from caco.tracking.feed import connect, import_mlflow
 
     import_mlflow()
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    base = tmp_path_factory.getbasetemp()
+    empty = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "empty.db"  # the workers share one
+    with locked(empty.with_suffix(".lock"), wait_s=120):
+        if not empty.exists():
+            connect(f"sqlite:///{empty}.making", "caco")
+            Path(f"{empty}.making").rename(empty)
+
+    def copy(folder: Path) -> str:
+        return f"sqlite:///{shutil.copy(empty, folder / 'mlflow.db')}"
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def store(new_store, tmp_path_factory):
+    """The URI of an SQLite store; each test uses an experiment of its own in it."""
+    return new_store(tmp_path_factory.mktemp("store"))
 
 
 class Look:

@@ -4,22 +4,19 @@ import os
 import signal
 import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 
+from caco.tracking import dashboard
 from caco.tracking.ledger import Ledger
 from caco.tracking.mlflow import MLflowTracker
 from caco.tracking.sync import main
 
 
 class Wire:
-    """A TCP relay before the server: "through", "slow" (0.7 s an answer), "hangs", "loses answers" or "cut"."""
+    """A TCP relay before the server: "through", "slow" (1.2 s an answer), "hangs", "loses answers" or "cut"."""
 
     def __init__(self, port):
         self.mode, self._upstream = "through", port
@@ -53,7 +50,7 @@ class Wire:
                     while self.mode == "hangs":
                         time.sleep(0.05)
                     if answers and self.mode == "slow":
-                        time.sleep(0.7)
+                        time.sleep(1.2)
                     sink.sendall(data)
                 for end in (source, sink):
                     end.shutdown(socket.SHUT_RDWR)
@@ -65,40 +62,12 @@ class Wire:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """(port, database, process) of a real server; its start takes up to half a minute."""
-    pytest.importorskip("mlflow", reason="mlflow is not installed")
-    directory = tmp_path_factory.mktemp("server")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    database = f"sqlite:///{directory}/mlflow.db"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
-    command += ["--artifacts-destination", str(directory / "artifacts"), "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(directory / "log", "w") as log:
-        process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                assert process.poll() is None and time.monotonic() < deadline, (directory / "log").read_text()[-3000:]
-                time.sleep(0.2)
+def server(new_store, tmp_path_factory):
+    """(port, database, process) of a real server, as the dashboard starts it."""
+    database = new_store(tmp_path_factory.mktemp("server"))
+    port = dashboard.free_port("127.0.0.1", 0)
+    with dashboard.server(database, host="127.0.0.1", port=port) as process:
         yield port, database, process
-    finally:
-        kill_group(process)
-
-
-def kill_group(process):
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture
@@ -125,14 +94,17 @@ def begin(wire, experiment, run_dir, **arguments):
 
 
 def log(tracker, first, last, pause=0.0):
-    """Rows `first` to `last` - 1; the median time that log() took, in seconds."""
+    """Rows `first` to `last` - 1; what log() cost in the median, in this thread's seconds of computing."""
     seconds = []
     for step in range(first, last):
-        began = time.perf_counter()
+        began = time.thread_time()
         tracker.log(step, {"loss": step / 7, "lr": 1 / (step + 1)})
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.thread_time() - began)
         time.sleep(pause)
     return statistics.median(seconds)
+
+
+ONE_PERCENT = 0.01 * 0.050  # of a step of 50 ms
 
 
 def expected(num_rows):
@@ -159,15 +131,16 @@ def test_all_arrives_through_http(wire, there, tmp_path):
 def test_a_server_that_answers_late_or_never_takes_no_time_and_loses_nothing(
     wire, there, tmp_path, eventually, caplog, mode
 ):
-    tracker = begin(wire, there.experiment, tmp_path, finish_seconds=1.0)
+    tracker = begin(wire, there.experiment, tmp_path, finish_seconds=0.5)
     log(tracker, 0, 10)
     eventually(lambda: sent(tracker) == 10)
     wire.mode = mode
-    assert log(tracker, 10, 300, pause=0.01) < 0.002
-    began = time.perf_counter()
+    assert log(tracker, 10, 300) < ONE_PERCENT
+    if mode == "hangs":
+        assert sent(tracker) == 10, "300 rows were logged while the server has answered none of them"
     feeder = tracker._feeder
     tracker.finish("FINISHED", {})
-    assert time.perf_counter() - began < 2.0
+    assert feeder.is_alive(), "finish() has not waited for the server"
     assert len(Ledger(tmp_path / "ledger.jsonl")) == 300
     assert f"python -m caco.tracking.sync {tmp_path}" in caplog.messages[-1]
     # The end of the process, which takes the feeder with it.
@@ -187,12 +160,12 @@ def test_an_outage_during_a_run_is_made_up_for_when_it_is_over(wire, there, tmp_
     log(tracker, 0, 10)
     eventually(lambda: sent(tracker) == 10)
     wire.mode = mode
-    log(tracker, 10, 60, pause=0.02)
+    log(tracker, 10, 40, pause=0.02)
     wire.mode = "through"
-    log(tracker, 60, 80)
-    eventually(lambda: sent(tracker) == 80)
+    log(tracker, 40, 60)
+    eventually(lambda: sent(tracker) == 60)
     tracker.finish("FINISHED", {})
-    assert there.points("train/loss") == expected(80)
+    assert there.points("train/loss") == expected(60)
     assert there.run().info.status == "FINISHED"
     assert len(caplog.messages) == 1  # one line for the outage, none at the end
     assert "training goes on" in caplog.messages[0]
@@ -212,8 +185,9 @@ def test_a_server_killed_during_a_run_loses_nothing_after_a_sync(server, wire, t
     tracker = begin(wire, there.experiment, tmp_path)
     log(tracker, 0, 100)
     eventually(lambda: sent(tracker) == 100)
-    kill_group(server[2])
-    assert log(tracker, 100, 400, pause=0.005) < 0.002
+    os.killpg(server[2].pid, signal.SIGKILL)
+    server[2].wait()
+    assert log(tracker, 100, 400) < ONE_PERCENT
     (tmp_path / "summary.json").write_text('{"knn_top1": 90.5}')
     tracker.finish("FINISHED", {"knn_top1": 90.5})
     assert there.points("train/loss") == expected(100)

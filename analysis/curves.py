@@ -1,0 +1,257 @@
+"""Figures from results alone: curves over training, accuracy over the bank's size and over compute."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis import style
+from analysis.results import NAMES, Found, Spread
+from caco.config import ConfigError
+from experiments.tables import Scale, Table
+
+Data = list[dict[str, Any]]
+BANK = {  # panel -> (metric, axis)
+    "rows chosen as a positive in the epoch": ("bank/rows_used", "rows, %"),
+    "entropy of the choices, of even use": ("bank/use_entropy", "entropy, %"),
+    "rows with another within a cosine of 0.99": ("bank/near_duplicates", "rows, %"),
+    "mean norm of the stored rows": ("bank/row_norm_mean", "norm"),
+}
+COMPUTE = {
+    "flops": "arithmetic, 10$^{15}$ operations",  # counted by caco.plan
+    "images": "images seen, millions",
+    "hours": "hours of training at the measured rate",  # of runs on one machine that did nothing else
+}
+
+
+def series(found: Found, metric: str) -> dict[float, dict[int, float]]:
+    """Epochs that are over -> seed -> value, of a row's curves."""
+    points: dict[float, dict[int, float]] = {}
+    for seed, result in sorted(found.by_seed.items()):
+        for row in result.curve:
+            if metric in row:
+                epochs = row["epoch"] + 1 if row["kind"] == "epoch" else row["epochs"]
+                points.setdefault(float(epochs), {})[seed] = row[metric]
+    return dict(sorted(points.items()))
+
+
+def steps(found: Found, metric: str) -> dict[float, float]:
+    """Epochs that are over -> steps that were made, the bank's filling among them."""
+    return {
+        float(row["epochs"]): row["step"]
+        for result in found.by_seed.values()
+        for row in result.curve
+        if row["kind"] == "eval" and metric in row
+    }
+
+
+def line(axes: Axes, number: int, label: str, points: dict[float, dict[int, float]], xs: Sequence[float] | None = None) -> None:
+    """The mean over seeds, and the range over them as a band."""
+    xs = list(points) if xs is None else list(xs)
+    spreads = [Spread.of(by_seed.values()) for by_seed in points.values()]
+    look = style.look(number)
+    every = max(1, len(xs) // 10)
+    axes.plot(xs, [spread.mean for spread in spreads], label=label, markevery=every, **look)
+    low, high = [min(v.values()) for v in points.values()], [max(v.values()) for v in points.values()]
+    if low != high:
+        axes.fill_between(xs, low, high, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def epochs_axis(axes: Axes) -> None:
+    axes.set_xlabel("epochs")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def data_of(found: Found, metric: str, points: dict[float, dict[int, float]]) -> Data:
+    return [
+        {"row": found.experiment.row_id, "metric": metric, "epochs": epochs, "seed": seed, "value": value}
+        for epochs, by_seed in points.items()
+        for seed, value in by_seed.items()
+    ]
+
+
+def _figure(width: float, height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(*shape, **options)
+
+
+def _need(found: Sequence[Found], what: str, holds) -> list[Found]:
+    chosen = [row for row in found if holds(row)]
+    if not chosen:
+        commands = [f"  {row.experiment.command()}" for row in found if row.experiment.why_not is None]
+        raise ConfigError("\n".join([f"no results with {what}; these make them:", *commands]))
+    return chosen
+
+
+def _footnote(figure: Figure, scale: Scale, found: Sequence[Found]) -> None:
+    """Of what this is, below the axes."""
+    counts = {len(row.by_seed) for row in found}
+    n = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    band = "; bands: range over them" if n != "1" else ""
+    style.footnote(figure, f"{scale.title}. {n} seed{'' if n == '1' else 's'} a line{band}.")
+
+
+def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) -> tuple[Figure, Data]:
+    """The paper's Figure 4: the mean maximum positive probability over epochs, and k-NN accuracy beside it.
+
+    Args:
+        chosen: the user named the rows; else only those whose positives are rows of the bank.
+    """
+
+    def fits(row: Found) -> bool:
+        has = bool(row.by_seed) and bool(series(row, "max_probability"))
+        return has and (chosen or row.experiment.cfg.method.positives._target_.endswith(".BankRow"))
+
+    rows = _need([row for row in found if row.experiment.why_not is None], "max_probability and a bank's positives", fits)
+    figure, (top, bottom) = _figure(style.COLUMN, 3.9, 2, 1, sharex=True)
+    data: Data = []
+    for number, row in enumerate(rows):
+        for axes, metric in ((top, "max_probability"), (bottom, "knn_top1")):
+            points = series(row, metric)
+            line(axes, number, row.experiment.row.label, points)
+            data += data_of(row, metric, points)
+    sizes = {row.experiment.cfg.bank.size for row in rows if row.experiment.cfg.bank is not None}
+    if len(sizes) == 1:
+        (size,) = sizes
+        top.axhline(1 / size, color="#777777", linewidth=0.8, linestyle=":", label=f"chance, 1 / {size:,}")
+        top.legend()
+    top.set_yscale("log")
+    top.set_ylabel("mean max. probability")
+    bottom.set_ylabel("k-NN accuracy, %")
+    epochs_axis(bottom)
+    if len(rows) > 1:
+        bottom.legend()
+    _footnote(figure, scale, rows)
+    return figure, data
+
+
+def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) -> tuple[Figure, Data]:
+    """How the bank's rows are used and how they lie, over training."""
+    rows = _need(
+        [row for row in found if row.experiment.why_not is None],
+        "a bank",
+        lambda row: any(series(row, metric) for metric, _ in BANK.values()),
+    )
+    figure, panels = _figure(style.PAGE, 3.9, 2, 2, sharex=True)
+    data: Data = []
+    for axes, (title, (metric, ylabel)) in zip(panels.flat, BANK.items(), strict=True):
+        for number, row in enumerate(rows):
+            points = series(row, metric)
+            if points:
+                line(axes, number, row.experiment.row.label, points)
+                data += data_of(row, metric, points)
+        axes.set_title(title, loc="left")
+        axes.set_ylabel(ylabel)
+        if ylabel.endswith("%"):
+            axes.set_ylim(-3, 103)
+        elif axes.lines:
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, 0.9), max(high, 1.1))  # rounding is no motion
+    for axes in panels[1]:
+        epochs_axis(axes)
+    handles, labels = {}, []
+    for axes in panels.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    labels = [row.experiment.row.label for row in rows if row.experiment.row.label in handles]
+    figure.legend([handles[label] for label in labels], labels, loc="outside upper center", ncols=len(labels))
+    _footnote(figure, scale, rows)
+    return figure, data
+
+
+def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) -> tuple[Figure, Data]:
+    """Accuracy over the rows of the bank: the paper's numbers, and ours."""
+    column = next(iter(table.columns))
+    metric = _metric(scale, column)
+    methods: dict[str, list[Found]] = {}
+    for row in found:
+        if row.experiment.row.run is not None and row.experiment.row.bank is not None:
+            methods.setdefault(row.experiment.row.run[0].partition("=")[2], []).append(row)
+    methods = {name: rows for name, rows in methods.items() if len({row.experiment.row.bank for row in rows}) > 1}
+    _need([row for rows in methods.values() for row in rows], "several sizes of the bank", lambda row: row.values(metric))
+    figure, (left, right) = _figure(style.PAGE, 2.6, 1, 2)
+    data: Data = []
+    for number, (name, rows) in enumerate(methods.items()):
+        label = rows[0].experiment.row.label.split()[0]
+        rows = sorted(rows, key=lambda row: row.experiment.row.bank)
+        left.plot(
+            [row.experiment.row.bank for row in rows], [row.experiment.row.published[column] for row in rows],
+            label=label, **style.look(number),
+        )  # fmt: skip
+        data += [
+            {"source": "paper", "method": name, "rows": row.experiment.row.bank, "value": row.experiment.row.published[column]}
+            for row in rows
+        ]
+        rows = [row for row in rows if row.values(metric)]
+        spreads = [Spread.of(row.values(metric).values()) for row in rows]
+        right.errorbar(
+            [row.experiment.sized("bank") for row in rows], [spread.mean for spread in spreads],
+            yerr=[spread.sd or float("nan") for spread in spreads], capsize=2, label=label, **style.look(number),
+        )  # fmt: skip
+        data += [
+            {"source": "ours", "method": name, "rows": row.experiment.sized("bank"), "seed": seed, "value": value}
+            for row in rows
+            for seed, value in row.values(metric).items()
+        ]
+    for axes, title, ylabel in ((left, "the paper's: ImageNet", "top-1, %"), (right, "ours", f"{NAMES.get(metric, metric)}, %")):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xticks(sorted({x for drawn in axes.lines for x in drawn.get_xdata()}), minor=False)
+        axes.tick_params(axis="x", rotation=30)
+        axes.set_xlabel("rows of the bank")
+        axes.set_ylabel(ylabel)
+        axes.set_title(title, loc="left")
+        axes.legend()
+    counts = [len(row.values(metric)) for rows in methods.values() for row in rows if row.values(metric)]
+    what = "one seed" if max(counts) == 1 else "means, with bars of a standard deviation where there are several seeds"
+    style.footnote(figure, f"{scale.title}. Ours: {what}.")
+    return figure, data
+
+
+def compute(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool, x: str | None = None) -> tuple[Figure, Data]:
+    """k-NN accuracy over what the training has cost so far."""
+    metric = "knn_top1"
+    if x is None:
+        x = "images" if importlib.util.find_spec("caco.plan") is None else "flops"
+    able = [row for row in found if row.experiment.why_not is None]
+    rows = _need(able, f"several values of {metric}", lambda row: len(series(row, metric)) > 1)
+    figure, axes = _figure(style.PAGE * 0.75, 3.2)
+    data: Data = []
+    drawn = set()
+    for row in rows:
+        if row.experiment.hash(row.experiment.seeds[0]) in drawn:
+            continue  # another row's run at this scale
+        drawn.add(row.experiment.hash(row.experiment.seeds[0]))
+        points, at = series(row, metric), steps(row, metric)
+        per_step = _cost_of_a_step(row, x)
+        xs = [at[epochs] * per_step for epochs in points]
+        line(axes, len(drawn) - 1, row.experiment.row.label, points, xs)
+        data += [entry | {x: at[entry["epochs"]] * per_step} for entry in data_of(row, metric, points)]
+    axes.set_xlabel(COMPUTE[x])
+    axes.set_ylabel(f"{NAMES[metric]} accuracy, %")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    _footnote(figure, scale, rows)
+    return figure, data
+
+
+def _cost_of_a_step(row: Found, x: str) -> float:
+    results = list(row.by_seed.values())
+    batch = row.experiment.cfg.batch
+    if x == "images":
+        return batch / 1e6
+    if x == "hours":
+        return sum(batch / result.summary["images_per_second"] for result in results) / len(results) / 3600
+    if importlib.util.find_spec("caco.plan") is None:
+        raise ConfigError("--x flops: needs caco.plan, which this version of caco lacks; expected --x hours or images")
+    from caco.plan import plan
+
+    return plan(row.experiment.cfg, world=1)["flops_per_step"] / 1e15
+
+
+def _metric(scale: Scale, column: str) -> str:
+    if not scale.metrics.get(column):
+        raise ConfigError(f"scale {scale.id} measures nothing for the column {column}")
+    return scale.metrics[column][0]

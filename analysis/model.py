@@ -1,0 +1,182 @@
+"""Figures of what a trained model has learned; these read a checkpoint and the images, and import torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from sklearn.manifold import TSNE
+
+from analysis import style
+from caco.banks.scoring import unit_rows
+from caco.build import build_method
+from caco.checkpoint import Checkpoints
+from caco.config import ConfigError, build
+from caco.data.loader import plain_batches
+from caco.data.sources import Source, Splits, choose
+from caco.evals.features import extract
+from caco.evals.knn import nearest
+
+Data = list[dict[str, Any]]
+SAME, OTHER = "#0072B2", "#D55E00"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's method as its newest checkpoint has it, and the images that it saw."""
+
+    cfg: DictConfig
+    method: torch.nn.Module
+    splits: Splits
+    views: Any
+    step: int
+
+    def outputs(self, network: torch.nn.Module, source: Source) -> torch.Tensor:
+        """What a network makes of every image's plain view, [N, D] float32."""
+        return extract(network, plain_batches(source, self.views, batch=256), device="cpu", precision="fp32")[0]
+
+
+def load(run_dir: Path, data_root: str | None = None) -> Trained:
+    """A run's method and images.
+
+    Args:
+        data_root: where the images are now; None is where the run read them.
+    Raises:
+        ConfigError: no run there, or none that has a checkpoint.
+        ValueError: the images are not those that the run was trained on.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        made = sorted(str(path.parent.parent) for path in Path("runs").glob("*/*/checkpoints/step_*.pt"))
+        listed = "".join(f"\n  {name}" for name in dict.fromkeys(made[-8:]))
+        raise ConfigError(f"{run_dir}: expected a run's directory, got none." + (f" There are:{listed}" if made else ""))
+    cfg = OmegaConf.load(run_dir / "config.yaml")
+    if data_root is not None:
+        cfg.data.root = data_root
+    newest = Checkpoints(run_dir / "checkpoints").load_newest()
+    if newest is None:
+        raise ConfigError(f"{run_dir}: has no checkpoint; start its command again to train it")
+    splits = build(cfg.data)
+    digest = splits.pretrain.digest()
+    if digest != newest[0]["data_digest"]:
+        raise ConfigError(f"{run_dir}: expected the images that it was trained on ({newest[0]['data_digest']}), got others ({digest})")
+    method = build_method(cfg)
+    method.load_state_dict(newest[0]["method"])
+    return Trained(cfg, method.eval(), splits, build(cfg.augmentation), newest[0]["step"])
+
+
+def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -> tuple[Figure, Data]:
+    """The paper's Figure 3: for some test images, the training images nearest to their positive and negatives.
+
+    A row of the bank is no image; in its place stands the training image whose embedding is nearest to it. The momentum
+    encoder embeds, as it does when it picks positives (Eq. 11). Negatives: the rows that come next, which are the
+    hardest, and some drawn from all rows.
+    """
+    trained = load(run_dir, data_root)
+    method, bank = trained.method, trained.method.bank
+    if bank is None:
+        raise ConfigError(f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative")
+    train, test = trained.splits.labelled("Figure 3")
+    network = method.encoder if method.twin is None else method.twin.encoder
+    generator = np.random.default_rng(seed)
+    chosen = _one_of_each_class(test.labels, queries, generator)
+    asked = test.part(chosen, "queries")
+    with torch.inference_mode():
+        k_QD, images_ND = trained.outputs(network, asked), trained.outputs(network, train)
+        m_KD = unit_rows(bank.rows.weight)[0].float()
+        tau = getattr(bank, "temperature", None) or getattr(method, "temperature")
+        p_QK = torch.softmax(k_QD @ m_KD.T / tau, dim=1)
+        hard, drawn = 4, 3
+        order_QR = p_QK.topk(1 + hard, dim=1).indices
+        others_QR = torch.from_numpy(generator.integers(bank.size, size=(len(chosen), drawn)))
+        rows_QR = torch.cat([order_QR, others_QR], 1)
+        cosine_R1, index_R1 = nearest(m_KD[rows_QR.flatten()], images_ND, k=1)
+    cosine_QR, index_QR = cosine_R1.view_as(rows_QR), index_R1.view_as(rows_QR)
+
+    columns = ["query", "most probable:\npositive", *(f"negative,\nnext {i}" for i in range(1, hard + 1)), *["negative,\ndrawn"] * drawn]
+    figure = Figure(figsize=(style.PAGE, 0.93 * len(chosen) + 0.55))
+    axes = figure.subplots(len(chosen), len(columns), squeeze=False)
+    names = train.classes or [str(label) for label in range(int(train.labels.max()) + 1)]
+    data: Data = []
+    for q, image in enumerate(chosen):
+        label = int(test.labels[image])
+        _show(axes[q, 0], test.image(int(image)), names[label], "#000000", solid=True)
+        for r in range(rows_QR.shape[1]):
+            found = int(index_QR[q, r])
+            p, same = float(p_QK[q, rows_QR[q, r]]), int(train.labels[found]) == label
+            caption = f"{names[int(train.labels[found])]}\np {_small(p)}"
+            _show(axes[q, r + 1], train.image(found), caption, SAME if same else OTHER, solid=same)
+            kind = "positive" if r == 0 else "negative, next" if r <= hard else "negative, drawn"
+            data.append(
+                {"query": int(image), "query_class": names[label], "kind": kind, "row": int(rows_QR[q, r]), "probability": p,
+                 "nearest_image": found, "class": names[int(train.labels[found])], "cosine": float(cosine_QR[q, r])}
+            )  # fmt: skip
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=6)
+    share = np.mean([row["class"] == row["query_class"] for row in data if row["kind"] == "positive"])
+    chance = np.mean([(train.labels == test.labels[i]).mean() for i in chosen])
+    style.footnote(
+        figure,
+        f"Rows of the bank, shown as the training image nearest to them. Solid blue: of the query's class; dashed orange: of "
+        f"another. p: of {bank.size:,} rows. Step {trained.step:,}. {share:.0%} of these {len(chosen)} positives are of the query's "
+        f"class; chance {chance:.0%}.",
+    )
+    return figure, data
+
+
+def _one_of_each_class(labels: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """`count` images, of as many classes as there are."""
+    classes = generator.permutation(np.unique(labels))
+    turns = [classes[i % len(classes)] for i in range(count)]
+    chosen: list[int] = []
+    for c in turns:
+        free = np.setdiff1d(np.flatnonzero(labels == c), chosen)
+        chosen += [int(generator.choice(free))] if len(free) else []
+    return np.array(chosen)
+
+
+def _small(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")
+
+
+def _show(axes: Any, image: Any, caption: str, colour: str, *, solid: bool) -> None:
+    axes.imshow(np.asarray(image), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.set_xlabel(caption, fontsize=5.5, labelpad=1.5)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=colour, linewidth=1.6, linestyle="-" if solid else (0, (2, 1.2)), capstyle="butt")
+
+
+def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) -> tuple[Figure, Data]:
+    """The paper's Figure 5: t-SNE of the backbone's features of test images, by class."""
+    trained = load(run_dir, data_root)
+    _, test = trained.splits.labelled("Figure 5")
+    chosen = choose(test.labels, min(images, len(test)), len(test), seed=seed, balanced=True)
+    some = test.part(chosen, "some")
+    features_ND = torch.nn.functional.normalize(trained.outputs(trained.method.backbone, some), dim=1).numpy()
+    perplexity = min(30.0, (len(chosen) - 1) / 3)
+    placed = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features_ND)
+    figure = Figure(figsize=(style.PAGE * 0.75, 3.6))
+    axes = figure.subplots()
+    names = test.classes or [str(label) for label in range(int(test.labels.max()) + 1)]
+    for number, label in enumerate(np.unique(some.labels)):
+        here = placed[some.labels == label]
+        look = {"color": style.CLASS_COLOURS[number % 10], "marker": "os^Dv"[number // 2 % 5]}
+        axes.scatter(here[:, 0], here[:, 1], s=7, linewidths=0, alpha=0.8, label=names[int(label)], **look)
+    axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2", aspect="equal")
+    axes.grid(visible=False)
+    if len(names) <= 20:
+        figure.legend(loc="outside right upper", markerscale=2)
+    style.footnote(
+        figure,
+        f"{len(chosen):,} images of {test.name}, features at step {trained.step:,}, perplexity {perplexity:g}. Distances between "
+        "groups, and their sizes, mean little in t-SNE.",
+    )
+    data = [
+        {"image": int(image), "class": names[int(label)], "x": float(x), "y": float(y)}
+        for image, label, (x, y) in zip(chosen, some.labels, placed, strict=True)
+    ]
+    return figure, data

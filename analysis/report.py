@@ -1,0 +1,196 @@
+"""`python -m analysis.report --scale mini`: one HTML page of everything at a scale, or of a sweep: it needs no other file.
+
+    python -m analysis.report --scale mini                          tables and figures that have results, records, configurations
+    python -m analysis.report --scale mini --run runs/mini/NAME     and the figures 3 and 5 of that run
+    python -m analysis.report --sweep runs/NAME                     of a sweep that python -m caco.train -m has made
+"""
+
+import argparse
+import base64
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from analysis import results, table
+from analysis.figure import OF_RESULTS, draw, of_a_run
+from analysis.results import NAMES, UNITS, Result
+from analysis.table import Sheet, add_sources, read_results
+from caco.config import ConfigError
+from experiments import record
+from experiments.tables import load_scale, load_table, tables
+
+CAPTIONS = {
+    "3": "The paper's Figure 3 here: for test images, the training images nearest to their learned positive and negatives",
+    "4": "The paper's Figure 4 here: mean maximum positive probability, and k-NN accuracy, over epochs",
+    "5": "The paper's Figure 5 here: t-SNE of features, by class",
+    "bank": "The bank over training",
+    "size": "Accuracy over the size of the bank",
+    "compute": "Accuracy over what training has cost",
+}
+SUMMARY = ("knn_top1", "probe_top1", "linear_top1", "loss", "steps", "images_per_second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--scale", help="everything at this scale")
+    what.add_argument("--sweep", type=Path, metavar="DIR", help="the runs in this folder")
+    parser.add_argument("--tables", help="these alone, as 6,7")
+    parser.add_argument("--run", type=Path, nargs="*", default=[], metavar="DIR", help="with figures 3 and 5 of these runs")
+    parser.add_argument("--data-root", metavar="PATH", help="where those runs' images are now")
+    add_sources(parser)
+    parser.add_argument("--out", type=Path, help="the page; by default SCALE.html or SWEEP.html")
+    arguments = parser.parse_args()
+    try:
+        page = of_sweep(arguments) if arguments.sweep else of_scale(arguments)
+        out = arguments.out or Path(f"{arguments.scale or arguments.sweep.resolve().name}.html")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except (ConfigError, ImportError) as error:
+        print(f"caco: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(out)
+
+
+def of_scale(arguments: argparse.Namespace) -> str:
+    """The page of a scale.
+
+    Raises:
+        ConfigError: nothing has been run at it.
+    """
+    scale = load_scale(arguments.scale)
+    there, told = read_results(arguments, scale.id, curves=True)
+    needed = f"scale {scale.id}: no results among {len(there)}; this makes some: python -m experiments.run table7 scale={scale.id}"
+    if not there:
+        raise ConfigError(needed)
+    sheets, figures, without, used = [], [], list(told), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.tables.split(",") if arguments.tables else tables():
+            about = load_table(name)
+            found = results.find(about, scale, there)
+            if not any(row.by_seed for row in found) and not arguments.tables:
+                continue
+            used |= {result.hash: result for row in found for result in row.by_seed.values()}
+            sheets.append({"id": about.id, "sheet": table.sheet(about, scale, found)})
+            for figure, of_table in OF_RESULTS.items():
+                if about.id == f"table{of_table}":
+                    _figure(figures, without, figure, lambda figure=figure, found=found: draw(figure, found, Path(folder))[0])
+        if not used:
+            raise ConfigError(needed)
+        _of_runs(figures, without, arguments, Path(folder))
+    title = f"Scale {scale.id}: {scale.title}"
+    sources = sorted({result.source for result in there})
+    about = f"{len(used)} runs of the paper's tables, from {', '.join(sources)}. Published numbers are the paper's (arXiv 2203.14370)."
+    return render(title, about, sheets, figures, without, list(used.values()))
+
+
+def of_sweep(arguments: argparse.Namespace) -> str:
+    """The page of a folder of runs.
+
+    Raises:
+        ConfigError: none of them has finished.
+    """
+    finished = sorted(path.parent for path in arguments.sweep.glob("*/summary.json"))
+    if not finished:
+        raise ConfigError(f"{arguments.sweep}: expected a sweep's folder, of runs with summary.json; got none")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record.json"
+        record.write_json(path, record.gather(finished))
+        there, _ = results.from_records([path])
+        figures: list[dict[str, Any]] = []
+        without: list[str] = []
+        _of_runs(figures, without, arguments, Path(folder))
+    about = f"{len(there)} finished runs in {arguments.sweep}."
+    unfinished = sorted(path.parent.name for path in arguments.sweep.glob("*/config.yaml") if path.parent not in finished)
+    without += [f"{name}: has not finished and is not shown" for name in unfinished]
+    sheet = Sheet("Runs", [], *_runs_table(there), notes=table.provenance(there))
+    return render(f"Sweep {arguments.sweep.resolve().name}", about, [{"id": "runs", "sheet": sheet}], figures, without, there)
+
+
+def _runs_table(there: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """A line a run: the settings in which they differ, then the main metrics."""
+    keys = sorted({key for r in there for key in r.config if len({str(q.config.get(key, "-")) for q in there}) > 1})
+    shown = [key for key in keys if not key.endswith(("._target_", ".seed"))]
+    metrics = [metric for metric in SUMMARY if any(metric in result.summary for result in there)]
+    rows = [
+        [result.name[-10:], *(str(result.config.get(key, "-")) for key in shown), *_values(result, metrics)]
+        for result in sorted(there, key=lambda result: [str(result.config.get(key, "")) for key in shown])
+    ]
+    return ["run", *shown, *(NAMES.get(metric, metric) for metric in metrics)], rows
+
+
+def _values(result: Result, metrics: Sequence[str]) -> list[str]:
+    values = [(metric, result.value(metric)) for metric in metrics]
+    return ["-" if value is None else table.number(value, percent=metric in UNITS) for metric, value in values]
+
+
+def _figure(figures: list[dict[str, Any]], without: list[str], name: str, make: Any) -> None:
+    """Add a figure, or the reason why it is not there."""
+    try:
+        (png,) = [path for path in make() if path.suffix == ".png"]
+    except ConfigError as error:
+        without.append(f"{CAPTIONS[name]}: {str(error).splitlines()[0].rstrip(':')}")
+        return
+    # A page's width holds two of the others beside each other.
+    wide = name in ("3", "bank", "size")
+    figures.append({"wide": wide, "caption": CAPTIONS[name], "png": base64.b64encode(png.read_bytes()).decode()})
+
+
+def _of_runs(figures: list[dict[str, Any]], without: list[str], arguments: argparse.Namespace, folder: Path) -> None:
+    for run in arguments.run:
+        for name in ("3", "5"):
+            one = argparse.Namespace(
+                figure=name, run=run, data_root=arguments.data_root, queries=6, images=2000, seed=0, out=folder
+            )
+            _figure(figures, without, name, lambda one=one: of_a_run(one)[0])
+
+
+def render(
+    title: str, about: str, sheets: list[dict], figures: list[dict], without: list[str], runs: Sequence[Result]
+) -> str:
+    """The page; every text is escaped."""
+    runs = sorted(runs, key=lambda result: (result.name, result.seed))
+    metrics = [metric for metric in SUMMARY if any(metric in result.summary for result in runs)]
+    keys = sorted({key for result in runs for key in result.config})
+    alike = {key for key in keys if len({str(result.config.get(key, "-")) for result in runs}) == 1}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html").render(
+        title=title,
+        about=about,
+        contents=[
+            *((sheet["sheet"].title.partition(":")[0], sheet["id"]) for sheet in sheets),
+            *([("Figures", "figures")] if figures else []),
+            ("Records", "records"),
+            ("Configurations", "configurations"),
+        ],
+        sheets=sheets,
+        absent=(table.CITED, table.ELSEWHERE, "-"),
+        figures=figures,
+        without=without,
+        metrics=[NAMES.get(metric, metric) for metric in metrics],
+        runs=[
+            {
+                "name": result.name,
+                "seed": result.seed,
+                "run_values": _values(result, metrics),
+                "machine": table.machine(result.environment),
+                "code": table.code(result.environment),
+                "hash": result.hash,
+                "command": result.command,
+            }
+            for result in runs
+        ],
+        shared=[(key, runs[0].config[key]) for key in keys if key in alike],
+        different=[(key, [result.config.get(key, "-") for result in runs]) for key in keys if key not in alike],
+        columns=[f"{result.name.rpartition('-')[0]}" for result in runs],
+    )
+
+
+if __name__ == "__main__":
+    main()

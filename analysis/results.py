@@ -1,0 +1,277 @@
+"""What has come out: results from records or an MLflow store, which of them are a table's, and what is missing.
+
+A result belongs to a row by the hash of its configuration alone. One that was run for the row but has another hash is of
+another version of the table, the scale or the code's defaults, and is refused.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from caco.config import ConfigError
+from caco.runs import differences, identity
+from caco.tracking.feed import first_line, import_mlflow, require_mlflow, resolve_uri
+from experiments import record
+from experiments.run import RECORDS
+from experiments.tables import Experiment, Scale, Table, experiments
+
+NAMES = {  # of what we measure, as a heading
+    "knn_top1": "k-NN",
+    "probe_top1": "probe",
+    "linear_top1": "linear",
+    "train_hours": "hours",
+    "device_hours_per_epoch": "device hours an epoch",
+}
+UNITS = {"knn_top1": "%", "probe_top1": "%", "linear_top1": "%"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run.
+
+    Args:
+        config: its identity (caco/runs.py), empty where only the hash is known.
+        curve: rows of kind epoch and eval.
+        label: the table, row and scale that it was run for, or {}.
+        source: where it was read.
+        place: (tracking URI, run id) in MLflow, or None.
+    """
+
+    name: str
+    hash: str
+    seed: int
+    command: str
+    config: dict[str, Any]
+    environment: dict[str, str]
+    summary: dict[str, Any]
+    curve: list[dict[str, Any]]
+    label: dict[str, str]
+    source: str
+    place: tuple[str, str] | None = None
+
+    def value(self, metric: str) -> float | None:
+        """A final metric, or one that follows from several; None if it was not measured."""
+        if metric in DERIVED:
+            try:
+                return DERIVED[metric](self)
+            except KeyError:
+                return None
+        found = self.summary.get(metric)
+        return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+
+
+def train_hours(result: Result) -> float:
+    """Hours of training at the rate that was measured, without evaluations."""
+    return result.summary["steps"] * result.config["batch"] / result.summary["images_per_second"] / 3600
+
+
+def device_hours_per_epoch(result: Result) -> float:
+    """Hours of an epoch times the processes that shared it; the steps that fill a bank are not counted."""
+    config, steps = result.config, result.summary["steps"]
+    if config.get("bank.initialisation") == "keys":
+        steps -= config["bank.filling_passes"] * math.ceil(config["bank.size"] / config["batch"])
+    hours = train_hours(result) * steps / result.summary["steps"]
+    return hours * result.summary["processes"] / result.summary["epochs"]
+
+
+DERIVED: dict[str, Callable[[Result], float]] = {
+    "train_hours": train_hours,
+    "device_hours_per_epoch": device_hours_per_epoch,
+}
+
+
+def from_records(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
+    """The results of record files, each run once, and what was said about those that came twice.
+
+    Raises:
+        ConfigError: a file is no record.
+    """
+    parts = [[run | {"source": str(path)} for run in record.read(path)] for path in paths]
+    runs, told = record.merge(parts)
+    return [
+        Result(
+            name=run["name"],
+            hash=run["config_hash"],
+            seed=run["seed"],
+            command=run["command"],
+            config=run["config"],
+            environment=run["environment"],
+            summary=run["summary"],
+            curve=run["curve"],
+            label=run.get("experiment", {}),
+            source=run["source"],
+            place=_place(run["name"], run.get("experiment", {})),
+        )
+        for run in runs
+    ], told
+
+
+def _place(name: str, label: dict[str, str]) -> tuple[str, str] | None:
+    """The MLflow run of a run directory that still lies here."""
+    mark = Path("runs") / label.get("scale", "") / name / "mlflow.json"
+    known = json.loads(mark.read_text()) if label and mark.is_file() else {}
+    return (known["uri"], known["run_id"]) if known.get("run_id") else None
+
+
+def default_records(scale: str) -> list[Path]:
+    """The scale's committed record, and the one of what has run here, as far as they are there."""
+    return [path for path in (RECORDS / f"{scale}.json", Path("runs") / scale / "record.json") if path.is_file()]
+
+
+def from_mlflow(uri: str, experiment: str, *, curves: bool = False) -> list[Result]:
+    """The finished runs of an MLflow experiment, which is named as the scale.
+
+    Args:
+        curves: read every metric's history too, a request each.
+    Raises:
+        ConfigError: no store that answers, or no such experiment in it.
+    """
+    require_mlflow()
+    uri = resolve_uri(uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise ConfigError(f"{uri}: there is no such file")
+    import_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(uri)
+    try:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            names = sorted(item.name for item in client.search_experiments())
+            raise ConfigError(f"{uri}: no experiment {experiment}; there are: {', '.join(names)}")
+        results, token = [], None
+        while True:
+            page = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'", page_token=token)
+            results += [_of_mlflow(client, run, uri, curves) for run in page if "config_hash" in run.data.tags]
+            token = page.token
+            if not token:
+                return results
+    except MlflowException as error:
+        raise ConfigError(f"{uri}: {first_line(error)}") from error
+
+
+def _of_mlflow(client: Any, run: Any, uri: str, curves: bool) -> Result:
+    metrics, tags, params = run.data.metrics, run.data.tags, run.data.params
+    summary = {name.removeprefix("final/"): value for name, value in metrics.items() if name.startswith("final/")}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for name in metrics if curves else ():
+        kind, _, value_name = name.partition("/")
+        if kind in ("epoch", "eval"):
+            for point in client.get_metric_history(run.info.run_id, name):
+                row = rows.setdefault((kind, point.step), {"kind": kind, "step": point.step})
+                row[value_name] = point.value
+    return Result(
+        name=run.info.run_name,
+        hash=tags["config_hash"],
+        seed=int(params["seed"]),
+        command=tags.get("command", ""),
+        config=identity({key: _typed(value) for key, value in params.items()}),
+        environment={key: tags[key] for key in record.MACHINE if key in tags},
+        summary=summary | {key: tags[key] for key in ("data", "data_digest") if key in tags},
+        curve=[rows[key] for key in sorted(rows, key=lambda key: (key[1], key[0]))],
+        label={},
+        source=uri,
+        place=(uri, run.info.run_id),
+    )
+
+
+def _typed(text: str) -> Any:
+    """A parameter as it was before MLflow made text of it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@dataclass
+class Found:
+    """A row's results at a scale.
+
+    Args:
+        by_seed: those of the row's configuration, whatever seed.
+        refused: a line for each that was run for it in another configuration.
+        missing: seeds that the table or the scale asks for and nobody has run.
+    """
+
+    experiment: Experiment
+    by_seed: dict[int, Result] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> value, in the order of seeds."""
+        values = {seed: result.value(metric) for seed, result in sorted(self.by_seed.items())}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+
+def find(table: Table, scale: Scale, results: Sequence[Result], rows: Sequence[str] | None = None) -> list[Found]:
+    """What there is for each row of a table at a scale, in the table's order."""
+    by_hash = {result.hash: result for result in results}
+    found = []
+    for experiment in experiments(table, scale, rows=rows):
+        row = Found(experiment)
+        found.append(row)
+        if experiment.why_not is not None:
+            continue
+        for seed in sorted({*experiment.seeds, *(result.seed for result in results)}):
+            if experiment.hash(seed) in by_hash:
+                row.by_seed[seed] = by_hash[experiment.hash(seed)]
+        row.missing = [seed for seed in experiment.seeds if seed not in row.by_seed]
+        label = {"table": table.id, "row": experiment.row_id, "scale": scale.id}
+        for result in results:
+            if result.label == label and row.by_seed.get(result.seed) is not result and result.hash != experiment.hash(result.seed):
+                changed = differences(result.config, identity(experiment.with_seed(result.seed)))
+                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+                row.refused.append(
+                    f"{result.source}: {experiment.name} seed {result.seed} is of another configuration ({result.hash}, here "
+                    f"{experiment.hash(result.seed)}) and is not counted: {'; '.join(changed[:3])}{more}"
+                )
+    return found
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (None of one value) of n values."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread | None":
+        """None of no values."""
+        array = np.fromiter(values, dtype=float)
+        if not len(array):
+            return None
+        return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A row against the reference row, seed by seed.
+
+    Args:
+        p: two-sided, of Student's paired t test; None with fewer than two common seeds or no spread at all.
+    """
+
+    spread: Spread
+    p: float | None
+
+    @classmethod
+    def of(cls, ours: dict[int, float], reference: dict[int, float], *, ratio: bool = False) -> "Gain | None":
+        """Over the seeds that both have; None where they share none. As a ratio there is no test."""
+        common = [seed for seed in ours if seed in reference]
+        pairs = [(ours[seed], reference[seed]) for seed in common]
+        spread = Spread.of(a / b if ratio else a - b for a, b in pairs)
+        if spread is None:
+            return None
+        tested = not ratio and spread.n > 1 and spread.sd > 1e-9 * max(1.0, abs(spread.mean))
+        return cls(spread, float(stats.ttest_1samp([a - b for a, b in pairs], 0.0).pvalue) if tested else None)

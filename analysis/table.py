@@ -1,0 +1,391 @@
+"""`python -m analysis.table 7 --scale mini`: the paper's numbers, ours beside them, and what is missing.
+
+Ours are means over seeds, +- one sample standard deviation. A gain is counted against the table's reference row: of ours
+seed by seed, over the seeds that both rows have, p by Student's paired t test (two-sided, not corrected for several
+rows). Differences between ours and the paper's are shown only where data, recipe and metric are the same. Results are
+read from experiments/records/SCALE.json and runs/SCALE/record.json, or from --records or --mlflow.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from analysis import results
+from analysis.results import NAMES, UNITS, Found, Gain, Result, Spread
+from caco.config import ConfigError
+from experiments.tables import Scale, Table, load_scale, load_table, scales
+
+FORMATS = ("text", "markdown", "latex", "csv")
+REFERENCE, CITED, ELSEWHERE, MISSING, UNMEASURED = "ref.", "cited", "not at this scale", "missing", "not measured"
+
+
+@dataclass
+class Sheet:
+    """A table ready to be printed: nothing but text.
+
+    Args:
+        groups: (heading, number of columns) over the headers.
+        notes: what a reader must know; missing: what is not there, and the command that makes it.
+    """
+
+    title: str
+    groups: list[tuple[str, int]]
+    headers: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def number(value: float, *, percent: bool, signed: bool = False) -> str:
+    """Percent to 0.01; anything else to three digits, thousands in full."""
+    sign = "+" if signed else ""
+    if abs(value) >= 1000:
+        return f"{value:{sign},.0f}"
+    return f"{value:{sign}.2f}" if percent else f"{value:{sign}.3g}"
+
+
+def spread(of: Spread, *, percent: bool, signed: bool = False) -> str:
+    mean = number(of.mean, percent=percent, signed=signed)
+    return mean if of.sd is None else f"{mean} ± {number(of.sd, percent=percent)}"
+
+
+def state(found: Found, metric: str) -> str | None:
+    """Why there is no number of ours, or None if there is one."""
+    if found.experiment.row.run is None:
+        return CITED
+    if found.experiment.why_not is not None:
+        return ELSEWHERE
+    if not found.by_seed:
+        return MISSING
+    return None if found.values(metric) else UNMEASURED
+
+
+def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
+    """The table at a scale."""
+    reference = next((row for row in found if row.experiment.row_id == table.reference), None)
+    sized = [key for key in ("epochs", "batch", "bank") if len({getattr(row, key) for row in table.rows.values()}) > 1]
+    ratio = table.compare == "ratio"
+    gain_name = "ratio" if ratio else "gain"
+    measured = {column: scale.metrics.get(column, []) for column in table.columns}
+    with_gains = len(table.columns) <= 2  # the paper's transfer table is wide enough without
+    headers = ["setting", *({"bank": "rows"}.get(key, key) for key in sized)]
+    for heading in table.columns.values():
+        headers += [heading, gain_name] if with_gains else [heading]
+    groups = [("", 1), ("recipe", len(sized)), ("the paper's", len(headers) - 1 - len(sized))]
+    for metrics in measured.values():
+        for metric in metrics:
+            headers += [NAMES.get(metric, metric), *([gain_name] if with_gains else []), *([] if ratio or not with_gains else ["p"])]
+            headers += ["ours - paper's"] if scale.same_as_paper else []
+    if any(measured.values()):
+        groups.append((f"ours, scale {scale.id}", len(headers) + 1 - sum(size for _, size in groups)))
+        headers.append("n")
+    rows = []
+    for row in found:
+        cells = [row.experiment.row.label, *(str(getattr(row.experiment.row, key) or "-") for key in sized)]
+        for column in table.columns:
+            cells += _published(table, row, column, ratio, with_gains)
+        for column, metrics in measured.items():
+            for metric in metrics:
+                cells += _ours(row, reference, metric, ratio, with_gains)
+                if scale.same_as_paper:
+                    cells.append(_against_paper(row, column, metric))
+        if any(measured.values()):
+            cells.append(str(len(row.by_seed)) if row.by_seed else "-")
+        rows.append(cells)
+    title = f"Table {table.table}: {table.title}. Ours: {scale.title}"
+    return Sheet(title, groups, headers, rows, _notes(table, scale, found, measured), _missing(scale, found, measured))
+
+
+def _published(table: Table, row: Found, column: str, ratio: bool, with_gains: bool) -> list[str]:
+    value = row.experiment.row.published.get(column)
+    base = table.rows[table.reference].published.get(column)
+    if not with_gains:
+        return ["-" if value is None else f"{value:.1f}"]
+    if value is None:
+        return ["-", "-"]
+    shown = f"{value:.2f}" if ratio or column.endswith("epoch") else f"{value:.1f}"
+    if row.experiment.row_id == table.reference or base is None:
+        return [shown, REFERENCE if base is not None else "-"]
+    return [shown, f"{value / base:.2f}" if ratio else f"{value - base:+.{2 if column.endswith('epoch') else 1}f}"]
+
+
+def _ours(row: Found, reference: Found | None, metric: str, ratio: bool, with_gains: bool) -> list[str]:
+    why = state(row, metric)
+    blanks = (0 if not with_gains else 1 if ratio else 2) * ["-"]
+    if why is not None:
+        return [why, *blanks]
+    percent = metric in UNITS
+    values = row.values(metric)
+    cells = [spread(Spread.of(values.values()), percent=percent)]
+    if not with_gains:
+        return cells
+    if row is reference:
+        return [*cells, REFERENCE, *blanks[1:]]
+    gain = Gain.of(values, reference.values(metric), ratio=ratio) if reference else None
+    if gain is None:
+        return [*cells, "no reference", *blanks[1:]]
+    shown = spread(gain.spread, percent=percent or ratio, signed=not ratio)
+    if gain.spread.n < len(values):
+        shown += f" (n {gain.spread.n})"
+    return [*cells, shown, *([] if ratio else [_p(gain.p)])]
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _against_paper(row: Found, column: str, metric: str) -> str:
+    published, values = row.experiment.row.published.get(column), row.values(metric)
+    return number(Spread.of(values.values()).mean - published, percent=True, signed=True) if values and published else "-"
+
+
+def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[str, list[str]]) -> list[str]:
+    notes = []
+    there = [result for row in found for result in row.by_seed.values()]
+    if not scale.same_as_paper:
+        notes.append("Data, recipe and metric are not the paper's: compare ours with ours, and the paper's with the paper's.")
+    if any(any(measured.values()) and row.by_seed for row in found):
+        one = all(len(row.by_seed) <= 1 for row in found)
+        notes.append("One seed: no spread was measured." if one else "Ours: mean ± standard deviation over n seeds.")
+        if not one and len(table.columns) <= 2 and table.compare != "ratio":
+            notes.append(f"Gains against {table.rows[table.reference].label}, paired by seed; p of the paired t test, uncorrected.")
+    same: dict[str, list[str]] = {}
+    for row in found:
+        if row.experiment.why_not is None:
+            same.setdefault(row.experiment.hash(row.experiment.seeds[0]), []).append(row.experiment.row_id)
+        elif row.experiment.row.run is not None:
+            notes.append(f"{row.experiment.row_id} is {ELSEWHERE}: {row.experiment.why_not}.")
+    notes += [f"{', '.join(ids)} are one and the same run at this scale." for ids in same.values() if len(ids) > 1]
+    notes += [f"{table.note}."] if table.note else []
+    notes += [f"{row.experiment.row.label}: {row.experiment.row.note}." for row in found if row.experiment.row.note]
+    for row in found:
+        if row.experiment.name in scale.controls:
+            notes.append(f"{row.experiment.row.label}: {scale.controls[row.experiment.name]}.")
+    unmeasured = [heading for column, heading in table.columns.items() if not measured[column]]
+    if unmeasured:
+        notes.append(f"Scale {scale.id} measures nothing for: {', '.join(unmeasured)}.")
+    return notes + provenance(there)
+
+
+def provenance(there: Sequence[Result]) -> list[str]:
+    """On what, with what and by which code; more than one of any is worth a reader's notice."""
+    lines = []
+    digests = sorted({f"{r.summary.get('data', '?')} ({r.summary.get('data_digest', '?')})" for r in there})
+    machines = sorted({machine(r.environment) for r in there})
+    codes = sorted({code(r.environment) for r in there})
+    for name, values in (("Data", digests), ("Machine", machines), ("Code", codes)):
+        if values:
+            lines.append(f"{name}: {'; '.join(values)}.")
+    if len(digests) > 1:
+        lines.append("NOT ALL RUNS HAD THE SAME IMAGES: gains between those that had not mean nothing.")
+    return lines
+
+
+def machine(environment: dict[str, str]) -> str:
+    gpus = environment.get("gpus", "none")
+    device = environment.get("cpu", "unknown") if gpus == "none" else gpus
+    return f"{device}, {environment.get('cores', '?')} cores, torch {environment.get('torch', '?')}"
+
+
+def code(environment: dict[str, str]) -> str:
+    changed = ", with uncommitted changes" if environment.get("git_dirty") == "true" else ""
+    return environment.get("git_sha", "unknown")[:10] + changed
+
+
+def _missing(scale: Scale, found: Sequence[Found], measured: dict[str, list[str]]) -> list[str]:
+    lines = []
+    for row in found:
+        if row.missing and row.experiment.why_not is None and any(measured.values()):
+            what = f"seed{'s' if len(row.missing) > 1 else ''} {', '.join(map(str, row.missing))}"
+            seeds = ",".join(map(str, row.missing))
+            lines.append(f"{row.experiment.row_id}, {what}: {row.experiment.command(seeds)}")
+        for metric in dict.fromkeys(metric for metrics in measured.values() for metric in metrics):
+            for seed, result in row.by_seed.items():
+                if result.value(metric) is None and metric not in results.DERIVED:
+                    lines.append(f"{row.experiment.row_id}, seed {seed}, {metric}: {_evaluation(scale, metric, result)}")
+    return lines + [line for row in found for line in row.refused]
+
+
+def _evaluation(scale: Scale, metric: str, result: Result) -> str:
+    """The command that measures it after the training."""
+    evaluator = metric.partition("/")[0] if "/" in metric else metric.rpartition("_")[0]
+    return f"python -m caco.evaluate run=runs/{scale.id}/{result.name} eval=[{evaluator}]"
+
+
+# The formats.
+
+
+def as_text(of: Sheet) -> str:
+    widths = [max(len(row[i]) for row in (of.headers, *of.rows)) for i in range(len(of.headers))]
+    over, at = [], 0
+    for name, size in of.groups:
+        if size:
+            room = sum(widths[at : at + size]) + 2 * (size - 1)
+            widths[at + size - 1] += max(0, len(name) - room)
+            over.append(name.ljust(max(room, len(name))))
+            at += size
+    lines = [of.title, "", "  ".join(over).rstrip()]
+    for row in (of.headers, ["-" * width for width in widths], *of.rows):
+        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+    lines += ["", *of.notes]
+    if of.missing:
+        lines += ["", "Missing:", *(f"  {line}" for line in of.missing)]
+    return "\n".join(lines)
+
+
+def as_markdown(of: Sheet) -> str:
+    heads = []
+    for name, size in of.groups:
+        heads += [name] * size
+    named = [f"{group}: {header}" if group else header for group, header in zip(heads, of.headers, strict=True)]
+    lines = [f"**{of.title}**", "", _pipes(named), _pipes([":--", *["--:"] * (len(named) - 1)]), *map(_pipes, of.rows), ""]
+    lines += [f"- {note}" for note in of.notes]
+    return "\n".join(lines + [f"- missing: {line}" for line in of.missing])
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def as_latex(of: Sheet) -> str:
+    """For the package booktabs; notes and what is missing as comments."""
+    columns = "l" + "r" * (len(of.headers) - 1)
+    over = " & ".join(rf"\multicolumn{{{size}}}{{c}}{{{_tex(name)}}}" for name, size in of.groups if size)
+    body = [" & ".join(map(_tex, row)) + r" \\" for row in of.rows]
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{_tex(of.title)}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        over + r" \\",
+        " & ".join(map(_tex, of.headers)) + r" \\",
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+        *(f"% {note}" for note in of.notes),
+        *(f"% missing: {line}" for line in of.missing),
+    ]
+    return "\n".join(lines)
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
+
+
+def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
+    """A line for each row, column of the paper and metric of ours; numbers in full."""
+    reference = next((row for row in found if row.experiment.row_id == table.reference), None)
+    out = io.StringIO()
+    names = ["table", "row", "label", "paper_epochs", "paper_batch", "paper_rows", "column", "published", "scale", "metric"]
+    names += ["state", "mean", "sd", "n", "seeds", "gain", "gain_sd", "gain_n", "gain_p", "missing_seeds", "command"]
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for row in found:
+        about = row.experiment.row
+        for column in table.columns:
+            for metric in scale.metrics.get(column, [""]):
+                values = row.values(metric) if metric else {}
+                line = {
+                    "table": table.id, "row": row.experiment.row_id, "label": about.label, "paper_epochs": about.epochs,
+                    "paper_batch": about.batch, "paper_rows": about.bank, "column": column,
+                    "published": about.published.get(column), "scale": scale.id, "metric": metric,
+                    "state": state(row, metric) or "measured",
+                    "seeds": " ".join(map(str, values)), "missing_seeds": " ".join(map(str, row.missing)),
+                }  # fmt: skip
+                ours = Spread.of(values.values())
+                if ours:
+                    line |= {"mean": ours.mean, "sd": ours.sd, "n": ours.n}
+                gain = Gain.of(values, reference.values(metric), ratio=table.compare == "ratio") if reference and metric else None
+                if gain and row is not reference:
+                    line |= {"gain": gain.spread.mean, "gain_sd": gain.spread.sd, "gain_n": gain.spread.n, "gain_p": gain.p}
+                if row.missing:
+                    line["command"] = row.experiment.command(",".join(map(str, row.missing)))
+                writer.writerow(line)
+    return out.getvalue().rstrip("\n")
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Where results are read; the same for tables, figures and reports."""
+    parser.add_argument("--records", nargs="+", type=Path, metavar="FILE", help="these records and no others")
+    parser.add_argument("--mlflow", metavar="URI", help="an MLflow store, as sqlite:///mlflow.db, in place of records")
+    parser.add_argument("--experiment", help="in MLflow; by default the scale's name")
+
+
+def read_results(arguments: argparse.Namespace, scale: str, *, curves: bool = False) -> tuple[list[Result], list[str]]:
+    """The results of a command line's sources for a scale, and what was said about them."""
+    if arguments.mlflow:
+        return results.from_mlflow(arguments.mlflow, arguments.experiment or scale, curves=curves), []
+    return results.from_records(arguments.records or results.default_records(scale))
+
+
+def found_for(table: Table, scale: Scale, there: Sequence[Result], arguments: argparse.Namespace, rows=None) -> list[Found]:
+    """As results.find, where somebody named a source that must hold something.
+
+    Raises:
+        ConfigError: it holds nothing of this table at this scale; says what would make it.
+    """
+    found = results.find(table, scale, there, rows)
+    if (arguments.mlflow or arguments.records) and not any(row.by_seed for row in found):
+        source = arguments.mlflow or ", ".join(map(str, arguments.records))
+        refused = [line for row in found for line in row.refused]
+        tracking = f" tracking=mlflow tracking.uri={arguments.mlflow}" if arguments.mlflow else ""
+        raise ConfigError(
+            "\n  ".join(
+                [
+                    f"{source}: no run of {table.id} at scale {scale.id} among its {len(there)}; this makes them:",
+                    f"python -m experiments.run {table.id} scale={scale.id}{tracking}",
+                    *refused,
+                ]
+            )
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", help="1 ... 7")
+    parser.add_argument("--scale", help=f"one of {', '.join(scales())}; by default every one that has results")
+    parser.add_argument("--rows", help="these rows of the table alone, as none,both")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    add_sources(parser)
+    arguments = parser.parse_args()
+    try:
+        print(_main(arguments))
+    except (ConfigError, ImportError) as error:
+        print(f"caco: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _main(arguments: argparse.Namespace) -> str:
+    table = load_table(arguments.table)
+    rows = arguments.rows.split(",") if arguments.rows else None
+    parts = []
+    for name in [arguments.scale] if arguments.scale else scales():
+        scale = load_scale(name)
+        if not arguments.scale and not (arguments.mlflow or arguments.records or results.default_records(name)):
+            continue
+        there, told = read_results(arguments, name)
+        for line in told:
+            print(f"caco: {line}", file=sys.stderr)
+        found = found_for(table, scale, there, arguments, rows)
+        if arguments.scale or any(row.by_seed for row in found):
+            parts.append((scale, found))
+    if not parts:
+        scale = load_scale("paper")
+        parts = [(scale, results.find(table, scale, [], rows))]
+    if arguments.format == "csv":
+        lines = [as_csv(table, scale, found).split("\n") for scale, found in parts]
+        return "\n".join([lines[0][0], *(line for part in lines for line in part[1:])])
+    show = {"text": as_text, "markdown": as_markdown, "latex": as_latex}[arguments.format]
+    return "\n\n".join(show(sheet(table, scale, found)) for scale, found in parts)
+
+
+if __name__ == "__main__":
+    main()

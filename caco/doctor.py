@@ -1,0 +1,317 @@
+"""python -m caco.doctor : what of caco works on this machine, and what to do about what does not. Seconds; changes nothing.
+
+Exit code 0: caco can train here. 1: something that it needs is broken, or something named by --need is not there.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from caco.data.sources import EXTENSIONS
+from caco.tracking.environment import environment
+from caco.tracking.feed import resolve_uri
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one part.
+
+    state: works; absent (caco does without it); broken.
+    """
+
+    part: str
+    state: Literal["works", "absent", "broken"]
+    what: str
+    do: str = ""
+
+
+def python() -> Iterator[Finding]:
+    ours = environment()
+    wanted = (3, 11) <= sys.version_info[:2] < (3, 14)
+    do = "" if wanted else "use Python 3.11 to 3.13: make -B setup PYTHON=python3.12"
+    yield Finding("python", "works" if wanted else "broken", platform.python_version(), do)
+    changed = {"true": ", with changes", "false": ""}.get(ours["git_dirty"], "")
+    yield Finding("caco", "works", f"{ROOT}, commit {ours['git_sha'][:10]}{changed}; {ours['cores']} cores, {ours['memory_gib']} GiB")
+
+
+def torch() -> Iterator[Finding]:
+    install = "make -B setup, or pip install torch torchvision timm"
+    try:
+        import torch
+
+        assert torch.ones(8, 8).matmul(torch.ones(8, 8)).sum() == 512
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        yield Finding("torch", "broken", _line(error), install)
+        return
+    for package in ("torchvision", "timm", "hydra-core", "psutil"):
+        if (found := _version(package)) is None:
+            yield Finding("torch", "broken", f"no {package}", install)
+    yield Finding(
+        "torch", "works", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    if torch.cuda.is_available():
+        try:
+            for index in range(torch.cuda.device_count()):
+                torch.ones(1, device=f"cuda:{index}").add_(1).item()
+                about = torch.cuda.get_device_properties(index)
+                yield Finding("gpu", "works", f"{index}: {about.name}, {about.total_memory / 2**30:.0f} GiB")
+        except RuntimeError as error:
+            yield Finding("gpu", "broken", _line(error), "see nvidia-smi; a wheel of torch for this GPU and driver: pytorch.org")
+    elif driver := _driver():
+        do = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; take a wheel that fits the driver, or a newer driver"
+        if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+            do = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides them, or: {do}"
+        yield Finding("gpu", "broken", f"there is a driver ({driver}), but torch sees no GPU", do)
+    else:
+        yield Finding("gpu", "absent", "none", "device=cpu and precision=fp32 train small networks; preset=demo takes minutes")
+
+
+def _driver() -> str:
+    """NVIDIA's driver, as the kernel names it; "" without one."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return ""
+
+
+def native() -> Iterator[Finding]:
+    """The parts that setup.py compiles; in an installed wheel, which has no setup.py, those that are there."""
+    declared = re.findall(r'"(caco\.[\w.]+\._\w+)"', _read(ROOT / "setup.py"))
+    package = Path(__file__).parent
+    built = [f"caco.{'.'.join(path.relative_to(package).parts).partition('.')[0]}" for path in package.rglob("_*.so")]
+    missing = [name for name in declared if importlib.util.find_spec(name) is None]
+    if missing:
+        compiler = "" if shutil.which("g++") else "install a C++ compiler (Debian: g++), then "
+        do = f"{compiler}pip install --no-deps --no-build-isolation -e {ROOT}; without them slower paths serve"
+        yield Finding("native", "absent", f"not built: {', '.join(missing)}", do)
+    if found := sorted({*declared, *built} - {*missing}):
+        yield Finding("native", "works", ", ".join(found))
+
+
+def ffcv() -> Iterator[Finding]:
+    """Without importing it, which takes seconds: its library loads or names what it lacks."""
+    found = importlib.util.find_spec("ffcv")
+    libraries = "libopencv-dev libturbojpeg0-dev pkg-config g++"
+    if found is None:
+        do = f"loader=torch does without; for it, as root: apt-get install {libraries}; then pip install 'caco[ffcv]'"
+        yield Finding("ffcv", "absent", "not installed", do)
+        return
+    places = [Path(folder) for folder in found.submodule_search_locations or ()]
+    for library in (file for place in places for file in (*place.glob("_libffcv*.so"), *place.parent.glob("_libffcv*.so"))):
+        try:
+            ctypes.CDLL(str(library))
+        except OSError as error:
+            do = f"as root: apt-get install {libraries}; then pip install --force-reinstall --no-deps --no-cache-dir ffcv"
+            yield Finding("ffcv", "broken", _line(error), do)
+            return
+        yield Finding("ffcv", "works", f"{_version('ffcv')}, with OpenCV and TurboJPEG")
+        return
+    yield Finding("ffcv", "broken", f"no _libffcv in {places[0] if places else 'it'}", "pip install --force-reinstall --no-deps ffcv")
+
+
+def slurm() -> Iterator[Finding]:
+    commands = ("sbatch", "squeue", "sinfo", "scontrol")
+    if missing := [name for name in commands if shutil.which(name) is None]:
+        do = "launcher=local runs sweeps on this machine; on a cluster, run caco on a login node"
+        yield Finding("slurm", "absent", f"no {', '.join(missing)}", do)
+    else:
+        try:
+            command = ["sinfo", "--noheader", "--format=%P %D %c %G"]
+            told = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True).stdout.splitlines()
+        except subprocess.CalledProcessError as error:
+            told, why = [], error.stderr.strip().splitlines()[-1:] or ["sinfo fails"]
+            yield Finding("slurm", "absent", why[0], "a cluster's login node has it set up; or set SLURM_CONF")
+        except subprocess.TimeoutExpired:
+            told = []
+            yield Finding("slurm", "broken", "sinfo has not answered for 15 s", "is its controller up? scontrol ping")
+        for line in told:
+            partition, nodes, cpus, gpus = line.split(maxsplit=3)
+            gpus = "no GPUs" if gpus == "(null)" else gpus
+            yield Finding("slurm", "works", f"partition {partition}: {nodes} nodes of {cpus} CPUs, {gpus}")
+    if _version("submitit") is None:
+        yield Finding("slurm", "absent", "no submitit", "for launcher=slurm and launcher=local: pip install 'caco[slurm]'")
+
+
+def mlflow() -> Iterator[Finding]:
+    version = _version("mlflow")
+    if version is None:
+        yield Finding("mlflow", "absent", "not installed", "tracking=ledger does without; else pip install 'caco[mlflow]'")
+        return
+    try:
+        uri = resolve_uri(None)
+    except ValueError as error:
+        yield Finding("mlflow", "broken", str(error), "unset MLFLOW_TRACKING_URI, or set it to one of these")
+        return
+    if uri.startswith("http"):
+        do = "runs go on without it; python -m caco.tracking.sync sends what it missed. Or unset MLFLOW_TRACKING_URI"
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            yield Finding("mlflow", "broken", f"{version}; {uri} does not answer: {_line(error)}", do)
+            return
+        yield Finding("mlflow", "works", f"{version}; {uri} answers")
+        return
+    if not uri.startswith("sqlite:///"):
+        yield Finding("mlflow", "works", f"{version}; {uri.partition('://')[0]} database, not tried")
+        return
+    store = Path(uri.removeprefix("sqlite:///"))
+    if not store.exists():
+        yield Finding("mlflow", "works", f"{version}; {store} will be made by the first run")
+        return
+    try:
+        with closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=5)) as database:
+            (runs,) = database.execute("SELECT count(*) FROM runs WHERE lifecycle_stage = 'active'").fetchone()
+    except sqlite3.Error as error:
+        do = f"move {store} away; python -m caco.tracking.sync runs/ fills a new one from the ledgers"
+        yield Finding("mlflow", "broken", f"{version}; {store}: {_line(error)}", do)
+        return
+    yield Finding("mlflow", "works", f"{version}; {runs} runs in {store}; python -m caco.tracking.dashboard shows them")
+
+
+def disk() -> Iterator[Finding]:
+    """Where runs go: the working directory."""
+    here = Path.cwd()
+    try:
+        with tempfile.TemporaryFile(dir=here) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        yield Finding("disk", "broken", f"{here}: {_line(error)}", "run it in a folder that can be written and locked")
+        return
+    free = shutil.disk_usage(here).free / 2**30
+    low = free < 5
+    do = "a ResNet-50 run keeps two checkpoints of 0.6 GB and its model" if low else ""
+    yield Finding("disk", "broken" if free < 0.5 else "works", f"{free:.0f} GiB free in {here}", do)
+    shared = Path("/dev/shm")
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < 1:
+        yield Finding("disk", "broken", f"{size:.2f} GiB of shared memory", "loader workers need more: docker run --ipc=host, or loader.num_workers=0")
+
+
+def data(roots: list[Path]) -> Iterator[Finding]:
+    if importlib.util.find_spec("sklearn") is not None:
+        yield Finding("data", "works", "data=digits: inside scikit-learn, nothing to download")
+    for root in roots:
+        option = dataset_at(root)
+        if option:
+            yield Finding("data", "works", f"data={option} data.root={root}")
+        else:
+            what = "no such folder" if not root.is_dir() else "no images that caco reads"
+            do = "expected class folders of images, in train/ and val/ or test/ or alone, or a set as torchvision unpacks it"
+            if zips := sorted(file.name for file in root.glob("*.zip")) if root.is_dir() else []:
+                do = f"unpack {', '.join(zips[:3])}; then {do}"
+            yield Finding("data", "broken", f"{root}: {what}", do)
+    if not roots:
+        yield Finding("data", "absent", "no other set looked for", "python -m caco.doctor /path/to/images ... says how each is read")
+
+
+def dataset_at(root: Path) -> str:
+    """The option of `data` that reads what lies at root, with a remark; "" if none does."""
+    for option, part in {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}.items():
+        if (root / part).is_dir():
+            return option
+    if (root / "wnids.txt").is_file() and (root / "train").is_dir():
+        return "tiny_imagenet"
+    train = _classes(root / "train")
+    tests = {name: _classes(root / name) for name in ("test", "val")}
+    if len([name for name in train if re.fullmatch(r"n\d{8}", name)]) >= 1000:
+        return "imagenet" if tests["val"] else "folder data.validation_fraction=0.1"  # val/ not sorted into class folders
+    if train and any(tests.values()):
+        return "folder"
+    if train or _classes(root) or _has_images(root):
+        return "folder data.validation_fraction=0.1" if train or _classes(root) else "folder eval=[]"
+    return ""
+
+
+def _classes(folder: Path) -> list[str]:
+    """Names of the folders in it; the first of them holds images."""
+    if not folder.is_dir():
+        return []
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return names if names and _has_images(folder / names[0]) else []
+
+
+def _has_images(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+
+
+PARTS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "python": python, "torch": torch, "native": native, "ffcv": ffcv, "slurm": slurm, "mlflow": mlflow, "disk": disk,
+}  # fmt: skip
+
+
+def examine(roots: list[Path]) -> list[Finding]:
+    """All parts, in order."""
+    return [finding for part in PARTS.values() for finding in part()] + list(data(roots))
+
+
+def verdict(findings: list[Finding], needed: list[str]) -> list[str]:
+    """The parts that stop a user: broken ones, and of `needed` those that do not work."""
+    broken = [finding.part for finding in findings if finding.state == "broken"]
+    working = {finding.part for finding in findings if finding.state == "works"}
+    return sorted({*broken, *(part for part in needed if part not in working)})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m caco.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("roots", nargs="*", type=Path, metavar="FOLDER", help="images: says which data= reads them; default data/")
+    needs = ("gpu", "native", "ffcv", "slurm", "mlflow")
+    parser.add_argument("--need", nargs="+", choices=needs, default=[], metavar="PART", help=f"of {', '.join(needs)}: exit 1 without")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    roots = options.roots or [path for path in [Path("data")] if path.is_dir()]
+    findings = examine(roots)
+    stops = verdict(findings, options.need)
+    if options.json:
+        print(json.dumps({"ok": not stops, "stops": stops, "findings": [vars(finding) for finding in findings]}, indent=1))
+        return int(bool(stops))
+    signs = {"works": "ok", "absent": "-", "broken": "BROKEN"}
+    for finding in findings:
+        print(f"{signs[finding.state]:7}{finding.part:8}{finding.what}")
+        if finding.do:
+            print(f"{'':15}{finding.do}")
+    print(f"\nto be mended: {', '.join(stops)}" if stops else "\ncaco can train here: python -m caco.train preset=smoke")
+    return int(bool(stops))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Fine-tuning the whole network on all labels or on a few per cent of them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from caco import distributed
+from caco.data.loader import plain_batches
+from caco.data.sources import Source
+from caco.evals.classifier import Recipe, accuracies, train_classifier
+from caco.evals.features import FeatureStore, extract
+from caco.evals.knn import balanced_share
+from caco.nn.norm import over_all_ranks
+
+
+class FineTune:
+    """Test accuracy after fine-tuning a copy of the backbone: `<name>_top1`, or `<name>_<percent>_top1` of several shares.
+
+    Source: SimCLR (arXiv 2002.05709), Appendix B.5, for 1 % and 10 % of the labels.
+
+    Args:
+        name: of its results.
+        fractions: shares of each training class whose labels are used, each drawn by the seed, at least one image a class.
+        lists: instead of a draw, a text file for each share: names of image files, one a line (SimCLR publishes those of
+            ImageNet: google-research/simclr, imagenet_subsets/1percent.txt and 10percent.txt).
+        epochs: for each share.
+        batch: at most; smaller where there are fewer labels, and the rate with it.
+        lr ... interpolation: see Recipe.
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    on_all_ranks = True
+
+    def __init__(
+        self,
+        *,
+        name: str = "finetune",
+        fractions: list[float] = (1.0,),
+        lists: list[str] | None = None,
+        epochs: list[int] = (30,),
+        batch: int = 1024,
+        lr: float = 0.05,
+        reference_batch: int | None = 256,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        unit: Literal["epoch", "step"] = "step",
+        scale: list[float] = (0.08, 1.0),
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        when: Literal["epoch", "end"] = "end",
+    ) -> None:
+        if when not in ("epoch", "end"):
+            raise ValueError(f"{name} when: expected epoch or end, got {when!r}")
+        if not fractions or any(not 0 < f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
+            raise ValueError(f"{name} fractions: expected different shares in (0, 1], got {list(fractions)}")
+        if len(epochs) != len(fractions) or (lists is not None and len(lists) != len(fractions)):
+            raise ValueError(
+                f"{name}: expected an entry of epochs (and of lists) for each of the {len(fractions)} fractions, got "
+                f"{list(epochs)} and {lists}"
+            )
+        self.name, self.fractions, self.lists, self.when = name, list(fractions), lists, when
+        self.recipes = [
+            Recipe(
+                epochs=count,
+                batch=batch,
+                lr=lr,
+                reference_batch=reference_batch,
+                momentum=momentum,
+                nesterov=nesterov,
+                weight_decay=weight_decay,
+                unit=unit,
+                scale=list(scale),
+                interpolation=interpolation,
+            )
+            for count in epochs
+        ]
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Draws the images whose labels are used, or finds those of the lists.
+
+        Raises:
+            ValueError: no labels; a list that is not there, or names an image that is not.
+        """
+        labels, test_labels = store.labels("fine-tuning")
+        train = store.splits.train
+        self._store, self._seed = store, seed
+        self._test_labels = torch.from_numpy(test_labels)
+        self._num_classes = int(labels.max()) + 1
+        self._shares = [
+            balanced_share(labels, fraction=fraction, seed=seed) if self.lists is None else listed(train, self.lists[i])
+            for i, fraction in enumerate(self.fractions)
+        ]
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (name, percent) for each share."""
+        store = self._store
+        train, test = store.splits.train, store.splits.test
+        for fraction, share, recipe in zip(self.fractions, self._shares, self.recipes, strict=True):
+            name = self.name if len(self.fractions) == 1 else f"{self.name}_{100 * fraction:g}"
+            some = train.part(share, train.name)
+            world = distributed.world()
+            network = train_classifier(
+                backbone,
+                some,
+                replace(recipe, batch=min(recipe.batch, len(some) // world * world)),
+                store,
+                num_classes=self._num_classes,
+                frozen=False,
+                seed=self._seed,
+                name=name,
+            )
+            batches = plain_batches(test, store.views, batch=store.batch, num_workers=store.num_workers)
+            logits_NC, _ = extract(network, batches, device=store.device, precision=store.precision)
+            yield from accuracies(logits_NC, self._test_labels, name)
+
+
+def listed(source: Source, path: str) -> np.ndarray:
+    """Positions in the source, ascending, of the image files that a text file names, one a line.
+
+    Raises:
+        ValueError: no such file, a source that is not files, a name that is not in it or twice.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"lists: expected a text file of image files' names, got {path}, which is not there")
+    if not hasattr(source, "path"):
+        raise ValueError(f"lists: expected images in files, got {source.name}, whose images have no names; leave lists=null")
+    position = {source.path(i).name: i for i in range(len(source))}
+    names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    unknown = [name for name in names if name not in position]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"lists: {path}: expected names of image files of {source.name}, each once; got {len(names)} names, "
+            f"{len(names) - len(set(names))} repeated, {len(unknown)} not there ({', '.join(unknown[:3])})"
+        )
+    return np.sort(np.array([position[name] for name in names]))

@@ -1,0 +1,106 @@
+"""How features lie on the sphere, without labels: alignment, uniformity, effective rank, signs of collapse.
+
+Shapes: N images, D feature width.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco.data.sources import choose
+from caco.evals.features import FeatureStore, extract, full_float32
+
+
+def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
+    """Mean squared distance of the unit features of two views of an image: 0 where they agree, 2 where they are unrelated.
+
+    Source: Wang and Isola (arXiv 2005.10242), alpha = 2.
+    """
+    return (F.normalize(a_ND, dim=1) - F.normalize(b_ND, dim=1)).square().sum(dim=1).mean().item()
+
+
+@full_float32()
+def uniformity(x_ND: Tensor, *, block: int = 1024) -> float:
+    """log of the mean of exp(-2 |x - y|^2) over pairs of different images' unit features: 0 where all coincide, about -4
+    where they are spread evenly in many dimensions.
+
+    Source: Wang and Isola (arXiv 2005.10242), t = 2.
+    """
+    x_ND = F.normalize(x_ND, dim=1)
+    total = sum(((2 - 2 * (x @ x_ND.T)) * -2).exp().double().sum() for x in x_ND.split(block))
+    return ((total - len(x_ND)) / (len(x_ND) * (len(x_ND) - 1))).log().item()
+
+
+def rank_me(x_ND: Tensor) -> float:
+    """exp of the entropy of the singular values, as shares of their sum: from 1 to min(N, D).
+
+    Source: RankMe (arXiv 2210.02885), Eq. 1; of the features as they are, neither centred nor normalised.
+    """
+    share_R = torch.linalg.svdvals(x_ND)
+    share_R = share_R / share_R.sum() + 1e-7
+    return math.exp(-(share_R * share_R.log()).sum().item())
+
+
+class Geometry:
+    """Label-free numbers of the features of some of the images that were pre-trained on.
+
+    geometry/alignment (two augmented views), geometry/uniformity, geometry/rank_me (of D), geometry/rank_share (rank_me / D),
+    geometry/spread (mean over dimensions of the unit features' standard deviation, times sqrt(D): 1 where they are spread
+    evenly, 0 where they coincide), geometry/mean_cosine (of different images: 1 where all point one way),
+    geometry/dead_dimensions (percent that hardly vary).
+
+    Args:
+        images: how many, drawn by the seed; all where there are fewer.
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    def __init__(self, *, images: int = 2048, when: Literal["epoch", "end"] = "end") -> None:
+        if images < 2:
+            raise ValueError(f"geometry images: expected at least 2, got {images}")
+        if when not in ("epoch", "end"):
+            raise ValueError(f"geometry when: expected epoch or end, got {when!r}")
+        self.images, self.when = images, when
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Draws the images; needs no labels."""
+        source = store.splits.pretrain
+        chosen = choose(None, min(self.images, len(source)), len(source), seed=seed, balanced=False)
+        self._store, self._seed = store, seed
+        self._source = source.part(chosen, source.name)
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (geometry/<name>, number)."""
+        store = self._store
+        x_ND = store.of(backbone, self._source, store.views).to(torch.float64)
+        width = x_ND.shape[1]
+        unit_ND = F.normalize(x_ND, dim=1)
+        mean_D = unit_ND.mean(dim=0)
+        std_D = unit_ND.std(dim=0, correction=0)
+        num = len(unit_ND)
+        rank = rank_me(x_ND)
+        if store.views.num_views > 1:
+            yield "geometry/alignment", alignment(*self._two_views(backbone))
+        yield "geometry/uniformity", uniformity(x_ND)
+        yield "geometry/rank_me", rank
+        yield "geometry/rank_share", rank / width
+        yield "geometry/spread", std_D.mean().item() * math.sqrt(width)
+        yield "geometry/mean_cosine", ((num * mean_D.square().sum() - 1) / (num - 1)).item()
+        yield "geometry/dead_dimensions", 100 * (std_D < 1e-3 / math.sqrt(width)).double().mean().item()
+
+    def _two_views(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+        """Features of the first two views of the images, row by row of the same image."""
+        store = self._store
+        batch = min(store.batch, len(self._source))
+        loader = store.loader.bind(self._source, store.views, batch=batch, seed=self._seed)
+        try:
+            # Both views of a batch one after the other; of the last, partial batch there are none.
+            pieces = ((view, one.index) for one in loader.epoch(0) for view in one.views[:2])
+            x_MD, _ = extract(backbone, pieces, device=store.device, precision=store.precision)
+        finally:
+            loader.close()
+        x_SVBD = x_MD.double().view(-1, 2, batch, x_MD.shape[1])
+        return x_SVBD[:, 0].flatten(0, 1), x_SVBD[:, 1].flatten(0, 1)

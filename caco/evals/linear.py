@@ -1,0 +1,97 @@
+"""Linear evaluation: a linear classifier on a frozen backbone, trained on crops and flips as the papers do."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+
+from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
+from caco.evals.features import FeatureStore
+
+
+class Linear:
+    """Test accuracy of the classifier after the LAST epoch: `<name>_top1` (and `_top5`), percent.
+
+    Nothing is chosen on the test images: they are looked at once.
+
+    Args:
+        name: of its results, so that several recipes can be run together.
+        epochs ... interpolation: see Recipe.
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    on_all_ranks = True
+
+    def __init__(
+        self,
+        *,
+        name: str = "linear",
+        epochs: int = 100,
+        batch: int = 4096,
+        lr: float = 0.025,
+        reference_batch: int | None = 256,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        larc: bool = True,
+        trust_coefficient: float = 1e-3,
+        schedule: Literal["cosine", "steps"] = "cosine",
+        milestones: list[int] = (),
+        decay: float = 0.1,
+        unit: Literal["epoch", "step"] = "epoch",
+        scale: list[float] = (0.08, 1.0),
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        when: Literal["epoch", "end"] = "end",
+    ) -> None:
+        if when not in ("epoch", "end"):
+            raise ValueError(f"{name} when: expected epoch or end, got {when!r}")
+        self.name, self.when = name, when
+        self.recipe = Recipe(
+            epochs=epochs,
+            batch=batch,
+            lr=lr,
+            reference_batch=reference_batch,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            larc=larc,
+            trust_coefficient=trust_coefficient,
+            schedule=schedule,
+            milestones=list(milestones),
+            decay=decay,
+            unit=unit,
+            scale=list(scale),
+            interpolation=interpolation,
+        )
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Looks whether the images suffice.
+
+        Raises:
+            ValueError: no labels, fewer training images than a batch.
+        """
+        labels, test_labels = store.labels("linear evaluation")
+        if len(labels) < self.recipe.batch:
+            raise ValueError(
+                f"batch: expected at most the {len(labels)} training images, got {self.recipe.batch}; "
+                "the rate goes with the batch (lr * batch / reference_batch)"
+            )
+        self._store, self._seed = store, seed
+        self._test_labels = torch.from_numpy(test_labels)
+        self._num_classes = int(labels.max()) + 1
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (`<name>_top1`, percent) and, of more than five classes, (`<name>_top5`, percent)."""
+        store = self._store
+        train = store.splits.train
+        network = train_classifier(
+            backbone,
+            train,
+            self.recipe,
+            store,
+            num_classes=self._num_classes,
+            frozen=True,
+            seed=self._seed,
+            name=self.name,
+        )
+        logits_NC = classify(network[1], store.features(backbone, "test"))
+        yield from accuracies(logits_NC, self._test_labels, self.name)

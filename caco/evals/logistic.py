@@ -1,0 +1,211 @@
+"""L2-regularised logistic regression of features: one solver for the quick probe and for transfer.
+
+Shapes: N images, D feature width, C classes, R directions in which the features vary.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from caco.evals.features import full_float32
+
+
+def moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and scale [D] by which features are standardised; a feature that never changes keeps scale 1."""
+    std_D, mean_D = torch.std_mean(x_ND, dim=0, correction=0)
+    constant_D = (x_ND == x_ND[0]).all(dim=0)
+    return torch.where(constant_D, x_ND[0], mean_D), torch.where(constant_D, 1.0, std_D)
+
+
+def objective(
+    weight_DC: Tensor, bias_C: Tensor, x_ND: Tensor, target: Tensor, *, l2: float, block: int = 65536
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Regularised cross-entropy and its gradients by weight and bias, in blocks of rows.
+
+    target int64 [N], classes: mean_i -log softmax(x_i W + b)[target_i] + l2 / 2 |W|^2, which is scikit-learn's with
+    C = 1 / (l2 N). target int64 [N, C], of several labels an image: each class against the rest by its own sigmoid,
+    summed over classes, 1 present, 0 absent, -1 left out. No penalty on the bias.
+
+    Returns:
+        loss [], gradient [D, C], gradient [C].
+    """
+    loss, grad_DC, grad_C = 0.5 * l2 * weight_DC.square().sum(), l2 * weight_DC, torch.zeros_like(bias_C)
+    for x, labels in zip(x_ND.split(block), target.split(block), strict=True):
+        logits = torch.addmm(bias_C, x, weight_DC)
+        if target.ndim == 1:
+            loss = loss + F.cross_entropy(logits, labels, reduction="sum") / len(x_ND)
+            error = (logits.softmax(dim=1) - F.one_hot(labels, len(bias_C))) / len(x_ND)
+        else:
+            counts, wanted = labels >= 0, (labels == 1).to(logits)
+            each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+            loss = loss + torch.where(counts, each, 0.0).sum() / len(x_ND)
+            error = torch.where(counts, logits.sigmoid() - wanted, 0.0) / len(x_ND)
+        grad_DC = grad_DC + x.T @ error
+        grad_C = grad_C + error.sum(dim=0)
+    return loss, grad_DC, grad_C
+
+
+class _FlatEnough(Exception):
+    """No gradient is above the tolerance: L-BFGS may end where it is."""
+
+
+@torch.no_grad()
+@full_float32()
+def fit(
+    x_ND: Tensor,
+    target: Tensor,
+    *,
+    num_classes: int,
+    l2: float,
+    max_iterations: int = 500,
+    tolerance: float = 1e-5,
+    block: int = 65536,
+    start: tuple[Tensor, Tensor] | None = None,
+    steps: tuple[Tensor, float] | None = None,
+    size: Callable[[Tensor, Tensor], float] | None = None,
+    warn: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Weight [D, C] and bias [C] at the optimum of `objective`, by torch's L-BFGS with a strong-Wolfe line search.
+
+    Ends when the gradient's `size` is not above `tolerance`; warns where max_iterations do not suffice. The same input gives the same
+    result.
+
+    Args:
+        start: weight and bias to start from; zeros without.
+        steps: how far the weights of each feature [D] and the bias should move at first, up to a factor: L-BFGS works on
+            what is left when they are divided out.
+        size: of a gradient by weight and bias, for the tolerance; its largest entry without.
+    """
+    weight_DC, bias_C = start if start is not None else (x_ND.new_zeros(x_ND.shape[1], num_classes), x_ND.new_zeros(num_classes))
+    size = size or largest
+    step_D1, step = (torch.ones_like(weight_DC[:, :1]), 1.0) if steps is None else (steps[0][:, None], steps[1])
+    inner_DC, inner_C = weight_DC / step_D1, bias_C / step
+    optimizer = torch.optim.LBFGS(
+        [inner_DC, inner_C],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        loss, grad_DC, grad_C = objective(inner_DC * step_D1, inner_C * step, x_ND, target, l2=l2, block=block)
+        if size(grad_DC, grad_C) <= tolerance:
+            raise _FlatEnough  # the parameters are at this point, a trial one of the line search too
+        inner_DC.grad, inner_C.grad = grad_DC * step_D1, grad_C * step
+        return loss
+
+    try:
+        optimizer.step(closure)
+        _, grad_DC, grad_C = objective(inner_DC * step_D1, inner_C * step, x_ND, target, l2=l2, block=block)
+        if warn and size(grad_DC, grad_C) > 10 * tolerance:  # float32 may end a little above
+            warnings.warn(
+                f"logistic regression: gradient {size(grad_DC, grad_C):.1e} after {max_iterations} iterations, "
+                f"expected {tolerance:.0e}"
+            )
+    except _FlatEnough:
+        pass
+    return inner_DC * step_D1, inner_C * step
+
+
+def largest(grad_DC: Tensor, grad_C: Tensor) -> float:
+    """The largest entry of a gradient, as scikit-learn's tolerance counts it."""
+    return max(grad_DC.abs().max().item(), grad_C.abs().max().item())
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Features centred and turned onto their principal axes, without those along which they do not vary.
+
+    The regression's optimum is the same there: centring only moves the bias, which has no penalty; a rotation keeps
+    |W|; and along an axis without spread the penalty makes the weight zero. But there its curvature is nearly diagonal,
+    so that L-BFGS takes tens of iterations where it took hundreds.
+    """
+
+    mean_D: Tensor
+    axes_DR: Tensor
+    variance_R: Tensor
+
+    @classmethod
+    def of(cls, x_ND: Tensor, *, block: int = 8192) -> "Axes":
+        mean_D = sum(x.double().sum(dim=0) for x in x_ND.split(block)) / len(x_ND)
+        gram_DD = sum((x.double() - mean_D).T @ (x.double() - mean_D) for x in x_ND.split(block)) / len(x_ND)
+        variance_D, axes_DD = torch.linalg.eigh(gram_DD)
+        kept = variance_D > variance_D[-1].clamp(min=1e-30) * 1e-12
+        return cls(mean_D, axes_DD[:, kept], variance_D[kept])
+
+    def turn(self, x_ND: Tensor, *, block: int = 8192) -> Tensor:
+        """[N, R] float64."""
+        return torch.cat([(x.double() - self.mean_D) @ self.axes_DR for x in x_ND.split(block)])
+
+    def back(self, weight_RC: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+        """The same classifier for the features as they came."""
+        weight_DC = self.axes_DR @ weight_RC
+        return weight_DC, bias_C - self.mean_D @ weight_DC
+
+    def start(self, weight_DC: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+        """A classifier of the features as they came, as a start on these axes."""
+        return self.axes_DR.T @ weight_DC, bias_C + self.mean_D @ weight_DC
+
+    def size(self, grad_RC: Tensor, grad_C: Tensor) -> float:
+        """No less than the largest entry of the gradient by the weights of the features as they came, and by the bias."""
+        # That gradient is the turned one turned back, plus the bias's times the features' mean.
+        return (grad_RC.norm(dim=0) + grad_C.abs() * max(1.0, self.mean_D.abs().max().item())).max().item()
+
+    def steps(self, confusion: float, l2: float) -> tuple[Tensor, float]:
+        """One over the root of the curvature: confusion * variance + l2 [R] of the weights, confusion of the bias."""
+        return (confusion * self.variance_R + l2).rsqrt(), confusion**-0.5
+
+
+@torch.no_grad()
+def fit_on_axes(
+    axes: Axes,
+    z_NR: Tensor,
+    target: Tensor,
+    *,
+    num_classes: int,
+    strength: float,
+    start: tuple[Tensor, Tensor] | None = None,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-5,
+    block: int = 65536,
+) -> tuple[Tensor, Tensor]:
+    """Weight [R, C] and bias [C] for turned features.
+
+    Args:
+        strength: lambda of sum_i loss_i + lambda / 2 |W|^2: scikit-learn's 1 / C. Independent of N, so that it means the
+            same when validation images join the training images.
+    """
+    if start is None:
+        start = (z_NR.new_zeros(z_NR.shape[1], num_classes), z_NR.new_zeros(num_classes))
+    l2 = strength / len(z_NR)
+    # The mean of p (1 - p) over images and classes is the curvature's scale at the start.
+    logits = torch.addmm(start[1], z_NR[:block], start[0])
+    p = logits.softmax(dim=1) if target.ndim == 1 else logits.sigmoid()
+    confusion = max((p * (1 - p)).mean().item(), 1e-6)
+    return fit(
+        z_NR,
+        target,
+        num_classes=num_classes,
+        l2=l2,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        block=block,
+        start=start,
+        steps=axes.steps(confusion, l2),
+        size=axes.size,
+        warn=False,
+    )
+
+
+def strengths(count: int = 45, low: float = 1e-6, high: float = 1e5) -> list[float]:
+    """`count` strengths, evenly spaced in their logarithm, strongest first: each fit then starts from a simpler one."""
+    spaced = torch.linspace(math.log10(high), math.log10(low), count, dtype=torch.float64)
+    return [10.0**exponent for exponent in spaced.tolist()]

@@ -1,0 +1,190 @@
+"""Transfer: logistic regression of frozen features on other sets, its strength chosen on validation images, tested once.
+
+Shapes: N images, C classes.
+"""
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+
+from caco.data.overlap import refuse_shared
+from caco.data.sources import Source
+from caco.data.transfer import MissingSet, TransferSet, load
+from caco.data.views import View, Views
+from caco.evals.features import FeatureStore, require_classes
+from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
+
+PUBLISHED = (
+    "food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "voc2007", "dtd", "pets", "caltech101", "flowers",
+)  # fmt: skip
+
+
+class Transfer:
+    """Each set's metric on its test images: `transfer/<set>_<metric>`, percent; also the strength that was chosen and the
+    gradient's largest entry at the optimum.
+
+    Protocol of SimCLR (arXiv 2002.05709, B.8) and BYOL (arXiv 2006.07733, D.1): features of the frozen backbone, shorter
+    side resized (bicubic), centre crop, no augmentation; L2-regularised multinomial logistic regression by L-BFGS; 45
+    strengths between 1e-6 and 1e5 tried on the validation images, the strongest of equals taken; refitted on training and
+    validation images; the test images scored once. VOC2007: one class against the rest, mean of the classes' 11-point
+    average precisions. A set that is not there is named with what to fetch, and the others go on.
+
+    Args:
+        root: the folder that holds the sets.
+        sets: the published ones, or folders of your own below root (train/ and test/ of class folders).
+        size: pixels of the centre crop.
+        num_strengths, weakest, strongest: lambda of sum_i loss_i + lambda / 2 |W|^2, evenly spaced in the logarithm.
+        max_iterations, tolerance: of L-BFGS; it ends where no entry of the gradient of the mean loss is above tolerance.
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        sets: list[str] = PUBLISHED,
+        size: int = 224,
+        num_strengths: int = 45,
+        weakest: float = 1e-6,
+        strongest: float = 1e5,
+        max_iterations: int = 1000,
+        tolerance: float = 1e-5,
+        when: Literal["epoch", "end"] = "end",
+    ) -> None:
+        if when not in ("epoch", "end"):
+            raise ValueError(f"transfer when: expected epoch or end, got {when!r}")
+        if not sets or len(set(sets)) < len(sets):
+            raise ValueError(f"transfer sets: expected at least one, each once, got {list(sets)}")
+        if num_strengths < 1 or not 0 < weakest <= strongest or max_iterations < 1 or not tolerance > 0:
+            raise ValueError(
+                f"transfer: expected strengths 0 < weakest <= strongest and max_iterations of at least 1, got {num_strengths} "
+                f"in {weakest}..{strongest}, {max_iterations} iterations, tolerance {tolerance}"
+            )
+        self.root, self.sets, self.size, self.when = root, list(sets), size, when
+        self.strengths = strengths(num_strengths, weakest, strongest)
+        self.max_iterations, self.tolerance = max_iterations, tolerance
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Finds the sets; says what is missing.
+
+        Raises:
+            ValueError: no root, none of the sets is there, one is damaged, has a class in its test images alone, or tests on
+                images that it trains on.
+        """
+        if self.root is None or not Path(self.root).expanduser().is_dir():
+            raise ValueError(f"root: expected the folder that holds the sets, as eval.transfer.root=PATH, got {self.root}")
+        self._store, self._found, missing = store, [], []
+        for name in self.sets:
+            try:
+                self._found.append(self._checked(load(name, Path(self.root).expanduser(), seed=seed)))
+            except MissingSet as error:
+                missing.append(str(error))
+        for line in missing:
+            store.say(f"transfer goes on without {line}")
+        if not self._found:
+            raise ValueError("none of the sets is there:\n" + "\n".join(missing))
+        crop = View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
+        like = store.views
+        self._views = Views(
+            size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0, plain_interpolation="bicubic"
+        )
+
+    def _checked(self, found: TransferSet) -> TransferSet:
+        if found.metric != "map11":
+            require_classes(found.train, found.validation)
+            require_classes(found.train, found.test)
+        if self._store.overlap == "refuse":
+            for source in (found.train, found.validation, self._store.splits.pretrain):
+                refuse_shared(source, found.test)
+        return found
+
+    def inputs(self) -> list[Any]:
+        """What the numbers depend on besides the arguments: the sets that were found, by name and content."""
+        return [[s.name, s.train.digest(), s.validation.digest(), s.test.digest()] for s in self._found]
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (`transfer/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest entry)."""
+        for one in self._found:
+            yield from self._one(backbone, one)
+
+    def _one(self, backbone: nn.Module, one: TransferSet) -> Iterator[tuple[str, float]]:
+        store = self._store
+        train, validation = self._features(backbone, one.train), self._features(backbone, one.validation)
+        num_classes = one.train.labels.shape[1] if one.metric == "map11" else int(one.train.labels.max()) + 1
+        settings = {"num_classes": num_classes, "max_iterations": self.max_iterations, "tolerance": self.tolerance}
+
+        axes, labels = Axes.of(train), _labels(one.train, store)
+        z_NR, z_validation_NR = axes.turn(train), axes.turn(validation)
+        weight, best, chosen, start = None, -1.0, 0.0, None
+        for strength in self.strengths:
+            weight = fit_on_axes(axes, z_NR, labels, strength=strength, start=weight, **settings)
+            logits_NC = torch.addmm(weight[1], z_validation_NR, weight[0]).cpu()
+            value = dict(score(logits_NC, one.validation.labels, one.metric))[one.metric]
+            if value > best:
+                best, chosen, start = value, strength, axes.back(*weight)
+            store.say(f"transfer/{one.name}: strength {strength:.1e}, validation {value:.2f}", passing=True)
+        del z_NR, z_validation_NR
+
+        everything, labels = torch.cat([train, validation]), torch.cat([labels, _labels(one.validation, store)])
+        axes = Axes.of(everything)
+        weight = fit_on_axes(axes, axes.turn(everything), labels, strength=chosen, start=axes.start(*start), **settings)
+        weight_DC, bias_C = axes.back(*weight)
+        l2 = chosen / len(everything)
+        _, grad_DC, grad_C = objective(weight_DC, bias_C, everything.double(), labels, l2=l2)
+        test = self._features(backbone, one.test)
+        logits_NC = torch.cat([torch.addmm(bias_C, x.double(), weight_DC).cpu() for x in test.split(8192)])
+        for metric, value in score(logits_NC, one.test.labels, one.metric):
+            yield f"transfer/{one.name}_{metric}", value
+        yield f"transfer/{one.name}_strength", chosen
+        yield f"transfer/{one.name}_gradient", largest(grad_DC, grad_C)
+
+    def _features(self, backbone: nn.Module, source: Source) -> Tensor:
+        return self._store.of(backbone, source, self._views).to(self._store.device)
+
+
+def _labels(source: Source, store: FeatureStore) -> Tensor:
+    return torch.from_numpy(source.labels).to(store.device)
+
+
+def score(logits_NC: Tensor, labels: np.ndarray, metric: str) -> Iterator[tuple[str, float]]:
+    """(metric, percent); of VOC2007's also (`ap_per_image`, percent), the variant that AdCo's code reports."""
+    if metric == "map11":
+        yield "map11", 100 * statistics.mean(
+            average_precision_11(logits_NC[:, c].double().numpy(), labels[:, c]) for c in range(labels.shape[1])
+        )
+        # Over the classes of an image instead of the images of a class; not comparable with any mean average precision.
+        some = (labels == 1).any(axis=1)
+        yield "ap_per_image", 100 * float(average_precision_score(labels[some] == 1, logits_NC.numpy()[some], average="samples"))
+        return
+    right = logits_NC.argmax(dim=1).numpy() == labels
+    if metric == "top1":
+        yield "top1", 100 * float(right.mean())
+    else:
+        yield "mean_per_class", 100 * statistics.mean(float(right[labels == c].mean()) for c in np.unique(labels))
+
+
+def average_precision_11(scores: np.ndarray, marks: np.ndarray) -> float:
+    """Average precision as PASCAL VOC 2007 defines it: the mean over recalls 0, 0.1, ..., 1 of the best precision at a
+    recall no smaller.
+
+    Args:
+        scores: [N]; equal ones rank in the images' order.
+        marks: [N], 1 present, 0 absent, -1 left out.
+    Raises:
+        ValueError: nothing is present.
+    """
+    kept = marks >= 0
+    order = np.argsort(-scores[kept], kind="stable")
+    present = marks[kept][order] == 1
+    if not present.any():
+        raise ValueError("average precision: expected at least one image in which the class is present, got none")
+    hits = np.cumsum(present)
+    precision = hits / np.arange(1, len(hits) + 1)
+    # In integers: 3 of 10 images are a recall of exactly 0.3.
+    return float(sum(precision[10 * hits >= tenth * hits[-1]].max() for tenth in range(11))) / 11

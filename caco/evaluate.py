@@ -1,0 +1,91 @@
+"""`python -m caco.evaluate` and `caco-evaluate`: evaluate a run's backbone, or weights from elsewhere.
+
+Everything that can be refused without torch is refused before torch is imported.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from caco import pretrained, runs
+from caco.config import ConfigError
+from caco.refusals import groups
+from caco.train import for_user, refuse
+
+HELP = """\
+caco: evaluate a trained backbone.
+
+  python -m caco.evaluate run=RUN eval=[knn,linear]       a run's directory, a checkpoint file or an MLflow run id
+  python -m caco.evaluate run=RUN eval=[transfer] eval.transfer.root=PATH
+  python -m caco.evaluate run=RUN eval=[knn,semi] baselines=true
+  python -m caco.evaluate weights=FILE format=moco backbone=resnet50 data=imagenet data.root=PATH
+
+Results go into the run's ledger, summary.json and MLflow run, and into its folder evaluations/; with weights=, into a
+folder of their own (to=FOLDER). The same command again goes on where it stopped, and does nothing twice.
+`--cfg` prints the whole configuration and starts nothing.
+
+Groups, chosen by group=option:
+
+{groups}
+"""
+OF_EVALUATION = ("backbone", "augmentation", "data", "loader", "eval", "tracking")
+
+
+def main() -> None:
+    """The console script."""
+    run_command("evaluate", HELP, OF_EVALUATION, _evaluate)
+
+
+def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Callable[[DictConfig], None]) -> None:
+    """The command line of a root in conf/: help, configuration, or `act` on what was composed and checked; exit code 2 on a
+    refusal."""
+    overrides = sys.argv[1:]
+    flags = [item for item in overrides if item.startswith("-")]
+    try:
+        if {"-h", "--help"} & set(flags) or not overrides:
+            listed = "\n".join(f"  {group}: {', '.join(options)}" for group, options in groups().items() if group in of_command)
+            print(help_text.format(groups=listed), end="")
+            return
+        if set(flags) - {"--cfg"}:
+            raise ConfigError(f"{', '.join(flags)}: expected key=value, --cfg or --help")
+        cfg = pretrained.compose(name, [item for item in overrides if item not in ("--cfg", "job")])
+        if flags:
+            print(OmegaConf.to_yaml(OmegaConf.create(runs.plain(cfg))), end="")
+            return
+        act(cfg)
+    except ConfigError as error:
+        refuse(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        refuse("interrupted; the same command goes on with what is left to do")
+        sys.exit(130)
+    except Exception as error:
+        if not for_user(error):
+            raise
+        refuse(str(error))
+        sys.exit(2)
+
+
+def _evaluate(cfg: DictConfig) -> None:
+    place = None if cfg.run is None else pretrained.locate(cfg.run)
+    results_dir = _results_dir(cfg, place)
+    if runs.is_first_rank():
+        results_dir.mkdir(parents=True, exist_ok=True)
+        runs.hold(results_dir)
+    from caco.build import evaluate  # here and not above: it imports torch
+
+    evaluate(cfg, place, results_dir)
+
+
+def _results_dir(cfg: DictConfig, place: pretrained.Place | None) -> Path:
+    if cfg.to is not None:
+        return Path(cfg.to).expanduser()
+    if place is not None:
+        return place.run_dir
+    return Path("evaluations") / f"{Path(cfg.weights).stem}-{cfg.weights_digest}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""`python -m caco.export` and `caco-export`: a trained backbone as files that other programs load."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from caco import pretrained
+from caco.evaluate import run_command
+from caco.runs import command, plain
+from caco.tracking.environment import environment
+from caco.tracking.files import read_json
+
+HELP = """\
+caco: export a trained backbone.
+
+  python -m caco.export run=RUN to=FOLDER                      model.safetensors and a model card
+  python -m caco.export run=RUN to=FOLDER layouts=[safetensors,timm,torchvision,detectron2]
+  python -m caco.export weights=FILE format=moco backbone=resnet50 to=FOLDER layouts=[detectron2]
+
+  safetensors   model.safetensors: the backbone's tensors by timm's names; caco itself reads it with format=timm
+  timm          besides, config.json: timm.create_model("local-dir:FOLDER")
+  torchvision   torchvision.pth: load_state_dict(..., strict=False) of torchvision's resnet18, resnet34, resnet50
+  detectron2    detectron2.pkl: MODEL.WEIGHTS of detectron2's R-50 and the like, for detection on VOC and COCO
+
+Groups, chosen by group=option:
+
+{groups}
+"""
+
+
+def main() -> None:
+    """The console script."""
+    run_command("export", HELP, ("backbone", "augmentation"), _export)
+
+
+def _export(cfg: DictConfig) -> None:
+    place = None if cfg.run is None else pretrained.locate(cfg.run)
+    from caco.build import build, load_pretrained  # here and not above: it imports torch
+
+    backbone = build(cfg.backbone)
+    path, step = load_pretrained(cfg, place, backbone)
+    run = {} if place is None else {"run": place.run_dir.name, "step": step, "summary": read_json(place.run_dir / "summary.json")}
+    about = {"weights": str(path), **run, "augmentation": plain(cfg)["augmentation"]}
+    for file in export(backbone, plain(cfg)["backbone"], list(cfg.layouts), Path(cfg.to).expanduser(), about):
+        print(file)
+
+
+def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path, about: dict[str, Any]) -> list[Path]:
+    """Write the layouts and a model card; returns the files.
+
+    Args:
+        node: the backbone's part of the configuration.
+        about: for the card: where the weights come from, the run's summary, its views' size, mean and std.
+    Raises:
+        ValueError: the backbone does not fit a layout; before anything is written.
+    """
+    from safetensors.torch import save_file
+
+    import torch
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    is_plain = node.get("name") is not None and not node.get("cifar_stem")
+    for layout in layouts:
+        if layout == "timm" and not is_plain:
+            raise ValueError("layouts: timm has no model with this backbone's stem; expected safetensors alone, got timm")
+        if layout in ("torchvision", "detectron2"):
+            fits = is_plain and re.fullmatch(r"resnet(18|34|50|101|152)", node["name"])
+            if not fits:
+                raise ValueError(f"layouts: {layout} expects a ResNet with its usual stem (resnet18, resnet50, ...), got {node}")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+
+    def written(name: str, write) -> None:
+        aside = folder / f".{name}.partial"
+        write(aside)
+        aside.replace(folder / name)
+        files.append(folder / name)
+
+    if {"safetensors", "timm"} & set(layouts):
+        written("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    if "timm" in layouts:
+        written("config.json", lambda path: path.write_text(json.dumps(timm_config(backbone, node, about), indent=1) + "\n"))
+    if "torchvision" in layouts:
+        written("torchvision.pth", lambda path: torch.save(state, path))
+    if "detectron2" in layouts:
+        content = {"model": detectron2_names(state), "__author__": "caco", "matching_heuristics": True}
+        written("detectron2.pkl", lambda path: path.write_bytes(pickle.dumps(content)))
+    written("README.md", lambda path: path.write_text(model_card(node, layouts, about)))
+    return files
+
+
+def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """What timm reads beside model.safetensors."""
+    views = about["augmentation"]
+    size = node.get("image_size") or views["size"]
+    return {
+        "architecture": node["name"],
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "model_args": {"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {},
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, size, size],
+            "interpolation": "bilinear",
+            "crop_pct": views.get("plain_crop", 0.875),
+            "mean": views["mean"],
+            "std": views["std"],
+            "first_conv": "patch_embed.proj" if node["name"].startswith("vit") else "conv1",
+            "classifier": "head" if node["name"].startswith("vit") else "fc",
+        },
+    }
+
+
+def detectron2_names(state: dict[str, Any]) -> dict[str, Any]:
+    """A ResNet's tensors as arrays by detectron2's names: stem.conv1, res2.0.conv1, res2.0.conv1.norm, res2.0.shortcut."""
+    named = {}
+    for name, tensor in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        block = re.fullmatch(r"layer(\d)\.(.+)", name)
+        name = f"res{int(block[1]) + 1}.{block[2]}" if block else f"stem.{name}"
+        name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+        name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+        named[name] = tensor.numpy()
+    return named
+
+
+def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) -> str:
+    """README.md: what the weights are, what they gave, how to load them."""
+    views, summary = about["augmentation"], about.get("summary", {})
+    results = {k: v for k, v in summary.items() if isinstance(v, float) and re.search(r"top\d|mean_per_class|map11|ap_per_image", k)}
+    table = "".join(f"| {name} | {value:.2f} |\n" for name, value in sorted(results.items()))
+    usage = {
+        "safetensors": 'safetensors.torch.load_file("model.safetensors")          # timm\'s names, no classifier',
+        "timm": 'timm.create_model("local-dir:FOLDER", pretrained=True)      # this folder',
+        "torchvision": 'torchvision.models.resnet50().load_state_dict(torch.load("torchvision.pth"), strict=False)  # all but fc',
+        "detectron2": "# detectron2: MODEL.WEIGHTS detectron2.pkl, INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False,\n"
+        f"# MODEL.PIXEL_MEAN {[round(255 * m, 3) for m in views['mean']]}, MODEL.PIXEL_STD {[round(255 * s, 3) for s in views['std']]}",
+    }
+    shown = "\n".join(usage[layout] for layout in usage if layout in layouts)
+    tags = "library_name: timm\n" if "timm" in layouts else ""
+    return (
+        f"---\n{tags}tags: [self-supervised, contrastive-learning, caco]\n---\n\n"
+        f"# {node.get('name') or node['_target_'].rpartition('.')[2]}, pre-trained without labels\n\n"
+        f"A backbone without a classifier, from `{about['weights']}`"
+        + (f", run `{about['run']}`, step {about['step']}" if "run" in about else "")
+        + f".\n\nBackbone: `{json.dumps(node)}`. Images: RGB in 0..1, {views['size']} px, mean {views['mean']}, std {views['std']}.\n"
+        + (f"\nWhat the run's summary says, percent (data: {summary.get('data')}):\n\n| result | value |\n|---|---|\n{table}" if table else "")
+        + f"\n```python\n{shown}\n```\n\n"
+        f"Made by `{command()}` with caco {environment()['git_sha']}. Method: CaCo and its relatives, arXiv 2203.14370.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""python -m caco.tracking.dashboard [RUNS] : see all runs in a browser. Also `make dashboard`.
+
+Brings MLflow up to date with the run directories (what it missed is sent, runs whose process is gone end), starts its server
+on the store that runs are tracked in, prints its address, and keeps both up until Ctrl-C; runs do not depend on it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from caco.tracking.feed import connect, first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.sync import find_runs, sync
+
+# What the runs table shows of the parameters if runs differ in it, in this order; then whatever else tells runs apart.
+_FIRST = ("method", "pn", "bank", "backbone", "data", "batch", "epochs", "seed")
+_MAX_PARAMS = 8
+# Sections of the charts, from top to bottom, and whether they open unfolded.
+_SECTIONS = {"eval": True, "train": True, "epoch": True, "paper": False, "final": False, "filling": False, "System metrics": False}
+_VIEW = "caco"  # the name of our view of an experiment, in its address
+
+
+def columns(runs: list[Any]) -> list[str]:
+    """The columns of the runs table: parameters in which the runs differ, newest results with the paper's, where it ran.
+
+    Args:
+        runs: MLflow's, of one experiment.
+    """
+    runs = [run for run in runs if run.data.params]  # a sweep's own run has none
+    typed = {item.partition("=")[0] for run in runs for item in run.info.run_name.split()}
+    # Of all that an option sets (pn=both sets push, pull and more) its name says enough.
+    names = {name for run in runs for name in run.data.params if "." not in name or name in typed}
+    differ = [name for name in names if len({run.data.params.get(name) for run in runs}) > 1]
+    params = sorted(differ, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))[:_MAX_PARAMS]
+    metrics = {name for run in runs for name in run.data.metrics}
+    results = sorted(name for name in metrics if name.startswith("eval/") and name != "eval/epochs")
+    beside = [name for result in results for name in (result, result.replace("eval/", "paper/", 1)) if name in metrics]
+    beside += sorted(name for name in metrics if name.startswith("paper/") and name not in beside)
+    tags = {name for run in runs for name in run.data.tags}
+    return [
+        *(f"params.`{name}`" for name in params),
+        *(f"metrics.`{name}`" for name in beside),
+        *(f"metrics.`{name}`" for name in ("train/loss", "train/images_per_second") if name in metrics),
+        *(f"tags.`{name}`" for name in ("slurm_job_id", "host", "gpus") if name in tags),
+        "attributes.`Dataset`",
+    ]
+
+
+def view(runs: list[Any]) -> dict[str, Any]:
+    """How MLflow's page of an experiment opens: columns, and the best run first. What its own `Share` saves."""
+    chosen = columns(runs)
+    ranked = next((name for name in chosen if name.startswith("metrics.`eval/")), "attributes.start_time")
+    counters = {name for run in runs for name in run.data.metrics if name.rpartition("/")[2] in ("epoch", "epochs")}
+    return {
+        # Ordered by a result and not by time, runs are listed one by one; else a sweep's are folded in and have no charts.
+        "orderByKey": ranked,
+        "orderByAsc": False,
+        "selectedColumns": chosen,
+        "columnOrder": chosen,
+        "runsHiddenMode": "FIRST_20_RUNS",
+        # MLflow adds a chart for each other metric, and a section for each other part of a name.
+        "compareRunSections": [
+            {"uuid": name, "name": name, "display": is_open, "isReordered": False, "deleted": False, "isGenerated": True}
+            for name, is_open in _SECTIONS.items()
+        ],
+        "compareRunCharts": [
+            {"type": "LINE", "uuid": name, "metricKey": name, "metricSectionId": name.partition("/")[0], "deleted": True, "isGenerated": True}
+            for name in sorted(counters)
+        ],
+        "isAccordionReordered": True,
+    }
+
+
+def prepare(client: Any, experiment: Any) -> None:
+    """Save our view of an experiment in it, if it has changed."""
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    tags = {"mlflow.experimentKind": "custom_model_development", f"mlflow.sharedViewState.{_VIEW}": json.dumps(view(runs))}
+    for name, value in tags.items():
+        if experiment.tags.get(name) != value:
+            client.set_experiment_tag(experiment.experiment_id, name, value)
+
+
+def address(base: str, experiment_id: str) -> str:
+    """Of an experiment's page, with our view of it; the bare address opens on what language models need."""
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={_VIEW}&workflowType=machine_learning"
+
+
+def update(folder: Path, uri: str, *, named: bool) -> list[str]:
+    """sync() for the runs below `folder`, then prepare() for each experiment that has runs; lines on what happened.
+
+    Args:
+        named: the user chose the store: everything goes there. Else each run goes where it went before.
+    """
+    try:
+        run_dirs = find_runs([folder])
+    except ValueError:
+        run_dirs = []  # no run yet
+    told, _ = sync(run_dirs, uri=uri if named else None)
+    lines = [line for line in told if ": complete (" not in line and ": skipped: " not in line]
+    client, _ = connect(uri, "caco")
+    for experiment in client.search_experiments():
+        if client.search_runs([experiment.experiment_id], max_results=1):
+            prepare(client, experiment)
+    return lines
+
+
+def shown(uri: str, base: str) -> list[str]:
+    """A line with the address of each experiment that has runs, newest first."""
+    client, _ = connect(uri, "caco")
+    found = [e for e in client.search_experiments() if client.search_runs([e.experiment_id], max_results=1)]
+    found.sort(key=lambda experiment: experiment.last_update_time or 0, reverse=True)
+    return [f"{experiment.name}: {address(base, experiment.experiment_id)}" for experiment in found] or [base]
+
+
+@contextlib.contextmanager
+def server(uri: str, *, host: str, port: int) -> Iterator[subprocess.Popen]:
+    """MLflow's server on a database, ended with the body, with all of its processes.
+
+    Raises:
+        OSError: it ends or does not answer in two minutes; with its last words.
+    """
+    # One worker: each is a process of 300 MB. Jobs are for language models; two more processes, and a log that grows.
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
+    # Not as arguments, which every user of the machine sees: a database's address may hold its password.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+    if uri.startswith("sqlite:///"):  # what comes by HTTP; runs beside the store write into its mlruns/ themselves
+        environment["MLFLOW_ARTIFACTS_DESTINATION"] = str(Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts"))
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 120
+            while not _answers(f"http://{host}:{port}/health"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise OSError(f"mlflow server does not start: {log.read()[-1500:]}")
+                time.sleep(0.3)
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # it writes nothing of its own that could be torn
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+    return True
+
+
+def free_port(host: str, wanted: int) -> int:
+    """`wanted`, or any other where somebody listens there already."""
+    for port in (wanted, 0):
+        with contextlib.suppress(OSError), socket.create_server((host, port)) as listener:
+            return listener.getsockname()[1]
+    raise OSError(f"--host: expected an address of this machine, got {host}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m caco.tracking.dashboard", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="the folder of run directories; default runs")
+    parser.add_argument("--uri", help="MLflow server or database; default: as tracking=mlflow")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: others reach it too, without a password")
+    parser.add_argument("--port", type=int, default=5000, help="default 5000; another one where it is taken")
+    parser.add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="bring it up to date so often")
+    options = parser.parse_args(arguments)
+    try:
+        require_mlflow()
+        uri = resolve_uri(options.uri)
+    except (ModuleNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    import_mlflow()
+    named = options.uri is not None
+    try:
+        _say(update(options.runs, uri, named=named))
+        if uri.startswith("http"):
+            _say(shown(uri, uri))
+            return 0
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        port = free_port(options.host, options.port)
+        with server(uri, host=options.host, port=port) as process:
+            base = f"http://{options.host}:{port}"
+            _say([*shown(uri, base), f"the store is {re.sub('//[^/]*@', '//', uri)}; Ctrl-C ends this server, and no run"])
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=options.every)
+                    raise OSError(f"mlflow server has ended with code {process.returncode}")
+                try:
+                    _say(update(options.runs, uri, named=named))
+                except Exception as error:  # noqa: BLE001 - a database that is busy; the server goes on
+                    _say([f"not brought up to date: {first_line(error)}"])
+    except KeyboardInterrupt:
+        return 0
+    except OSError as error:
+        print(f"caco: {error}", file=sys.stderr)
+        return 1
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Figures of a run: in its directory, and as artifacts of its run in MLflow."""
+
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from caco.tracking.feed import first_line, import_mlflow
+from caco.tracking.sync import sync_run
+from caco.tracking.watermark import Watermark
+
+_log = logging.getLogger(__name__)
+_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".html")
+
+
+def add_figure(run_dir: Path, name: str, figure: Any) -> Path:
+    """Keep a figure as run_dir/figures/NAME, whole or not at all, and send it where the run was sent; its path.
+
+    Without a server it stays there, and `python -m caco.tracking.sync` sends it later. The same name again replaces it.
+
+    Args:
+        name: a file's, such as "bank_use.png".
+        figure: matplotlib's, or anything with its savefig(); or the file's bytes.
+    Raises:
+        ValueError: no run, or no name of a figure.
+    """
+    if not (run_dir / "tracking.json").exists():
+        raise ValueError(f"expected a run directory, with tracking.json, got {run_dir}")
+    if Path(name).name != name or Path(name).suffix not in _SUFFIXES:
+        raise ValueError(f"name: expected a file's, ending in {', '.join(_SUFFIXES)}, got {name!r}")
+    content = figure
+    if not isinstance(figure, bytes):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=Path(name).suffix[1:], bbox_inches="tight")
+        content = buffer.getvalue()
+    path = run_dir / "figures" / name
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(f".{name}.{os.getpid()}")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+    if Watermark.load(run_dir).run_id:
+        try:
+            import_mlflow()
+            sync_run(run_dir)
+        except BlockingIOError:
+            pass  # the run goes on, and sends it at its end
+        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like
+            _log.warning("not sent: %s; later: python -m caco.tracking.sync %s", first_line(error), run_dir)
+    return path

@@ -1,0 +1,308 @@
+"""`python -m experiments.run table7 scale=mini`: train and evaluate what a table of the paper needs, at a scale.
+
+What is done, here or in a record, is skipped; what was begun goes on; what has failed is tried again with --retry. Runs lie
+in runs/SCALE/, and runs/SCALE/record.json holds what has come out so far: send it to others, and merge theirs by
+`python -m experiments.record --merge`.
+"""
+
+import argparse
+import importlib.util
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from caco import config, train
+from caco.config import ConfigError
+from caco.launchers import Job
+from caco.progress import clock
+from caco.refusals import nearest
+from caco.runs import objective
+from caco.tracking.files import read_json, write_json
+from experiments import record
+from experiments.tables import HERE, Experiment, experiments, load_scale, load_table, scales
+
+RECORDS = HERE / "records"
+OWN_KEYS = ("scale", "seed", "rows")
+# They can change a number although their keys do not belong to a run's identity (which holds what comes of them), or
+# are chosen here.
+NOT_PASSED_ON = ("weights", "bank_learning", "hydra", "name")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed, and where it lies."""
+
+    experiment: Experiment
+    seed: int
+    recorded: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.name} seed {self.seed}"
+
+    @cached_property
+    def directory(self) -> Path:
+        """runs/SCALE/...-HASH, whichever table's row made it."""
+        folder, hash = Path("runs") / self.experiment.scale.id, self.experiment.hash(self.seed)
+        made = sorted(folder.glob(f"*-{hash}"))
+        return made[0] if made else folder / f"{self.experiment.name.replace('/', '-')}-seed{self.seed}-{hash}"
+
+    @property
+    def state(self) -> str:
+        """recorded | done | failed | begun | to do"""
+        if (self.directory / "summary.json").exists():
+            return "done"
+        if self.recorded:
+            return "recorded"
+        if (self.directory / "failure.txt").exists():
+            return "failed"
+        return "begun" if any(self.directory.glob("checkpoints/step_*.pt")) else "to do"
+
+    @property
+    def overrides(self) -> list[str]:
+        return [*self.experiment.overrides(self.seed), f"hydra.run.dir={self.directory}"]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "-m", "caco.train", *self.overrides])
+
+    def label(self) -> None:
+        """Make the directory and write down what the run is for, unless it was begun for another table's row."""
+        path = self.directory / record.LABEL
+        if not path.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            table, row, scale = self.experiment.table.id, self.experiment.row_id, self.experiment.scale.id
+            write_json(path, {"table": table, "row": row, "scale": scale})
+
+
+def runs_of(chosen: Sequence[Experiment], seeds: Sequence[int] | None) -> list[Run]:
+    """The runs of these rows, each once: seed by seed, so that whole tables come first."""
+    recorded = {run["config_hash"] for path in sorted(RECORDS.glob("*.json")) for run in record.read(path)}
+    runs: dict[str, Run] = {}
+    for seed in sorted({seed for experiment in chosen for seed in (seeds or experiment.seeds)}):
+        for experiment in chosen:
+            if seed in (seeds or experiment.seeds):
+                hash = experiment.hash(seed)
+                runs.setdefault(hash, Run(experiment, seed, hash in recorded))
+    return list(runs.values())
+
+
+def estimate(experiment: Experiment, *, world: int) -> str:
+    """What a run will cost, by caco.plan."""
+    if importlib.util.find_spec("caco.plan") is None:
+        return "no estimate"
+    from caco.plan import plan
+
+    try:
+        cost: dict[str, Any] = plan(experiment.cfg, world=world)
+    except ValueError as error:
+        return f"no estimate: {error}"
+    return (
+        f"estimate: {cost['steps']:,.0f} steps, {cost['flops_per_step'] * cost['steps']:.2g} operations, "
+        f"{cost['run_hours']:.2g} h on {world} devices of the speed that caco.plan assumes, {cost['device_bytes'] / 2**30:.2g} GiB each"
+    )
+
+
+def train_here(runs: Sequence[Run]) -> list[Run]:
+    """One after another in this process; returns those that did not finish."""
+    unfinished = []
+    for number, run in enumerate(runs, start=1):
+        say(f"{run.name}, run {number} of {len(runs)}, in {run.directory}")
+        run.label()
+        started = time.monotonic()
+        code = _train(run.overrides)
+        if code in (130, 143):  # interrupted or told to stop, and saved: no more of them
+            sys.exit(code)
+        if code == 0:
+            summary = read_json(run.directory / "summary.json")
+            result = objective(summary)
+            shown = f": {result:.2f}" if result is not None else ""
+            say(f"{run.name} is done in {clock(time.monotonic() - started)}{shown}")
+            write_record(run.experiment.scale.id)
+        else:
+            unfinished.append(run)
+    return unfinished
+
+
+def _train(overrides: list[str]) -> int | str | None:
+    """caco.train's exit code, as if it had been typed; a bug shows its traceback and counts as 1."""
+    before = sys.argv
+    sys.argv = [train.__file__, *overrides]
+    try:
+        train.main()
+    except SystemExit as end:
+        return end.code
+    except Exception:  # noqa: BLE001 - one run's bug must not take the others with it; it is in its failure.txt, too
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+def train_elsewhere(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
+    """As jobs of launcher=local or launcher=slurm; returns those that did not finish."""
+    from caco.sweep import SweepFailed, follow
+
+    launcher = build_launcher(runs[0].experiment, words)
+    jobs = []
+    for run in runs:
+        launcher.check(run.experiment.cfg)
+        run.label()
+        jobs.append(Job(tuple(run.experiment.overrides(run.seed)), run.directory.absolute()))
+    try:
+        follow(launcher, jobs, (Path("runs") / runs[0].experiment.scale.id).absolute())
+    except SweepFailed as error:
+        say(str(error))
+    return [run for run in runs if run.state != "done"]
+
+
+def build_launcher(experiment: Experiment, words: Sequence[str]) -> Any:
+    """What `launcher=...` and `launcher.KEY=...` ask for; None without them.
+
+    Raises:
+        ConfigError: there is no such launcher, or it lacks submitit.
+    """
+    if not train.is_launched(list(words)):
+        return None
+    train.offer_launcher()
+    overrides = [*experiment.overrides(experiment.seeds[0]), *words]
+    train.check_command(overrides, multirun=False)
+    return config.build(config.compose(overrides).launcher)
+
+
+def write_record(scale: str) -> Path:
+    """Everything that is finished in runs/SCALE, as one record beside it."""
+    folder = Path("runs") / scale
+    path = folder / "record.json"
+    write_json(path, record.gather(summary.parent for summary in sorted(folder.glob("*/summary.json"))))
+    return path
+
+
+def say(text: str) -> None:
+    print(f"caco: {text}", file=sys.stderr, flush=True)
+
+
+def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """A command line's own settings (scale, seed, rows), the launcher's, and what goes on to caco.train.
+
+    Raises:
+        ConfigError: something that is no key=value, or whose place is in a scale.
+    """
+    own, launcher, further = {}, [], []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word}: expected key=value{nearest(word, OWN_KEYS)}")
+        root = key.lstrip("+~").partition(".")[0]
+        if key in OWN_KEYS:
+            own[key] = value
+        elif root == "launcher":
+            launcher.append(word)
+        elif root in NOT_PASSED_ON:
+            raise ConfigError(f"{word}: cannot be given here; the table and the scale say what is run, and where it lies")
+        else:
+            further.append(word)
+    return own, launcher, further
+
+
+def numbers(text: str) -> list[int]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise ConfigError(f"seed={text}: expected whole numbers, as seed=0,1,2")
+    return [int(part) for part in text.split(",")]
+
+
+def need_data(chosen: Sequence[Experiment]) -> None:
+    """Refuse, before anything starts, to train on images that nobody said where to find."""
+    for experiment in chosen:
+        data = experiment.cfg.data
+        if "root" in data and (data.root is None or not (Path(data.root).expanduser().exists() or data.get("download"))):
+            where = "data.root=PATH must be given" if data.root is None else f"data.root={data.root}: there is nothing"
+            raise ConfigError(f"{where}: scale {experiment.scale.id} reads {data._target_.rpartition('.')[2]}")
+
+
+def show(runs: Sequence[Run], world: int) -> None:
+    """Every run's state and command, and what those that are left will cost."""
+    costs: dict[str, str] = {}
+    for run in runs:
+        print(f"# {run.name}: {run.state}")
+        if run.state in ("done", "recorded"):
+            continue
+        if run.experiment.name not in costs:
+            costs[run.experiment.name] = estimate(run.experiment, world=world)
+        print(f"# {costs[run.experiment.name]}\n{run.command}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"scales: {', '.join(scales())}. What they are: experiments/scale/*.yaml; the tables: experiments/table*.yaml.",
+    )
+    parser.add_argument("table", help="table1 ... table7")
+    parser.add_argument(
+        "words", nargs="*", metavar="key=value",
+        help="scale=NAME; seed=0,1 and rows=a,b in place of all; launcher=slurm, launcher.KEY=...; and what cannot change a "
+        "number: data.root=PATH, tracking=..., loader.num_workers=...",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="list every run's state, command and cost; start nothing")
+    parser.add_argument("--retry", action="store_true", help="also what has failed before")
+    arguments = parser.parse_args()
+    try:
+        sys.exit(_main(arguments))
+    except ConfigError as error:
+        say(str(error))
+        sys.exit(2)
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    table = load_table(arguments.table)
+    own, launcher_words, further = parse(arguments.words)
+    if "scale" not in own:
+        raise ConfigError(f"scale=NAME must be given. There are: {', '.join(scales())}")
+    scale = load_scale(own["scale"])
+    rows = own["rows"].split(",") if "rows" in own else None
+    chosen = []
+    for experiment in experiments(table, scale, rows=rows, further=further):
+        if experiment.why_not is None:
+            chosen.append(experiment)
+        elif rows or arguments.dry_run:
+            print(f"# {experiment.name}: not run: {experiment.why_not}")
+    if not chosen:
+        raise ConfigError(f"{table.id} has no row that can be run at scale {scale.id}")
+    if not any(scale.metrics.get(column) for column in table.columns):
+        raise ConfigError(f"{table.id}: scale {scale.id} measures nothing of it ({', '.join(table.columns)}); scale=paper does")
+    runs = runs_of(chosen, numbers(own["seed"]) if "seed" in own else None)
+    if arguments.dry_run:
+        launcher = build_launcher(chosen[0], launcher_words)
+        show(runs, launcher.ranks if launcher else 1)
+        return 0
+    done = [run for run in runs if run.state in ("done", "recorded")]
+    failed = [run for run in runs if run.state == "failed" and not arguments.retry]
+    left = [run for run in runs if run not in done and run not in failed]
+    say(f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done)} done already, {len(left)} to do")
+    if left:
+        need_data(chosen)
+        try:
+            launched = train.is_launched(launcher_words)
+            unfinished = train_elsewhere(left, launcher_words) if launched else train_here(left)
+        finally:
+            write_record(scale.id)
+        failed += unfinished
+    for run in failed:
+        reason = run.directory / "failure.txt"
+        why = reason.read_text().strip().splitlines()[-1] if reason.exists() else "did not finish"
+        say(f"{run.name} has failed: {why}\n  {run.directory}; the same command with --retry tries it again")
+    number = table.id.removeprefix("table")
+    say(f"{len(runs) - len(failed)} of {len(runs)} done; python -m analysis.table {number} --scale {scale.id} shows them")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The paper's tables and the scales at which they are run: from two YAML files to the command of every run.
+
+A table is free of any scale: its rows choose a method and name the paper's epochs, batch and bank. A scale says how to
+train everything, and by how much the paper's numbers shrink. Imports no torch.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from caco import config, refusals, validation
+from caco.config import ConfigError
+from caco.runs import is_neutral, run_hash
+
+HERE = Path(__file__).parent
+SCALED = ("epochs", "batch", "bank")
+
+
+@dataclass
+class Row:
+    """A line of a table.
+
+    Args:
+        label: as the paper prints it.
+        epochs, batch, bank: the paper's; bank in rows, null where it has none or the paper does not say.
+        run: overrides of caco.train that choose the method; null where caco does not have it.
+        published: the paper's numbers by column.
+        note: what a reader must know about them.
+        seeds: null for the table's.
+    """
+
+    label: str = MISSING
+    epochs: int | None = None
+    batch: int | None = None
+    bank: int | None = None
+    run: list[str] | None = None
+    published: dict[str, float] = field(default_factory=dict)
+    note: str | None = None
+    seeds: list[int] | None = None
+
+
+@dataclass
+class Table:
+    """One table of the paper.
+
+    Args:
+        id: of its file, as table7; table: the paper's numeral.
+        reference: the row that gains are counted from.
+        columns: the paper's columns and their headers.
+        compare: gains as a difference, or as a ratio (of times).
+        note: what a reader must know.
+    """
+
+    id: str = MISSING
+    table: str = MISSING
+    title: str = MISSING
+    reference: str = MISSING
+    seeds: list[int] = MISSING
+    columns: dict[str, str] = MISSING
+    rows: dict[str, Row] = MISSING
+    compare: str = "difference"
+    note: str | None = None
+
+
+@dataclass
+class Scale:
+    """How large everything is and how it is trained.
+
+    Args:
+        like: another scale, to whose overrides ours are added and whose other settings hold where we have none.
+        times: factors of the paper's epochs, batch and bank; exactly: numbers in place of them.
+        overrides: of every row, after the row's own.
+        where: further ones of the rows that have a certain override, as `pn=both`.
+        without: rows with a certain override cannot be run, and why.
+        seeds: in place of the table's.
+        metrics: what we measure for a column of the paper, the main one first.
+        same_as_paper: whether data, recipe and metric are the paper's, so that differences to its numbers mean something.
+        controls: what others published for exactly one of our runs, by TABLE/ROW.
+    """
+
+    id: str = MISSING
+    title: str = MISSING
+    like: str | None = None
+    times: dict[str, float] = field(default_factory=dict)
+    exactly: dict[str, int] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    where: dict[str, list[str]] = field(default_factory=dict)
+    without: dict[str, str] = field(default_factory=dict)
+    seeds: list[int] | None = None
+    metrics: dict[str, list[str]] = field(default_factory=dict)
+    same_as_paper: bool = False
+    controls: dict[str, str] = field(default_factory=dict)
+
+
+def _names(folder: Path, pattern: str) -> list[str]:
+    return sorted(path.stem for path in folder.glob(pattern))
+
+
+def tables() -> list[str]:
+    return _names(HERE, "table*.yaml")
+
+
+def scales() -> list[str]:
+    return _names(HERE / "scale", "*.yaml")
+
+
+def _pick(kind: str, name: str, known: Sequence[str]) -> str:
+    if name not in known:
+        raise ConfigError(f"{kind} {name}: no such {kind}{refusals.nearest(name, known) or '.'} There are: {', '.join(known)}")
+    return name
+
+
+def _read(path: Path, schema: type, **more: Any) -> Any:
+    """A YAML file as an object of `schema`, whose types it must have."""
+    try:
+        content = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), more)
+        missing = sorted(OmegaConf.missing_keys(content))
+        if missing:
+            raise ConfigError(f"{path}: {', '.join(missing)}: must be given")
+        return OmegaConf.to_object(content)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def load_table(name: str) -> Table:
+    """The table of that name: table7, or 7.
+
+    Raises:
+        ConfigError: there is none; its file is wrong.
+    """
+    name = _pick("table", f"table{name}" if name.isdigit() else name, tables())
+    path = HERE / f"{name}.yaml"
+    table = _read(path, Table, id=name)
+    _pick_in(path, "reference", table.reference, table.rows)
+    for row in table.rows.values():
+        for column in row.published:
+            _pick_in(path, "published", column, table.columns)
+    return table
+
+
+def _pick_in(path: Path, key: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise ConfigError(f"{path}: {key}: expected one of {', '.join(known)}, got {name}")
+
+
+def load_scale(name: str) -> Scale:
+    """The scale of that name.
+
+    Raises:
+        ConfigError: there is none; its file is wrong.
+    """
+    path = HERE / "scale" / f"{_pick('scale', name, scales())}.yaml"
+    scale: Scale = _read(path, Scale, id=name)
+    for key in {**scale.times, **scale.exactly}:
+        _pick_in(path, "times, exactly", key, SCALED)
+    if scale.like is None:
+        return scale
+    given = OmegaConf.load(path)
+    base = load_scale(scale.like)
+    for key in Scale.__dataclass_fields__:
+        if key not in given and key != "id":
+            setattr(scale, key, getattr(base, key))
+    scale.overrides = [*base.overrides, *given.get("overrides", [])]
+    return scale
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row of a table at a scale; a run is this and a seed."""
+
+    table: Table
+    row_id: str
+    scale: Scale
+    further: tuple[str, ...] = ()  # overrides of the user, which cannot change a number
+
+    @property
+    def row(self) -> Row:
+        return self.table.rows[self.row_id]
+
+    @property
+    def name(self) -> str:
+        return f"{self.table.id}/{self.row_id}"
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.row.seeds or self.scale.seeds or self.table.seeds
+
+    @cached_property
+    def why_not(self) -> str | None:
+        """Why it cannot be run, or None if it can."""
+        if self.row.run is None:
+            return f"caco has no {self.row.label}; the number is cited"
+        return next((why for override, why in self.scale.without.items() if override in self.row.run), None)
+
+    def sized(self, key: str) -> int | None:
+        """The row's epochs, batch or bank at this scale."""
+        published = getattr(self.row, key)
+        if published is None:
+            return None
+        return self.scale.exactly.get(key) or max(2 if key == "batch" else 1, round(published * self.scale.times.get(key, 1.0)))
+
+    def overrides(self, seed: int) -> list[str]:
+        """What caco.train gets; of two settings of one key the later holds and the earlier is left out."""
+        sizes = {"epochs": self.sized("epochs"), "batch": self.sized("batch"), "bank.size": self.sized("bank")}
+        parts = [
+            f"name={self.scale.id}",
+            *self.row.run,
+            *(f"{key}={size}" for key, size in sizes.items() if size is not None),
+            *self.scale.overrides,
+            *(extra for override, extras in self.scale.where.items() if override in self.row.run for extra in extras),
+            *self.further,
+            f"seed={seed}",
+        ]
+        by_key: dict[str, str] = {}
+        for override in parts:
+            key = override.lstrip("+").partition("=")[0]
+            by_key.pop(key, None)
+            by_key[key] = override
+        return list(by_key.values())
+
+    @cached_property
+    def cfg(self) -> DictConfig:
+        """The configuration of its first seed, composed and checked, without Hydra's own part.
+
+        Raises:
+            ConfigError: one line per problem.
+        """
+        overrides = self.overrides(self.seeds[0])
+        try:
+            return _composed(tuple(overrides))
+        except (*refusals.COMPOSITION_ERRORS, ConfigError) as error:
+            why = str(error) if isinstance(error, ConfigError) else refusals.explain(error, overrides)
+            raise ConfigError(f"{self.name} at scale {self.scale.id}: {why}") from error
+
+    def with_seed(self, seed: int) -> DictConfig:
+        return _with_seed(self.cfg, seed)
+
+    def hash(self, seed: int) -> str:
+        """What tells its runs from all others."""
+        self.cfg  # noqa: B018 - composes, or says what is wrong with it
+        return _hash(tuple(self.overrides(self.seeds[0])), seed)
+
+    def command(self, seed: int | str | None = None) -> str:
+        """What a user types to have it run, with a seed or several, as 0,1."""
+        words = ["python -m experiments.run", self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
+        words += [f"seed={seed}"] if seed is not None else []
+        words += ["data.root=PATH"] if "root" in self.cfg.data and self.cfg.data.root is None else []
+        return " ".join(words)
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Composed and checked once a process: it takes half a second."""
+    cfg = config.compose(list(overrides))
+    hydra_cfg = cfg.hydra
+    validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
+    return config.job_config(cfg)
+
+
+@functools.cache
+def _hash(overrides: tuple[str, ...], seed: int) -> str:
+    return run_hash(_with_seed(_composed(overrides), seed))
+
+
+def _with_seed(cfg: DictConfig, seed: int) -> DictConfig:
+    cfg = cfg.copy()
+    cfg.seed = seed
+    return cfg
+
+
+def experiments(
+    table: Table, scale: Scale, *, rows: Sequence[str] | None = None, further: Sequence[str] = ()
+) -> Iterator[Experiment]:
+    """The rows of a table at a scale, in the table's order; those named, or all.
+
+    Raises:
+        ConfigError: no such row; a further override that could change a number.
+    """
+    for row in rows or ():
+        _pick("row", row, list(table.rows))
+    for override in further:
+        key = re.split("[=@]", override.lstrip("+~"))[0]
+        root, known = key.partition(".")[0], {*config.Root.__dataclass_fields__, *refusals.groups()}
+        if root not in known:
+            raise ConfigError(f"{override}: no such key{refusals.nearest(root, known)}")
+        if not is_neutral(key):
+            raise ConfigError(
+                f"{override}: could change a number, and then this would not be scale {scale.id}; put it into a scale of its "
+                f"own, experiments/scale/NAME.yaml"
+            )
+    return (Experiment(table, id, scale, tuple(further)) for id in table.rows if rows is None or id in rows)

@@ -1,0 +1,76 @@
+"""Results to analyse: made by hand at the smoke scale, and one real run, tracked by MLflow too."""
+
+import pytest
+
+from analysis.results import Result
+from caco.runs import identity
+from experiments.tables import experiments, load_scale, load_table
+
+ENVIRONMENT = {"cpu": "a CPU", "gpus": "none", "cores": "2", "torch": "2.15.0", "git_sha": "0123456789abcdef", "git_dirty": "false"}
+
+
+@pytest.fixture(scope="session")
+def table7():
+    """Table VII's rows at the smoke scale, by id; composed once."""
+    return {one.row_id: one for one in experiments(load_table("7"), load_scale("smoke"))}
+
+
+@pytest.fixture(scope="session")
+def result(table7):
+    """`result("both", 0, knn=50.0)`: a finished run of that row and seed; three evaluations, from 30 to its k-NN."""
+
+    def make(row, seed, *, knn, digest="d1", rate=3600.0, **changed):
+        one = table7[row]
+        curve = [{"kind": "eval", "step": 0, "epochs": 0.0, "knn_top1": 30.0}]
+        for epoch in (0, 1):
+            step = 29 + 21 * epoch if row in ("both", "negative") else 21 + 21 * epoch
+            values = {"max_probability": 0.01 * (epoch + 1) + 0.001 * seed, "loss": 5.0}
+            if row != "none":
+                values |= {"bank/rows_used": 10.0 * epoch, "bank/use_entropy": 50.0, "bank/near_duplicates": 1.0, "bank/row_norm_mean": 1.0}
+            curve.append({"kind": "epoch", "step": step, "epoch": epoch, **values})
+            curve.append({"kind": "eval", "step": step, "epochs": epoch + 1.0, "knn_top1": 30 + (knn - 30) * (epoch + 1) / 2})
+        summary = {"knn_top1": knn, "probe_top1": knn + 5, "steps": step, "epochs": 2.0, "images_per_second": rate}
+        summary |= {"processes": 2, "data": "digits/train", "data_digest": digest}
+        about = {
+            "name": f"table7-{row}-seed{seed}-{one.hash(seed)}", "hash": one.hash(seed), "seed": seed, "command": "python -m caco.train",
+            "config": identity(one.with_seed(seed)), "environment": ENVIRONMENT, "summary": summary, "curve": curve,
+            "label": {"table": "table7", "row": row, "scale": "smoke"}, "source": "ours.json",
+        }  # fmt: skip
+        return Result(**(about | changed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def record_of():
+    """Results as a record's file has them."""
+    from experiments.record import pack
+
+    def make(results):
+        return pack(
+            [
+                {"name": r.name, "command": r.command, "experiment": r.label, "config_hash": r.hash, "seed": r.seed,
+                 "config": r.config, "environment": r.environment, "summary": r.summary, "curve": r.curve}
+                for r in results
+            ]
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(run directory, MLflow URI) of a finished run of CaCo on digits, some steps long."""
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    from tiny import BANK, TINY, train
+
+    from caco.config import compose, job_config
+    from caco.runs import open_run
+
+    folder = tmp_path_factory.mktemp("runs")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    further = ["name=tiny", "tracking=mlflow", f"tracking.uri={uri}", "epochs=1", "max_steps=null"]
+    run_dir = folder / "tiny" / "one"
+    open_run(run_dir, job_config(compose([*TINY, *BANK, *further])))
+    train(run_dir, *further)
+    return run_dir, uri

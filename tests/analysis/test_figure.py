@@ -1,0 +1,199 @@
+"""`python -m analysis.figure`: what is drawn is what the results say, and the data behind are kept beside it."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from analysis import curves, figure, style
+from analysis.results import Found, find
+from caco.config import ConfigError
+from experiments.tables import load_scale, load_table
+
+SMOKE = load_scale("smoke")
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, capsys):
+    """main() in an empty directory: returns (exit code, output, errors)."""
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["figure", *arguments])
+        try:
+            figure.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    monkeypatch.chdir(tmp_path)
+    return main
+
+
+@pytest.fixture
+def found(result):
+    rows = [("none", 40.0), ("positive", 41.0), ("negative", 42.0), ("both", 43.0)]
+    return find(load_table("7"), SMOKE, [result(row, seed, knn=knn + seed) for row, knn in rows for seed in (0, 1)])
+
+
+def kept(folder, name):
+    """The data behind, and the picture's number of colours: a blank one has one."""
+    assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    with Image.open(folder / f"{name}.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
+    with open(folder / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_figure_4_shows_the_rows_whose_positives_are_learned(found, tmp_path):
+    figure.draw("4", found, tmp_path)
+    figure.draw("4", found, tmp_path / "again")
+    for again in (tmp_path / "again").iterdir():
+        assert again.read_bytes() == (tmp_path / again.name).read_bytes(), "the same results are the same files"
+    data = kept(tmp_path, "smoke-table7-figure-4")
+    assert {row["row"] for row in data} == {"both"}
+    values = {(row["metric"], row["epochs"], row["seed"]): float(row["value"]) for row in data}
+    assert values["max_probability", "2.0", "1"] == pytest.approx(0.021)
+    assert values["knn_top1", "0.0", "0"] == 30.0 and values["knn_top1", "2.0", "1"] == 44.0
+
+
+def test_a_line_is_the_mean_and_its_band_the_range_over_seeds(found):
+    drawn, _ = curves.figure_4(load_table("7"), SMOKE, found, chosen=False)
+    _, bottom = drawn.axes
+    assert list(bottom.lines[0].get_xdata()) == [0.0, 1.0, 2.0]
+    assert list(bottom.lines[0].get_ydata()) == pytest.approx([30.0, (36.5 + 37) / 2, 43.5])
+    (band,) = bottom.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (30.0, 44.0)
+    assert f"chance, 1 / {512:,}" in [text.get_text() for text in drawn.axes[0].get_legend().get_texts()]
+
+
+def test_the_banks_figure_shows_the_rows_that_have_one(found, tmp_path):
+    figure.draw("bank", found, tmp_path)
+    data = kept(tmp_path, "smoke-table7-figure-bank")
+    assert {row["row"] for row in data} == {"positive", "negative", "both"}
+    assert {row["metric"] for row in data} == {metric for metric, _ in curves.BANK.values()}
+
+
+def test_compute_is_steps_times_what_a_step_costs(found):
+    """At 3,600 images a second a step of 64 takes 64 / 3600 s; filling the bank is compute too."""
+    for x, step in (("hours", 64 / 3600 / 3600), ("images", 64e-6)):
+        drawn, _ = curves.compute(load_table("7"), SMOKE, found, chosen=False, x=x)
+        lines = {line.get_label(): line.get_xdata() for line in drawn.axes[0].lines}
+        assert list(lines["None"]) == pytest.approx([0, 21 * step, 42 * step])
+        assert list(lines["Positive+Negative"]) == pytest.approx([0, 29 * step, 50 * step])
+
+
+def test_the_size_figure_sets_the_papers_numbers_apart_from_ours(result, tmp_path):
+    """At this scale Table VI's CaCo 8M is Table VII's Positive+Negative."""
+    found = find(load_table("6"), SMOKE, [result("both", seed, knn=43.0 + seed) for seed in (0, 1)])
+    figure.draw("size", found, tmp_path)
+    data = kept(tmp_path, "smoke-table6-figure-size")
+    paper = {(row["method"], row["rows"]): row["value"] for row in data if row["source"] == "paper"}
+    assert paper["caco", "98304"] == "72.1" and paper["adco", "8192"] == "70.2"
+    ours = [(row["method"], row["rows"], row["seed"], row["value"]) for row in data if row["source"] == "ours"]
+    assert ours == [("caco", "512", "0", "43.0"), ("caco", "512", "1", "44.0")]
+
+
+def test_lines_differ_by_more_than_colour():
+    looks = [style.look(number) for number in range(len(style.COLOURS))]
+    for key in ("color", "marker"):
+        assert len({look[key] for look in looks}) == len(looks)
+    assert len({str(look["linestyle"]) for look in looks}) == len(looks)
+
+
+@pytest.mark.parametrize("name", ["4", "bank", "compute", "size"])
+def test_without_results_the_commands_that_make_them_are_named(table7, name):
+    about = load_table(figure.OF_RESULTS[name])
+    with pytest.raises(ConfigError, match="python -m experiments.run table[67] scale=smoke rows="):
+        figure.draw(name, [Found(one) for one in table7.values()] if name != "size" else find(about, SMOKE, []), None)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["6"], "6: no such figure"),
+        (["bnak", "--scale", "smoke"], "bnak: no such figure; did you mean bank?"),
+        (["4"], "expected --scale"),
+        (["3"], "expected --run DIR"),
+        (["5", "--run", "nowhere"], "nowhere: expected a run's directory"),
+    ],
+)
+def test_a_mistake_is_refused(here, arguments, words):
+    code, _, errors = here(*arguments)
+    assert code == 2 and words in errors
+
+
+# Of a trained model.
+
+
+def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(trained, here, tmp_path):
+    """Against an independent computation: dense, in float64."""
+    from caco.build import build_method
+    from caco.checkpoint import Checkpoints
+    from caco.config import build
+    from omegaconf import OmegaConf
+
+    run_dir, _ = trained
+    code, _, errors = here("3", "--run", str(run_dir), "--queries", "3", "--out", str(tmp_path), "--no-mlflow")
+    assert code == 0, errors
+    data = kept(tmp_path, "one-figure-3")
+    assert len(data) == 3 * 8
+
+    cfg = OmegaConf.load(run_dir / "config.yaml")
+    method = build_method(cfg)
+    method.load_state_dict(Checkpoints(run_dir / "checkpoints").load_newest()[0]["method"])
+    views, splits = build(cfg.augmentation), build(cfg.data)
+    network = method.twin.encoder.eval().double()
+
+    def embedded(source, indices):
+        images = torch.stack([torch.as_tensor(views.plain(source.image(int(i)))) for i in indices]).double()
+        with torch.no_grad():
+            return torch.nn.functional.normalize(network.projector(network.backbone(images)), dim=1)
+
+    everything = embedded(splits.train, range(len(splits.train)))
+    rows = torch.nn.functional.normalize(method.bank.rows.weight.detach().double(), dim=1)
+    for query in sorted({row["query"] for row in data}):
+        mine = [row for row in data if row["query"] == query]
+        p = torch.softmax(embedded(splits.test, [int(query)]) @ rows.T / cfg.method.temperature, 1)[0]
+        (positive,) = [row for row in mine if row["kind"] == "positive"]
+        assert p[int(positive["row"])] == pytest.approx(p.max().item(), rel=1e-3)
+        for row in mine:
+            assert float(row["probability"]) == pytest.approx(p[int(row["row"])].item(), rel=1e-3)
+            cosine = everything @ rows[int(row["row"])]
+            assert cosine[int(row["nearest_image"])] == pytest.approx(cosine.max().item(), abs=1e-5)
+            assert row["class"] == splits.train.classes[int(splits.train.labels[int(row["nearest_image"])])]
+        assert mine[0]["query_class"] == splits.test.classes[int(splits.test.labels[int(query)])]
+
+
+def test_figure_5_places_each_image_once_and_mlflow_gets_it(trained, here, tmp_path):
+    from mlflow import MlflowClient
+
+    run_dir, uri = trained
+    code, _, errors = here("5", "--run", str(run_dir), "--images", "60", "--out", str(tmp_path))
+    assert code == 0 and "logged to 1 MLflow runs" in errors
+    data = kept(tmp_path, "one-figure-5")
+    assert len({row["image"] for row in data}) == 60
+    assert {row["class"] for row in data} == {str(digit) for digit in range(10)}
+    assert np.isfinite([[float(row["x"]), float(row["y"])] for row in data]).all()
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    logged = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
+    assert logged == {f"figures/one-figure-5.{kind}" for kind in ("png", "pdf", "csv")}
+
+
+def test_a_run_on_other_images_is_refused(trained, tmp_path, here):
+    from omegaconf import OmegaConf
+
+    run_dir, _ = trained
+    cfg = OmegaConf.load(run_dir / "config.yaml")
+    cfg.data.seed = 1  # another split
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").symlink_to(run_dir / "checkpoints")
+    OmegaConf.save(cfg, tmp_path / "other" / "config.yaml")
+    code, _, errors = here("5", "--run", str(tmp_path / "other"))
+    assert code == 2 and "expected the images that it was trained on" in errors

@@ -1,0 +1,53 @@
+"""Images whose colour tells their class, and a store of them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from caco.data.sources import ImagesInMemory, Splits
+from caco.data.views import View, Views
+from caco.evals.features import FeatureStore
+
+
+def coloured(count: int, name: str, *, labelled: bool = True, seed: int = 0, classes: int = 3) -> ImagesInMemory:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    images = rng.integers(0, 120, (count, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(count), :, :, labels] += 100
+    return ImagesInMemory(images, name=name, labels=labels if labelled else None, classes=["red", "green", "blue"][:classes])
+
+
+class Colours(nn.Module):
+    """The mean of each channel, through a layer that could learn and a BatchNorm that could change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+        self.num_features = 4
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.eye(4, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layer(images.mean((2, 3))))
+
+
+@pytest.fixture
+def colours() -> nn.Module:
+    torch.manual_seed(0)
+    return Colours()
+
+
+@pytest.fixture
+def store_of() -> Callable[..., FeatureStore]:
+    """store_of(train=60, test=30, folder=...): a store of coloured images."""
+
+    def make(train: int = 60, test: int = 30, **settings) -> FeatureStore:
+        source = coloured(train, "train")
+        views = Views(size=8, plain_crop=1.0, views={"two": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)
+        splits = Splits(source, source, coloured(test, "test", seed=1))
+        return FeatureStore(splits, views, **{"batch": 8, "device": "cpu", "precision": "fp32", **settings})
+
+    return make

@@ -1,0 +1,108 @@
+"""Records: what they hold, that they merge, and that nobody can pass off one run as another."""
+
+import copy
+import json
+
+import pytest
+from tiny import train
+
+from caco.config import ConfigError, compose, job_config
+from caco.runs import open_run
+from experiments import record
+from experiments.record import gather, merge, pack, read, unpack
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory):
+    """Two finished runs, of seeds 0 and 1, as caco.train leaves them."""
+    from tiny import BANK, TINY
+
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        further = [f"seed={seed}", "epochs=1", "max_steps=4"]
+        open_run(folder / f"run{seed}", job_config(compose([*TINY, *BANK, *further])))
+        train(folder / f"run{seed}", *further)
+    (folder / "run0" / record.LABEL).write_text(json.dumps({"table": "table7", "row": "both", "scale": "smoke"}))
+    return [folder / "run0", folder / "run1"]
+
+
+@pytest.fixture
+def runs(run_dirs):
+    return unpack(gather(run_dirs), "here")
+
+
+def test_a_record_holds_what_was_run_on_what_and_what_came_out(run_dirs, runs):
+    assert [run["seed"] for run in runs] == [0, 1]
+    first = runs[0]
+    assert first["summary"] == json.loads((run_dirs[0] / "summary.json").read_text())
+    assert first["config"]["bank.size"] == 128 and "data.root" not in first["config"]
+    assert first["environment"].keys() >= {"git_sha", "torch", "cpu", "gpus"}
+    assert [row["kind"] for row in first["curve"]][:1] == ["eval"] and first["curve"][-1]["knn_top1"] > 0
+    assert first["experiment"] == {"table": "table7", "row": "both", "scale": "smoke"} and "experiment" not in runs[1]
+    assert first["command"]
+
+
+def test_what_runs_share_is_said_once(run_dirs):
+    packed = gather(run_dirs)
+    assert packed["config"]["batch"] == 64
+    assert {key for run in packed["runs"] for key in run["config"]} == {"seed", "bank.seed"}
+
+
+def test_packing_loses_nothing(runs):
+    assert unpack(json.loads(json.dumps(pack(copy.deepcopy(runs)))), "again") == runs
+
+
+def test_one_is_not_true_in_what_runs_share():
+    """In Python they are equal, and a hash tells them apart."""
+    common = {"environment": {}}
+    packed = pack([{"config": {"bias": 1}, **common}, {"config": {"bias": True}, **common}])
+    assert packed["config"] == {} and packed["runs"][1]["config"] == {"bias": True}
+
+
+def test_merging_keeps_each_run_once_in_any_order(runs):
+    together, told = merge([[runs[0]], [runs[1], runs[0]]])
+    assert together == runs and told == []
+
+
+def test_a_run_that_came_out_otherwise_elsewhere_is_told_and_the_first_is_kept(runs):
+    other = copy.deepcopy(runs[0])
+    other["summary"]["knn_top1"] -= 1
+    together, told = merge([runs, [other]])
+    assert together == runs
+    assert len(told) == 1 and "knn_top1" in told[0]
+
+
+def test_another_rate_is_no_other_result_and_a_later_evaluation_is_added(runs):
+    other = copy.deepcopy(runs[0])
+    other["summary"] |= {"images_per_second": 1.0, "linear_top1": 50.0}
+    other["curve"].append({"kind": "eval", "step": 4, "epochs": 1.0, "linear_top1": 50.0})
+    (merged,), told = merge([[runs[0]], [other]])
+    assert told == [] and merged["summary"]["linear_top1"] == 50.0 and merged["curve"][-1]["linear_top1"] == 50.0
+    assert merged["summary"]["images_per_second"] == runs[0]["summary"]["images_per_second"]
+
+
+def test_a_record_whose_configuration_was_changed_is_refused(run_dirs):
+    packed = gather(run_dirs)
+    packed["config"]["batch"] = 128
+    with pytest.raises(ConfigError, match="changed by hand"):
+        unpack(packed, "theirs.json")
+
+
+def test_the_committed_records_are_whole():
+    paths = sorted((record.Path(record.__file__).parent / "records").glob("*.json"))
+    assert paths
+    for path in paths:
+        assert read(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": [{}], "config": {}, "environment": {}}'])
+def test_something_else_is_no_record(tmp_path, content):
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="record.json: expected a record"):
+        read(path)
+
+
+def test_an_unfinished_run_has_no_record(tmp_path):
+    with pytest.raises(ConfigError, match="start its command again to finish it"):
+        gather([tmp_path])

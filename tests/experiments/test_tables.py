@@ -1,0 +1,149 @@
+"""The paper's tables as they are written down, and the commands that each scale makes of them."""
+
+import csv
+from collections import Counter
+
+import pytest
+import yaml
+
+from caco.config import ConfigError
+from experiments import tables
+from experiments.tables import HERE, experiments, load_scale, load_table
+
+NUMERALS = {"I": 1, "II": 2, "III": 3, "IV": 4, "V": 5, "VI": 6, "VII": 7}
+
+
+def experiment(table, row, scale):
+    return next(experiments(load_table(table), load_scale(scale), rows=[row]))
+
+
+def published_facts():
+    """(table, method as it starts, column, value) of published.csv, the paper's seven tables."""
+    with open(HERE / "published.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] in NUMERALS]
+    column = {"V": "dataset"}
+    return Counter((row["table"], row["method"], row[column.get(row["table"], "metric")], float(row["value"])) for row in rows)
+
+
+def test_every_published_number_of_the_seven_tables_is_in_its_yaml_and_no_other_is():
+    ours = Counter()
+    for name in tables.tables():
+        table = load_table(name)
+        for row in table.rows.values():
+            # Table VI says the bank's size in the label, the facts in a column of their own.
+            method = row.label.rsplit(" ", 1)[0] if row.label.endswith(("1M", "2M", "4M", "8M", "12M")) else row.label
+            ours.update((table.table, method, column, value) for column, value in row.published.items())
+    assert ours == published_facts()
+    assert sum(ours.values()) == 134
+
+
+def test_the_published_recipes_are_those_of_the_facts():
+    with open(HERE / "published.csv", newline="") as file:
+        facts = {
+            (row["table"], row["method"], row["epochs"], row["batch"], row["bank_rows"])
+            for row in csv.DictReader(file)
+            if row["method"] == "CaCo" and row["table"] in ("I", "II", "III", "VI")
+        }
+    ours = {
+        (table.table, "CaCo", str(row.epochs), str(row.batch), str(row.bank))
+        for table in map(load_table, ("1", "2", "3", "6"))
+        for row in table.rows.values()
+        if row.label.startswith("CaCo")
+    }
+    assert ours == facts
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """Every row that caco runs, at the paper's scale, by its name and hash; equal ones are composed once."""
+    found = {}
+    for name in ("table1", "table3", "table6", "table7"):
+        for one in experiments(load_table(name), load_scale("paper")):
+            if one.why_not is None:
+                found[one.name] = one
+    return found
+
+
+def test_every_row_at_the_papers_scale_is_a_configuration_with_the_papers_numbers(paper):
+    assert len(paper) == 7 + 1 + 8 + 4
+    for name, one in paper.items():
+        assert (one.cfg.epochs, one.cfg.batch) == (one.row.epochs, one.row.batch), name
+        assert (one.cfg.bank.size if one.cfg.bank else None) == one.row.bank, name
+
+
+def test_rows_that_are_one_run_have_one_hash(paper):
+    assert paper["table1/caco_1024"].hash(0) == paper["table7/both"].hash(0)
+    assert paper["table1/caco_4096"].hash(0) == paper["table6/caco_8m"].hash(0)
+    assert paper["table7/both"].hash(0) != paper["table7/both"].hash(1)
+    table7 = {one.hash(0) for name, one in paper.items() if name.startswith("table7")}
+    assert len(table7) == 4
+
+
+def test_a_seed_reaches_the_bank_too(paper):
+    assert paper["table7/both"].with_seed(3).bank.seed == 3
+
+
+@pytest.mark.parametrize("scale", sorted(set(tables.scales()) - {"paper"}))
+@pytest.mark.parametrize("table, row", [("7", "both"), ("6", "adco_1m")])
+def test_every_scale_makes_checked_configurations(scale, table, row):
+    one = experiment(table, row, scale)
+    assert one.cfg.epochs == max(1, round(200 * one.scale.times.get("epochs", 1)))
+    assert len(one.overrides(0)) == len({o.partition("=")[0] for o in one.overrides(0)})
+
+
+def test_a_scale_shrinks_the_papers_numbers_or_replaces_them():
+    mini = experiment("6", "caco_12m", "mini")
+    assert (mini.sized("bank"), mini.sized("batch")) == (98304 // 32, 128)
+    assert experiment("1", "caco_4096", "imagenet100").sized("batch") == 1024
+
+
+def test_a_scale_that_is_like_another_keeps_what_it_does_not_say():
+    base, ours = load_scale("cifar10"), load_scale("cifar10_jpeg75")
+    assert ours.overrides == [*base.overrides, "data=cifar10_jpeg75"]
+    assert ours.where == base.where and ours.exactly == base.exactly and ours.title != base.title
+    assert base.controls and not ours.controls  # no published number is of those images
+
+
+def test_settings_of_a_scale_win_over_those_of_a_row():
+    overrides = experiment("6", "adco_1m", "smoke").overrides(0)
+    assert "optimizer.lr=0.5" in overrides and "optimizer.lr=0.04" not in overrides
+    assert "method.temperature=0.14" in overrides
+
+
+def test_multi_crop_is_refused_where_images_are_small_and_not_left_out():
+    one = experiment("3", "caco", "mini")
+    assert "no multi-crop views" in one.why_not
+    assert experiment("3", "caco", "paper").why_not is None
+
+
+@pytest.mark.parametrize(
+    "load, name, words",
+    [
+        (load_table, "table8", ["table8: no such table", "did you mean table7"]),
+        (load_scale, "mni", ["mni: no such scale", "did you mean mini?", "smoke"]),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_comes_nearest(load, name, words):
+    with pytest.raises(ConfigError) as refused:
+        load(name)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_an_unknown_row_is_refused_with_what_comes_nearest():
+    with pytest.raises(ConfigError, match="row bth: no such row; did you mean both?"):
+        experiments(load_table("7"), load_scale("smoke"), rows=["bth"])
+
+
+@pytest.mark.parametrize("override", ["epochs=3", "bank.size=64", "data.limit=10", "device=cpu"])
+def test_what_can_change_a_number_is_no_further_setting(override):
+    with pytest.raises(ConfigError, match="could change a number"):
+        experiments(load_table("7"), load_scale("smoke"), further=[override])
+
+
+@pytest.mark.parametrize("wrong, word", [({"sclae": 1}, "sclae"), ({"times": {"epochs": "long"}}, "long"), ({"exactly": {"rows": 1}}, "rows")])
+def test_a_mistake_in_a_scales_file_is_named(monkeypatch, tmp_path, wrong, word):
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale" / "mine.yaml").write_text(yaml.safe_dump({"title": "mine", **wrong}))
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    with pytest.raises(ConfigError, match="mine.yaml.*" + word):
+        load_scale("mine")

@@ -1,0 +1,78 @@
+"""The dashboard is up to date and opens on what tells runs apart; tests/tracking/test_mlflow_server.py starts its server."""
+
+import json
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from caco.tracking import dashboard
+from caco.tracking.ledger import LedgerTracker
+
+
+def run(name, params, metrics=(), **tags):
+    data = SimpleNamespace(params=params, metrics=dict.fromkeys(metrics, 1.0), tags=tags)
+    return SimpleNamespace(info=SimpleNamespace(run_name=name), data=data)
+
+
+def test_the_table_shows_in_what_runs_differ_then_results_beside_the_papers():
+    same = {"method": "caco", "seed": "0", "batch": "64"}
+    runs = [
+        run("pn=both bank.lr=1", {**same, "pn": "both", "bank": "8M", "bank.lr": "1", "bank.push": "1.0"}, ["train/loss"]),
+        run("pn=none bank.lr=3", {**same, "pn": "none", "bank": "8M", "bank.lr": "3", "bank.push": "0.0"},
+            ["eval/knn_top1", "eval/epochs", "eval/linear_top1", "paper/linear_top1", "final/steps"], slurm_job_id="1_0"),
+        run("the sweep", {}),
+    ]  # fmt: skip
+    assert dashboard.columns(runs) == [
+        "params.`pn`", "params.`bank.lr`",
+        "metrics.`eval/knn_top1`", "metrics.`eval/linear_top1`", "metrics.`paper/linear_top1`", "metrics.`train/loss`",
+        "tags.`slurm_job_id`", "attributes.`Dataset`",
+    ]  # fmt: skip
+
+
+def test_the_best_run_comes_first_and_counters_have_no_charts():
+    view = dashboard.view([run("a", {"seed": "0"}, ["eval/knn_top1", "eval/epochs", "train/loss"])])
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`eval/knn_top1`", False)
+    assert [(chart["metricKey"], chart["deleted"]) for chart in view["compareRunCharts"]] == [("eval/epochs", True)]
+    assert dashboard.view([])["orderByKey"] == "attributes.start_time"
+
+
+def test_opening_it_sends_what_mlflow_lacks_and_saves_the_view_in_each_experiment(new_store, tmp_path):
+    uri = new_store(tmp_path)
+    for seed in (0, 1):
+        tracker = LedgerTracker(system_seconds=0)
+        tracker.start(tmp_path / "runs" / f"{seed}", params={"name": "study", "seed": seed}, tags={}, run_name=f"seed={seed}", state=None)
+        tracker.log(1, {"knn_top1": 50.0 + seed}, kind="eval")
+        tracker.finish("FINISHED", {})
+    first = dashboard.update(tmp_path / "runs", uri, named=True)
+    assert len(first) == 2 and all("sent 1 rows" in line for line in first)
+    assert dashboard.update(tmp_path / "runs", uri, named=True) == []
+    from mlflow import MlflowClient
+
+    experiment = MlflowClient(uri).get_experiment_by_name("study")
+    assert json.loads(experiment.tags["mlflow.sharedViewState.caco"])["selectedColumns"][0] == "params.`seed`"
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    (line,) = dashboard.shown(uri, "http://h:1")
+    assert line.startswith(f"study: http://h:1/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=caco")
+
+
+def test_a_port_that_is_taken_gives_way_to_a_free_one():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert dashboard.free_port("127.0.0.1", port) not in (0, port)
+    with pytest.raises(OSError, match="expected an address of this machine"):
+        dashboard.free_port("203.0.113.1", 0)
+
+
+def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path, store):
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
+    with pytest.raises(OSError, match="mlflow server does not start: .*"), dashboard.server(
+        f"sqlite:///{tmp_path}/mlflow.db", host="203.0.113.1", port=1
+    ):
+        pass
+
+
+def test_what_is_no_store_is_refused(capsys, store):
+    with pytest.raises(SystemExit) as end:
+        dashboard.main(["--uri", "file:///x"])
+    assert end.value.code == 2 and "expected a server" in capsys.readouterr().err
