@@ -5,15 +5,20 @@ Each is plain C++ called through ctypes. optional: where no compiler is, the ins
 
 from setuptools import Extension, setup
 
-# Nothing here may depend on the processor that compiles: no -march=native, and a * b + c is never contracted, so that
-# every machine makes the same bits. What an AVX2 processor runs is chosen when the library is loaded.
-FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread"]
+# Nothing here may depend on the processor that compiles, so no -march=native: what a better processor runs is chosen when
+# it runs.
+FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread"]
 
 setup(
     ext_modules=[
         Extension(
-            "caco.data._views", ["caco/data/views.cpp"], language="c++", optional=True,
+            "caco.banks._kernel", ["caco/banks/kernel.cpp"], depends=["caco/banks/kernel.h"], language="c++", optional=True,
             extra_compile_args=FLAGS, extra_link_args=["-pthread"],
+        ),
+        Extension(
+            "caco.data._views", ["caco/data/views.cpp"], language="c++", optional=True,
+            # a * b + c is never contracted: every machine makes the same bits.
+            extra_compile_args=[*FLAGS, "-ffp-contract=off"], extra_link_args=["-pthread"],
         ),
     ]
 )  # fmt: skip

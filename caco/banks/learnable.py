@@ -74,6 +74,7 @@ class LearnableBank(nn.Module):
         self.lr, self.lr_reference_batch, self.warmup_epochs = lr, lr_reference_batch, warmup_epochs
         self.momentum, self.weight_decay, self.temperature, self.reading = momentum, weight_decay, temperature, reading
         self.filling_passes = filling_passes if initialisation == "keys" else 0
+        self.asked: list[scoring.Asked] = []  # of the rows by the step in progress
 
     def base_lr(self, batch: int) -> float:
         """The rate after warm-up for a global batch."""
@@ -93,7 +94,8 @@ class LearnableBank(nn.Module):
         extra_BE: Tensor | None = None,
         learn: bool = True,
     ) -> scoring.Score:
-        """Loss of each query over all rows and extra columns; see `scoring.score`. Rows that learn get a gradient."""
+        """Loss of each query over all rows and extra columns; see `scoring.score`. Its backward asks the rows to move."""
+        learn = learn and self.rows.weight.requires_grad
         return scoring.score(
             q_BD,
             self.rows.weight if learn else self.rows.weight.detach(),
@@ -102,25 +104,27 @@ class LearnableBank(nn.Module):
             size=self.size,
             tau=temperature,
             bank_tau=self.temperature,
-            pull=self.pull,
-            push=self.push,
             extra_BE=extra_BE,
+            asked=self.asked if learn else None,
         )
 
     @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """What the next `update` descends, [R, D]: to be looked at, as `update` never holds it."""
+        asked = scoring.Asked.joined(self.asked)
+        return scoring.row_gradient(self.rows.weight, self.rows.first, asked, pull=self.pull, push=self.push)
+
+    @torch.no_grad()
     def update(self, *, lr: float, keys_GD: Tensor) -> None:
-        """Move the rows along the gradients gathered since the last update (`equations.bank_update`).
+        """Move the rows along the gradients asked for since the last update (`equations.bank_update`).
 
         Args:
             keys_GD: not used; the queue's update takes them.
         """
-        rows, velocity = self.rows.weight, getattr(self.rows, "velocity", None)
-        if rows.grad is None:
+        if not self.asked:
             return
-        velocity.mul_(self.momentum).add_(rows.grad)
-        if self.weight_decay:
-            velocity.add_(rows, alpha=self.weight_decay)
-        rows.sub_(velocity, alpha=lr)
-        if self.reading == "paper":
-            rows.div_(rows.norm(dim=1, keepdim=True))
-        rows.grad = None
+        scoring.move(
+            self.rows.weight, self.rows.velocity, self.rows.first, scoring.Asked.joined(self.asked),
+            pull=self.pull, push=self.push, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, normalise=self.reading == "paper",
+        )  # fmt: skip
+        self.asked.clear()

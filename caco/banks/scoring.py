@@ -1,9 +1,14 @@
-"""Score queries against a bank without ever holding a B x K matrix: streamed forward, recomputed backward.
+"""Score queries against a bank without ever holding a B x K matrix: one streamed pass for the loss and the queries'
+gradient, a second one, in the bank's update, for the rows'.
 
 The bank's rows may be sharded over ranks. Queries (small) are gathered, each rank scores its own rows, and sums, maxima
-and query gradients are reduced; nothing of size K x D travels. `caco/equations.py` is the oracle.
+and query gradients are reduced; nothing of size K x D travels. `caco/equations.py` is the oracle. On a CPU the passes are
+fused (caco/banks/fused.py) where that was built; else, and on CUDA, they stream in blocks of PyTorch.
 
-Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, D width, E extra columns.
+Unit vectors bound a cosine by 1 and so a logit by 1/tau: a fixed shift takes the place of a running maximum.
+
+Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, D width, E extra columns,
+N the queries of all terms of a step.
 """
 
 from typing import NamedTuple
@@ -12,13 +17,33 @@ import torch
 from torch import Tensor
 
 from caco import distributed
+from caco.banks import fused
 
-BLOCK_ELEMENTS = 1 << 22  # of one G x S block: 16 MiB in float32, small enough to stay near the cache
+BLOCK_ELEMENTS = 1 << 20  # of one G x S block: 4 MiB in float32, so that it stays in the cache
+# Exponents that float32 holds: sums of up to 10^11 terms of e^60 are finite, and e^-87 is not yet zero.
+HIGHEST, LOWEST = 60.0, -87.0
+TIE = 1e-12  # of float64 cosines
 
 
 class Score(NamedTuple):
-    loss_B: Tensor  # -log p at the positive; its backward gives the gradients of queries, extra columns and rows
+    loss_B: Tensor  # -log p at the positive; its backward gives the gradients of queries and extra columns
     max_probability_B: Tensor  # max_j p_ij over the bank's rows, of the mean in the paper's Figure 4; no gradient
+
+
+class Asked(NamedTuple):
+    """What a backward pass asks of the rows, kept until the bank's update."""
+
+    q_ND: Tensor
+    positive_N: Tensor  # int64, over the whole bank; beyond it: no row
+    log_sum_N: Tensor  # log sum_j exp(q.m_j / tau) at the bank's temperature, extra columns included
+    weight_N: Tensor  # of each query's loss in the mean over the batch
+    tau: float
+
+    @classmethod
+    def joined(cls, several: list["Asked"]) -> "Asked":
+        """Those of a step's terms and micro-batches, which share a temperature."""
+        assert len({asked.tau for asked in several}) == 1
+        return cls(*(torch.cat(parts) for parts in zip(*(asked[:-1] for asked in several), strict=True)), several[0].tau)
 
 
 def unit_rows(w_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,8 +57,13 @@ def blocks(num_rows: int, num_queries: int) -> list[slice]:
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
+# The most probable row.
+
+
 def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
-    """Index, over the whole bank, of the row with the largest cosine; ties to the lowest index.
+    """Index, over the whole bank, of the row with the largest cosine in float64; ties to the lowest index.
+
+    Rows that a pass in the given precision cannot tell apart are scored again in float64.
 
     Source: Eq. 11, chosen by the key as in Figure 2.
     Args:
@@ -44,105 +74,180 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
     """
     with torch.no_grad(), torch.autocast(k_BD.device.type, enabled=False):
         k_GD = distributed.gather(k_BD)
-        best_G = k_GD.new_full((len(k_GD),), -torch.inf)
-        row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
-        for block in blocks(len(w_RD), len(k_GD)):
-            value_G, index_G = (k_GD @ unit_rows(w_RD[block])[0].T).max(dim=1)
-            better_G = value_G > best_G
-            best_G = torch.where(better_G, value_G, best_G)
-            row_G = torch.where(better_G, index_G + (first_row + block.start), row_G)
+        row_G = _nearest_here(k_GD, w_RD)
+        m_GD = unit_rows(w_RD[row_G].double())[0]
+        best_G = (k_GD.double() * m_GD).sum(1)
+        if distributed.world() == 1:
+            return row_G + first_row
         top_G = distributed.max_(best_G.clone())
-        # A rank without the maximum bids -index of "beyond the bank", so the lowest index wins among equals.
-        bid_G = torch.where(best_G == top_G, -row_G, torch.iinfo(torch.int64).min)
+        # A rank without the maximum bids "beyond the bank", so the lowest index wins among equals.
+        bid_G = torch.where(best_G >= top_G - TIE, -(row_G + first_row), torch.iinfo(torch.int64).min)
         return distributed.own(-distributed.max_(bid_G), len(k_BD))
+
+
+def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
+    close = 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps  # twice the rounding of a cosine, at its very worst
+    if not fused.serves(k_GD, w_RD):
+        return _search(k_GD, w_RD, close)
+    value_GT, row_GT = fused.nearest(k_GD, w_RD)
+    row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
+    near_GT = (value_GT >= value_GT[:, :1] - close) & (row_GT >= 0)
+    doubtful = near_GT[:, 1].nonzero()[:, 0]
+    if len(doubtful):
+        few = doubtful[~near_GT[doubtful, -1]]  # all that could be the nearest are among the candidates
+        candidate_FTD = unit_rows(w_RD[row_GT[few].clamp(min=0)].double().flatten(0, 1))[0].unflatten(0, (len(few), -1))
+        exact_FT = (k_GD[few].double()[:, None] * candidate_FTD).sum(2).masked_fill(~near_GT[few], -torch.inf)
+        ties_FT = exact_FT >= exact_FT.amax(1, keepdim=True) - TIE
+        row_G[few] = torch.where(ties_FT, row_GT[few], torch.iinfo(torch.int64).max).amin(1)
+        many = doubtful[near_GT[doubtful, -1]]
+        if len(many):
+            row_G[many] = _search(k_GD[many], w_RD, close)
+    return row_G
+
+
+def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> Tensor:
+    """Every block's best first; then again, in float64, the blocks that come within `close` of a key's best."""
+    parts = blocks(len(w_RD), len(k_GD))
+    peak_PG = torch.stack([(k_GD @ unit_rows(w_RD[block])[0].T).amax(1) for block in parts])
+    near_PG = peak_PG >= peak_PG.amax(0) - close
+    best_G = k_GD.new_full((len(k_GD),), -torch.inf, dtype=torch.float64)
+    row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
+    for block, near_G in zip(parts, near_PG, strict=True):
+        here = near_G.nonzero()[:, 0]
+        if not len(here):
+            continue
+        cosine_HS = k_GD[here].double() @ unit_rows(w_RD[block].double())[0].T
+        top_H = cosine_HS.amax(1)
+        first_H = (cosine_HS >= top_H[:, None] - TIE).to(torch.uint8).argmax(1)  # torch promises the first of equals
+        better_H = top_H > best_G[here] + TIE
+        row_G[here] = torch.where(better_H, first_H + block.start, row_G[here])
+        best_G[here] = torch.maximum(best_G[here], top_H)
+    return row_G
+
+
+# The loss.
+
+
+def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float]) -> list[float] | list[Tensor]:
+    """What to subtract from the logits so that their exponentials can be summed: one number, or one a query.
+
+    A cosine is at least -1, so a row of the whole range between -1/tau and 1/tau must stay above zero; at temperatures
+    where that is wider than float32's exponents, the largest cosine is looked for first.
+    """
+    if q_GD.dtype == torch.float64 or 2 / min(taus) <= HIGHEST - LOWEST:
+        return [max(0.0, 1 / tau - HIGHEST) for tau in taus]
+    peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
+    for block in blocks(len(w_RD), len(q_GD)):
+        peak_G = torch.maximum(peak_G, (q_GD @ unit_rows(w_RD[block])[0].T).amax(1))
+    peak_G = distributed.max_(peak_G)
+    return [peak_G / tau for tau in taus]
+
+
+def _sums(
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float] | list[Tensor], *, with_sums: bool
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """As fused.forward, in blocks of PyTorch."""
+    if fused.serves(q_GD, w_RD) and not isinstance(shifts[0], Tensor):
+        return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums)
+    z = [torch.zeros(len(q_GD), dtype=torch.float64, device=q_GD.device) for _ in taus]
+    peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
+    sums_GD = torch.zeros_like(q_GD) if with_sums else None
+    for block in blocks(len(w_RD), len(q_GD)):
+        m_SD = unit_rows(w_RD[block])[0]
+        cosine_GS = q_GD @ m_SD.T
+        peak_G = torch.maximum(peak_G, cosine_GS.amax(1))
+        for number, (tau, shift) in enumerate(zip(taus, shifts, strict=True)):
+            last = number == len(taus) - 1
+            e_GS = cosine_GS.div_(tau) if last else cosine_GS / tau
+            if isinstance(shift, Tensor):
+                e_GS -= shift[:, None]
+            elif shift:
+                e_GS -= shift
+            z[number] += e_GS.exp_().sum(1)
+            if number == 0 and with_sums:
+                sums_GD.addmm_(e_GS, m_SD)
+    return z, peak_G, sums_GD
 
 
 class _StreamedScore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, tau, bank_tau, pull, push):
+    def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, asked):
+        tau, B = taus[0], len(q_BD)
         with torch.autocast(q_BD.device.type, enabled=False):
             q_GD, positive_G = distributed.gather(q_BD), distributed.gather(positive_B)
             local_G = positive_G - first_row
             here_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
-            peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
-            total_G = {t: torch.zeros_like(peak_G) for t in {tau, bank_tau}}
-            for block in blocks(len(w_RD), len(q_GD)):
-                cosine_GS = q_GD @ unit_rows(w_RD[block])[0].T
-                new_G = torch.maximum(peak_G, cosine_GS.amax(1))
-                for t, sum_G in total_G.items():
-                    sum_G.mul_(((peak_G - new_G) / t).exp()).add_(((cosine_GS - new_G[:, None]) / t).exp_().sum(1))
-                peak_G = new_G
-            top_G = distributed.max_(peak_G.clone())
-            log_sum_G = {
-                t: top_G / t + distributed.sum_(sum_G * ((peak_G - top_G) / t).exp()).log()
-                for t, sum_G in sorted(total_G.items())
-            }
-            m_GD = unit_rows(w_RD[torch.where(here_G, local_G, 0)])[0]
-            positive_cosine_G = distributed.sum_(torch.where(here_G, (q_GD * m_GD).sum(1), 0.0))
-
-            B = len(q_BD)
-            top_B, positive_cosine_B = distributed.own(top_G, B), distributed.own(positive_cosine_G, B)
-            log_sum_B = {t: distributed.own(value, B) for t, value in log_sum_G.items()}
+            shifts = _shifts(q_GD, w_RD, taus)
+            z, peak_G, sums_GD = _sums(q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0])
+            top_G = distributed.max_(peak_G)
+            m_GD = torch.where(here_G[:, None], unit_rows(w_RD[torch.where(here_G, local_G, 0)])[0], 0.0)
+            *z, positive_cosine_G = distributed.sum_(torch.stack([*z, (q_GD * m_GD).sum(1).double()]))
+            if not (torch.isfinite(torch.stack(z)).all() and (top_G < 1.01).all()):  # the same on every rank
+                _refuse(q_GD, w_RD, first_row)
+            log_sum_G = [(x.log() + shift).to(q_GD.dtype) for x, shift in zip(z, shifts, strict=True)]
+            log_sum_B = [distributed.own(x, B) for x in log_sum_G]
+            positive_cosine_B = distributed.own(positive_cosine_G, B).to(q_BD.dtype)
             if extra_BE is not None:
-                log_sum_B = {
-                    t: torch.logaddexp(value, torch.logsumexp(extra_BE / t, 1)) for t, value in log_sum_B.items()
-                }
+                log_sum_B = [
+                    torch.logaddexp(x, torch.logsumexp(extra_BE / t, 1)) for x, t in zip(log_sum_B, taus, strict=True)
+                ]
                 column_B = (positive_B - size).clamp(min=0)
-                in_extra_B = positive_B >= size
                 picked_B = extra_BE.gather(1, column_B[:, None])[:, 0]
-                positive_cosine_B = torch.where(in_extra_B, picked_B, positive_cosine_B)
+                positive_cosine_B = torch.where(positive_B >= size, picked_B, positive_cosine_B)
+                log_sum_G = [distributed.gather(x) for x in log_sum_B]
+            toward_BD = None
+            if sums_GD is not None:
+                # sum_j p_ij m_j - m_positive: the gradient of a query is this times its own over tau.
+                shift = shifts[0][:, None] if isinstance(shifts[0], Tensor) else shifts[0]
+                toward_GD = sums_GD.mul_((shift - log_sum_G[0][:, None]).exp()).sub_(m_GD)
+                toward_BD = distributed.own(distributed.sum_(toward_GD), B)
 
-        ctx.save_for_backward(q_GD, w_RD, extra_BE, positive_B, positive_G, log_sum_B[tau], log_sum_B[bank_tau])
-        ctx.settings = first_row, size, tau, bank_tau, pull, push
-        max_probability_B = (top_B / tau - log_sum_B[tau]).exp()
+        ctx.save_for_backward(extra_BE, positive_B, log_sum_B[0], toward_BD)
+        ctx.asking = (asked, q_GD, positive_G, log_sum_G[-1])
+        ctx.settings = size, taus
+        max_probability_B = (distributed.own(top_G, B) / tau - log_sum_B[0]).exp()
         ctx.mark_non_differentiable(max_probability_B)
-        return log_sum_B[tau] - positive_cosine_B / tau, max_probability_B
+        return log_sum_B[0] - positive_cosine_B / tau, max_probability_B
 
     @staticmethod
     def backward(ctx, grad_B, _):
-        q_GD, w_RD, extra_BE, positive_B, positive_G, log_sum_B, bank_log_sum_B = ctx.saved_tensors
-        first_row, size, tau, bank_tau, pull, push = ctx.settings
-        B = len(grad_B)
-        rows_need_gradient = ctx.needs_input_grad[1]
-
+        extra_BE, positive_B, log_sum_B, toward_BD = ctx.saved_tensors
+        size, taus = ctx.settings
+        tau = taus[0]
+        asked, q_GD, positive_G, log_sum_G = ctx.asking
         with torch.autocast(grad_B.device.type, enabled=False):
-            grad_G = distributed.gather(grad_B)
-            log_sum_G, bank_log_sum_G = distributed.gather(log_sum_B), distributed.gather(bank_log_sum_B)
-            local_G = positive_G - first_row
-            here_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
-            grad_q_GD = torch.zeros_like(q_GD)
-            grad_w_RD = torch.empty_like(w_RD) if rows_need_gradient else None
-            for block in blocks(len(w_RD), len(q_GD)):
-                m_SD, norm_S1 = unit_rows(w_RD[block])
-                cosine_GS = q_GD @ m_SD.T
-                p_GS = (cosine_GS / tau - log_sum_G[:, None]).exp_()
-                grad_q_GD.addmm_(p_GS * (grad_G / tau)[:, None], m_SD)
-                if not rows_need_gradient:
-                    continue
-                if bank_tau != tau:
-                    p_GS = (cosine_GS / bank_tau - bank_log_sum_G[:, None]).exp_()
-                inside_G = here_G & (local_G >= block.start) & (local_G < block.stop)
-                chosen = inside_G.nonzero()[:, 0]
-                at = local_G[chosen] - block.start
-                # Eq. 10's weights: push * p everywhere, pull * (1 - p) at the positive.
-                weight_GS = p_GS * push
-                weight_GS[chosen, at] = pull * (1 - p_GS[chosen, at])
-                toward_SD = weight_GS.mul_(grad_G[:, None]).T @ q_GD
-                # sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
-                toward_SD -= (toward_SD * m_SD).sum(1, keepdim=True) * m_SD
+            if asked is not None:
                 # Each rank's loss is the mean over its own part of the batch, hence the division by the ranks.
-                grad_w_RD[block] = toward_SD / (-bank_tau * distributed.world() * norm_S1)
-            m_GD = unit_rows(w_RD[torch.where(here_G, local_G, 0)])[0]
-            grad_q_GD -= torch.where(here_G, grad_G / tau, 0.0)[:, None] * m_GD
-            grad_q_BD = distributed.own(distributed.sum_(grad_q_GD), B)
-
+                weight_G = distributed.gather(grad_B) / distributed.world()
+                asked.append(Asked(q_GD, positive_G, log_sum_G, weight_G, taus[-1]))
+            grad_q_BD = None if toward_BD is None else toward_BD * (grad_B / tau)[:, None]
             grad_extra_BE = None
             if extra_BE is not None and ctx.needs_input_grad[2]:
                 grad_extra_BE = (extra_BE / tau - log_sum_B[:, None]).exp_()
                 in_extra = (positive_B >= size).nonzero()[:, 0]
                 grad_extra_BE[in_extra, positive_B[in_extra] - size] -= 1
                 grad_extra_BE *= (grad_B / tau)[:, None]
-        return grad_q_BD, grad_w_RD, grad_extra_BE, None, None, None, None, None, None, None
+        return grad_q_BD, None, grad_extra_BE, None, None, None, None, None
+
+
+def _refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
+    """Say what made the sums useless. A collective: some rank has the row."""
+    norm_R = w_RD.norm(dim=1)
+    rows = ((norm_R == 0) | ~torch.isfinite(norm_R)).nonzero()[:, 0]
+    found = distributed.all_objects([(first_row + int(row), float(norm_R[row])) for row in rows[:1]] + [len(rows)])
+    first = next((told[0] for told in found if len(told) > 1), None)
+    if first is not None:
+        raise ArithmeticError(
+            f"{sum(told[-1] for told in found)} rows of the bank have no direction; the first is row {first[0]}, "
+            f"whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
+        )
+    norm_G = q_GD.norm(dim=1)
+    wrong = (~((norm_G - 1).abs() < 1e-2)).nonzero()[:, 0]
+    number = int(wrong[0]) if len(wrong) else 0
+    raise ArithmeticError(
+        f"{len(wrong)} of {len(q_GD)} queries are not finite unit vectors; the first is query {number}, whose norm is "
+        f"{float(norm_G[number])}: expected 1; try a lower optimizer.lr, or precision=fp32"
+    )
 
 
 def score(
@@ -154,30 +259,74 @@ def score(
     size: int,
     tau: float,
     bank_tau: float | None = None,
-    pull: float = 0.0,
-    push: float = 0.0,
     extra_BE: Tensor | None = None,
+    asked: list[Asked] | None = None,
 ) -> Score:
-    """Contrastive loss of every query over the bank and any extra columns (Eq. 3), with the bank's own gradient.
+    """Contrastive loss of every query over the bank and any extra columns (Eq. 3).
 
-    Backward gives queries and extra columns the gradient of the loss, and rows that require a gradient the
-    cooperative-adversarial one (Eqs. 6-10; `equations.bank_gradient`), at temperature `bank_tau`.
+    Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, at temperature
+    `bank_tau`, is added to `asked`, for `row_gradient` or `move`.
 
     Args:
         q_BD: unit queries of this rank, float32.
         w_RD: this rank's rows, any norm but zero, float32; the bank has `size` rows, `first_row` is where these begin.
+            They must not change before `asked` is used.
         positive_B: int64; below `size` a row of the whole bank, `size + e` extra column e.
         extra_BE: cosines, not divided by tau, of columns that are no rows; -inf masks one out.
-        pull, push: scales of the cooperative and the adversarial motion.
+        asked: None where the rows do not learn.
     Raises:
         ValueError: shapes that do not fit.
+        ArithmeticError: queries that are not finite unit vectors, rows without a direction.
     """
     if q_BD.shape[1] != w_RD.shape[1]:
         raise ValueError(f"queries must be as wide as the bank's rows, {w_RD.shape[1]}; got {q_BD.shape[1]}")
     if positive_B.shape != q_BD.shape[:1]:
         raise ValueError(f"expected one positive for each of {len(q_BD)} queries; got shape {list(positive_B.shape)}")
-    return Score(
-        *_StreamedScore.apply(
-            q_BD, w_RD, extra_BE, positive_B, first_row, size, tau, bank_tau or tau, float(pull), float(push)
-        )
-    )
+    taus = [tau] if asked is None or bank_tau is None or bank_tau == tau else [tau, bank_tau]
+    return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, asked))
+
+
+# The rows' motion.
+
+
+def row_gradient(w_SD: Tensor, first_row: int, asked: Asked, *, pull: float, push: float) -> Tensor:
+    """The cooperative-adversarial gradient of some rows (Eqs. 6-10; `equations.bank_gradient`), [S, D].
+
+    Args:
+        w_SD: rows of any norm, consecutive; `first_row` of the whole bank is the first of them.
+    """
+    m_SD, norm_S1 = unit_rows(w_SD)
+    p_NS = (asked.q_ND @ m_SD.T).div_(asked.tau).sub_(asked.log_sum_N[:, None]).exp_()
+    inside = ((asked.positive_N >= first_row) & (asked.positive_N < first_row + len(w_SD))).nonzero()[:, 0]
+    at = asked.positive_N[inside] - first_row
+    # Eq. 10's weights: push * p everywhere, pull * (1 - p) at the positive.
+    at_positive = pull * (1 - p_NS[inside, at])
+    if push != 1.0:
+        p_NS *= push
+    p_NS[inside, at] = at_positive
+    toward_SD = p_NS.T @ (asked.q_ND * asked.weight_N[:, None])
+    # sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
+    toward_SD -= (toward_SD * m_SD).sum(1, keepdim=True) * m_SD
+    return toward_SD / (-asked.tau * norm_S1)
+
+
+def move(
+    w_RD: Tensor, velocity_RD: Tensor, first_row: int, asked: Asked, *, pull: float, push: float, lr: float,
+    momentum: float, weight_decay: float, normalise: bool,
+) -> None:  # fmt: skip
+    """One step of the rows' SGD, in place, a block at a time (`equations.bank_update`); no R x D gradient is held."""
+    if fused.serves(w_RD, velocity_RD, asked.q_ND):
+        fused.update(
+            w_RD, velocity_RD, asked.q_ND, asked.positive_N - first_row, asked.log_sum_N, asked.weight_N, tau=asked.tau,
+            pull=pull, push=push, lr=lr, momentum=momentum, weight_decay=weight_decay, normalise=normalise,
+        )  # fmt: skip
+        return
+    for block in blocks(len(w_RD), len(asked.q_ND)):
+        w_SD, velocity_SD = w_RD[block], velocity_RD[block]
+        gradient_SD = row_gradient(w_SD, first_row + block.start, asked, pull=pull, push=push)
+        velocity_SD.mul_(momentum).add_(gradient_SD)
+        if weight_decay:
+            velocity_SD.add_(w_SD, alpha=weight_decay)
+        w_SD.sub_(velocity_SD, alpha=lr)
+        if normalise:
+            w_SD.div_(w_SD.norm(dim=1, keepdim=True))

@@ -34,17 +34,18 @@ def test_loss_and_all_gradients(monkeypatch, block_elements, E, pull, push, bank
         q, w, positive, bank_tau, pull=pull, push=push, extra_BE=extra, weight_B=weight_B
     )
 
-    fast_q, fast_w = q.clone().requires_grad_(), w.clone().requires_grad_()
+    fast_q, fast_w, asked = q.clone().requires_grad_(), w.clone().requires_grad_(), []
     fast_extra = extra.clone().requires_grad_() if E else None
     score = scoring.score(
-        fast_q, fast_w, positive, first_row=0, size=len(w), tau=tau, bank_tau=bank_tau, pull=pull, push=push,
-        extra_BE=fast_extra,
+        fast_q, fast_w, positive, first_row=0, size=len(w), tau=tau, bank_tau=bank_tau, extra_BE=fast_extra,
+        asked=asked,
     )  # fmt: skip
     (score.loss_B * weight_B).sum().backward()
 
     assert torch.allclose(score.loss_B, dense, atol=1e-12)
     assert torch.allclose(fast_q.grad, dense_q.grad, atol=1e-12)
-    assert torch.allclose(fast_w.grad, expected_w, atol=1e-12)
+    assert fast_w.grad is None
+    assert torch.allclose(scoring.row_gradient(w, 0, scoring.Asked.joined(asked), pull=pull, push=push), expected_w, atol=1e-12)
     if E:
         assert torch.allclose(fast_extra.grad, dense_extra.grad, atol=1e-12)
     p = eq.probabilities(q, m, tau, extra)[:, : len(w)]
@@ -85,7 +86,8 @@ def test_the_most_probable_row_is_that_of_equation_11_and_the_lowest_of_equals(m
     w[9] = w[2]  # a duplicate row must never be chosen over the first
     w[10] = w[0] * 3  # nor one that differs by its norm alone
     row = scoring.most_probable_row(k, w, 0)
-    assert torch.equal(row, eq.most_probable_positive(k, F.normalize(w, dim=1)))
+    cosine = (k[:, None] * F.normalize(w, dim=1)).sum(2)  # a matrix product may round equal rows differently
+    assert torch.equal(row, (cosine > cosine.amax(1, keepdim=True) - 1e-12).to(torch.uint8).argmax(1))
     assert (row != 9).all()
     assert (row == 2).any(), "the test would prove nothing if no key chose the duplicated row"
 

@@ -1,0 +1,91 @@
+"""The bank's fused CPU kernel (kernel.cpp), through ctypes; float32. Where it was not built, caco/banks/scoring.py streams.
+
+Shapes: G queries, R rows, D width, N queries of all terms of a step, T candidates.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import sys
+
+import torch
+from torch import Tensor
+
+INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plain, 1 AVX2, 2 the AVX-512 tile on AVX2
+
+SIGNATURES = {  # pointer, int64, float, int
+    "caco_forward": "pnpnnffffppppii",
+    "caco_nearest": "pnpnnppii",
+    "caco_update": "ppppnppnnffffffiii",
+}
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None, said once."""
+    found = importlib.util.find_spec("caco.banks._kernel")
+    if found is None or found.origin is None:
+        print("caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, slower", file=sys.stderr)
+        return None
+    kernel = ctypes.CDLL(found.origin)
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+    for name, arguments in SIGNATURES.items():
+        getattr(kernel, name).argtypes = [kinds[kind] for kind in arguments]
+    return kernel
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernel takes these."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and library() is not None
+
+
+def instructions() -> str:
+    """Which of its instruction sets the kernel uses here."""
+    return ["plain", "AVX2", "wide", "AVX-512"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
+
+
+def forward(
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """For each tau sum_j exp(q.m_j / tau - shift), float64 [G]; the largest cosine [G]; and, for the first tau, the sum of
+    exp(...) m_j, [G, D]."""
+    G, D = q_GD.shape
+    z = [torch.empty(G, dtype=torch.float64) for _ in taus]
+    peak_G = torch.empty(G)
+    sums_GD = torch.empty(G, D) if with_sums else None
+    second = len(taus) > 1
+    _call(
+        "caco_forward",
+        q_GD.contiguous(), G, w_RD, len(w_RD), D, 1 / taus[0], shifts[0], 1 / taus[-1], shifts[-1],
+        z[0], z[1] if second else None, peak_G, sums_GD,
+    )  # fmt: skip
+    return z, peak_G, sums_GD
+
+
+def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest cosines of each key, best first, and their rows (-1 beyond the bank); equal ones by row. [G, T] each."""
+    shape = len(k_GD), library().caco_top()
+    value_GT, row_GT = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+    _call("caco_nearest", k_GD.contiguous(), len(k_GD), w_RD, len(w_RD), w_RD.shape[1], value_GT, row_GT)
+    return value_GT, row_GT
+
+
+def update(
+    w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
+    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool,
+) -> None:  # fmt: skip
+    """Rows and velocity one step on, in place: gradient, velocity and rows of a block in one visit."""
+    _call(
+        "caco_update",
+        q_ND.contiguous(), positive_N.contiguous(), log_sum_N.contiguous(), weight_N.contiguous(), len(q_ND),
+        w_RD, velocity_RD, len(w_RD), w_RD.shape[1], 1 / tau, pull, push, lr, momentum, weight_decay,
+        normalise,
+    )  # fmt: skip
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor))
+    threads, chosen = torch.get_num_threads(), -1 if INSTRUCTIONS is None else INSTRUCTIONS
+    passed = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    if getattr(library(), name)(*passed, threads, chosen):
+        raise MemoryError(f"the bank's kernel found no memory for its blocks ({name})")

@@ -1,0 +1,249 @@
+// The bank's loops for one instruction set. kernel.cpp includes this several times, each time in a namespace of its own:
+// V floats fill a vector, a tile of scores is MR queries by 16 rows, TARGET is the attribute of every function.
+
+typedef float vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * V), aligned(4), may_alias));
+constexpr int NV = PANEL / V;
+
+TARGET static inline vec load(const float* at) { return *(const vec*)at; }
+TARGET static inline void store(float* at, vec x) { *(vec*)at = x; }
+
+// e^x to about one unit in the last place for x up to 88; below -87 it stays at e^-87, which no sum here can notice.
+TARGET static inline vec exponential(vec x) {
+    const vec low = vec{} - 87.0f;
+    x = x < low ? low : x;
+    const vec shifted = x * 1.44269504088896341f + 12582912.0f;  // the nearest integer, in the low bits
+    const vec n = shifted - 12582912.0f;
+    const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return (vec)((ints)p + ((ints)shifted << 23));
+}
+
+TARGET static inline float sum(vec x) {
+    float total = 0;
+    for (int lane = 0; lane < V; lane++) total += x[lane];
+    return total;
+}
+
+// MR queries times one panel of 16 rows.
+TARGET static inline void scores(const float* q, int64_t D, const float* panel, vec s[MR][NV]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) s[r][v] = vec{};
+    for (int64_t d = 0; d < D; d++) {
+        vec b[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) b[v] = load(panel + d * PANEL + v * V);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) {
+            const float a = q[r * D + d];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) s[r][v] += a * b[v];
+        }
+    }
+}
+
+// out[r][0..16) += sum_k a[r * row + k * step] * b[k][0..16).
+TARGET static inline void accumulate(
+    const float* a, int64_t row, int64_t step, const float* b, int64_t depth, float* out, int64_t out_row) {
+    vec c[MR][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) c[r][v] = load(out + r * out_row + v * V);
+    for (int64_t k = 0; k < depth; k++) {
+        vec x[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) x[v] = load(b + k * PANEL + v * V);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) {
+            const float w = a[r * row + k * step];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) c[r][v] += w * x[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) store(out + r * out_row + v * V, c[r][v]);
+}
+
+// Unit rows of a block, transposed into panels [panel][d][16]; with `rows`, also as they are, in panels [d / 16][row][16].
+// Rows beyond `count` are zero.
+TARGET static void pack(
+    const float* w, int64_t count, int64_t D, int64_t S, float* transposed, float* rows, float* inverse_norm) {
+    const int64_t padded = round_up(count, PANEL), wide = round_up(D, PANEL);
+    for (int64_t j = 0; j < padded; j++) {
+        float inverse = 0;
+        if (j < count) {
+            const float* row = w + j * D;
+            vec squares = vec{};
+            int64_t d = 0;
+            for (; d + V <= D; d += V) squares += load(row + d) * load(row + d);
+            float square = sum(squares);
+            for (; d < D; d++) square += row[d] * row[d];
+            inverse = 1.0f / sqrtf(square);
+        }
+        if (inverse_norm) inverse_norm[j] = inverse;
+        float* to = transposed + (j / PANEL) * D * PANEL + j % PANEL;
+        for (int64_t d = 0; d < D; d++) to[d * PANEL] = j < count ? w[j * D + d] * inverse : 0.0f;
+        if (!rows) continue;
+        for (int64_t d = 0; d < wide; d++)
+            rows[(d / PANEL) * S * PANEL + j * PANEL + d % PANEL] = j < count && d < D ? w[j * D + d] * inverse : 0.0f;
+    }
+}
+
+// Sums over some rows for some queries: see caco_forward. `q` is padded to whole tiles of queries.
+TARGET static void forward_part(const Forward& f, int64_t first_query, int64_t last_query, int64_t first_row, int64_t last_row,
+                         double* z, double* z2, float* peak, float* sums) {
+    const int64_t D = f.D, S = block_rows(D), wide = round_up(D, PANEL), queries = last_query - first_query;
+    const int64_t tile_rows = S + PANEL;
+    Buffer transposed(S * D), rows(sums ? S * wide : 0), tile(QUERY_TILE * tile_rows), totals(queries * V), totals2(f.second ? queries * V : 0),
+        peaks(queries * V);
+    for (int64_t i = 0; i < queries * V; i++) peaks[i] = -3.0e38f;
+    for (int64_t start = first_row; start < last_row; start += S) {
+        const int64_t count = std::min(S, last_row - start), panels = round_up(count, PANEL) / PANEL;
+        pack(f.w + start * D, count, D, S, transposed.at, sums ? rows.at : nullptr, nullptr);
+        for (int64_t tile_start = 0; tile_start < queries; tile_start += QUERY_TILE) {
+            const int64_t tile_queries = std::min(QUERY_TILE, queries - tile_start);
+            for (int64_t panel = 0; panel < panels; panel++) {
+                const int64_t valid = count - panel * PANEL;
+                for (int64_t i = 0; i < tile_queries; i += MR) {
+                    vec s[MR][NV];
+                    scores(f.q + (first_query + tile_start + i) * D, D, transposed.at + panel * D * PANEL, s);
+#pragma GCC unroll 16
+                    for (int r = 0; r < MR; r++) {
+                        const int64_t query = tile_start + i + r;
+                        vec total = load(&totals[query * V]), top = load(&peaks[query * V]), total2 = vec{};
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; v++) {
+                            vec e = exponential(s[r][v] * f.inverse_tau - f.shift);
+                            vec e2 = f.second ? exponential(s[r][v] * f.inverse_tau2 - f.shift2) : vec{};
+                            if (valid < PANEL)
+                                for (int lane = 0; lane < V; lane++)
+                                    if (v * V + lane >= valid) e[lane] = e2[lane] = 0.0f, s[r][v][lane] = -3.0e38f;
+                            total += e;
+                            total2 += e2;
+                            top = s[r][v] > top ? s[r][v] : top;
+                            if (sums) store(&tile[(i + r) * tile_rows + panel * PANEL + v * V], e);
+                        }
+                        store(&totals[query * V], total);
+                        if (f.second) store(&totals2[query * V], load(&totals2[query * V]) + total2);
+                        store(&peaks[query * V], top);
+                    }
+                }
+            }
+            if (!sums) continue;
+            for (int64_t d = 0; d < wide; d += PANEL)
+                for (int64_t i = 0; i < tile_queries; i += MR)
+                    accumulate(&tile[i * tile_rows], tile_rows, 1, rows.at + d * S, panels * PANEL,
+                               sums + (tile_start + i) * wide + d, wide);
+        }
+        // A block's sum is a float's, the whole bank's a double's.
+        for (int64_t i = 0; i < queries; i++) {
+            z[i] += sum(load(&totals[i * V]));
+            store(&totals[i * V], vec{});
+            if (!f.second) continue;
+            z2[i] += sum(load(&totals2[i * V]));
+            store(&totals2[i * V], vec{});
+        }
+    }
+    for (int64_t i = 0; i < queries; i++)
+        for (int lane = 0; lane < V; lane++) peak[i] = std::max(peak[i], peaks[i * V + lane]);
+}
+
+// The best TOP rows of some queries among some rows, best first: see caco_nearest.
+TARGET static void nearest_part(const Forward& f, int64_t first_query, int64_t last_query, int64_t first_row, int64_t last_row,
+                         float* best, int64_t* index) {
+    const int64_t D = f.D, S = block_rows(D), queries = last_query - first_query;
+    Buffer transposed(S * D);
+    for (int64_t start = first_row; start < last_row; start += S) {
+        const int64_t count = std::min(S, last_row - start), panels = round_up(count, PANEL) / PANEL;
+        pack(f.w + start * D, count, D, S, transposed.at, nullptr, nullptr);
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t valid = std::min<int64_t>(PANEL, count - panel * PANEL);
+            for (int64_t i = 0; i < queries; i += MR) {
+                vec s[MR][NV];
+                scores(f.q + (first_query + i) * D, D, transposed.at + panel * D * PANEL, s);
+#pragma GCC unroll 16
+                for (int r = 0; r < MR; r++) {
+                    float* values = best + (i + r) * TOP;
+                    ints above = s[r][0] > values[TOP - 1];
+#pragma GCC unroll 4
+                    for (int v = 1; v < NV; v++) above |= s[r][v] > values[TOP - 1];
+                    if (!any(above)) continue;
+                    alignas(64) float row[PANEL];
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; v++) store(row + v * V, s[r][v]);
+                    insert(row, valid, start + panel * PANEL, values, index + (i + r) * TOP);
+                }
+            }
+        }
+    }
+}
+
+// One block of rows: its gradient over all queries, then velocity and rows. See caco_update.
+TARGET static void update_block(const Update& u, int64_t start, float* transposed, float* tile, float* toward, float* inverse_norm) {
+    const int64_t D = u.D, S = block_rows(D), wide = round_up(D, PANEL), tile_rows = S + PANEL;
+    const int64_t count = std::min(S, u.R - start), panels = round_up(count, PANEL) / PANEL;
+    pack(u.w + start * D, count, D, S, transposed, nullptr, inverse_norm);
+    memset(toward, 0, S * wide * sizeof(float));
+    if (u.push != 0.0f)
+        for (int64_t tile_start = 0; tile_start < u.padded; tile_start += QUERY_TILE) {
+            const int64_t tile_queries = std::min(QUERY_TILE, u.padded - tile_start);
+            for (int64_t panel = 0; panel < panels; panel++)
+                for (int64_t i = 0; i < tile_queries; i += MR) {
+                    vec s[MR][NV];
+                    scores(u.q + (tile_start + i) * D, D, transposed + panel * D * PANEL, s);
+#pragma GCC unroll 16
+                    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; v++)
+                            store(tile + (i + r) * tile_rows + panel * PANEL + v * V,
+                                  exponential(s[r][v] * u.inverse_tau - u.log_sum[tile_start + i + r]));
+                }
+            for (int64_t j = 0; j < count; j += MR)
+                for (int64_t d = 0; d < wide; d += PANEL)
+                    accumulate(tile + j, 1, tile_rows, u.weighted + d * u.padded + tile_start * PANEL, tile_queries,
+                               toward + j * wide + d, wide);
+        }
+    for (int64_t j = 0; j < count; j++) {
+        const float inverse = inverse_norm[j];
+        float *w = u.w + (start + j) * D, *v = u.v + (start + j) * D, *t = toward + j * wide;
+        if (u.push != 1.0f)
+            for (int64_t d = 0; d < D; d++) t[d] *= u.push;
+        // The positive moves by pull (1 - p) and not by push p.
+        for (int64_t at = u.first_of_row[start + j]; at < u.first_of_row[start + j + 1]; at++) {
+            const int64_t i = u.by_row[at];
+            const float* q = u.q + i * D;
+            float cosine = 0;
+            for (int64_t d = 0; d < D; d++) cosine += q[d] * w[d];
+            const float p = expf(cosine * inverse * u.inverse_tau - u.log_sum[i]);
+            const float weight = (u.pull - (u.pull + u.push) * p) * u.grad[i];
+            for (int64_t d = 0; d < D; d++) t[d] += weight * q[d];
+        }
+        // sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
+        float along = 0;
+        for (int64_t d = 0; d < D; d++) along += t[d] * w[d];
+        along *= inverse * inverse;
+        const float scale = -u.inverse_tau * inverse;
+        float square = 0;
+        for (int64_t d = 0; d < D; d++) {
+            const float velocity = u.momentum * v[d] + (scale * (t[d] - along * w[d]) + u.weight_decay * w[d]);
+            const float row = w[d] - u.lr * velocity;
+            v[d] = velocity;
+            w[d] = row;
+            square += row * row;
+        }
+        if (u.normalise) {
+            const float back = 1.0f / sqrtf(square);
+            for (int64_t d = 0; d < D; d++) w[d] *= back;
+        }
+    }
+}

@@ -1,0 +1,373 @@
+"""What a run will take, before anyone queues for a cluster: memory, messages, arithmetic and time.
+
+    python -m caco.plan data.root=/anywhere bank=12M batch=4096 world=32
+    python -m caco.plan preset=demo measure=true          with this machine's own speed
+
+Counted from the configuration, on tensors without contents; neither data nor a GPU is needed. Time is arithmetic at an
+assumed speed plus messages at an assumed bandwidth, one after the other, as the trainer does them; loading, evaluation and
+saving are not in it.
+"""
+
+import copy
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from caco import config, refusals, validation
+from caco.banks import scoring
+from caco.build import build_encoder, pick_device
+from caco.config import build
+from caco.methods.contrastive import pair_terms
+from caco.runs import plain
+from caco.train import for_user, refuse
+
+# Assumptions, nobody's measurement: tflops=, gbytes_per_s= and measure=true replace them.
+_DEFAULTS = {"tflops": 60.0, "gbytes_per_s": 10.0}
+IMAGES = {  # in the training split, of the sets that have one size
+    "caco.data.datasets.imagenet": 1_281_167,
+    "caco.data.datasets.tiny_imagenet": 100_000,
+    "caco.data.datasets.cifar10_jpeg75": 50_000,
+    "caco.data.datasets.digits": 1_400,
+    "caco.data.downloaded.cifar10": 50_000,
+    "caco.data.downloaded.cifar100": 50_000,
+    "caco.data.downloaded.stl10": 100_000,
+}
+ROWS = (8192, 65_536, 98_304, 1 << 20, 10_000_000, 100_000_000)  # of the table of bank sizes
+
+
+def plan(
+    cfg: DictConfig,
+    *,
+    world: int = 1,
+    tflops: float = _DEFAULTS["tflops"],
+    bank_tflops: float | None = None,
+    gbytes_per_s: float = _DEFAULTS["gbytes_per_s"],
+    images: int | None = None,
+) -> dict[str, float]:
+    """Figures of one run on `world` devices.
+
+    Args:
+        cfg: a checked configuration without Hydra's own part.
+        tflops: 10^12 operations a second, of one device in the model; bank_tflops in the bank, None for the same.
+        gbytes_per_s: what one device sends to the others.
+        images: in the training split; None where the data set has one size or lies at data.root.
+    Returns:
+        steps, filling_steps (part of steps), images_per_second, step_seconds, run_hours;
+        flops_per_step over all devices, model_flops_per_step and bank_flops_per_step of it;
+        device_bytes, the sum of parameter_bytes (weights, gradients, twin, optimiser), bank_bytes, activation_bytes and
+        workspace_bytes; sent_bytes_per_step by one device; checkpoint_bytes.
+    Raises:
+        ValueError: ranks that cannot share the batch or the bank, or an unknown number of images.
+    """
+    bank_tflops = tflops if bank_tflops is None else bank_tflops
+    if world < 1 or min(tflops, bank_tflops, gbytes_per_s) <= 0:
+        raise ValueError(
+            "world, tflops, bank_tflops and gbytes_per_s must be positive; got "
+            f"{world}, {tflops}, {bank_tflops} and {gbytes_per_s}"
+        )
+    if cfg.batch % world:
+        raise ValueError(f"batch: expected a multiple of the {world} processes that share it, got {cfg.batch}")
+    size = 0 if cfg.bank is None else cfg.bank.size
+    if size % world:
+        raise ValueError(f"a bank of {size} rows cannot be shared evenly by {world} ranks; got remainder {size % world}")
+    count = _images(cfg) if images is None else images
+    if count < cfg.batch:
+        raise ValueError(f"batch: expected at most the {count} images, got {cfg.batch}")
+    one = _counted(_parts(cfg))
+
+    per_epoch = count // cfg.batch
+    filling = one["filling_passes"] * -(-size // cfg.batch)
+    steps = filling + cfg.epochs * per_epoch
+    steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
+
+    here, dim = cfg.batch // world, cfg.projector.dim
+    columns = one["in_batch_columns"] * cfg.batch
+    unit = 2 * cfg.batch * dim  # one product of the queries with one row
+    bank_flops = unit * size * (4 * one["bank_terms"] if one["learnable"] else 2 * one["bank_terms"])
+    bank_flops += unit * size * one["scans"]
+    model_flops = one["flops"] * cfg.batch + 3 * unit * columns * one["terms"]
+
+    row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight, velocity; uses
+    bank_bytes = size // world * row_bytes
+    # One block of scores and its copies; the stream of queries and the sums of all ranks' queries.
+    workspace = (3 * scoring.BLOCK_ELEMENTS * 4 if size else 0) + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"])
+    activations = here * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * here * columns * one["terms"]
+    total = one["parameter_bytes"] + bank_bytes + activations + workspace
+    sent = _sent(one, cfg.batch, dim, world) if world > 1 else 0.0
+    seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
+    return {
+        "steps": float(steps),
+        "filling_steps": float(min(filling, steps)),
+        "step_seconds": seconds,
+        "images_per_second": cfg.batch / seconds,
+        "run_hours": steps * seconds / 3600,
+        "flops_per_step": float(model_flops + bank_flops),
+        "model_flops_per_step": float(model_flops),
+        "bank_flops_per_step": float(bank_flops),
+        "device_bytes": float(total),
+        "parameter_bytes": float(one["parameter_bytes"]),
+        "bank_bytes": float(bank_bytes),
+        "activation_bytes": float(activations),
+        "workspace_bytes": float(workspace),
+        "sent_bytes_per_step": float(sent),
+        "checkpoint_bytes": float(one["saved_bytes"] + size * row_bytes),
+    }
+
+
+def _parts(cfg: DictConfig) -> str:
+    """What the counts depend on, so that runs that share it are counted once."""
+    tree = plain(cfg)
+    parts = {key: tree[key] for key in ("method", "bank", "backbone", "projector", "optimizer", "augmentation", "precision")}
+    if parts["bank"] is not None:
+        parts["bank"] |= {"size": 2, "seed": 0}
+    return json.dumps(parts)
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(text: str) -> dict[str, float]:
+    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward."""
+    cfg = OmegaConf.create(json.loads(text))
+    with torch.device("meta"):
+        encoder = build_encoder(cfg)
+    bank = None if cfg.bank is None else build(cfg.bank)
+    method = build(cfg.method, encoder=encoder, bank=bank).train()
+    others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
+    for child in others:
+        child.to("meta")
+    learning = method.encoder_parameters()
+    sizes = build(cfg.augmentation).sizes
+    optimizer = build(cfg.optimizer, parameters=learning)
+    weight_bytes = sum(p.nbytes for p in learning)
+    twin_bytes = 0 if method.twin is None else sum(p.nbytes for p in method.twin.parameters())
+    buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
+
+    num_large = sum(size == sizes[0] for size in sizes)
+    terms = pair_terms(num_large, len(sizes) - num_large, symmetric=method.symmetric, reduction=method.reduction)
+    querying, chosen = {term.query for term in terms}, {term.key for term in terms}
+    # Views that are encoded with gradient, and those of the twin.
+    encoded, twinned = (querying, chosen) if method.twin is not None else (querying | chosen, set())
+    flops = activation_bytes = 0.0
+    for size in dict.fromkeys(sizes):
+        forward, both, saved = _run_once(encoder, others, size, cfg.precision)
+        with_gradient = sum(sizes[view] == size for view in encoded)
+        flops += with_gradient * both + sum(sizes[view] == size for view in twinned) * forward
+        activation_bytes += with_gradient * saved
+    optimizer.step()  # on the gradients of the last run, so that its state is there to be counted
+    state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
+    # Autocast keeps a bf16 copy of the weights until the backward pass is over.
+    copies = weight_bytes // 2 if cfg.precision == "bf16" else 0
+    norms = [m for part in (encoder, *others) for m in part.modules() if isinstance(m, _BatchNorm)]
+    sources = type(method.positives).__name__, type(method.negatives).__name__
+    return {
+        "flops": flops,
+        "activation_bytes": activation_bytes,
+        "view_bytes": 4.0 * sum(3 * size * size for size in sizes),
+        "parameter_bytes": 2 * weight_bytes + twin_bytes + state + buffers + copies,
+        "saved_bytes": weight_bytes + twin_bytes + state + buffers,
+        "gradient_bytes": weight_bytes,
+        "terms": len(terms),
+        "bank_terms": len(terms) if method.negatives.bank_rows else 0,
+        "scans": len(chosen) if sources[0] in ("BankRow", "NearestKey") else 0,
+        "lookups": len(chosen) if sources[0] == "NearestKey" else 0,
+        "in_batch_columns": {"BatchKeys": 1, "BankRowsAndBatchKeys": 1, "BatchBothViews": 2}.get(sources[1], 0),
+        "key_gathers": len(chosen),
+        "key_gradients": len(chosen) if method.twin is None else 0,
+        "learnable": bank is not None and "velocity" in dict(bank.rows.named_buffers()),
+        "filling_passes": 0 if bank is None else bank.filling_passes,
+        "norm_sums": sum(norm.num_features for norm in norms) * (4 * len(encoded) + 2 * len(twinned)),
+    }
+
+
+def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: str) -> tuple[float, float, float]:
+    """Of one image of `size` pixels: operations forward, operations forward and backward, bytes kept for backward."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    run = copy.deepcopy(encoder).to(dtype)
+    held = []  # meta tensors, so holding them costs nothing and keeps their storages apart
+    images = torch.empty(2, 3, size, size, device="meta", dtype=dtype)  # BatchNorm needs more than one
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+            out = run(images)
+            for other in others:
+                out = other(out)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+        both = counter.get_total_flops()
+    for parameter, copied in zip(encoder.parameters(), run.parameters(), strict=True):
+        parameter.grad = torch.empty_like(parameter) if copied.grad is not None else None
+    own = {p.untyped_storage()._cdata for p in run.parameters()}
+    kept = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}
+    return forward / 2, both / 2, sum(size for key, size in kept.items() if key not in own) / 2
+
+
+def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
+    """Bytes that one rank sends in a step: all-gathers pass a part on to each other rank, all-reduces go round twice.
+
+    Of the bank nothing but queries, keys and their sums travels, whatever its size.
+    """
+    part, ring = (world - 1) * batch / world, 2 * (world - 1) / world
+    term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums
+    scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
+    lookup = part * 8 + ring * batch * 4 * dim
+    keys = one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
+    return (
+        ring * (one["gradient_bytes"] + 4 * one["norm_sums"])
+        + one["bank_terms"] * term
+        + one["scans"] * scan
+        + one["lookups"] * lookup
+        + keys
+    )
+
+
+def _images(cfg: DictConfig) -> int:
+    """Images of the training split: known, or counted where the data lie."""
+    data = cfg.data
+    known = IMAGES.get(data["_target_"])
+    if known is not None and data.get("class_list") is None:
+        held_out = data.get("validation_fraction") or 0.0
+        known = round(known * (1 - held_out))
+        return min(known, data.get("limit") or known)
+    if data.get("root") is None:
+        raise ValueError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
+    return len(build(data).pretrain)
+
+
+def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int = 3) -> dict[str, float]:
+    """This machine's own tflops and bank_tflops, each the best of a few runs, for `plan`.
+
+    Args:
+        images: of the first view's size through the encoder, forward and backward.
+        rows: of the bank that as many queries as the run's batch (up to 1024) are scored against.
+    """
+    device = pick_device(cfg.device)
+    encoder = build_encoder(cfg).to(device=device, memory_format=torch.channels_last).train()
+    size = build(cfg.augmentation).sizes[0]
+    view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+
+    def model() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            out = encoder(view)
+        out.sum().backward()
+
+    with torch.device("meta"):
+        _, flops, _ = _run_once(build_encoder(cfg), [], size, cfg.precision)
+    speeds = {"tflops": images * flops / _seconds(model, device, runs) / 1e12}
+    if cfg.bank is None:
+        return speeds
+    bank = build({**cfg.bank, "size": rows}).to(device)
+    queries = min(cfg.batch, 1024)
+    q_BD = nn.functional.normalize(torch.randn(queries, cfg.projector.dim, device=device), dim=1).requires_grad_()
+
+    def score() -> None:
+        bank.score(q_BD, bank.rows.most_probable(q_BD.detach()), temperature=0.1).loss_B.mean().backward()
+        bank.update(lr=0.0, keys_GD=q_BD.detach())
+
+    products = 5 if "velocity" in dict(bank.rows.named_buffers()) else 3
+    speeds["bank_tflops"] = products * 2 * queries * rows * cfg.projector.dim / _seconds(score, device, runs) / 1e12
+    return speeds
+
+
+def _seconds(work: Callable[[], None], device: torch.device, runs: int) -> float:
+    best = float("inf")
+    for _ in range(1 + runs):  # the first one warms up
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str, float]) -> str:
+    """The plan in words, and a table of bank sizes up to 100 million rows."""
+    one = plan(cfg, world=world, images=images, **speeds)
+    gib = {key: one[key] / 2**30 for key in one if key.endswith("_bytes")}
+    lines = [
+        f"{one['steps']:,.0f} steps of {cfg.batch} images on {world} device{'s' * (world > 1)}"
+        f" ({one['filling_steps']:,.0f} of them fill the bank), {cfg.batch // world} images each",
+        f"memory of a device   {gib['device_bytes']:.2f} GiB: weights, twin, optimiser {gib['parameter_bytes']:.2f}, "
+        f"activations {gib['activation_bytes']:.2f}, bank {gib['bank_bytes']:.2f}, workspace {gib['workspace_bytes']:.2f}",
+        f"sent by a device     {one['sent_bytes_per_step'] / 1e6:.1f} MB a step",
+        f"arithmetic           {one['flops_per_step'] / 1e12:.3f} TFLOP a step over all devices, "
+        f"{100 * one['bank_flops_per_step'] / one['flops_per_step']:.0f} % of it the bank",
+        f"time                 {one['step_seconds']:.4g} s a step, {one['images_per_second']:,.0f} images a second, "
+        f"{one['run_hours']:.3g} hours, without loading, evaluation and saving",
+        f"a checkpoint         {gib['checkpoint_bytes']:.2f} GiB",
+        "at " + ", ".join(f"{name}={value:.4g}" for name, value in (_DEFAULTS | speeds).items()),
+    ]
+    if cfg.bank is not None:
+        lines.append(f"\n{'rows':>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
+        for rows in sorted({*ROWS, cfg.bank.size}):
+            other = cfg.copy()
+            other.bank.size = -(-rows // world) * world
+            row = plan(other, world=world, images=images, **speeds)
+            lines.append(
+                f"{other.bank.size:>12,} {row['device_bytes'] / 2**30:>13.2f} {row['sent_bytes_per_step'] / 1e6:>15.1f} "
+                f"{row['step_seconds']:>10.4g} {row['run_hours']:>8.3g} {row['checkpoint_bytes'] / 2**30:>10.2f}"
+            )
+    return "\n".join(lines)
+
+
+USAGE = """\
+usage: python -m caco.plan [overrides as for caco.train] [world=N] [images=N] [tflops=X] [bank_tflops=X] [gbytes_per_s=X] [measure=true]
+
+  world         devices, 1
+  images        in the training split, where the data set does not say
+  tflops        of a device in the model, {tflops:g} assumed; bank_tflops in the bank, the same
+  gbytes_per_s  that a device sends, {gbytes_per_s:g} assumed
+  measure       tflops and bank_tflops of this machine, a few seconds"""
+_NUMBERS = {"world": int, "images": int, "tflops": float, "bank_tflops": float, "gbytes_per_s": float}
+
+
+def _main(arguments: list[str]) -> str:
+    own, overrides = {"world": 1, "images": None}, []
+    measured = False
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "measure":
+            if value not in ("true", "false"):
+                raise config.ConfigError(f"measure: expected true or false, got {value!r}")
+            measured = value == "true"
+        elif key in _NUMBERS:
+            try:
+                own[key] = _NUMBERS[key](value)
+            except ValueError as error:
+                raise config.ConfigError(f"{key}: expected a number, got {value!r}") from error
+        else:
+            overrides.append(argument)
+    cfg = config.compose(overrides)
+    validation.check(cfg, overrides=overrides, choices=dict(cfg.hydra.runtime.choices))
+    cfg = config.job_config(cfg)
+    world, images = own.pop("world"), own.pop("images")
+    speeds = (measure(cfg) if measured else {}) | own
+    return report(cfg, world=world, images=images, speeds=speeds)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE.format(**_DEFAULTS))
+        return
+    try:
+        print(_main(arguments))
+    except refusals.COMPOSITION_ERRORS as error:
+        refuse(refusals.explain(error, arguments))
+        sys.exit(2)
+    except (ValueError, OSError) as error:
+        if not for_user(error):
+            raise
+        refuse(str(error))
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    from caco.plan import main as importable_main  # so that errors come from caco.plan, not from __main__
+
+    importable_main()
