@@ -16,7 +16,7 @@ from caco.runs import plain
 from caco.tracking.files import read_json
 
 CHECKPOINT = re.compile(r"step_(\d{9})\.pt")
-DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "torch", "tracking": "mlflow"}
+DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto", "tracking": "mlflow"}
 
 
 @dataclass(frozen=True)

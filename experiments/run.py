@@ -7,6 +7,7 @@ in runs/SCALE/, and runs/SCALE/record.json holds what has come out so far: send 
 
 import argparse
 import importlib.util
+import inspect
 import shlex
 import sys
 import time
@@ -105,7 +106,8 @@ def estimate(experiment: Experiment, *, world: int) -> str:
         return f"no estimate: {error}"
     return (
         f"estimate: {cost['steps']:,.0f} steps, {cost['flops_per_step'] * cost['steps']:.2g} operations, "
-        f"{cost['run_hours']:.2g} h on {world} devices of the speed that caco.plan assumes, {cost['device_bytes'] / 2**30:.2g} GiB each"
+        f"{cost['device_bytes'] / 2**30:.2g} GiB a device, {cost['run_hours']:.2g} h on {world} of an assumed "
+        f"{inspect.signature(plan).parameters['tflops'].default:g} TFLOP/s"
     )
 
 
@@ -230,6 +232,11 @@ def need_data(chosen: Sequence[Experiment]) -> None:
 def show(runs: Sequence[Run], world: int) -> None:
     """Every run's state and command, and what those that are left will cost."""
     costs: dict[str, str] = {}
+    for run in runs:
+        if run.state == "done":
+            summary = read_json(run.directory / "summary.json")
+            hours = summary["steps"] * run.experiment.cfg.batch / summary["images_per_second"] / 3600
+            costs[run.experiment.name] = f"took {hours:.2g} h here with seed {run.seed}, evaluation not counted"
     for run in runs:
         print(f"# {run.name}: {run.state}")
         if run.state in ("done", "recorded"):

@@ -45,7 +45,7 @@ def objective(
             each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
             loss = loss + torch.where(counts, each, 0.0).sum() / len(x_ND)
             error = torch.where(counts, logits.sigmoid() - wanted, 0.0) / len(x_ND)
-        grad_DC = grad_DC + x.T @ error
+        grad_DC = grad_DC + (error.T @ x).T  # x.T @ error takes five times as long on a CPU
         grad_C = grad_C + error.sum(dim=0)
     return loss, grad_DC, grad_C
 
