@@ -180,7 +180,8 @@ def sweep_label(overrides: Iterable[str], keys: Iterable[str], num_jobs: int) ->
 
 
 def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+    """The dotted key of an override; of hydra/sweeper=optuna hydra.sweeper."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -274,7 +274,7 @@ def test_a_server_that_is_down_costs_one_warning_and_no_time(tmp_path, caplog, s
         began = time.thread_time()
         tracker.log(step, {"loss": 1 / (step + 1), "lr": 0.1, "images_per_second": 100.0})
         seconds.append(time.thread_time() - began)
-    assert statistics.median(seconds) < 0.01 * 0.050  # 1 % of a step of 50 ms
+    assert statistics.median(seconds) < 0.01 * 10 * 0.010  # 1 % of ten steps of 10 ms, from one row to the next
     assert tracker.state_dict() == {"rows": 200, "mlflow_run_id": "", "sent": 0}
     eventually(lambda: caplog.messages)
     tracker.finish("FINISHED", {"loss": 0.1})

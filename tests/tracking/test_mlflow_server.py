@@ -104,7 +104,7 @@ def log(tracker, first, last, pause=0.0):
     return statistics.median(seconds)
 
 
-ONE_PERCENT = 0.01 * 0.050  # of a step of 50 ms
+ONE_PERCENT = 0.01 * 10 * 0.010  # of ten steps of 10 ms, from one row to the next
 
 
 def expected(num_rows):
