@@ -153,7 +153,8 @@ def test_several_labels_an_image_are_told_apart_one_by_one(store_of, tmp_path, s
 
 def test_test_images_that_are_trained_on_are_refused_unless_told(store_of, tmp_path, sets):
     test = images(12, 3)
-    train = ImagesInMemory(np.concatenate([images(30, 1)._images, test._images[:2]]), name="train", labels=np.arange(32) % 3)
+    pixels = [np.asarray(source.image(i)) for source, count in ((images(30, 1), 30), (test, 2)) for i in range(count)]
+    train = ImagesInMemory(pixels, name="train", labels=np.arange(32) % 3)
     sets["x"] = TransferSet("x", train, images(9, 2), test, "top1")
     with pytest.raises(ValueError, match=r"2 of the 12 images of images3 are images of train too .*overlap=allow"):
         built(store_of(), tmp_path, "x")
