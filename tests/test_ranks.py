@@ -14,6 +14,8 @@ from tiny import BANK, TINY
 
 from caco.config import CONF
 
+pytestmark = pytest.mark.timeout(900)  # four processes on two busy cores
+
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
@@ -36,7 +38,7 @@ def launch(world, command):
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    outputs = [rank.communicate(timeout=240) for rank in ranks]
+    outputs = [rank.communicate(timeout=800) for rank in ranks]
     return [rank.returncode for rank in ranks], outputs
 
 
