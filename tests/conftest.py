@@ -1,9 +1,14 @@
 """What all tests share: where things are, and few threads."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+
+# Of the processes that tests start, too: beside other tests, several threads mostly wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
