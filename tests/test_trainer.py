@@ -82,8 +82,8 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, step
 def test_so_does_a_process_killed_at_whatever_instant(tmp_path):
     """SIGKILL, again and again, at moments that the run does not choose; workers and bf16 included."""
     command = [
-        sys.executable, "-m", "caco.train", *TINY, *BANK, "max_steps=40", "checkpoint.every_steps=2", "precision=bf16",
-        "loader.num_workers=1",
+        sys.executable, "-m", "caco.train", *TINY, *BANK, "max_steps=24", "checkpoint.every_steps=2", "precision=bf16",
+        "loader.num_workers=1", "eval_every_epochs=3",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole = subprocess.run([*command, f"hydra.run.dir={tmp_path}/whole"], env=environment, capture_output=True, text=True)
