@@ -1,5 +1,7 @@
 """Results to analyse: made by hand at the smoke scale, and one real run, tracked by MLflow too."""
 
+import sys
+
 import pytest
 
 from analysis.results import Result
@@ -74,3 +76,24 @@ def trained(tmp_path_factory):
     open_run(run_dir, job_config(compose([*TINY, *BANK, *further])))
     train(run_dir, *further)
     return run_dir, uri
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """A module's main() as a function of its arguments, in an empty directory: (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def of(module):
+        def main(*arguments):
+            monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+            try:
+                module.main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            told = capsys.readouterr()
+            return code, told.out, told.err
+
+        return main
+
+    return of

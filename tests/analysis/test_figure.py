@@ -1,7 +1,6 @@
 """`python -m analysis.figure`: what is drawn is what the results say, and the data behind are kept beside it."""
 
 import csv
-import sys
 
 import numpy as np
 import pytest
@@ -17,21 +16,9 @@ SMOKE = load_scale("smoke")
 
 
 @pytest.fixture
-def here(monkeypatch, tmp_path, capsys):
-    """main() in an empty directory: returns (exit code, output, errors)."""
-
-    def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["figure", *arguments])
-        try:
-            figure.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    monkeypatch.chdir(tmp_path)
-    return main
+def here(command):
+    """main() in an empty directory: `here("7", "--scale", "smoke")` returns (exit code, output, errors)."""
+    return command(figure)
 
 
 @pytest.fixture

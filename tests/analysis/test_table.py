@@ -21,21 +21,9 @@ SMOKE = load_scale("smoke")
 
 
 @pytest.fixture
-def here(monkeypatch, tmp_path, capsys):
+def here(command):
     """main() in an empty directory: `here("7", "--scale", "smoke")` returns (exit code, output, errors)."""
-
-    def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["table", *arguments])
-        try:
-            table.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    monkeypatch.chdir(tmp_path)
-    return main
+    return command(table)
 
 
 def cells(sheet, label):
