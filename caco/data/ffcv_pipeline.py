@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from queue import Empty
+from unittest.mock import patch
 
 import numba.typed
 import numpy as np
@@ -36,7 +37,9 @@ def _import_ffcv() -> None:
 
 
 _import_ffcv()
+import ffcv.loader.loader  # noqa: E402
 from ffcv.loader import Loader  # noqa: E402
+from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager  # noqa: E402
 from ffcv.pipeline import PipelineSpec  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
@@ -60,9 +63,7 @@ class FFCVBatches:
         self._file = source.file
         self._operation = DecodeIntoViews(source, seed, corrupt, Compiled(views, device, num_workers))
         self._traversal = _Traversal(source, order)
-        enabled = Compiler.is_enabled
-        Compiler.set_enabled(False)
-        try:
+        with patch.object(Compiler, "is_enabled", False), patch.object(ffcv.loader.loader, "OSCacheManager", _MappedFile):
             self._loader = Loader(
                 str(source.file),
                 batch_size=order.size,
@@ -73,8 +74,6 @@ class FFCVBatches:
                 batches_ahead=ahead,
                 os_cache=True,
             )
-        finally:
-            Compiler.set_enabled(enabled)
 
     def __iter__(self) -> Iterator[Pixels | UnreadableImage]:
         if not self._file.is_file():
@@ -88,6 +87,16 @@ class FFCVBatches:
                 yield made
         finally:
             _end(running, self._operation)
+
+
+class _MappedFile(OSCacheManager):
+    """FFCV's, without its tables of pages, which a mapped file does not need: for ImageNet they take seconds to fill."""
+
+    def __init__(self, reader):
+        self.reader = reader
+        order = np.argsort(reader.alloc_table["ptr"])
+        self.ptrs, self.sizes = reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
+        self.context = OSCacheContext(self)
 
 
 def _next(running: threading.Thread) -> Pixels | UnreadableImage | None:
@@ -109,7 +118,7 @@ def _next(running: threading.Thread) -> Pixels | UnreadableImage | None:
 
 
 def _end(running: threading.Thread, operation: "DecodeIntoViews") -> None:
-    """End FFCV's thread before anything else begins: it goes on making batches for as long as its queue has room."""
+    """End FFCV's thread before anything else begins; it waits for room in its queue, or makes a batch."""
     operation.ended = True
     running.terminate_event.set()
     while running.is_alive():
@@ -164,7 +173,7 @@ class DecodeIntoViews(Operation):
     def generate_code(self):
         def decode(positions, memory, records, storage):
             if self.ended:
-                return None
+                raise StopIteration  # which FFCV's thread takes for the end of the epoch
             try:
                 return self._decode(positions, records, storage)
             except Exception as error:

@@ -62,6 +62,7 @@ struct Job {
   const float* offset;
   int32_t plain;  // > 0: no random view, but the middle of the image whose shorter side is resized to this
   int32_t num_threads;
+  int32_t portable;  // not 0: without AVX2 although there is some, for tests
   const TurboJpeg* turbojpeg;
   uint8_t* unreadable;  // set to 1 for each JPEG that cannot be decoded; its views are left as they were
 };
@@ -156,7 +157,7 @@ bool decode(const TurboJpeg& t, void* handle, const Image& image, std::vector<ui
 }
 
 void work(const Job& job, std::atomic<int64_t>& next) {
-  MakeView* const make_view = HAS_AVX2 ? avx2::make_view : any_processor::make_view;
+  MakeView* const make_view = HAS_AVX2 && !job.portable ? avx2::make_view : any_processor::make_view;
   Scratch scratch;
   std::vector<uint8_t> decoded;
   void* const handle = job.turbojpeg ? job.turbojpeg->start() : nullptr;
