@@ -25,6 +25,10 @@ HIGHEST, LOWEST = 60.0, -87.0
 TIE = 1e-12  # of float64 cosines
 
 
+class UnusableError(ArithmeticError):
+    """Queries or rows that cannot be scored; nothing was changed."""
+
+
 class Score(NamedTuple):
     loss_B: Tensor  # -log p at the positive; its backward gives the gradients of queries and extra columns
     max_probability_B: Tensor  # max_j p_ij over the bank's rows, of the mean in the paper's Figure 4; no gradient
@@ -237,14 +241,14 @@ def _refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
     found = distributed.all_objects([(first_row + int(row), float(norm_R[row])) for row in rows[:1]] + [len(rows)])
     first = next((told[0] for told in found if len(told) > 1), None)
     if first is not None:
-        raise ArithmeticError(
+        raise UnusableError(
             f"{sum(told[-1] for told in found)} rows of the bank have no direction; the first is row {first[0]}, "
             f"whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
         )
     norm_G = q_GD.norm(dim=1)
     wrong = (~((norm_G - 1).abs() < 1e-2)).nonzero()[:, 0]
     number = int(wrong[0]) if len(wrong) else 0
-    raise ArithmeticError(
+    raise UnusableError(
         f"{len(wrong)} of {len(q_GD)} queries are not finite unit vectors; the first is query {number}, whose norm is "
         f"{float(norm_G[number])}: expected 1; try a lower optimizer.lr, or precision=fp32"
     )
@@ -276,7 +280,7 @@ def score(
         asked: None where the rows do not learn.
     Raises:
         ValueError: shapes that do not fit.
-        ArithmeticError: queries that are not finite unit vectors, rows without a direction.
+        UnusableError: queries that are not finite unit vectors, rows without a direction.
     """
     if q_BD.shape[1] != w_RD.shape[1]:
         raise ValueError(f"queries must be as wide as the bank's rows, {w_RD.shape[1]}; got {q_BD.shape[1]}")
