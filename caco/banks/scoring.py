@@ -97,15 +97,14 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
     near_GT = (value_GT >= value_GT[:, :1] - close) & (row_GT >= 0)
     doubtful = near_GT[:, 1].nonzero()[:, 0]
-    if len(doubtful):
-        few = doubtful[~near_GT[doubtful, -1]]  # all that could be the nearest are among the candidates
+    few, many = doubtful[~near_GT[doubtful, -1]], doubtful[near_GT[doubtful, -1]]
+    if len(few):  # all that could be the nearest are among the candidates
         candidate_FTD = unit_rows(w_RD[row_GT[few].clamp(min=0)].double().flatten(0, 1))[0].unflatten(0, (len(few), -1))
         exact_FT = (k_GD[few].double()[:, None] * candidate_FTD).sum(2).masked_fill(~near_GT[few], -torch.inf)
         ties_FT = exact_FT >= exact_FT.amax(1, keepdim=True) - TIE
         row_G[few] = torch.where(ties_FT, row_GT[few], torch.iinfo(torch.int64).max).amin(1)
-        many = doubtful[near_GT[doubtful, -1]]
-        if len(many):
-            row_G[many] = _search(k_GD[many], w_RD, close)
+    if len(many):
+        row_G[many] = _search(k_GD[many], w_RD, close)
     return row_G
 
 
