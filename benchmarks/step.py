@@ -12,10 +12,9 @@ drifting machine hits all.
 import argparse
 import json
 import statistics
-import time
 
 import torch
-from bank import Published
+from bank import Published, seconds
 
 from caco import config
 from caco.build import build, build_method, pick_device
@@ -71,15 +70,11 @@ def measure(overrides: list[str], runs: int) -> dict:
         optimizer.zero_grad()
         published.update(gradient + also)
 
-    def seconds(function) -> float:
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+    def timed(function) -> float:
+        return seconds(lambda: (function(), torch.cuda.synchronize() if device.type == "cuda" else None))
 
     works = [step, pure_model, *([published_step] if published else [])]
-    turns = [[seconds(work) for work in works] for _ in range(2 + runs)][2:]
+    turns = [[timed(work) for work in works] for _ in range(2 + runs)][2:]
     shares = [1 - turn[1] / turn[0] for turn in turns]
     figures = {
         "overhead": statistics.median(shares),

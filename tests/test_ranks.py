@@ -158,6 +158,7 @@ def test_ranks_that_disagree_on_the_bank_are_refused_with_the_numbers():
         "for size, seed in ((8 + 2 * rank, 0), (8, rank)):\n"
         "    try: Rows(size=size, dim=4, seed=seed, learnable=True)\n"
         "    except ValueError as error: print(error)\n"
+        "distributed.stop()\n"
     )
     codes, outputs = launch(2, [sys.executable, "-c", script])
     assert codes == [0, 0], outputs[0][1]
