@@ -186,14 +186,15 @@ def test_a_rank_that_dies_ends_the_others_at_once(tmp_path):
     assert load(sorted((tmp_path / "checkpoints").glob("*.pt"))[-1])["step"] == 3
 
 
-def test_a_batch_cut_into_parts_is_shared_by_ranks_too(tmp_path):
-    calm = ["bank.lr=0.01", "optimizer.lr=0.003", "max_steps=4", "accumulate=2"]
-    codes, outputs = train(2, tmp_path / "two", *calm)
-    assert codes == [0, 0], outputs[0][1]
-    codes, outputs = train(1, tmp_path / "one", *calm)
-    # Each of two parts has 16 images of each of two ranks, or 32 of one: other images, so BatchNorm differs; all else agrees.
-    one, two = ([row["loss"] for row in record(tmp_path / name) if "loss" in row] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=0.05)
+def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_the_images(tmp_path):
+    """The first step fills rows 0 to 63. Its two parts have other images with two ranks, so BatchNorm moves the keys a little."""
+    rows = []
+    for world in (1, 2):
+        codes, outputs = train(world, tmp_path / str(world), "max_steps=1", "accumulate=2", "eval=[]")
+        assert codes == [0] * world, outputs[0][1]
+        rows.append(final(tmp_path / str(world))["method"]["bank.rows.weight"][:64])
+    nearest = (rows[0] @ rows[1].T).argmax(1)
+    assert (nearest == torch.arange(64)).float().mean() > 0.8
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,8 @@ class Asked(NamedTuple):
     def joined(cls, several: list["Asked"]) -> "Asked":
         """Those of a step's terms and micro-batches, which share a temperature."""
         assert len({asked.tau for asked in several}) == 1
+        if len(several) == 1:
+            return several[0]
         return cls(*(torch.cat(parts) for parts in zip(*(asked[:-1] for asked in several), strict=True)), several[0].tau)
 
 
