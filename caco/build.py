@@ -129,6 +129,7 @@ def train(
         config_hash=config_hash,
         data_digest=data_digest,
         max_steps=cfg.max_steps,
+        accumulate=cfg.accumulate,
         precision=cfg.precision,
         log_every_steps=cfg.log_every_steps,
         eval_every_epochs=cfg.eval_every_epochs,

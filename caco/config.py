@@ -59,6 +59,7 @@ class Root:
     batch: int = MISSING
     epochs: int = MISSING
     max_steps: int | None = MISSING
+    accumulate: int | None = MISSING
     seed: int = MISSING
     precision: str = MISSING
     compile: bool = MISSING

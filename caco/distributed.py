@@ -84,6 +84,22 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_on_main(x: Tensor) -> Tensor:
+    """Every rank's [B, ...] joined on rank 0, in its CPU memory; the others keep their own part. For what is too large to
+    be everywhere: a device holds its own part and one more."""
+    if world() == 1:
+        return x.detach()
+    own_part = x.detach().contiguous()
+    if not is_main():
+        dist.send(own_part, dst=0)
+        return own_part
+    parts, received = [own_part.cpu()], torch.empty_like(own_part)
+    for other in range(1, world()):
+        dist.recv(received, src=other)
+        parts.append(received.cpu().clone())
+    return torch.cat(parts)
+
+
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

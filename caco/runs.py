@@ -49,7 +49,7 @@ NEUTRAL_KEYS = (
     "hydra",
 )
 # Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
-NOTHING_IF_NULL = ("format", "weights_digest")
+NOTHING_IF_NULL = ("accumulate", "format", "weights_digest")
 
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 

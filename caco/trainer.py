@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from caco import distributed
+from caco.banks.scoring import UnusableError
 from caco.checkpoint import Checkpoints
 from caco.data.loader import Batch
 from caco.methods.contrastive import Outputs
@@ -36,6 +37,8 @@ class Trainer:
         epochs, batch, seed: of the run; `batch` is global.
         config_hash, data_digest: what a checkpoint must share to be gone on from.
         max_steps: stop after so many steps (filling included), or None.
+        accumulate: forward and backward passes that a batch is cut into, to fit a small memory; None is 1. The gradients,
+            the positives and the bank's motion are those of the whole batch; BatchNorm sees the parts.
         precision: "bf16" runs the encoders under autocast; embeddings, bank and parameters stay float32.
         log_every_steps, eval_every_epochs, save_every_epochs, save_every_steps, milestone_epochs: cadence.
         anomaly: torch's detection of the operation that made a NaN; slow.
@@ -60,6 +63,7 @@ class Trainer:
         config_hash: str,
         data_digest: str,
         max_steps: int | None = None,
+        accumulate: int | None = None,
         precision: Literal["bf16", "fp32"] = "bf16",
         log_every_steps: int = 10,
         eval_every_epochs: int = 1,
@@ -80,6 +84,18 @@ class Trainer:
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
         self.milestone_epochs = set(milestone_epochs)
 
+        self.accumulate = accumulate or 1
+        here = batch // distributed.world()
+        if here % self.accumulate or here // self.accumulate < 2:
+            raise ValueError(
+                f"accumulate: expected a divisor of the {here} images of a process that leaves at least 2 in each part; "
+                f"got {accumulate}"
+            )
+        if self.accumulate > 1 and method.needs_whole_batch:
+            raise ValueError(
+                "accumulate: this method's negatives are the batch's other images, and a part of a batch has fewer of "
+                f"them; expected null, got {accumulate}"
+            )
         self.steps_per_epoch = loader.steps_per_epoch
         self.filling = method.filling_steps(batch)
         self.total_steps = self.filling + epochs * self.steps_per_epoch
@@ -141,17 +157,19 @@ class Trainer:
                 self.method.train()
                 self.method.update_twin(self.momentum[step])
                 views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    outputs: Outputs = self.method.filling_loss(views) if epoch < 0 else self.method(views)
+                where = f"step {step} (epoch {epoch}, step {in_epoch} of it)"
+                try:
+                    outputs = self._forward_and_backward(views, filling=epoch < 0)
+                except UnusableError as error:
+                    raise NonFiniteLossError(f"{error}; at {where}; the last checkpoint is good") from error
                 values = self._averaged(outputs)
                 stopping = values.pop("stop").item() > 0  # some rank was told to: all end with this step
                 # Every rank sees the same mean, so all stop together, and nothing has been updated yet.
                 if not math.isfinite(loss := values["loss"].item()):
                     raise NonFiniteLossError(
-                        f"the loss is {loss} at step {step} (epoch {epoch}, step {in_epoch} of it); nothing was updated "
-                        "with it, and the last checkpoint is good; try a lower optimizer.lr, or precision=fp32"
+                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good; "
+                        "try a lower optimizer.lr, or precision=fp32"
                     )
-                outputs.loss.backward()
                 distributed.mean_gradients(self.method.encoder_parameters())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -188,6 +206,17 @@ class Trainer:
             "epochs": max(0, self.step - self.filling) / self.steps_per_epoch,
             "images_per_second": rate,
         }
+
+    def _forward_and_backward(self, views: list[torch.Tensor], *, filling: bool) -> Outputs:
+        """The batch's loss and metrics; gradients are left in the parameters and asked of the bank."""
+        parts: list[Outputs] = []
+        for part in zip(*(view.chunk(self.accumulate) for view in views), strict=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                outputs = self.method.filling_loss(list(part)) if filling else self.method(list(part))
+            (outputs.loss / self.accumulate).backward()
+            parts.append(Outputs(outputs.loss.detach(), outputs.metrics))
+        loss = torch.stack([part.loss for part in parts]).mean()
+        return Outputs(loss, {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics})
 
     def _averaged(self, outputs: Outputs) -> dict[str, torch.Tensor]:
         """Loss and metrics as means over the ranks, and "stop", the part of them told to stop, in one message."""

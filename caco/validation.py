@@ -86,6 +86,7 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("batch", tree["batch"] >= 2, "at least 2 images")
     demand("epochs", tree["epochs"] >= 1, "at least 1")
     demand("max_steps", tree["max_steps"] is None or tree["max_steps"] >= 1, "null or at least 1")
+    demand("accumulate", tree["accumulate"] is None or tree["accumulate"] >= 1, "null or at least 1")
     demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
     demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
     demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")

@@ -1,5 +1,6 @@
 """Two and four processes compute what one computes, to rounding, for every method and every P/N setting."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,9 +11,11 @@ import torch
 from rank_worker import STEPS
 from test_contracts import MULTICROP
 from test_trainer import EVERY, assert_same, final, record
-from tiny import BANK, TINY
+from tiny import BANK, TINY, compose
 
+from caco.checkpoint import load
 from caco.config import CONF
+from caco.plan import plan
 
 pytestmark = pytest.mark.timeout(900)  # four processes on two busy cores
 
@@ -124,3 +127,95 @@ def test_ranks_that_disagree_on_the_configuration_are_refused(tmp_path):
     codes, outputs = launch(2, command)
     assert 0 not in codes
     assert "every rank must have the same configuration" in outputs[0][1]
+
+
+def test_a_bank_saved_by_four_ranks_is_gone_on_with_by_two(tmp_path):
+    """Rows, velocities and uses of the checkpoint are the whole bank's; two ranks take them up and train on."""
+    calm = ["bank.lr=0.01", "optimizer.lr=0.003"]
+    codes, outputs = train(4, tmp_path, *calm)
+    assert codes == [0] * 4, outputs[0][1]
+    newest = sorted((tmp_path / "checkpoints").glob("*.pt"))
+    nine = load(newest[-2])
+    assert nine["step"] == 9
+    assert nine["method"]["bank.rows.velocity"].shape == (128, 8)
+    assert nine["method"]["bank.rows.velocity"].abs().amin(1).max() > 0
+    four = final(tmp_path)["method"]
+    newest[-1].unlink()
+    (tmp_path / "summary.json").unlink()
+    codes, outputs = train(2, tmp_path, *calm)
+    assert codes == [0, 0], outputs[0][1]
+    assert "going on from" in outputs[0][1]
+    two = final(tmp_path)["method"]
+    for name in ("bank.rows.weight", "bank.rows.velocity"):
+        assert torch.allclose(two[name], four[name], atol=1e-4), name
+        assert not torch.equal(two[name], nine["method"][name])
+
+
+def test_ranks_that_disagree_on_the_bank_are_refused_with_the_numbers():
+    script = (
+        "import os, torch\n"
+        "from caco import distributed\n"
+        "from caco.banks.rows import Rows\n"
+        "distributed.start(torch.device('cpu'), timeout_s=60)\n"
+        "rank = int(os.environ['RANK'])\n"
+        "for size, seed in ((8 + 2 * rank, 0), (8, rank)):\n"
+        "    try: Rows(size=size, dim=4, seed=seed, learnable=True)\n"
+        "    except ValueError as error: print(error)\n"
+        "distributed.stop()\n"
+    )
+    codes, outputs = launch(2, [sys.executable, "-c", script])
+    assert codes == [0, 0], outputs[0][1]
+    for out, _ in outputs:
+        assert "same bank; got (size, dim, seed) by rank: (8, 4, 0), (10, 4, 0)" in out
+        assert "same bank; got (size, dim, seed) by rank: (8, 4, 0), (8, 4, 1)" in out
+
+
+def test_a_rank_that_dies_ends_the_others_at_once(tmp_path):
+    """Long before the time-out of the process group, ten minutes: launch would not wait as long."""
+    script = (
+        "import os\n"
+        "from caco import trainer\n"
+        "original = trainer.Trainer._log\n"
+        "def log(self, step, *rest):\n"
+        "    if step == 4 and os.environ['RANK'] == '1': os._exit(9)\n"
+        "    original(self, step, *rest)\n"
+        "trainer.Trainer._log = log\n"
+        "from caco.train import main; main()\n"
+    )
+    codes, outputs = launch(2, [sys.executable, "-c", script, *TINY, *BANK, *EVERY, f"hydra.run.dir={tmp_path}"])
+    assert codes[1] == 9
+    assert codes[0] not in (0, 9)
+    assert "Connection" in outputs[0][1] or "connection" in outputs[0][1]
+    assert load(sorted((tmp_path / "checkpoints").glob("*.pt"))[-1])["step"] == 3
+
+
+def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_the_images(tmp_path):
+    """The first step fills rows 0 to 63. Its two parts have other images with two ranks, so BatchNorm moves the keys a little."""
+    rows = []
+    for world in (1, 2):
+        codes, outputs = train(world, tmp_path / str(world), "max_steps=1", "accumulate=2")
+        assert codes == [0] * world, outputs[0][1]
+        rows.append(final(tmp_path / str(world))["method"]["bank.rows.weight"][:64])
+    nearest = (rows[0] @ rows[1].T).argmax(1)
+    assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """Bytes that a rank of two sends in one step, counted at every collective as a ring would send them."""
+    path = tmp_path_factory.mktemp("sent") / "sent.json"
+    here = os.path.dirname(__file__)
+    codes, outputs = launch(2, [sys.executable, os.path.join(here, "rank_sent.py"), str(path), *PLANNED])
+    assert codes == [0, 0], outputs[0][1][-3000:]
+    return json.loads(path.read_text())
+
+
+PLANNED = ["pn=both", "pn=positive", "pn=none", f"method=adco {SMALL}", f"method=simclr {SMALL}", f"method=nnclr {SMALL}"]
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_the_plan_s_messages_are_those_that_are_sent(counted, case):
+    overrides = case.split()
+    cfg = compose(*overrides, "batch=16", bank=not {"pn=none", "method=simclr"} & set(overrides))
+    planned = plan(cfg, world=2)["sent_bytes_per_step"]
+    assert planned == pytest.approx(counted[case], rel=0.05)

@@ -222,3 +222,68 @@ def test_fewer_images_than_a_batch_are_refused_before_a_model_is_built(tmp_path,
     monkeypatch.setattr(build, "build_method", lambda cfg: pytest.fail("a model was built"))
     with pytest.raises(ValueError, match="batch: expected at most the 1400 images of .*, got 2048"):
         train(tmp_path, "batch=2048")
+
+
+@pytest.mark.parametrize("overrides", [[], ["pn=positive"], ["method=mocov2", "augmentation=digits", "projector=small", "projector.dim=8", "optimizer=sgd"]])
+@pytest.mark.parametrize("filling", [True, False])
+def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides, filling):
+    """Without BatchNorm, which sees the parts: loss, metrics, gradients, keys and what the rows are asked for, in float64."""
+    monkeypatch.setattr(torch.nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: x)
+    found = []
+    for parts in (1, 4):
+        cfg = compose(*overrides)
+        method = build.build_method(cfg).double().train()
+        if filling and (method.twin is None or not method.bank.filling_passes) or method.needs_whole_batch:
+            pytest.skip("nothing is filled, or the whole batch is needed")
+        run = trainer.Trainer.__new__(trainer.Trainer)
+        run.method, run.accumulate, run.device, run.precision = method, parts, torch.device("cpu"), "fp32"
+        generator = torch.Generator().manual_seed(0)
+        views = [torch.randn(16, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
+        outputs = run._forward_and_backward(views, filling=filling)
+        gradients = [p.grad.clone() for p in method.encoder_parameters() if p.grad is not None]
+        keys = method._step_keys()
+        if filling:
+            method.fill_bank(0)
+        else:
+            method.update_bank(0.5)
+        found.append([outputs.loss, *outputs.metrics.values(), keys, method.bank.rows.weight.detach(), *gradients])
+    for whole, parts in zip(*found, strict=True):
+        assert torch.allclose(whole, parts, atol=1e-10)
+    assert max(gradient.abs().max() for gradient in found[0][-2:]) > 0
+
+
+def test_accumulated_runs_learn_and_go_on_to_the_same_bits(tmp_path, monkeypatch):
+    train(tmp_path / "whole", *EVERY, "accumulate=4")
+    with monkeypatch.context() as patch:
+        cut_after(patch, 7)
+        with pytest.raises(Cut):
+            train(tmp_path / "cut", *EVERY, "accumulate=4")
+    train(tmp_path / "cut", *EVERY, "accumulate=4")
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["accumulate=3"], "expected a divisor of the 64 images of a process .*; got 3"),
+        (["accumulate=64"], "leaves at least 2 in each part; got 64"),
+        (["accumulate=2", "pn=none"], "negatives are the batch's other images.* expected null, got 2"),
+    ],
+)
+def test_batches_that_cannot_be_cut_are_refused(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, *overrides, bank="pn=none" not in overrides)
+
+
+def test_rows_without_a_direction_end_the_run_with_their_number(tmp_path, monkeypatch):
+    original = trainer.Trainer._log
+
+    def log(self, step, *rest):
+        if step == 4:
+            self.method.bank.rows.weight.detach()[17] = 0.0
+        original(self, step, *rest)
+
+    monkeypatch.setattr(trainer.Trainer, "_log", log)
+    with pytest.raises(trainer.NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 5 \(epoch 0"):
+        train(tmp_path, *EVERY)
+    assert final(tmp_path)["step"] == 3

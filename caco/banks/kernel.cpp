@@ -284,11 +284,10 @@ int caco_update(const float* q, const int64_t* positive, const float* log_sum, c
             weighted[(d / PANEL) * padded * PANEL + i * PANEL + d % PANEL] = q[i * D + d] * grad[i];
     std::vector<int64_t> first_of_row(R + 1), by_row(N);
     for (int64_t i = 0; i < N; i++)
-        if (positive[i] >= 0 && positive[i] < R) first_of_row[positive[i] + 1]++;
-    for (int64_t j = 0; j < R; j++) first_of_row[j + 1] += first_of_row[j];
-    std::vector<int64_t> next(first_of_row.begin(), first_of_row.end() - 1);
-    for (int64_t i = 0; i < N; i++)
-        if (positive[i] >= 0 && positive[i] < R) by_row[next[positive[i]]++] = i;
+        if (positive[i] >= 0 && positive[i] < R) first_of_row[positive[i]]++;
+    for (int64_t j = 0; j < R; j++) first_of_row[j + 1] += first_of_row[j];  // ends, which the next loop takes back to starts
+    for (int64_t i = N - 1; i >= 0; i--)
+        if (positive[i] >= 0 && positive[i] < R) by_row[--first_of_row[positive[i]]] = i;
     const Update u{padded_q.at, weighted.at, sums.at, weights.at, first_of_row.data(), by_row.data(), w, v, R, D, padded,
                    inverse_tau, pull, push, lr, momentum, weight_decay, normalise != 0};
     if ((double)N * R * D < 4.0e6) threads = 1;

@@ -40,6 +40,9 @@ class Rows(nn.Module):
             raise ValueError(f"a bank needs at least 2 rows; got size={size}")
         if dim < 1:
             raise ValueError(f"a bank's rows need a width of at least 1; got dim={dim}")
+        told = distributed.all_objects((size, dim, seed))
+        if len(set(told)) > 1:
+            raise ValueError(f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, told))}")
         self.size = size
         self.first, self.last = distributed.shard(size)
         self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed), requires_grad=learnable)
@@ -48,11 +51,11 @@ class Rows(nn.Module):
             self.register_buffer("velocity", torch.zeros_like(self.weight))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """The whole bank, so that a checkpoint does not depend on the number of ranks. A collective."""
+        """The whole bank on rank 0, so that a checkpoint does not depend on the number of ranks. A collective."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("weight", "uses", "velocity"):
             if prefix + name in destination:
-                destination[prefix + name] = distributed.gather(destination[prefix + name])
+                destination[prefix + name] = distributed.gather_on_main(destination[prefix + name])
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in ("weight", "uses", "velocity"):

@@ -25,6 +25,10 @@ HIGHEST, LOWEST = 60.0, -87.0
 TIE = 1e-12  # of float64 cosines
 
 
+class UnusableError(ArithmeticError):
+    """Queries or rows that cannot be scored; nothing was changed."""
+
+
 class Score(NamedTuple):
     loss_B: Tensor  # -log p at the positive; its backward gives the gradients of queries and extra columns
     max_probability_B: Tensor  # max_j p_ij over the bank's rows, of the mean in the paper's Figure 4; no gradient
@@ -43,6 +47,8 @@ class Asked(NamedTuple):
     def joined(cls, several: list["Asked"]) -> "Asked":
         """Those of a step's terms and micro-batches, which share a temperature."""
         assert len({asked.tau for asked in several}) == 1
+        if len(several) == 1:
+            return several[0]
         return cls(*(torch.cat(parts) for parts in zip(*(asked[:-1] for asked in several), strict=True)), several[0].tau)
 
 
@@ -86,42 +92,51 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
 
 
 def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
+    """Of this rank's rows. Which of those that rounding may have put in the wrong order is nearest, float64 says."""
     close = 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps  # twice the rounding of a cosine, at its very worst
     if not fused.serves(k_GD, w_RD):
-        return _search(k_GD, w_RD, close)
-    value_GT, row_GT = fused.nearest(k_GD, w_RD)
-    row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
-    near_GT = (value_GT >= value_GT[:, :1] - close) & (row_GT >= 0)
-    doubtful = near_GT[:, 1].nonzero()[:, 0]
-    if len(doubtful):
-        few = doubtful[~near_GT[doubtful, -1]]  # all that could be the nearest are among the candidates
-        candidate_FTD = unit_rows(w_RD[row_GT[few].clamp(min=0)].double().flatten(0, 1))[0].unflatten(0, (len(few), -1))
-        exact_FT = (k_GD[few].double()[:, None] * candidate_FTD).sum(2).masked_fill(~near_GT[few], -torch.inf)
-        ties_FT = exact_FT >= exact_FT.amax(1, keepdim=True) - TIE
-        row_G[few] = torch.where(ties_FT, row_GT[few], torch.iinfo(torch.int64).max).amin(1)
-        many = doubtful[near_GT[doubtful, -1]]
-        if len(many):
-            row_G[many] = _search(k_GD[many], w_RD, close)
+        row_G, many = _search(k_GD, w_RD, close)
+    else:
+        value_GT, row_GT = fused.nearest(k_GD, w_RD)
+        row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
+        near_GT = (value_GT >= value_GT[:, :1] - close) & (row_GT >= 0)
+        doubtful = near_GT[:, 1].nonzero()[:, 0]
+        few, many = doubtful[~near_GT[doubtful, -1]], doubtful[near_GT[doubtful, -1]]
+        if len(few):  # all that could be the nearest are among the candidates
+            candidate_FTD = unit_rows(w_RD[row_GT[few].clamp(min=0)].double().flatten(0, 1))[0].unflatten(0, (len(few), -1))
+            exact_FT = (k_GD[few].double()[:, None] * candidate_FTD).sum(2).masked_fill(~near_GT[few], -torch.inf)
+            ties_FT = exact_FT >= exact_FT.amax(1, keepdim=True) - TIE
+            row_G[few] = torch.where(ties_FT, row_GT[few], torch.iinfo(torch.int64).max).amin(1)
+    if len(many):
+        row_G[many] = _search_exactly(k_GD[many].double(), w_RD)
     return row_G
 
 
-def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> Tensor:
-    """Every block's best first; then again, in float64, the blocks that come within `close` of a key's best."""
-    parts = blocks(len(w_RD), len(k_GD))
-    peak_PG = torch.stack([(k_GD @ unit_rows(w_RD[block])[0].T).amax(1) for block in parts])
-    near_PG = peak_PG >= peak_PG.amax(0) - close
-    best_G = k_GD.new_full((len(k_GD),), -torch.inf, dtype=torch.float64)
+def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> tuple[Tensor, Tensor]:
+    """The nearest row, and the keys that have another one within `close` of it."""
+    best_G = k_GD.new_full((len(k_GD),), -torch.inf)
+    second_G = best_G.clone()
     row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
-    for block, near_G in zip(parts, near_PG, strict=True):
-        here = near_G.nonzero()[:, 0]
-        if not len(here):
-            continue
-        cosine_HS = k_GD[here].double() @ unit_rows(w_RD[block].double())[0].T
-        top_H = cosine_HS.amax(1)
-        first_H = (cosine_HS >= top_H[:, None] - TIE).to(torch.uint8).argmax(1)  # torch promises the first of equals
-        better_H = top_H > best_G[here] + TIE
-        row_G[here] = torch.where(better_H, first_H + block.start, row_G[here])
-        best_G[here] = torch.maximum(best_G[here], top_H)
+    for block in blocks(len(w_RD), len(k_GD)):
+        cosine_GS = k_GD @ unit_rows(w_RD[block])[0].T
+        value_G, index_G = cosine_GS.max(dim=1)
+        cosine_GS.scatter_(1, index_G[:, None], -torch.inf)
+        second_G = torch.maximum(torch.maximum(second_G, cosine_GS.amax(1)), torch.minimum(best_G, value_G))
+        row_G = torch.where(value_G > best_G, index_G + block.start, row_G)
+        best_G = torch.maximum(best_G, value_G)
+    return row_G, (best_G - second_G <= close).nonzero()[:, 0]
+
+
+def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
+    """The nearest row in float64, the first of equals."""
+    best_G = k_GD.new_full((len(k_GD),), -torch.inf)
+    row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
+    for block in blocks(len(w_RD), len(k_GD)):
+        cosine_GS = k_GD @ unit_rows(w_RD[block].double())[0].T
+        top_G = cosine_GS.amax(1)
+        first_G = (cosine_GS >= top_G[:, None] - TIE).to(torch.uint8).argmax(1)  # torch promises the first of equals
+        row_G = torch.where(top_G > best_G + TIE, first_G + block.start, row_G)
+        best_G = torch.maximum(best_G, top_G)
     return row_G
 
 
@@ -237,14 +252,14 @@ def _refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
     found = distributed.all_objects([(first_row + int(row), float(norm_R[row])) for row in rows[:1]] + [len(rows)])
     first = next((told[0] for told in found if len(told) > 1), None)
     if first is not None:
-        raise ArithmeticError(
+        raise UnusableError(
             f"{sum(told[-1] for told in found)} rows of the bank have no direction; the first is row {first[0]}, "
             f"whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
         )
     norm_G = q_GD.norm(dim=1)
     wrong = (~((norm_G - 1).abs() < 1e-2)).nonzero()[:, 0]
     number = int(wrong[0]) if len(wrong) else 0
-    raise ArithmeticError(
+    raise UnusableError(
         f"{len(wrong)} of {len(q_GD)} queries are not finite unit vectors; the first is query {number}, whose norm is "
         f"{float(norm_G[number])}: expected 1; try a lower optimizer.lr, or precision=fp32"
     )
@@ -276,7 +291,7 @@ def score(
         asked: None where the rows do not learn.
     Raises:
         ValueError: shapes that do not fit.
-        ArithmeticError: queries that are not finite unit vectors, rows without a direction.
+        UnusableError: queries that are not finite unit vectors, rows without a direction.
     """
     if q_BD.shape[1] != w_RD.shape[1]:
         raise ValueError(f"queries must be as wide as the bank's rows, {w_RD.shape[1]}; got {q_BD.shape[1]}")

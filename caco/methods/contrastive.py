@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.banks.scoring import Score
-from caco.methods.sources import NearestKey, Positive
+from caco.methods.sources import BatchBothViews, BatchKeys, NearestKey, Positive
 from caco.nn.twin import MomentumTwin
 from caco.optimizers import Schedule
 
@@ -114,11 +114,16 @@ class Contrastive(nn.Module):
         self.temperature, self.filling_temperature = temperature, filling_temperature
         self.momentum, self.final_momentum, self.filling_momentum = momentum, final_momentum, filling_momentum
         self.symmetric, self.reduction = symmetric, reduction
-        self.keys: list[Tensor] = []  # of the step in progress, for the bank's update
+        self.keys: list[list[Tensor]] = []  # of the step in progress, by part of the batch and view, for the bank's update
 
     @property
     def backbone(self) -> nn.Module:
         return self.encoder.backbone
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the batch's other images are negatives, so that a part of it would have fewer."""
+        return isinstance(self.negatives, (BatchKeys, BatchBothViews))
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves: everything that learns but the bank's rows."""
@@ -167,14 +172,22 @@ class Contrastive(nn.Module):
             loss = loss + term.weight * score.loss_B.mean()
             metrics["positive_probability"].append((-score.loss_B.detach()).exp().mean())
             metrics["max_probability"].append(score.max_probability_B.mean())
-        self.keys += [all_k[v].detach() for v in sorted(positives)]
+        self.keys.append([all_k[v].detach() for v in sorted(positives)])
         return Outputs(loss, {name: torch.stack(values).mean() for name, values in metrics.items()})
 
     def update_bank(self, lr: float) -> None:
         """Once per optimiser step, after a finite loss."""
         if self.bank is not None:
-            self.bank.update(lr=lr, keys_GD=torch.cat(self.keys))
+            self.bank.update(lr=lr, keys_GD=self._step_keys())
         self.keys.clear()
+
+    def _step_keys(self) -> Tensor:
+        """The step's keys by view, rank and image, into however many parts the batch was cut."""
+        views = [
+            torch.stack(parts).unflatten(1, (distributed.world(), -1)).transpose(0, 1).flatten(0, 2)
+            for parts in zip(*self.keys, strict=True)
+        ]
+        return torch.cat(views)
 
     # The published initialisation: before epoch 0 the encoder trains for K/B steps against the bank that its keys fill.
 
@@ -188,12 +201,12 @@ class Contrastive(nn.Module):
         positive_B1 = (q_BD * k_BD).sum(1, keepdim=True)
         row_B = torch.full((len(q_BD),), self.bank.size, device=q_BD.device)
         score = self.bank.score(q_BD, row_B, temperature=self.filling_temperature, extra_BE=positive_B1, learn=False)
-        self.keys.append(distributed.gather(k_BD))
+        self.keys.append([distributed.gather(k_BD)])
         return Outputs(score.loss_B.mean(), {})
 
     def fill_bank(self, step: int) -> None:
         """Write the keys of filling step `step` over the next rows, in order; a pass ends at the last row."""
-        keys_GD = torch.cat(self.keys)
+        keys_GD = self._step_keys()
         start = step % -(-self.bank.size // len(keys_GD)) * len(keys_GD)
         self.bank.rows.write(keys_GD[: self.bank.size - start], start)
         self.keys.clear()

@@ -53,5 +53,5 @@ class NNCLR(Contrastive):
             )
             loss = loss + term.weight * score.loss_B.mean()
             probabilities.append((-score.loss_B.detach()).exp().mean())
-        self.keys.append(distributed.gather(z[0]))
+        self.keys.append([distributed.gather(z[0])])
         return Outputs(loss, {"positive_probability": torch.stack(probabilities).mean()})

@@ -1,0 +1,222 @@
+"""The bank's step against an honest rewrite of the published one: time, memory, and how both grow.
+
+One direction of one step: the key chooses its row, loss and query gradient, gradient of the rows, velocity, rows. The
+published way (`Published`) makes N x K matrices of each stage, in PyTorch, in place where that is natural, without its
+top-5 monitoring. Ours is caco/banks, fused, and again streamed by PyTorch alone (what serves where no kernel was built). The
+three take turns in one process, so that a drifting machine hits all.
+
+    python benchmarks/bank.py --json bank.json            speed and share of the matrix peak, D 128 and 256; memory
+    python benchmarks/bank.py --curve --json curve.json   cost over K to a million rows, and over N
+    python benchmarks/bank.py --step --json step.json     a whole step of a small ResNet (benchmarks/step.py)
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from caco.banks import fused
+from caco.banks.learnable import LearnableBank
+from caco.tracking.environment import environment
+
+TAU, LR, MOMENTUM = 0.08, 0.01, 0.9
+# cpu: on a machine that others use too, with --threads 1, the processor's time says more than the wall's.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = "wall"
+
+
+class Published:
+    """The published bank: rows stored unnormalised, normalised anew where they are read, stepped by hand."""
+
+    def __init__(self, w_KD: torch.Tensor):
+        self.w_KD, self.velocity_KD = w_KD.clone(), torch.zeros_like(w_KD)
+
+    def loss(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of one direction, and its gradient of the rows, [K, D]."""
+        norm_K1 = self.w_KD.norm(dim=1, keepdim=True)
+        m_KD = self.w_KD / norm_K1
+        cosine_NK = q_ND @ m_KD.T
+        with torch.no_grad():
+            label_N = (k_ND @ m_KD.T).argmax(1)
+        loss = F.cross_entropy(cosine_NK / TAU, label_N)
+        with torch.no_grad():
+            weight_NK = torch.softmax(cosine_NK / TAU, 1)
+            own_N1 = weight_NK.gather(1, label_N[:, None])
+            weight_NK.scatter_(1, label_N[:, None], 1 - own_N1)
+            toward_KD = weight_NK.T @ q_ND / len(q_ND)
+            along_K1 = (weight_NK * cosine_NK).mean(0)[:, None]
+            gradient_KD = -(toward_KD - along_K1 * m_KD) / (norm_K1 * TAU)
+        return loss, gradient_KD
+
+    @torch.no_grad()
+    def update(self, gradient_KD: torch.Tensor) -> None:
+        self.velocity_KD.mul_(MOMENTUM).add_(gradient_KD)
+        self.w_KD.sub_(self.velocity_KD, alpha=LR)
+
+    def step(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
+        loss, gradient_KD = self.loss(q_ND, k_ND)
+        loss.backward()
+        self.update(gradient_KD)
+
+
+def ours(bank: LearnableBank, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
+    bank.score(q_ND, bank.rows.most_probable(k_ND), temperature=TAU).loss_B.mean().backward()
+    bank.update(lr=LR, keys_GD=k_ND)
+
+
+@contextlib.contextmanager
+def streamed():
+    """The path of PyTorch alone."""
+    serves, fused.serves = fused.serves, lambda *tensors: False
+    try:
+        yield
+    finally:
+        fused.serves = serves
+
+
+def problem(N: int, K: int, D: int) -> tuple[LearnableBank, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (F.normalize(torch.randn(N, D, generator=generator), dim=1) for _ in range(2))
+    return LearnableBank(size=K, dim=D, seed=0, lr=LR, momentum=MOMENTUM).eval(), q.requires_grad_(), k
+
+
+def seconds(work) -> float:
+    started = CLOCKS[clock]()
+    work()
+    return CLOCKS[clock]() - started
+
+
+def matrix_peak() -> float:
+    """Best of PyTorch's and NumPy's float32 matrix products here, operations a second."""
+    size = 2048
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    x, y = a.numpy(), b.numpy()
+    return 2 * size**3 / min(seconds(work) for _ in range(4) for work in (lambda: a @ b, lambda: np.matmul(x, y)))
+
+
+def speed(N: int, K: int, D: int, runs: int) -> dict[str, float]:
+    bank, q, k = problem(N, K, D)
+    published = Published(bank.rows.weight.detach())
+    ours(bank, q, k)
+    published.step(q, k)
+    difference = (bank.rows.weight - published.w_KD).abs().max().item()
+    assert difference < 1e-5, f"the two disagree by {difference}"
+    times = {"published": [], "fused": [], "streamed": []}
+    peaks = []
+    for _ in range(runs):
+        times["published"].append(seconds(lambda: published.step(q, k)))
+        times["fused"].append(seconds(lambda: ours(bank, q, k)))
+        with streamed():
+            times["streamed"].append(seconds(lambda: ours(bank, q, k)))
+        peaks.append(matrix_peak())
+    ratios = {way: [p / t for p, t in zip(times["published"], times[way], strict=True)] for way in ("fused", "streamed")}
+    products = 5 * 2 * N * K * D / statistics.median(times["fused"])
+    return {
+        **{f"{way}_seconds": statistics.median(values) for way, values in times.items()},
+        "ratio": statistics.median(ratios["fused"]), "ratio_min": min(ratios["fused"]), "ratio_max": max(ratios["fused"]),
+        "streamed_ratio": statistics.median(ratios["streamed"]),
+        "fused_gflops": products / 1e9,
+        "peak_gflops": max(peaks) / 1e9,
+        "share_of_peak": products / max(peaks),
+    }  # fmt: skip
+
+
+def extra_memory(way: str, N: int, K: int, D: int) -> float:
+    """Bytes that one step takes beyond bank, queries and keys: the peak of a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", way, str(N), str(K), str(D)], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def child(way: str, N: int, K: int, D: int) -> None:
+    bank, q, k = problem(N, K, D)
+    published = Published(bank.rows.weight.detach()) if way == "published" else None
+    small = problem(64, 512, D)
+    ours(*small)  # libraries and thread pools are there before we look
+    Published(small[0].rows.weight.detach()).step(*small[1:])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak, forgotten
+    before = status("VmRSS")
+    with streamed() if way == "streamed" else contextlib.nullcontext():
+        published.step(q, k) if published else ours(bank, q, k)
+    print(status("VmHWM") - before)
+
+
+def status(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return float(line.split()[1]) * 1024
+
+
+def curve(runs: int) -> list[dict[str, float]]:
+    rows = []
+    shapes = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [(N, 65536, 128) for N in (128, 512, 2048)]
+    for N, K, D in shapes:
+        bank, q, k = problem(N, K, D)
+        ours(bank, q, k)
+        taken = min(seconds(lambda: ours(bank, q, k)) for _ in range(runs))
+        rows.append({"N": N, "K": K, "D": D, "seconds": taken, "gflops": 5 * 2 * N * K * D / taken / 1e9})
+        print(f"N {N:5} K {K:8} D {D}: {taken:.3f} s, {rows[-1]['gflops']:.0f} GFLOP/s", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="timed turns, after one that warms up")
+    parser.add_argument("--queries", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=65_536)
+    parser.add_argument("--memory-queries", type=int, default=4096, help="0 leaves the memory out")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--threads", type=int, help="PyTorch's number; its own choice without")
+    parser.add_argument("--curve", action="store_true")
+    parser.add_argument("--step", action="store_true")
+    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child[0], *map(int, arguments.child[1:]))
+        return
+    global clock
+    clock = arguments.clock
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    figures: dict = {"runs": arguments.runs, "threads": torch.get_num_threads(), "clock": clock, "environment": environment()}
+    figures["instructions"] = fused.instructions() if fused.library() else None
+    if arguments.curve:
+        figures["curve"] = curve(arguments.runs)
+    elif arguments.step:
+        from step import DEFAULT, measure
+
+        step = measure(DEFAULT, arguments.runs)
+        figures |= {"step_overhead": step["overhead"], "step_vs_published": step["vs_published"], "step": step}
+        print(f"outside the model {100 * step['overhead']:.0f} %; {step['vs_published']:.2f} times the published step's speed")
+    else:
+        for D in (128, 256):
+            one = speed(arguments.queries, arguments.rows, D, arguments.runs)
+            figures[f"d{D}"], figures[f"vs_published_d{D}"] = one, one["ratio"]
+            print(
+                f"N {arguments.queries} K {arguments.rows} D {D}: published {one['published_seconds']:.2f} s, fused "
+                f"{one['fused_seconds']:.3f} s ({one['ratio']:.1f} times; {one['ratio_min']:.1f} to {one['ratio_max']:.1f}), streamed "
+                f"{one['streamed_seconds']:.2f} s ({one['streamed_ratio']:.1f} times); {one['fused_gflops']:.0f} GFLOP/s, "
+                f"{100 * one['share_of_peak']:.0f} % of the best matrix product here ({one['peak_gflops']:.0f})",
+                flush=True,
+            )
+        figures["fallback_vs_published"] = {f"d{D}": figures[f"d{D}"]["streamed_ratio"] for D in (128, 256)}
+        if arguments.memory_queries:
+            shape = arguments.memory_queries, arguments.rows, 128
+            extra = {way: extra_memory(way, *shape) for way in ("published", "fused", "streamed")}
+            figures |= {"extra_bytes": extra, "memory_vs_published": extra["published"] / extra["fused"]}
+            told = ", ".join(f"{way} {size / 2**20:,.1f} MiB" for way, size in extra.items())
+            print(f"N {shape[0]}: extra memory {told}: {figures['memory_vs_published']:.0f} times less")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

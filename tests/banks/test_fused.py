@@ -1,0 +1,187 @@
+"""The fused kernel, and the streamed path where it is not there, are the dense equations in float64, to float32's rounding."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from caco import equations as eq
+from caco.banks import fused, scoring
+from caco.banks.learnable import LearnableBank
+
+PATHS = ["streamed", "plain", "AVX2", "wide"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """Every path, whatever this processor would choose: wide is the tile of AVX-512 in AVX2's instructions."""
+    if request.param == "streamed":
+        monkeypatch.setattr(fused, "serves", lambda *tensors: False)
+        return request.param
+    if fused.library() is None:
+        pytest.skip("the kernel was not built here")
+    if request.param != "plain" and fused.instructions() == "plain":
+        pytest.skip("needs a processor with AVX2")
+    monkeypatch.setattr(fused, "INSTRUCTIONS", PATHS.index(request.param) - 1)
+    assert fused.instructions() == request.param
+    return request.param
+
+
+def unit(*shape, seed):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+def stored(K, D, seed):
+    """Rows of every norm between a half and three."""
+    return unit(K, D, seed=seed) * torch.linspace(0.5, 3, K, dtype=torch.float64)[:, None]
+
+
+# B, K, D: one of each, nothing a multiple of a tile; several tiles of queries; several blocks of rows, wide and narrow.
+SHAPES = [(1, 2, 1), (5, 7, 3), (12, 16, 16), (97, 193, 20), (130, 777, 128), (31, 500, 200), (200, 97, 256)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tau", [0.3, 0.08, 0.02])
+def test_loss_label_and_query_gradient(path, shape, tau):
+    B, K, D = shape
+    q, k, w = unit(B, D, seed=1), unit(B, D, seed=2), stored(K, D, seed=3)
+    m = F.normalize(w, dim=1)
+    label = eq.most_probable_positive(k, m)
+    dense_q = q.clone().requires_grad_()
+    dense = eq.contrastive_loss(dense_q, m, label, tau)
+    dense.mean().backward()
+
+    fast_q, fast_w = q.float().requires_grad_(), w.float()
+    fast_label = scoring.most_probable_row(k.float(), fast_w, 0)
+    score = scoring.score(fast_q, fast_w, label, first_row=0, size=K, tau=tau)
+    score.loss_B.mean().backward()
+    assert ((k * m[label]).sum(1) - (k * m[fast_label]).sum(1)).max() < 1e-6
+    assert torch.allclose(score.loss_B.double(), dense, atol=3e-6 / tau)
+    assert torch.allclose(fast_q.grad.double(), dense_q.grad, atol=2e-6 / tau**2 / B)
+    assert torch.allclose(score.max_probability_B.double(), eq.probabilities(q, m, tau).amax(1), atol=2e-6 / tau)
+
+
+@pytest.mark.parametrize("reading", ["code", "paper"])
+@pytest.mark.parametrize(("pull", "push", "bank_tau"), [(1, 1, None), (0, 1, 0.02), (1, 0, 0.3), (0.5, 2, 0.05)])
+@pytest.mark.parametrize("extra", [False, True])
+def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, push, bank_tau, extra):
+    B, K, D, tau = 37, 211, 24, 0.1
+    settings = {"pull": pull, "push": push, "temperature": bank_tau, "reading": reading, "weight_decay": 1e-2}
+    bank = LearnableBank(size=K, dim=D, seed=0, lr=0.7, **settings)
+    with torch.no_grad():
+        bank.rows.weight[40] = bank.rows.weight[3]  # duplicates
+        bank.rows.weight[200] = bank.rows.weight[3]
+    w, v = bank.rows.weight.detach().double(), torch.zeros(K, D, dtype=torch.float64)
+    for step in range(5):
+        gradient = torch.zeros_like(w)
+        for term in range(2):
+            q, other = unit(B, D, seed=10 * step + term), unit(B, D, seed=10 * step + 5 + term)
+            columns = (q * other).sum(1, keepdim=True) if extra else None
+            positive = torch.arange(B) * 7 % K if term else torch.full((B,), 40)
+            if extra:
+                positive[::3] = K
+            score = bank.score(
+                q.float(), positive, temperature=tau, extra_BE=columns.float() if extra else None
+            )
+            score.loss_B.mean().backward()
+            gradient += eq.bank_gradient(q, w, positive, bank_tau or tau, pull=pull, push=push, extra_BE=columns)
+        w, v = eq.bank_update(w, v, gradient + 1e-2 * w, lr=0.7, momentum=0.9, reading=reading)
+        bank.update(lr=0.7, keys_GD=q)
+    assert torch.allclose(bank.rows.weight.double(), w, atol=1e-4)
+    assert torch.allclose(bank.rows.velocity.double(), v, atol=1e-4)
+    assert (w - bank.rows.weight[0].double()).abs().max() > 0.1, "rows that all agree would prove nothing"
+
+
+def test_equal_rows_go_to_the_lowest_index_however_many_there_are(path):
+    rows = stored(1000, 32, seed=0).float()
+    rows[[30, 31, 900]] = rows[7].clone()  # fewer than the candidates that are kept
+    rows[100:140] = rows[12] * 2.0 ** torch.arange(-20, 20)[:, None]  # more
+    keys = torch.cat([F.normalize(rows[[7, 12]], dim=1), unit(50, 32, seed=1).float()])
+    label = scoring.most_probable_row(keys, rows, 0)
+    assert label[:2].tolist() == [7, 12]
+    exact = keys.double() @ F.normalize(rows.double(), dim=1).T
+    assert torch.equal(label, (exact > exact.amax(1, keepdim=True) - 1e-12).to(torch.uint8).argmax(1))
+
+
+def test_a_row_that_is_nearer_by_less_than_float32_can_tell_is_found(path):
+    """Rows within 1e-9 of one another in cosine: only float64 orders them."""
+    key = torch.zeros(1, 64)
+    key[0, 0] = 1.0
+    rows = torch.zeros(500, 64)
+    rows[:, 0] = 1.0
+    rows[torch.arange(500), 1 + torch.arange(500) % 63] = torch.linspace(2e-4, 3e-4, 500).flip(0)  # falling: the last is nearest
+    assert scoring.most_probable_row(key, rows, 0).tolist() == [499]
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.002])
+def test_temperatures_whose_logits_leave_float32_s_range(path, tau):
+    q, w = unit(6, 8, seed=0), -unit(6, 8, seed=0).repeat(5, 1)  # every cosine of a query with its own row is -1
+    positive = torch.arange(6)
+    dense = eq.contrastive_loss(q, F.normalize(w, dim=1), positive, tau)
+    fast = scoring.score(q.float(), w.float(), positive, first_row=0, size=30, tau=tau).loss_B
+    assert torch.allclose(fast.double(), dense, rtol=1e-5)
+
+
+def test_gradients_of_parts_of_a_batch_are_those_of_the_whole(path):
+    def moved(parts):
+        bank = LearnableBank(size=301, dim=16, seed=0, lr=1.0)
+        for q in unit(24, 16, seed=1).float().chunk(parts):
+            (bank.score(q, bank.rows.most_probable(q), temperature=0.1).loss_B.mean() / parts).backward()
+        bank.update(lr=1.0, keys_GD=q)
+        return bank.rows.weight.detach()
+
+    assert torch.allclose(moved(1), moved(4), atol=1e-6)
+
+
+def test_threads_do_not_change_what_is_chosen_and_nothing_by_more_than_rounding(path):
+    def outcome(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            bank = LearnableBank(size=5000, dim=64, seed=0)
+            q = unit(100, 64, seed=1).float().requires_grad_()
+            label = bank.rows.most_probable(q.detach())
+            loss = bank.score(q, label, temperature=0.1).loss_B
+            loss.mean().backward()
+            bank.update(lr=1.0, keys_GD=q)
+        finally:
+            torch.set_num_threads(before)
+        return label, loss.detach(), q.grad, bank.rows.weight.detach()
+
+    one, three = outcome(1), outcome(3)
+    assert torch.equal(one[0], three[0])
+    for a, b in zip(one[1:], three[1:], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda q, w: w.index_fill_(0, torch.tensor([17, 200]), 0.0), "2 rows of the bank have no direction; the first is row 17, whose norm is 0.0"),
+        (lambda q, w: w[5].fill_(float("inf")), "1 rows of the bank.* row 5, whose norm is inf"),
+        (lambda q, w: q[3].fill_(float("nan")), "1 of 20 queries are not finite unit vectors.* query 3, whose norm is nan"),
+        (lambda q, w: q[4].mul_(9), "1 of 20 queries are not finite unit vectors.* query 4, whose norm is (9.0|8.99)"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_with_numbers(path, spoil, message):
+    w = stored(300, 16, seed=0).float()
+    q = F.normalize(w[:20], dim=1)
+    spoil(q, w)
+    scoring.most_probable_row(q, w, 0)  # any answer, but an answer
+    with pytest.raises(scoring.UnusableError, match=message):
+        scoring.score(q, w, torch.zeros(20, dtype=torch.int64), first_row=0, size=300, tau=0.1)
+
+
+def test_without_the_kernel_one_line_says_so_and_the_numbers_stay(monkeypatch, capsys):
+    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
+    fused.library.cache_clear()
+    rows, own = torch.eye(4), torch.arange(4)
+    try:
+        losses = [scoring.score(rows, rows, own, first_row=0, size=4, tau=0.5).loss_B for _ in range(2)]
+    finally:
+        fused.library.cache_clear()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "fused kernel was not built here" in told
+    for loss in losses:
+        assert loss.tolist() == pytest.approx([math.log(1 + 3 * math.exp(-2))] * 4, abs=1e-6)

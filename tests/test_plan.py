@@ -1,0 +1,133 @@
+"""A plan's figures are those of the run: counted tensors, operations and steps, and arithmetic by hand."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import compose, train
+from torch.utils.flop_counter import FlopCounterMode
+
+from caco import build, plan
+
+
+def test_steps_are_those_of_the_run(tmp_path):
+    summary = train(tmp_path, "max_steps=30", "epochs=1")
+    planned = plan.plan(compose("max_steps=30", "epochs=1"))
+    assert planned["steps"] == summary["steps"] == 2 + 21  # two fill the bank of 128 rows, 1400 // 64 follow
+    assert planned["filling_steps"] == 2
+    assert plan.plan(compose("max_steps=7"))["steps"] == 7
+
+
+@pytest.mark.parametrize("overrides", [[], ["method=nnclr", "augmentation=digits", "projector=small", "projector.dim=8"]])
+def test_operations_are_torch_s_count(overrides):
+    """The model's products, of one real step on real tensors; the bank's are by hand, below."""
+    cfg = compose(*overrides, "batch=8")
+    method = build.build_method(cfg).train()
+    views = [torch.randn(8, 3, size, size) for size in build.build(cfg.augmentation).sizes]
+    with FlopCounterMode(display=False) as counter:
+        q, _, _, _ = method.encode(views)
+        q = [method.predictor(z) for z in q] if hasattr(method, "predictor") else q
+        sum(view.sum() for view in q).backward()
+    planned = plan.plan(cfg)
+    in_batch = 3 * 2 * 8 * 8 * 8 * 2 if overrides else 0
+    assert planned["model_flops_per_step"] - in_batch == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_bank_s_share_by_hand():
+    """Two directions, each: one product to choose, two for loss and queries, two for the rows; 2 N K D operations each."""
+    planned = plan.plan(compose("bank.size=128"), world=4)
+    assert planned["bank_flops_per_step"] == 2 * 5 * 2 * 64 * 128 * 8
+    assert planned["flops_per_step"] == planned["bank_flops_per_step"] + planned["model_flops_per_step"]
+    assert planned["bank_bytes"] == 128 / 4 * (8 * 4 * 2 + 8)  # row, velocity, uses
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_parameters_and_checkpoint_are_those_of_the_run(tmp_path, optimizer):
+    overrides = [f"optimizer={optimizer}", "max_steps=1", "eval=[]", "optimizer.lr=0.01"]
+    train(tmp_path, *overrides)
+    planned = plan.plan(compose(*overrides))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
+    assert checkpoint.stat().st_size == pytest.approx(planned["checkpoint_bytes"], rel=0.25)  # names and zip records besides
+    cfg = compose(*overrides)
+    method = build.build_method(cfg)
+    bytes_of = {name: sum(p.nbytes for p in part.parameters()) for name, part in method.named_children()}
+    states = {"sgd": 1, "lars": 1, "adamw": 2}[optimizer]
+    buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
+    by_hand = (2 + states) * bytes_of["encoder"] + bytes_of["twin"] + buffers
+    assert planned["parameter_bytes"] == pytest.approx(by_hand, rel=0.01)
+
+
+def test_what_the_backward_pass_keeps_is_what_torch_keeps():
+    cfg = compose("batch=32")
+    encoder = build.build_encoder(cfg).train()
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = [encoder(torch.randn(32, 3, 16, 16)) for _ in range(2)]
+    assert len(outputs) == 2
+    views = 2 * 4 * 3 * 16 * 16 * 32
+    expected = plan.plan(cfg)["activation_bytes"] - views
+    assert sum(storage.nbytes() for storage in kept.values()) == pytest.approx(expected, rel=0.05)
+
+
+def test_more_devices_take_less_memory_and_no_message_grows_with_the_bank():
+    few, many = (plan.plan(compose("bank.size=1024"), world=world) for world in (2, 8))
+    assert many["device_bytes"] < few["device_bytes"]
+    large = plan.plan(compose("bank.size=100000000"), world=8)
+    assert large["sent_bytes_per_step"] == many["sent_bytes_per_step"]
+    assert large["bank_bytes"] == 100_000_000 / 8 * 72
+    assert plan.plan(compose(), world=1)["sent_bytes_per_step"] == 0
+
+
+def test_time_is_operations_over_speed_and_bytes_over_bandwidth():
+    cfg = compose()
+    slow, fast = plan.plan(cfg, world=2, tflops=1, gbytes_per_s=1e9), plan.plan(cfg, world=2, tflops=2, gbytes_per_s=1e9)
+    assert slow["step_seconds"] == pytest.approx(slow["flops_per_step"] / 2 / 1e12)
+    assert slow["step_seconds"] == pytest.approx(2 * fast["step_seconds"])
+    sending = plan.plan(cfg, world=2, tflops=1e9, gbytes_per_s=1)
+    assert sending["step_seconds"] == pytest.approx(sending["sent_bytes_per_step"] / 1e9, rel=1e-3)
+    assert sending["run_hours"] == pytest.approx(sending["steps"] * sending["step_seconds"] / 3600)
+
+
+def test_the_paper_s_run_without_its_data():
+    """ResNet-50 at 224 px is 4.09 G multiply-adds; two queries forward and backward, two keys forward."""
+    cfg = plan.config.job_config(plan.config.compose(["batch=4096", "bank=12M"]))
+    planned = plan.plan(cfg, world=32)
+    assert planned["steps"] == 24 + 200 * (1_281_167 // 4096)
+    assert planned["model_flops_per_step"] == pytest.approx(4096 * 2 * 4 * 2 * 4.1e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        (["batch=64"], {"world": 3}, "multiple of the 3 processes that share it, got 64"),
+        (["bank.size=130"], {"world": 4}, "130 rows cannot be shared evenly by 4 ranks; got remainder 2"),
+        (["batch=2048"], {}, "at most the 1400 images, got 2048"),
+        ([], {"tflops": 0}, "must be positive; got 1, 0, 0 and"),
+        (["data=folder"], {}, "say images=N, or where they lie"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(overrides, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan.plan(compose(*overrides), **options)
+
+
+def test_the_command_tells_and_refuses(repo_root):
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "caco.plan", *arguments], cwd=repo_root, capture_output=True, text=True, check=False
+        )
+
+    done = command("preset=demo", "world=2", "tflops=0.1")
+    assert done.returncode == 0, done.stderr
+    assert "968 steps of 64 images on 2 devices (128 of them fill the bank), 32 images each" in done.stdout
+    assert "100,000,000" in done.stdout and "tflops=0.1" in done.stdout
+    refused = command("preset=demo", "world=two")
+    assert refused.returncode == 2 and refused.stderr == "caco: world: expected a number, got 'two'\n"
