@@ -34,12 +34,13 @@ def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float 
     return model
 
 
-def small_resnet(*, width: int = 16, blocks: list[int] = (1, 1, 1, 1)):
+def small_resnet(*, width: int = 16, blocks: list[int] = (1, 1, 1, 1), stem_stride: int = 1):
     """A ResNet of basic blocks for images of 16 to 32 pixels on a CPU; its features are 8 * width wide.
 
     Args:
         width: channels of the first stage, even; each of the three later ones halves the resolution and doubles them.
         blocks: basic blocks in each of the four stages.
+        stem_stride: 2 halves the resolution before the first stage already, for a quarter of the arithmetic.
     """
     # Not below 8: on processors with AVX2 alone torch (2.14.1 for one) then writes beyond the gradient of the 1x1
     # convolutions that halve the resolution, and the process dies.
@@ -52,12 +53,14 @@ def small_resnet(*, width: int = 16, blocks: list[int] = (1, 1, 1, 1)):
     # timm fixes the plain stem at 64 channels; only the deep one, which the CIFAR stem replaces, can be narrower.
     stem = {"stem_type": "deep", "stem_width": width // 2}
     model = ResNet(BasicBlock, tuple(blocks), channels=channels, num_classes=0, zero_init_last=False, **stem)
-    _use_cifar_stem(model)
+    if stem_stride not in (1, 2):
+        raise ValueError(f"small_resnet's stem_stride must be 1 or 2; got {stem_stride}")
+    _use_cifar_stem(model, stem_stride)
     return model
 
 
-def _use_cifar_stem(model: ResNet) -> None:
-    model.conv1 = nn.Conv2d(3, model.bn1.num_features, 3, padding=1, bias=False)
+def _use_cifar_stem(model: ResNet, stride: int = 1) -> None:
+    model.conv1 = nn.Conv2d(3, model.bn1.num_features, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
 
