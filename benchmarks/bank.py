@@ -5,9 +5,11 @@ published way (`Published`) makes N x K matrices of each stage, in PyTorch, in p
 top-5 monitoring. Ours is caco/banks, fused, and again streamed by PyTorch alone (what serves where no kernel was built). The
 three take turns in one process, so that a drifting machine hits all.
 
-    python benchmarks/bank.py --json bank.json            speed and share of the matrix peak, D 128 and 256; memory
-    python benchmarks/bank.py --curve --json curve.json   cost over K to a million rows, and over N
-    python benchmarks/bank.py --step --json step.json     a whole step of a small ResNet (benchmarks/step.py)
+    python benchmarks/bank.py --json bank.json    all parts; a few minutes
+    python benchmarks/bank.py speed               time and share of the matrix peak, D 128 and 256
+    python benchmarks/bank.py memory              beyond the bank itself, of processes of their own
+    python benchmarks/bank.py step                a whole step of a small ResNet (benchmarks/step.py)
+    python benchmarks/bank.py curve               cost over K to a million rows, and over N
 """
 
 import argparse
@@ -28,6 +30,7 @@ from caco.banks.learnable import LearnableBank
 from caco.tracking.environment import environment
 
 TAU, LR, MOMENTUM = 0.08, 0.01, 0.9
+PARTS = ("speed", "memory", "step", "curve")
 # cpu: on a machine that others use too, with --threads 1, the processor's time says more than the wall's.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = "wall"
@@ -123,6 +126,7 @@ def speed(N: int, K: int, D: int, runs: int) -> dict[str, float]:
         **{f"{way}_seconds": statistics.median(values) for way, values in times.items()},
         "ratio": statistics.median(ratios["fused"]), "ratio_min": min(ratios["fused"]), "ratio_max": max(ratios["fused"]),
         "streamed_ratio": statistics.median(ratios["streamed"]),
+        "streamed_ratio_min": min(ratios["streamed"]), "streamed_ratio_max": max(ratios["streamed"]),
         "fused_gflops": products / 1e9,
         "peak_gflops": max(peaks) / 1e9,
         "share_of_peak": products / max(peaks),
@@ -169,51 +173,56 @@ def curve(runs: int) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="timed turns, after one that warms up")
-    parser.add_argument("--queries", type=int, default=1024)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; without any: all")
+    parser.add_argument("--runs", type=int, default=3, help="timed turns, after one that warms up (step: two)")
+    parser.add_argument("--queries", type=int, default=1024, help="of the speed")
     parser.add_argument("--rows", type=int, default=65_536)
-    parser.add_argument("--memory-queries", type=int, default=4096, help="0 leaves the memory out")
+    parser.add_argument("--memory-queries", type=int, default=4096)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the step's model")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, help="PyTorch's number; its own choice without")
-    parser.add_argument("--curve", action="store_true")
-    parser.add_argument("--step", action="store_true")
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child[0], *map(int, arguments.child[1:]))
         return
+    parts = arguments.parts or PARTS
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"expected parts of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     global clock
     clock = arguments.clock
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     figures: dict = {"runs": arguments.runs, "threads": torch.get_num_threads(), "clock": clock, "environment": environment()}
     figures["instructions"] = fused.instructions() if fused.library() else None
-    if arguments.curve:
-        figures["curve"] = curve(arguments.runs)
-    elif arguments.step:
-        from step import DEFAULT, measure
-
-        step = measure(DEFAULT, arguments.runs)
-        figures |= {"step_overhead": step["overhead"], "step_vs_published": step["vs_published"], "step": step}
-        print(f"outside the model {100 * step['overhead']:.0f} %; {step['vs_published']:.2f} times the published step's speed")
-    else:
+    if "speed" in parts:
         for D in (128, 256):
             one = speed(arguments.queries, arguments.rows, D, arguments.runs)
             figures[f"d{D}"], figures[f"vs_published_d{D}"] = one, one["ratio"]
             print(
                 f"N {arguments.queries} K {arguments.rows} D {D}: published {one['published_seconds']:.2f} s, fused "
                 f"{one['fused_seconds']:.3f} s ({one['ratio']:.1f} times; {one['ratio_min']:.1f} to {one['ratio_max']:.1f}), streamed "
-                f"{one['streamed_seconds']:.2f} s ({one['streamed_ratio']:.1f} times); {one['fused_gflops']:.0f} GFLOP/s, "
+                f"{one['streamed_seconds']:.2f} s ({one['streamed_ratio']:.1f} times; {one['streamed_ratio_min']:.1f} to "
+                f"{one['streamed_ratio_max']:.1f}); {one['fused_gflops']:.0f} GFLOP/s, "
                 f"{100 * one['share_of_peak']:.0f} % of the best matrix product here ({one['peak_gflops']:.0f})",
                 flush=True,
             )
-        figures["fallback_vs_published"] = {f"d{D}": figures[f"d{D}"]["streamed_ratio"] for D in (128, 256)}
-        if arguments.memory_queries:
-            shape = arguments.memory_queries, arguments.rows, 128
-            extra = {way: extra_memory(way, *shape) for way in ("published", "fused", "streamed")}
-            figures |= {"extra_bytes": extra, "memory_vs_published": extra["published"] / extra["fused"]}
-            told = ", ".join(f"{way} {size / 2**20:,.1f} MiB" for way, size in extra.items())
-            print(f"N {shape[0]}: extra memory {told}: {figures['memory_vs_published']:.0f} times less")
+        figures["fallback_vs_published"] = figures["d128"]["streamed_ratio"]
+        figures["fallback_vs_published_d256"] = figures["d256"]["streamed_ratio"]
+    if "memory" in parts:
+        shape = arguments.memory_queries, arguments.rows, 128
+        extra = {way: extra_memory(way, *shape) for way in ("published", "fused", "streamed")}
+        figures |= {"extra_bytes": extra, "memory_vs_published": extra["published"] / extra["fused"]}
+        told = ", ".join(f"{way} {size / 2**20:,.1f} MiB" for way, size in extra.items())
+        print(f"N {shape[0]}: extra memory {told}: {figures['memory_vs_published']:.0f} times less", flush=True)
+    if "step" in parts:
+        from step import DEFAULT, measure, told
+
+        step = measure([*DEFAULT, f"precision={arguments.precision}"], arguments.runs)
+        figures |= {"step_overhead": step["overhead"], "step_vs_published": step["vs_published"], "step": step}
+        print(told(step), flush=True)
+    if "curve" in parts:
+        figures["curve"] = curve(arguments.runs)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1))
 

@@ -89,8 +89,24 @@ def measure(overrides: list[str], runs: int) -> dict:
     }
     if published:
         figures["published_seconds"] = statistics.median(turn[2] for turn in turns)
-        figures["vs_published"] = statistics.median(turn[2] / turn[0] for turn in turns)
+        ratios = [turn[2] / turn[0] for turn in turns]
+        figures |= {"vs_published": statistics.median(ratios), "vs_published_min": min(ratios), "vs_published_max": max(ratios)}
     return figures
+
+
+def told(figures: dict) -> str:
+    lines = [
+        " ".join(figures["overrides"]),
+        f"step {figures['step_seconds']:.3f} s, pure model {figures['model_seconds']:.3f} s, "
+        f"outside the model {100 * figures['overhead']:.0f} % "
+        f"({100 * figures['overhead_min']:.0f} to {100 * figures['overhead_max']:.0f} % in {figures['runs']} turns)",
+    ]
+    if "vs_published" in figures:
+        lines.append(
+            f"with the published bank {figures['published_seconds']:.3f} s, {figures['vs_published']:.2f} times as long "
+            f"({figures['vs_published_min']:.2f} to {figures['vs_published_max']:.2f})"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -101,14 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides = arguments.overrides or DEFAULT
     figures = measure(overrides, arguments.runs)
-    print(
-        f"{' '.join(overrides)}\n"
-        f"step {figures['step_seconds']:.3f} s, pure model {figures['model_seconds']:.3f} s, "
-        f"outside the model {100 * figures['overhead']:.0f} % "
-        f"({100 * figures['overhead_min']:.0f} to {100 * figures['overhead_max']:.0f} % in {arguments.runs} turns)"
-    )
-    if "vs_published" in figures:
-        print(f"with the published bank {figures['published_seconds']:.3f} s, {figures['vs_published']:.2f} times as long")
+    print(told(figures))
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(figures, file, indent=1)

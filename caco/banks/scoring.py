@@ -81,10 +81,10 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
     with torch.no_grad(), torch.autocast(k_BD.device.type, enabled=False):
         k_GD = distributed.gather(k_BD)
         row_G = _nearest_here(k_GD, w_RD)
-        m_GD = unit_rows(w_RD[row_G].double())[0]
-        best_G = (k_GD.double() * m_GD).sum(1)
         if distributed.world() == 1:
             return row_G + first_row
+        m_GD = unit_rows(w_RD[row_G].double())[0]
+        best_G = (k_GD.double() * m_GD).sum(1)
         top_G = distributed.max_(best_G.clone())
         # A rank without the maximum bids "beyond the bank", so the lowest index wins among equals.
         bid_G = torch.where(best_G >= top_G - TIE, -(row_G + first_row), torch.iinfo(torch.int64).min)
