@@ -43,7 +43,7 @@ from caco.data.views import Views
 from caco.data.write import write_splits
 from caco.tracking.environment import environment
 
-BATCH, SMALL_BATCH = 25, 500
+BATCH, SMALL_BATCH, COPIES = 50, 500, 2  # each photograph twice: epochs long enough for their beginning not to count
 
 
 def views_of(name: str) -> Views:
@@ -210,8 +210,8 @@ def main() -> None:
             zipfile.ZipFile(photos).extractall(top / "photos")
             photos = top / "photos"
         files = folder(root=str(photos), in_memory_mb=0).pretrain
-        count = len(files) // BATCH * BATCH
-        files = files.part(np.arange(count), "photos")
+        count = COPIES * len(files) // BATCH * BATCH
+        files = files.part(np.arange(count) % len(files), "photos")
         write_splits(Splits(files, None, None), top / "jpeg")
         source = beton(root=str(top / "jpeg")).pretrain
 
