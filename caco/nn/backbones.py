@@ -49,12 +49,12 @@ def small_resnet(*, width: int = 16, blocks: list[int] = (1, 1, 1, 1), stem_stri
             f"small_resnet needs an even width of at least 8 and a block or more in each of 4 stages; got width={width}, "
             f"blocks={list(blocks)}"
         )
+    if stem_stride not in (1, 2):
+        raise ValueError(f"small_resnet's stem_stride must be 1 or 2; got {stem_stride}")
     channels = tuple(width * 2**stage for stage in range(4))
     # timm fixes the plain stem at 64 channels; only the deep one, which the CIFAR stem replaces, can be narrower.
     stem = {"stem_type": "deep", "stem_width": width // 2}
     model = ResNet(BasicBlock, tuple(blocks), channels=channels, num_classes=0, zero_init_last=False, **stem)
-    if stem_stride not in (1, 2):
-        raise ValueError(f"small_resnet's stem_stride must be 1 or 2; got {stem_stride}")
     _use_cifar_stem(model, stem_stride)
     return model
 

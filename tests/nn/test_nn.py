@@ -36,9 +36,10 @@ def test_the_cifar_stem_keeps_the_resolution():
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
 
 
-@pytest.mark.parametrize("size", [16, 24, 32])
-def test_the_small_resnet_takes_small_images(size):
-    model = small_resnet(width=8)
+@pytest.mark.parametrize(("size", "stem_stride"), [(16, 1), (24, 1), (32, 1), (32, 2)])
+def test_the_small_resnet_takes_small_images(size, stem_stride):
+    model = small_resnet(width=8, stem_stride=stem_stride)
+    assert model.conv1(torch.zeros(1, 3, size, size)).shape == (1, 8, size // stem_stride, size // stem_stride)
     assert feature_width(model) == 64
     assert model(torch.zeros(2, 3, size, size)).shape == (2, 64)
 
@@ -55,6 +56,7 @@ def test_a_vit_takes_crops_of_two_sizes():
         (lambda: timm_backbone(name="vit_tiny_patch16_224", cifar_stem=True), "cifar_stem is for ResNets"),
         (lambda: small_resnet(width=7), "even width.*got width=7"),
         (lambda: small_resnet(blocks=[1, 1]), r"4 stages; got width=16, blocks=\[1, 1\]"),
+        (lambda: small_resnet(stem_stride=4), "must be 1 or 2; got 4"),
         (lambda: Projector(in_dim=4, dim=0), "at least 1; got .*dim=0"),
         (lambda: feature_width(nn.Linear(2, 2)), "num_features; Linear has None"),
     ],
