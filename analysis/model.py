@@ -82,18 +82,18 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     network = method.encoder if method.twin is None else method.twin.encoder
     generator = np.random.default_rng(seed)
     chosen = _one_of_each_class(test.labels, queries, generator)
-    asked = test.part(chosen, "queries")
     with torch.inference_mode():
-        k_QD, images_ND = trained.outputs(network, asked), trained.outputs(network, train)
+        k_TD, images_ND = trained.outputs(network, test), trained.outputs(network, train)
         m_KD = unit_rows(bank.rows.weight)[0].float()
+        positive_T = nearest(k_TD, m_KD, k=1)[1][:, 0]
+        cosine_K1, image_K1 = nearest(m_KD, images_ND, k=1)
         tau = getattr(bank, "temperature", None) or getattr(method, "temperature")
-        p_QK = torch.softmax(k_QD @ m_KD.T / tau, dim=1)
+        p_QK = torch.softmax(k_TD[chosen] @ m_KD.T / tau, dim=1)
         hard, drawn = 4, 3
         order_QR = p_QK.topk(1 + hard, dim=1).indices
         others_QR = torch.from_numpy(generator.integers(bank.size, size=(len(chosen), drawn)))
         rows_QR = torch.cat([order_QR, others_QR], 1)
-        cosine_R1, index_R1 = nearest(m_KD[rows_QR.flatten()], images_ND, k=1)
-    cosine_QR, index_QR = cosine_R1.view_as(rows_QR), index_R1.view_as(rows_QR)
+    cosine_QR, index_QR = cosine_K1[rows_QR, 0], image_K1[rows_QR, 0]
 
     columns = ["query", "most probable:\npositive", *(f"negative,\nnext {i}" for i in range(1, hard + 1)), *["negative,\ndrawn"] * drawn]
     figure = Figure(figsize=(style.PAGE, 0.93 * len(chosen) + 0.55))
@@ -115,13 +115,15 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
             )  # fmt: skip
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=6)
-    share = np.mean([row["class"] == row["query_class"] for row in data if row["kind"] == "positive"])
-    chance = np.mean([(train.labels == test.labels[i]).mean() for i in chosen])
+    # Of every test image, not only of those shown.
+    label_K = train.labels[image_K1[:, 0].numpy()]
+    share = np.mean(label_K[positive_T.numpy()] == test.labels)
+    chance = (np.bincount(label_K, minlength=len(names)) / bank.size)[test.labels].mean()
     style.footnote(
         figure,
         f"Rows of the bank, shown as the training image nearest to them. Solid blue: of the query's class; dashed orange: of "
-        f"another. p: of {bank.size:,} rows. Step {trained.step:,}. {share:.0%} of these {len(chosen)} positives are of the query's "
-        f"class; chance {chance:.0%}.",
+        f"another. p: of {bank.size:,} rows. Step {trained.step:,}. Of all {len(test):,} test images, {share:.0%} have a positive of "
+        f"their class (a row drawn at random: {chance:.0%}); they share {len(positive_T.unique()):,} rows.",
     )
     return figure, data
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import curves, figure, style
+from analysis import curves, figure, model, style
 from analysis.results import Found, find
 from caco.config import ConfigError
 from experiments.tables import load_scale, load_table
@@ -156,6 +156,15 @@ def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(traine
             assert cosine[int(row["nearest_image"])] == pytest.approx(cosine.max().item(), abs=1e-5)
             assert row["class"] == splits.train.classes[int(splits.train.labels[int(row["nearest_image"])])]
         assert mine[0]["query_class"] == splits.test.classes[int(splits.test.labels[int(query)])]
+
+    drawn, _ = model.figure_3(run_dir, data_root=None, queries=3, seed=0)
+    said = " ".join(drawn.get_supxlabel().split())
+    picked = (embedded(splits.test, range(len(splits.test))) @ rows.T).argmax(1)
+    label = splits.train.labels[(rows @ everything.T).argmax(1).numpy()]
+    share = (label[picked.numpy()] == splits.test.labels).mean()
+    chance = (label[None] == splits.test.labels[:, None]).mean()
+    assert f"Of all {len(splits.test)} test images, {share:.0%} have a positive of their class" in said
+    assert f"at random: {chance:.0%}); they share {len(picked.unique())} rows" in said
 
 
 def test_figure_5_places_each_image_once_and_mlflow_gets_it(trained, here, tmp_path):
