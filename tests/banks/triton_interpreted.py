@@ -88,7 +88,7 @@ def test_a_step_is_that_of_pytorch_s_blocks_and_the_same_to_the_bit_when_repeate
     def step():
         q, moved, velocity, asked = unit(70, 40, seed=1).float().requires_grad_(), w.clone(), w / 9, []
         row = scoring.most_probable_row(k, w, 0)
-        score = scoring.score(q, moved, row, first_row=0, size=900, tau=0.02, bank_tau=0.1, asked=asked)
+        score = scoring.score(q, moved, row, first_row=0, size=900, tau=0.015, bank_tau=0.1, asked=asked)
         (score.loss_B * torch.linspace(-1, 1, 70)).sum().backward()
         scoring.move(moved, velocity, 0, scoring.Asked.joined(asked), **moves)
         return row, score.loss_B.detach(), score.max_probability_B, q.grad, moved, velocity
@@ -97,7 +97,7 @@ def test_a_step_is_that_of_pytorch_s_blocks_and_the_same_to_the_bit_when_repeate
     monkeypatch.setattr(fused, "serves", lambda *tensors: False)
     for one, same, streamed in zip(once, again, step(), strict=True):
         assert torch.equal(one, same)
-        assert (one - streamed).abs().max() <= 5e-5 * streamed.abs().max()
+        assert (one - streamed).abs().max() <= 1e-4 * streamed.abs().max()
 
 
 def test_products_of_bfloat16_change_sums_and_motion_by_less_than_a_hundredth():
@@ -115,10 +115,14 @@ def test_products_of_bfloat16_change_sums_and_motion_by_less_than_a_hundredth():
         assert 1e-6 < (got - exact).norm() / exact.norm() < 1e-2, "bfloat16 rounds to 2^-9; exact would not be bfloat16"
 
 
-def test_the_bound_of_nearest_holds_for_every_row_not_named():
-    """Rows that all lie close together, so that neither bfloat16 nor a few candidates settle which is nearest."""
-    rows = F.normalize(unit(1, 64, seed=0) + 0.02 * unit(700, 64, seed=1), dim=1)
-    keys = F.normalize(unit(1, 64, seed=0) + unit(40, 64, seed=2), dim=1)
+@pytest.mark.parametrize("crowded", ["everywhere", "one place"])
+def test_the_bound_of_nearest_holds_for_every_row_not_named(crowded):
+    """Rows that lie so close together that neither bfloat16 nor a few candidates settle which is nearest, and rows that a
+    program would all keep in one place."""
+    near = F.normalize(unit(1, 64, seed=0) + 0.02 * unit(1500, 64, seed=1), dim=1)
+    rows = near if crowded == "everywhere" else unit(1500, 64, seed=3)
+    rows[3::256] = near[3::256]
+    keys = F.normalize(unit(1, 64, seed=0) + 0.3 * unit(40, 64, seed=2), dim=1)
     value, row = triton_kernels.nearest(keys.float(), rows.float())
     cosine = keys @ rows.T
     assert torch.allclose(value[:, :-1].double(), cosine.gather(1, row[:, :-1]), atol=1e-6)
