@@ -30,23 +30,17 @@ LOG2_E = 1.4426950408889634
 # How far a cosine of unit vectors is off whose factors were rounded to bfloat16: by 2^-9 each, and a little for their sum.
 ROUNDING = 1.02 * 2**-8
 
-# Queries and rows in a block, warps, stages: by kernel, whether low, and whether the width is above 128. Without spilled
-# registers, and the first of two in at most 99 KiB of shared memory, for cards from sm_80 on; the second for sm_90's 227.
+# Queries and rows in a block, warps, stages: of widths to 128 and above on every card, and of the same on sm_90 and sm_100, which
+# have more shared memory than 99 KiB. None spills a register on sm_80 or sm_90.
+SIZES = {  # kernel, low
+    ("forward", True): ((64, 32, 4, 3), (64, 32, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("nearest", True): ((64, 64, 8, 2), (64, 32, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
+    ("update", True): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 128, 8, 2), (32, 64, 8, 3)),
+    ("forward", False): ((64, 32, 8, 2), (32, 16, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+    ("nearest", False): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("update", False): ((64, 32, 8, 2), (16, 32, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
+}
 CHUNK = 32  # of float32's width
-SIZES = {
-    ("forward", True, False): ((64, 32, 4, 3), (128, 64, 8, 3)),
-    ("forward", True, True): ((64, 32, 8, 2), (128, 32, 8, 2)),
-    ("nearest", True, False): ((64, 64, 8, 2), (128, 64, 8, 3)),
-    ("nearest", True, True): ((64, 32, 8, 2), (128, 64, 8, 2)),
-    ("update", True, False): ((64, 64, 8, 2), (64, 128, 8, 2)),
-    ("update", True, True): ((64, 32, 8, 2), (32, 64, 8, 3)),
-    ("forward", False, False): ((64, 32, 8, 2), (64, 32, 8, 2)),
-    ("forward", False, True): ((32, 16, 8, 2), (32, 16, 8, 2)),
-    ("nearest", False, False): ((64, 64, 8, 2), (64, 64, 8, 2)),
-    ("nearest", False, True): ((64, 64, 8, 2), (64, 64, 8, 2)),
-    ("update", False, False): ((64, 32, 8, 2), (32, 64, 8, 2)),
-    ("update", False, True): ((16, 32, 8, 2), (16, 32, 8, 2)),
-}  # fmt: skip
 
 
 # On the card.
@@ -203,7 +197,7 @@ def update_kernel(
 def constants(name: str, D: int, *, low: bool, hopper: bool) -> tuple[dict, dict]:
     """What a kernel is compiled for, and how it is launched."""
     D2 = max(16, triton.next_power_of_2(D))
-    block_n, block_r, warps, stages = SIZES[name, low, D2 > 128][hopper]
+    block_n, block_r, warps, stages = SIZES[name, low][2 * hopper + (D2 > 128)]
     shape = {"D": D, "D2": D2, "BLOCK_N": block_n, "BLOCK_R": block_r, "C": D2 if low else min(CHUNK, D2)}
     return shape | {"PRECISION": "ieee" if low else "tf32x3"}, {"num_warps": warps, "num_stages": stages}
 
@@ -231,12 +225,10 @@ def forward(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """As fused.forward."""
-    second = len(taus) > 1
-    one = (torch.float32, ())
     z, z2, peak, sums = _launch(
         "forward", q_GD, w_RD,
-        [(torch.float64, ()), (torch.float64, ()), one, (torch.float32, (w_RD.shape[1],) if with_sums else ())],
-        [LOG2_E / taus[0], LOG2_E * shifts[0], LOG2_E / taus[-1], LOG2_E * shifts[-1]], low, SECOND=second, SUMS=with_sums,
+        [(torch.float64, ()), (torch.float64, ()), (torch.float32, ()), (torch.float32, (w_RD.shape[1],) if with_sums else ())],
+        [LOG2_E / taus[0], LOG2_E * shifts[0], LOG2_E / taus[-1], LOG2_E * shifts[-1]], low, SECOND=len(taus) > 1, SUMS=with_sums,
     )  # fmt: skip
     return [z.sum(0), z2.sum(0)][: len(taus)], peak.amax(0), sums.sum(0) if with_sums else None
 
@@ -286,10 +278,11 @@ def update(
     assert w_RD.is_contiguous() and velocity_RD.is_contiguous()
     R, D = w_RD.shape
     fixed, options = constants("update", D, low=low, hopper=_is_hopper(w_RD.device))
-    with torch.cuda.device_of(w_RD):
+    with torch.cuda.device_of(w_RD):  # floats, as a kernel is compiled anew for integers
         update_kernel[triton.cdiv(R, fixed["BLOCK_R"]),](
             _factors(q_ND, low), positive_N.clamp(-1, R).int(), log_sum_N * LOG2_E, weight_N.contiguous(), w_RD, velocity_RD,
-            len(q_ND), R, 1 / tau, LOG2_E / tau, pull, push, lr, momentum, weight_decay, NORMALISE=normalise, **fixed, **options,
+            len(q_ND), R, 1 / tau, LOG2_E / tau, *map(float, (pull, push, lr, momentum, weight_decay)), NORMALISE=normalise,
+            **fixed, **options,
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def serves(monkeypatch):
     monkeypatch.setattr(fused, "serves", lambda *tensors: True)
     for name in triton_kernels.KERNELS:
         monkeypatch.setattr(fused, name, getattr(triton_kernels, name))
-    monkeypatch.setattr(triton_kernels, "SIZES", {key: ((64, 256, 4, 1),) * 2 for key in triton_kernels.SIZES})
+    monkeypatch.setattr(triton_kernels, "SIZES", {key: ((64, 256, 4, 1),) * 4 for key in triton_kernels.SIZES})
     monkeypatch.setattr(triton_kernels, "CHUNK", 128)
     # The interpreter holds bfloat16 as the integers of its bits: it multiplies those, and cuts float32 off where cards round.
     builder, held = interpreter.InterpreterBuilder, interpreter.TensorHandle
