@@ -10,6 +10,7 @@ three take turns in one process, so that a drifting machine hits all.
     python benchmarks/bank.py memory              beyond the bank itself, of processes of their own
     python benchmarks/bank.py step                a whole step of a small ResNet (benchmarks/step.py)
     python benchmarks/bank.py curve               cost over K to a million rows, and over N
+    python benchmarks/bank.py speed memory --device cuda --queries 4096 --rows 98304    on a GPU, both ways under bf16 autocast
 """
 
 import argparse
@@ -34,6 +35,7 @@ PARTS = ("speed", "memory", "step", "curve")
 # cpu: on a machine that others use too, with --threads 1, the processor's time says more than the wall's.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = "wall"
+device = torch.device("cpu")
 
 
 class Published:
@@ -65,13 +67,21 @@ class Published:
         self.w_KD.sub_(self.velocity_KD, alpha=LR)
 
     def step(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
-        loss, gradient_KD = self.loss(q_ND, k_ND)
+        with precision():
+            loss, gradient_KD = self.loss(q_ND, k_ND)
         loss.backward()
         self.update(gradient_KD)
 
 
+def precision() -> torch.autocast:
+    """On a GPU the run's usual one."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def ours(bank: LearnableBank, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
-    bank.score(q_ND, bank.rows.most_probable(k_ND), temperature=TAU).loss_B.mean().backward()
+    with precision():
+        loss = bank.score(q_ND, bank.rows.most_probable(k_ND), temperature=TAU).loss_B.mean()
+    loss.backward()
     bank.update(lr=LR, keys_GD=k_ND)
 
 
@@ -87,18 +97,24 @@ def streamed():
 
 def problem(N: int, K: int, D: int) -> tuple[LearnableBank, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    q, k = (F.normalize(torch.randn(N, D, generator=generator), dim=1) for _ in range(2))
-    return LearnableBank(size=K, dim=D, seed=0, lr=LR, momentum=MOMENTUM).eval(), q.requires_grad_(), k
+    q, k = (F.normalize(torch.randn(N, D, generator=generator), dim=1).to(device) for _ in range(2))
+    return LearnableBank(size=K, dim=D, seed=0, lr=LR, momentum=MOMENTUM).eval().to(device), q.requires_grad_(), k
 
 
 def seconds(work) -> float:
+    done = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    done()
     started = CLOCKS[clock]()
     work()
+    done()
     return CLOCKS[clock]() - started
 
 
 def matrix_peak() -> float:
-    """Best of PyTorch's and NumPy's float32 matrix products here, operations a second."""
+    """Best of PyTorch's and NumPy's float32 matrix products here, on a GPU of PyTorch's in bfloat16, operations a second."""
+    if device.type == "cuda":
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        return 2 * 8192**3 / min(seconds(lambda: a @ a.T) for _ in range(10))
     size = 2048
     a, b = torch.randn(size, size), torch.randn(size, size)
     x, y = a.numpy(), b.numpy()
@@ -111,7 +127,7 @@ def speed(N: int, K: int, D: int, runs: int) -> dict[str, float]:
     ours(bank, q, k)
     published.step(q, k)
     difference = (bank.rows.weight - published.w_KD).abs().max().item()
-    assert difference < 1e-5, f"the two disagree by {difference}"
+    assert difference < (1e-3 if device.type == "cuda" else 1e-5), f"the two disagree by {difference}"
     times = {"published": [], "fused": [], "streamed": []}
     peaks = []
     for _ in range(runs):
@@ -136,7 +152,8 @@ def speed(N: int, K: int, D: int, runs: int) -> dict[str, float]:
 def extra_memory(way: str, N: int, K: int, D: int) -> float:
     """Bytes that one step takes beyond bank, queries and keys: the peak of a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", way, str(N), str(K), str(D)], capture_output=True, text=True, check=True
+        [sys.executable, __file__, "--device", str(device), "--child", way, str(N), str(K), str(D)],
+        capture_output=True, text=True, check=True,
     )
     return float(done.stdout)
 
@@ -147,11 +164,15 @@ def child(way: str, N: int, K: int, D: int) -> None:
     small = problem(64, 512, D)
     ours(*small)  # libraries and thread pools are there before we look
     Published(small[0].rows.weight.detach()).step(*small[1:])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak, forgotten
-    before = status("VmRSS")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak, forgotten
+        before = status("VmRSS")
     with streamed() if way == "streamed" else contextlib.nullcontext():
         published.step(q, k) if published else ours(bank, q, k)
-    print(status("VmHWM") - before)
+    print((torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")) - before)
 
 
 def status(field: str) -> float:
@@ -183,18 +204,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="PyTorch's number; its own choice without")
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, or cuda; the parts but step")
     arguments = parser.parse_args()
+    global clock, device
+    clock, device = arguments.clock, arguments.device
     if arguments.child:
         child(arguments.child[0], *map(int, arguments.child[1:]))
         return
     parts = arguments.parts or PARTS
     if unknown := set(parts) - set(PARTS):
         parser.error(f"expected parts of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    global clock
-    clock = arguments.clock
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     figures: dict = {"runs": arguments.runs, "threads": torch.get_num_threads(), "clock": clock, "environment": environment()}
-    figures["instructions"] = fused.instructions() if fused.library() else None
+    figures["instructions"] = ("Triton" if fused.on_cuda(device, 128) else None) if device.type == "cuda" else fused.instructions() if fused.library() else None
     if "speed" in parts:
         for D in (128, 256):
             one = speed(arguments.queries, arguments.rows, D, arguments.runs)

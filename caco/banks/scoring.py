@@ -3,7 +3,7 @@ gradient, a second one, in the bank's update, for the rows'.
 
 The bank's rows may be sharded over ranks. Queries (small) are gathered, each rank scores its own rows, and sums, maxima
 and query gradients are reduced; nothing of size K x D travels. `caco/equations.py` is the oracle. On a CPU the passes are
-fused (caco/banks/fused.py) where that was built; else, and on CUDA, they stream in blocks of PyTorch.
+fused (caco/banks/fused.py) where that was built, on CUDA where Triton works; else they stream in blocks of PyTorch.
 
 Unit vectors bound a cosine by 1 and so a logit by 1/tau: a fixed shift takes the place of a running maximum.
 

@@ -1,0 +1,52 @@
+"""The bank's Triton kernels: right in the interpreter, compiled without a GPU, and left where they do not work."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import kernels
+from caco.banks import fused, triton_kernels
+
+
+def test_what_is_promised_of_every_path_holds_in_the_interpreter(repo_root):
+    """In a process of its own: Triton asks when it is imported whether to interpret."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/banks/triton_interpreted.py"]
+    done = subprocess.run(command, cwd=repo_root, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", triton_kernels.KERNELS)
+@pytest.mark.parametrize(("arch", "low", "D"), [(80, False, 64), (90, True, 128)])
+def test_kernels_compile_without_a_gpu_and_fit_the_card(name, arch, low, D):
+    """benchmarks/kernels.py has the other widths and factors."""
+    used = kernels.used(name, D, low=low, arch=arch)
+    assert used.spilled == 0
+    assert used.shared_kib <= kernels.MOST_KIB[arch]
+    assert used.registers <= 255
+
+
+def test_where_the_kernels_do_not_work_one_line_says_why_and_pytorch_streams(monkeypatch, capsys):
+    def trial(device, width):
+        raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+    monkeypatch.setattr(triton_kernels, "trial", trial)
+    fused.on_cuda.cache_clear()
+    try:
+        assert [fused.on_cuda(torch.device("cuda", 0), 64) for _ in range(2)] == [None, None]
+    finally:
+        fused.on_cuda.cache_clear()
+    assert capsys.readouterr().err == (
+        "caco: the bank's Triton kernels do not serve here (RuntimeError: no kernel image is available); "
+        "PyTorch streams the bank instead, slower\n"
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("D", [3, 64, 100, 128, 256])
+def test_on_a_card_the_kernels_are_the_equations(D):
+    triton_kernels.trial(torch.device("cuda"), D)

@@ -1,0 +1,141 @@
+"""The Triton kernels in Triton's interpreter, on a CPU: run by test_triton.py in a process of its own, with TRITON_INTERPRET=1.
+
+What tests/banks/test_fused.py promises of every path is promised of this one.
+"""
+
+import numpy as np
+import pytest
+import test_fused
+import torch
+import triton.language as tl
+from test_fused import stored, unit
+from torch.nn import functional as F
+from triton.runtime import interpreter
+
+from caco import equations as eq
+from caco.banks import fused, scoring, triton_kernels
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # of queries that are refused
+
+
+@pytest.fixture(autouse=True)
+def serves(monkeypatch):
+    """Scoring uses the kernels for CPU tensors too, in large blocks: each costs the interpreter the same."""
+    monkeypatch.setattr(fused, "serves", lambda *tensors: True)
+    monkeypatch.setattr(fused, "INSTRUCTIONS", 0)  # of the CPU's kernel, which need not be there
+    for name in triton_kernels.KERNELS:
+        monkeypatch.setattr(fused, name, getattr(triton_kernels, name))
+    monkeypatch.setattr(triton_kernels, "SIZES", {key: ((64, 256, 4, 1),) * 4 for key in triton_kernels.SIZES})
+    monkeypatch.setattr(triton_kernels, "CHUNK", 128)
+    # The interpreter holds bfloat16 as the integers of its bits: it multiplies those, and cuts float32 off where cards round.
+    builder, held = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widened(x):
+        return held((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    def rounded(self, x, kind):
+        if (x.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, kind)
+        return held(torch.from_numpy(x.data.copy()).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
+    monkeypatch.setattr(builder, "cast_impl", rounded)
+    with np.errstate(all="ignore"):  # rows beyond the last divide by zero, and are masked
+        yield
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1), (5, 7, 3), (97, 193, 20), (130, 777, 128), (31, 500, 200)])
+@pytest.mark.parametrize("tau", [0.3, 0.02])
+def test_loss_label_and_query_gradient(shape, tau):
+    test_fused.test_loss_label_and_query_gradient("triton", shape, tau)
+
+
+@pytest.mark.parametrize(
+    ("reading", "pull", "push", "bank_tau", "extra"),
+    [("code", 1, 1, None, False), ("paper", 0, 1, 0.02, True), ("code", 1, 0, 0.3, True), ("paper", 0.5, 2, 0.05, False)],
+)
+def test_rows_and_velocity_after_five_steps_of_two_terms(reading, pull, push, bank_tau, extra):
+    test_fused.test_rows_and_velocity_after_five_steps_of_two_terms("triton", reading, pull, push, bank_tau, extra)
+
+
+def test_equal_rows_go_to_the_lowest_index_however_many_there_are():
+    test_fused.test_equal_rows_go_to_the_lowest_index_however_many_there_are("triton")
+
+
+def test_a_row_that_is_nearer_by_less_than_float32_can_tell_is_found():
+    test_fused.test_a_row_that_is_nearer_by_less_than_float32_can_tell_is_found("triton")
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.002])
+def test_temperatures_whose_logits_leave_float32_s_range(tau):
+    test_fused.test_temperatures_whose_logits_leave_float32_s_range("triton", tau)
+
+
+def test_gradients_of_parts_of_a_batch_are_those_of_the_whole():
+    test_fused.test_gradients_of_parts_of_a_batch_are_those_of_the_whole("triton")
+
+
+@pytest.mark.parametrize(("spoil", "message"), test_fused.test_what_cannot_be_scored_is_refused_with_numbers.pytestmark[0].args[1])
+def test_what_cannot_be_scored_is_refused_with_numbers(spoil, message):
+    test_fused.test_what_cannot_be_scored_is_refused_with_numbers("triton", spoil, message)
+
+
+def test_a_step_is_that_of_pytorch_s_blocks_and_the_same_to_the_bit_when_repeated(monkeypatch):
+    k, w = unit(70, 40, seed=2).float(), stored(900, 40, seed=3).float()
+    moves = {"pull": 0.7, "push": 1.5, "lr": 0.3, "momentum": 0.9, "weight_decay": 0.1, "normalise": True}
+
+    def step():
+        q, moved, velocity, asked = unit(70, 40, seed=1).float().requires_grad_(), w.clone(), w / 9, []
+        row = scoring.most_probable_row(k, w, 0)
+        score = scoring.score(q, moved, row, first_row=0, size=900, tau=0.015, bank_tau=0.1, asked=asked)
+        (score.loss_B * torch.linspace(-1, 1, 70)).sum().backward()
+        scoring.move(moved, velocity, 0, scoring.Asked.joined(asked), **moves)
+        return row, score.loss_B.detach(), score.max_probability_B, q.grad, moved, velocity
+
+    once, again = step(), step()
+    monkeypatch.setattr(fused, "serves", lambda *tensors: False)
+    for one, same, streamed in zip(once, again, step(), strict=True):
+        assert torch.equal(one, same)
+        assert (one - streamed).abs().max() <= 1e-4 * streamed.abs().max()
+
+
+def test_products_of_bfloat16_change_sums_and_motion_by_less_than_a_hundredth():
+    q, w, v = unit(70, 100, seed=1), stored(900, 100, seed=3), unit(900, 100, seed=4) / 1000
+    m, positive, tau = F.normalize(w, dim=1), torch.arange(70) * 11, 0.1
+    e = (q @ m.T / tau).exp()
+    z, peak, sums = triton_kernels.forward(q.float(), w.float(), [tau], [0.0], with_sums=True, low=True)
+    moved, velocity = w.float(), v.float()
+    triton_kernels.update(
+        moved, velocity, q.float(), positive, e.sum(1).log().float(), torch.full((70,), 1 / 70), tau=tau, pull=1.0, push=1.0, lr=1.0,
+        momentum=0.9, weight_decay=0.0, normalise=False, low=True,
+    )  # fmt: skip
+    gradient = eq.bank_gradient(q, w, positive, tau)
+    for got, exact in [(z[0], e.sum(1)), (peak, (q @ m.T).amax(1)), (sums, e @ m), (0.9 * v - velocity, -gradient), (w - moved, 0.9 * v + gradient)]:
+        assert 1e-6 < (got - exact).norm() / exact.norm() < 1e-2, "bfloat16 rounds to 2^-9; exact would not be bfloat16"
+
+
+@pytest.mark.parametrize("crowded", ["everywhere", "one place"])
+def test_the_bound_of_nearest_holds_for_every_row_not_named(crowded):
+    """Rows that lie so close together that neither bfloat16 nor a few candidates settle which is nearest, and rows that a
+    program would all keep in one place."""
+    near = F.normalize(unit(1, 64, seed=0) + 0.02 * unit(1500, 64, seed=1), dim=1)
+    rows = near if crowded == "everywhere" else unit(1500, 64, seed=3)
+    rows[3::256] = near[3::256]
+    keys = F.normalize(unit(1, 64, seed=0) + 0.3 * unit(40, 64, seed=2), dim=1)
+    value, row = triton_kernels.nearest(keys.float(), rows.float())
+    cosine = keys @ rows.T
+    assert torch.allclose(value[:, :-1].double(), cosine.gather(1, row[:, :-1]), atol=1e-6)
+    assert (value[:, :-1].diff(dim=1) <= 0).all()
+    unnamed = cosine.scatter(1, row[:, :-1], -1.0).amax(1)
+    assert (value[:, -1] >= unnamed - 1e-6).all()
+
+
+def test_the_trial_passes_and_notices_kernels_that_give_something_else(monkeypatch):
+    triton_kernels.trial(CPU, 48)
+    with pytest.raises(ValueError, match="widths up to 256; got 257"):
+        triton_kernels.trial(CPU, 257)
+    monkeypatch.setattr(triton_kernels, "update", lambda *arguments, **options: None)
+    with pytest.raises(ArithmeticError, match="off by"):
+        triton_kernels.trial(CPU, 48)
