@@ -14,9 +14,9 @@ from torch import Tensor
 INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plain, 1 AVX2, 2 the AVX-512 tile on AVX2
 
 SIGNATURES = {  # pointer, int64, float, int
-    "caco_forward": "pnpnnffffppppii",
+    "caco_forward": "pnpnnffffppppiii",
     "caco_nearest": "pnpnnppii",
-    "caco_update": "ppppnppnnffffffiii",
+    "caco_update": "ppppnppnnffffffiiii",
 }
 
 
@@ -41,11 +41,11 @@ def serves(*tensors: Tensor) -> bool:
 
 def instructions() -> str:
     """Which of its instruction sets the kernel uses here."""
-    return ["plain", "AVX2", "wide", "AVX-512"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
+    return ["plain", "AVX2", "wide", "AVX-512", "AMX"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
 
 
 def forward(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """For each tau sum_j exp(q.m_j / tau - shift), float64 [G]; the largest cosine [G]; and, for the first tau, the sum of
     exp(...) m_j, [G, D]."""
@@ -57,7 +57,7 @@ def forward(
     _call(
         "caco_forward",
         q_GD.contiguous(), G, w_RD, len(w_RD), D, 1 / taus[0], shifts[0], 1 / taus[-1], shifts[-1],
-        z[0], z[1] if second else None, peak_G, sums_GD,
+        z[0], z[1] if second else None, peak_G, sums_GD, low,
     )  # fmt: skip
     return z, peak_G, sums_GD
 
@@ -72,7 +72,7 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor]:
 
 def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
-    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool,
+    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, low: bool,
 ) -> None:  # fmt: skip
     """Rows and velocity one step on, in place: gradient, velocity and rows of a block in one visit."""
     _call(

@@ -10,7 +10,7 @@ from caco import equations as eq
 from caco.banks import fused, scoring
 from caco.banks.learnable import LearnableBank
 
-PATHS = ["streamed", "plain", "AVX2", "wide", "AVX-512"]
+PATHS = ["streamed", "plain", "AVX2", "wide", "AVX-512", "AMX"]
 
 
 @pytest.fixture(params=PATHS)
