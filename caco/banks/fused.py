@@ -79,7 +79,7 @@ def update(
         "caco_update",
         q_ND.contiguous(), positive_N.contiguous(), log_sum_N.contiguous(), weight_N.contiguous(), len(q_ND),
         w_RD, velocity_RD, len(w_RD), w_RD.shape[1], 1 / tau, pull, push, lr, momentum, weight_decay,
-        normalise,
+        normalise, low,
     )  # fmt: skip
 
 

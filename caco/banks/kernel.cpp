@@ -132,21 +132,24 @@ namespace amx {
 
 enum Set { PLAIN, AVX2, WIDE, AVX512, AMX };
 
-// The instruction set of this processor, or the one asked for.
-int chosen(int asked) {
+int best_set() {
 #if defined(__x86_64__)
-    if (asked >= 0) return asked;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
 #if defined(HAS_AMX)
-        static const bool tiles = amx::available();
-        if (tiles) return AMX;
+        if (amx::available()) return AMX;
 #endif
         return AVX512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PLAIN;
+}
+
+// The instruction set of this processor, or the one asked for.
+int chosen(int asked) {
+    static const int best = best_set();  // looked for whatever was asked: it gets the permission to use tiles
+    return asked >= 0 ? asked : best;
 }
 
 #if defined(__x86_64__)
