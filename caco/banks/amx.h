@@ -82,24 +82,25 @@ INLINE void store_column(bf16* at, __m512i words) {
     _mm512_i32scatter_epi32(at, row, words, 4);
 }
 
-// 2^x, to 8e-8 of itself (3e-6 where bfloat16 takes it up); far below, 0.
+// 2^x for x up to 127, to 1e-7 of itself (3e-6 where bfloat16 takes it up); from -127 down exactly 0, as p(0) is exactly 1.
 template <int PARTS>
 INLINE __m512 power(__m512 x) {
-    const __m512 r = _mm512_reduce_ps(x, 1);  // x - floor(x)
+    x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);  // in this order NaN stays NaN
+    const __m512 shifted = _mm512_add_ps(x, _mm512_set1_ps(12582912.0f));  // the nearest integer, in the low bits
+    const __m512 r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0f)));
     __m512 p;
     if (PARTS == 1) {
-        p = _mm512_fmadd_ps(_mm512_set1_ps(1.353417039e-02f), r, _mm512_set1_ps(5.201146362e-02f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.414427488e-01f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.930038381e-01f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.000002593f));
+        p = _mm512_fmadd_ps(_mm512_set1_ps(9.582854876e-03f), r, _mm512_set1_ps(5.590643240e-02f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409863e-01f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241925e-01f));
     } else {
-        p = _mm512_fmadd_ps(_mm512_set1_ps(1.877576897e-03f), r, _mm512_set1_ps(8.989340308e-03f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.582631707e-02f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.401536178e-01f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931530730e-01f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999999251e-01f));
+        p = _mm512_fmadd_ps(_mm512_set1_ps(1.326472918e-03f), r, _mm512_set1_ps(9.671513435e-03f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550733746e-02f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402224207e-01f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931469776e-01f));
     }
-    return _mm512_scalef_ps(p, x);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
 // out (+)= left x right, two tiles by two. The tile unit works beside the vector unit, so `work` is what the vectors have to
@@ -112,14 +113,16 @@ INLINE void product(const Packed& left, const bf16* a, int64_t a_row, const Pack
     } else {
         LOAD(0, out); LOAD(1, out + out_column); LOAD(2, out + out_row); LOAD(3, out + out_row + out_column);
     }
-    const int64_t products = PARTS == 1 ? steps : 3 * steps;
+    constexpr int PAIRS = PARTS == 1 ? 1 : 3;  // of parts: first first, first second, second first
+    const int64_t pieces = (16 + PAIRS * steps - 1) / (PAIRS * steps);
     int64_t done = 0;
-    for (int64_t i = 0; i < products; i++) {
-        const int64_t pair = i / steps, k = (i - pair * steps) * TILE;  // of parts: first first, first second, second first
-        const bf16 *x = a + (pair == 2 ? left.part : 0) + k, *y = b + (pair == 1 ? right.part : 0) + k;
-        LOAD(4, x); LOAD(6, y); LOAD(5, x + a_row); LOAD(7, y + b_column);
-        MULTIPLY(0, 4, 6); MULTIPLY(1, 4, 7); MULTIPLY(2, 5, 6); MULTIPLY(3, 5, 7);
-        for (; done * products < 16 * (i + 1); done++) work.piece(done);
+    for (int pair = 0; pair < PAIRS; pair++) {
+        const bf16 *x = a + (pair == 2 ? left.part : 0), *y = b + (pair == 1 ? right.part : 0);
+        for (int64_t k = 0; k < steps; k++, x += TILE, y += TILE) {
+            LOAD(4, x); LOAD(6, y); LOAD(5, x + a_row); LOAD(7, y + b_column);
+            MULTIPLY(0, 4, 6); MULTIPLY(1, 4, 7); MULTIPLY(2, 5, 6); MULTIPLY(3, 5, 7);
+            for (const int64_t until = std::min<int64_t>(16, done + pieces); done < until; done++) work.piece(done);
+        }
     }
     STORE(0, out); STORE(1, out + out_column); STORE(2, out + out_row); STORE(3, out + out_row + out_column);
 }
