@@ -121,14 +121,16 @@ INLINE void product(const Packed& left, const bf16* a, int64_t a_row, const Pack
         for (int64_t k = 0; k < steps; k++, x += TILE, y += TILE) {
             LOAD(4, x); LOAD(6, y); LOAD(5, x + a_row); LOAD(7, y + b_column);
             MULTIPLY(0, 4, 6); MULTIPLY(1, 4, 7); MULTIPLY(2, 5, 6); MULTIPLY(3, 5, 7);
-            for (const int64_t until = std::min<int64_t>(16, done + pieces); done < until; done++) work.piece(done);
+            const int64_t until = std::min<int64_t>(16, done + pieces);
+            if (done < until) work.pieces(done, until);
+            done = until;
         }
     }
     STORE(0, out); STORE(1, out + out_column); STORE(2, out + out_row); STORE(3, out + out_row + out_column);
 }
 
 struct Nothing {
-    TARGET __attribute__((always_inline)) inline void piece(int64_t) {}
+    TARGET __attribute__((always_inline)) inline void pieces(int64_t, int64_t) {}
 };
 
 // Scores of 32 rows and 32 queries, `groups` times, each group's made while `work` is done on the one before; a_next and b_next
@@ -150,7 +152,7 @@ INLINE void scan(const Packed& rows, const bf16* a, int64_t a_next, const Packed
                 _mm512_store_ps(here + (row / 16 * 2 + half) * SUMS + row % 16 * 16, _mm512_set1_ps(-1e6f));
         work.begin(here, g);
     }
-    for (int64_t piece = 0; piece < 16; piece++) work.piece(piece);
+    work.pieces(0, 16);
     work.end();
 }
 
@@ -224,39 +226,43 @@ TARGET static void pack_weighted(const float* q, const float* weight, int64_t N,
 template <int PARTS>
 struct Weigh {
     const Forward& f;
-    Packed* tile;  // null: only the sums are wanted
+    Packed& tile;
     int64_t steps;
     const float* scores = nullptr;
-    bf16* to = nullptr;
+    bf16* weights = nullptr;
     __m512 total[2], total2[2], peak[2];
 
-    TARGET Weigh(const Forward& f, Packed* tile, int64_t steps) : f(f), tile(tile), steps(steps) {
+    TARGET Weigh(const Forward& f, Packed& tile, int64_t steps) : f(f), tile(tile), steps(steps) {
         for (int half = 0; half < 2; half++)
             total[half] = total2[half] = _mm512_setzero_ps(), peak[half] = _mm512_set1_ps(-1e6f);
     }
     void begin(const float* scores_, int64_t group) {
         scores = scores_;
-        if (tile) to = tile->at + group * TILE;
+        weights = tile.at + group * TILE;
     }
     void end() {}
-    TARGET __attribute__((always_inline)) inline void piece(int64_t pair) {
+    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
         const __m512 a = _mm512_set1_ps(f.inverse_tau * LOG2_E), b = _mm512_set1_ps(-f.shift * LOG2_E);
         for (int half = 0; half < 2; half++) {
-            const float* at = scores + (pair / 8 * 2 + half) * SUMS + pair % 8 * 32;
-            const __m512 x = _mm512_load_ps(at), y = _mm512_load_ps(at + 16);
-            const __m512 e = power<PARTS>(_mm512_fmadd_ps(x, a, b)), e_next = power<PARTS>(_mm512_fmadd_ps(y, a, b));
-            total[half] = _mm512_add_ps(total[half], _mm512_add_ps(e, e_next));
-            peak[half] = _mm512_max_ps(peak[half], _mm512_max_ps(x, y));
-            if (f.second) {
-                const __m512 a2 = _mm512_set1_ps(f.inverse_tau2 * LOG2_E), b2 = _mm512_set1_ps(-f.shift2 * LOG2_E);
-                total2[half] = _mm512_add_ps(total2[half], _mm512_add_ps(power<PARTS>(_mm512_fmadd_ps(x, a2, b2)),
-                                                                         power<PARTS>(_mm512_fmadd_ps(y, a2, b2))));
+            __m512 sum = total[half], top = peak[half];
+            for (int64_t pair = from; pair < to; pair++) {
+                const float* at = scores + (pair / 8 * 2 + half) * SUMS + pair % 8 * 32;
+                const __m512 x = _mm512_load_ps(at), y = _mm512_load_ps(at + 16);
+                const __m512 e = power<PARTS>(_mm512_fmadd_ps(x, a, b)), e_next = power<PARTS>(_mm512_fmadd_ps(y, a, b));
+                sum = _mm512_add_ps(sum, _mm512_add_ps(e, e_next));
+                top = _mm512_max_ps(top, _mm512_max_ps(x, y));
+                __m512i parts[PARTS];
+                split<PARTS>(e, e_next, parts);
+                for (int part = 0; part < PARTS; part++)
+                    _mm512_store_si512(weights + part * tile.part + half * steps * TILE + pair * 32, side_by_side(parts[part]));
             }
-            if (!tile) continue;
-            __m512i parts[PARTS];
-            split<PARTS>(e, e_next, parts);
-            for (int part = 0; part < PARTS; part++)
-                _mm512_store_si512(to + part * tile->part + half * steps * TILE + pair * 32, side_by_side(parts[part]));
+            total[half] = sum, peak[half] = top;
+            if (!f.second) continue;
+            const __m512 a2 = _mm512_set1_ps(f.inverse_tau2 * LOG2_E), b2 = _mm512_set1_ps(-f.shift2 * LOG2_E);
+            for (int64_t row = 2 * from; row < 2 * to; row++) {
+                const __m512 x = _mm512_load_ps(scores + (row / 16 * 2 + half) * SUMS + row % 16 * 16);
+                total2[half] = _mm512_add_ps(total2[half], power<PARTS>(_mm512_fmadd_ps(x, a2, b2)));
+            }
         }
     }
 };
@@ -266,7 +272,7 @@ template <int PARTS>
 TARGET static void forward_part(const Forward& f, const Packed& queries, int64_t padded, int64_t first_row, int64_t last_row,
                                 double* z, double* z2, float* peak, float* sums) {
     const int64_t D = round_up(f.D, GROUP), S = block_rows(D), steps = S / GROUP;
-    Packed rows(S * D, PARTS), transposed(sums ? S * D : 0, PARTS), tile(sums ? S * GROUP : 0, PARTS);
+    Packed rows(S * D, PARTS), transposed(sums ? S * D : 0, PARTS), tile(S * GROUP, PARTS);
     Buffer scratch(8 * SUMS);
     const Tiles ready;
     Nothing nothing;
@@ -275,7 +281,7 @@ TARGET static void forward_part(const Forward& f, const Packed& queries, int64_t
         pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr);
         if (sums) transpose<PARTS>(rows, count, D, steps, transposed);
         for (int64_t i = 0; i < padded; i += GROUP) {
-            Weigh<PARTS> work(f, sums ? &tile : nullptr, steps);
+            Weigh<PARTS> work(f, tile, steps);
             scan<PARTS>(rows, rows.at, GROUP * D, queries, queries.at + i * D, 0, D, groups, count, scratch.at, work);
             for (int64_t d = 0; sums && d < D; d += GROUP)
                 product<PARTS>(transposed, transposed.at + d / 16 * steps * TILE, steps * TILE, tile, tile.at, steps * TILE,
@@ -309,10 +315,12 @@ struct Choose {
         first_here = first_row + (int32_t)(group * GROUP);
         peak[0] = peak[1] = _mm512_set1_ps(-1e6f);
     }
-    TARGET __attribute__((always_inline)) inline void piece(int64_t pair) {
+    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
         for (int half = 0; half < 2; half++) {
-            const float* at = scores + (pair / 8 * 2 + half) * SUMS + pair % 8 * 32;
-            peak[half] = _mm512_max_ps(_mm512_max_ps(_mm512_load_ps(at), _mm512_load_ps(at + 16)), peak[half]);
+            __m512 top = peak[half];
+            for (int64_t row = 2 * from; row < 2 * to; row++)
+                top = _mm512_max_ps(top, _mm512_load_ps(scores + (row / 16 * 2 + half) * SUMS + row % 16 * 16));
+            peak[half] = top;
         }
     }
     TARGET void end() {
@@ -376,16 +384,16 @@ struct Share {
 
     void begin(const float* scores_, int64_t group_) { scores = scores_, group = group_; }
     void end() {}
-    TARGET __attribute__((always_inline)) inline void piece(int64_t pair) {
+    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
         const __m512 a = _mm512_set1_ps(u.inverse_tau * LOG2_E);
         const __m512 b = _mm512_load_ps(offset + group * GROUP), b_next = _mm512_load_ps(offset + group * GROUP + 16);
-        for (int64_t row = 2 * pair; row < 2 * pair + 2; row++) {
+        for (int64_t row = 2 * from; row < 2 * to; row++) {
             const float* at = scores + row / 16 * 2 * SUMS + row % 16 * 16;
             __m512i parts[PARTS];
             split<PARTS>(power<PARTS>(_mm512_fmadd_ps(_mm512_load_ps(at), a, b)),
                          power<PARTS>(_mm512_fmadd_ps(_mm512_load_ps(at + SUMS), a, b_next)), parts);
-            bf16* to = tile.at + (row / 16 * (QUERY_CHUNK / GROUP) + group) * TILE + row % 16 * GROUP;
-            for (int part = 0; part < PARTS; part++) _mm512_store_si512(to + part * tile.part, parts[part]);
+            bf16* at_row = tile.at + (row / 16 * (QUERY_CHUNK / GROUP) + group) * TILE + row % 16 * GROUP;
+            for (int part = 0; part < PARTS; part++) _mm512_store_si512(at_row + part * tile.part, parts[part]);
         }
     }
 };
