@@ -1,4 +1,8 @@
-"""The bank's fused CPU kernel (kernel.cpp), through ctypes; float32. Where it was not built, caco/banks/scoring.py streams.
+"""The bank's fused CPU kernel (kernel.cpp), through ctypes. Where it was not built, caco/banks/scoring.py streams.
+
+Which of its instruction sets serves is chosen by the processor. On AMX tiles a vector is the sum of two bfloat16, for the choice
+of positives always, for loss and motion where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where `low`
+is True (cosines to 2^-7, mostly to 1e-3); sums are float32. Every other set is float32 throughout, whatever `low` says.
 
 Shapes: G queries, R rows, D width, N queries of all terms of a step, T candidates.
 """
@@ -11,7 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
-INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plain, 1 AVX2, 2 the AVX-512 tile on AVX2
+INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plain, 1 AVX2, 2 the AVX-512 tile on AVX2, 3 AVX-512, 4 AMX
 
 SIGNATURES = {  # pointer, int64, float, int
     "caco_forward": "pnpnnffffppppiii",
@@ -42,6 +46,13 @@ def serves(*tensors: Tensor) -> bool:
 def instructions() -> str:
     """Which of its instruction sets the kernel uses here."""
     return ["plain", "AVX2", "wide", "AVX-512", "AMX"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
+
+
+def cosine_error(D: int) -> float:
+    """Bound on the error of a cosine of unit vectors in `nearest`: the rounding of a float32 sum of D products and, on AMX, of
+    the vectors. A bfloat16 leaves up to 2^-8 of a number, two of them 2^-16; of each vector so much is lost, and the product of the
+    two second parts is left out: 3 * 2^-16 and terms of higher order."""
+    return (D + 8) * torch.finfo(torch.float32).eps + (2**-14 if instructions() == "AMX" else 0.0)
 
 
 def forward(

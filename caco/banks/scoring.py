@@ -99,10 +99,11 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
 
 def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     """Of this rank's rows. Which of those that rounding may have put in the wrong order is nearest, float64 says."""
-    close = 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps  # twice the rounding of a cosine, at its very worst
+    # Two rows may be in the wrong order if they are within twice the rounding of a cosine, at its very worst.
     if not fused.serves(k_GD, w_RD):
-        row_G, many = _search(k_GD, w_RD, close)
+        row_G, many = _search(k_GD, w_RD, 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps)
     else:
+        close = 2 * fused.cosine_error(k_GD.shape[1])
         value_GT, row_GT = fused.nearest(k_GD, w_RD)
         row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
         near_GT = (value_GT >= value_GT[:, :1] - close) & (row_GT >= 0)
