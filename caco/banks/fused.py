@@ -4,6 +4,8 @@ Which of its instruction sets serves is chosen by the processor. On AMX tiles a 
 of positives always, for loss and motion where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where `low`
 is True (cosines to 2^-7, mostly to 1e-3); sums are float32. Every other set is float32 throughout, whatever `low` says.
 
+On CUDA the same passes are Triton's (triton_kernels.py), where they work.
+
 Shapes: G queries, R rows, D width, N queries of all terms of a step, T candidates.
 """
 
@@ -11,6 +13,8 @@ import ctypes
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -39,8 +43,39 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernel takes these."""
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and library() is not None
+    """Whether a kernel takes these."""
+    if any(x.device != tensors[0].device or x.dtype != torch.float32 for x in tensors):
+        return False
+    if tensors[0].is_cuda:
+        return on_cuda(tensors[0].device, tensors[0].shape[1]) is not None
+    return tensors[0].device.type == "cpu" and library() is not None
+
+
+@functools.cache
+def on_cuda(device: torch.device, width: int) -> ModuleType | None:
+    """The Triton kernels, tried on this card for rows of this width, or None, said once."""
+    try:
+        from caco.banks import triton_kernels
+
+        triton_kernels.trial(device, width)
+    except Exception as error:  # of any kind: no Triton, no compiler, a card that it does not know or that is too small
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        print(f"caco: the bank's Triton kernels do not serve here ({why}); PyTorch streams the bank instead, slower", file=sys.stderr)
+        return None
+    return triton_kernels
+
+
+def or_on_cuda(work: Callable) -> Callable:
+    """The pass of the same name in triton_kernels.py, for tensors that lie on a card."""
+
+    @functools.wraps(work)
+    def chosen(x: Tensor, *arguments, **options):
+        if x.is_cuda:
+            options.pop("low", None)
+            return getattr(on_cuda(x.device, x.shape[1]), work.__name__)(x, *arguments, **options)
+        return work(x, *arguments, **options)
+
+    return chosen
 
 
 def instructions() -> str:
@@ -48,13 +83,15 @@ def instructions() -> str:
     return ["plain", "AVX2", "wide", "AVX-512", "AMX"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
 
 
-def cosine_error(D: int) -> float:
+def cosine_error(k_GD: Tensor) -> float:
     """Bound on the error of a cosine of unit vectors in `nearest`: the rounding of a float32 sum of D products and, on AMX, of
     the vectors. A bfloat16 leaves up to 2^-8 of a number, two of them 2^-16; of each vector so much is lost, and the product of the
     two second parts is left out: 3 * 2^-16 and terms of higher order."""
-    return (D + 8) * torch.finfo(torch.float32).eps + (2**-14 if instructions() == "AMX" else 0.0)
+    tiles = not k_GD.is_cuda and instructions() == "AMX"
+    return (k_GD.shape[1] + 8) * torch.finfo(torch.float32).eps + (2**-14 if tiles else 0.0)
 
 
+@or_on_cuda
 def forward(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
@@ -73,6 +110,7 @@ def forward(
     return z, peak_G, sums_GD
 
 
+@or_on_cuda
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor]:
     """The largest cosines of each key, best first, and their rows (-1 beyond the bank); equal ones by row. [G, T] each."""
     shape = len(k_GD), library().caco_top()
@@ -81,6 +119,7 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor]:
     return value_GT, row_GT
 
 
+@or_on_cuda
 def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
     tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, low: bool,

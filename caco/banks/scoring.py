@@ -103,7 +103,7 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     if not fused.serves(k_GD, w_RD):
         row_G, many = _search(k_GD, w_RD, 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps)
     else:
-        close = 2 * fused.cosine_error(k_GD.shape[1])
+        close = 2 * fused.cosine_error(k_GD)
         value_GT, row_GT = fused.nearest(k_GD, w_RD)
         row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
         near_GT = (value_GT >= value_GT[:, :1] - close) & (row_GT >= 0)
