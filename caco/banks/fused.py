@@ -1,4 +1,8 @@
-"""The bank's fused CPU kernel (kernel.cpp), through ctypes; float32. Where it was not built, caco/banks/scoring.py streams.
+"""The bank's fused CPU kernel (kernel.cpp), through ctypes. Where it was not built, caco/banks/scoring.py streams.
+
+Which of its instruction sets serves is chosen by the processor. On AMX tiles a vector is the sum of two bfloat16, for the choice
+of positives always, for loss and motion where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where `low`
+is True (cosines to 2^-7, mostly to 1e-3); sums are float32. Every other set is float32 throughout, whatever `low` says.
 
 On CUDA the same passes are Triton's (triton_kernels.py), where they work.
 
@@ -15,12 +19,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plain, 1 AVX2, 2 the AVX-512 tile on AVX2
+INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plain, 1 AVX2, 2 the AVX-512 tile on AVX2, 3 AVX-512, 4 AMX
 
 SIGNATURES = {  # pointer, int64, float, int
-    "caco_forward": "pnpnnffffppppii",
+    "caco_forward": "pnpnnffffppppiii",
     "caco_nearest": "pnpnnppii",
-    "caco_update": "ppppnppnnffffffiii",
+    "caco_update": "ppppnppnnffffffiiii",
 }
 
 
@@ -75,12 +79,20 @@ def or_on_cuda(work: Callable) -> Callable:
 
 def instructions() -> str:
     """Which of its instruction sets the kernel uses here."""
-    return ["plain", "AVX2", "wide", "AVX-512"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
+    return ["plain", "AVX2", "wide", "AVX-512", "AMX"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
+
+
+def cosine_error(k_GD: Tensor) -> float:
+    """Bound on the error of a cosine of unit vectors in `nearest`: the rounding of a float32 sum of D products and, on AMX, of
+    the vectors. A bfloat16 leaves up to 2^-8 of a number, two of them 2^-16; of each vector so much is lost, and the product of the
+    two second parts is left out: 3 * 2^-16 and terms of higher order."""
+    tiles = not k_GD.is_cuda and instructions() == "AMX"
+    return (k_GD.shape[1] + 8) * torch.finfo(torch.float32).eps + (2**-14 if tiles else 0.0)
 
 
 @or_on_cuda
 def forward(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """For each tau sum_j exp(q.m_j / tau - shift), float64 [G]; the largest cosine [G]; and, for the first tau, the sum of
     exp(...) m_j, [G, D]."""
@@ -92,7 +104,7 @@ def forward(
     _call(
         "caco_forward",
         q_GD.contiguous(), G, w_RD, len(w_RD), D, 1 / taus[0], shifts[0], 1 / taus[-1], shifts[-1],
-        z[0], z[1] if second else None, peak_G, sums_GD,
+        z[0], z[1] if second else None, peak_G, sums_GD, low,
     )  # fmt: skip
     return z, peak_G, sums_GD
 
@@ -109,14 +121,14 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor]:
 @or_on_cuda
 def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
-    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool,
+    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, low: bool,
 ) -> None:  # fmt: skip
     """Rows and velocity one step on, in place: gradient, velocity and rows of a block in one visit."""
     _call(
         "caco_update",
         q_ND.contiguous(), positive_N.contiguous(), log_sum_N.contiguous(), weight_N.contiguous(), len(q_ND),
         w_RD, velocity_RD, len(w_RD), w_RD.shape[1], 1 / tau, pull, push, lr, momentum, weight_decay,
-        normalise,
+        normalise, low,
     )  # fmt: skip
 
 

@@ -4,9 +4,9 @@
 // exponentials while they are still in registers, and the sum that they weigh. Unit vectors bound a cosine by 1, so a
 // fixed shift takes the place of a running maximum. Called through ctypes by caco/banks/fused.py; float32.
 //
-// One binary serves every machine: kernel.h is compiled for plain vectors, for AVX2 with FMA and for AVX-512, and the best
-// that the processor has is taken when it is called. The AVX-512 one was compiled and its tile shape tested on AVX2
-// ("wide"); it never ran on a processor that has AVX-512.
+// One binary serves every machine: kernel.h is compiled for plain vectors, for AVX2 with FMA and for AVX-512 ("wide" is the
+// tile of AVX-512 in AVX2's instructions, for tests), amx.h for AMX tiles, and the best that the processor has is taken when
+// it is called.
 
 #include <algorithm>
 #include <atomic>
@@ -19,7 +19,16 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define HAS_AMX
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // some compilers' own intrinsics
 
 namespace {
 
@@ -27,6 +36,7 @@ constexpr int PANEL = 16;            // rows, or columns, that lie side by side 
 constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every MR
 constexpr int TOP = 4;               // candidates kept for each key
 constexpr int64_t MOST_ROW_SHARES = 64;
+constexpr float LOG2_E = 1.44269504088896341f;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -114,18 +124,32 @@ namespace avx512 {
 #undef MR
 #endif
 
-enum Set { PLAIN, AVX2, WIDE, AVX512 };
+#if defined(HAS_AMX)
+namespace amx {
+#include "amx.h"
+}
+#endif
 
-// The instruction set of this processor, or the one asked for.
-int chosen(int asked) {
+enum Set { PLAIN, AVX2, WIDE, AVX512, AMX };
+
+int best_set() {
 #if defined(__x86_64__)
-    if (asked >= 0) return asked;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl")) {
+#if defined(HAS_AMX)
+        if (amx::available()) return AMX;
+#endif
         return AVX512;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PLAIN;
+}
+
+// The instruction set of this processor, or the one asked for.
+int chosen(int asked) {
+    static const int best = best_set();  // looked for whatever was asked: it gets the permission to use tiles
+    return asked >= 0 ? asked : best;
 }
 
 #if defined(__x86_64__)
@@ -179,11 +203,81 @@ struct Shares {
     int64_t queries, query_shares, rows, row_shares;
 };
 
+#if defined(HAS_AMX)
+namespace amx {
+
+// Every thread has some consecutive blocks of the rows, and sums of its own over them.
+struct Shares {
+    Shares(int64_t G, int64_t R, int64_t D, int threads) : padded(round_up(G, GROUP)) {
+        const int64_t blocks = (R + block_rows(D) - 1) / block_rows(D);
+        if ((double)G * R * D < 3.0e7) threads = 1;  // less work than starting a thread
+        count = std::min<int64_t>({blocks, MOST_ROW_SHARES, std::max(1, threads)});
+        rows = (blocks + count - 1) / count * block_rows(D);
+        count = (R + rows - 1) / rows;
+    }
+    int64_t padded, count, rows;
+};
+
+template <int PARTS>
+bool forward(const Forward& f, int64_t G, int64_t R, double* z, double* z2, float* peak, float* sums, int threads) {
+    const int64_t D = round_up(f.D, GROUP);
+    const Shares shares(G, R, D, threads);
+    const int64_t padded = shares.padded;
+    Packed queries(padded * D, PARTS);
+    pack_queries<PARTS>(f.q, G, f.D, D, queries);
+    std::vector<double> totals(padded * shares.count), totals2(z2 ? padded * shares.count : 0);
+    std::vector<float> peaks(padded * shares.count, -1e6f);
+    Buffer weighed(sums ? padded * shares.count * D : 0);
+    const bool done = in_parallel(threads, shares.count, [&](int64_t part) {
+        forward_part<PARTS>(f, queries, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &totals[part * padded],
+                            z2 ? &totals2[part * padded] : nullptr, &peaks[part * padded], sums ? &weighed[part * padded * D] : nullptr);
+    });
+    if (!done) return false;
+    for (int64_t i = 0; i < G; i++) {
+        z[i] = 0, peak[i] = -1e6f;
+        if (z2) z2[i] = 0;
+        for (int64_t part = 0; part < shares.count; part++) {
+            z[i] += totals[part * padded + i];
+            if (z2) z2[i] += totals2[part * padded + i];
+            peak[i] = std::max(peak[i], peaks[part * padded + i]);
+        }
+    }
+    for (int64_t tile = 0; sums && tile < padded * D / SUMS; tile++) {
+        const int64_t d = tile / (padded / 16) * 16, i = tile % (padded / 16) * 16;
+        for (int64_t n = 0; n < std::min<int64_t>(16, G - i); n++)
+            for (int64_t e = 0; e < std::min<int64_t>(16, f.D - d); e++) {
+                float total = 0;
+                for (int64_t part = 0; part < shares.count; part++) total += weighed[part * padded * D + tile * SUMS + e * 16 + n];
+                sums[(i + n) * f.D + d + e] = total;
+            }
+    }
+    return true;
+}
+
+template <int PARTS>
+bool update(Update& u, int64_t N, int threads) {
+    const int64_t D = round_up(u.D, GROUP), padded = round_up(N, GROUP), S = block_rows(D);
+    Packed queries(padded * D, PARTS), weighted(padded * D, PARTS);
+    Buffer offset(padded);
+    pack_queries<PARTS>(u.q, N, u.D, D, queries);
+    pack_weighted<PARTS>(u.q, u.grad, N, u.D, D, padded / GROUP, weighted);
+    for (int64_t i = 0; i < padded; i++) offset[i] = i < N ? -u.log_sum[i] * LOG2_E : -1e6f;
+    u.padded = padded;
+    if ((double)N * u.R * u.D < 3.0e7) threads = 1;
+    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, (u.R + S - 1) / S));
+    std::atomic<int64_t> block{0};
+    return in_parallel((int)workers, workers, [&](int64_t) { update_part<PARTS>(u, queries, weighted, offset.at, block); }) &&
+           block * S >= u.R;
+}
+
+}  // namespace amx
+#endif
+
 }  // namespace
 
 extern "C" {
 
-// 0 plain, 1 AVX2, 3 AVX-512: what `set` = -1 means on this processor.
+// 0 plain, 1 AVX2, 3 AVX-512, 4 AMX: what `set` = -1 means on this processor.
 int caco_set() { return chosen(-1); }
 
 int caco_top() { return TOP; }
@@ -192,10 +286,17 @@ int caco_top() { return TOP; }
 //   z = sum_j exp(inverse_tau q.m_j - shift), z2 the same at a second temperature (null for none), peak = max_j q.m_j,
 //   sums = sum_j exp(...) m_j  [G, D] (null for none).
 // Returns 0, or 1 where memory ran out. A row of norm zero, and anything that is not finite, makes z not finite.
+// low: AMX may round to bfloat16; the other sets are float32 whatever it says.
 int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D, float inverse_tau, float shift,
-                 float inverse_tau2, float shift2, double* z, double* z2, float* peak, float* sums,
-                 int threads, int set) try {
+                 float inverse_tau2, float shift2, double* z, double* z2, float* peak, float* sums, int low, int threads,
+                 int set) try {
     set = chosen(set);
+#if defined(HAS_AMX)
+    if (set == AMX) {
+        const Forward f{q, w, D, z2 != nullptr, inverse_tau, inverse_tau2, shift, shift2};
+        return !(low ? amx::forward<1> : amx::forward<2>)(f, G, R, z, z2, peak, sums, threads);
+    }
+#endif
     const Shares shares(G, R, D, threads);
     const int64_t wide = round_up(D, PANEL), share = shares.queries, padded = shares.query_shares * share;
     Buffer padded_q(padded * D);
@@ -235,26 +336,50 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
 int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index,
                  int threads, int set) try {
     set = chosen(set);
+    std::vector<float> best;
+    std::vector<int64_t> rows;
+    int64_t padded, row_shares;
+    const auto room = [&] {
+        best.assign(padded * row_shares * TOP, -3.0e38f);
+        rows.assign(padded * row_shares * TOP, -1);
+    };
+    bool done;
+    Forward f{k, w, D, false, 0, 0, 0, 0};
+#if defined(HAS_AMX)
+    if (set == AMX) {
+        const amx::Shares shares(G, R, round_up(D, amx::GROUP), threads);
+        padded = shares.padded, row_shares = shares.count;
+        room();
+        amx::Packed keys(padded * round_up(D, amx::GROUP), 2);
+        amx::pack_queries<2>(k, G, D, round_up(D, amx::GROUP), keys);
+        done = in_parallel(threads, row_shares, [&](int64_t part) {
+            amx::nearest_part(f, keys, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &best[part * padded * TOP],
+                              &rows[part * padded * TOP]);
+        });
+    } else
+#endif
+    {
     const Shares shares(G, R, D, threads);
-    const int64_t share = shares.queries, padded = shares.query_shares * share;
+    const int64_t share = shares.queries;
+    padded = shares.query_shares * share, row_shares = shares.row_shares;
+    room();
     Buffer padded_k(padded * D);
     memcpy(padded_k.at, k, G * D * sizeof(float));
-    const Forward f{padded_k.at, w, D, false, 0, 0, 0, 0};
-    std::vector<float> best(padded * shares.row_shares * TOP, -3.0e38f);
-    std::vector<int64_t> rows(padded * shares.row_shares * TOP, -1);
-    const bool done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
+    f.q = padded_k.at;
+    done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
         const int64_t qs = part % shares.query_shares, rs = part / shares.query_shares;
         const int64_t at = (rs * padded + qs * share) * TOP;
         const int64_t last = round_up(std::min(G, (qs + 1) * share), 12), last_row = std::min(R, (rs + 1) * shares.rows);
         DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at]));
     });
+    }
     if (!done) return 1;
     for (int64_t i = 0; i < G; i++) {
         int64_t taken[MOST_ROW_SHARES] = {};  // of each share of the rows; earlier shares have lower indices, so they win ties
         for (int t = 0; t < TOP; t++) {
             int64_t from = 0;
             float top = -INFINITY;
-            for (int64_t rs = 0; rs < shares.row_shares; rs++) {
+            for (int64_t rs = 0; rs < row_shares; rs++) {
                 const int64_t slot = taken[rs];
                 if (slot < TOP && best[(rs * padded + i) * TOP + slot] > top) top = best[(rs * padded + i) * TOP + slot], from = rs;
             }
@@ -272,8 +397,19 @@ int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D
 //   positive: [N], a row of these or anything else; log_sum: of each query at this temperature; grad: weight of its loss.
 int caco_update(const float* q, const int64_t* positive, const float* log_sum, const float* grad, int64_t N, float* w,
                 float* v, int64_t R, int64_t D, float inverse_tau, float pull, float push, float lr, float momentum,
-                float weight_decay, int normalise, int threads, int set) try {
+                float weight_decay, int normalise, int low, int threads, int set) try {
     set = chosen(set);
+    std::vector<int64_t> first_of_row(R + 1), by_row(N);
+    for (int64_t i = 0; i < N; i++)
+        if (positive[i] >= 0 && positive[i] < R) first_of_row[positive[i]]++;
+    for (int64_t j = 0; j < R; j++) first_of_row[j + 1] += first_of_row[j];  // ends, which the next loop takes back to starts
+    for (int64_t i = N - 1; i >= 0; i--)
+        if (positive[i] >= 0 && positive[i] < R) by_row[--first_of_row[positive[i]]] = i;
+    Update u{q, nullptr, log_sum, grad, first_of_row.data(), by_row.data(), w, v, R, D, N,
+             inverse_tau, pull, push, lr, momentum, weight_decay, normalise != 0};
+#if defined(HAS_AMX)
+    if (set == AMX) return !(low ? amx::update<1> : amx::update<2>)(u, N, threads);
+#endif
     const int64_t wide = round_up(D, PANEL), S = block_rows(D), padded = round_up(N, 12);
     Buffer padded_q(padded * D), weighted(padded * wide), sums(padded), weights(padded);
     memcpy(padded_q.at, q, N * D * sizeof(float));
@@ -282,14 +418,7 @@ int caco_update(const float* q, const int64_t* positive, const float* log_sum, c
     for (int64_t i = 0; i < N; i++)
         for (int64_t d = 0; d < D; d++)
             weighted[(d / PANEL) * padded * PANEL + i * PANEL + d % PANEL] = q[i * D + d] * grad[i];
-    std::vector<int64_t> first_of_row(R + 1), by_row(N);
-    for (int64_t i = 0; i < N; i++)
-        if (positive[i] >= 0 && positive[i] < R) first_of_row[positive[i]]++;
-    for (int64_t j = 0; j < R; j++) first_of_row[j + 1] += first_of_row[j];  // ends, which the next loop takes back to starts
-    for (int64_t i = N - 1; i >= 0; i--)
-        if (positive[i] >= 0 && positive[i] < R) by_row[--first_of_row[positive[i]]] = i;
-    const Update u{padded_q.at, weighted.at, sums.at, weights.at, first_of_row.data(), by_row.data(), w, v, R, D, padded,
-                   inverse_tau, pull, push, lr, momentum, weight_decay, normalise != 0};
+    u.q = padded_q.at, u.weighted = weighted.at, u.log_sum = sums.at, u.grad = weights.at, u.padded = padded;
     if ((double)N * R * D < 4.0e6) threads = 1;
     const int64_t blocks = (R + S - 1) / S, workers = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
     std::atomic<int64_t> block{0};

@@ -30,6 +30,15 @@ TARGET static inline float sum(vec x) {
     return total;
 }
 
+TARGET static inline float dot(const float* a, const float* b, int64_t D) {
+    vec products = vec{};
+    int64_t d = 0;
+    for (; d + V <= D; d += V) products += load(a + d) * load(b + d);
+    float total = sum(products);
+    for (; d < D; d++) total += a[d] * b[d];
+    return total;
+}
+
 // MR queries times one panel of 16 rows.
 TARGET static inline void scores(const float* q, int64_t D, const float* panel, vec s[MR][NV]) {
 #pragma GCC unroll 16
@@ -82,13 +91,7 @@ TARGET static void pack(
     for (int64_t j = 0; j < padded; j++) {
         float inverse = 0;
         if (j < count) {
-            const float* row = w + j * D;
-            vec squares = vec{};
-            int64_t d = 0;
-            for (; d + V <= D; d += V) squares += load(row + d) * load(row + d);
-            float square = sum(squares);
-            for (; d < D; d++) square += row[d] * row[d];
-            inverse = 1.0f / sqrtf(square);
+            inverse = 1.0f / sqrtf(dot(w + j * D, w + j * D, D));
         }
         if (inverse_norm) inverse_norm[j] = inverse;
         float* to = transposed + (j / PANEL) * D * PANEL + j % PANEL;
@@ -188,6 +191,33 @@ TARGET static void nearest_part(const Forward& f, int64_t first_query, int64_t l
     }
 }
 
+// One row's velocity and the row. t: the sum of the queries, each by its weight and its probability.
+TARGET static inline void move_row(const Update& u, int64_t j, float inverse, float* __restrict__ t) {
+    const int64_t D = u.D;
+    float *__restrict__ w = u.w + j * D, *__restrict__ v = u.v + j * D;
+    if (u.push != 1.0f)
+        for (int64_t d = 0; d < D; d++) t[d] *= u.push;
+    // The positive moves by pull (1 - p) and not by push p.
+    for (int64_t at = u.first_of_row[j]; at < u.first_of_row[j + 1]; at++) {
+        const int64_t i = u.by_row[at];
+        const float* q = u.q + i * D;
+        const float p = expf(dot(q, w, D) * inverse * u.inverse_tau - u.log_sum[i]);
+        const float weight = (u.pull - (u.pull + u.push) * p) * u.grad[i];
+        for (int64_t d = 0; d < D; d++) t[d] += weight * q[d];
+    }
+    // sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
+    const float along = dot(t, w, D) * inverse * inverse, scale = -u.inverse_tau * inverse;
+    for (int64_t d = 0; d < D; d++) {
+        const float velocity = u.momentum * v[d] + (scale * (t[d] - along * w[d]) + u.weight_decay * w[d]);
+        v[d] = velocity;
+        w[d] -= u.lr * velocity;
+    }
+    if (u.normalise) {
+        const float back = 1.0f / sqrtf(dot(w, w, D));
+        for (int64_t d = 0; d < D; d++) w[d] *= back;
+    }
+}
+
 // One block of rows: its gradient over all queries, then velocity and rows. See caco_update.
 TARGET static void update_block(const Update& u, int64_t start, float* transposed, float* tile, float* toward, float* inverse_norm) {
     const int64_t D = u.D, S = block_rows(D), wide = round_up(D, PANEL), tile_rows = S + PANEL;
@@ -213,37 +243,5 @@ TARGET static void update_block(const Update& u, int64_t start, float* transpose
                     accumulate(tile + j, 1, tile_rows, u.weighted + d * u.padded + tile_start * PANEL, tile_queries,
                                toward + j * wide + d, wide);
         }
-    for (int64_t j = 0; j < count; j++) {
-        const float inverse = inverse_norm[j];
-        float *w = u.w + (start + j) * D, *v = u.v + (start + j) * D, *t = toward + j * wide;
-        if (u.push != 1.0f)
-            for (int64_t d = 0; d < D; d++) t[d] *= u.push;
-        // The positive moves by pull (1 - p) and not by push p.
-        for (int64_t at = u.first_of_row[start + j]; at < u.first_of_row[start + j + 1]; at++) {
-            const int64_t i = u.by_row[at];
-            const float* q = u.q + i * D;
-            float cosine = 0;
-            for (int64_t d = 0; d < D; d++) cosine += q[d] * w[d];
-            const float p = expf(cosine * inverse * u.inverse_tau - u.log_sum[i]);
-            const float weight = (u.pull - (u.pull + u.push) * p) * u.grad[i];
-            for (int64_t d = 0; d < D; d++) t[d] += weight * q[d];
-        }
-        // sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
-        float along = 0;
-        for (int64_t d = 0; d < D; d++) along += t[d] * w[d];
-        along *= inverse * inverse;
-        const float scale = -u.inverse_tau * inverse;
-        float square = 0;
-        for (int64_t d = 0; d < D; d++) {
-            const float velocity = u.momentum * v[d] + (scale * (t[d] - along * w[d]) + u.weight_decay * w[d]);
-            const float row = w[d] - u.lr * velocity;
-            v[d] = velocity;
-            w[d] = row;
-            square += row * row;
-        }
-        if (u.normalise) {
-            const float back = 1.0f / sqrtf(square);
-            for (int64_t d = 0; d < D; d++) w[d] *= back;
-        }
-    }
+    for (int64_t j = 0; j < count; j++) move_row(u, start + j, inverse_norm[j], toward + j * wide);
 }

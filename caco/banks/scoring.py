@@ -42,14 +42,20 @@ class Asked(NamedTuple):
     log_sum_N: Tensor  # log sum_j exp(q.m_j / tau) at the bank's temperature, extra columns included
     weight_N: Tensor  # of each query's loss in the mean over the batch
     tau: float
+    low: bool  # precision: see `low_precision`
 
     @classmethod
     def joined(cls, several: list["Asked"]) -> "Asked":
-        """Those of a step's terms and micro-batches, which share a temperature."""
-        assert len({asked.tau for asked in several}) == 1
+        """Those of a step's terms and micro-batches, which share temperature and precision."""
+        assert len({asked[-2:] for asked in several}) == 1
         if len(several) == 1:
             return several[0]
-        return cls(*(torch.cat(parts) for parts in zip(*(asked[:-1] for asked in several), strict=True)), several[0].tau)
+        return cls(*(torch.cat(parts) for parts in zip(*(asked[:-2] for asked in several), strict=True)), *several[0][-2:])
+
+
+def low_precision(device: torch.device) -> bool:
+    """Whether the run's precision lets products round their factors to bfloat16: it says so by autocast, as to PyTorch's own."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
 def unit_rows(w_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,10 +99,11 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
 
 def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     """Of this rank's rows. Which of those that rounding may have put in the wrong order is nearest, float64 says."""
-    close = 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps  # twice the rounding of a cosine, at its very worst
+    # Two rows may be in the wrong order if they are within twice the rounding of a cosine, at its very worst.
     if not fused.serves(k_GD, w_RD):
-        row_G, many = _search(k_GD, w_RD, close)
+        row_G, many = _search(k_GD, w_RD, 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps)
     else:
+        close = 2 * fused.cosine_error(k_GD)
         value_GT, row_GT = fused.nearest(k_GD, w_RD)
         row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
         near_GT = (value_GT >= value_GT[:, :1] - close) & (row_GT >= 0)
@@ -159,11 +166,11 @@ def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float]) -> list[float] | list
 
 
 def _sums(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float] | list[Tensor], *, with_sums: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float] | list[Tensor], *, with_sums: bool, low: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """As fused.forward, in blocks of PyTorch."""
     if fused.serves(q_GD, w_RD) and not isinstance(shifts[0], Tensor):
-        return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums)
+        return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums, low=low)
     z = [torch.zeros(len(q_GD), dtype=torch.float64, device=q_GD.device) for _ in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     sums_GD = torch.zeros_like(q_GD) if with_sums else None
@@ -187,13 +194,13 @@ def _sums(
 class _StreamedScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, asked):
-        tau, B = taus[0], len(q_BD)
+        tau, B, low = taus[0], len(q_BD), low_precision(q_BD.device)
         with torch.autocast(q_BD.device.type, enabled=False):
             q_GD, positive_G = distributed.gather(q_BD), distributed.gather(positive_B)
             local_G = positive_G - first_row
             here_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
             shifts = _shifts(q_GD, w_RD, taus)
-            z, peak_G, sums_GD = _sums(q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0])
+            z, peak_G, sums_GD = _sums(q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], low=low)
             top_G = distributed.max_(peak_G)
             m_GD = torch.where(here_G[:, None], unit_rows(w_RD[torch.where(here_G, local_G, 0)])[0], 0.0)
             *z, positive_cosine_G = distributed.sum_(torch.stack([*z, (q_GD * m_GD).sum(1).double()]))
@@ -219,7 +226,7 @@ class _StreamedScore(torch.autograd.Function):
 
         ctx.save_for_backward(extra_BE, positive_B, log_sum_B[0], toward_BD)
         ctx.asking = (asked, q_GD, positive_G, log_sum_G[-1])
-        ctx.settings = size, taus
+        ctx.settings = size, taus, low
         max_probability_B = (distributed.own(top_G, B) / tau - log_sum_B[0]).exp()
         ctx.mark_non_differentiable(max_probability_B)
         return log_sum_B[0] - positive_cosine_B / tau, max_probability_B
@@ -227,14 +234,14 @@ class _StreamedScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_B, _):
         extra_BE, positive_B, log_sum_B, toward_BD = ctx.saved_tensors
-        size, taus = ctx.settings
+        size, taus, low = ctx.settings
         tau = taus[0]
         asked, q_GD, positive_G, log_sum_G = ctx.asking
         with torch.autocast(grad_B.device.type, enabled=False):
             if asked is not None:
                 # Each rank's loss is the mean over its own part of the batch, hence the division by the ranks.
                 weight_G = distributed.gather(grad_B) / distributed.world()
-                asked.append(Asked(q_GD, positive_G, log_sum_G, weight_G, taus[-1]))
+                asked.append(Asked(q_GD, positive_G, log_sum_G, weight_G, taus[-1], low))
             grad_q_BD = None if toward_BD is None else toward_BD * (grad_B / tau)[:, None]
             grad_extra_BE = None
             if extra_BE is not None and ctx.needs_input_grad[2]:
@@ -333,7 +340,7 @@ def move(
     if fused.serves(w_RD, velocity_RD, asked.q_ND):
         fused.update(
             w_RD, velocity_RD, asked.q_ND, asked.positive_N - first_row, asked.log_sum_N, asked.weight_N, tau=asked.tau,
-            pull=pull, push=push, lr=lr, momentum=momentum, weight_decay=weight_decay, normalise=normalise,
+            pull=pull, push=push, lr=lr, momentum=momentum, weight_decay=weight_decay, normalise=normalise, low=asked.low,
         )  # fmt: skip
         return
     for block in blocks(len(w_RD), len(asked.q_ND)):

@@ -1,0 +1,436 @@
+// The bank's loops on AMX tiles: products of bfloat16 with float32 sums, exponentials in AVX-512 while a tile is in the first-level
+// cache. kernel.cpp includes this once, in a namespace of its own, after the AVX-512 set.
+//
+// PARTS 1 rounds vectors and probabilities to bfloat16 (8 bits). PARTS 2 holds each as the sum of two, the second of which is
+// what the first lost, and multiplies three of the four pairs of parts: 16 bits, for three times the products.
+//
+// Everything that a tile instruction reads or writes is stored as whole tiles of 1 KiB: 16 rows of 32 bfloat16, or (the right
+// factor) 16 pairs of rows by 16 columns, or 16 rows of 16 floats. All three passes make their scores alike, rows of the bank
+// by queries, so a vector is one row and 16 queries.
+
+typedef uint16_t bf16;
+constexpr int64_t TILE = 512, SUMS = 256;  // elements of a tile of bfloat16, of floats
+constexpr int64_t GROUP = 32;              // rows, and queries, of a score tile: two tiles by two
+constexpr int64_t QUERY_CHUNK = 512;       // queries whose probabilities an update holds at a time
+
+// Rows in a block: its packed copies stay in the second-level cache.
+int64_t block_rows(int64_t D) { return std::max<int64_t>(GROUP, std::min<int64_t>(512, 65536 / round_up(D, GROUP) / GROUP * GROUP)); }
+
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma,prefer-vector-width=512")))
+#define INLINE TARGET __attribute__((always_inline)) static inline
+
+// The compiler's own intrinsics do not say that a load reads memory, so stores may be moved behind it.
+#define LOAD(tile, at) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(at), "r"((int64_t)64) : "memory")
+#define STORE(tile, at) __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(at), "r"((int64_t)64) : "memory")
+#define ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
+#define MULTIPLY(sum, left, right) __asm__ volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum ::)
+
+// A thread's tiles are ready while one of these lives.
+struct Tiles {
+    Tiles() {
+        struct {
+            uint8_t palette = 1, start = 0, none[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } shape;
+        __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+    }
+    ~Tiles() { __asm__ volatile("tilerelease" ::); }
+    Tiles(const Tiles&) = delete;
+};
+
+// Whether the processor has what this file uses, and the system lets this process use it.
+bool available() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // amx-bf16, amx-tile
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;                     // avx512_bf16
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+// Space for tiles of bfloat16, in one or two parts.
+struct Packed {
+    Packed(int64_t elements, int parts) : buffer(elements * parts / 2), at((bf16*)buffer.at), part(elements) {}
+    Buffer buffer;
+    bf16* at;
+    int64_t part;  // from the first part to the second
+};
+
+INLINE __m512 raise(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1; }
+
+// 32 floats, rounded; what is lost by it, rounded, is the second part.
+template <int PARTS>
+INLINE void split(__m512 low, __m512 high, __m512i out[PARTS]) {
+    out[0] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (PARTS == 1) return;
+    low = _mm512_sub_ps(low, raise(_mm512_castsi512_si256(out[0])));
+    high = _mm512_sub_ps(high, raise(_mm512_extracti64x4_epi64(out[0], 1)));
+    out[PARTS - 1] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// Two rows of 16 numbers, element beside element: a right factor's row of pairs.
+INLINE __m512i side_by_side(__m512i rows) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                                           3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, rows);
+}
+
+// 16 words into a column of a tile.
+INLINE void store_column(bf16* at, __m512i words) {
+    const __m512i row = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+    _mm512_i32scatter_epi32(at, row, words, 4);
+}
+
+// 2^x for x up to 127, to 1e-7 of itself (3e-6 where bfloat16 takes it up); from -127 down exactly 0, as p(0) is exactly 1.
+template <int PARTS>
+INLINE __m512 power(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);  // in this order NaN stays NaN
+    const __m512 shifted = _mm512_add_ps(x, _mm512_set1_ps(12582912.0f));  // the nearest integer, in the low bits
+    const __m512 r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0f)));
+    __m512 p;
+    if (PARTS == 1) {
+        p = _mm512_fmadd_ps(_mm512_set1_ps(9.582854876e-03f), r, _mm512_set1_ps(5.590643240e-02f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409863e-01f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241925e-01f));
+    } else {
+        p = _mm512_fmadd_ps(_mm512_set1_ps(1.326472918e-03f), r, _mm512_set1_ps(9.671513435e-03f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550733746e-02f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402224207e-01f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931469776e-01f));
+    }
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+}
+
+// out (+)= left x right, two tiles by two. The tile unit works beside the vector unit, so `work` is what the vectors have to
+// do meanwhile, in sixteen pieces.
+template <int PARTS, class Work>
+INLINE void product(const Packed& left, const bf16* a, int64_t a_row, const Packed& right, const bf16* b, int64_t b_column,
+                    int64_t steps, bool fresh, float* out, int64_t out_row, int64_t out_column, Work& work) {
+    if (fresh) {
+        ZERO(0); ZERO(1); ZERO(2); ZERO(3);
+    } else {
+        LOAD(0, out); LOAD(1, out + out_column); LOAD(2, out + out_row); LOAD(3, out + out_row + out_column);
+    }
+    constexpr int PAIRS = PARTS == 1 ? 1 : 3;  // of parts: first first, first second, second first
+    const int64_t pieces = (16 + PAIRS * steps - 1) / (PAIRS * steps);
+    int64_t done = 0;
+    for (int pair = 0; pair < PAIRS; pair++) {
+        const bf16 *x = a + (pair == 2 ? left.part : 0), *y = b + (pair == 1 ? right.part : 0);
+        for (int64_t k = 0; k < steps; k++, x += TILE, y += TILE) {
+            LOAD(4, x); LOAD(6, y); LOAD(5, x + a_row); LOAD(7, y + b_column);
+            MULTIPLY(0, 4, 6); MULTIPLY(1, 4, 7); MULTIPLY(2, 5, 6); MULTIPLY(3, 5, 7);
+            const int64_t until = std::min<int64_t>(16, done + pieces);
+            if (done < until) work.pieces(done, until);
+            done = until;
+        }
+    }
+    STORE(0, out); STORE(1, out + out_column); STORE(2, out + out_row); STORE(3, out + out_row + out_column);
+}
+
+struct Nothing {
+    TARGET __attribute__((always_inline)) inline void pieces(int64_t, int64_t) {}
+};
+
+// Scores of 32 rows and 32 queries, `groups` times, each group's made while `work` is done on the one before; a_next and b_next
+// lead from group to group. There are `count` rows.
+template <int PARTS, class Work>
+INLINE void scan(const Packed& rows, const bf16* a, int64_t a_next, const Packed& queries, const bf16* b, int64_t b_next, int64_t D,
+                 int64_t groups, int64_t count, float* scratch, Work& work) {
+    const int64_t steps = D / GROUP, next = steps * TILE;
+    Nothing nothing;
+    for (int64_t g = 0; g < groups; g++, a += a_next, b += b_next) {
+        float* here = scratch + g % 2 * 4 * SUMS;
+        if (g == 0)
+            product<PARTS>(rows, a, next, queries, b, next, steps, true, here, 2 * SUMS, SUMS, nothing);
+        else
+            product<PARTS>(rows, a, next, queries, b, next, steps, true, here, 2 * SUMS, SUMS, work), work.end();
+        // Rows beyond the last: so far from every query that their exponential is zero.
+        for (int64_t row = count - g * GROUP; row < GROUP; row++)
+            for (int64_t half = 0; half < 2; half++)
+                _mm512_store_ps(here + (row / 16 * 2 + half) * SUMS + row % 16 * 16, _mm512_set1_ps(-1e6f));
+        work.begin(here, g);
+    }
+    work.pieces(0, 16);
+    work.end();
+}
+
+// Unit rows of a block, as a left factor; rows beyond `count` are zero. D is a multiple of 32, `width` the rows' own.
+template <int PARTS>
+TARGET static void pack(const float* w, int64_t count, int64_t width, int64_t D, Packed& rows, float* inverse_norm) {
+    for (int64_t j = 0; j < round_up(count, GROUP); j++) {
+        const float* row = w + j * width;
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t d = 0; j < count && d < width; d += 16) {
+            const __m512 x = _mm512_maskz_loadu_ps(first(width - d), row + d);
+            squares = _mm512_fmadd_ps(x, x, squares);
+        }
+        const float inverse = j < count ? 1.0f / sqrtf(_mm512_reduce_add_ps(squares)) : 0.0f;
+        if (inverse_norm) inverse_norm[j] = inverse;
+        for (int64_t d = 0; d < D; d += GROUP) {
+            const __m512 scale = _mm512_set1_ps(inverse);
+            const int64_t left = j < count ? width - d : 0;
+            __m512i parts[PARTS];
+            split<PARTS>(_mm512_mul_ps(scale, _mm512_maskz_loadu_ps(first(left), row + d)),
+                         _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(first(left - 16), row + d + 16)), parts);
+            bf16* to = rows.at + (j / 16 * D / GROUP + d / GROUP) * TILE + j % 16 * GROUP;
+            for (int part = 0; part < PARTS; part++) _mm512_store_si512(to + part * rows.part, parts[part]);
+        }
+    }
+}
+
+// A block's rows, packed, transposed: a left factor of D rows and `steps` tiles in each.
+template <int PARTS>
+TARGET static void transpose(const Packed& rows, int64_t count, int64_t D, int64_t steps, Packed& transposed) {
+    for (int64_t j = 0; j < round_up(count, GROUP); j += 2)
+        for (int64_t d = 0; d < D; d += 16)
+            for (int part = 0; part < PARTS; part++) {
+                const bf16* from = rows.at + part * rows.part + (j / 16 * D / GROUP + d / GROUP) * TILE + j % 16 * GROUP + d % GROUP;
+                const __m512i even = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)from));
+                const __m512i odd = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(from + GROUP)));
+                store_column(transposed.at + part * transposed.part + (d / 16 * steps + j / GROUP) * TILE + j % GROUP,
+                             _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            }
+}
+
+// Queries as the right factor of scores: columns; zero beyond the last of G.
+template <int PARTS>
+TARGET static void pack_queries(const float* q, int64_t G, int64_t width, int64_t D, Packed& out) {
+    for (int64_t i = 0; i < G; i++)
+        for (int64_t d = 0; d < D; d += GROUP) {
+            __m512i parts[PARTS];
+            split<PARTS>(_mm512_maskz_loadu_ps(first(width - d), q + i * width + d),
+                         _mm512_maskz_loadu_ps(first(width - d - 16), q + i * width + d + 16), parts);
+            for (int part = 0; part < PARTS; part++)
+                store_column(out.at + part * out.part + (i / 16 * D / GROUP + d / GROUP) * TILE + i % 16 * 2, parts[part]);
+        }
+}
+
+// Queries times their weights as the right factor of the rows' motion: rows, `steps` tiles for every 16 of D.
+template <int PARTS>
+TARGET static void pack_weighted(const float* q, const float* weight, int64_t N, int64_t width, int64_t D, int64_t steps, Packed& out) {
+    for (int64_t i = 0; i < N; i += 2)
+        for (int64_t d = 0; d < D; d += 16) {
+            const __mmask16 mask = first(width - d), second = i + 1 < N ? mask : 0;
+            __m512i parts[PARTS];
+            split<PARTS>(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, q + i * width + d), _mm512_set1_ps(weight[i])),
+                         _mm512_mul_ps(_mm512_maskz_loadu_ps(second, q + (i + 1) * width + d), _mm512_set1_ps(second ? weight[i + 1] : 0)),
+                         parts);
+            for (int part = 0; part < PARTS; part++)
+                _mm512_store_si512(out.at + part * out.part + (d / 16 * steps + i / GROUP) * TILE + i % GROUP * 16, side_by_side(parts[part]));
+        }
+}
+
+// Exponentials of a group of rows and 32 queries, as a right factor of pairs of rows, and their sums.
+template <int PARTS>
+struct Weigh {
+    const Forward& f;
+    Packed& tile;
+    int64_t steps;
+    const float* scores = nullptr;
+    bf16* weights = nullptr;
+    __m512 total[2], total2[2], peak[2];
+
+    TARGET Weigh(const Forward& f, Packed& tile, int64_t steps) : f(f), tile(tile), steps(steps) {
+        for (int half = 0; half < 2; half++)
+            total[half] = total2[half] = _mm512_setzero_ps(), peak[half] = _mm512_set1_ps(-1e6f);
+    }
+    void begin(const float* scores_, int64_t group) {
+        scores = scores_;
+        weights = tile.at + group * TILE;
+    }
+    void end() {}
+    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
+        const __m512 a = _mm512_set1_ps(f.inverse_tau * LOG2_E), b = _mm512_set1_ps(-f.shift * LOG2_E);
+        for (int half = 0; half < 2; half++) {
+            __m512 sum = total[half], top = peak[half];
+            for (int64_t pair = from; pair < to; pair++) {
+                const float* at = scores + (pair / 8 * 2 + half) * SUMS + pair % 8 * 32;
+                const __m512 x = _mm512_load_ps(at), y = _mm512_load_ps(at + 16);
+                const __m512 e = power<PARTS>(_mm512_fmadd_ps(x, a, b)), e_next = power<PARTS>(_mm512_fmadd_ps(y, a, b));
+                sum = _mm512_add_ps(sum, _mm512_add_ps(e, e_next));
+                top = _mm512_max_ps(top, _mm512_max_ps(x, y));
+                __m512i parts[PARTS];
+                split<PARTS>(e, e_next, parts);
+                for (int part = 0; part < PARTS; part++)
+                    _mm512_store_si512(weights + part * tile.part + half * steps * TILE + pair * 32, side_by_side(parts[part]));
+            }
+            total[half] = sum, peak[half] = top;
+            if (!f.second) continue;
+            const __m512 a2 = _mm512_set1_ps(f.inverse_tau2 * LOG2_E), b2 = _mm512_set1_ps(-f.shift2 * LOG2_E);
+            for (int64_t row = 2 * from; row < 2 * to; row++) {
+                const __m512 x = _mm512_load_ps(scores + (row / 16 * 2 + half) * SUMS + row % 16 * 16);
+                total2[half] = _mm512_add_ps(total2[half], power<PARTS>(_mm512_fmadd_ps(x, a2, b2)));
+            }
+        }
+    }
+};
+
+// Sums over some rows for all queries: see caco_forward. `sums` holds tiles of 16 of D by 16 queries, `padded` / 16 for each 16 of D.
+template <int PARTS>
+TARGET static void forward_part(const Forward& f, const Packed& queries, int64_t padded, int64_t first_row, int64_t last_row,
+                                double* z, double* z2, float* peak, float* sums) {
+    const int64_t D = round_up(f.D, GROUP), S = block_rows(D), steps = S / GROUP;
+    Packed rows(S * D, PARTS), transposed(sums ? S * D : 0, PARTS), tile(S * GROUP, PARTS);
+    Buffer scratch(8 * SUMS);
+    const Tiles ready;
+    Nothing nothing;
+    for (int64_t start = first_row; start < last_row; start += S) {
+        const int64_t count = std::min(S, last_row - start), groups = round_up(count, GROUP) / GROUP;
+        pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr);
+        if (sums) transpose<PARTS>(rows, count, D, steps, transposed);
+        for (int64_t i = 0; i < padded; i += GROUP) {
+            Weigh<PARTS> work(f, tile, steps);
+            scan<PARTS>(rows, rows.at, GROUP * D, queries, queries.at + i * D, 0, D, groups, count, scratch.at, work);
+            for (int64_t d = 0; sums && d < D; d += GROUP)
+                product<PARTS>(transposed, transposed.at + d / 16 * steps * TILE, steps * TILE, tile, tile.at, steps * TILE,
+                               groups, start == first_row, sums + (d * padded + i * 16), padded * 16, SUMS, nothing);
+            // A block's sum is a float's, the whole bank's a double's.
+            alignas(64) float total[2 * GROUP], top[GROUP];
+            for (int half = 0; half < 2; half++) {
+                _mm512_store_ps(total + half * 16, work.total[half]);
+                _mm512_store_ps(total + GROUP + half * 16, work.total2[half]);
+                _mm512_store_ps(top + half * 16, work.peak[half]);
+            }
+            for (int64_t n = 0; n < GROUP; n++) {
+                z[i + n] += total[n];
+                if (f.second) z2[i + n] += total[GROUP + n];
+                peak[i + n] = std::max(peak[i + n], top[n]);
+            }
+        }
+    }
+}
+
+// The TOP best rows of 32 queries so far: values and rows [half][TOP], 16 queries to a vector.
+struct Choose {
+    float* values;
+    int32_t* index;
+    int32_t first_row;
+    const float* scores = nullptr;
+    __m512 peak[2];
+
+    TARGET void begin(const float* scores_, int64_t group) {
+        scores = scores_;
+        first_here = first_row + (int32_t)(group * GROUP);
+        peak[0] = peak[1] = _mm512_set1_ps(-1e6f);
+    }
+    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
+        for (int half = 0; half < 2; half++) {
+            __m512 top = peak[half];
+            for (int64_t row = 2 * from; row < 2 * to; row++)
+                top = _mm512_max_ps(top, _mm512_load_ps(scores + (row / 16 * 2 + half) * SUMS + row % 16 * 16));
+            peak[half] = top;
+        }
+    }
+    TARGET void end() {
+        for (int half = 0; half < 2; half++) {
+            float* best = values + half * TOP * 16;
+            int32_t* row = index + half * TOP * 16;
+            if (!_mm512_cmp_ps_mask(peak[half], _mm512_load_ps(best + (TOP - 1) * 16), _CMP_GT_OQ)) continue;
+            for (int32_t r = 0; r < GROUP; r++) {
+                __m512 x = _mm512_load_ps(scores + (r / 16 * 2 + half) * SUMS + r % 16 * 16);
+                if (!_mm512_cmp_ps_mask(x, _mm512_load_ps(best + (TOP - 1) * 16), _CMP_GT_OQ)) continue;
+                __m512i j = _mm512_set1_epi32(first_here + r);
+                for (int t = 0; t < TOP; t++) {
+                    const __m512 held = _mm512_load_ps(best + t * 16);
+                    const __m512i holder = _mm512_load_si512(row + t * 16);
+                    const __mmask16 better = _mm512_cmp_ps_mask(x, held, _CMP_GT_OQ);
+                    _mm512_store_ps(best + t * 16, _mm512_mask_blend_ps(better, held, x));
+                    _mm512_store_si512(row + t * 16, _mm512_mask_blend_epi32(better, holder, j));
+                    x = _mm512_mask_blend_ps(better, x, held);
+                    j = _mm512_mask_blend_epi32(better, j, holder);
+                }
+            }
+        }
+    }
+    int32_t first_here = 0;
+};
+
+// The best TOP rows of all keys among some rows, best first: see caco_nearest.
+TARGET static void nearest_part(const Forward& f, const Packed& keys, int64_t padded, int64_t first_row, int64_t last_row, float* best,
+                                int64_t* index) {
+    const int64_t D = round_up(f.D, GROUP), S = block_rows(D);
+    Packed rows(S * D, 2);
+    Buffer scratch(8 * SUMS), values(padded * TOP), numbers(padded * TOP);
+    int32_t* row = (int32_t*)numbers.at;
+    for (int64_t i = 0; i < padded * TOP; i++) values[i] = -3.0e38f, row[i] = -1;
+    const Tiles ready;
+    for (int64_t start = first_row; start < last_row; start += S) {
+        const int64_t count = std::min(S, last_row - start);
+        pack<2>(f.w + start * f.D, count, f.D, D, rows, nullptr);
+        for (int64_t i = 0; i < padded; i += GROUP) {
+            Choose work{values.at + i * TOP, row + i * TOP, (int32_t)(start - first_row)};
+            scan<2>(rows, rows.at, GROUP * D, keys, keys.at + i * D, 0, D, round_up(count, GROUP) / GROUP, count, scratch.at, work);
+        }
+    }
+    for (int64_t i = 0; i < padded; i++)
+        for (int t = 0; t < TOP; t++) {
+            const int64_t at = i / 16 * TOP * 16 + t * 16 + i % 16;
+            const bool none = row[at] < 0 || values[at] < -2.0f;  // rows that pad the bank are no rows
+            best[i * TOP + t] = none ? -3.0e38f : values[at];
+            index[i * TOP + t] = none ? -1 : first_row + row[at];
+        }
+}
+
+// Probabilities of 32 rows and the queries of a chunk, as a left factor.
+template <int PARTS>
+struct Share {
+    const Update& u;
+    const float* offset;  // of the chunk's queries: -log_sum / log(2)
+    Packed& tile;
+    const float* scores = nullptr;
+    int64_t group = 0;
+
+    void begin(const float* scores_, int64_t group_) { scores = scores_, group = group_; }
+    void end() {}
+    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
+        const __m512 a = _mm512_set1_ps(u.inverse_tau * LOG2_E);
+        const __m512 b = _mm512_load_ps(offset + group * GROUP), b_next = _mm512_load_ps(offset + group * GROUP + 16);
+        for (int64_t row = 2 * from; row < 2 * to; row++) {
+            const float* at = scores + row / 16 * 2 * SUMS + row % 16 * 16;
+            __m512i parts[PARTS];
+            split<PARTS>(power<PARTS>(_mm512_fmadd_ps(_mm512_load_ps(at), a, b)),
+                         power<PARTS>(_mm512_fmadd_ps(_mm512_load_ps(at + SUMS), a, b_next)), parts);
+            bf16* at_row = tile.at + (row / 16 * (QUERY_CHUNK / GROUP) + group) * TILE + row % 16 * GROUP;
+            for (int part = 0; part < PARTS; part++) _mm512_store_si512(at_row + part * tile.part, parts[part]);
+        }
+    }
+};
+
+// Some blocks of rows, as they are to be had: see caco_update. `weighted` has padded / 32 tiles for every 16 of D.
+template <int PARTS>
+TARGET static void update_part(const Update& u, const Packed& queries, const Packed& weighted, const float* offset, std::atomic<int64_t>& block) {
+    const int64_t D = round_up(u.D, GROUP), S = block_rows(D), steps = u.padded / GROUP;
+    Packed rows(S * D, PARTS), tile(GROUP * QUERY_CHUNK, PARTS);
+    Buffer scratch(8 * SUMS), toward(S * D), inverse_norm(S), together(D);
+    const Tiles ready;
+    Nothing nothing;
+    for (int64_t start; (start = block++ * S) < u.R;) {
+        const int64_t count = std::min(S, u.R - start);
+        pack<PARTS>(u.w + start * u.D, count, u.D, D, rows, inverse_norm.at);
+        if (u.push == 0.0f) memset(toward.at, 0, S * D * sizeof(float));
+        for (int64_t i = 0; u.push != 0.0f && i < u.padded; i += QUERY_CHUNK) {
+            const int64_t groups = std::min(QUERY_CHUNK, u.padded - i) / GROUP;
+            for (int64_t j = 0; j < count; j += GROUP) {
+                Share<PARTS> work{u, offset + i, tile};
+                scan<PARTS>(rows, rows.at + j * D, 0, queries, queries.at + i * D, GROUP * D, D, groups, GROUP * groups, scratch.at, work);
+                for (int64_t d = 0; d < D; d += GROUP)
+                    product<PARTS>(tile, tile.at, QUERY_CHUNK / GROUP * TILE, weighted, weighted.at + (d / 16 * steps + i / GROUP) * TILE,
+                                   steps * TILE, groups, i == 0, toward.at + j * D + d * 16, D * 16, SUMS, nothing);
+            }
+        }
+        for (int64_t j = 0; j < count; j++) {
+            for (int64_t d = 0; d < D; d += 16)
+                _mm512_store_ps(together.at + d, _mm512_load_ps(toward.at + j / 16 * D * 16 + d * 16 + j % 16 * 16));
+            avx512::move_row(u, start + j, inverse_norm[j], together.at);
+        }
+    }
+}
+
+#undef LOAD
+#undef STORE
+#undef ZERO
+#undef MULTIPLY
+#undef INLINE
+#undef TARGET
