@@ -256,6 +256,7 @@ typedef __m512i Bytes;
 #define MM(name) _mm512_##name
 
 INLINE Bytes broadcast(__m128i v) { return _mm512_broadcast_i32x4(v); }
+INLINE void write_once(float* p, floats v) { _mm512_stream_ps(p, (__m512)v); }
 INLINE bool any(ints v) { return _mm512_test_epi32_mask((__m512i)v, (__m512i)v); }
 
 INLINE ints load_bytes(const uint8_t* p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
@@ -294,8 +295,9 @@ INLINE void pack_weights(const int32_t* w, int32_t* words) {
   }
 }
 
-INLINE void add_taps(Bytes* sums, Bytes taps, const Bytes* w) {
-  for (int d = 0; d < 3; d++) sums[d] = _mm512_dpbusd_epi32(sums[d], taps, w[d]);
+template <class Word>
+INLINE Bytes add_taps(Bytes sum, Bytes taps, Word word, int digit) {
+  return _mm512_dpbusd_epi32(sum, taps, word(digit));
 }
 
 INLINE Bytes add_products(Bytes sum, Bytes a, Bytes b) { return _mm512_dpwssd_epi32(sum, a, b); }
@@ -306,6 +308,7 @@ typedef __m256i Bytes;
 #define MM(name) _mm256_##name
 
 INLINE Bytes broadcast(__m128i v) { return _mm256_broadcastsi128_si256(v); }
+INLINE void write_once(float* p, floats v) { _mm256_stream_ps(p, (__m256)v); }
 INLINE bool any(ints v) { return _mm256_movemask_epi8((__m256i)v); }
 
 INLINE ints load_bytes(const uint8_t* p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
@@ -347,16 +350,17 @@ INLINE void pack_weights(const int32_t* w, int32_t* words) {
   }
 }
 
-INLINE void add_taps(Bytes* sums, Bytes taps, const Bytes* w) {
+template <class Word>
+INLINE Bytes add_taps(Bytes sum, Bytes taps, Word word, int digit) {
   const Bytes even = _mm256_and_si256(taps, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(taps, 8);
-  for (int d = 0; d < 2; d++)
-    sums[d] = _mm256_add_epi32(sums[d], _mm256_add_epi32(_mm256_madd_epi16(even, w[2 * d]), _mm256_madd_epi16(odd, w[2 * d + 1])));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, word(2 * digit)), _mm256_madd_epi16(odd, word(2 * digit + 1))));
 }
 
 INLINE Bytes add_products(Bytes sum, Bytes a, Bytes b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #else
 
+INLINE void write_once(float* p, floats v) { std::memcpy(p, &v, sizeof v); }
 INLINE bool any(ints v) {
   int32_t all = 0;
   for (int i = 0; i < kWide; i++) all |= v[i];
@@ -383,10 +387,25 @@ INLINE void store_pixels(uint8_t* p, ints v) {
 
 constexpr int kLanes = kWide / 4;  // outputs across at a time: a lane of 16 bytes each
 
-INLINE Bytes rounded(const Bytes* sums) {
-  Bytes sum = MM(add_epi32)(sums[kDigits - 1], MM(set1_epi32)(1 << (kBits - 1)));
-  for (int d = kDigits - 2; d >= 0; d--) sum = MM(add_epi32)(MM(srai_epi32)(sum, kDigitBits), sums[d]);
-  return MM(srai_epi32)(sum, kBits - kDigitBits * (kDigits - 1));
+INLINE Bytes load(const void* p) {
+  Bytes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The sum over `chunks` of four taps, rounded. taps(c): one of four outputs' or more; word(c, j): the weights packed above.
+template <int kChunks, class AllTaps, class Word>  // kChunks: if they are known
+INLINE Bytes weighted_sum(int chunks, AllTaps taps, Word word) {
+  if (kChunks) chunks = kChunks;
+  Bytes sum = MM(set1_epi32)(1 << (kBits - 1)), digits[kDigits] = {};
+  for (int c = 1; c < chunks; c++)
+    for (int d = 0; d < kDigits; d++) digits[d] = add_taps(digits[d], taps(c), [&](int j) { return word(c, j); }, d);
+  for (int d = kDigits - 1; d >= 0; d--) {
+    sum = add_taps(sum, taps(0), [&](int j) { return word(0, j); }, d);
+    if (kChunks != 1) sum = MM(add_epi32)(sum, digits[d]);
+    sum = MM(srai_epi32)(sum, d ? kDigitBits : kBits - kDigitBits * (kDigits - 1));
+  }
+  return sum;
 }
 
 // Where each output's inputs begin, and the weights, spread over its lane.
@@ -406,38 +425,33 @@ void spread_taps(const Taps& taps, int size, bool flip, std::vector<int32_t>& of
   }
 }
 
-template <int kChunks>  // of four taps, if they are known
+template <int kChunks>
 void resize_row(const uint8_t* in, uint8_t* out, int size, int chunks, const int32_t* offset, const int32_t* spread) {
   const Bytes order = broadcast(_mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1));
-  for (int x = 0; x < size; x += kLanes, offset += kLanes, out += 3 * kLanes) {
-    Bytes sums[kDigits] = {};
-    for (int c = 0; c < (kChunks ? kChunks : chunks); c++, spread += kWords * kWide) {
-      Bytes w[kWords];
-      std::memcpy(w, spread, sizeof w);
-      add_taps(sums, MM(shuffle_epi8)(load_windows(in + 12 * c, offset), order), w);
-    }
-    const Bytes words = MM(packs_epi32)(rounded(sums), rounded(sums));
+  if (kChunks) chunks = kChunks;
+  for (int x = 0; x < size; x += kLanes, offset += kLanes, spread += chunks * kWords * kWide, out += 3 * kLanes) {
+    const auto taps = [&](int c) { return MM(shuffle_epi8)(load_windows(in + 12 * c, offset), order); };
+    const auto word = [&](int c, int j) { return load(spread + (c * kWords + j) * kWide); };
+    const Bytes sum = weighted_sum<kChunks>(chunks, taps, word), words = MM(packs_epi32)(sum, sum);
     store_lanes(out, MM(packus_epi16)(words, words));
   }
 }
 
 template <int kChunks>
 void resize_column(const uint8_t* const* in, uint8_t* out, int size, int chunks, const int32_t* words) {
+  const auto word = [&](int c, int j) { return MM(set1_epi32)(words[c * kWords + j]); };
   for (int x = 0; x < size; x += sizeof(Bytes)) {
-    Bytes sums[4][kDigits] = {};
-    for (int c = 0; c < (kChunks ? kChunks : chunks); c++) {
-      Bytes w[kWords], rows[4];
-      for (int j = 0; j < kWords; j++) w[j] = MM(set1_epi32)(words[c * kWords + j]);
-      for (int k = 0; k < 4; k++) std::memcpy(&rows[k], in[4 * c + k] + x, sizeof(Bytes));
-      const Bytes low[2] = {MM(unpacklo_epi8)(rows[0], rows[1]), MM(unpacklo_epi8)(rows[2], rows[3])};
-      const Bytes high[2] = {MM(unpackhi_epi8)(rows[0], rows[1]), MM(unpackhi_epi8)(rows[2], rows[3])};
-      add_taps(sums[0], MM(unpacklo_epi16)(low[0], low[1]), w);
-      add_taps(sums[1], MM(unpackhi_epi16)(low[0], low[1]), w);
-      add_taps(sums[2], MM(unpacklo_epi16)(high[0], high[1]), w);
-      add_taps(sums[3], MM(unpackhi_epi16)(high[0], high[1]), w);
-    }
-    const Bytes made = MM(packus_epi16)(MM(packs_epi32)(rounded(sums[0]), rounded(sums[1])),
-                                        MM(packs_epi32)(rounded(sums[2]), rounded(sums[3])));
+    const auto taps = [&](int c, int quarter) {
+      const uint8_t* const* rows = in + 4 * c;
+      const Bytes a = load(rows[0] + x), b = load(rows[1] + x), c_ = load(rows[2] + x), d = load(rows[3] + x);
+      const Bytes ab = quarter < 2 ? MM(unpacklo_epi8)(a, b) : MM(unpackhi_epi8)(a, b);
+      const Bytes cd = quarter < 2 ? MM(unpacklo_epi8)(c_, d) : MM(unpackhi_epi8)(c_, d);
+      return quarter % 2 ? MM(unpackhi_epi16)(ab, cd) : MM(unpacklo_epi16)(ab, cd);
+    };
+    const auto sum = [&](int quarter) {
+      return weighted_sum<kChunks>(chunks, [&](int c) { return taps(c, quarter); }, word);
+    };
+    const Bytes made = MM(packus_epi16)(MM(packs_epi32)(sum(0), sum(1)), MM(packs_epi32)(sum(2), sum(3)));
     std::memcpy(out + x, &made, sizeof made);
   }
 }
@@ -445,7 +459,7 @@ void resize_column(const uint8_t* const* in, uint8_t* out, int size, int chunks,
 #endif
 
 // The box of the image as size x size pixels in scratch.image: the window that begins at (left, top) of width x height.
-INLINE void resize(const uint8_t* pixels, int image_width, Box box, int width, int height, int left, int top, int size,
+void resize(const uint8_t* pixels, int image_width, Box box, int width, int height, int left, int top, int size,
                    bool bicubic, bool flip, Scratch& s) {
   const bool across = width != box.width, down = height != box.height;
   if (across) find_taps(box.width, width, left, size, bicubic, s.weights, s.x);
@@ -565,7 +579,7 @@ INLINE float blend(float from, float to, float factor) {
 
 // Both ways through HSV give Pillow's bytes for every input: tests/data/test_native.py tries them all.
 
-INLINE void to_hsv(Block& p, int n) {  // in place: hue, saturation, value, each 0..255
+void to_hsv(Block& p, int n) {  // in place: hue, saturation, value, each 0..255
   const floats zero = {}, one = zero + 1.0f;
   for (int i = 0; i < n; i += kWide) {
     floats &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
@@ -589,8 +603,7 @@ float middle_channel(float most, float saturation, float rest, bool odd) {
   return float(int(most * (1.0 - share * (odd ? part : 1.0 - part)) + 0.5));
 }
 
-INLINE void from_hsv(Block& p, int n, float turn) {  // and the hue turned
-  const floats zero = {};
+void from_hsv(Block& p, int n, float turn) {  // and the hue turned
   for (int i = 0; i < n; i += kWide) {
     floats &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
     const floats turned = r + turn, h = (turned > 255.0f ? turned - 256.0f : turned) * 6.0f, saturation = g, most = b;
@@ -610,7 +623,7 @@ INLINE void from_hsv(Block& p, int n, float turn) {  // and the hue turned
   }
 }
 
-INLINE void apply(Block& p, int n, Step step, float mean) {
+void apply(Block& p, int n, Step step, float mean) {
   const float f = step.value;
   switch (step.op) {
     case kContrast:
@@ -643,7 +656,7 @@ INLINE void apply(Block& p, int n, Step step, float mean) {
   }
 }
 
-INLINE void load_block(const uint8_t* in, int n, Block& p) {
+void load_block(const uint8_t* in, int n, Block& p) {
   for (int i = 0; i < n; i += kWide) {
     const ints v = load_pixels(in + 3 * i);
     plane(p.r, i) = __builtin_convertvector(v & 255, floats);
@@ -652,7 +665,7 @@ INLINE void load_block(const uint8_t* in, int n, Block& p) {
   }
 }
 
-INLINE void store_block(const Block& p, int n, uint8_t* out) {
+void store_block(const Block& p, int n, uint8_t* out) {
   for (int i = 0; i < n; i += kWide) {
     const ints r = __builtin_convertvector(*reinterpret_cast<const floats*>(p.r + i), ints);
     const ints g = __builtin_convertvector(*reinterpret_cast<const floats*>(p.g + i), ints);
@@ -662,7 +675,7 @@ INLINE void store_block(const Block& p, int n, uint8_t* out) {
 }
 
 // All steps up to the next contrast in one pass over the image, and with them the sum of grays that it needs.
-INLINE void colour(uint8_t* image, int n, const Step* steps, int count) {
+void colour(uint8_t* image, int n, const Step* steps, int count) {
   if (count == 0) return;
   float mean = 0;
   if (steps[0].op == kContrast) {
@@ -715,10 +728,10 @@ BoxFilter box_filter(float sigma) {
   return {int(radius), inner, ((1 << 24) - (int(radius) * 2 + 1) * inner) / 2};
 }
 
-// out[i] from in[i + k * stride], k = -radius - 1 .. radius + 1; writes up to 63 bytes more
+// out[i] from in[radius + 1 + k][i], k = -radius - 1 .. radius + 1; reads and writes up to 63 bytes more
 template <int kRadius>  // if it is known
-INLINE void box_line(const uint8_t* in, uint8_t* __restrict out, int n, int stride, BoxFilter f) {
-  const int radius = kRadius < 0 ? f.radius : kRadius, far = (radius + 1) * stride;
+void box_line(const uint8_t* const* in, uint8_t* __restrict out, int n, BoxFilter f) {
+  const int radius = kRadius < 0 ? f.radius : kRadius, last = 2 * radius + 2;
 #ifdef MM
   if (radius < 64) {  // sums that are still 16 bits signed; weights in two halves of 12 bits
     const Bytes high = MM(set1_epi32)((f.inner >> 12) | (f.outer >> 12) << 16), bytes = MM(set1_epi16)(255);
@@ -728,13 +741,12 @@ INLINE void box_line(const uint8_t* in, uint8_t* __restrict out, int n, int stri
     };
     for (int i = 0; i < n; i += sizeof(Bytes)) {
       Bytes inner[2] = {}, outer[2] = {}, words[2];  // of the even bytes, of the odd
-      const auto add = [&](Bytes* sums, int at) {
-        Bytes v;
-        std::memcpy(&v, in + i + at, sizeof v);
+      const auto add = [&](Bytes* sums, int k) {
+        const Bytes v = load(in[k] + i);
         sums[0] = MM(add_epi16)(sums[0], v & bytes), sums[1] = MM(add_epi16)(sums[1], MM(srli_epi16)(v, 8));
       };
-      for (int k = -radius; k <= radius; k++) add(inner, k * stride);
-      add(outer, -far), add(outer, far);
+      for (int k = 1; k < last; k++) add(inner, k);
+      add(outer, 0), add(outer, last);
       for (int h = 0; h < 2; h++)
         words[h] = MM(packus_epi32)(weighted(MM(unpacklo_epi16)(inner[h], outer[h])), weighted(MM(unpackhi_epi16)(inner[h], outer[h])));
       const Bytes made = words[0] | MM(slli_epi16)(words[1], 8);
@@ -745,63 +757,58 @@ INLINE void box_line(const uint8_t* in, uint8_t* __restrict out, int n, int stri
 #endif
   for (int i = 0; i < n; i++) {
     uint32_t inner = 0;
-    for (int k = -radius; k <= radius; k++) inner += in[i + k * stride];
-    out[i] = (inner * f.inner + (in[i - far] + in[i + far]) * f.outer + (1 << 23)) >> 24;
+    for (int k = 1; k < last; k++) inner += in[k][i];
+    out[i] = (inner * f.inner + (in[0][i] + in[last][i]) * f.outer + (1 << 23)) >> 24;
   }
 }
 
-// Three passes over lines[0], whose n bytes begin after `pad` strides; the result is in lines[1].
-INLINE void box_thrice(uint8_t* lines[2], int pad, int n, int stride, BoxFilter f) {
-  for (int pass = 0; pass < 3; pass++) {
-    uint8_t *in = lines[pass % 2] + pad * stride, *out = lines[(pass + 1) % 2] + pad * stride;
-    for (int k = 1; k <= pad; k++) {  // the first and the last are repeated
-      std::memcpy(in - k * stride, in, stride);
-      std::memcpy(in + n + (k - 1) * stride, in + n - stride, stride);
-    }
-    switch (f.radius) {
-      case 0: box_line<0>(in, out, n, stride, f); break;
-      case 1: box_line<1>(in, out, n, stride, f); break;
-      default: box_line<-1>(in, out, n, stride, f);
-    }
-  }
-}
-
-constexpr int kStrip = 64;  // bytes of a column of pixels that are blurred downwards together
-
-INLINE void blur(float sigma, int size, Scratch& s) {
+// Row by row: what three boxes across made of it goes through three boxes down, each with as many rows as it looks at.
+void blur(float sigma, int size, Scratch& s) {
   const BoxFilter f = box_filter(sigma);
-  const int pad = f.radius + 1, stride = size * 3, length = (size + 2 * pad) * kStrip + kSlack;
-  s.rows.resize(std::max(s.rows.size(), size_t(2) * length));
-  uint8_t* lines[2] = {s.rows.data(), s.rows.data() + length};
-  for (int y = 0; y < size; y++) {
-    uint8_t* row = s.image.data() + size_t(y) * stride;
-    std::memcpy(lines[0] + 3 * pad, row, stride);
-    box_thrice(lines, pad, stride, 3, f);
-    std::memcpy(row, lines[1] + 3 * pad, stride);
-  }
-  for (int x = 0; x < stride; x += kStrip) {
-    uint8_t* column = s.image.data() + x;
-    const int width = std::min(kStrip, stride - x);
-    for (int y = 0; y < size; y++) std::memcpy(lines[0] + (pad + y) * kStrip, column + size_t(y) * stride, width);
-    box_thrice(lines, pad, size * kStrip, kStrip, f);
-    for (int y = 0; y < size; y++) std::memcpy(column + size_t(y) * stride, lines[1] + (pad + y) * kStrip, width);
+  const auto box = f.radius == 0 ? box_line<0> : f.radius == 1 ? box_line<1> : box_line<-1>;
+  const int pad = f.radius + 1, kept = 2 * pad + 1, stride = size * 3, room = stride + 6 * pad + kSlack;
+  s.rows.resize(std::max(s.rows.size(), size_t(2 + 3 * kept) * room));
+  s.inputs.resize(kept);
+  const uint8_t** const in = s.inputs.data();
+  const auto row_of = [&](int level, int y) { return s.rows.data() + (2 + level * kept + y % kept) * room; };
+  for (int now = 0; now < size + 3 * pad; now++) {
+    if (now < size) {
+      uint8_t* line = s.rows.data() + 3 * pad;  // with room for its ends, repeated
+      std::memcpy(line, &s.image[size_t(now) * stride], stride);
+      for (int pass = 0; pass < 3; pass++) {
+        for (int k = 1; k <= pad; k++) {
+          std::memcpy(line - 3 * k, line, 3);
+          std::memcpy(line + stride + 3 * (k - 1), line + stride - 3, 3);
+        }
+        for (int k = 0; k < kept; k++) in[k] = line + 3 * (k - pad);
+        line = pass == 2 ? row_of(0, now) : s.rows.data() + (pass + 1) % 2 * room + 3 * pad;
+        box(in, line, stride, f);
+      }
+    }
+    for (int level = 1; level <= 3; level++) {
+      const int y = now - level * pad;
+      if (y < 0 || y >= size) continue;
+      for (int k = 0; k < kept; k++) in[k] = row_of(level - 1, std::min(std::max(y + k - pad, 0), size - 1));
+      box(in, level == 3 ? &s.image[size_t(y) * stride] : row_of(level, y), stride, f);
+    }
   }
 }
 
-INLINE void write_out(const Job& job, int v, int64_t n, const uint8_t* image) {
+void write_out(const Job& job, int v, int64_t n, const uint8_t* image) {
   const size_t count = size_t(job.views[v].size) * job.views[v].size * 3, start = n * count;
   if (!job.scale) {
     std::memcpy(static_cast<uint8_t*>(job.out[v]) + start, image, count);
     return;
   }
   float* out = static_cast<float*>(job.out[v]) + start;
+  const bool apart = reinterpret_cast<uintptr_t>(out) % sizeof(floats) == 0;  // from the cache, which has no use for it
   floats scale[3], offset[3];
   for (int i = 0; i < 3 * kWide; i++) scale[i / kWide][i % kWide] = job.scale[i % 3], offset[i / kWide][i % kWide] = job.offset[i % 3];
   size_t i = 0;
   for (; i + 3 * kWide <= count; i += 3 * kWide)
     for (int k = 0; k < 3; k++) {
       const floats value = __builtin_convertvector(load_bytes(image + i + kWide * k), floats) * scale[k] + offset[k];
-      std::memcpy(out + i + kWide * k, &value, sizeof value);
+      apart ? write_once(out + i + kWide * k, value) : (void)std::memcpy(out + i + kWide * k, &value, sizeof value);
     }
   for (; i < count; i++) out[i] = image[i] * job.scale[i % 3] + job.offset[i % 3];
 }
