@@ -15,8 +15,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
+
+#include "jpeg.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -34,15 +37,6 @@ struct Image {  // uint8 [height, width, 3], or a JPEG of `bytes`
   const uint8_t* data;
   int64_t bytes;  // 0: pixels
   int32_t height, width;
-};
-
-struct TurboJpeg {  // the library's functions, handed in: nothing is linked
-  void* (*start)();
-  int (*read_header)(void*, const uint8_t*, unsigned long, int* width, int* height, int* subsampling, int* colours);
-  int (*decompress)(void*, const uint8_t*, unsigned long, uint8_t* out, int width, int pitch, int height, int format, int flags);
-  const char* (*error)(void*);
-  int (*is_fatal)(void*);  // tjGetErrorCode
-  int (*stop)(void*);
 };
 
 struct Job {
@@ -145,16 +139,6 @@ typedef void MakeView(const Job& job, int64_t n, int view, const uint8_t* pixels
 
 namespace {
 
-// A JPEG as pixels; refused where Pillow refuses it, so not for a mere oddity that libjpeg warns of.
-bool decode(const TurboJpeg& t, void* handle, const Image& image, std::vector<uint8_t>& pixels) {
-  int width, height, subsampling, colours;
-  if (t.read_header(handle, image.data, image.bytes, &width, &height, &subsampling, &colours) != 0) return false;
-  if (width != image.width || height != image.height) return false;
-  pixels.resize(size_t(width) * height * 3);
-  if (t.decompress(handle, image.data, image.bytes, pixels.data(), width, 0, height, 0, 0) == 0) return true;
-  return !t.is_fatal(handle) && !std::strstr(t.error(handle), "Premature end");
-}
-
 void work(const Job& job, std::atomic<int64_t>& next) {
   MakeView* make_view = any_processor::make_view;
 #ifdef HAS_CHOICE
@@ -163,21 +147,26 @@ void work(const Job& job, std::atomic<int64_t>& next) {
     make_view = avx512::make_view;
 #endif
   Scratch scratch;
-  std::vector<uint8_t> decoded;
-  void* const handle = job.turbojpeg ? job.turbojpeg->start() : nullptr;
+  std::unique_ptr<Decoder> decoder(job.turbojpeg ? new Decoder(*job.turbojpeg) : nullptr);
   for (int64_t n; (n = next++) < job.num_images;) {
     const Image& image = job.images[n];
     const uint8_t* pixels = image.data;
     if (image.bytes) {
-      if (!decode(*job.turbojpeg, handle, image, decoded)) {
+      int first = job.plain ? 0 : image.height, last = job.plain ? image.height : 0;
+      for (int v = 0; v < job.num_views && !job.plain; v++) {
+        double u[kNumUniforms];
+        draw_uniforms(job.stream, job.samples[n], v, u);
+        const Box box = crop_box(job.views[v], image.width, image.height, u);
+        first = std::min(first, box.top), last = std::max(last, box.top + box.height);
+      }
+      pixels = decoder->decode(image.data, image.bytes, image.width, image.height, first, last);
+      if (!pixels) {
         job.unreadable[n] = 1;
         continue;
       }
-      pixels = decoded.data();
     }
     for (int v = 0; v < job.num_views; v++) make_view(job, n, v, pixels, image.width, image.height, scratch);
   }
-  if (handle) job.turbojpeg->stop(handle);
 }
 
 }  // namespace
