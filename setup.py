@@ -16,9 +16,10 @@ setup(
             extra_compile_args=FLAGS, extra_link_args=["-pthread"],
         ),
         Extension(
-            "caco.data._views", ["caco/data/views.cpp"], language="c++", optional=True,
-            # a * b + c is never contracted: every machine makes the same bits.
-            extra_compile_args=[*FLAGS, "-ffp-contract=off"], extra_link_args=["-pthread"],
+            "caco.data._views", ["caco/data/views.cpp"], depends=["caco/data/jpeg.h"], language="c++", optional=True,
+            # a * b + c is never contracted: every machine makes the same bits. No value is infinite or undefined.
+            extra_compile_args=[*FLAGS, "-ffp-contract=off", "-ffinite-math-only", "-fno-signed-zeros"],
+            extra_link_args=["-pthread"],
         ),
     ]
 )  # fmt: skip

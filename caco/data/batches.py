@@ -94,7 +94,14 @@ class _Memory:
             return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps it until its copy to the GPU is done
         size = math.prod(shape) * dtype.itemsize
         free = self._free.setdefault(size, [])
-        memory = free.pop() if free else np.empty(size, np.uint8)
+        memory = free.pop() if free else _aligned(size)
         handed_out = memory.view()  # dies with the last tensor that shares it
         weakref.finalize(handed_out, free.append, memory).atexit = False
         return torch.from_numpy(handed_out).view(dtype).view(shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Bytes that begin a cache line: whole lines are written past the caches."""
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]

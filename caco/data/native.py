@@ -41,7 +41,7 @@ class _Job(ctypes.Structure):
         ("offset", ctypes.c_void_p),
         ("plain", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
-        ("portable", ctypes.c_int32),
+        ("most_bits", ctypes.c_int32),
         ("turbojpeg", ctypes.c_void_p),
         ("unreadable", ctypes.c_void_p),
     ]
@@ -121,14 +121,14 @@ def make_views(
     *,
     plain: int = 0,
     num_threads: int = 1,
-    portable: bool = False,
+    most_bits: int = 512,
 ) -> np.ndarray:
     """Fill out[v], [B, H, W, 3] each: normalised where it is float32, pixels where it is uint8.
 
     Args:
         images: rows of `table`.
         samples, stream: what the random numbers depend on, see caco.data.views.uniforms.
-        portable: by what every processor has, as on one without AVX2.
+        most_bits: of a vector: 256 as on a processor without AVX-512, 128 as on any.
         plain: not 0: no random view, but the middle of each image after its shorter side was resized to this.
     Returns:
         bool [B], which images are JPEGs that cannot be decoded; their rows of out are as they were.
@@ -154,7 +154,7 @@ def make_views(
         offset=settings.offset.ctypes.data if normalise else None,
         plain=plain,
         num_threads=num_threads,
-        portable=portable,
+        most_bits=most_bits,
         turbojpeg=None if functions is None else ctypes.addressof(functions),
         unreadable=unreadable.ctypes.data,
     )

@@ -5,7 +5,8 @@
 // to output, a flip is where the crop is written to, and colour steps run over blocks of planar floats that hold integers.
 // Compiled without contraction of a * b + c: the bits must not depend on what the processor can fuse.
 //
-// The file includes itself: the steps are compiled for any processor and for those with AVX2, and chosen when called.
+// The file includes itself: the steps are compiled for any processor, for AVX2 and for AVX-512 (as of 2019: with VBMI and
+// VNNI), and chosen when called.
 
 #ifndef STEPS
 
@@ -14,20 +15,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
+
+#include "jpeg.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
 namespace {
-
-typedef int32_t i32x4 __attribute__((vector_size(16)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-typedef float f32x4 __attribute__((vector_size(16)));
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef double f64x4 __attribute__((vector_size(32)));
 
 // The structs below are mirrored in caco/data/native.py.
 struct View {  // caco.data.views.View
@@ -39,15 +37,6 @@ struct Image {  // uint8 [height, width, 3], or a JPEG of `bytes`
   const uint8_t* data;
   int64_t bytes;  // 0: pixels
   int32_t height, width;
-};
-
-struct TurboJpeg {  // the library's functions, handed in: nothing is linked
-  void* (*start)();
-  int (*read_header)(void*, const uint8_t*, unsigned long, int* width, int* height, int* subsampling, int* colours);
-  int (*decompress)(void*, const uint8_t*, unsigned long, uint8_t* out, int width, int pitch, int height, int format, int flags);
-  const char* (*error)(void*);
-  int (*is_fatal)(void*);  // tjGetErrorCode
-  int (*stop)(void*);
 };
 
 struct Job {
@@ -62,7 +51,7 @@ struct Job {
   const float* offset;
   int32_t plain;  // > 0: no random view, but the middle of the image whose shorter side is resized to this
   int32_t num_threads;
-  int32_t portable;  // not 0: without AVX2 although there is some, for tests
+  int32_t most_bits;  // of a vector; 512 where the processor has them, less for tests
   const TurboJpeg* turbojpeg;
   uint8_t* unreadable;  // set to 1 for each JPEG that cannot be decoded; its views are left as they were
 };
@@ -83,9 +72,9 @@ struct Taps {  // for each of `size` outputs: its first input, how many it has, 
 };
 
 struct Scratch {  // one thread's memory
-  std::vector<uint32_t> row;
-  std::vector<uint8_t> rows, image, other;
-  std::vector<int32_t> spread;
+  std::vector<uint8_t> row, rows, image, other;
+  std::vector<const uint8_t*> inputs;
+  std::vector<int32_t> offset, spread, words;
   std::vector<double> weights;
   Taps x, y;
 };
@@ -136,44 +125,48 @@ typedef void MakeView(const Job& job, int64_t n, int view, const uint8_t* pixels
 #define WITH_AVX2  // __AVX2__ does not follow the pragma
 #include "views.cpp"
 #undef WITH_AVX2
+#undef MM
+#undef STEPS
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
+#define STEPS avx512
+#define WITH_AVX512
+#include "views.cpp"
+#undef WITH_AVX512
 #undef STEPS
 #pragma GCC pop_options
-#define HAS_AVX2 __builtin_cpu_supports("avx2")
-#else
-#define HAS_AVX2 false
-namespace avx2 = any_processor;
+#define HAS_CHOICE
 #endif
 
 namespace {
 
-// A JPEG as pixels; refused where Pillow refuses it, so not for a mere oddity that libjpeg warns of.
-bool decode(const TurboJpeg& t, void* handle, const Image& image, std::vector<uint8_t>& pixels) {
-  int width, height, subsampling, colours;
-  if (t.read_header(handle, image.data, image.bytes, &width, &height, &subsampling, &colours) != 0) return false;
-  if (width != image.width || height != image.height) return false;
-  pixels.resize(size_t(width) * height * 3);
-  if (t.decompress(handle, image.data, image.bytes, pixels.data(), width, 0, height, 0, 0) == 0) return true;
-  return !t.is_fatal(handle) && !std::strstr(t.error(handle), "Premature end");
-}
-
 void work(const Job& job, std::atomic<int64_t>& next) {
-  MakeView* const make_view = HAS_AVX2 && !job.portable ? avx2::make_view : any_processor::make_view;
+  MakeView* make_view = any_processor::make_view;
+#ifdef HAS_CHOICE
+  if (job.most_bits >= 256 && __builtin_cpu_supports("avx2")) make_view = avx2::make_view;
+  if (job.most_bits >= 512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
+    make_view = avx512::make_view;
+#endif
   Scratch scratch;
-  std::vector<uint8_t> decoded;
-  void* const handle = job.turbojpeg ? job.turbojpeg->start() : nullptr;
+  std::unique_ptr<Decoder> decoder(job.turbojpeg ? new Decoder(*job.turbojpeg) : nullptr);
   for (int64_t n; (n = next++) < job.num_images;) {
     const Image& image = job.images[n];
     const uint8_t* pixels = image.data;
     if (image.bytes) {
-      if (!decode(*job.turbojpeg, handle, image, decoded)) {
+      int first = job.plain ? 0 : image.height, last = job.plain ? image.height : 0;
+      for (int v = 0; v < job.num_views && !job.plain; v++) {
+        double u[kNumUniforms];
+        draw_uniforms(job.stream, job.samples[n], v, u);
+        const Box box = crop_box(job.views[v], image.width, image.height, u);
+        first = std::min(first, box.top), last = std::max(last, box.top + box.height);
+      }
+      pixels = decoder->decode(image.data, image.bytes, image.width, image.height, first, last);
+      if (!pixels) {
         job.unreadable[n] = 1;
         continue;
       }
-      pixels = decoded.data();
     }
     for (int v = 0; v < job.num_views; v++) make_view(job, n, v, pixels, image.width, image.height, scratch);
   }
-  if (handle) job.turbojpeg->stop(handle);
 }
 
 }  // namespace
@@ -191,6 +184,14 @@ extern "C" void caco_make_views(const Job* job) {
 
 namespace {
 namespace STEPS {
+
+#ifdef WITH_AVX512
+constexpr int kWide = 16;
+#else
+constexpr int kWide = 8;
+#endif
+
+INLINE int clipped(int v) { return std::min(std::max(v, 0), 255); }
 
 // Resizing: outputs begin..begin + size of the `out` that `in` inputs become; the filter is widened when it shrinks.
 
@@ -216,7 +217,7 @@ void find_taps(int in, int out, int begin, int size, bool bicubic, std::vector<d
     taps.used[i] = std::min(in, int(centre + support + 0.5)) - taps.first[i];
     most = std::max(most, taps.used[i]);
   }
-  taps.count = (most + 1) & ~1;  // even: the horizontal pass takes two at a time
+  taps.count = (most + 3) & ~3;  // vectors take four at a time
   taps.weight.assign(size_t(size) * taps.count, 0);
   w.resize(taps.count);
   for (int i = 0; i < size; i++) {
@@ -233,133 +234,255 @@ void find_taps(int in, int out, int begin, int size, bool bicubic, std::vector<d
   }
 }
 
-// What the processor's own instructions are needed for. Stores clip to 0..255.
+// What the processor's own instructions are needed for: `Pixels` at once, each a lane of 32 bits, red lowest.
 
-#ifdef WITH_AVX2
+typedef int32_t ints __attribute__((vector_size(4 * kWide)));
+typedef float floats __attribute__((vector_size(4 * kWide)));
 
-INLINE i32x8 load8(const void* p) { return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+#if defined(WITH_AVX512)
 
-INLINE void store8(void* p, i32x8 v) {
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+typedef __m512i Bytes;
+#define MM(name) _mm512_##name
+
+INLINE Bytes broadcast(__m128i v) { return _mm512_broadcast_i32x4(v); }
+INLINE void write_once(float* p, floats v) { _mm512_stream_ps(p, (__m512)v); }
+INLINE bool any(ints v) { return _mm512_test_epi32_mask((__m512i)v, (__m512i)v); }
+
+INLINE ints load_bytes(const uint8_t* p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+
+INLINE ints load_pixels(const uint8_t* p) {  // touches 64 bytes
+  const __m512i each = _mm512_setr_epi32(0x020100, 0x050403, 0x080706, 0x0B0A09, 0x0E0D0C, 0x11100F, 0x141312, 0x171615,
+                                         0x1A1918, 0x1D1C1B, 0x201F1E, 0x232221, 0x262524, 0x292827, 0x2C2B2A, 0x2F2E2D);
+  return (ints)_mm512_maskz_permutexvar_epi8(0x7777777777777777, each, _mm512_loadu_si512(p));
 }
 
-INLINE void store_pixel(uint8_t* p, i32x4 v) {  // and a byte of nothing
-  const __m128i words = _mm_packus_epi32((__m128i)v, (__m128i)v);
-  _mm_storeu_si32(p, _mm_packus_epi16(words, words));
+INLINE __m512i without_fourths(__m512i v) {  // of each 4 bytes
+  return _mm512_permutexvar_epi8(_mm512_setr_epi32(0x04020100, 0x09080605, 0x0E0D0C0A, 0x14121110, 0x19181615, 0x1E1D1C1A,
+                                                   0x24222120, 0x29282625, 0x2E2D2C2A, 0x34323130, 0x39383635, 0x3E3D3C3A,
+                                                   0, 0, 0, 0), v);
 }
 
-INLINE i32x8 load_pixels(const uint8_t* p) {  // 8 pixels, red lowest; touches 28 bytes
-  const __m256i halves = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
-                                                 _mm_loadu_si128((const __m128i*)(p + 12)), 1);
-  return (i32x8)_mm256_shuffle_epi8(halves, _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,
-                                                             0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+INLINE void store_pixels(uint8_t* p, ints v) { _mm512_mask_storeu_epi8(p, (1ull << 48) - 1, without_fourths((__m512i)v)); }
+
+INLINE void store_lanes(uint8_t* p, Bytes v) {  // the first three bytes of each 16, and four of nothing
+  _mm_storeu_si128((__m128i*)p, _mm512_castsi512_si128(without_fourths(_mm512_permutexvar_epi32(_mm512_setr_epi32(
+                                    0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), v))));
 }
 
-INLINE void store_pixels(uint8_t* p, i32x8 v) {
-  const __m256i packed = _mm256_shuffle_epi8((__m256i)v, _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1,
-                                                                          0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+INLINE Bytes load_windows(const uint8_t* in, const int32_t* offset) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu2_m128i((const __m128i*)(in + offset[1]), (const __m128i*)(in + offset[0]))),
+                            _mm256_loadu2_m128i((const __m128i*)(in + offset[3]), (const __m128i*)(in + offset[2])), 1);
+}
+
+// Three digits of 8 bits make a weight.
+constexpr int kDigits = 3, kWords = 3, kDigitBits = 8;
+
+INLINE void pack_weights(const int32_t* w, int32_t* words) {
+  for (int k = 0; k < 4; k++) {
+    const int low = int8_t(w[k]), middle = int8_t((w[k] - low) >> 8), digits[3] = {(w[k] - low - middle * 256) >> 16, middle, low};
+    for (int d = 0; d < 3; d++) reinterpret_cast<int8_t*>(words + d)[k] = digits[d];
+  }
+}
+
+template <class Word>
+INLINE Bytes add_taps(Bytes sum, Bytes taps, Word word, int digit) {
+  return _mm512_dpbusd_epi32(sum, taps, word(digit));
+}
+
+INLINE Bytes add_products(Bytes sum, Bytes a, Bytes b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+#elif defined(WITH_AVX2)
+
+typedef __m256i Bytes;
+#define MM(name) _mm256_##name
+
+INLINE Bytes broadcast(__m128i v) { return _mm256_broadcastsi128_si256(v); }
+INLINE void write_once(float* p, floats v) { _mm256_stream_ps(p, (__m256)v); }
+INLINE bool any(ints v) { return _mm256_movemask_epi8((__m256i)v); }
+
+INLINE ints load_bytes(const uint8_t* p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+
+INLINE ints load_pixels(const uint8_t* p) {  // touches 28 bytes
+  const __m256i halves = _mm256_loadu2_m128i((const __m128i*)(p + 12), (const __m128i*)p);
+  return (ints)_mm256_shuffle_epi8(halves, _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,
+                                                            0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+}
+
+INLINE __m256i without_fourths(__m256i v) {  // of each 4 bytes, in each half
+  return _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1,
+                                                 0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+}
+
+INLINE void store_pixels(uint8_t* p, ints v) {
+  const __m256i packed = without_fourths((__m256i)v);
   const __m128i last = _mm256_extracti128_si256(packed, 1);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
   _mm_storel_epi64((__m128i*)(p + 12), last);
   _mm_storeu_si32(p + 20, _mm_srli_si128(last, 8));
 }
 
-INLINE f32x4 lower(f32x8 v) { return (f32x4)_mm256_castps256_ps128((__m256)v); }
-INLINE f32x4 upper(f32x8 v) { return (f32x4)_mm256_extractf128_ps((__m256)v, 1); }
-INLINE f32x8 joined(f32x4 low, f32x4 high) { return (f32x8)_mm256_set_m128((__m128)high, (__m128)low); }
-INLINE float truncated(float x) { return __builtin_truncf(x); }
-INLINE f32x8 truncated(f32x8 x) { return (f32x8)_mm256_round_ps((__m256)x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
+INLINE void store_lanes(uint8_t* p, Bytes v) {  // the first three bytes of each 16, and two of nothing
+  _mm_storel_epi64((__m128i*)p, _mm256_castsi256_si128(without_fourths(_mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0)))));
+}
+
+INLINE Bytes load_windows(const uint8_t* in, const int32_t* offset) {
+  return _mm256_loadu2_m128i((const __m128i*)(in + offset[1]), (const __m128i*)(in + offset[0]));
+}
+
+// Two digits of 11 bits make a weight; of four taps' words the first and third lie together, and the second and fourth.
+constexpr int kDigits = 2, kWords = 4, kDigitBits = 11;
+
+INLINE void pack_weights(const int32_t* w, int32_t* words) {
+  for (int k = 0; k < 4; k++) {
+    int16_t* const high = reinterpret_cast<int16_t*>(words + k % 2) + k / 2;
+    high[0] = int16_t(w[k] >> 11), high[4] = w[k] & 2047;
+  }
+}
+
+template <class Word>
+INLINE Bytes add_taps(Bytes sum, Bytes taps, Word word, int digit) {
+  const Bytes even = _mm256_and_si256(taps, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(taps, 8);
+  return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, word(2 * digit)), _mm256_madd_epi16(odd, word(2 * digit + 1))));
+}
+
+INLINE Bytes add_products(Bytes sum, Bytes a, Bytes b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #else
 
-INLINE i32x8 load8(const void* p) {
-  const uint8_t* in = static_cast<const uint8_t*>(p);
-  return i32x8{in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7]};
+INLINE void write_once(float* p, floats v) { std::memcpy(p, &v, sizeof v); }
+INLINE bool any(ints v) {
+  int32_t all = 0;
+  for (int i = 0; i < kWide; i++) all |= v[i];
+  return all;
 }
 
-INLINE void store8(void* p, i32x8 v) {
-  for (int i = 0; i < 8; i++) static_cast<uint8_t*>(p)[i] = std::min(std::max(v[i], 0), 255);
-}
+INLINE ints load_bytes(const uint8_t* p) { return ints{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
 
-INLINE void store_pixel(uint8_t* p, i32x4 v) {
-  for (int i = 0; i < 3; i++) p[i] = std::min(std::max(v[i], 0), 255);
-}
-
-INLINE i32x8 load_pixels(const uint8_t* p) {
-  i32x8 v;
-  for (int i = 0; i < 8; i++) v[i] = p[3 * i] | p[3 * i + 1] << 8 | p[3 * i + 2] << 16;
+INLINE ints load_pixels(const uint8_t* p) {
+  ints v;
+  for (int i = 0; i < kWide; i++) v[i] = p[3 * i] | p[3 * i + 1] << 8 | p[3 * i + 2] << 16;
   return v;
 }
 
-INLINE void store_pixels(uint8_t* p, i32x8 v) {
-  for (int i = 0; i < 24; i++) p[i] = v[i / 3] >> (8 * (i % 3));
+INLINE void store_pixels(uint8_t* p, ints v) {
+  for (int i = 0; i < 3 * kWide; i++) p[i] = v[i / 3] >> (8 * (i % 3));
 }
-
-INLINE f32x4 lower(f32x8 v) { return f32x4{v[0], v[1], v[2], v[3]}; }
-INLINE f32x4 upper(f32x8 v) { return f32x4{v[4], v[5], v[6], v[7]}; }
-INLINE f32x8 joined(f32x4 low, f32x4 high) { return f32x8{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]}; }
-INLINE float truncated(float x) { return float(int32_t(x)); }
-INLINE f32x8 truncated(f32x8 x) { return __builtin_convertvector(__builtin_convertvector(x, i32x8), f32x8); }
 
 #endif
 
-INLINE void unpack_row(const uint8_t* in, int width, uint32_t* out) {
-  int x = 0;
-  for (; 3 * x + 28 <= 3 * width; x += 8) {
-    const i32x8 v = load_pixels(in + 3 * x);
-    std::memcpy(out + x, &v, 32);
-  }
-  for (; x < width; x++) out[x] = in[3 * x] | in[3 * x + 1] << 8 | in[3 * x + 2] << 16;
+// A weight's digits are summed apart, in 32 bits, and put together at the end: no bit is lost.
+
+#ifdef MM
+
+constexpr int kLanes = kWide / 4;  // outputs across at a time: a lane of 16 bytes each
+
+INLINE Bytes load(const void* p) {
+  Bytes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
 
-template <int kCount>  // taps, if they are known
-INLINE void resize_row(const uint32_t* in, uint8_t* out, int size, bool flip, const Taps& taps, const int32_t* spread) {
-  const int count = kCount ? kCount : taps.count;
-  for (int at = 0; at < size; at++, out += 3) {
+// The sum over `chunks` of four taps, rounded. taps(c): one of four outputs' or more; word(c, j): the weights packed above.
+template <int kChunks, class AllTaps, class Word>  // kChunks: if they are known
+INLINE Bytes weighted_sum(int chunks, AllTaps taps, Word word) {
+  if (kChunks) chunks = kChunks;
+  Bytes sum = MM(set1_epi32)(1 << (kBits - 1)), digits[kDigits] = {};
+  for (int c = 1; c < chunks; c++)
+    for (int d = 0; d < kDigits; d++) digits[d] = add_taps(digits[d], taps(c), [&](int j) { return word(c, j); }, d);
+  for (int d = kDigits - 1; d >= 0; d--) {
+    sum = add_taps(sum, taps(0), [&](int j) { return word(0, j); }, d);
+    if (kChunks != 1) sum = MM(add_epi32)(sum, digits[d]);
+    sum = MM(srai_epi32)(sum, d ? kDigitBits : kBits - kDigitBits * (kDigits - 1));
+  }
+  return sum;
+}
+
+// Where each output's inputs begin, and the weights, spread over its lane.
+void spread_taps(const Taps& taps, int size, bool flip, std::vector<int32_t>& offset, std::vector<int32_t>& spread) {
+  const int chunks = taps.count / 4, padded = (size + kLanes - 1) / kLanes * kLanes;
+  offset.assign(padded, 0);
+  spread.assign(size_t(padded) * chunks * kWords * 4, 0);
+  for (int at = 0; at < size; at++) {
     const int x = flip ? size - 1 - at : at;
-    const uint32_t* from = in + taps.first[x];
-    const int32_t* w = spread + size_t(x) * count * 4;
-    i32x8 sum = {};
-    for (int k = 0; k < count; k += 2) {
-      i32x8 weights;
-      std::memcpy(&weights, w + 4 * k, 32);
-      sum += load8(from + k) * weights;
+    offset[at] = 3 * taps.first[x];
+    for (int c = 0; c < chunks; c++) {
+      int32_t words[kWords];
+      pack_weights(&taps.weight[size_t(x) * taps.count + 4 * c], words);
+      for (int j = 0; j < kWords; j++)
+        std::fill_n(&spread[((at / kLanes * chunks + c) * kWords + j) * kWide + at % kLanes * 4], 4, words[j]);
     }
-    i32x4 half[2];
-    std::memcpy(half, &sum, 32);
-    store_pixel(out, (half[0] + half[1] + (1 << (kBits - 1))) >> kBits);
   }
 }
+
+template <int kChunks>
+void resize_row(const uint8_t* in, uint8_t* out, int size, int chunks, const int32_t* offset, const int32_t* spread) {
+  const Bytes order = broadcast(_mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1));
+  if (kChunks) chunks = kChunks;
+  for (int x = 0; x < size; x += kLanes, offset += kLanes, spread += chunks * kWords * kWide, out += 3 * kLanes) {
+    const auto taps = [&](int c) { return MM(shuffle_epi8)(load_windows(in + 12 * c, offset), order); };
+    const auto word = [&](int c, int j) { return load(spread + (c * kWords + j) * kWide); };
+    const Bytes sum = weighted_sum<kChunks>(chunks, taps, word), words = MM(packs_epi32)(sum, sum);
+    store_lanes(out, MM(packus_epi16)(words, words));
+  }
+}
+
+template <int kChunks>
+void resize_column(const uint8_t* const* in, uint8_t* out, int size, int chunks, const int32_t* words) {
+  const auto word = [&](int c, int j) { return MM(set1_epi32)(words[c * kWords + j]); };
+  for (int x = 0; x < size; x += sizeof(Bytes)) {
+    const auto taps = [&](int c, int quarter) {
+      const uint8_t* const* rows = in + 4 * c;
+      const Bytes a = load(rows[0] + x), b = load(rows[1] + x), c_ = load(rows[2] + x), d = load(rows[3] + x);
+      const Bytes ab = quarter < 2 ? MM(unpacklo_epi8)(a, b) : MM(unpackhi_epi8)(a, b);
+      const Bytes cd = quarter < 2 ? MM(unpacklo_epi8)(c_, d) : MM(unpackhi_epi8)(c_, d);
+      return quarter % 2 ? MM(unpackhi_epi16)(ab, cd) : MM(unpacklo_epi16)(ab, cd);
+    };
+    const auto sum = [&](int quarter) {
+      return weighted_sum<kChunks>(chunks, [&](int c) { return taps(c, quarter); }, word);
+    };
+    const Bytes made = MM(packus_epi16)(MM(packs_epi32)(sum(0), sum(1)), MM(packs_epi32)(sum(2), sum(3)));
+    std::memcpy(out + x, &made, sizeof made);
+  }
+}
+
+#endif
 
 // The box of the image as size x size pixels in scratch.image: the window that begins at (left, top) of width x height.
-INLINE void resize(const uint8_t* pixels, int image_width, Box box, int width, int height, int left, int top, int size,
+void resize(const uint8_t* pixels, int image_width, Box box, int width, int height, int left, int top, int size,
                    bool bicubic, bool flip, Scratch& s) {
   const bool across = width != box.width, down = height != box.height;
-  if (across) {
-    find_taps(box.width, width, left, size, bicubic, s.weights, s.x);
-    s.spread.resize(s.x.weight.size() * 4);
-    for (size_t i = 0; i < s.x.weight.size(); i++) std::fill_n(&s.spread[4 * i], 4, s.x.weight[i]);
-  }
+  if (across) find_taps(box.width, width, left, size, bicubic, s.weights, s.x);
   if (down) find_taps(box.height, height, top, size, bicubic, s.weights, s.y);
   const int first = down ? s.y.first[0] : top, last = down ? s.y.first[size - 1] + s.y.used[size - 1] : top + size;
-  const size_t stride = size_t(size) * 3;
-  s.row.resize(box.width + 16 + (across ? s.x.count : 0));
-  s.image.resize(size * stride + kSlack);
+  const int stride = size * 3;
+  s.image.resize(size_t(size) * stride + kSlack);
   s.other.resize(s.image.size());
-  if (down) s.rows.resize((last - first) * stride + kSlack);
+  if (down) s.rows.resize(size_t(last - first) * stride + kSlack);
   uint8_t* const rows = down ? s.rows.data() : s.image.data();
+#ifdef MM
+  if (across) {
+    spread_taps(s.x, size, flip, s.offset, s.spread);
+    s.row.resize(3 * (box.width + s.x.count) + kSlack);
+  }
+#endif
   for (int y = first; y < last; y++) {
-    uint8_t* const row = rows + (y - first) * stride;
+    uint8_t* const row = rows + size_t(y - first) * stride;
     const uint8_t* in = pixels + (size_t(box.top + y) * image_width + box.left) * 3;
     if (across) {
-      unpack_row(in, box.width, s.row.data());
-      switch (s.x.count) {
-        case 2: resize_row<2>(s.row.data(), row, size, flip, s.x, s.spread.data()); break;
-        case 4: resize_row<4>(s.row.data(), row, size, flip, s.x, s.spread.data()); break;
-        case 6: resize_row<6>(s.row.data(), row, size, flip, s.x, s.spread.data()); break;
-        default: resize_row<0>(s.row.data(), row, size, flip, s.x, s.spread.data());
+#ifdef MM
+      std::memcpy(s.row.data(), in, 3 * box.width);  // vectors touch what lies behind
+      const auto resize_it = s.x.count == 4 ? resize_row<1> : s.x.count == 8 ? resize_row<2> : resize_row<0>;
+      resize_it(s.row.data(), row, size, s.x.count / 4, s.offset.data(), s.spread.data());
+#else
+      for (int at = 0; at < size; at++) {
+        const int x = flip ? size - 1 - at : at;
+        for (int c = 0; c < 3; c++) {
+          int32_t sum = 1 << (kBits - 1);
+          for (int k = 0; k < s.x.used[x]; k++) sum += in[3 * (s.x.first[x] + k) + c] * s.x.weight[size_t(x) * s.x.count + k];
+          row[3 * at + c] = clipped(sum >> kBits);
+        }
       }
+#endif
     } else if (flip) {
       for (int x = 0; x < size; x++) std::memcpy(row + 3 * x, in + 3 * (left + size - 1 - x), 3);
     } else {
@@ -368,16 +491,25 @@ INLINE void resize(const uint8_t* pixels, int image_width, Box box, int width, i
   }
   if (!down) return;
   for (int y = 0; y < size; y++) {
-    const uint8_t* in = rows + (s.y.first[y] - first) * stride;
-    uint8_t* out = s.image.data() + y * stride;
-    const int32_t* w = &s.y.weight[size_t(y) * s.y.count];
-    for (size_t x = 0; x < stride; x += 32) {
-      i32x8 sum[4];
-      for (i32x8& one : sum) one = i32x8{} + (1 << (kBits - 1));
-      for (int k = 0; k < s.y.used[y]; k++)
-        for (int i = 0; i < 4; i++) sum[i] += load8(in + k * stride + x + 8 * i) * w[k];
-      for (int i = 0; i < 4; i++) store8(out + x + 8 * i, sum[i] >> kBits);
+    const uint8_t* const in = rows + size_t(s.y.first[y] - first) * stride;
+    uint8_t* const out = s.image.data() + size_t(y) * stride;
+    const int32_t* const w = &s.y.weight[size_t(y) * s.y.count];
+    const int used = s.y.used[y];
+#ifdef MM
+    const int chunks = (used + 3) / 4;
+    s.inputs.resize(4 * chunks);
+    s.words.resize(kWords * chunks);
+    for (int k = 0; k < 4 * chunks; k++) s.inputs[k] = in + size_t(std::min(k, used - 1)) * stride;
+    for (int c = 0; c < chunks; c++) pack_weights(w + 4 * c, &s.words[kWords * c]);
+    const auto resize_it = chunks == 1 ? resize_column<1> : resize_column<0>;
+    resize_it(s.inputs.data(), out, stride, chunks, s.words.data());
+#else
+    for (int x = 0; x < stride; x++) {
+      int32_t sum = 1 << (kBits - 1);
+      for (int k = 0; k < used; k++) sum += in[size_t(k) * stride + x] * w[k];
+      out[x] = clipped(sum >> kBits);
     }
+#endif
   }
 }
 
@@ -418,10 +550,13 @@ struct Step {
 };
 
 struct Block {
-  alignas(32) float r[kBlock], g[kBlock], b[kBlock];
+  alignas(64) float r[kBlock], g[kBlock], b[kBlock];
 };
 
-INLINE f32x8& plane(float* values, int i) { return *reinterpret_cast<f32x8*>(values + i); }
+INLINE floats& plane(float* values, int i) { return *reinterpret_cast<floats*>(values + i); }
+
+INLINE float truncated(float x) { return float(int32_t(x)); }
+INLINE floats truncated(floats x) { return __builtin_convertvector(__builtin_convertvector(x, ints), floats); }
 
 INLINE float luma(float r, float g, float b) {  // sums stay below 2^24: exact
   return truncated((r * 19595.0f + g * 38470.0f + b * 7471.0f + 32768.0f) * 0x1p-16f);
@@ -431,56 +566,53 @@ INLINE float blend(float from, float to, float factor) {
   return truncated(std::min(std::max(from + factor * (to - from), 0.0f), 255.0f));
 }
 
-INLINE f32x8 times255(f32x8 x) {  // the integer part of the exact product
-  const f32x8 high = x * 256.0f, product = high - x, lost = -x - (product - high), whole = truncated(product);
-  return ((whole == product) & (lost < 0.0f)) ? whole - 1.0f : whole;
-}
+// Both ways through HSV give Pillow's bytes for every input: tests/data/test_native.py tries them all.
 
-// Pillow rounds the middle channel in double precision, and near one half that shows.
-INLINE f32x4 middle_channel(f32x4 most, f32x4 share, f32x4 start, f32x4 sign, f32x4 part) {
-  const f64x4 slope = __builtin_convertvector(start, f64x4) + __builtin_convertvector(sign, f64x4) * __builtin_convertvector(part, f64x4);
-  const f64x4 value = __builtin_convertvector(most, f64x4) * (1.0 - __builtin_convertvector(share, f64x4) * slope) + 0.5;
-  return __builtin_convertvector(__builtin_convertvector(value, i32x4), f32x4);
-}
-
-INLINE void to_hsv(Block& p, int n) {  // in place: hue, saturation, value, each 0..255
-  const f32x8 zero = {}, one = zero + 1.0f;
-  for (int i = 0; i < n; i += 8) {
-    f32x8 &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
-    const f32x8 rg = r > g ? r : g, most = rg > b ? rg : b, gr = r < g ? r : g, spread = most - (gr < b ? gr : b);
-    const f32x8 saturation = times255(spread / (most > zero ? most : one));
+void to_hsv(Block& p, int n) {  // in place: hue, saturation, value, each 0..255
+  const floats zero = {}, one = zero + 1.0f;
+  for (int i = 0; i < n; i += kWide) {
+    floats &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
+    const floats rg = r > g ? r : g, most = rg > b ? rg : b, gr = r < g ? r : g, spread = most - (gr < b ? gr : b);
+    const floats saturation = truncated(spread / (most > zero ? most : one) * 255.0f);
     // Of the two lesser channels one is the least, whose term is 1: so one division and one rounding, as in Pillow.
-    const i32x8 red = r == most, green = g == most;
-    const f32x8 plus = most - (red ? b : green ? r : g), minus = most - (red ? g : green ? b : r);
-    const i32x8 least = plus == spread;
-    const f32x8 base = (red ? zero : green ? zero + 2.0f : zero + 4.0f) + (least ? one : -one);
-    const f32x8 hue = base + (least ? -minus : plus) / (spread > zero ? spread : one);
-    r = spread > zero ? times255(hue / 6.0f + (hue < zero ? one : zero)) : zero;
+    const ints red = r == most, green = g == most;
+    const floats plus = most - (red ? b : green ? r : g), minus = most - (red ? g : green ? b : r);
+    const ints least = plus == spread;
+    const floats base = (red ? zero : green ? zero + 2.0f : zero + 4.0f) + (least ? one : -one);
+    const floats hue = base + (least ? -minus : plus) / (spread > zero ? spread : one);
+    r = spread > zero ? truncated((hue / 6.0f + (hue < zero ? one : zero)) * 255.0f) : zero;
     g = saturation;
     b = most;
   }
 }
 
-INLINE void from_hsv(Block& p, int n, float turn) {  // and the hue turned
-  const f32x8 zero = {}, one = zero + 1.0f;
-  for (int i = 0; i < n; i += 8) {
-    f32x8 &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
-    const f32x8 turned = r + turn, h = (turned > 255.0f ? turned - 256.0f : turned) * 6.0f, saturation = g, most = b;
-    const f32x8 sector = truncated((h + 0.5f) * (1.0f / 255.0f));  // 0..6
-    const f32x8 part = (h - 255.0f * sector) / 255.0f, share = saturation / 255.0f;
-    const i32x8 one_ = sector == 1.0f, three = sector == 3.0f, five = sector == 5.0f, odd = one_ | three | five;
-    const f32x8 start = odd ? zero : one, sign = odd ? one : -one;
-    const f32x8 middle = joined(middle_channel(lower(most), lower(share), lower(start), lower(sign), lower(part)),
-                                middle_channel(upper(most), upper(share), upper(start), upper(sign), upper(part)));
-    const f32x8 low = truncated(most * (255.0f - saturation) * (1.0f / 255.0f) + 0.5f);
-    const i32x8 zeroth = (sector == 0.0f) | (sector == 6.0f), two = sector == 2.0f, four = sector == 4.0f;
-    r = zeroth | five ? most : one_ | four ? middle : low;
-    g = one_ | two ? most : zeroth | three ? middle : low;
+// The middle channel as Pillow computes it, in single and double precision: near one half that shows.
+float middle_channel(float most, float saturation, float rest, bool odd) {
+  const double share = saturation / 255.0f, part = rest / 255.0f;
+  return float(int(most * (1.0 - share * (odd ? part : 1.0 - part)) + 0.5));
+}
+
+void from_hsv(Block& p, int n, float turn) {  // and the hue turned
+  for (int i = 0; i < n; i += kWide) {
+    floats &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
+    const floats turned = r + turn, h = (turned > 255.0f ? turned - 256.0f : turned) * 6.0f, saturation = g, most = b;
+    const floats sector = truncated((h + 0.5f) * (1.0f / 255.0f)), rest = h - 255.0f * sector;  // 0..6, 0..254
+    const ints zeroth = (sector == 0.0f) | (sector == 6.0f), one = sector == 1.0f, two = sector == 2.0f, three = sector == 3.0f,
+               four = sector == 4.0f, five = sector == 5.0f, odd = one | three | five;
+    const floats exact = most + 0.5f - saturation * (odd ? rest : 255.0f - rest) * (most * (1.0f / 65025.0f));
+    floats middle = truncated(exact + 1e-4f);
+    const ints unsure = middle != truncated(exact - 1e-4f);
+    if (__builtin_expect(any(unsure), 0))
+      for (int k = 0; k < kWide; k++)
+        if (unsure[k]) middle[k] = middle_channel(most[k], saturation[k], rest[k], odd[k]);
+    const floats low = truncated(most * (255.0f - saturation) * (1.0f / 255.0f) + 0.5f);
+    r = zeroth | five ? most : one | four ? middle : low;
+    g = one | two ? most : zeroth | three ? middle : low;
     b = three | four ? most : two | five ? middle : low;
   }
 }
 
-INLINE void apply(Block& p, int n, Step step, float mean) {
+void apply(Block& p, int n, Step step, float mean) {
   const float f = step.value;
   switch (step.op) {
     case kContrast:
@@ -513,26 +645,26 @@ INLINE void apply(Block& p, int n, Step step, float mean) {
   }
 }
 
-INLINE void load_block(const uint8_t* in, int n, Block& p) {
-  for (int i = 0; i < n; i += 8) {
-    const i32x8 v = load_pixels(in + 3 * i);
-    plane(p.r, i) = __builtin_convertvector(v & 255, f32x8);
-    plane(p.g, i) = __builtin_convertvector((v >> 8) & 255, f32x8);
-    plane(p.b, i) = __builtin_convertvector(v >> 16, f32x8);
+void load_block(const uint8_t* in, int n, Block& p) {
+  for (int i = 0; i < n; i += kWide) {
+    const ints v = load_pixels(in + 3 * i);
+    plane(p.r, i) = __builtin_convertvector(v & 255, floats);
+    plane(p.g, i) = __builtin_convertvector((v >> 8) & 255, floats);
+    plane(p.b, i) = __builtin_convertvector(v >> 16, floats);
   }
 }
 
-INLINE void store_block(const Block& p, int n, uint8_t* out) {
-  for (int i = 0; i < n; i += 8) {
-    const i32x8 r = __builtin_convertvector(*reinterpret_cast<const f32x8*>(p.r + i), i32x8);
-    const i32x8 g = __builtin_convertvector(*reinterpret_cast<const f32x8*>(p.g + i), i32x8);
-    const i32x8 b = __builtin_convertvector(*reinterpret_cast<const f32x8*>(p.b + i), i32x8);
+void store_block(const Block& p, int n, uint8_t* out) {
+  for (int i = 0; i < n; i += kWide) {
+    const ints r = __builtin_convertvector(*reinterpret_cast<const floats*>(p.r + i), ints);
+    const ints g = __builtin_convertvector(*reinterpret_cast<const floats*>(p.g + i), ints);
+    const ints b = __builtin_convertvector(*reinterpret_cast<const floats*>(p.b + i), ints);
     store_pixels(out + 3 * i, r | g << 8 | b << 16);
   }
 }
 
 // All steps up to the next contrast in one pass over the image, and with them the sum of grays that it needs.
-INLINE void colour(uint8_t* image, int n, const Step* steps, int count) {
+void colour(uint8_t* image, int n, const Step* steps, int count) {
   if (count == 0) return;
   float mean = 0;
   if (steps[0].op == kContrast) {
@@ -585,93 +717,87 @@ BoxFilter box_filter(float sigma) {
   return {int(radius), inner, ((1 << 24) - (int(radius) * 2 + 1) * inner) / 2};
 }
 
-// out[i] from in[i + k * stride], k = -radius - 1 .. radius + 1; writes up to 31 bytes more
+// out[i] from in[radius + 1 + k][i], k = -radius - 1 .. radius + 1; reads and writes up to 63 bytes more
 template <int kRadius>  // if it is known
-INLINE void box_line(const uint8_t* in, uint8_t* __restrict out, int n, int stride, BoxFilter f) {
-  const int radius = kRadius < 0 ? f.radius : kRadius, far = (radius + 1) * stride;
-#ifdef WITH_AVX2
+void box_line(const uint8_t* const* in, uint8_t* __restrict out, int n, BoxFilter f) {
+  const int radius = kRadius < 0 ? f.radius : kRadius, last = 2 * radius + 2;
+#ifdef MM
   if (radius < 64) {  // sums that are still 16 bits signed; weights in two halves of 12 bits
-    const __m256i high = _mm256_set1_epi32((f.inner >> 12) | (f.outer >> 12) << 16);
-    const __m256i low = _mm256_set1_epi32((f.inner & 4095) | (f.outer & 4095) << 16), half = _mm256_set1_epi32(1 << 23);
-    const auto load16 = [](const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)); };
-    const auto weighted = [&](__m256i pairs) {
-      const __m256i rest = _mm256_srli_epi32(_mm256_add_epi32(_mm256_madd_epi16(pairs, low), half), 12);
-      return _mm256_srli_epi32(_mm256_add_epi32(_mm256_madd_epi16(pairs, high), rest), 12);
+    const Bytes high = MM(set1_epi32)((f.inner >> 12) | (f.outer >> 12) << 16), bytes = MM(set1_epi16)(255);
+    const Bytes low = MM(set1_epi32)((f.inner & 4095) | (f.outer & 4095) << 16), half = MM(set1_epi32)(1 << 23);
+    const auto weighted = [&](Bytes pairs) {
+      return MM(srli_epi32)(add_products(MM(srli_epi32)(add_products(half, pairs, low), 12), pairs, high), 12);
     };
-    for (int i = 0; i < n; i += 32) {
-      __m256i words[2];
-      for (int h = 0; h < 2; h++) {
-        const uint8_t* p = in + i + 16 * h;
-        __m256i inner = load16(p);
-        for (int k = 1; k <= radius; k++)
-          inner = _mm256_add_epi16(inner, _mm256_add_epi16(load16(p - k * stride), load16(p + k * stride)));
-        const __m256i outer = _mm256_add_epi16(load16(p - far), load16(p + far));
-        words[h] = _mm256_packus_epi32(weighted(_mm256_unpacklo_epi16(inner, outer)), weighted(_mm256_unpackhi_epi16(inner, outer)));
-      }
-      _mm256_storeu_si256((__m256i*)(out + i), _mm256_permute4x64_epi64(_mm256_packus_epi16(words[0], words[1]), 0xD8));
+    for (int i = 0; i < n; i += sizeof(Bytes)) {
+      Bytes inner[2] = {}, outer[2] = {}, words[2];  // of the even bytes, of the odd
+      const auto add = [&](Bytes* sums, int k) {
+        const Bytes v = load(in[k] + i);
+        sums[0] = MM(add_epi16)(sums[0], v & bytes), sums[1] = MM(add_epi16)(sums[1], MM(srli_epi16)(v, 8));
+      };
+      for (int k = 1; k < last; k++) add(inner, k);
+      add(outer, 0), add(outer, last);
+      for (int h = 0; h < 2; h++)
+        words[h] = MM(packus_epi32)(weighted(MM(unpacklo_epi16)(inner[h], outer[h])), weighted(MM(unpackhi_epi16)(inner[h], outer[h])));
+      const Bytes made = words[0] | MM(slli_epi16)(words[1], 8);
+      std::memcpy(out + i, &made, sizeof made);
     }
     return;
   }
 #endif
   for (int i = 0; i < n; i++) {
     uint32_t inner = 0;
-    for (int k = -radius; k <= radius; k++) inner += in[i + k * stride];
-    out[i] = (inner * f.inner + (in[i - far] + in[i + far]) * f.outer + (1 << 23)) >> 24;
+    for (int k = 1; k < last; k++) inner += in[k][i];
+    out[i] = (inner * f.inner + (in[0][i] + in[last][i]) * f.outer + (1 << 23)) >> 24;
   }
 }
 
-// Three passes over lines[0], whose n bytes begin after `pad` strides; the result is in lines[1].
-INLINE void box_thrice(uint8_t* lines[2], int pad, int n, int stride, BoxFilter f) {
-  for (int pass = 0; pass < 3; pass++) {
-    uint8_t *in = lines[pass % 2] + pad * stride, *out = lines[(pass + 1) % 2] + pad * stride;
-    for (int k = 1; k <= pad; k++) {  // the first and the last are repeated
-      std::memcpy(in - k * stride, in, stride);
-      std::memcpy(in + n + (k - 1) * stride, in + n - stride, stride);
-    }
-    switch (f.radius) {
-      case 0: box_line<0>(in, out, n, stride, f); break;
-      case 1: box_line<1>(in, out, n, stride, f); break;
-      default: box_line<-1>(in, out, n, stride, f);
-    }
-  }
-}
-
-constexpr int kStrip = 64;  // bytes of a column of pixels that are blurred downwards together
-
-INLINE void blur(float sigma, int size, Scratch& s) {
+// Row by row: what three boxes across made of it goes through three boxes down, each with as many rows as it looks at.
+void blur(float sigma, int size, Scratch& s) {
   const BoxFilter f = box_filter(sigma);
-  const int pad = f.radius + 1, stride = size * 3, length = (size + 2 * pad) * kStrip + kSlack;
-  s.rows.resize(std::max(s.rows.size(), size_t(2) * length));
-  uint8_t* lines[2] = {s.rows.data(), s.rows.data() + length};
-  for (int y = 0; y < size; y++) {
-    uint8_t* row = s.image.data() + size_t(y) * stride;
-    std::memcpy(lines[0] + 3 * pad, row, stride);
-    box_thrice(lines, pad, stride, 3, f);
-    std::memcpy(row, lines[1] + 3 * pad, stride);
-  }
-  for (int x = 0; x < stride; x += kStrip) {
-    uint8_t* column = s.image.data() + x;
-    const int width = std::min(kStrip, stride - x);
-    for (int y = 0; y < size; y++) std::memcpy(lines[0] + (pad + y) * kStrip, column + size_t(y) * stride, width);
-    box_thrice(lines, pad, size * kStrip, kStrip, f);
-    for (int y = 0; y < size; y++) std::memcpy(column + size_t(y) * stride, lines[1] + (pad + y) * kStrip, width);
+  const auto box = f.radius == 0 ? box_line<0> : f.radius == 1 ? box_line<1> : box_line<-1>;
+  const int pad = f.radius + 1, kept = 2 * pad + 1, stride = size * 3, room = stride + 6 * pad + kSlack;
+  s.rows.resize(std::max(s.rows.size(), size_t(2 + 3 * kept) * room));
+  s.inputs.resize(kept);
+  const uint8_t** const in = s.inputs.data();
+  const auto row_of = [&](int level, int y) { return s.rows.data() + (2 + level * kept + y % kept) * room; };
+  for (int now = 0; now < size + 3 * pad; now++) {
+    if (now < size) {
+      uint8_t* line = s.rows.data() + 3 * pad;  // with room for its ends, repeated
+      std::memcpy(line, &s.image[size_t(now) * stride], stride);
+      for (int pass = 0; pass < 3; pass++) {
+        for (int k = 1; k <= pad; k++) {
+          std::memcpy(line - 3 * k, line, 3);
+          std::memcpy(line + stride + 3 * (k - 1), line + stride - 3, 3);
+        }
+        for (int k = 0; k < kept; k++) in[k] = line + 3 * (k - pad);
+        line = pass == 2 ? row_of(0, now) : s.rows.data() + (pass + 1) % 2 * room + 3 * pad;
+        box(in, line, stride, f);
+      }
+    }
+    for (int level = 1; level <= 3; level++) {
+      const int y = now - level * pad;
+      if (y < 0 || y >= size) continue;
+      for (int k = 0; k < kept; k++) in[k] = row_of(level - 1, std::min(std::max(y + k - pad, 0), size - 1));
+      box(in, level == 3 ? &s.image[size_t(y) * stride] : row_of(level, y), stride, f);
+    }
   }
 }
 
-INLINE void write_out(const Job& job, int v, int64_t n, const uint8_t* image) {
+void write_out(const Job& job, int v, int64_t n, const uint8_t* image) {
   const size_t count = size_t(job.views[v].size) * job.views[v].size * 3, start = n * count;
   if (!job.scale) {
     std::memcpy(static_cast<uint8_t*>(job.out[v]) + start, image, count);
     return;
   }
   float* out = static_cast<float*>(job.out[v]) + start;
-  f32x8 scale[3], offset[3];
-  for (int i = 0; i < 24; i++) scale[i / 8][i % 8] = job.scale[i % 3], offset[i / 8][i % 8] = job.offset[i % 3];
+  const bool apart = reinterpret_cast<uintptr_t>(out) % sizeof(floats) == 0;  // from the cache, which has no use for it
+  floats scale[3], offset[3];
+  for (int i = 0; i < 3 * kWide; i++) scale[i / kWide][i % kWide] = job.scale[i % 3], offset[i / kWide][i % kWide] = job.offset[i % 3];
   size_t i = 0;
-  for (; i + 24 <= count; i += 24)
+  for (; i + 3 * kWide <= count; i += 3 * kWide)
     for (int k = 0; k < 3; k++) {
-      const f32x8 value = __builtin_convertvector(load8(image + i + 8 * k), f32x8) * scale[k] + offset[k];
-      std::memcpy(out + i + 8 * k, &value, 32);
+      const floats value = __builtin_convertvector(load_bytes(image + i + kWide * k), floats) * scale[k] + offset[k];
+      apart ? write_once(out + i + kWide * k, value) : (void)std::memcpy(out + i + kWide * k, &value, sizeof value);
     }
   for (; i < count; i++) out[i] = image[i] * job.scale[i % 3] + job.offset[i % 3];
 }

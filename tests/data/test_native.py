@@ -1,5 +1,7 @@
 """The compiled views: the same bits as Pillow's, whatever the image, the size, the settings and the number of threads."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -40,11 +42,11 @@ def images(height: int, width: int) -> list[np.ndarray]:
     return [rng.integers(0, 256, (height, width, 3), np.uint8), wash, np.repeat((x // 3 % 2 * 255)[..., None], 3, -1).astype(np.uint8)]
 
 
-def both(views: Views, arrays: list[np.ndarray], *, samples=None, threads=2, portable=False) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def both(views: Views, arrays: list[np.ndarray], *, samples=None, threads=2, most_bits=512) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The views, uint8, by the compiled library and by Pillow."""
     samples = np.arange(len(arrays)) if samples is None else samples
     ours = [np.empty((len(arrays), size, size, 3), np.uint8) for size in views.sizes]
-    native.make_views(views.settings(), native.table(arrays), samples, 9, ours, num_threads=threads, portable=portable)
+    native.make_views(views.settings(), native.table(arrays), samples, 9, ours, num_threads=threads, most_bits=most_bits)
     theirs = [
         np.stack([views.view_pixels(Image.fromarray(a), v, u) for a, u in zip(arrays, uniforms(9, samples, v).tolist(), strict=True)])
         for v in range(views.num_views)
@@ -52,13 +54,13 @@ def both(views: Views, arrays: list[np.ndarray], *, samples=None, threads=2, por
     return ours, theirs
 
 
-@pytest.mark.parametrize("portable", [False, True], ids=["avx2", "portable"])
+@pytest.mark.parametrize("most_bits", [512, 256, 128])
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_equals_pillows(case, portable):
+def test_every_step_equals_pillows(case, most_bits):
     sizes = (1, 7, 32, 33)
     views = Views(size=8, views={str(s): View(size=s, **CASES[case]) for s in sizes}, mean=[0.5] * 3, std=[0.5] * 3)
     arrays = [image for height, width in ((32, 32), (1, 5), (50, 37), (23, 140), (7, 7)) for image in images(height, width)]
-    for ours, theirs in zip(*both(views, arrays, portable=portable), strict=True):
+    for ours, theirs in zip(*both(views, arrays, most_bits=most_bits), strict=True):
         assert np.array_equal(ours, theirs)
 
 
@@ -92,6 +94,44 @@ def test_hue_and_contrast_equal_pillows_for_every_colour(monkeypatch):
     image = Image.fromarray(colours)
     assert np.array_equal(ours[0][0], np.asarray(turn_hue(image, -0.5 + factors[0][3])))
     assert np.array_equal(ours[1][0], np.asarray(change_contrast(image, 0.2 + 1.6 * factors[1][1])))
+
+
+@pytest.mark.parametrize("most_bits", [512, 256, 128])
+def test_every_turn_of_the_hue_equals_pillows_for_every_saturation_and_value(most_bits):
+    """All inputs of the way back from HSV: with the test above, all of both ways."""
+    value, spread = np.mgrid[:256, :256]
+    colours = np.stack([value, np.maximum(value - spread, 0), np.maximum(value - spread, 0)], -1).astype(np.uint8)
+    views = Views(size=256, views={"hue": View(**CASES["hue"])}, mean=[0.5] * 3, std=[0.5] * 3)
+    turns = uniforms(9, np.arange(4000), 0)[:, 38] - 0.5
+    _, samples = np.unique((turns * 255).astype(int), return_index=True)
+    assert len(samples) == 255
+    ours = [np.empty((255, 256, 256, 3), np.uint8)]
+    native.make_views(views.settings(), native.table([colours] * 255), samples, 9, ours, num_threads=2, most_bits=most_bits)
+    for one, turn in zip(ours[0], turns[samples], strict=True):
+        assert np.array_equal(one, np.asarray(turn_hue(Image.fromarray(colours), turn)))
+
+
+@pytest.mark.parametrize("height", [17, 70, 201])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"quality": 20}])
+def test_a_jpeg_of_which_only_some_rows_are_decoded_gives_the_views_of_the_whole(height, options):
+    if native.turbojpeg() is None:
+        pytest.skip("libturbojpeg is missing")
+    files, arrays = [], []
+    for array in images(height, 90) + [image[..., 0].copy() for image in images(height, 41)]:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "JPEG", **options)
+        files.append(np.frombuffer(file.getvalue(), np.uint8))
+        arrays.append(np.asarray(Image.open(file).convert("RGB")))
+    views = Views(size=24, views={"one": View(scale=[0.02, 0.3])}, mean=[0.5] * 3, std=[0.5] * 3)
+    many = np.arange(40) % len(files)
+    table = native.table([arrays[i] for i in many])
+    expected, made = ([np.empty((40, 24, 24, 3), np.uint8)] for _ in range(2))
+    native.make_views(views.settings(), table, np.arange(40), 9, expected)
+    table["data"], table["bytes"] = [files[i].ctypes.data for i in many], [len(files[i]) for i in many]
+    assert not native.make_views(views.settings(), table, np.arange(40), 9, made, num_threads=2).any()
+    assert np.array_equal(made[0], expected[0])
+    table["bytes"] -= 40  # what is cut off is missed, whichever rows it held
+    assert native.make_views(views.settings(), table, np.arange(40), 9, made).all()
 
 
 def test_normalised_views_equal_torchs_normalisation_of_the_pixels():

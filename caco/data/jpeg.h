@@ -1,0 +1,138 @@
+// JPEGs as pixels, by libturbojpeg; and of those that more than a few rows can be left out of, the rest, by libjpeg-turbo's
+// own interface, where its header was there when this was compiled and its library is there when it runs. The pixels are
+// the same.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if __has_include(<jpeglib.h>) && __has_include(<dlfcn.h>)
+#include <csetjmp>
+#include <dlfcn.h>
+#include <jpeglib.h>
+#endif
+
+namespace {
+
+struct TurboJpeg {  // the library's functions, handed in: nothing is linked
+  void* (*start)();
+  int (*read_header)(void*, const uint8_t*, unsigned long, int* width, int* height, int* subsampling, int* colours);
+  int (*decompress)(void*, const uint8_t*, unsigned long, uint8_t* out, int width, int pitch, int height, int format, int flags);
+  const char* (*error)(void*);
+  int (*is_fatal)(void*);  // tjGetErrorCode
+  int (*stop)(void*);
+};
+
+#ifdef LIBJPEG_TURBO_VERSION
+
+#define NAME_OF(x) #x
+#define NAME(x) NAME_OF(x)
+
+class RowDecoder {
+ public:
+  RowDecoder() {
+    void* const library = dlopen("libjpeg.so." NAME(JPEG_LIB_VERSION), RTLD_NOW | RTLD_LOCAL);
+    const auto find = [&](auto& function, const char* name) {
+      function = library ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name)) : nullptr;
+      return function != nullptr;
+    };
+    decltype(&jpeg_std_error) std_error;
+    decltype(&jpeg_CreateDecompress) create;
+    usable_ = find(std_error, "jpeg_std_error") && find(create, "jpeg_CreateDecompress") && find(destroy_, "jpeg_destroy_decompress") &&
+              find(abort_, "jpeg_abort_decompress") && find(source_, "jpeg_mem_src") && find(header_, "jpeg_read_header") &&
+              find(start_, "jpeg_start_decompress") && find(skip_, "jpeg_skip_scanlines") && find(read_, "jpeg_read_scanlines");
+    if (!usable_) return;
+    info_.err = std_error(&errors_);
+    errors_.error_exit = [](j_common_ptr info) { std::longjmp(*static_cast<std::jmp_buf*>(info->client_data), 1); };
+    errors_.emit_message = [](j_common_ptr info, int level) { info->err->num_warnings += level < 0; };
+    info_.client_data = &failed_;
+    created_ = usable_ = !setjmp(failed_) && (create(&info_, JPEG_LIB_VERSION, sizeof info_), true);
+  }
+  ~RowDecoder() {
+    if (created_) destroy_(&info_);
+  }
+  RowDecoder(const RowDecoder&) = delete;
+
+  // Rows first..last of the image into its place in `pixels`. False, whatever was written: let the whole be decoded, which
+  // also decides what is unreadable; so for all that is truncated, warned of, or in several scans.
+  bool decode(const uint8_t* data, size_t bytes, int width, int height, int first, int last, uint8_t* pixels) {
+    if (!usable_ || bytes < 4 || data[bytes - 2] != 0xFF || data[bytes - 1] != 0xD9) return false;
+    errors_.num_warnings = 0;
+    if (setjmp(failed_)) return abort_(&info_), false;
+    source_(&info_, const_cast<uint8_t*>(data), bytes);
+    header_(&info_, TRUE);
+    const bool plain = info_.jpeg_color_space == JCS_YCbCr || info_.jpeg_color_space == JCS_GRAYSCALE;
+    if (!plain || info_.progressive_mode || info_.comps_in_scan != info_.num_components) return abort_(&info_), false;
+    info_.out_color_space = JCS_RGB;
+    start_(&info_);
+    const int block = 8 * info_.max_v_samp_factor;  // one more each way: colours are interpolated across its edge
+    first = first / block * block - block, last += block;
+    if (int(info_.output_width) != width || int(info_.output_height) != height) return abort_(&info_), false;
+    if (first > 0) skip_(&info_, first);
+    while (int(info_.output_scanline) < (last < height ? last : height)) {
+      uint8_t* row = pixels + size_t(info_.output_scanline) * width * 3;
+      read_(&info_, &row, 1);
+    }
+    abort_(&info_);
+    return errors_.num_warnings == 0;
+  }
+
+ private:
+  jpeg_decompress_struct info_;
+  jpeg_error_mgr errors_;
+  std::jmp_buf failed_;
+  bool usable_ = false, created_ = false;
+  decltype(&jpeg_destroy_decompress) destroy_;
+  decltype(&jpeg_abort_decompress) abort_;
+  decltype(&jpeg_mem_src) source_;
+  decltype(&jpeg_read_header) header_;
+  decltype(&jpeg_start_decompress) start_;
+  decltype(&jpeg_skip_scanlines) skip_;
+  decltype(&jpeg_read_scanlines) read_;
+};
+
+#else
+
+struct RowDecoder {
+  bool decode(const uint8_t*, size_t, int, int, int, int, uint8_t*) { return false; }
+};
+
+#endif
+
+// One thread's decoder.
+class Decoder {
+ public:
+  explicit Decoder(const TurboJpeg& library) : library_(library), handle_(library.start()) {}
+  ~Decoder() { library_.stop(handle_); }
+  Decoder(const Decoder&) = delete;
+
+  // uint8 [height, width, 3] of which at least rows first..last are right; null where Pillow refuses the image too, so not
+  // for a mere oddity that libjpeg warns of.
+  const uint8_t* decode(const uint8_t* data, size_t bytes, int width, int height, int first, int last) {
+    pixels_.resize(size_t(width) * height * 3);
+    if (height - (last - first) >= 32 && rows_.decode(data, bytes, width, height, first, last, pixels_.data())) return pixels_.data();
+    int w, h, subsampling, colours;
+    if (library_.read_header(handle_, data, bytes, &w, &h, &subsampling, &colours) != 0) return nullptr;
+    if (w != width || h != height) return nullptr;
+    if (library_.decompress(handle_, data, bytes, pixels_.data(), w, 0, h, 0, 0) == 0) return pixels_.data();
+    // The message is the last one: of a truncated file with several scans it may be another's.
+    const uint8_t *const end = data + bytes, end_marker[] = {0xFF, 0xD9};
+    const bool truncated = std::strstr(library_.error(handle_), "Premature end") ||
+                           std::search(data + bytes / 2, end, end_marker, end_marker + 2) == end;
+    return library_.is_fatal(handle_) || truncated ? nullptr : pixels_.data();
+  }
+
+ private:
+  const TurboJpeg& library_;
+  void* const handle_;
+  RowDecoder rows_;
+  std::vector<uint8_t> pixels_;
+};
+
+}  // namespace
