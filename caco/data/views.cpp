@@ -128,6 +128,8 @@ typedef void MakeView(const Job& job, int64_t n, int view, const uint8_t* pixels
 #undef MM
 #undef STEPS
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of its own headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define STEPS avx512
 #define WITH_AVX512
 #include "views.cpp"
