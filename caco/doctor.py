@@ -98,7 +98,7 @@ def native() -> Iterator[Finding]:
     """The parts that setup.py compiles; in an installed wheel, which has no setup.py, those that are there."""
     declared = re.findall(r'"(caco\.[\w.]+\._\w+)"', _read(ROOT / "setup.py"))
     package = Path(__file__).parent
-    built = [f"caco.{'.'.join(path.relative_to(package).parts).partition('.')[0]}" for path in package.rglob("_*.so")]
+    built = [".".join(["caco", *path.parent.relative_to(package).parts, path.name.partition(".")[0]]) for path in package.rglob("_*.so")]
     missing = [name for name in declared if importlib.util.find_spec(name) is None]
     if missing:
         compiler = "" if shutil.which("g++") else "install a C++ compiler (Debian: g++), then "

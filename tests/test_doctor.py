@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -127,6 +128,13 @@ def test_a_native_part_that_setup_py_has_and_the_package_has_not_is_named(tmp_pa
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
     found = next(doctor.native())
     assert found.state == "absent" and found.what == "not built: caco.banks._never_built" and "pip install" in found.do
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, as the native parts do")
+def test_the_native_parts_are_built_where_a_compiler_is():
+    """setup.py goes on without them, and the tests of them are skipped: so that would be seen nowhere else."""
+    found = only(doctor.native())
+    assert found == Finding("native", "works", "caco.banks._kernel, caco.data._views")
 
 
 def test_a_driver_whose_gpus_torch_does_not_see_is_no_machine_without_gpus(monkeypatch):

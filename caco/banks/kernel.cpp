@@ -359,19 +359,19 @@ int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D
     } else
 #endif
     {
-    const Shares shares(G, R, D, threads);
-    const int64_t share = shares.queries;
-    padded = shares.query_shares * share, row_shares = shares.row_shares;
-    room();
-    Buffer padded_k(padded * D);
-    memcpy(padded_k.at, k, G * D * sizeof(float));
-    f.q = padded_k.at;
-    done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
-        const int64_t qs = part % shares.query_shares, rs = part / shares.query_shares;
-        const int64_t at = (rs * padded + qs * share) * TOP;
-        const int64_t last = round_up(std::min(G, (qs + 1) * share), 12), last_row = std::min(R, (rs + 1) * shares.rows);
-        DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at]));
-    });
+        const Shares shares(G, R, D, threads);
+        const int64_t share = shares.queries;
+        padded = shares.query_shares * share, row_shares = shares.row_shares;
+        room();
+        Buffer padded_k(padded * D);
+        memcpy(padded_k.at, k, G * D * sizeof(float));
+        f.q = padded_k.at;
+        done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
+            const int64_t qs = part % shares.query_shares, rs = part / shares.query_shares;
+            const int64_t at = (rs * padded + qs * share) * TOP;
+            const int64_t last = round_up(std::min(G, (qs + 1) * share), 12), last_row = std::min(R, (rs + 1) * shares.rows);
+            DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at]));
+        });
     }
     if (!done) return 1;
     for (int64_t i = 0; i < G; i++) {

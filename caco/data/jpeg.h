@@ -52,7 +52,10 @@ class RowDecoder {
     errors_.error_exit = [](j_common_ptr info) { std::longjmp(*static_cast<std::jmp_buf*>(info->client_data), 1); };
     errors_.emit_message = [](j_common_ptr info, int level) { info->err->num_warnings += level < 0; };
     info_.client_data = &failed_;
-    created_ = usable_ = !setjmp(failed_) && (create(&info_, JPEG_LIB_VERSION, sizeof info_), true);
+    usable_ = false;
+    if (setjmp(failed_)) return;  // a library of another version
+    create(&info_, JPEG_LIB_VERSION, sizeof info_);
+    created_ = usable_ = true;
   }
   ~RowDecoder() {
     if (created_) destroy_(&info_);

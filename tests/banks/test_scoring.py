@@ -52,11 +52,12 @@ def test_loss_and_all_gradients(monkeypatch, block_elements, E, pull, push, bank
     assert torch.allclose(score.max_probability_B, p.amax(1), atol=1e-12)
 
 
-def test_float32_stays_close_to_the_float64_equations_at_a_low_temperature():
+def test_float32_stays_close_to_the_float64_equations_at_a_low_temperature(monkeypatch):
+    monkeypatch.setattr(scoring.fused, "serves", lambda *tensors: False)  # the kernels: test_fused.py
     q, w, _, positive = problem(B=64, K=1000, D=32)
     dense = eq.contrastive_loss(q, F.normalize(w, dim=1), positive, 0.02)
     fast = scoring.score(q.float(), w.float(), positive, first_row=0, size=1000, tau=0.02)
-    assert (fast.loss_B - dense).abs().max() < 6e-4  # cosines to 1.2e-5, the widest of all paths; losses here are around 25
+    assert (fast.loss_B - dense).abs().max() < 1e-4  # losses here are around 25
 
 
 def test_a_masked_column_takes_no_part():
