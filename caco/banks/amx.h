@@ -4,6 +4,9 @@
 // PARTS 1 rounds vectors and probabilities to bfloat16 (8 bits). PARTS 2 holds each as the sum of two, the second of which is
 // what the first lost, and multiplies three of the four pairs of parts: 16 bits, for three times the products.
 //
+// Exponentials come in pairs of vectors, element beside element, as the right factor of a product wants its rows and as the
+// left one may have its columns where the right one's rows are in the same order.
+//
 // Everything that a tile instruction reads or writes is stored as whole tiles of 1 KiB: 16 rows of 32 bfloat16, or (the right
 // factor) 16 pairs of rows by 16 columns, or 16 rows of 16 floats. All three passes make their scores alike, rows of the bank
 // by queries, so a vector is one row and 16 queries.
@@ -16,7 +19,7 @@ constexpr int64_t QUERY_CHUNK = 512;       // queries whose probabilities an upd
 // Rows in a block: its packed copies stay in the second-level cache.
 int64_t block_rows(int64_t D) { return std::max<int64_t>(GROUP, std::min<int64_t>(512, 65536 / round_up(D, GROUP) / GROUP * GROUP)); }
 
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx512vbmi,fma,prefer-vector-width=512")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
 // The compiler's own intrinsics do not say that a load reads memory, so stores may be moved behind it.
@@ -43,6 +46,7 @@ struct Tiles {
 bool available() {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // amx-bf16, amx-tile
+    if (!(c >> 1 & 1)) return false;                                                                  // avx512_vbmi
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;                     // avx512_bf16
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
@@ -76,31 +80,79 @@ INLINE __m512i side_by_side(__m512i rows) {
     return _mm512_permutexvar_epi16(order, rows);
 }
 
-// 16 words into a column of a tile.
-INLINE void store_column(bf16* at, __m512i words) {
-    const __m512i row = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
-    _mm512_i32scatter_epi32(at, row, words, 4);
+// 16 vectors of 16 words into their columns.
+INLINE void transpose16(__m512i x[16]) {
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+        const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+        y[i] = _mm512_unpacklo_epi64(a, c), y[i + 1] = _mm512_unpackhi_epi64(a, c);
+        y[i + 2] = _mm512_unpacklo_epi64(b, d), y[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int i = 0; i < 4; i++) {  // y[4 n + i] has column 4 l + i of vectors 4 n to 4 n + 3 in its quarter l
+        const __m512i a = _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88), b = _mm512_shuffle_i32x4(y[i], y[i + 4], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0x88), d = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0xdd);
+        x[i] = _mm512_shuffle_i32x4(a, c, 0x88), x[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        x[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
 }
 
-// 2^x for x up to 127, to 1e-7 of itself (3e-6 where bfloat16 takes it up); from -127 down exactly 0, as p(0) is exactly 1.
-template <int PARTS>
+// 2^x for x up to 127, to 1e-7 of itself; from -127 down exactly 0, as p(0) is exactly 1.
 INLINE __m512 power(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);  // in this order NaN stays NaN
     const __m512 shifted = _mm512_add_ps(x, _mm512_set1_ps(12582912.0f));  // the nearest integer, in the low bits
     const __m512 r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0f)));
-    __m512 p;
-    if (PARTS == 1) {
-        p = _mm512_fmadd_ps(_mm512_set1_ps(9.582854876e-03f), r, _mm512_set1_ps(5.590643240e-02f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409863e-01f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241925e-01f));
-    } else {
-        p = _mm512_fmadd_ps(_mm512_set1_ps(1.326472918e-03f), r, _mm512_set1_ps(9.671513435e-03f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550733746e-02f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402224207e-01f));
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931469776e-01f));
-    }
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(1.326472918e-03f), r, _mm512_set1_ps(9.671513435e-03f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550733746e-02f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402224207e-01f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931469776e-01f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+}
+
+// A bfloat16 of 2^x is x + 127 in 128ths but for its last seven bits, which are 2^f - 1 for the fraction f: a table of 128.
+struct Mantissas {
+    Mantissas() {
+        for (int f = 0; f < 128; f++) at[f] = (uint8_t)lrint(128 * (exp2(f / 128.0) - 1));
+    }
+    alignas(64) uint8_t at[128];
+};
+const Mantissas mantissas;
+constexpr float STEPS = 128.0f;                        // of an exponent, to 1
+constexpr float IN_STEPS = 1.5f * 65536.0f + 127.0f;  // added to an exponent, it leaves x + 127 in steps in the float's low half
+constexpr float LOWEST_EXPONENT = -383.0f;            // of those that do; all from -127 down give 0
+
+// What to add to an exponent where the tiles' results are of PARTS: see `exponentials`. PARTS 1 takes whole steps.
+template <int PARTS>
+float offset_of(float exponent) {
+    return PARTS == 1 ? IN_STEPS + std::round(exponent * STEPS) / STEPS : exponent;
+}
+
+// 2 to the power of what that left out.
+template <int PARTS>
+float left_out(float exponent) {
+    return PARTS == 1 ? exp2f(exponent - std::round(exponent * STEPS) / STEPS) : 1.0f;
+}
+
+// 2^(a x + b), as the parts of pairs of x and y, and added up over them: `sum` has what the parts say (PARTS 1: to 0.7 % of
+// each, without bias), `most` the largest, of both of a pair.
+template <int PARTS>
+INLINE void exponentials(__m512 x, __m512 y, __m512 a, __m512 b_x, __m512 b_y, __m512i out[PARTS], __m512& sum, __m512i& most) {
+    x = _mm512_fmadd_ps(x, a, b_x), y = _mm512_fmadd_ps(y, a, b_y);
+    if (PARTS == 1) {
+        __m512i steps = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_castps_si512(x), _mm512_bslli_epi128(_mm512_castps_si512(y), 2));
+        steps = _mm512_max_epi16(steps, _mm512_setzero_si512());
+        const __m512i fraction = _mm512_permutex2var_epi8(_mm512_load_si512(mantissas.at), steps, _mm512_load_si512(mantissas.at + 64));
+        out[0] = _mm512_ternarylogic_epi32(steps, fraction, _mm512_set1_epi16(0x7f), 0xD8);  // the fraction in its seven bits
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)out[0], (__m512bh)_mm512_set1_epi16(0x3f80));
+        most = _mm512_max_epi16(most, out[0]);
+    } else {
+        x = power(x), y = power(y);
+        sum = _mm512_add_ps(sum, _mm512_add_ps(x, y));
+        most = _mm512_castps_si512(_mm512_max_ps(_mm512_castsi512_ps(most), _mm512_max_ps(x, y)));
+        split<PARTS>(x, y, out);
+        for (int part = 0; part < PARTS; part++) out[part] = side_by_side(out[part]);
+    }
 }
 
 // out (+)= left x right, two tiles by two. The tile unit works beside the vector unit, so `work` is what the vectors have to
@@ -134,10 +186,10 @@ struct Nothing {
 };
 
 // Scores of 32 rows and 32 queries, `groups` times, each group's made while `work` is done on the one before; a_next and b_next
-// lead from group to group. There are `count` rows.
+// lead from group to group. There are `count` rows; those beyond have the score `beyond`.
 template <int PARTS, class Work>
 INLINE void scan(const Packed& rows, const bf16* a, int64_t a_next, const Packed& queries, const bf16* b, int64_t b_next, int64_t D,
-                 int64_t groups, int64_t count, float* scratch, Work& work) {
+                 int64_t groups, int64_t count, float beyond, float* scratch, Work& work) {
     const int64_t steps = D / GROUP, next = steps * TILE;
     Nothing nothing;
     for (int64_t g = 0; g < groups; g++, a += a_next, b += b_next) {
@@ -146,143 +198,179 @@ INLINE void scan(const Packed& rows, const bf16* a, int64_t a_next, const Packed
             product<PARTS>(rows, a, next, queries, b, next, steps, true, here, 2 * SUMS, SUMS, nothing);
         else
             product<PARTS>(rows, a, next, queries, b, next, steps, true, here, 2 * SUMS, SUMS, work), work.end();
-        // Rows beyond the last: so far from every query that their exponential is zero.
         for (int64_t row = count - g * GROUP; row < GROUP; row++)
             for (int64_t half = 0; half < 2; half++)
-                _mm512_store_ps(here + (row / 16 * 2 + half) * SUMS + row % 16 * 16, _mm512_set1_ps(-1e6f));
+                _mm512_store_ps(here + (row / 16 * 2 + half) * SUMS + row % 16 * 16, _mm512_set1_ps(beyond));
         work.begin(here, g);
     }
     work.pieces(0, 16);
     work.end();
 }
 
-// Unit rows of a block, as a left factor; rows beyond `count` are zero. D is a multiple of 32, `width` the rows' own.
+// Unit rows of a block, as a left factor; rows beyond `count` are zero. D is a multiple of 32, `width` the rows' own. Returns
+// whether each has a direction. lost: the largest square of what rounding took from one, if that is more.
 template <int PARTS>
-TARGET static void pack(const float* w, int64_t count, int64_t width, int64_t D, Packed& rows, float* inverse_norm) {
+TARGET static bool pack(const float* w, int64_t count, int64_t width, int64_t D, Packed& rows, float* inverse_norm, float* lost = nullptr) {
+    bool usable = true;
     for (int64_t j = 0; j < round_up(count, GROUP); j++) {
         const float* row = w + j * width;
-        __m512 squares = _mm512_setzero_ps();
+        __m512 squares = _mm512_setzero_ps(), lost_squares = _mm512_setzero_ps();
         for (int64_t d = 0; j < count && d < width; d += 16) {
             const __m512 x = _mm512_maskz_loadu_ps(first(width - d), row + d);
             squares = _mm512_fmadd_ps(x, x, squares);
         }
         const float inverse = j < count ? 1.0f / sqrtf(_mm512_reduce_add_ps(squares)) : 0.0f;
+        usable &= j >= count || (inverse > 0 && inverse < INFINITY);
         if (inverse_norm) inverse_norm[j] = inverse;
+        const __m512 scale = _mm512_set1_ps(inverse);
         for (int64_t d = 0; d < D; d += GROUP) {
-            const __m512 scale = _mm512_set1_ps(inverse);
             const int64_t left = j < count ? width - d : 0;
+            const __m512 x = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(first(left), row + d));
+            const __m512 y = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(first(left - 16), row + d + 16));
             __m512i parts[PARTS];
-            split<PARTS>(_mm512_mul_ps(scale, _mm512_maskz_loadu_ps(first(left), row + d)),
-                         _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(first(left - 16), row + d + 16)), parts);
+            split<PARTS>(x, y, parts);
             bf16* to = rows.at + (j / 16 * D / GROUP + d / GROUP) * TILE + j % 16 * GROUP;
             for (int part = 0; part < PARTS; part++) _mm512_store_si512(to + part * rows.part, parts[part]);
+            if (!lost) continue;
+            const __m512 x_lost = _mm512_sub_ps(x, raise(_mm512_castsi512_si256(parts[0])));
+            const __m512 y_lost = _mm512_sub_ps(y, raise(_mm512_extracti64x4_epi64(parts[0], 1)));
+            lost_squares = _mm512_fmadd_ps(x_lost, x_lost, _mm512_fmadd_ps(y_lost, y_lost, lost_squares));
         }
+        if (lost) *lost = std::max(*lost, _mm512_reduce_add_ps(lost_squares));
     }
+    return usable;
 }
 
 // A block's rows, packed, transposed: a left factor of D rows and `steps` tiles in each.
 template <int PARTS>
 TARGET static void transpose(const Packed& rows, int64_t count, int64_t D, int64_t steps, Packed& transposed) {
-    for (int64_t j = 0; j < round_up(count, GROUP); j += 2)
+    for (int64_t j = 0; j < round_up(count, GROUP); j += GROUP)
         for (int64_t d = 0; d < D; d += 16)
             for (int part = 0; part < PARTS; part++) {
-                const bf16* from = rows.at + part * rows.part + (j / 16 * D / GROUP + d / GROUP) * TILE + j % 16 * GROUP + d % GROUP;
-                const __m512i even = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)from));
-                const __m512i odd = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(from + GROUP)));
-                store_column(transposed.at + part * transposed.part + (d / 16 * steps + j / GROUP) * TILE + j % GROUP,
-                             _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+                __m512i pairs[16];
+                for (int64_t pair = 0; pair < 16; pair++) {
+                    const int64_t row = j + 2 * pair;
+                    const bf16* from = rows.at + part * rows.part + (row / 16 * D / GROUP + d / GROUP) * TILE + row % 16 * GROUP + d % GROUP;
+                    const __m512i even = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)from));
+                    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(from + GROUP)));
+                    pairs[pair] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+                }
+                transpose16(pairs);
+                bf16* to = transposed.at + part * transposed.part + (d / 16 * steps + j / GROUP) * TILE;
+                for (int64_t e = 0; e < 16; e++) _mm512_store_si512(to + e * GROUP, pairs[e]);
             }
 }
 
 // Queries as the right factor of scores: columns; zero beyond the last of G.
 template <int PARTS>
 TARGET static void pack_queries(const float* q, int64_t G, int64_t width, int64_t D, Packed& out) {
-    for (int64_t i = 0; i < G; i++)
+    for (int64_t i = 0; i < G; i += 16)
         for (int64_t d = 0; d < D; d += GROUP) {
-            __m512i parts[PARTS];
-            split<PARTS>(_mm512_maskz_loadu_ps(first(width - d), q + i * width + d),
-                         _mm512_maskz_loadu_ps(first(width - d - 16), q + i * width + d + 16), parts);
-            for (int part = 0; part < PARTS; part++)
-                store_column(out.at + part * out.part + (i / 16 * D / GROUP + d / GROUP) * TILE + i % 16 * 2, parts[part]);
+            __m512i pairs[PARTS][16];
+            for (int64_t n = 0; n < 16; n++) {
+                const int64_t left = i + n < G ? width - d : 0;
+                __m512i parts[PARTS];
+                split<PARTS>(_mm512_maskz_loadu_ps(first(left), q + (i + n) * width + d),
+                             _mm512_maskz_loadu_ps(first(left - 16), q + (i + n) * width + d + 16), parts);
+                for (int part = 0; part < PARTS; part++) pairs[part][n] = parts[part];
+            }
+            for (int part = 0; part < PARTS; part++) {
+                transpose16(pairs[part]);
+                bf16* to = out.at + part * out.part + (i / 16 * D / GROUP + d / GROUP) * TILE;
+                for (int64_t e = 0; e < 16; e++) _mm512_store_si512(to + e * GROUP, pairs[part][e]);
+            }
         }
 }
 
-// Queries times their weights as the right factor of the rows' motion: rows, `steps` tiles for every 16 of D.
+// Queries times their weights as the right factor of the rows' motion: rows, `steps` tiles for every 16 of D. A pair of rows is
+// a query and the one 16 further, as `Share` has its columns.
 template <int PARTS>
 TARGET static void pack_weighted(const float* q, const float* weight, int64_t N, int64_t width, int64_t D, int64_t steps, Packed& out) {
-    for (int64_t i = 0; i < N; i += 2)
+    for (int64_t i = 0; i < N; i++) {
+        if (i % GROUP >= 16) continue;
         for (int64_t d = 0; d < D; d += 16) {
-            const __mmask16 mask = first(width - d), second = i + 1 < N ? mask : 0;
+            const __mmask16 mask = first(width - d), second = i + 16 < N ? mask : 0;
             __m512i parts[PARTS];
             split<PARTS>(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, q + i * width + d), _mm512_set1_ps(weight[i])),
-                         _mm512_mul_ps(_mm512_maskz_loadu_ps(second, q + (i + 1) * width + d), _mm512_set1_ps(second ? weight[i + 1] : 0)),
+                         _mm512_mul_ps(_mm512_maskz_loadu_ps(second, q + (i + 16) * width + d), _mm512_set1_ps(second ? weight[i + 16] : 0)),
                          parts);
             for (int part = 0; part < PARTS; part++)
-                _mm512_store_si512(out.at + part * out.part + (d / 16 * steps + i / GROUP) * TILE + i % GROUP * 16, side_by_side(parts[part]));
+                _mm512_store_si512(out.at + part * out.part + (d / 16 * steps + i / GROUP) * TILE + i % GROUP * 32, side_by_side(parts[part]));
         }
+    }
 }
 
-// Exponentials of a group of rows and 32 queries, as a right factor of pairs of rows, and their sums.
+// Exponentials of a group of rows and 32 queries, as a right factor of pairs of rows, their sums and the largest.
 template <int PARTS>
 struct Weigh {
     const Forward& f;
     Packed& tile;
-    int64_t steps;
+    int64_t steps, count;  // tiles of a block, and its rows
     const float* scores = nullptr;
     bf16* weights = nullptr;
-    __m512 total[2], total2[2], peak[2];
+    int64_t valid = 0;  // rows of the group
+    __m512 total[2], total2[2];
+    __m512i most[2];
 
-    TARGET Weigh(const Forward& f, Packed& tile, int64_t steps) : f(f), tile(tile), steps(steps) {
-        for (int half = 0; half < 2; half++)
-            total[half] = total2[half] = _mm512_setzero_ps(), peak[half] = _mm512_set1_ps(-1e6f);
+    TARGET Weigh(const Forward& f, Packed& tile, int64_t steps, int64_t count) : f(f), tile(tile), steps(steps), count(count) {
+        for (int half = 0; half < 2; half++) total[half] = total2[half] = _mm512_setzero_ps(), most[half] = _mm512_setzero_si512();
     }
     void begin(const float* scores_, int64_t group) {
         scores = scores_;
         weights = tile.at + group * TILE;
+        valid = count - group * GROUP;
     }
     void end() {}
     TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
-        const __m512 a = _mm512_set1_ps(f.inverse_tau * LOG2_E), b = _mm512_set1_ps(-f.shift * LOG2_E);
+        const __m512 a = _mm512_set1_ps(f.inverse_tau * LOG2_E), b = _mm512_set1_ps(offset_of<PARTS>(-f.shift * LOG2_E));
         for (int half = 0; half < 2; half++) {
-            __m512 sum = total[half], top = peak[half];
+            __m512 sum = total[half];
+            __m512i top = most[half];
             for (int64_t pair = from; pair < to; pair++) {
                 const float* at = scores + (pair / 8 * 2 + half) * SUMS + pair % 8 * 32;
-                const __m512 x = _mm512_load_ps(at), y = _mm512_load_ps(at + 16);
-                const __m512 e = power<PARTS>(_mm512_fmadd_ps(x, a, b)), e_next = power<PARTS>(_mm512_fmadd_ps(y, a, b));
-                sum = _mm512_add_ps(sum, _mm512_add_ps(e, e_next));
-                top = _mm512_max_ps(top, _mm512_max_ps(x, y));
                 __m512i parts[PARTS];
-                split<PARTS>(e, e_next, parts);
+                exponentials<PARTS>(_mm512_load_ps(at), _mm512_load_ps(at + 16), a, b, b, parts, sum, top);
                 for (int part = 0; part < PARTS; part++)
-                    _mm512_store_si512(weights + part * tile.part + half * steps * TILE + pair * 32, side_by_side(parts[part]));
+                    _mm512_store_si512(weights + part * tile.part + half * steps * TILE + pair * 32, parts[part]);
             }
-            total[half] = sum, peak[half] = top;
+            total[half] = sum, most[half] = top;
             if (!f.second) continue;
             const __m512 a2 = _mm512_set1_ps(f.inverse_tau2 * LOG2_E), b2 = _mm512_set1_ps(-f.shift2 * LOG2_E);
-            for (int64_t row = 2 * from; row < 2 * to; row++) {
+            for (int64_t row = 2 * from; row < std::min(2 * to, valid); row++) {
                 const __m512 x = _mm512_load_ps(scores + (row / 16 * 2 + half) * SUMS + row % 16 * 16);
-                total2[half] = _mm512_add_ps(total2[half], power<PARTS>(_mm512_fmadd_ps(x, a2, b2)));
+                total2[half] = _mm512_add_ps(total2[half], power(_mm512_fmadd_ps(x, a2, b2)));
             }
+        }
+    }
+    // The largest exponential of each of 32 queries.
+    TARGET void largest(float* out) const {
+        for (int half = 0; half < 2; half++) {
+            __m512i top = most[half];
+            if (PARTS == 1) top = _mm512_max_epi32(_mm512_slli_epi32(top, 16), _mm512_and_si512(top, _mm512_set1_epi32(0xffff0000)));
+            _mm512_store_ps(out + half * 16, _mm512_castsi512_ps(top));
         }
     }
 };
 
-// Sums over some rows for all queries: see caco_forward. `sums` holds tiles of 16 of D by 16 queries, `padded` / 16 for each 16 of D.
+// Sums over some rows for all queries, and the largest exponential: see caco_forward. `sums` holds tiles of 16 of D by 16
+// queries, `padded` / 16 for each 16 of D. Returns whether all rows have a direction.
 template <int PARTS>
-TARGET static void forward_part(const Forward& f, const Packed& queries, int64_t padded, int64_t first_row, int64_t last_row,
-                                double* z, double* z2, float* peak, float* sums) {
+TARGET static bool forward_part(const Forward& f, const Packed& queries, int64_t padded, int64_t first_row, int64_t last_row,
+                                double* z, double* z2, float* most, float* sums) {
     const int64_t D = round_up(f.D, GROUP), S = block_rows(D), steps = S / GROUP;
     Packed rows(S * D, PARTS), transposed(sums ? S * D : 0, PARTS), tile(S * GROUP, PARTS);
     Buffer scratch(8 * SUMS);
+    const float beyond = (-200.0f + f.shift * LOG2_E) / (f.inverse_tau * LOG2_E);  // a score whose exponential is 0
+    bool usable = true;
     const Tiles ready;
     Nothing nothing;
     for (int64_t start = first_row; start < last_row; start += S) {
         const int64_t count = std::min(S, last_row - start), groups = round_up(count, GROUP) / GROUP;
-        pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr);
+        usable &= pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr);
         if (sums) transpose<PARTS>(rows, count, D, steps, transposed);
         for (int64_t i = 0; i < padded; i += GROUP) {
-            Weigh<PARTS> work(f, tile, steps);
-            scan<PARTS>(rows, rows.at, GROUP * D, queries, queries.at + i * D, 0, D, groups, count, scratch.at, work);
+            Weigh<PARTS> work(f, tile, steps, count);
+            scan<PARTS>(rows, rows.at, GROUP * D, queries, queries.at + i * D, 0, D, groups, count, beyond, scratch.at, work);
             for (int64_t d = 0; sums && d < D; d += GROUP)
                 product<PARTS>(transposed, transposed.at + d / 16 * steps * TILE, steps * TILE, tile, tile.at, steps * TILE,
                                groups, start == first_row, sums + (d * padded + i * 16), padded * 16, SUMS, nothing);
@@ -291,15 +379,16 @@ TARGET static void forward_part(const Forward& f, const Packed& queries, int64_t
             for (int half = 0; half < 2; half++) {
                 _mm512_store_ps(total + half * 16, work.total[half]);
                 _mm512_store_ps(total + GROUP + half * 16, work.total2[half]);
-                _mm512_store_ps(top + half * 16, work.peak[half]);
             }
+            work.largest(top);
             for (int64_t n = 0; n < GROUP; n++) {
                 z[i + n] += total[n];
                 if (f.second) z2[i + n] += total[GROUP + n];
-                peak[i + n] = std::max(peak[i + n], top[n]);
+                most[i + n] = std::max(most[i + n], top[n]);
             }
         }
     }
+    return usable;
 }
 
 // The TOP best rows of 32 queries so far: values and rows [half][TOP], 16 queries to a vector.
@@ -361,7 +450,7 @@ TARGET static void nearest_part(const Forward& f, const Packed& keys, int64_t pa
         pack<2>(f.w + start * f.D, count, f.D, D, rows, nullptr);
         for (int64_t i = 0; i < padded; i += GROUP) {
             Choose work{values.at + i * TOP, row + i * TOP, (int32_t)(start - first_row)};
-            scan<2>(rows, rows.at, GROUP * D, keys, keys.at + i * D, 0, D, round_up(count, GROUP) / GROUP, count, scratch.at, work);
+            scan<2>(rows, rows.at, GROUP * D, keys, keys.at + i * D, 0, D, round_up(count, GROUP) / GROUP, count, -1e6f, scratch.at, work);
         }
     }
     for (int64_t i = 0; i < padded; i++)
@@ -373,11 +462,11 @@ TARGET static void nearest_part(const Forward& f, const Packed& keys, int64_t pa
         }
 }
 
-// Probabilities of 32 rows and the queries of a chunk, as a left factor.
+// Probabilities of 32 rows and the queries of a chunk, as a left factor: of 32 queries, one of the first 16 and one of the last in turn.
 template <int PARTS>
 struct Share {
     const Update& u;
-    const float* offset;  // of the chunk's queries: -log_sum / log(2)
+    const float* offset;  // of the chunk's queries: see offset_of
     Packed& tile;
     const float* scores = nullptr;
     int64_t group = 0;
@@ -387,11 +476,12 @@ struct Share {
     TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
         const __m512 a = _mm512_set1_ps(u.inverse_tau * LOG2_E);
         const __m512 b = _mm512_load_ps(offset + group * GROUP), b_next = _mm512_load_ps(offset + group * GROUP + 16);
+        __m512 sum;
+        __m512i most;
         for (int64_t row = 2 * from; row < 2 * to; row++) {
             const float* at = scores + row / 16 * 2 * SUMS + row % 16 * 16;
             __m512i parts[PARTS];
-            split<PARTS>(power<PARTS>(_mm512_fmadd_ps(_mm512_load_ps(at), a, b)),
-                         power<PARTS>(_mm512_fmadd_ps(_mm512_load_ps(at + SUMS), a, b_next)), parts);
+            exponentials<PARTS>(_mm512_load_ps(at), _mm512_load_ps(at + SUMS), a, b, b_next, parts, sum, most);
             bf16* at_row = tile.at + (row / 16 * (QUERY_CHUNK / GROUP) + group) * TILE + row % 16 * GROUP;
             for (int part = 0; part < PARTS; part++) _mm512_store_si512(at_row + part * tile.part, parts[part]);
         }
@@ -414,7 +504,7 @@ TARGET static void update_part(const Update& u, const Packed& queries, const Pac
             const int64_t groups = std::min(QUERY_CHUNK, u.padded - i) / GROUP;
             for (int64_t j = 0; j < count; j += GROUP) {
                 Share<PARTS> work{u, offset + i, tile};
-                scan<PARTS>(rows, rows.at + j * D, 0, queries, queries.at + i * D, GROUP * D, D, groups, GROUP * groups, scratch.at, work);
+                scan<PARTS>(rows, rows.at + j * D, 0, queries, queries.at + i * D, GROUP * D, D, groups, GROUP * groups, 0, scratch.at, work);
                 for (int64_t d = 0; d < D; d += GROUP)
                     product<PARTS>(tile, tile.at, QUERY_CHUNK / GROUP * TILE, weighted, weighted.at + (d / 16 * steps + i / GROUP) * TILE,
                                    steps * TILE, groups, i == 0, toward.at + j * D + d * 16, D * 16, SUMS, nothing);

@@ -226,21 +226,28 @@ bool forward(const Forward& f, int64_t G, int64_t R, double* z, double* z2, floa
     Packed queries(padded * D, PARTS);
     pack_queries<PARTS>(f.q, G, f.D, D, queries);
     std::vector<double> totals(padded * shares.count), totals2(z2 ? padded * shares.count : 0);
-    std::vector<float> peaks(padded * shares.count, -1e6f);
+    std::vector<float> most(padded * shares.count);
     Buffer weighed(sums ? padded * shares.count * D : 0);
+    std::atomic<bool> usable{true};
     const bool done = in_parallel(threads, shares.count, [&](int64_t part) {
-        forward_part<PARTS>(f, queries, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &totals[part * padded],
-                            z2 ? &totals2[part * padded] : nullptr, &peaks[part * padded], sums ? &weighed[part * padded * D] : nullptr);
+        if (!forward_part<PARTS>(f, queries, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &totals[part * padded],
+                                 z2 ? &totals2[part * padded] : nullptr, &most[part * padded], sums ? &weighed[part * padded * D] : nullptr))
+            usable = false;
     });
     if (!done) return false;
+    const float rest = left_out<PARTS>(-f.shift * LOG2_E);
     for (int64_t i = 0; i < G; i++) {
-        z[i] = 0, peak[i] = -1e6f;
+        double squares = 0;
+        for (int64_t d = 0; d < f.D; d++) squares += (double)f.q[i * f.D + d] * f.q[i * f.D + d];
+        z[i] = usable && squares < 1.0202 ? 0 : NAN;  // longer ones may leave the exponents that there are
         if (z2) z2[i] = 0;
+        float largest = 0;
         for (int64_t part = 0; part < shares.count; part++) {
-            z[i] += totals[part * padded + i];
+            z[i] += rest * totals[part * padded + i];
             if (z2) z2[i] += totals2[part * padded + i];
-            peak[i] = std::max(peak[i], peaks[part * padded + i]);
+            largest = std::max(largest, most[part * padded + i]);
         }
+        peak[i] = std::min(1.0f, (logf(rest * largest) + f.shift) / f.inverse_tau);
     }
     for (int64_t tile = 0; sums && tile < padded * D / SUMS; tile++) {
         const int64_t d = tile / (padded / 16) * 16, i = tile % (padded / 16) * 16;
@@ -248,9 +255,16 @@ bool forward(const Forward& f, int64_t G, int64_t R, double* z, double* z2, floa
             for (int64_t e = 0; e < std::min<int64_t>(16, f.D - d); e++) {
                 float total = 0;
                 for (int64_t part = 0; part < shares.count; part++) total += weighed[part * padded * D + tile * SUMS + e * 16 + n];
-                sums[(i + n) * f.D + d + e] = total;
+                sums[(i + n) * f.D + d + e] = rest * total;
             }
     }
+    return true;
+}
+
+// Whether a bfloat16's exponents hold every probability.
+bool in_range(const Update& u, int64_t N) {
+    for (int64_t i = 0; i < N; i++)
+        if (!((-1.01f * u.inverse_tau - u.log_sum[i]) * LOG2_E > LOWEST_EXPONENT)) return false;
     return true;
 }
 
@@ -258,10 +272,14 @@ template <int PARTS>
 bool update(Update& u, int64_t N, int threads) {
     const int64_t D = round_up(u.D, GROUP), padded = round_up(N, GROUP), S = block_rows(D);
     Packed queries(padded * D, PARTS), weighted(padded * D, PARTS);
-    Buffer offset(padded);
+    Buffer offset(padded), weight(N);
+    for (int64_t i = 0; i < padded; i++) {
+        const float exponent = i < N ? -u.log_sum[i] * LOG2_E : -200.0f;  // of no query: 0
+        offset[i] = offset_of<PARTS>(exponent);
+        if (i < N) weight[i] = u.grad[i] * left_out<PARTS>(exponent);
+    }
     pack_queries<PARTS>(u.q, N, u.D, D, queries);
-    pack_weighted<PARTS>(u.q, u.grad, N, u.D, D, padded / GROUP, weighted);
-    for (int64_t i = 0; i < padded; i++) offset[i] = i < N ? -u.log_sum[i] * LOG2_E : -1e6f;
+    pack_weighted<PARTS>(u.q, weight.at, N, u.D, D, padded / GROUP, weighted);
     u.padded = padded;
     if ((double)N * u.R * u.D < 3.0e7) threads = 1;
     const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, (u.R + S - 1) / S));
@@ -408,7 +426,7 @@ int caco_update(const float* q, const int64_t* positive, const float* log_sum, c
     Update u{q, nullptr, log_sum, grad, first_of_row.data(), by_row.data(), w, v, R, D, N,
              inverse_tau, pull, push, lr, momentum, weight_decay, normalise != 0};
 #if defined(HAS_AMX)
-    if (set == AMX) return !(low ? amx::update<1> : amx::update<2>)(u, N, threads);
+    if (set == AMX) return !(low && amx::in_range(u, N) ? amx::update<1> : amx::update<2>)(u, N, threads);
 #endif
     const int64_t wide = round_up(D, PANEL), S = block_rows(D), padded = round_up(N, 12);
     Buffer padded_q(padded * D), weighted(padded * wide), sums(padded), weights(padded);
