@@ -391,13 +391,16 @@ TARGET static bool forward_part(const Forward& f, const Packed& queries, int64_t
     return usable;
 }
 
-// The TOP best rows of 32 queries so far: values and rows [half][TOP], 16 queries to a vector.
+// The TOP best rows of 32 queries so far: values and rows [half][TOP], 16 queries to a vector. Rows further than `reach` [half][16]
+// behind the best may be left out.
 struct Choose {
     float* values;
     int32_t* index;
+    const float* reach;
     int32_t first_row;
     const float* scores = nullptr;
     __m512 peak[2];
+    int32_t first_here = 0;
 
     TARGET void begin(const float* scores_, int64_t group) {
         scores = scores_;
@@ -412,14 +415,19 @@ struct Choose {
             peak[half] = top;
         }
     }
+    // What a score must exceed to be kept.
+    TARGET __m512 bar(int half) const {
+        const float* best = values + half * TOP * 16;
+        return _mm512_max_ps(_mm512_load_ps(best + (TOP - 1) * 16), _mm512_sub_ps(_mm512_load_ps(best), _mm512_load_ps(reach + half * 16)));
+    }
     TARGET void end() {
         for (int half = 0; half < 2; half++) {
             float* best = values + half * TOP * 16;
             int32_t* row = index + half * TOP * 16;
-            if (!_mm512_cmp_ps_mask(peak[half], _mm512_load_ps(best + (TOP - 1) * 16), _CMP_GT_OQ)) continue;
+            if (!_mm512_cmp_ps_mask(peak[half], bar(half), _CMP_GT_OQ)) continue;
             for (int32_t r = 0; r < GROUP; r++) {
                 __m512 x = _mm512_load_ps(scores + (r / 16 * 2 + half) * SUMS + r % 16 * 16);
-                if (!_mm512_cmp_ps_mask(x, _mm512_load_ps(best + (TOP - 1) * 16), _CMP_GT_OQ)) continue;
+                if (!_mm512_cmp_ps_mask(x, bar(half), _CMP_GT_OQ)) continue;
                 __m512i j = _mm512_set1_epi32(first_here + r);
                 for (int t = 0; t < TOP; t++) {
                     const __m512 held = _mm512_load_ps(best + t * 16);
@@ -433,24 +441,24 @@ struct Choose {
             }
         }
     }
-    int32_t first_here = 0;
 };
 
-// The best TOP rows of all keys among some rows, best first: see caco_nearest.
-TARGET static void nearest_part(const Forward& f, const Packed& keys, int64_t padded, int64_t first_row, int64_t last_row, float* best,
-                                int64_t* index) {
+// The best TOP rows of all keys among some rows, best first: see caco_nearest. lost: see `pack`.
+template <int PARTS>
+TARGET static void nearest_part(const Forward& f, const Packed& keys, const float* reach, int64_t padded, int64_t first_row,
+                                int64_t last_row, float* best, int64_t* index, float* lost) {
     const int64_t D = round_up(f.D, GROUP), S = block_rows(D);
-    Packed rows(S * D, 2);
+    Packed rows(S * D, PARTS);
     Buffer scratch(8 * SUMS), values(padded * TOP), numbers(padded * TOP);
     int32_t* row = (int32_t*)numbers.at;
     for (int64_t i = 0; i < padded * TOP; i++) values[i] = -3.0e38f, row[i] = -1;
     const Tiles ready;
     for (int64_t start = first_row; start < last_row; start += S) {
         const int64_t count = std::min(S, last_row - start);
-        pack<2>(f.w + start * f.D, count, f.D, D, rows, nullptr);
+        pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr, PARTS == 1 ? lost : nullptr);
         for (int64_t i = 0; i < padded; i += GROUP) {
-            Choose work{values.at + i * TOP, row + i * TOP, (int32_t)(start - first_row)};
-            scan<2>(rows, rows.at, GROUP * D, keys, keys.at + i * D, 0, D, round_up(count, GROUP) / GROUP, count, -1e6f, scratch.at, work);
+            Choose work{values.at + i * TOP, row + i * TOP, reach + i, (int32_t)(start - first_row)};
+            scan<PARTS>(rows, rows.at, GROUP * D, keys, keys.at + i * D, 0, D, round_up(count, GROUP) / GROUP, count, -1e6f, scratch.at, work);
         }
     }
     for (int64_t i = 0; i < padded; i++)

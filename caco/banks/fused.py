@@ -1,8 +1,9 @@
 """The bank's fused CPU kernel (kernel.cpp), through ctypes. Where it was not built, caco/banks/scoring.py streams.
 
-Which of its instruction sets serves is chosen by the processor. On AMX tiles a vector is the sum of two bfloat16, for the choice
-of positives always, for loss and motion where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where `low`
-is True (cosines to 2^-7, mostly to 1e-3); sums are float32. Every other set is float32 throughout, whatever `low` says.
+Which of its instruction sets serves is chosen by the processor. On AMX tiles, for loss and motion, a vector is the sum of two
+bfloat16 where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where `low` is True (cosines to 2^-7, mostly to
+1e-3; exponentials to 0.7 %, without bias); sums are float32. Positives are looked for with one, whatever `low` says, and with two
+where one leaves too many rows in question. Every other set is float32 throughout.
 
 On CUDA the same passes are Triton's (triton_kernels.py), where they work.
 
@@ -23,7 +24,7 @@ INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plai
 
 SIGNATURES = {  # pointer, int64, float, int
     "caco_forward": "pnpnnffffppppiii",
-    "caco_nearest": "pnpnnppii",
+    "caco_nearest": "pnpnnpppii",
     "caco_update": "ppppnppnnffffffiiii",
 }
 
@@ -82,14 +83,6 @@ def instructions() -> str:
     return ["plain", "AVX2", "wide", "AVX-512", "AMX"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
 
 
-def cosine_error(k_GD: Tensor) -> float:
-    """Bound on the error of a cosine of unit vectors in `nearest`: the rounding of a float32 sum of D products and, on AMX, of
-    the vectors. A bfloat16 leaves up to 2^-8 of a number, two of them 2^-16; of each vector so much is lost, and the product of the
-    two second parts is left out: 3 * 2^-16 and terms of higher order."""
-    tiles = not k_GD.is_cuda and instructions() == "AMX"
-    return (k_GD.shape[1] + 8) * torch.finfo(torch.float32).eps + (2**-14 if tiles else 0.0)
-
-
 @or_on_cuda
 def forward(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool
@@ -110,12 +103,13 @@ def forward(
 
 
 @or_on_cuda
-def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest cosines of each key, best first, and their rows (-1 beyond the bank); equal ones by row. [G, T] each."""
+def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines are within a
+    bound of the exact ones, [G]; rows further than twice that behind the best may be left out (-1)."""
     shape = len(k_GD), library().caco_top()
-    value_GT, row_GT = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
-    _call("caco_nearest", k_GD.contiguous(), len(k_GD), w_RD, len(w_RD), w_RD.shape[1], value_GT, row_GT)
-    return value_GT, row_GT
+    value_GT, row_GT, error_G = torch.empty(shape), torch.empty(shape, dtype=torch.int64), torch.empty(len(k_GD))
+    _call("caco_nearest", k_GD.contiguous(), len(k_GD), w_RD, len(w_RD), w_RD.shape[1], value_GT, row_GT, error_G)
+    return value_GT, row_GT, error_G
 
 
 @or_on_cuda

@@ -34,7 +34,7 @@ namespace {
 
 constexpr int PANEL = 16;            // rows, or columns, that lie side by side in a packed panel
 constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every MR
-constexpr int TOP = 4;               // candidates kept for each key
+constexpr int TOP = 16;              // candidates kept for each key
 constexpr int64_t MOST_ROW_SHARES = 64;
 constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -203,6 +203,28 @@ struct Shares {
     int64_t queries, query_shares, rows, row_shares;
 };
 
+// The best of some shares of the rows, [share][padded][TOP], for each of G keys. Earlier shares have lower indices: they win ties.
+void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, float* values,
+           int64_t* index) {
+    for (int64_t i = 0; i < G; i++) {
+        int64_t taken[MOST_ROW_SHARES] = {};
+        for (int t = 0; t < TOP; t++) {
+            int64_t from = 0;
+            float top = -INFINITY;
+            for (int64_t share = 0; share < shares; share++) {
+                const int64_t slot = taken[share];
+                if (slot < TOP && best[(share * padded + i) * TOP + slot] > top) top = best[(share * padded + i) * TOP + slot], from = share;
+            }
+            values[i * TOP + t] = top;
+            index[i * TOP + t] = rows[(from * padded + i) * TOP + taken[from]];
+            taken[from]++;
+        }
+    }
+}
+
+// The rounding of a float32 sum of D products of unit vectors, at its very worst.
+float sum_error(int64_t D) { return (D + 8) * 1.1920929e-7f; }
+
 #if defined(HAS_AMX)
 namespace amx {
 
@@ -257,6 +279,73 @@ bool forward(const Forward& f, int64_t G, int64_t R, double* z, double* z2, floa
                 for (int64_t part = 0; part < shares.count; part++) total += weighed[part * padded * D + tile * SUMS + e * 16 + n];
                 sums[(i + n) * f.D + d + e] = rest * total;
             }
+    }
+    return true;
+}
+
+// What rounding to bfloat16 takes from a vector: its norm.
+float lost(const float* x, int64_t D) {
+    double squares = 0;
+    for (int64_t d = 0; d < D; d++) {
+        uint32_t bits;
+        memcpy(&bits, x + d, 4);
+        bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+        float rounded;
+        memcpy(&rounded, &bits, 4);
+        squares += ((double)x[d] - rounded) * ((double)x[d] - rounded);
+    }
+    return (float)sqrt(squares) * 1.0001f;
+}
+
+// The nearest rows by products of PARTS. error: a bound on that of each key's cosines, proven: with one part k.m - k'.m' is
+// (k - k').m + k'.(m - m'); two leave up to 2^-16 of a number out and not the product of the second ones, 3 * 2^-16 and terms of
+// higher order.
+template <int PARTS>
+bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* index, float* error, int threads) {
+    const int64_t D = round_up(f.D, GROUP);
+    const Shares shares(G, R, D, threads);
+    const int64_t padded = shares.padded;
+    std::vector<float> best(padded * shares.count * TOP), rows_lost(shares.count), keys_lost(G);
+    std::vector<int64_t> rows(padded * shares.count * TOP);
+    Packed keys(padded * D, PARTS);
+    Buffer reach(padded);
+    pack_queries<PARTS>(f.q, G, f.D, D, keys);
+    const auto bound = [&](int64_t i, float row) {
+        return sum_error(D) * 1.02f + (PARTS == 1 ? keys_lost[i] + (1.0f + keys_lost[i]) * row : 1.0f / 16384);
+    };
+    for (int64_t i = 0; i < G; i++) {
+        if (PARTS == 1) keys_lost[i] = lost(f.q + i * f.D, f.D);
+        reach[i] = 2 * bound(i, 1.01f / 256);  // half a last bit is 2^-8 of a number
+    }
+    const bool done = in_parallel(threads, shares.count, [&](int64_t part) {
+        nearest_part<PARTS>(f, keys, reach.at, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &best[part * padded * TOP],
+                            &rows[part * padded * TOP], &rows_lost[part]);
+    });
+    if (!done) return false;
+    merge(best, rows, padded, shares.count, G, values, index);
+    const float row = sqrtf(*std::max_element(rows_lost.begin(), rows_lost.end())) * 1.0001f;
+    for (int64_t i = 0; i < G; i++) error[i] = bound(i, row);
+    return true;
+}
+
+// The same by one part, and by two for the keys that have more rows in reach than are kept.
+bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* index, float* error, int threads) {
+    if (!nearest<1>(f, G, R, values, index, error, threads)) return false;
+    std::vector<int64_t> crowded;
+    for (int64_t i = 0; i < G; i++)
+        if (values[i * TOP + TOP - 1] >= values[i * TOP] - 2 * error[i]) crowded.push_back(i);
+    const int64_t C = crowded.size();
+    if (C == 0) return true;
+    std::vector<float> keys(C * f.D), their_values(C * TOP), their_error(C);
+    std::vector<int64_t> their_index(C * TOP);
+    for (int64_t c = 0; c < C; c++) std::copy_n(f.q + crowded[c] * f.D, f.D, &keys[c * f.D]);
+    Forward of_these = f;
+    of_these.q = keys.data();
+    if (!nearest<2>(of_these, C, R, their_values.data(), their_index.data(), their_error.data(), threads)) return false;
+    for (int64_t c = 0; c < C; c++) {
+        std::copy_n(&their_values[c * TOP], TOP, values + crowded[c] * TOP);
+        std::copy_n(&their_index[c * TOP], TOP, index + crowded[c] * TOP);
+        error[crowded[c]] = their_error[c];
     }
     return true;
 }
@@ -350,62 +439,31 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
     return 1;
 }
 
-// The TOP rows of the largest cosines for each of G keys, best first, equal ones by index: values and index [G, TOP].
-int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index,
+// The TOP rows of the largest cosines for each of G keys, best first, equal ones by index: values and index [G, TOP], and a bound
+// on the error of each key's values [G]. Rows further than twice that behind the best may be left out (-3e38 and -1).
+int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index, float* error,
                  int threads, int set) try {
     set = chosen(set);
-    std::vector<float> best;
-    std::vector<int64_t> rows;
-    int64_t padded, row_shares;
-    const auto room = [&] {
-        best.assign(padded * row_shares * TOP, -3.0e38f);
-        rows.assign(padded * row_shares * TOP, -1);
-    };
-    bool done;
     Forward f{k, w, D, false, 0, 0, 0, 0};
 #if defined(HAS_AMX)
-    if (set == AMX) {
-        const amx::Shares shares(G, R, round_up(D, amx::GROUP), threads);
-        padded = shares.padded, row_shares = shares.count;
-        room();
-        amx::Packed keys(padded * round_up(D, amx::GROUP), 2);
-        amx::pack_queries<2>(k, G, D, round_up(D, amx::GROUP), keys);
-        done = in_parallel(threads, row_shares, [&](int64_t part) {
-            amx::nearest_part(f, keys, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &best[part * padded * TOP],
-                              &rows[part * padded * TOP]);
-        });
-    } else
+    if (set == AMX) return !amx::nearest(f, G, R, values, index, error, threads);
 #endif
-    {
-        const Shares shares(G, R, D, threads);
-        const int64_t share = shares.queries;
-        padded = shares.query_shares * share, row_shares = shares.row_shares;
-        room();
-        Buffer padded_k(padded * D);
-        memcpy(padded_k.at, k, G * D * sizeof(float));
-        f.q = padded_k.at;
-        done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
-            const int64_t qs = part % shares.query_shares, rs = part / shares.query_shares;
-            const int64_t at = (rs * padded + qs * share) * TOP;
-            const int64_t last = round_up(std::min(G, (qs + 1) * share), 12), last_row = std::min(R, (rs + 1) * shares.rows);
-            DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at]));
-        });
-    }
+    const Shares shares(G, R, D, threads);
+    const int64_t share = shares.queries, padded = shares.query_shares * share;
+    std::vector<float> best(padded * shares.row_shares * TOP, -3.0e38f);
+    std::vector<int64_t> rows(padded * shares.row_shares * TOP, -1);
+    Buffer padded_k(padded * D);
+    memcpy(padded_k.at, k, G * D * sizeof(float));
+    f.q = padded_k.at;
+    const bool done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
+        const int64_t qs = part % shares.query_shares, rs = part / shares.query_shares;
+        const int64_t at = (rs * padded + qs * share) * TOP;
+        const int64_t last = round_up(std::min(G, (qs + 1) * share), 12), last_row = std::min(R, (rs + 1) * shares.rows);
+        DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at]));
+    });
     if (!done) return 1;
-    for (int64_t i = 0; i < G; i++) {
-        int64_t taken[MOST_ROW_SHARES] = {};  // of each share of the rows; earlier shares have lower indices, so they win ties
-        for (int t = 0; t < TOP; t++) {
-            int64_t from = 0;
-            float top = -INFINITY;
-            for (int64_t rs = 0; rs < row_shares; rs++) {
-                const int64_t slot = taken[rs];
-                if (slot < TOP && best[(rs * padded + i) * TOP + slot] > top) top = best[(rs * padded + i) * TOP + slot], from = rs;
-            }
-            values[i * TOP + t] = top;
-            index[i * TOP + t] = rows[(from * padded + i) * TOP + taken[from]];
-            taken[from]++;
-        }
-    }
+    merge(best, rows, padded, shares.row_shares, G, values, index);
+    std::fill_n(error, G, sum_error(D));
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

@@ -103,15 +103,16 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     if not fused.serves(k_GD, w_RD):
         row_G, many = _search(k_GD, w_RD, 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps)
     else:
-        close = 2 * fused.cosine_error(k_GD)
-        value_GT, row_GT = fused.nearest(k_GD, w_RD)
+        value_GT, row_GT, error_G = fused.nearest(k_GD, w_RD)
         row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
-        near_GT = (value_GT >= value_GT[:, :1] - close) & (row_GT >= 0)
+        near_GT = (value_GT >= value_GT[:, :1] - 2 * error_G[:, None]) & (row_GT >= 0)
         doubtful = near_GT[:, 1].nonzero()[:, 0]
         few, many = doubtful[~near_GT[doubtful, -1]], doubtful[near_GT[doubtful, -1]]
         if len(few):  # all that could be the nearest are among the candidates
-            candidate_FTD = unit_rows(w_RD[row_GT[few].clamp(min=0)].double().flatten(0, 1))[0].unflatten(0, (len(few), -1))
-            exact_FT = (k_GD[few].double()[:, None] * candidate_FTD).sum(2).masked_fill(~near_GT[few], -torch.inf)
+            key_P, slot_P = near_GT[few].nonzero(as_tuple=True)
+            m_PD = unit_rows(w_RD[row_GT[few[key_P], slot_P]].double())[0]
+            exact_FT = m_PD.new_full((len(few), near_GT.shape[1]), -torch.inf)
+            exact_FT[key_P, slot_P] = (k_GD[few[key_P]].double() * m_PD).sum(1)
             ties_FT = exact_FT >= exact_FT.amax(1, keepdim=True) - TIE
             row_G[few] = torch.where(ties_FT, row_GT[few], torch.iinfo(torch.int64).max).amin(1)
     if len(many):

@@ -233,7 +233,7 @@ def forward(
     return [z.sum(0), z2.sum(0)][: len(taus)], peak.amax(0), sums.sum(0) if with_sums else None
 
 
-def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As fused.nearest, but the last value of each key is only a bound: no row that is not among the others has a larger cosine.
 
     The bank is searched in bfloat16, whatever the run's precision. What rounding may have hidden is searched in float32, so the
@@ -242,12 +242,12 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor]:
     row_GT, bound_G = _candidates(k_GD, w_RD, low=True)
     value_GT, row_GT = _in_order(k_GD, w_RD, row_GT)
     bound_G += ROUNDING
-    close = 2 * (k_GD.shape[1] + 8) * torch.finfo(torch.float32).eps  # as in scoring._nearest_here
-    unsure = (bound_G >= value_GT[:, 0] - close).nonzero()[:, 0]
+    error = (k_GD.shape[1] + 8) * torch.finfo(torch.float32).eps
+    unsure = (bound_G >= value_GT[:, 0] - 2 * error).nonzero()[:, 0]
     if len(unsure):
         some_GT, bound_G[unsure] = _candidates(k_GD[unsure], w_RD, low=False)
         value_GT[unsure], row_GT[unsure] = _in_order(k_GD[unsure], w_RD, some_GT)
-    return torch.cat([value_GT, bound_G[:, None]], 1), torch.cat([row_GT, row_GT[:, :1]], 1)
+    return torch.cat([value_GT, bound_G[:, None]], 1), torch.cat([row_GT, row_GT[:, :1]], 1), torch.full_like(bound_G, error)
 
 
 def _candidates(k_GD: Tensor, w_RD: Tensor, *, low: bool) -> tuple[Tensor, Tensor]:
