@@ -13,7 +13,8 @@
 
 typedef uint16_t bf16;
 constexpr int64_t TILE = 512, SUMS = 256;  // elements of a tile of bfloat16, of floats
-constexpr int64_t GROUP = 32;              // rows, and queries, of a score tile: two tiles by two
+constexpr int64_t GROUP = 32;              // rows, and queries, whose scores are made at a time: two tiles by two
+constexpr int64_t PIECE = 4, PIECES = 8;   // rows of a group's scores that are worked on at a time, and how many times
 constexpr int64_t QUERY_CHUNK = 512;       // queries whose probabilities an update holds at a time
 
 // Rows in a block: its packed copies stay in the second-level cache.
@@ -24,7 +25,7 @@ int64_t block_rows(int64_t D) { return std::max<int64_t>(GROUP, std::min<int64_t
 
 // The compiler's own intrinsics do not say that a load reads memory, so stores may be moved behind it.
 #define LOAD(tile, at) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(at), "r"((int64_t)64) : "memory")
-#define STORE(tile, at) __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(at), "r"((int64_t)64) : "memory")
+#define STORE(tile, at, row_bytes) __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(at), "r"((int64_t)(row_bytes)) : "memory")
 #define ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
 #define MULTIPLY(sum, left, right) __asm__ volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum ::)
 
@@ -155,55 +156,62 @@ INLINE void exponentials(__m512 x, __m512 y, __m512 a, __m512 b_x, __m512 b_y, _
     }
 }
 
-// out (+)= left x right, two tiles by two. The tile unit works beside the vector unit, so `work` is what the vectors have to
-// do meanwhile, in sixteen pieces.
+// Tiles 0 to 3 += left x right, two tiles by two. The tile unit works beside the vector unit, so `work` is what the vectors have to
+// do meanwhile.
 template <int PARTS, class Work>
-INLINE void product(const Packed& left, const bf16* a, int64_t a_row, const Packed& right, const bf16* b, int64_t b_column,
-                    int64_t steps, bool fresh, float* out, int64_t out_row, int64_t out_column, Work& work) {
-    if (fresh) {
-        ZERO(0); ZERO(1); ZERO(2); ZERO(3);
-    } else {
-        LOAD(0, out); LOAD(1, out + out_column); LOAD(2, out + out_row); LOAD(3, out + out_row + out_column);
-    }
+INLINE void multiply(const Packed& left, const bf16* a, int64_t a_row, const Packed& right, const bf16* b, int64_t b_column,
+                     int64_t steps, Work& work) {
     constexpr int PAIRS = PARTS == 1 ? 1 : 3;  // of parts: first first, first second, second first
-    const int64_t pieces = (16 + PAIRS * steps - 1) / (PAIRS * steps);
-    int64_t done = 0;
+    const int64_t at_a_time = (PIECES + PAIRS * steps - 1) / (PAIRS * steps);
+    int64_t piece = 0;
     for (int pair = 0; pair < PAIRS; pair++) {
         const bf16 *x = a + (pair == 2 ? left.part : 0), *y = b + (pair == 1 ? right.part : 0);
         for (int64_t k = 0; k < steps; k++, x += TILE, y += TILE) {
             LOAD(4, x); LOAD(6, y); LOAD(5, x + a_row); LOAD(7, y + b_column);
             MULTIPLY(0, 4, 6); MULTIPLY(1, 4, 7); MULTIPLY(2, 5, 6); MULTIPLY(3, 5, 7);
-            const int64_t until = std::min<int64_t>(16, done + pieces);
-            if (done < until) work.pieces(done, until);
-            done = until;
+            for (const int64_t until = std::min(PIECES, piece + at_a_time); piece < until; piece++) work.piece(piece);
         }
     }
-    STORE(0, out); STORE(1, out + out_column); STORE(2, out + out_row); STORE(3, out + out_row + out_column);
 }
 
 struct Nothing {
-    TARGET __attribute__((always_inline)) inline void pieces(int64_t, int64_t) {}
+    TARGET __attribute__((always_inline)) inline void piece(int64_t) {}
 };
 
-// Scores of 32 rows and 32 queries, `groups` times, each group's made while `work` is done on the one before; a_next and b_next
-// lead from group to group. There are `count` rows; those beyond have the score `beyond`.
+// out += left x right, tiles of their own.
+template <int PARTS>
+INLINE void accumulate(const Packed& left, const bf16* a, int64_t a_row, const Packed& right, const bf16* b, int64_t b_column,
+                       int64_t steps, bool fresh, float* out, int64_t out_row) {
+    if (fresh) {
+        ZERO(0); ZERO(1); ZERO(2); ZERO(3);
+    } else {
+        LOAD(0, out); LOAD(1, out + SUMS); LOAD(2, out + out_row); LOAD(3, out + out_row + SUMS);
+    }
+    Nothing nothing;
+    multiply<PARTS>(left, a, a_row, right, b, b_column, steps, nothing);
+    STORE(0, out, 64); STORE(1, out + SUMS, 64); STORE(2, out + out_row, 64); STORE(3, out + out_row + SUMS, 64);
+}
+
+// Scores of 32 rows and 32 queries, [32, 32], `groups` times, each group's made while `work` is done on the one before; a_next and
+// b_next lead from group to group. There are `count` rows; those beyond have the score `beyond`.
 template <int PARTS, class Work>
 INLINE void scan(const Packed& rows, const bf16* a, int64_t a_next, const Packed& queries, const bf16* b, int64_t b_next, int64_t D,
                  int64_t groups, int64_t count, float beyond, float* scratch, Work& work) {
     const int64_t steps = D / GROUP, next = steps * TILE;
     Nothing nothing;
     for (int64_t g = 0; g < groups; g++, a += a_next, b += b_next) {
-        float* here = scratch + g % 2 * 4 * SUMS;
+        float* here = scratch + g % 2 * GROUP * GROUP;
+        ZERO(0); ZERO(1); ZERO(2); ZERO(3);
         if (g == 0)
-            product<PARTS>(rows, a, next, queries, b, next, steps, true, here, 2 * SUMS, SUMS, nothing);
+            multiply<PARTS>(rows, a, next, queries, b, next, steps, nothing);
         else
-            product<PARTS>(rows, a, next, queries, b, next, steps, true, here, 2 * SUMS, SUMS, work), work.end();
-        for (int64_t row = count - g * GROUP; row < GROUP; row++)
-            for (int64_t half = 0; half < 2; half++)
-                _mm512_store_ps(here + (row / 16 * 2 + half) * SUMS + row % 16 * 16, _mm512_set1_ps(beyond));
+            multiply<PARTS>(rows, a, next, queries, b, next, steps, work), work.end();
+        STORE(0, here, 128); STORE(1, here + 16, 128); STORE(2, here + 16 * GROUP, 128); STORE(3, here + 16 * GROUP + 16, 128);
+        for (int64_t row = std::max<int64_t>(0, count - g * GROUP); row < GROUP; row++)
+            for (int64_t half = 0; half < 2; half++) _mm512_store_ps(here + row * GROUP + half * 16, _mm512_set1_ps(beyond));
         work.begin(here, g);
     }
-    work.pieces(0, 16);
+    for (int64_t piece = 0; piece < PIECES; piece++) work.piece(piece);
     work.end();
 }
 
@@ -309,10 +317,13 @@ struct Weigh {
     const float* scores = nullptr;
     bf16* weights = nullptr;
     int64_t valid = 0;  // rows of the group
+    const __m512 a, b;
     __m512 total[2], total2[2];
     __m512i most[2];
 
-    TARGET Weigh(const Forward& f, Packed& tile, int64_t steps, int64_t count) : f(f), tile(tile), steps(steps), count(count) {
+    TARGET Weigh(const Forward& f, Packed& tile, int64_t steps, int64_t count)
+        : f(f), tile(tile), steps(steps), count(count), a(_mm512_set1_ps(f.inverse_tau * LOG2_E)),
+          b(_mm512_set1_ps(offset_of<PARTS>(-f.shift * LOG2_E))) {
         for (int half = 0; half < 2; half++) total[half] = total2[half] = _mm512_setzero_ps(), most[half] = _mm512_setzero_si512();
     }
     void begin(const float* scores_, int64_t group) {
@@ -321,25 +332,22 @@ struct Weigh {
         valid = count - group * GROUP;
     }
     void end() {}
-    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
-        const __m512 a = _mm512_set1_ps(f.inverse_tau * LOG2_E), b = _mm512_set1_ps(offset_of<PARTS>(-f.shift * LOG2_E));
+    TARGET __attribute__((always_inline)) inline void piece(int64_t piece) {
+        const float* at = scores + piece * PIECE * GROUP;
+        bf16* to = weights + piece * PIECE / 2 * GROUP;
         for (int half = 0; half < 2; half++) {
-            __m512 sum = total[half];
-            __m512i top = most[half];
-            for (int64_t pair = from; pair < to; pair++) {
-                const float* at = scores + (pair / 8 * 2 + half) * SUMS + pair % 8 * 32;
+#pragma GCC unroll 2
+            for (int pair = 0; pair < PIECE / 2; pair++) {
+                const float* x = at + pair * 2 * GROUP + half * 16;
                 __m512i parts[PARTS];
-                exponentials<PARTS>(_mm512_load_ps(at), _mm512_load_ps(at + 16), a, b, b, parts, sum, top);
+                exponentials<PARTS>(_mm512_load_ps(x), _mm512_load_ps(x + GROUP), a, b, b, parts, total[half], most[half]);
                 for (int part = 0; part < PARTS; part++)
-                    _mm512_store_si512(weights + part * tile.part + half * steps * TILE + pair * 32, parts[part]);
+                    _mm512_store_si512(to + part * tile.part + half * steps * TILE + pair * GROUP, parts[part]);
             }
-            total[half] = sum, most[half] = top;
             if (!f.second) continue;
             const __m512 a2 = _mm512_set1_ps(f.inverse_tau2 * LOG2_E), b2 = _mm512_set1_ps(-f.shift2 * LOG2_E);
-            for (int64_t row = 2 * from; row < std::min(2 * to, valid); row++) {
-                const __m512 x = _mm512_load_ps(scores + (row / 16 * 2 + half) * SUMS + row % 16 * 16);
-                total2[half] = _mm512_add_ps(total2[half], power(_mm512_fmadd_ps(x, a2, b2)));
-            }
+            for (int64_t row = 0; row < std::min(PIECE, valid - piece * PIECE); row++)
+                total2[half] = _mm512_add_ps(total2[half], power(_mm512_fmadd_ps(_mm512_load_ps(at + row * GROUP + half * 16), a2, b2)));
         }
     }
     // The largest exponential of each of 32 queries.
@@ -363,7 +371,6 @@ TARGET static bool forward_part(const Forward& f, const Packed& queries, int64_t
     const float beyond = (-200.0f + f.shift * LOG2_E) / (f.inverse_tau * LOG2_E);  // a score whose exponential is 0
     bool usable = true;
     const Tiles ready;
-    Nothing nothing;
     for (int64_t start = first_row; start < last_row; start += S) {
         const int64_t count = std::min(S, last_row - start), groups = round_up(count, GROUP) / GROUP;
         usable &= pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr);
@@ -372,8 +379,8 @@ TARGET static bool forward_part(const Forward& f, const Packed& queries, int64_t
             Weigh<PARTS> work(f, tile, steps, count);
             scan<PARTS>(rows, rows.at, GROUP * D, queries, queries.at + i * D, 0, D, groups, count, beyond, scratch.at, work);
             for (int64_t d = 0; sums && d < D; d += GROUP)
-                product<PARTS>(transposed, transposed.at + d / 16 * steps * TILE, steps * TILE, tile, tile.at, steps * TILE,
-                               groups, start == first_row, sums + (d * padded + i * 16), padded * 16, SUMS, nothing);
+                accumulate<PARTS>(transposed, transposed.at + d / 16 * steps * TILE, steps * TILE, tile, tile.at, steps * TILE, groups,
+                                  start == first_row, sums + (d * padded + i * 16), padded * 16);
             // A block's sum is a float's, the whole bank's a double's.
             alignas(64) float total[2 * GROUP], top[GROUP];
             for (int half = 0; half < 2; half++) {
@@ -407,13 +414,11 @@ struct Choose {
         first_here = first_row + (int32_t)(group * GROUP);
         peak[0] = peak[1] = _mm512_set1_ps(-1e6f);
     }
-    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
-        for (int half = 0; half < 2; half++) {
-            __m512 top = peak[half];
-            for (int64_t row = 2 * from; row < 2 * to; row++)
-                top = _mm512_max_ps(top, _mm512_load_ps(scores + (row / 16 * 2 + half) * SUMS + row % 16 * 16));
-            peak[half] = top;
-        }
+    TARGET __attribute__((always_inline)) inline void piece(int64_t piece) {
+        const float* at = scores + piece * PIECE * GROUP;
+#pragma GCC unroll 4
+        for (int row = 0; row < PIECE; row++)
+            for (int half = 0; half < 2; half++) peak[half] = _mm512_max_ps(peak[half], _mm512_load_ps(at + row * GROUP + half * 16));
     }
     // What a score must exceed to be kept.
     TARGET __m512 bar(int half) const {
@@ -426,7 +431,7 @@ struct Choose {
             int32_t* row = index + half * TOP * 16;
             if (!_mm512_cmp_ps_mask(peak[half], bar(half), _CMP_GT_OQ)) continue;
             for (int32_t r = 0; r < GROUP; r++) {
-                __m512 x = _mm512_load_ps(scores + (r / 16 * 2 + half) * SUMS + r % 16 * 16);
+                __m512 x = _mm512_load_ps(scores + r * GROUP + half * 16);
                 if (!_mm512_cmp_ps_mask(x, bar(half), _CMP_GT_OQ)) continue;
                 __m512i j = _mm512_set1_epi32(first_here + r);
                 for (int t = 0; t < TOP; t++) {
@@ -476,22 +481,25 @@ struct Share {
     const Update& u;
     const float* offset;  // of the chunk's queries: see offset_of
     Packed& tile;
+    const __m512 a;
     const float* scores = nullptr;
     int64_t group = 0;
 
+    TARGET Share(const Update& u, const float* offset, Packed& tile)
+        : u(u), offset(offset), tile(tile), a(_mm512_set1_ps(u.inverse_tau * LOG2_E)) {}
     void begin(const float* scores_, int64_t group_) { scores = scores_, group = group_; }
     void end() {}
-    TARGET __attribute__((always_inline)) inline void pieces(int64_t from, int64_t to) {
-        const __m512 a = _mm512_set1_ps(u.inverse_tau * LOG2_E);
+    TARGET __attribute__((always_inline)) inline void piece(int64_t piece) {
         const __m512 b = _mm512_load_ps(offset + group * GROUP), b_next = _mm512_load_ps(offset + group * GROUP + 16);
+        const float* at = scores + piece * PIECE * GROUP;
+        bf16* to = tile.at + (piece / (16 / PIECE) * (QUERY_CHUNK / GROUP) + group) * TILE + piece % (16 / PIECE) * PIECE * GROUP;
         __m512 sum;
         __m512i most;
-        for (int64_t row = 2 * from; row < 2 * to; row++) {
-            const float* at = scores + row / 16 * 2 * SUMS + row % 16 * 16;
+#pragma GCC unroll 4
+        for (int row = 0; row < PIECE; row++) {
             __m512i parts[PARTS];
-            exponentials<PARTS>(_mm512_load_ps(at), _mm512_load_ps(at + SUMS), a, b, b_next, parts, sum, most);
-            bf16* at_row = tile.at + (row / 16 * (QUERY_CHUNK / GROUP) + group) * TILE + row % 16 * GROUP;
-            for (int part = 0; part < PARTS; part++) _mm512_store_si512(at_row + part * tile.part, parts[part]);
+            exponentials<PARTS>(_mm512_load_ps(at + row * GROUP), _mm512_load_ps(at + row * GROUP + 16), a, b, b_next, parts, sum, most);
+            for (int part = 0; part < PARTS; part++) _mm512_store_si512(to + part * tile.part + row * GROUP, parts[part]);
         }
     }
 };
@@ -503,7 +511,6 @@ TARGET static void update_part(const Update& u, const Packed& queries, const Pac
     Packed rows(S * D, PARTS), tile(GROUP * QUERY_CHUNK, PARTS);
     Buffer scratch(8 * SUMS), toward(S * D), inverse_norm(S), together(D);
     const Tiles ready;
-    Nothing nothing;
     for (int64_t start; (start = block++ * S) < u.R;) {
         const int64_t count = std::min(S, u.R - start);
         pack<PARTS>(u.w + start * u.D, count, u.D, D, rows, inverse_norm.at);
@@ -511,11 +518,11 @@ TARGET static void update_part(const Update& u, const Packed& queries, const Pac
         for (int64_t i = 0; u.push != 0.0f && i < u.padded; i += QUERY_CHUNK) {
             const int64_t groups = std::min(QUERY_CHUNK, u.padded - i) / GROUP;
             for (int64_t j = 0; j < count; j += GROUP) {
-                Share<PARTS> work{u, offset + i, tile};
+                Share<PARTS> work(u, offset + i, tile);
                 scan<PARTS>(rows, rows.at + j * D, 0, queries, queries.at + i * D, GROUP * D, D, groups, GROUP * groups, 0, scratch.at, work);
                 for (int64_t d = 0; d < D; d += GROUP)
-                    product<PARTS>(tile, tile.at, QUERY_CHUNK / GROUP * TILE, weighted, weighted.at + (d / 16 * steps + i / GROUP) * TILE,
-                                   steps * TILE, groups, i == 0, toward.at + j * D + d * 16, D * 16, SUMS, nothing);
+                    accumulate<PARTS>(tile, tile.at, QUERY_CHUNK / GROUP * TILE, weighted, weighted.at + (d / 16 * steps + i / GROUP) * TILE,
+                                      steps * TILE, groups, i == 0, toward.at + j * D + d * 16, D * 16);
             }
         }
         for (int64_t j = 0; j < count; j++) {
