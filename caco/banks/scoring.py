@@ -122,17 +122,16 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 
 def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> tuple[Tensor, Tensor]:
     """The nearest row, and the keys that have another one within `close` of it."""
-    best_G = k_GD.new_full((len(k_GD),), -torch.inf)
-    second_G = best_G.clone()
+    best_G2 = k_GD.new_full((len(k_GD), 2), -torch.inf)
     row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
     for block in blocks(len(w_RD), len(k_GD)):
         cosine_GS = k_GD @ unit_rows(w_RD[block])[0].T
-        value_G, index_G = cosine_GS.max(dim=1)
-        cosine_GS.scatter_(1, index_G[:, None], -torch.inf)
-        second_G = torch.maximum(torch.maximum(second_G, cosine_GS.amax(1)), torch.minimum(best_G, value_G))
-        row_G = torch.where(value_G > best_G, index_G + block.start, row_G)
-        best_G = torch.maximum(best_G, value_G)
-    return row_G, (best_G - second_G <= close).nonzero()[:, 0]
+        # Only these keys' answers may change, few after some blocks: a place takes far longer to look for than a maximum.
+        near = (cosine_GS.amax(1) >= best_G2[:, 0] - close).nonzero()[:, 0]
+        value_F2, index_F2 = cosine_GS[near].topk(min(2, cosine_GS.shape[1]), dim=1)
+        row_G[near] = torch.where(value_F2[:, 0] > best_G2[near, 0], index_F2[:, 0] + block.start, row_G[near])
+        best_G2[near] = torch.cat([best_G2[near], value_F2], 1).topk(2, dim=1).values
+    return row_G, (best_G2[:, 0] - best_G2[:, 1] <= close).nonzero()[:, 0]
 
 
 def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
@@ -142,9 +141,10 @@ def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     for block in blocks(len(w_RD), len(k_GD)):
         cosine_GS = k_GD @ unit_rows(w_RD[block].double())[0].T
         top_G = cosine_GS.amax(1)
-        first_G = (cosine_GS >= top_G[:, None] - TIE).to(torch.uint8).argmax(1)  # torch promises the first of equals
-        row_G = torch.where(top_G > best_G + TIE, first_G + block.start, row_G)
-        best_G = torch.maximum(best_G, top_G)
+        nearer = (top_G > best_G + TIE).nonzero()[:, 0]
+        best_G[nearer] = top_G[nearer]
+        equal_FS = cosine_GS[nearer] >= top_G[nearer, None] - TIE
+        row_G[nearer] = equal_FS.to(torch.uint8).argmax(1) + block.start  # torch promises the first of equals
     return row_G
 
 
@@ -175,13 +175,13 @@ def _sums(
     z = [torch.zeros(len(q_GD), dtype=torch.float64, device=q_GD.device) for _ in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     sums_GD = torch.zeros_like(q_GD) if with_sums else None
+    scaled_GD = q_GD / taus[-1]  # a pass over it costs nothing, one over a block's logits does
     for block in blocks(len(w_RD), len(q_GD)):
         m_SD = unit_rows(w_RD[block])[0]
-        cosine_GS = q_GD @ m_SD.T
-        peak_G = torch.maximum(peak_G, cosine_GS.amax(1))
+        logit_GS = scaled_GD @ m_SD.T
+        peak_G = torch.maximum(peak_G, logit_GS.amax(1))
         for number, (tau, shift) in enumerate(zip(taus, shifts, strict=True)):
-            last = number == len(taus) - 1
-            e_GS = cosine_GS.div_(tau) if last else cosine_GS / tau
+            e_GS = logit_GS if number == len(taus) - 1 else logit_GS * (taus[-1] / tau)
             if isinstance(shift, Tensor):
                 e_GS -= shift[:, None]
             elif shift:
@@ -189,7 +189,7 @@ def _sums(
             z[number] += e_GS.exp_().sum(1)
             if number == 0 and with_sums:
                 sums_GD.addmm_(e_GS, m_SD)
-    return z, peak_G, sums_GD
+    return z, peak_G * taus[-1], sums_GD
 
 
 class _StreamedScore(torch.autograd.Function):
@@ -319,7 +319,7 @@ def row_gradient(w_SD: Tensor, first_row: int, asked: Asked, *, pull: float, pus
         w_SD: rows of any norm, consecutive; `first_row` of the whole bank is the first of them.
     """
     m_SD, norm_S1 = unit_rows(w_SD)
-    p_NS = (asked.q_ND @ m_SD.T).div_(asked.tau).sub_(asked.log_sum_N[:, None]).exp_()
+    p_NS = torch.addmm(asked.log_sum_N[:, None], asked.q_ND, m_SD.T, beta=-1, alpha=1 / asked.tau).exp_()
     inside = ((asked.positive_N >= first_row) & (asked.positive_N < first_row + len(w_SD))).nonzero()[:, 0]
     at = asked.positive_N[inside] - first_row
     # Eq. 10's weights: push * p everywhere, pull * (1 - p) at the positive.
@@ -329,8 +329,8 @@ def row_gradient(w_SD: Tensor, first_row: int, asked: Asked, *, pull: float, pus
     p_NS[inside, at] = at_positive
     toward_SD = p_NS.T @ (asked.q_ND * asked.weight_N[:, None])
     # sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
-    toward_SD -= (toward_SD * m_SD).sum(1, keepdim=True) * m_SD
-    return toward_SD / (-asked.tau * norm_S1)
+    toward_SD.addcmul_(torch.linalg.vecdot(toward_SD, m_SD)[:, None], m_SD, value=-1)
+    return toward_SD.div_(-asked.tau * norm_S1)
 
 
 def move(
