@@ -42,25 +42,40 @@ def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Li
     ]
 
 
-def contrast(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives, bank, temperature: float) -> Score:
-    """Loss of each query against one positive and a source of negatives; the bank's rows are streamed.
+def weighted(score: Score, terms: list[Term]) -> Tensor:
+    """The loss: the terms' means, [T, B] over B, by their weights."""
+    return sum(term.weight * loss_B.mean() for term, loss_B in zip(terms, score.loss_B, strict=True))
+
+
+def contrast(q: list[Tensor], k: list[Tensor], positives: list[Positive], negatives, bank, temperature: float) -> Score:
+    """Losses of each term's queries against one positive each and a source of negatives; the bank's rows are streamed once for all.
 
     Args:
-        q_BD: unit queries; k_GD: unit keys of all ranks' images, in rank order.
+        q: of each term unit queries [B, D]; k: unit keys of all ranks' images [G, D], in rank order; positives: of the queries.
+    Returns:
+        Score of [T, B] each, for T terms.
     """
+    extra = [_columns(*term, negatives) for term in zip(q, k, positives, strict=True)]
+    extra_NE = None if extra[0] is None else torch.cat(extra)
+    if negatives.bank_rows:
+        rows = [positive.row_B for positive in positives]
+        if rows[0] is None:  # the first extra column, which comes right after the bank's rows
+            rows = [torch.full((len(q_BD),), bank.size, device=q_BD.device) for q_BD in q]
+        score = bank.score(torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE)
+    else:
+        logits_NE = extra_NE / temperature
+        first_N = torch.zeros(len(logits_NE), dtype=torch.int64, device=logits_NE.device)
+        loss_N = F.cross_entropy(logits_NE, first_N, reduction="none")
+        score = Score(loss_N, torch.softmax(logits_NE.detach(), 1).amax(1))
+    return Score(*(of_all.unflatten(0, (len(q), -1)) for of_all in score))
+
+
+def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives) -> Tensor | None:
+    """Cosines beyond the bank's rows, [B, E]: of a positive that is none of these, and of other images."""
     columns = [] if positive.vector_BD is None else [(q_BD * positive.vector_BD).sum(1, keepdim=True)]
     others = negatives(q_BD, k_GD)
     columns += [] if others is None else [others]
-    extra_BE = torch.cat(columns, 1) if columns else None
-    if negatives.bank_rows:
-        row_B = positive.row_B
-        if row_B is None:  # the first extra column, which comes right after the bank's rows
-            row_B = torch.full((len(q_BD),), bank.size, device=q_BD.device)
-        return bank.score(q_BD, row_B, temperature=temperature, extra_BE=extra_BE)
-    logits_BE = extra_BE / temperature
-    first_B = torch.zeros(len(q_BD), dtype=torch.int64, device=q_BD.device)
-    probability_BE = torch.softmax(logits_BE.detach(), 1)
-    return Score(F.cross_entropy(logits_BE, first_B, reduction="none"), probability_BE.amax(1))
+    return torch.cat(columns, 1) if columns else None
 
 
 class Contrastive(nn.Module):
@@ -163,17 +178,21 @@ class Contrastive(nn.Module):
     def forward(self, views: list[Tensor]) -> Outputs:
         """Loss of one batch of views, each [B, 3, H, W]; the large ones come first. Nothing but statistics changes."""
         q, k, all_k, terms = self.encode(views)
-        positives = {v: self.positives(k[v], self.bank) for v in {term.key for term in terms}}
-        loss, metrics = torch.zeros((), device=views[0].device), {"positive_probability": [], "max_probability": []}
-        for term in terms:
-            score = contrast(
-                q[term.query], all_k[term.key], positives[term.key], self.negatives, self.bank, self.temperature
-            )
-            loss = loss + term.weight * score.loss_B.mean()
-            metrics["positive_probability"].append((-score.loss_B.detach()).exp().mean())
-            metrics["max_probability"].append(score.max_probability_B.mean())
+        positives = self.positives_of(k, terms)
+        score = contrast(
+            [q[term.query] for term in terms], [all_k[term.key] for term in terms], [positives[term.key] for term in terms],
+            self.negatives, self.bank, self.temperature,
+        )  # fmt: skip
         self.keys.append([all_k[v].detach() for v in sorted(positives)])
-        return Outputs(loss, {name: torch.stack(values).mean() for name, values in metrics.items()})
+        metrics = {"positive_probability": (-score.loss_B.detach()).exp().mean(), "max_probability": score.max_probability_B.mean()}
+        return Outputs(weighted(score, terms), metrics)
+
+    def positives_of(self, k: list[Tensor], terms: list[Term]) -> dict[int, Positive]:
+        """Of each view whose keys choose, [B] or [B, D]; a bank is searched once for all."""
+        views = sorted({term.key for term in terms})
+        together = self.positives(torch.cat([k[v] for v in views]), self.bank)
+        parts = [[None] * len(views) if of_all is None else of_all.chunk(len(views)) for of_all in together]
+        return {v: Positive(*part) for v, part in zip(views, zip(*parts, strict=True), strict=True)}
 
     def update_bank(self, lr: float) -> None:
         """Once per optimiser step, after a finite loss."""

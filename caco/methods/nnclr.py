@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco import distributed
-from caco.methods.contrastive import Contrastive, Outputs, contrast
+from caco.methods.contrastive import Contrastive, Outputs, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
 
 
@@ -44,14 +44,11 @@ class NNCLR(Contrastive):
         z, _, _, terms = self.encode(views)
         p = [F.normalize(self.predictor(z_BD).to(z_BD.dtype), dim=1) for z_BD in z]  # float32 under autocast too
         everyone = [distributed.gather_with_gradient(p_BD) for p_BD in p]
-        neighbours = {v: self.positives(z[v].detach(), self.bank).vector_BD for v in {term.key for term in terms}}
-        loss, probabilities = torch.zeros((), device=views[0].device), []
-        for term in terms:
-            # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
-            score = contrast(
-                neighbours[term.key], everyone[term.query], Positive(p[term.query]), self.negatives, None, self.temperature
-            )
-            loss = loss + term.weight * score.loss_B.mean()
-            probabilities.append((-score.loss_B.detach()).exp().mean())
+        neighbours = self.positives_of([z_BD.detach() for z_BD in z], terms)
+        # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
+        score = contrast(
+            [neighbours[term.key].vector_BD for term in terms], [everyone[term.query] for term in terms],
+            [Positive(p[term.query]) for term in terms], self.negatives, None, self.temperature,
+        )  # fmt: skip
         self.keys.append([distributed.gather(z[0])])
-        return Outputs(loss, {"positive_probability": torch.stack(probabilities).mean()})
+        return Outputs(weighted(score, terms), {"positive_probability": (-score.loss_B.detach()).exp().mean()})
