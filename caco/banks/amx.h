@@ -15,6 +15,7 @@ typedef uint16_t bf16;
 constexpr int64_t TILE = 512, SUMS = 256;  // elements of a tile of bfloat16, of floats
 constexpr int64_t GROUP = 32;              // rows, and queries, whose scores are made at a time: two tiles by two
 constexpr int64_t PIECE = 4, PIECES = 8;   // rows of a group's scores that are worked on at a time, and how many times
+constexpr int TOP = 16;                    // candidates kept for each key: one bfloat16 leaves some rows in question
 constexpr int64_t QUERY_CHUNK = 512;       // queries whose probabilities an update holds at a time
 
 // Rows in a block: its packed copies stay in the second-level cache.

@@ -106,7 +106,7 @@ def forward(
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines are within a
     bound of the exact ones, [G]; rows further than twice that behind the best may be left out (-1)."""
-    shape = len(k_GD), library().caco_top()
+    shape = len(k_GD), library().caco_top(-1 if INSTRUCTIONS is None else INSTRUCTIONS)
     value_GT, row_GT, error_G = torch.empty(shape), torch.empty(shape, dtype=torch.int64), torch.empty(len(k_GD))
     _call("caco_nearest", k_GD.contiguous(), len(k_GD), w_RD, len(w_RD), w_RD.shape[1], value_GT, row_GT, error_G)
     return value_GT, row_GT, error_G

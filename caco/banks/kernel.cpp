@@ -203,20 +203,20 @@ struct Shares {
     int64_t queries, query_shares, rows, row_shares;
 };
 
-// The best of some shares of the rows, [share][padded][TOP], for each of G keys. Earlier shares have lower indices: they win ties.
-void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, float* values,
-           int64_t* index) {
+// The `top` best of some shares of the rows, [share][padded][top], for each of G keys. Earlier shares have lower indices: they win ties.
+void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, int top,
+           float* values, int64_t* index) {
     for (int64_t i = 0; i < G; i++) {
         int64_t taken[MOST_ROW_SHARES] = {};
-        for (int t = 0; t < TOP; t++) {
+        for (int t = 0; t < top; t++) {
             int64_t from = 0;
-            float top = -INFINITY;
+            float most = -INFINITY;
             for (int64_t share = 0; share < shares; share++) {
                 const int64_t slot = taken[share];
-                if (slot < TOP && best[(share * padded + i) * TOP + slot] > top) top = best[(share * padded + i) * TOP + slot], from = share;
+                if (slot < top && best[(share * padded + i) * top + slot] > most) most = best[(share * padded + i) * top + slot], from = share;
             }
-            values[i * TOP + t] = top;
-            index[i * TOP + t] = rows[(from * padded + i) * TOP + taken[from]];
+            values[i * top + t] = most;
+            index[i * top + t] = rows[(from * padded + i) * top + taken[from]];
             taken[from]++;
         }
     }
@@ -322,7 +322,7 @@ bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* ind
                             &rows[part * padded * TOP], &rows_lost[part]);
     });
     if (!done) return false;
-    merge(best, rows, padded, shares.count, G, values, index);
+    merge(best, rows, padded, shares.count, G, TOP, values, index);
     const float row = sqrtf(*std::max_element(rows_lost.begin(), rows_lost.end())) * 1.0001f;
     for (int64_t i = 0; i < G; i++) error[i] = bound(i, row);
     return true;
@@ -387,7 +387,13 @@ extern "C" {
 // 0 plain, 1 AVX2, 3 AVX-512, 4 AMX: what `set` = -1 means on this processor.
 int caco_set() { return chosen(-1); }
 
-int caco_top() { return TOP; }
+// How many candidates caco_nearest keeps for each key, T.
+int caco_top(int set) {
+#if defined(HAS_AMX)
+    if (chosen(set) == AMX) return amx::TOP;
+#endif
+    return TOP;
+}
 
 // For each of G queries over R rows of any norm, m = w / |w|:
 //   z = sum_j exp(inverse_tau q.m_j - shift), z2 the same at a second temperature (null for none), peak = max_j q.m_j,
@@ -439,7 +445,7 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
     return 1;
 }
 
-// The TOP rows of the largest cosines for each of G keys, best first, equal ones by index: values and index [G, TOP], and a bound
+// The T rows of the largest cosines for each of G keys, best first, equal ones by index: values and index [G, T], and a bound
 // on the error of each key's values [G]. Rows further than twice that behind the best may be left out (-3e38 and -1).
 int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index, float* error,
                  int threads, int set) try {
@@ -462,7 +468,7 @@ int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D
         DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at]));
     });
     if (!done) return 1;
-    merge(best, rows, padded, shares.row_shares, G, values, index);
+    merge(best, rows, padded, shares.row_shares, G, TOP, values, index);
     std::fill_n(error, G, sum_error(D));
     return 0;
 } catch (const std::bad_alloc&) {

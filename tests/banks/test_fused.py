@@ -111,6 +111,26 @@ def test_equal_rows_go_to_the_lowest_index_however_many_there_are(path):
     assert torch.equal(label, (exact > exact.amax(1, keepdim=True) - 1e-12).to(torch.uint8).argmax(1))
 
 
+@pytest.mark.parametrize("path", PATHS[1:], indirect=True)
+def test_the_nearest_rows_cosines_are_within_the_bound_that_comes_with_them(path):
+    """Scattered keys have few rows in reach, a key amid a crowd of rows more than one bfloat16 or even float32 can tell apart."""
+    rows = stored(3000, 40, seed=0).float()
+    noise = torch.randn(200, 40, generator=torch.Generator().manual_seed(1))
+    rows[500:600] = rows[12] + 1e-6 * noise[:100]
+    rows[700:800] = rows[13] + 3e-3 * noise[100:]
+    keys = torch.cat([F.normalize(rows[[12, 13]], dim=1), unit(60, 40, seed=2).float()])
+    value, row, error = fused.nearest(keys, rows)
+    exact = keys.double() @ F.normalize(rows.double(), dim=1).T
+    named = row >= 0
+    off = (value.double() - exact.gather(1, row.clamp(min=0))).abs()
+    assert named[:, 0].all() and (off <= error[:, None])[named].all()
+    assert 1e-3 * error.max() < off[named].max() and error.max() < 0.01, "a bound that far off would tell nothing"
+    # Whatever is not named is too far to be the nearest, unless all that are named are in reach.
+    crowded = value[:, -1] >= value[:, 0] - 2 * error
+    assert crowded.nonzero().tolist() == [[0]]
+    assert (row == exact.argmax(1, keepdim=True)).any(1)[~crowded].all()
+
+
 def test_a_row_that_is_nearer_by_less_than_float32_can_tell_is_found(path):
     """Rows within 1e-9 of one another in cosine: only float64 orders them."""
     key = torch.zeros(1, 64)
