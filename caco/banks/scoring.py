@@ -108,13 +108,13 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
         near_GT = (value_GT >= value_GT[:, :1] - 2 * error_G[:, None]) & (row_GT >= 0)
         doubtful = near_GT[:, 1].nonzero()[:, 0]
         few, many = doubtful[~near_GT[doubtful, -1]], doubtful[near_GT[doubtful, -1]]
-        if len(few):  # all that could be the nearest are among the candidates
-            key_P, slot_P = near_GT[few].nonzero(as_tuple=True)
-            m_PD = unit_rows(w_RD[row_GT[few[key_P], slot_P]].double())[0]
-            exact_FT = m_PD.new_full((len(few), near_GT.shape[1]), -torch.inf)
-            exact_FT[key_P, slot_P] = (k_GD[few[key_P]].double() * m_PD).sum(1)
+        for some in few.split(128):  # all that could be the nearest are among the candidates; a part at a time, for the memory
+            key_P, slot_P = near_GT[some].nonzero(as_tuple=True)
+            m_PD = unit_rows(w_RD[row_GT[some[key_P], slot_P]].double())[0]
+            exact_FT = m_PD.new_full((len(some), near_GT.shape[1]), -torch.inf)
+            exact_FT[key_P, slot_P] = (k_GD[some[key_P]].double() * m_PD).sum(1)
             ties_FT = exact_FT >= exact_FT.amax(1, keepdim=True) - TIE
-            row_G[few] = torch.where(ties_FT, row_GT[few], torch.iinfo(torch.int64).max).amin(1)
+            row_G[some] = torch.where(ties_FT, row_GT[some], torch.iinfo(torch.int64).max).amin(1)
     if len(many):
         row_G[many] = _search_exactly(k_GD[many].double(), w_RD)
     return row_G
