@@ -16,6 +16,7 @@ constexpr int64_t TILE = 512, SUMS = 256;  // elements of a tile of bfloat16, of
 constexpr int64_t GROUP = 32;              // rows, and queries, whose scores are made at a time: two tiles by two
 constexpr int64_t PIECE = 4, PIECES = 8;   // rows of a group's scores that are worked on at a time, and how many times
 constexpr int TOP = 16;                    // candidates kept for each key: one bfloat16 leaves some rows in question
+constexpr int64_t AHEAD = 2048;            // floats; a processor's own look-ahead ends with the page
 constexpr int64_t QUERY_CHUNK = 512;       // queries whose probabilities an update holds at a time
 
 // Rows in a block: its packed copies stay in the second-level cache.
@@ -227,6 +228,7 @@ TARGET static bool pack(const float* w, int64_t count, int64_t width, int64_t D,
         for (int64_t d = 0; j < count && d < width; d += 16) {
             const __m512 x = _mm512_maskz_loadu_ps(first(width - d), row + d);
             squares = _mm512_fmadd_ps(x, x, squares);
+            _mm_prefetch((const char*)(row + d + AHEAD), _MM_HINT_T0);
         }
         const float inverse = j < count ? 1.0f / sqrtf(_mm512_reduce_add_ps(squares)) : 0.0f;
         usable &= j >= count || (inverse > 0 && inverse < INFINITY);
@@ -527,8 +529,10 @@ TARGET static void update_part(const Update& u, const Packed& queries, const Pac
             }
         }
         for (int64_t j = 0; j < count; j++) {
-            for (int64_t d = 0; d < D; d += 16)
+            for (int64_t d = 0; d < D; d += 16) {
+                _mm_prefetch((const char*)(u.v + (start + j) * u.D + d + AHEAD), _MM_HINT_T0);
                 _mm512_store_ps(together.at + d, _mm512_load_ps(toward.at + j / 16 * D * 16 + d * 16 + j % 16 * 16));
+            }
             avx512::move_row(u, start + j, inverse_norm[j], together.at);
         }
     }
