@@ -23,12 +23,11 @@ constexpr int64_t QUERY_CHUNK = 512;       // queries whose probabilities an upd
 int64_t block_rows(int64_t D) { return std::max<int64_t>(GROUP, std::min<int64_t>(512, 65536 / round_up(D, GROUP) / GROUP * GROUP)); }
 
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx512vbmi,fma,prefer-vector-width=512")))
-#define INLINE TARGET __attribute__((always_inline)) static inline
+#define MEMBER TARGET __attribute__((always_inline)) inline
+#define INLINE MEMBER static
 
 // The compiler's own intrinsics do not say that a load reads memory, so stores may be moved behind it.
 #define LOAD(tile, at) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(at), "r"((int64_t)64) : "memory")
-#define STORE(tile, at, row_bytes) __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(at), "r"((int64_t)(row_bytes)) : "memory")
-#define ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
 #define MULTIPLY(sum, left, right) __asm__ volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum ::)
 
 // A thread's tiles are ready while one of these lives.
@@ -158,61 +157,93 @@ INLINE void exponentials(__m512 x, __m512 y, __m512 a, __m512 b_x, __m512 b_y, _
     }
 }
 
-// Tiles 0 to 3 += left x right, two tiles by two. The tile unit works beside the vector unit, so `work` is what the vectors have to
-// do meanwhile.
+// Where the sums of tiles 0 to 3 lie, two by two: how many floats the next tile to the right and below is away, bytes of a row.
+struct Sums {
+    float* at;  // null: nowhere, zero
+    int64_t right, below, row_bytes;
+    template <int TILE_NUMBER>
+    MEMBER float* tile() const { return at + (TILE_NUMBER & 1 ? right : 0) + (TILE_NUMBER & 2 ? below : 0); }
+};
+constexpr Sums NONE{};
+
+template <int TILE_NUMBER>
+INLINE void store(const Sums& to) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to.tile<TILE_NUMBER>()), "r"(to.row_bytes), "i"(TILE_NUMBER) : "memory");
+}
+INLINE void store(const Sums& to) { store<0>(to), store<1>(to), store<2>(to), store<3>(to); }
+
+// A tile's sums go where the last product's belong, and those that this one's are added to come.
+template <int TILE_NUMBER>
+INLINE void turn(const Sums& before, const Sums& from) {
+    if (before.at) store<TILE_NUMBER>(before);
+    if (from.at)
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from.tile<TILE_NUMBER>()), "r"(from.row_bytes), "i"(TILE_NUMBER) : "memory");
+    else
+        __asm__ volatile("tilezero %%tmm%c0" ::"i"(TILE_NUMBER));
+}
+
+// Tiles 0 to 3 = `from` + left x right, two tiles by two. They still hold the last product, which goes to `before`: each right
+// before it is needed, so that the tile unit, which takes 16 cycles for a product and for a store, need not stand still. The
+// vector unit works beside it: `work` is what it has to do meanwhile.
 template <int PARTS, class Work>
 INLINE void multiply(const Packed& left, const bf16* a, int64_t a_row, const Packed& right, const bf16* b, int64_t b_column,
-                     int64_t steps, Work& work) {
+                     int64_t steps, const Sums& before, const Sums& from, Work& work) {
     constexpr int PAIRS = PARTS == 1 ? 1 : 3;  // of parts: first first, first second, second first
     const int64_t at_a_time = (PIECES + PAIRS * steps - 1) / (PAIRS * steps);
     int64_t piece = 0;
     for (int pair = 0; pair < PAIRS; pair++) {
         const bf16 *x = a + (pair == 2 ? left.part : 0), *y = b + (pair == 1 ? right.part : 0);
         for (int64_t k = 0; k < steps; k++, x += TILE, y += TILE) {
-            LOAD(4, x); LOAD(6, y); LOAD(5, x + a_row); LOAD(7, y + b_column);
-            MULTIPLY(0, 4, 6); MULTIPLY(1, 4, 7); MULTIPLY(2, 5, 6); MULTIPLY(3, 5, 7);
+            if (pair == 0 && k == 0) {
+                LOAD(4, x); LOAD(6, y); turn<0>(before, from); MULTIPLY(0, 4, 6);
+                LOAD(7, y + b_column); turn<1>(before, from); MULTIPLY(1, 4, 7);
+                LOAD(5, x + a_row); turn<2>(before, from); MULTIPLY(2, 5, 6);
+                turn<3>(before, from); MULTIPLY(3, 5, 7);
+            } else {
+                LOAD(4, x); LOAD(6, y); LOAD(5, x + a_row); LOAD(7, y + b_column);
+                MULTIPLY(0, 4, 6); MULTIPLY(1, 4, 7); MULTIPLY(2, 5, 6); MULTIPLY(3, 5, 7);
+            }
             for (const int64_t until = std::min(PIECES, piece + at_a_time); piece < until; piece++) work.piece(piece);
         }
     }
 }
 
 struct Nothing {
-    TARGET __attribute__((always_inline)) inline void piece(int64_t) {}
+    MEMBER void piece(int64_t) {}
 };
 
-// out += left x right, tiles of their own.
+// Several times out (+)= left x right; a, b and out lead on by a_next, b_next and out_next.
 template <int PARTS>
-INLINE void accumulate(const Packed& left, const bf16* a, int64_t a_row, const Packed& right, const bf16* b, int64_t b_column,
-                       int64_t steps, bool fresh, float* out, int64_t out_row) {
-    if (fresh) {
-        ZERO(0); ZERO(1); ZERO(2); ZERO(3);
-    } else {
-        LOAD(0, out); LOAD(1, out + SUMS); LOAD(2, out + out_row); LOAD(3, out + out_row + SUMS);
-    }
+INLINE void accumulate(const Packed& left, const bf16* a, int64_t a_row, int64_t a_next, const Packed& right, const bf16* b,
+                       int64_t b_column, int64_t b_next, int64_t steps, bool fresh, Sums out, int64_t out_next, int64_t times) {
     Nothing nothing;
-    multiply<PARTS>(left, a, a_row, right, b, b_column, steps, nothing);
-    STORE(0, out, 64); STORE(1, out + SUMS, 64); STORE(2, out + out_row, 64); STORE(3, out + out_row + SUMS, 64);
+    Sums before = NONE;
+    for (; times; times--, a += a_next, b += b_next, out.at += out_next) {
+        multiply<PARTS>(left, a, a_row, right, b, b_column, steps, before, fresh ? NONE : out, nothing);
+        before = out;
+    }
+    store(before);
 }
 
 // Scores of 32 rows and 32 queries, [32, 32], `groups` times, each group's made while `work` is done on the one before; a_next and
 // b_next lead from group to group. There are `count` rows; those beyond have the score `beyond`.
 template <int PARTS, class Work>
 INLINE void scan(const Packed& rows, const bf16* a, int64_t a_next, const Packed& queries, const bf16* b, int64_t b_next, int64_t D,
-                 int64_t groups, int64_t count, float beyond, float* scratch, Work& work) {
+                 int64_t groups, int64_t count, float beyond, float* scores, Work& work) {
     const int64_t steps = D / GROUP, next = steps * TILE;
+    const Sums here{scores, 16, 16 * GROUP, 4 * GROUP};
     Nothing nothing;
-    for (int64_t g = 0; g < groups; g++, a += a_next, b += b_next) {
-        float* here = scratch + g % 2 * GROUP * GROUP;
-        ZERO(0); ZERO(1); ZERO(2); ZERO(3);
-        if (g == 0)
-            multiply<PARTS>(rows, a, next, queries, b, next, steps, nothing);
-        else
-            multiply<PARTS>(rows, a, next, queries, b, next, steps, work), work.end();
-        STORE(0, here, 128); STORE(1, here + 16, 128); STORE(2, here + 16 * GROUP, 128); STORE(3, here + 16 * GROUP + 16, 128);
-        for (int64_t row = std::max<int64_t>(0, count - g * GROUP); row < GROUP; row++)
-            for (int64_t half = 0; half < 2; half++) _mm512_store_ps(here + row * GROUP + half * 16, _mm512_set1_ps(beyond));
-        work.begin(here, g);
+    multiply<PARTS>(rows, a, next, queries, b, next, steps, NONE, NONE, nothing);
+    for (int64_t g = 1; g < groups; g++) {
+        a += a_next, b += b_next;
+        work.begin(scores, g - 1);
+        multiply<PARTS>(rows, a, next, queries, b, next, steps, here, NONE, work);
+        work.end();
     }
+    store(here);
+    for (int64_t row = std::max<int64_t>(0, count - (groups - 1) * GROUP); row < GROUP; row++)
+        for (int64_t half = 0; half < 2; half++) _mm512_store_ps(scores + row * GROUP + half * 16, _mm512_set1_ps(beyond));
+    work.begin(scores, groups - 1);
     for (int64_t piece = 0; piece < PIECES; piece++) work.piece(piece);
     work.end();
 }
@@ -324,18 +355,18 @@ struct Weigh {
     __m512 total[2], total2[2];
     __m512i most[2];
 
-    TARGET Weigh(const Forward& f, Packed& tile, int64_t steps, int64_t count)
+    MEMBER Weigh(const Forward& f, Packed& tile, int64_t steps, int64_t count)
         : f(f), tile(tile), steps(steps), count(count), a(_mm512_set1_ps(f.inverse_tau * LOG2_E)),
           b(_mm512_set1_ps(offset_of<PARTS>(-f.shift * LOG2_E))) {
         for (int half = 0; half < 2; half++) total[half] = total2[half] = _mm512_setzero_ps(), most[half] = _mm512_setzero_si512();
     }
-    void begin(const float* scores_, int64_t group) {
+    MEMBER void begin(const float* scores_, int64_t group) {
         scores = scores_;
         weights = tile.at + group * TILE;
         valid = count - group * GROUP;
     }
-    void end() {}
-    TARGET __attribute__((always_inline)) inline void piece(int64_t piece) {
+    MEMBER void end() {}
+    MEMBER void piece(int64_t piece) {
         const float* at = scores + piece * PIECE * GROUP;
         bf16* to = weights + piece * PIECE / 2 * GROUP;
         for (int half = 0; half < 2; half++) {
@@ -354,7 +385,7 @@ struct Weigh {
         }
     }
     // The largest exponential of each of 32 queries.
-    TARGET void largest(float* out) const {
+    MEMBER void largest(float* out) const {
         for (int half = 0; half < 2; half++) {
             __m512i top = most[half];
             if (PARTS == 1) top = _mm512_max_epi32(_mm512_slli_epi32(top, 16), _mm512_and_si512(top, _mm512_set1_epi32(0xffff0000)));
@@ -370,7 +401,7 @@ TARGET static bool forward_part(const Forward& f, const Packed& queries, int64_t
                                 double* z, double* z2, float* most, float* sums) {
     const int64_t D = round_up(f.D, GROUP), S = block_rows(D), steps = S / GROUP;
     Packed rows(S * D, PARTS), transposed(sums ? S * D : 0, PARTS), tile(S * GROUP, PARTS);
-    Buffer scratch(8 * SUMS);
+    Buffer scratch(4 * SUMS);
     const float beyond = (-200.0f + f.shift * LOG2_E) / (f.inverse_tau * LOG2_E);  // a score whose exponential is 0
     bool usable = true;
     const Tiles ready;
@@ -381,9 +412,9 @@ TARGET static bool forward_part(const Forward& f, const Packed& queries, int64_t
         for (int64_t i = 0; i < padded; i += GROUP) {
             Weigh<PARTS> work(f, tile, steps, count);
             scan<PARTS>(rows, rows.at, GROUP * D, queries, queries.at + i * D, 0, D, groups, count, beyond, scratch.at, work);
-            for (int64_t d = 0; sums && d < D; d += GROUP)
-                accumulate<PARTS>(transposed, transposed.at + d / 16 * steps * TILE, steps * TILE, tile, tile.at, steps * TILE, groups,
-                                  start == first_row, sums + (d * padded + i * 16), padded * 16);
+            if (sums)
+                accumulate<PARTS>(transposed, transposed.at, steps * TILE, 2 * steps * TILE, tile, tile.at, steps * TILE, 0, groups,
+                                  start == first_row, Sums{sums + i * 16, SUMS, padded * 16, 64}, GROUP * padded, D / GROUP);
             // A block's sum is a float's, the whole bank's a double's.
             alignas(64) float total[2 * GROUP], top[GROUP];
             for (int half = 0; half < 2; half++) {
@@ -412,23 +443,23 @@ struct Choose {
     __m512 peak[2];
     int32_t first_here = 0;
 
-    TARGET void begin(const float* scores_, int64_t group) {
+    MEMBER void begin(const float* scores_, int64_t group) {
         scores = scores_;
         first_here = first_row + (int32_t)(group * GROUP);
         peak[0] = peak[1] = _mm512_set1_ps(-1e6f);
     }
-    TARGET __attribute__((always_inline)) inline void piece(int64_t piece) {
+    MEMBER void piece(int64_t piece) {
         const float* at = scores + piece * PIECE * GROUP;
 #pragma GCC unroll 4
         for (int row = 0; row < PIECE; row++)
             for (int half = 0; half < 2; half++) peak[half] = _mm512_max_ps(peak[half], _mm512_load_ps(at + row * GROUP + half * 16));
     }
     // What a score must exceed to be kept.
-    TARGET __m512 bar(int half) const {
+    MEMBER __m512 bar(int half) const {
         const float* best = values + half * TOP * 16;
         return _mm512_max_ps(_mm512_load_ps(best + (TOP - 1) * 16), _mm512_sub_ps(_mm512_load_ps(best), _mm512_load_ps(reach + half * 16)));
     }
-    TARGET void end() {
+    MEMBER void end() {
         for (int half = 0; half < 2; half++) {
             float* best = values + half * TOP * 16;
             int32_t* row = index + half * TOP * 16;
@@ -457,7 +488,7 @@ TARGET static void nearest_part(const Forward& f, const Packed& keys, const floa
                                 int64_t last_row, float* best, int64_t* index, float* lost) {
     const int64_t D = round_up(f.D, GROUP), S = block_rows(D);
     Packed rows(S * D, PARTS);
-    Buffer scratch(8 * SUMS), values(padded * TOP), numbers(padded * TOP);
+    Buffer scratch(4 * SUMS), values(padded * TOP), numbers(padded * TOP);
     int32_t* row = (int32_t*)numbers.at;
     for (int64_t i = 0; i < padded * TOP; i++) values[i] = -3.0e38f, row[i] = -1;
     const Tiles ready;
@@ -488,11 +519,11 @@ struct Share {
     const float* scores = nullptr;
     int64_t group = 0;
 
-    TARGET Share(const Update& u, const float* offset, Packed& tile)
+    MEMBER Share(const Update& u, const float* offset, Packed& tile)
         : u(u), offset(offset), tile(tile), a(_mm512_set1_ps(u.inverse_tau * LOG2_E)) {}
-    void begin(const float* scores_, int64_t group_) { scores = scores_, group = group_; }
-    void end() {}
-    TARGET __attribute__((always_inline)) inline void piece(int64_t piece) {
+    MEMBER void begin(const float* scores_, int64_t group_) { scores = scores_, group = group_; }
+    MEMBER void end() {}
+    MEMBER void piece(int64_t piece) {
         const __m512 b = _mm512_load_ps(offset + group * GROUP), b_next = _mm512_load_ps(offset + group * GROUP + 16);
         const float* at = scores + piece * PIECE * GROUP;
         bf16* to = tile.at + (piece / (16 / PIECE) * (QUERY_CHUNK / GROUP) + group) * TILE + piece % (16 / PIECE) * PIECE * GROUP;
@@ -512,7 +543,7 @@ template <int PARTS>
 TARGET static void update_part(const Update& u, const Packed& queries, const Packed& weighted, const float* offset, std::atomic<int64_t>& block) {
     const int64_t D = round_up(u.D, GROUP), S = block_rows(D), steps = u.padded / GROUP;
     Packed rows(S * D, PARTS), tile(GROUP * QUERY_CHUNK, PARTS);
-    Buffer scratch(8 * SUMS), toward(S * D), inverse_norm(S), together(D);
+    Buffer scratch(4 * SUMS), toward(S * D), inverse_norm(S), together(D);
     const Tiles ready;
     for (int64_t start; (start = block++ * S) < u.R;) {
         const int64_t count = std::min(S, u.R - start);
@@ -523,9 +554,8 @@ TARGET static void update_part(const Update& u, const Packed& queries, const Pac
             for (int64_t j = 0; j < count; j += GROUP) {
                 Share<PARTS> work(u, offset + i, tile);
                 scan<PARTS>(rows, rows.at + j * D, 0, queries, queries.at + i * D, GROUP * D, D, groups, GROUP * groups, 0, scratch.at, work);
-                for (int64_t d = 0; d < D; d += GROUP)
-                    accumulate<PARTS>(tile, tile.at, QUERY_CHUNK / GROUP * TILE, weighted, weighted.at + (d / 16 * steps + i / GROUP) * TILE,
-                                      steps * TILE, groups, i == 0, toward.at + j * D + d * 16, D * 16);
+                accumulate<PARTS>(tile, tile.at, QUERY_CHUNK / GROUP * TILE, 0, weighted, weighted.at + i / GROUP * TILE, steps * TILE,
+                                  2 * steps * TILE, groups, i == 0, Sums{toward.at + j * D, SUMS, D * 16, 64}, GROUP * 16, D / GROUP);
             }
         }
         for (int64_t j = 0; j < count; j++) {
@@ -539,8 +569,7 @@ TARGET static void update_part(const Update& u, const Packed& queries, const Pac
 }
 
 #undef LOAD
-#undef STORE
-#undef ZERO
 #undef MULTIPLY
 #undef INLINE
+#undef MEMBER
 #undef TARGET
