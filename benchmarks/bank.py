@@ -155,6 +155,7 @@ def speed(N: int, K: int, D: int, runs: int) -> dict:
         }  # fmt: skip
     figures |= {f"{dtype}_peak_gflops": max(values) / 1e9 for dtype, values in peaks.items()}
     figures["share_of_peak"] = figures["bf16"]["gflops"] / figures["bf16_peak_gflops"]
+    figures["turns"] = times | {f"{dtype}_peak_gflops": [value / 1e9 for value in values] for dtype, values in peaks.items()}
     return figures
 
 
