@@ -12,7 +12,8 @@ FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wno-psa
 setup(
     ext_modules=[
         Extension(
-            "caco.banks._kernel", ["caco/banks/kernel.cpp"], depends=["caco/banks/kernel.h", "caco/banks/amx.h"], language="c++", optional=True,
+            "caco.banks._kernel", ["caco/banks/kernel.cpp"],
+            depends=["caco/banks/kernel.h", "caco/banks/amx.h", "caco/banks/amx_tiles.h"], language="c++", optional=True,
             extra_compile_args=FLAGS, extra_link_args=["-pthread"],
         ),
         Extension(

@@ -124,6 +124,53 @@ namespace avx512 {
 #undef MR
 #endif
 
+// Run work(0), ..., work(count - 1) on some threads; they are gone when this returns, so a process may fork at any time.
+template <typename Work>
+bool in_parallel(int threads, int64_t count, Work work) {
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    auto loop = [&] {
+        try {
+            for (int64_t i; (i = next++) < count;) work(i);
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+    };
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads && t < count; t++) {
+        try {
+            others.emplace_back(loop);
+        } catch (const std::system_error&) {  // no more threads to be had: fewer do it
+            break;
+        }
+    }
+    loop();
+    for (auto& thread : others) thread.join();
+    return !failed;
+}
+
+// The `top` best of some shares of the rows, [share][padded][top], for each of G keys. Earlier shares have lower indices: they win ties.
+void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, int top,
+           float* values, int64_t* index) {
+    for (int64_t i = 0; i < G; i++) {
+        int64_t taken[MOST_ROW_SHARES] = {};
+        for (int t = 0; t < top; t++) {
+            int64_t from = 0;
+            float most = -INFINITY;
+            for (int64_t share = 0; share < shares; share++) {
+                const int64_t slot = taken[share];
+                if (slot < top && best[(share * padded + i) * top + slot] > most) most = best[(share * padded + i) * top + slot], from = share;
+            }
+            values[i * top + t] = most;
+            index[i * top + t] = rows[(from * padded + i) * top + taken[from]];
+            taken[from]++;
+        }
+    }
+}
+
+// The rounding of a float32 sum of D products of unit vectors, at its very worst.
+float sum_error(int64_t D) { return (D + 8) * 1.1920929e-7f; }
+
 #if defined(HAS_AMX)
 namespace amx {
 #include "amx.h"
@@ -164,31 +211,6 @@ int chosen(int asked) {
 #define DISPATCH(set, call) plain::call
 #endif
 
-// Run work(0), ..., work(count - 1) on some threads; they are gone when this returns, so a process may fork at any time.
-template <typename Work>
-bool in_parallel(int threads, int64_t count, Work work) {
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
-    auto loop = [&] {
-        try {
-            for (int64_t i; (i = next++) < count;) work(i);
-        } catch (const std::bad_alloc&) {
-            failed = true;
-        }
-    };
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads && t < count; t++) {
-        try {
-            others.emplace_back(loop);
-        } catch (const std::system_error&) {  // no more threads to be had: fewer do it
-            break;
-        }
-    }
-    loop();
-    for (auto& thread : others) thread.join();
-    return !failed;
-}
-
 // How queries and rows are shared out: every thread has its queries; where those are few, the rows are cut too.
 struct Shares {
     Shares(int64_t G, int64_t R, int64_t D, int& threads) {
@@ -202,183 +224,6 @@ struct Shares {
     }
     int64_t queries, query_shares, rows, row_shares;
 };
-
-// The `top` best of some shares of the rows, [share][padded][top], for each of G keys. Earlier shares have lower indices: they win ties.
-void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, int top,
-           float* values, int64_t* index) {
-    for (int64_t i = 0; i < G; i++) {
-        int64_t taken[MOST_ROW_SHARES] = {};
-        for (int t = 0; t < top; t++) {
-            int64_t from = 0;
-            float most = -INFINITY;
-            for (int64_t share = 0; share < shares; share++) {
-                const int64_t slot = taken[share];
-                if (slot < top && best[(share * padded + i) * top + slot] > most) most = best[(share * padded + i) * top + slot], from = share;
-            }
-            values[i * top + t] = most;
-            index[i * top + t] = rows[(from * padded + i) * top + taken[from]];
-            taken[from]++;
-        }
-    }
-}
-
-// The rounding of a float32 sum of D products of unit vectors, at its very worst.
-float sum_error(int64_t D) { return (D + 8) * 1.1920929e-7f; }
-
-#if defined(HAS_AMX)
-namespace amx {
-
-// Every thread has some consecutive blocks of the rows, and sums of its own over them.
-struct Shares {
-    Shares(int64_t G, int64_t R, int64_t D, int threads) : padded(round_up(G, GROUP)) {
-        const int64_t blocks = (R + block_rows(D) - 1) / block_rows(D);
-        if ((double)G * R * D < 3.0e7) threads = 1;  // less work than starting a thread
-        count = std::min<int64_t>({blocks, MOST_ROW_SHARES, std::max(1, threads)});
-        rows = (blocks + count - 1) / count * block_rows(D);
-        count = (R + rows - 1) / rows;
-    }
-    int64_t padded, count, rows;
-};
-
-template <int PARTS>
-bool forward(const Forward& f, int64_t G, int64_t R, double* z, double* z2, float* peak, float* sums, int threads) {
-    const int64_t D = round_up(f.D, GROUP);
-    const Shares shares(G, R, D, threads);
-    const int64_t padded = shares.padded;
-    Packed queries(padded * D, PARTS);
-    pack_queries<PARTS>(f.q, G, f.D, D, queries);
-    std::vector<double> totals(padded * shares.count), totals2(z2 ? padded * shares.count : 0);
-    std::vector<float> most(padded * shares.count);
-    Buffer weighed(sums ? padded * shares.count * D : 0);
-    std::atomic<bool> usable{true};
-    const bool done = in_parallel(threads, shares.count, [&](int64_t part) {
-        if (!forward_part<PARTS>(f, queries, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &totals[part * padded],
-                                 z2 ? &totals2[part * padded] : nullptr, &most[part * padded], sums ? &weighed[part * padded * D] : nullptr))
-            usable = false;
-    });
-    if (!done) return false;
-    const float rest = left_out<PARTS>(-f.shift * LOG2_E);
-    for (int64_t i = 0; i < G; i++) {
-        double squares = 0;
-        for (int64_t d = 0; d < f.D; d++) squares += (double)f.q[i * f.D + d] * f.q[i * f.D + d];
-        z[i] = usable && squares < 1.0202 ? 0 : NAN;  // longer ones may leave the exponents that there are
-        if (z2) z2[i] = 0;
-        float largest = 0;
-        for (int64_t part = 0; part < shares.count; part++) {
-            z[i] += rest * totals[part * padded + i];
-            if (z2) z2[i] += totals2[part * padded + i];
-            largest = std::max(largest, most[part * padded + i]);
-        }
-        peak[i] = std::min(1.0f, (logf(rest * largest) + f.shift) / f.inverse_tau);
-    }
-    for (int64_t tile = 0; sums && tile < padded * D / SUMS; tile++) {
-        const int64_t d = tile / (padded / 16) * 16, i = tile % (padded / 16) * 16;
-        for (int64_t n = 0; n < std::min<int64_t>(16, G - i); n++)
-            for (int64_t e = 0; e < std::min<int64_t>(16, f.D - d); e++) {
-                float total = 0;
-                for (int64_t part = 0; part < shares.count; part++) total += weighed[part * padded * D + tile * SUMS + e * 16 + n];
-                sums[(i + n) * f.D + d + e] = rest * total;
-            }
-    }
-    return true;
-}
-
-// What rounding to bfloat16 takes from a vector: its norm.
-float lost(const float* x, int64_t D) {
-    double squares = 0;
-    for (int64_t d = 0; d < D; d++) {
-        uint32_t bits;
-        memcpy(&bits, x + d, 4);
-        bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-        float rounded;
-        memcpy(&rounded, &bits, 4);
-        squares += ((double)x[d] - rounded) * ((double)x[d] - rounded);
-    }
-    return (float)sqrt(squares) * 1.0001f;
-}
-
-// The nearest rows by products of PARTS. error: a bound on that of each key's cosines, proven: with one part k.m - k'.m' is
-// (k - k').m + k'.(m - m'); two leave up to 2^-16 of a number out and not the product of the second ones, 3 * 2^-16 and terms of
-// higher order.
-template <int PARTS>
-bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* index, float* error, int threads) {
-    const int64_t D = round_up(f.D, GROUP);
-    const Shares shares(G, R, D, threads);
-    const int64_t padded = shares.padded;
-    std::vector<float> best(padded * shares.count * TOP), rows_lost(shares.count), keys_lost(G);
-    std::vector<int64_t> rows(padded * shares.count * TOP);
-    Packed keys(padded * D, PARTS);
-    Buffer reach(padded);
-    pack_queries<PARTS>(f.q, G, f.D, D, keys);
-    const auto bound = [&](int64_t i, float row) {
-        return sum_error(D) * 1.02f + (PARTS == 1 ? keys_lost[i] + (1.0f + keys_lost[i]) * row : 1.0f / 16384);
-    };
-    for (int64_t i = 0; i < G; i++) {
-        if (PARTS == 1) keys_lost[i] = lost(f.q + i * f.D, f.D);
-        reach[i] = 2 * bound(i, 1.01f / 256);  // half a last bit is 2^-8 of a number
-    }
-    const bool done = in_parallel(threads, shares.count, [&](int64_t part) {
-        nearest_part<PARTS>(f, keys, reach.at, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &best[part * padded * TOP],
-                            &rows[part * padded * TOP], &rows_lost[part]);
-    });
-    if (!done) return false;
-    merge(best, rows, padded, shares.count, G, TOP, values, index);
-    const float row = sqrtf(*std::max_element(rows_lost.begin(), rows_lost.end())) * 1.0001f;
-    for (int64_t i = 0; i < G; i++) error[i] = bound(i, row);
-    return true;
-}
-
-// The same by one part, and by two for the keys that have more rows in reach than are kept.
-bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* index, float* error, int threads) {
-    if (!nearest<1>(f, G, R, values, index, error, threads)) return false;
-    std::vector<int64_t> crowded;
-    for (int64_t i = 0; i < G; i++)
-        if (values[i * TOP + TOP - 1] >= values[i * TOP] - 2 * error[i]) crowded.push_back(i);
-    const int64_t C = crowded.size();
-    if (C == 0) return true;
-    std::vector<float> keys(C * f.D), their_values(C * TOP), their_error(C);
-    std::vector<int64_t> their_index(C * TOP);
-    for (int64_t c = 0; c < C; c++) std::copy_n(f.q + crowded[c] * f.D, f.D, &keys[c * f.D]);
-    Forward of_these = f;
-    of_these.q = keys.data();
-    if (!nearest<2>(of_these, C, R, their_values.data(), their_index.data(), their_error.data(), threads)) return false;
-    for (int64_t c = 0; c < C; c++) {
-        std::copy_n(&their_values[c * TOP], TOP, values + crowded[c] * TOP);
-        std::copy_n(&their_index[c * TOP], TOP, index + crowded[c] * TOP);
-        error[crowded[c]] = their_error[c];
-    }
-    return true;
-}
-
-// Whether a bfloat16's exponents hold every probability.
-bool in_range(const Update& u, int64_t N) {
-    for (int64_t i = 0; i < N; i++)
-        if (!((-1.01f * u.inverse_tau - u.log_sum[i]) * LOG2_E > LOWEST_EXPONENT)) return false;
-    return true;
-}
-
-template <int PARTS>
-bool update(Update& u, int64_t N, int threads) {
-    const int64_t D = round_up(u.D, GROUP), padded = round_up(N, GROUP), S = block_rows(D);
-    Packed queries(padded * D, PARTS), weighted(padded * D, PARTS);
-    Buffer offset(padded), weight(N);
-    for (int64_t i = 0; i < padded; i++) {
-        const float exponent = i < N ? -u.log_sum[i] * LOG2_E : -200.0f;  // of no query: 0
-        offset[i] = offset_of<PARTS>(exponent);
-        if (i < N) weight[i] = u.grad[i] * left_out<PARTS>(exponent);
-    }
-    pack_queries<PARTS>(u.q, N, u.D, D, queries);
-    pack_weighted<PARTS>(u.q, weight.at, N, u.D, D, padded / GROUP, weighted);
-    u.padded = padded;
-    if ((double)N * u.R * u.D < 3.0e7) threads = 1;
-    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, (u.R + S - 1) / S));
-    std::atomic<int64_t> block{0};
-    return in_parallel((int)workers, workers, [&](int64_t) { update_part<PARTS>(u, queries, weighted, offset.at, block); }) &&
-           block * S >= u.R;
-}
-
-}  // namespace amx
-#endif
 
 }  // namespace
 
