@@ -150,6 +150,18 @@ def test_temperatures_whose_logits_leave_float32_s_range(path, tau):
     assert torch.allclose(fast.double(), dense, rtol=1e-5, atol=LOSS.get(path, 0) / tau)
 
 
+def test_rows_move_right_where_probabilities_leave_a_bfloat16_s_exponents(path):
+    """At a temperature so low for the rows, one bfloat16 a number will not do whatever the run's precision: it is a float32's motion."""
+    B, K, D, bank_tau = 20, 97, 24, 0.004
+    bank = LearnableBank(size=K, dim=D, seed=0, temperature=bank_tau)
+    w, q, positive = bank.rows.weight.detach().double(), unit(B, D, seed=1), torch.arange(B) * 3
+    bank.score(q.float(), positive, temperature=0.1).loss_B.mean().backward()
+    gradient = eq.bank_gradient(q, w, positive, bank_tau, pull=1, push=1)
+    bank.update(lr=1.0, keys_GD=q)
+    assert torch.allclose(bank.rows.velocity.double(), gradient, atol=5e-3 * gradient.abs().max())
+    assert gradient.abs().max() > 1
+
+
 def test_gradients_of_parts_of_a_batch_are_those_of_the_whole(path):
     def moved(parts):
         bank = LearnableBank(size=301, dim=16, seed=0, lr=1.0)
