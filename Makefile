@@ -7,7 +7,7 @@ ARGS ?=
 setup: .venv/.done
 
 # Done again when the dependencies change; make -B setup does it again at any time.
-.venv/.done: pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard caco/*/*.cpp)
+.venv/.done: pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard caco/*/*.cpp caco/*/*.h)
 	PYTHON="$(PYTHON)" bash scripts/setup.sh
 	touch $@
 
