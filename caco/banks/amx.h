@@ -155,15 +155,17 @@ TARGET static void nearest_part(const Forward& f, const Packed& keys, const floa
     Buffer scratch(4 * SUMS), values(padded * TOP), numbers(padded * TOP);
     int32_t* row = (int32_t*)numbers.at;
     for (int64_t i = 0; i < padded * TOP; i++) values[i] = -3.0e38f, row[i] = -1;
+    float most_lost = 0;  // of this thread alone, as it is written for every row
     const Tiles ready;
     for (int64_t start = first_row; start < last_row; start += S) {
         const int64_t count = std::min(S, last_row - start);
-        pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr, PARTS == 1 ? lost : nullptr);
+        pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr, PARTS == 1 ? &most_lost : nullptr);
         for (int64_t i = 0; i < padded; i += GROUP) {
             Choose work{values.at + i * TOP, row + i * TOP, reach + i, (int32_t)(start - first_row)};
             scan<PARTS>(rows, rows.at, GROUP * D, keys, keys.at + i * D, 0, D, round_up(count, GROUP) / GROUP, count, -1e6f, scratch.at, work);
         }
     }
+    *lost = most_lost;
     for (int64_t i = 0; i < padded; i++)
         for (int t = 0; t < TOP; t++) {
             const int64_t at = i / 16 * TOP * 16 + t * 16 + i % 16;
