@@ -146,10 +146,10 @@ struct Choose {
     }
 };
 
-// The best TOP rows of all keys among some rows, best first: see caco_nearest. lost: see `pack`.
+// The best TOP rows of all keys among some blocks, as they are to be had, best first: see caco_nearest. lost: see `pack`.
 template <int PARTS>
-TARGET static void nearest_part(const Forward& f, const Packed& keys, const float* reach, int64_t padded, int64_t first_row,
-                                int64_t last_row, float* best, int64_t* index, float* lost) {
+TARGET static void nearest_part(const Forward& f, int64_t R, const Packed& keys, const float* reach, int64_t padded,
+                                std::atomic<int64_t>& block, float* best, int64_t* index, float* lost) {
     const int64_t D = round_up(f.D, GROUP), S = block_rows(D);
     Packed rows(S * D, PARTS);
     Buffer scratch(4 * SUMS), values(padded * TOP), numbers(padded * TOP);
@@ -157,11 +157,11 @@ TARGET static void nearest_part(const Forward& f, const Packed& keys, const floa
     for (int64_t i = 0; i < padded * TOP; i++) values[i] = -3.0e38f, row[i] = -1;
     float most_lost = 0;  // of this thread alone, as it is written for every row
     const Tiles ready;
-    for (int64_t start = first_row; start < last_row; start += S) {
-        const int64_t count = std::min(S, last_row - start);
+    for (int64_t start; (start = block++ * S) < R;) {
+        const int64_t count = std::min(S, R - start);
         pack<PARTS>(f.w + start * f.D, count, f.D, D, rows, nullptr, PARTS == 1 ? &most_lost : nullptr);
         for (int64_t i = 0; i < padded; i += GROUP) {
-            Choose work{values.at + i * TOP, row + i * TOP, reach + i, (int32_t)(start - first_row)};
+            Choose work{values.at + i * TOP, row + i * TOP, reach + i, (int32_t)start};
             scan<PARTS>(rows, rows.at, GROUP * D, keys, keys.at + i * D, 0, D, round_up(count, GROUP) / GROUP, count, -1e6f, scratch.at, work);
         }
     }
@@ -171,7 +171,7 @@ TARGET static void nearest_part(const Forward& f, const Packed& keys, const floa
             const int64_t at = i / 16 * TOP * 16 + t * 16 + i % 16;
             const bool none = row[at] < 0 || values[at] < -2.0f;  // rows that pad the bank are no rows
             best[i * TOP + t] = none ? -3.0e38f : values[at];
-            index[i * TOP + t] = none ? -1 : first_row + row[at];
+            index[i * TOP + t] = none ? -1 : row[at];
         }
 }
 
@@ -234,12 +234,19 @@ TARGET static void update_part(const Update& u, const Packed& queries, const Pac
     }
 }
 
-// Every thread has some consecutive blocks of the rows, and sums of its own over them.
+// How many threads the work on so many queries, rows and numbers in each is worth, one block of rows a thread at least.
+int64_t worth(int64_t G, int64_t R, int64_t D, int threads) {
+    if ((double)G * R * D < 3.0e7) return 1;  // less work than starting a thread
+    return std::max<int64_t>(1, std::min<int64_t>(threads, (R + block_rows(D) - 1) / block_rows(D)));
+}
+
+// Shares of consecutive rows with sums of their own, added up in their order. Which thread has which does not show in the bits, and
+// a thread on a slower core has fewer: hence several a thread, where their sums do not take much memory.
 struct Shares {
     Shares(int64_t G, int64_t R, int64_t D, int threads) : padded(round_up(G, GROUP)) {
-        const int64_t blocks = (R + block_rows(D) - 1) / block_rows(D);
-        if ((double)G * R * D < 3.0e7) threads = 1;  // less work than starting a thread
-        count = std::min<int64_t>({blocks, MOST_ROW_SHARES, std::max(1, threads)});
+        const int64_t blocks = (R + block_rows(D) - 1) / block_rows(D), workers = worth(G, R, D, threads);
+        const int64_t several = workers == 1 ? 1 : std::min<int64_t>(16, (1 << 20) / (padded * D));  // 4 MiB
+        count = std::min<int64_t>({blocks, MOST_ROW_SHARES, std::max(workers, several)});
         rows = (blocks + count - 1) / count * block_rows(D);
         count = (R + rows - 1) / rows;
     }
@@ -309,10 +316,9 @@ float lost(const float* x, int64_t D) {
 template <int PARTS>
 bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* index, float* error, int threads) {
     const int64_t D = round_up(f.D, GROUP);
-    const Shares shares(G, R, D, threads);
-    const int64_t padded = shares.padded;
-    std::vector<float> best(padded * shares.count * TOP), rows_lost(shares.count), keys_lost(G);
-    std::vector<int64_t> rows(padded * shares.count * TOP);
+    const int64_t padded = round_up(G, GROUP), workers = std::min(MOST_ROW_SHARES, worth(G, R, D, threads));
+    std::vector<float> best(padded * workers * TOP), rows_lost(workers), keys_lost(G);
+    std::vector<int64_t> rows(padded * workers * TOP);
     Packed keys(padded * D, PARTS);
     Buffer reach(padded);
     pack_queries<PARTS>(f.q, G, f.D, D, keys);
@@ -323,12 +329,13 @@ bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* ind
         if (PARTS == 1) keys_lost[i] = lost(f.q + i * f.D, f.D);
         reach[i] = 2 * bound(i, 1.01f / 256);  // half a last bit is 2^-8 of a number
     }
-    const bool done = in_parallel(threads, shares.count, [&](int64_t part) {
-        nearest_part<PARTS>(f, keys, reach.at, padded, part * shares.rows, std::min(R, (part + 1) * shares.rows), &best[part * padded * TOP],
-                            &rows[part * padded * TOP], &rows_lost[part]);
+    std::fill(best.begin(), best.end(), -3.0e38f), std::fill(rows.begin(), rows.end(), -1);
+    std::atomic<int64_t> block{0};
+    const bool done = in_parallel((int)workers, workers, [&](int64_t part) {
+        nearest_part<PARTS>(f, R, keys, reach.at, padded, block, &best[part * padded * TOP], &rows[part * padded * TOP], &rows_lost[part]);
     });
     if (!done) return false;
-    merge(best, rows, padded, shares.count, G, TOP, values, index);
+    merge(best, rows, padded, workers, G, TOP, values, index);
     const float row = sqrtf(*std::max_element(rows_lost.begin(), rows_lost.end())) * 1.0001f;
     for (int64_t i = 0; i < G; i++) error[i] = bound(i, row);
     return true;
@@ -376,8 +383,7 @@ bool update(Update& u, int64_t N, int threads) {
     pack_queries<PARTS>(u.q, N, u.D, D, queries);
     pack_weighted<PARTS>(u.q, weight.at, N, u.D, D, padded / GROUP, weighted);
     u.padded = padded;
-    if ((double)N * u.R * u.D < 3.0e7) threads = 1;
-    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, (u.R + S - 1) / S));
+    const int64_t workers = worth(N, u.R, D, threads);
     std::atomic<int64_t> block{0};
     return in_parallel((int)workers, workers, [&](int64_t) { update_part<PARTS>(u, queries, weighted, offset.at, block); }) &&
            block * S >= u.R;

@@ -149,20 +149,19 @@ bool in_parallel(int threads, int64_t count, Work work) {
     return !failed;
 }
 
-// The `top` best of some shares of the rows, [share][padded][top], for each of G keys. Earlier shares have lower indices: they win ties.
+// The `top` best of some shares of the rows, [share][padded][top], for each of G keys; equal ones by index.
 void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, int top,
            float* values, int64_t* index) {
     for (int64_t i = 0; i < G; i++) {
         int64_t taken[MOST_ROW_SHARES] = {};
         for (int t = 0; t < top; t++) {
-            int64_t from = 0;
-            float most = -INFINITY;
+            int64_t from = 0, at = -1;
             for (int64_t share = 0; share < shares; share++) {
-                const int64_t slot = taken[share];
-                if (slot < top && best[(share * padded + i) * top + slot] > most) most = best[(share * padded + i) * top + slot], from = share;
+                if (taken[share] == top) continue;
+                const int64_t here = (share * padded + i) * top + taken[share];
+                if (at < 0 || best[here] > best[at] || (best[here] == best[at] && rows[here] < rows[at])) at = here, from = share;
             }
-            values[i * top + t] = most;
-            index[i * top + t] = rows[(from * padded + i) * top + taken[from]];
+            values[i * top + t] = best[at], index[i * top + t] = rows[at];
             taken[from]++;
         }
     }
