@@ -34,7 +34,7 @@ namespace {
 
 constexpr int PANEL = 16;            // rows, or columns, that lie side by side in a packed panel
 constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every MR
-constexpr int TOP = 16;              // candidates kept for each key
+constexpr int TOP = 4;               // candidates kept for each key
 constexpr int64_t MOST_ROW_SHARES = 64;
 constexpr float LOG2_E = 1.44269504088896341f;
 

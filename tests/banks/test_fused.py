@@ -120,6 +120,7 @@ def test_the_nearest_rows_cosines_are_within_the_bound_that_comes_with_them(path
     rows[700:800] = rows[13] + 3e-3 * noise[100:]
     keys = torch.cat([F.normalize(rows[[12, 13]], dim=1), unit(60, 40, seed=2).float()])
     value, row, error = fused.nearest(keys, rows)
+    assert value.shape[1] == (16 if path.startswith("AMX") else 4), "more cost time where a float32 tells rows apart"
     exact = keys.double() @ F.normalize(rows.double(), dim=1).T
     named = row >= 0
     off = (value.double() - exact.gather(1, row.clamp(min=0))).abs()
