@@ -1,6 +1,6 @@
 """Evaluation's costs as ratios, both sides timed in turn in one process.
 
-    python benchmarks/evals.py --json evals.json
+    python benchmarks/evals.py --json evals.json    all three; minutes
 
 1. Logistic regression along 45 strengths (caco/evals/logistic.py) against scikit-learn's LogisticRegression, solver lbfgs,
    warm-started along the same path; the same float64 features, penalty and tolerance of the mean loss's gradient. Shown
@@ -12,29 +12,31 @@ Features: of scikit-learn's digits at 16 px by the untrained small ResNet (seed 
 1, as many of noise around class means, correlated, as --images says.
 """
 
-import argparse
-import json
-import statistics
+import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
-from sklearn.linear_model import LogisticRegression
-from torch.nn import functional as F
 
+if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.evals has them
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.common import Report, named, parser, ratios, say, spread, told
 from caco.config import build, compose
 from caco.evals.features import FeatureStore
 from caco.evals.knn import knn_predict, knn_votes
 from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
-from caco.tracking.environment import environment
+
+import torch  # isort: skip
+from sklearn.linear_model import LogisticRegression  # isort: skip
+from torch.nn import functional as F  # isort: skip
 
 TOLERANCE, MAX_ITERATIONS = 1e-5, 1000
 
 
-def seconds(function):
+def with_seconds(function):
     started = time.perf_counter()
     result = function()
     return time.perf_counter() - started, result
@@ -75,11 +77,13 @@ def regression(images: int, width: int, classes: int, runs: int) -> dict:
     x, y = features(images + images // 4, width, classes)
     x, y, x_test = x[:images], y[:images], x[images:].double()
     x64, y64 = x.double().numpy(), y.numpy()
-    pairs = []
-    for _ in range(runs):
-        ours, our_ends = seconds(lambda: our_path(x, y, classes))
-        theirs, their_ends = seconds(lambda: scikit_learns_path(x64, y64))
-        pairs.append((ours, theirs))
+    times = []
+    for turn in range(runs):
+        ours, our_ends = with_seconds(lambda: our_path(x, y, classes))
+        theirs, their_ends = with_seconds(lambda: scikit_learns_path(x64, y64))
+        times.append((ours, theirs))
+        say(f"    turn {turn + 1} of {runs}")
+    ours, theirs = zip(*times, strict=True)
 
     def gradients(ends):
         return [largest(*objective(*end, x.double(), y, l2=s / images)[1:]) for end, s in zip(ends, strengths(), strict=True)]
@@ -87,20 +91,17 @@ def regression(images: int, width: int, classes: int, runs: int) -> dict:
     def predicted(ends):
         return torch.stack([(x_test @ weight + bias).argmax(1) for weight, bias in ends])
 
-    differ = (predicted(our_ends) != predicted(their_ends)).sum(dim=1)
-    ratios = [theirs / ours for ours, theirs in pairs]
     return {
-        "images": images, "width": width, "classes": classes, "runs": runs,
-        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-        "seconds": statistics.median(ours for ours, _ in pairs), "scikit_learn_seconds": statistics.median(t for _, t in pairs),
+        "images": images, "width": width, "classes": classes, "runs": runs, **named(ratios(theirs, ours), "ratio"),
+        "seconds": spread(ours)["median"], "scikit_learn_seconds": spread(theirs)["median"],
         "largest_gradient": max(gradients(our_ends)), "scikit_learn_largest_gradient": max(gradients(their_ends)),
-        "test_images": len(x_test), "most_predictions_that_differ": int(differ.max()),
+        "test_images": len(x_test), "most_predictions_that_differ": int((predicted(our_ends) != predicted(their_ends)).sum(dim=1).max()),
     }  # fmt: skip
 
 
-def neighbours(images: int, width: int, runs: int) -> dict:
+def neighbours(images: int, queries: int, width: int, runs: int) -> dict:
     bank, labels = features(images, width, 10)
-    query = features(images + 2000, width, 10)[0][images:]
+    query = features(images + queries, width, 10)[0][images:]
     settings = {"k": 20, "temperature": 0.2, "num_classes": 10}
 
     def dense(dtype):
@@ -108,14 +109,14 @@ def neighbours(images: int, width: int, runs: int) -> dict:
         sim, index = sims.topk(20, dim=1)
         return knn_votes(sim, labels[index], temperature=0.2, num_classes=10).argmax(1)
 
-    pairs = [
-        (seconds(lambda: knn_predict(query, bank, labels, **settings)), seconds(lambda: dense(torch.float32))) for _ in range(runs)
-    ]
-    ratios = [dense_s / ours for (ours, _), (dense_s, _) in pairs]
+    times = []
+    for _ in range(runs):
+        ours, predicted = with_seconds(lambda: knn_predict(query, bank, labels, **settings))
+        times.append((ours, with_seconds(lambda: dense(torch.float32))[0]))
+    ours, theirs = zip(*times, strict=True)
     return {
-        "bank": images, "queries": len(query), "width": width, "runs": runs,
-        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-        "predictions_that_differ_from_float64": int((pairs[-1][0][1] != dense(torch.float64)).sum()),
+        "bank": images, "queries": queries, "width": width, "runs": runs, **named(ratios(theirs, ours), "ratio"),
+        "predictions_that_differ_from_float64": int((predicted != dense(torch.float64)).sum()),
     }  # fmt: skip
 
 
@@ -124,36 +125,47 @@ def cached(runs: int) -> dict:
     splits, views = build(cfg.data), build(cfg.augmentation)
     torch.manual_seed(0)
     backbone = build(cfg.backbone).eval()
-    ratios = []
+    times = []
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder:
             store = FeatureStore(splits, views, batch=512, device="cpu", precision="fp32", folder=Path(folder))
-            first, _ = seconds(lambda: store.features(backbone, "train").sum())
+            first, _ = with_seconds(lambda: store.features(backbone, "train").sum())
             store.forget()
-            again, _ = seconds(lambda: store.features(backbone, "train").sum())
-            ratios.append(first / again)
-    return {"images": len(splits.train), "runs": runs, "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+            again, _ = with_seconds(lambda: store.features(backbone, "train").sum())
+            times.append((first, again))
+    return {"images": len(splits.train), "runs": runs, **named(ratios(*zip(*times, strict=True)), "ratio")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4000, help="of the regression")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--classes", type=int, default=20)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", help="file for the figures")
-    arguments = parser.parse_args()
-    figures = {
-        "regression": regression(arguments.images, arguments.width, arguments.classes, arguments.runs),
-        "neighbours": neighbours(50_000, 256, arguments.runs),
-        "cached_features": cached(arguments.runs),
-        "threads": torch.get_num_threads(),
-        "environment": environment(),
-    }
-    for name in ("regression", "neighbours", "cached_features"):
-        print(name, json.dumps(figures[name]))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
+    options = parser(__doc__, runs="turns: 3")
+    options.add_argument("--images", type=int, default=4000, help="of the regression")
+    options.add_argument("--width", type=int, default=256)
+    options.add_argument("--classes", type=int, default=20)
+    arguments = options.parse_args()
+    images, width, runs = arguments.images, arguments.width, arguments.runs or 3
+    if arguments.tiny:
+        images, width, runs = 80, 8, 1
+    report = Report(["what", "ratio", "beside it"])
+    say(f"regression: {runs} turns of ours and scikit-learn's along {len(strengths())} strengths, {images} x {width}")
+    fit = regression(images, width, arguments.classes, runs)
+    report.row(
+        "logistic regression: scikit-learn's time / ours", _ratio(fit),
+        f"{fit['seconds']:.1f} s to {fit['scikit_learn_seconds']:.1f} s; largest gradient entry {fit['largest_gradient']:.1e} and "
+        f"{fit['scikit_learn_largest_gradient']:.1e}; at most {fit['most_predictions_that_differ']} of {fit['test_images']} predictions differ",
+    )  # fmt: skip
+    say("k-NN: the whole similarity matrix at once, and in blocks")
+    near = neighbours(*((500, 20) if arguments.tiny else (50_000, 2000)), 256, runs)
+    differ = near["predictions_that_differ_from_float64"]
+    report.row("k-NN: the whole matrix's time / ours", _ratio(near), f"{differ} of {near['queries']} predictions differ from float64's")
+    say("features: computed, and read from their file")
+    again = cached(runs)
+    report.row("features: computing them / reading them", _ratio(again), f"{again['images']} images")
+    report.figures |= {"regression": fit, "neighbours": near, "cached_features": again, "threads": torch.get_num_threads()}
+    report.end(arguments.json)
+
+
+def _ratio(figures: dict) -> str:
+    return told({"median": figures["ratio"], "min": figures["ratio_min"], "max": figures["ratio_max"]})
 
 
 if __name__ == "__main__":

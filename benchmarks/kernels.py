@@ -1,28 +1,31 @@
 """What the bank's Triton kernels take of a card: compiled ahead of time, so no GPU is needed (and nothing is timed).
 
-    python benchmarks/kernels.py                     sm_80 and sm_90, widths 64, 128, 256: registers, spills, shared memory
+    python benchmarks/kernels.py                     sm_80 and sm_90, widths 64, 128, 256: registers, spills, shared memory; a minute
     python benchmarks/kernels.py --arch 89 120 --widths 96
 """
 
-import argparse
+import importlib.metadata
+import importlib.util
 import re
 import subprocess
+import sys
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.kernels has them
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from caco.banks import triton_kernels
+from benchmarks.common import Report, parser, say
 
 MOST_KIB = {80: 163, 90: 227, 100: 227}  # shared memory of one program; 99 on the others
-FLAGS = {"forward": {"SECOND": True, "SUMS": True}, "nearest": {"T": triton_kernels.TOP}, "update": {"NORMALISE": True}}
+KERNELS = ("forward", "nearest", "update")
 ARGUMENTS = {"positive_ptr": "*i32", "row_ptr": "*i32", "z_ptr": "*fp64", "z2_ptr": "*fp64", "N": "i32", "R": "i32", "rows_of_share": "i32"}
 
 
 class Used(NamedTuple):
+    block: str  # queries x rows
+    warps: int
     registers: int  # of one thread
     spilled: int  # bytes of one thread
     shared_kib: float
@@ -30,9 +33,16 @@ class Used(NamedTuple):
 
 def used(name: str, D: int, *, low: bool, arch: int) -> Used:
     """Compile one kernel, with all that it can compute, for sm_`arch`."""
+    import triton  # not on every machine
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from caco.banks import triton_kernels
+
     kernel = triton_kernels.KERNELS[name]
     fixed, options = triton_kernels.constants(name, D, low=low, hopper=arch // 10 in (9, 10))
-    fixed |= FLAGS[name]
+    block = f"{fixed['BLOCK_N']} x {fixed['BLOCK_R']}"
+    fixed |= {"forward": {"SECOND": True, "SUMS": True}, "nearest": {"T": triton_kernels.TOP}, "update": {"NORMALISE": True}}[name]
     signature = {
         argument: "constexpr" if argument in fixed
         else ARGUMENTS.get(argument, "*bf16" if argument == "q_ptr" and low else "*fp32" if argument.endswith("_ptr") else "fp32")
@@ -48,26 +58,29 @@ def used(name: str, D: int, *, low: bool, arch: int) -> Used:
         told = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     # Without calls the only use of a stack is for spilled registers.
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
-    return Used(int(registers), int(stack), done.metadata.shared / 1024)
+    return Used(block, options["num_warps"], int(registers), int(stack), done.metadata.shared / 1024)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-    arguments = parser.parse_args()
-    print(f"triton {triton.__version__}, torch {torch.__version__}\n\n| card | kernel | factors | D | queries x rows | warps | registers | spilled, B | shared, KiB (of) |\n|---|---|---|---|---|---|---|---|---|")
-    for arch in arguments.arch:
-        for name in triton_kernels.KERNELS:
-            for low in (True, False):
-                for D in arguments.widths:
-                    fixed, options = triton_kernels.constants(name, D, low=low, hopper=arch // 10 in (9, 10))
-                    one = used(name, D, low=low, arch=arch)
-                    print(
-                        f"| sm_{arch} | {name} | {'bfloat16' if low else 'float32'} | {D} | {fixed['BLOCK_N']} x {fixed['BLOCK_R']} | "
-                        f"{options['num_warps']} | {one.registers} | {one.spilled} | {one.shared_kib:.1f} ({MOST_KIB.get(arch, 99)}) |",
-                        flush=True,
-                    )
+    options = parser(__doc__)
+    options.add_argument("--arch", type=int, nargs="+", help="80 90")
+    options.add_argument("--widths", type=int, nargs="+", help="64 128 256")
+    arguments = options.parse_args()
+    archs, widths = arguments.arch or ([90] if arguments.tiny else [80, 90]), arguments.widths or ([32] if arguments.tiny else [64, 128, 256])
+    report = Report(["card", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (of)"])
+    missing = importlib.util.find_spec("triton") is None
+    if not report.leave_out("every kernel", "Triton is not installed here" if missing else None):
+        report.figures |= {"triton": importlib.metadata.version("triton"), "kernels": []}
+        for arch in archs:
+            for name in KERNELS:
+                say(f"sm_{arch}: {name} in bfloat16 and float32, widths {', '.join(map(str, widths))}")
+                for factors in ("bfloat16", "float32"):
+                    for D in widths:
+                        one = used(name, D, low=factors == "bfloat16", arch=arch)
+                        shared = f"{one.shared_kib:.1f} ({MOST_KIB.get(arch, 99)})"
+                        report.row(f"sm_{arch}", name, factors, D, one.block, one.warps, one.registers, one.spilled, shared)
+                        report.figures["kernels"].append({"arch": arch, "name": name, "factors": factors, "D": D, **one._asdict()})
+    report.end(arguments.json)
 
 
 if __name__ == "__main__":

@@ -2,33 +2,49 @@
 
 The whole step is what caco/trainer.py does between two batches, without data, logging, evaluation and saving. The pure
 model is the same encoder and twin, forward and backward on the same views, with a loss that costs nothing. For CaCo with
-two views the same step with the published bank (benchmarks/bank.py) is timed too. They take turns in one process, so that a
+two views the same step with the published bank (benchmarks/published.py) is timed too. They take turns in one process, so that a
 drifting machine hits all.
 
     python benchmarks/step.py --json step.json                             the default, below
     python benchmarks/step.py backbone=resnet18_cifar batch=256 bank=8M    any configuration of caco.train
 """
 
-import argparse
-import json
-import statistics
+import sys
+from pathlib import Path
 
-import torch
-from bank import Published, seconds
+if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.step has them
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.common import Report, lacks_bf16, named, parser, ratios, say, seconds, spread, told, turns
+from benchmarks.published import Published
 from caco import config
 from caco.build import build, build_method, pick_device
 from caco.methods.sources import BankRow
-from caco.tracking.environment import environment
+
+import torch  # isort: skip
 
 DEFAULT = ["backbone=small_resnet", "augmentation=cifar", "projector.hidden_dim=256", "batch=256", "bank=8M"]
+TINY = [*DEFAULT, "backbone.width=8", "projector.hidden_dim=16", "batch=8", "bank.size=64"]
+FP32 = "precision=fp32"
 
 
-def measure(overrides: list[str], runs: int) -> dict:
-    """Timed turns of the whole step, the pure model and, for CaCo, the whole step with the published bank."""
+def measure(report: Report, overrides: list[str], runs: int) -> dict:
+    """Timed turns of the whole step, the pure model and, for CaCo, the whole step with the published bank.
+
+    Raises:
+        ValueError: precision=bf16 is among the overrides, and the processor has no unit for it.
+    """
     config.register()
-    cfg = config.job_config(config.compose(["data=digits", "eval=[]", "tracking=ledger", *overrides]))
+    base = ["data=digits", "eval=[]", "tracking=ledger", *overrides]
+    cfg = config.job_config(config.compose(base))
     device = pick_device(cfg.device)
+    lacking = lacks_bf16() if device.type == "cpu" and cfg.precision == "bf16" else None
+    if lacking and "precision=bf16" in overrides:
+        raise ValueError(f"precision=bf16: {lacking}; expected {FP32} here")
+    if report.leave_out("the step in bf16", lacking):
+        overrides = [*overrides, FP32]
+        cfg = config.job_config(config.compose([*base, FP32]))
+    say(f"step: {' '.join(overrides)}")
     method = build_method(cfg).to(device=device, memory_format=torch.channels_last).train()
     optimizer = build(cfg.optimizer, parameters=method.encoder_parameters())
     generator = torch.Generator().manual_seed(0)
@@ -70,57 +86,40 @@ def measure(overrides: list[str], runs: int) -> dict:
         optimizer.zero_grad()
         published.update(gradient + also)
 
-    def timed(function) -> float:
-        return seconds(lambda: (function(), torch.cuda.synchronize() if device.type == "cuda" else None))
-
-    works = [step, pure_model, *([published_step] if published else [])]
-    turns = [[timed(work) for work in works] for _ in range(2 + runs)][2:]
-    shares = [1 - turn[1] / turn[0] for turn in turns]
+    works = {"step": step, "model": pure_model, **({"published": published_step} if published else {})}
+    times = turns({name: lambda work=work: seconds(work, device=device) for name, work in works.items()}, runs, warm=2)
+    overhead = spread([1 - model / whole for model, whole in zip(times["model"], times["step"], strict=True)])
     figures = {
-        "overhead": statistics.median(shares),
-        "overhead_min": min(shares),
-        "overhead_max": max(shares),
-        "step_seconds": statistics.median(turn[0] for turn in turns),
-        "model_seconds": statistics.median(turn[1] for turn in turns),
+        **named(overhead, "overhead"),
+        **{f"{name}_seconds": spread(values)["median"] for name, values in times.items()},
         "runs": runs,
         "overrides": overrides,
+        "precision": cfg.precision,
         "threads": torch.get_num_threads(),
-        "environment": environment(),
     }
+    taken, model = figures["step_seconds"], figures["model_seconds"]
+    report.row(
+        f"share of a step in {cfg.precision} outside the model", told(overhead, " %", scale=100, digits=0),
+        f"step {taken:.3f} s, pure model {model:.3f} s",
+    )  # fmt: skip
     if published:
-        figures["published_seconds"] = statistics.median(turn[2] for turn in turns)
-        ratios = [turn[2] / turn[0] for turn in turns]
-        figures |= {"vs_published": statistics.median(ratios), "vs_published_min": min(ratios), "vs_published_max": max(ratios)}
+        against = ratios(times["published"], times["step"])
+        figures |= named(against, "vs_published")
+        report.row("that step with the published bank", f"{told(against)} times as long", f"{figures['published_seconds']:.3f} s")
     return figures
 
 
-def told(figures: dict) -> str:
-    lines = [
-        " ".join(figures["overrides"]),
-        f"step {figures['step_seconds']:.3f} s, pure model {figures['model_seconds']:.3f} s, "
-        f"outside the model {100 * figures['overhead']:.0f} % "
-        f"({100 * figures['overhead_min']:.0f} to {100 * figures['overhead_max']:.0f} % in {figures['runs']} turns)",
-    ]
-    if "vs_published" in figures:
-        lines.append(
-            f"with the published bank {figures['published_seconds']:.3f} s, {figures['vs_published']:.2f} times as long "
-            f"({figures['vs_published_min']:.2f} to {figures['vs_published_max']:.2f})"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help=f"as for caco.train; without any: {' '.join(DEFAULT)}")
-    parser.add_argument("--runs", type=int, default=7, help="timed turns, after two that warm up")
-    parser.add_argument("--json", help="file for the figures")
-    arguments = parser.parse_args()
-    overrides = arguments.overrides or DEFAULT
-    figures = measure(overrides, arguments.runs)
-    print(told(figures))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(figures, file, indent=1)
+    options = parser(__doc__, runs="turns that count, after two that warm up: 7")
+    options.add_argument("overrides", nargs="*", help=f"as for caco.train; without any: {' '.join(DEFAULT)}")
+    arguments = options.parse_args()
+    overrides = arguments.overrides or (TINY if arguments.tiny else DEFAULT)
+    report = Report(["what", "figure", "beside it"])
+    try:
+        report.figures |= measure(report, overrides, arguments.runs or (1 if arguments.tiny else 7))
+    except ValueError as error:
+        options.error(str(error))
+    report.end(arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""What the benchmarks share: turns, ratios, what has no unit on this machine, and the table that each prints last.
+
+Each of them runs without an argument, makes what it needs, leaves out what this machine has no unit for, saying so before it would
+run, and ends within five minutes on two AVX2 cores. Those whose published figures take longer have --full for them.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caco.banks import fused
+from caco.tracking.environment import environment
+
+import torch  # isort: skip  after caco, which tells it which instructions to use
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_started = time.perf_counter()
+
+
+def say(line: str) -> None:
+    """Progress: what is done now, and since when this runs."""
+    print(f"[{time.perf_counter() - _started:4.0f} s] {line}", flush=True)
+
+
+def parser(description: str, *, runs: str | None = None, full: str | None = None) -> argparse.ArgumentParser:
+    """With the options that all have. runs, full: what --runs counts, and what --full takes instead, where there are these."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if runs:
+        made.add_argument("--runs", type=int, help=runs)
+    made.add_argument("--json", type=Path, help="file for the figures")
+    made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # of the tests: everything runs, no figure means anything
+    if full:
+        made.add_argument("--full", action="store_true", help=full)
+    return made
+
+
+# What has no unit on this machine
+
+
+def flags() -> set[str]:
+    """What the processor has, in Linux's words (x86: flags, Arm: Features); nothing is known elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+
+
+def lacks_bf16() -> str | None:
+    """Why a matrix product of bfloat16 has no unit to run on, or None. Asked, not tried: without one it takes minutes."""
+    if not flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
+        return "no unit for products of bfloat16 (AVX512_BF16 or AMX) is known of this processor"
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if held.startswith(("SSE", "AVX2")) or held in ("AVX", "AVX512_CORE", "AVX512_CORE_VNNI"):
+        return f"ONEDNN_MAX_CPU_ISA={held} keeps PyTorch from the units for products of bfloat16"
+    return None
+
+
+def lacks_kernel() -> str | None:
+    """Why the bank's compiled kernel does not serve, or None."""
+    return None if fused.library() is not None else "the bank's compiled kernel was not built here, or is turned off"
+
+
+def lacks_tiles() -> str | None:
+    """Why the bank's kernel has no bfloat16 of its own, or None."""
+    if lacks_kernel() is None and bank_instructions() == "amx":
+        return None
+    return lacks_kernel() or "no AMX tiles here; without them the bank's kernel counts in float32, whatever the precision"
+
+
+def lacks_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "PyTorch sees none here"
+
+
+def bank_instructions() -> str:
+    """plain, avx2, avx512 or amx, whichever the bank's kernel uses; or why there is none."""
+    try:
+        from caco import instructions
+    except ImportError:  # an older caco
+        return "not built" if fused.library() is None else fused.instructions().lower().replace("-", "")
+    return instructions.used(instructions.BANK)
+
+
+def machine() -> dict[str, str]:
+    """What a figure has to name."""
+    return {
+        "processor": environment()["cpu"],
+        "instructions": f"the bank's kernel {bank_instructions()}, PyTorch {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+# Time
+
+
+def seconds(work: Callable[[], Any], *, clock: str = "wall", device: torch.device | None = None) -> float:
+    """Of one call. cpu: on a machine that others use too, with one thread, the processor's time says more than the wall's."""
+    done = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+    done()
+    started = CLOCKS[clock]()
+    work()
+    done()
+    return CLOCKS[clock]() - started
+
+
+def turns(works: Mapping[str, Callable[[], float]], runs: int, *, warm: int = 1) -> dict[str, list[float]]:
+    """What each returned in each turn that counts, after `warm` that do not. In turn, so that a drifting machine hits all."""
+    values: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(warm + runs):
+        for name, work in works.items():
+            value = work()
+            if turn >= warm:
+                values[name].append(value)
+        say(f"    turn {turn - warm + 1} of {runs}" if turn >= warm else "    warmed up")
+    return values
+
+
+def ratios(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Of the same turn each, since only they compare."""
+    return spread([x / y for x, y in zip(a, b, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def named(values: dict[str, float], name: str) -> dict[str, float]:
+    """A spread as `name`, `name`_min and `name`_max."""
+    return {name: values["median"], f"{name}_min": values["min"], f"{name}_max": values["max"]}
+
+
+def told(values: dict[str, float], unit: str = "", *, scale: float = 1, digits: int = 2) -> str:
+    """A spread in words."""
+    median, least, most = (f"{scale * values[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median}{unit} ({least} to {most})"
+
+
+# The end
+
+
+class Report:
+    """Figures for --json, rows for the table that is printed last, and what was left out."""
+
+    def __init__(self, columns: Sequence[str]):
+        self.columns = columns
+        self.figures: dict[str, Any] = {}
+        self.rows: list[Sequence[Any]] = []
+        self.left_out: dict[str, str] = {}
+
+    def leave_out(self, what: str, why: str | None) -> bool:
+        """Whether `what` is left out, which it is where there is a reason; said before it would have run."""
+        if why is not None and what not in self.left_out:
+            self.left_out[what] = why
+            say(f"left out: {what}: {why}")
+        return why is not None
+
+    def row(self, *cells: Any) -> None:
+        self.rows.append(cells)
+
+    def end(self, file: Path | None) -> None:
+        """Print all of it, and write the figures where asked to."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        print("\n" + "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines))
+        for what, why in self.left_out.items():
+            print(f"left out: {what}: {why}")
+        on = machine()
+        print("; ".join(f"{name}: {value}" for name, value in on.items()) + f"; {time.perf_counter() - _started:.0f} s in all", flush=True)
+        if file is not None:
+            figures = self.figures | {"left_out": self.left_out, "machine": on, "environment": environment()}
+            file.write_text(json.dumps(figures, indent=1) + "\n")
