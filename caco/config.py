@@ -31,13 +31,20 @@ class Schedule:
 
 
 @dataclass
+class WarmStart:
+    steps: int | None = MISSING
+    passes: int | None = MISSING
+
+
+@dataclass
 class BankLearning:
     lr: float = MISSING
     lr_reference_batch: int | None = MISSING
+    final_lr: float | None = MISSING
     push: float = MISSING
     reading: str = MISSING
     initialisation: str = MISSING
-    filling_passes: int = MISSING
+    filling_passes: int | None = MISSING
 
 
 @dataclass
@@ -68,6 +75,7 @@ class Root:
     format: str | None = MISSING
     weights_digest: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
+    warm_start: WarmStart = field(default_factory=WarmStart)
     bank_learning: BankLearning = field(default_factory=BankLearning)
     log_every_steps: int = MISSING
     eval_every_epochs: int = MISSING

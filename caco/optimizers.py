@@ -109,22 +109,25 @@ class Schedule:
                 f"schedule.warmup_epochs must be below epochs, {epochs}; got {self.warmup_epochs} "
                 "(a short run needs a shorter warm-up: schedule.warmup_epochs=0)"
             )
-        ticks, per_epoch = self._ticks(epochs, steps_per_epoch)
-        warmup, total = self.warmup_epochs * per_epoch, epochs * per_epoch
+        return self.warmup_and_cosine(1.0, self.final_fraction, self.warmup_epochs, epochs, steps_per_epoch)
 
-        def factor(t: int) -> float:
+    def warmup_and_cosine(
+        self, highest: float, final: float, warmup_epochs: float, epochs: int, steps_per_epoch: int
+    ) -> list[float]:
+        """A rate for each step: highest * (t + 1) / W in the warm-up's W ticks, then a half cosine from `highest` to `final`.
+
+        `final` equal to `highest` keeps the rate constant after the warm-up. A warm-up may be longer than the run.
+        """
+        ticks, per_epoch = self._ticks(epochs, steps_per_epoch)
+        warmup = warmup_epochs * per_epoch
+        rest = max(epochs * per_epoch - warmup, 1)
+
+        def rate(t: int) -> float:
             if t < warmup:
-                return (t + 1) / max(warmup, 1)
-            cosine = 0.5 * (1 + math.cos(math.pi * (t - warmup) / (total - warmup)))
-            return self.final_fraction + (1 - self.final_fraction) * cosine
+                return highest * min(1.0, (t + 1) / max(warmup, 1))
+            return final + (highest - final) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / rest))
 
-        return [factor(t) for t in ticks]
-
-    def warmup(self, warmup_epochs: float, epochs: int, steps_per_epoch: int) -> list[float]:
-        """Factor of a rate that is warmed up and then constant: the bank's."""
-        ticks, per_epoch = self._ticks(epochs, steps_per_epoch)
-        width = max(warmup_epochs * per_epoch, 1)
-        return [min(1.0, (t + 1) / width) for t in ticks]
+        return [rate(t) for t in ticks]
 
     def momentum(self, start: float, end: float, epochs: int, steps_per_epoch: int) -> list[float]:
         """The twin's m: a half cosine from `start` to `end` over the run."""

@@ -25,7 +25,7 @@ from caco import config, refusals, validation
 from caco.banks import scoring
 from caco.build import build_encoder, pick_device
 from caco.config import build
-from caco.methods.contrastive import pair_terms
+from caco.methods.contrastive import pair_terms, warm_start_steps
 from caco.runs import plain
 from caco.train import for_user, refuse
 
@@ -60,7 +60,7 @@ def plan(
         gbytes_per_s: what one device sends to the others.
         images: in the training split; None where the data set has one size or lies at data.root.
     Returns:
-        steps, filling_steps (part of steps), images_per_second, step_seconds, run_hours;
+        steps, warm_start_steps (part of steps), images_per_second, step_seconds, run_hours;
         flops_per_step over all devices, model_flops_per_step and bank_flops_per_step of it;
         device_bytes, the sum of parameter_bytes (weights, gradients, twin, optimiser), bank_bytes, activation_bytes and
         workspace_bytes; sent_bytes_per_step by one device; checkpoint_bytes.
@@ -84,8 +84,8 @@ def plan(
     one = _counted(_parts(cfg))
 
     per_epoch = count // cfg.batch
-    filling = one["filling_passes"] * -(-size // cfg.batch)
-    steps = filling + cfg.epochs * per_epoch
+    warm_start = warm_start_steps(one["warm_start_steps"], one["warm_start_passes"], size, cfg.batch)
+    steps = warm_start + cfg.epochs * per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
     here, dim = cfg.batch // world, cfg.projector.dim
@@ -105,7 +105,7 @@ def plan(
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
     return {
         "steps": float(steps),
-        "filling_steps": float(min(filling, steps)),
+        "warm_start_steps": float(min(warm_start, steps)),
         "step_seconds": seconds,
         "images_per_second": cfg.batch / seconds,
         "run_hours": steps * seconds / 3600,
@@ -181,7 +181,8 @@ def _counted(text: str) -> dict[str, float]:
         "key_gathers": len(chosen),
         "key_gradients": len(chosen) if method.twin is None else 0,
         "learnable": bank is not None and "velocity" in dict(bank.rows.named_buffers()),
-        "filling_passes": 0 if bank is None else bank.filling_passes,
+        "warm_start_steps": method.num_warm_start_steps,
+        "warm_start_passes": method.warm_start_passes,
         "norm_sums": sum(norm.num_features for norm in norms) * (4 * len(encoded) + 2 * len(twinned)),
     }
 
@@ -291,7 +292,8 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
     gib = {key: one[key] / 2**30 for key in one if key.endswith("_bytes")}
     lines = [
         f"{one['steps']:,.0f} steps of {cfg.batch} images on {world} device{'s' * (world > 1)}"
-        f" ({one['filling_steps']:,.0f} of them fill the bank), {cfg.batch // world} images each",
+        f" ({one['warm_start_steps']:,.0f} of them, {100 * one['warm_start_steps'] / one['steps']:.2g} %, warm start), "
+        f"{cfg.batch // world} images each",
         f"memory of a device   {gib['device_bytes']:.2f} GiB: weights, twin, optimiser {gib['parameter_bytes']:.2f}, "
         f"activations {gib['activation_bytes']:.2f}, bank {gib['bank_bytes']:.2f}, workspace {gib['workspace_bytes']:.2f}",
         f"sent by a device     {one['sent_bytes_per_step'] / 1e6:.1f} MB a step",

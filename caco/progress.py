@@ -44,18 +44,18 @@ class Progress:
         yield
         self.paused += time.monotonic() - since
 
-    def step(self, step: int, epoch: int, loss: float | None) -> None:
-        """`step` steps are done. `loss` is given where it is known already."""
+    def step(self, step: int, where: str, loss: float | None) -> None:
+        """`step` steps are done; `where` says in words where in the run that is. `loss` is given where it is known already."""
         if self.bar is not None:
             self.bar.update(1)
             if loss is not None:
                 self.bar.set_postfix_str(
-                    f"epoch {epoch}, loss {loss:.3f}, {self.images_per_second(step):.0f} images/s", refresh=False
+                    f"{where}, loss {loss:.3f}, {self.images_per_second(step):.0f} images/s", refresh=False
                 )
         elif self.enabled and loss is not None and time.monotonic() >= self.next_line:
             rate = self.images_per_second(step)
             left = (self.total - step) * self.batch / rate
-            self.say(f"step {step}/{self.total}, epoch {epoch}, loss {loss:.4f}, {rate:.0f} images/s, {clock(left)} left")
+            self.say(f"step {step}/{self.total} ({where}): loss {loss:.4f}, {rate:.0f} images/s, {clock(left)} left")
             # Lines come ever more rarely, so that a long run's log stays readable.
             self.next_line = time.monotonic() + min(max(5.0, self.elapsed() / 20), 300.0)
 

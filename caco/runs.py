@@ -30,6 +30,7 @@ from caco.tracking.files import write_json
 NEUTRAL_KEYS = (
     "name",
     "weights",  # weights_digest is what counts
+    "warm_start",  # what comes of it is under method
     "bank_learning",  # what comes of it is under bank
     "log_every_steps",
     "eval_every_epochs",
@@ -49,7 +50,9 @@ NEUTRAL_KEYS = (
     "hydra",
 )
 # Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
-NOTHING_IF_NULL = ("accumulate", "format", "weights_digest")
+NOTHING_IF_NULL = (
+    "accumulate", "format", "weights_digest", "bank.final_lr", "method.warm_start_steps", "method.warm_start_passes"
+)  # fmt: skip
 
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 

@@ -1,6 +1,6 @@
 """The training loop, to be read from top to bottom.
 
-A step, in order: rates, momentum twin, forward, backward, optimiser, bank, log, evaluate, save.
+A step, in order: rates, momentum twin, forward, backward, optimiser, bank, log, save, evaluate.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ class NonFiniteLossError(ArithmeticError):
 class Trainer:
     """Runs a method over a loader; owns the step counter, the rates, precision, cadence and the run's state.
 
-    Steps are numbered from 0 over the whole run. Methods whose bank is filled by keys take `filling` steps first, on
-    epochs -1, -2, ... of the loader; epoch 0 follows them.
+    Steps are numbered from 0 over the whole run. Those of the warm start, where a method has one, come first; epoch 0
+    follows them.
 
     Args:
         method, loader, optimizer, schedule, evaluation, tracker, checkpoints: the parts.
         epochs, batch, seed: of the run; `batch` is global.
         config_hash, data_digest: what a checkpoint must share to be gone on from.
-        max_steps: stop after so many steps (filling included), or None.
+        max_steps: stop after so many steps (warm start included), or None.
         accumulate: forward and backward passes that a batch is cut into, to fit a small memory; None is 1. The gradients,
             the positives and the bank's motion are those of the whole batch; BatchNorm sees the parts.
         precision: "bf16" runs the encoders under autocast; embeddings, bank and parameters stay float32.
@@ -97,37 +97,48 @@ class Trainer:
                 f"them; expected null, got {accumulate}"
             )
         self.steps_per_epoch = loader.steps_per_epoch
-        self.filling = method.filling_steps(batch)
-        self.total_steps = self.filling + epochs * self.steps_per_epoch
+        self.warm_start_steps = method.warm_start_steps(batch)
+        self.total_steps = self.warm_start_steps + epochs * self.steps_per_epoch
         if max_steps is not None:
             self.total_steps = min(self.total_steps, max_steps)
-        # One number a step for the whole run, filling first: full rate, its own m, no bank rate.
+        # One number a step for the whole run, warm start first: full rate, its own m, no bank rate.
         shape = (epochs, self.steps_per_epoch)
-        self.lr_factor = [1.0] * self.filling + schedule.learning_rate(*shape)
-        self.bank_lr = [0.0] * self.filling + method.bank_rates(schedule, batch, *shape)
-        self.momentum = [method.filling_momentum] * self.filling + method.momenta(schedule, *shape)
+        self.lr_factor = [1.0] * self.warm_start_steps + schedule.learning_rate(*shape)
+        self.bank_lr = [0.0] * self.warm_start_steps + method.bank_rates(schedule, batch, *shape)
+        self.momentum = [method.warm_start_momentum] * self.warm_start_steps + method.momenta(schedule, *shape)
 
         self.step = 0
         self.epoch_sums: dict[str, torch.Tensor] = {}
         self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
+        self.evaluation_due: Literal["epoch", "end"] | None = "epoch"  # saved before it is made, and so made when a run goes on
+        self.has_warned = False
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout and the like, from here on
 
     # Where a step lies.
 
-    def place(self, step: int) -> tuple[int, int]:
-        """(epoch of the loader, step within it); epochs below 0 fill the bank."""
-        if step < self.filling:
-            return -1 - step // self.steps_per_epoch, step % self.steps_per_epoch
-        return divmod(step - self.filling, self.steps_per_epoch)
+    def epoch_and_step(self, step: int) -> tuple[int | None, int]:
+        """(epoch, step within it); of the warm start (None, step within that)."""
+        if step < self.warm_start_steps:
+            return None, step
+        return divmod(step - self.warm_start_steps, self.steps_per_epoch)
+
+    def described(self, step: int) -> str:
+        """Where step number `step`, counted from 0, lies, in words."""
+        epoch, in_epoch = self.epoch_and_step(step)
+        if epoch is None:
+            return f"warm start, step {in_epoch + 1} of {self.warm_start_steps}"
+        return f"epoch {epoch + 1} of {self.epochs}, step {in_epoch + 1} of {self.steps_per_epoch}"
 
     def batches(self) -> Iterator[Batch]:
         """From the current step to the end of the run."""
         step = self.step
         while step < self.total_steps:
-            epoch, first = self.place(step)
+            epoch, first = self.epoch_and_step(step)
             end = min(self.total_steps, step - first + self.steps_per_epoch)
-            if step < self.filling:
-                end = min(end, self.filling)
+            if epoch is None:
+                # Orders and augmentations that no epoch has: the loader's negative numbers.
+                passes, first = divmod(first, self.steps_per_epoch)
+                epoch, end = -1 - passes, min(self.warm_start_steps, step - first + self.steps_per_epoch, self.total_steps)
             for batch in self.loader.epoch(epoch, first):
                 yield batch
                 step += 1
@@ -146,73 +157,85 @@ class Trainer:
         progress = Progress(
             total=self.total_steps, done=self.step, batch=self.batch, enabled=distributed.is_main()
         )
-        if self.step == 0:
-            self.evaluate("epoch", progress)
+        self.evaluate_if_due(progress)
         with contextlib.closing(progress), self._instruments() as profiler:
             for batch in self.batches():
-                step, (epoch, in_epoch) = self.step, self.place(self.step)
+                step, (epoch, in_epoch) = self.step, self.epoch_and_step(self.step)
+                warm_start = epoch is None
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * self.lr_factor[step]
 
                 self.method.train()
                 self.method.update_twin(self.momentum[step])
                 views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
-                where = f"step {step} (epoch {epoch}, step {in_epoch} of it)"
                 try:
-                    outputs = self._forward_and_backward(views, filling=epoch < 0)
+                    outputs = self._forward_and_backward(views, warm_start=warm_start)
                 except UnusableError as error:
-                    raise NonFiniteLossError(f"{error}; at {where}; the last checkpoint is good") from error
+                    raise NonFiniteLossError(
+                        f"{error}; at step {step + 1} ({self.described(step)}); the last checkpoint is good"
+                    ) from error
                 values = self._averaged(outputs)
                 stopping = values.pop("stop").item() > 0  # some rank was told to: all end with this step
                 # Every rank sees the same mean, so all stop together, and nothing has been updated yet.
                 if not math.isfinite(loss := values["loss"].item()):
                     raise NonFiniteLossError(
-                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good; "
-                        "try a lower optimizer.lr, or precision=fp32"
+                        f"the loss is {loss} at step {step + 1} ({self.described(step)}); nothing was updated with it, and the "
+                        "last checkpoint is good; try a lower optimizer.lr, or precision=fp32"
                     )
                 distributed.mean_gradients(self.method.encoder_parameters())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                if epoch < 0:
+                if warm_start:
                     self.method.fill_bank(step)
-                    if step + 1 == self.filling:
-                        self.method.finish_filling()
+                    if step + 1 == self.warm_start_steps:
+                        self.method.end_warm_start()
                 else:
                     self.method.update_bank(self.bank_lr[step])
                 self.step += 1
                 if profiler is not None:
                     profiler.step()
 
-                self._log(step, epoch, values, progress)
+                self._log(step, values, progress)
                 last = self.step == self.total_steps
-                epoch_over = epoch >= 0 and in_epoch + 1 == self.steps_per_epoch
+                epoch_over = not warm_start and in_epoch + 1 == self.steps_per_epoch
+                warm_start_over = step + 1 == self.warm_start_steps
                 if epoch_over:
                     self._log_epoch(epoch, progress)
-                if last or (epoch_over and (epoch + 1) % self.eval_every_epochs == 0):
-                    self.evaluate("end" if last else "epoch", progress)
+                if warm_start_over:
+                    progress.say(f"Warm start finished: {self.warm_start_steps} steps. Training starts with epoch 1.")
+                    self.epoch_sums.clear()
+                if last or warm_start_over or (epoch_over and (epoch + 1) % self.eval_every_epochs == 0):
+                    self.evaluation_due = "end" if last else "epoch"
+                milestone = epoch_over and epoch + 1 in self.milestone_epochs
                 if (
                     last
                     or stopping
+                    or warm_start_over
+                    or milestone
                     or (epoch_over and (epoch + 1) % self.save_every_epochs == 0)
                     or (self.save_every_steps and self.step % self.save_every_steps == 0)
                 ):
-                    self.save(milestone=epoch_over and epoch + 1 in self.milestone_epochs)
+                    self.save(milestone=milestone)
                 if stopping and not last:
                     raise Stopped(f"after step {self.step} of {self.total_steps}", self.stop.signum)
+                self.evaluate_if_due(progress)
             rate = progress.images_per_second(self.step)
         return {
             **self.latest,
             "steps": self.step,
-            "epochs": max(0, self.step - self.filling) / self.steps_per_epoch,
+            "epochs": self.epochs_done(),
             "images_per_second": rate,
         }
 
-    def _forward_and_backward(self, views: list[torch.Tensor], *, filling: bool) -> Outputs:
+    def epochs_done(self) -> float:
+        return max(0, self.step - self.warm_start_steps) / self.steps_per_epoch
+
+    def _forward_and_backward(self, views: list[torch.Tensor], *, warm_start: bool) -> Outputs:
         """The batch's loss and metrics; gradients are left in the parameters and asked of the bank."""
         parts: list[Outputs] = []
         for part in zip(*(view.chunk(self.accumulate) for view in views), strict=True):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                outputs = self.method.filling_loss(list(part)) if filling else self.method(list(part))
+                outputs = self.method.warm_start_loss(list(part)) if warm_start else self.method(list(part))
             (outputs.loss / self.accumulate).backward()
             parts.append(Outputs(outputs.loss.detach(), outputs.metrics))
         loss = torch.stack([part.loss for part in parts]).mean()
@@ -245,25 +268,23 @@ class Trainer:
         if distributed.is_main():
             self.tracker.log(self.step, row, kind=kind)
 
-    def _log(self, step: int, epoch: int, values: dict[str, torch.Tensor], progress: Progress) -> None:
+    def _log(self, step: int, values: dict[str, torch.Tensor], progress: Progress) -> None:
         for name, value in values.items():
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
         self.epoch_sums["count"] = self.epoch_sums.get("count", 0.0) + torch.ones((), dtype=torch.float64)
         now = (step + 1) % self.log_every_steps == 0 or self.step == self.total_steps
-        progress.step(self.step, epoch, values["loss"].item() if now or progress.bar is None else None)
+        progress.step(self.step, self.described(step), values["loss"].item() if now or progress.bar is None else None)
         if now:
+            epoch, _ = self.epoch_and_step(step)
             row = {
-                "epoch": epoch,
+                **({} if epoch is None else {"epoch": epoch}),
                 **{name: value.item() for name, value in values.items()},
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "momentum": self.momentum[step],
                 "bank_lr": self.bank_lr[step],
                 "images_per_second": progress.images_per_second(self.step),
             }
-            self._record(row, "filling" if epoch < 0 else "train")
-        if epoch < 0 and self.step == self.filling:
-            progress.say(f"the bank is filled with the keys of {self.filling} steps")
-            self.epoch_sums.clear()
+            self._record(row, "warm_start" if epoch is None else "train")
 
     def _log_epoch(self, epoch: int, progress: Progress) -> None:
         count = self.epoch_sums.pop("count").item()
@@ -271,18 +292,26 @@ class Trainer:
         self.epoch_sums.clear()
         self.latest |= row
         self._record({"epoch": epoch, **row}, "epoch")
+        if not self.has_warned and (warning := self.method.warning(row)):
+            self.has_warned = True
+            progress.say(f"caco: warning: after epoch {epoch + 1} of {self.epochs}: {warning}")
+            self._record({"epoch": epoch, "message": warning}, "warning")
 
-    def evaluate(self, when: Literal["epoch", "end"], progress: Progress) -> None:
+    def evaluate_if_due(self, progress: Progress) -> None:
         """Evaluate the backbone; percent, 0-100. A collective: some evaluators train on all ranks."""
+        if self.evaluation_due is None:
+            return
         with progress.pause():
-            results = self.evaluation.run(self.method.backbone, when)
+            results = self.evaluation.run(self.method.backbone, self.evaluation_due)
+        self.evaluation_due = None
         if not results:
             return
         self.latest |= results
-        epochs = max(0, self.step - self.filling) / self.steps_per_epoch
-        self._record({"epochs": epochs, **results}, "eval")
+        after_warm_start = 0 < self.step == self.warm_start_steps
+        self._record({"epochs": self.epochs_done(), **({"phase": "warm start"} if after_warm_start else {}), **results}, "eval")
+        after = "the warm start" if after_warm_start else f"{self.epochs_done():g} of {self.epochs} epochs"
         shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-        progress.say(f"after {epochs:g} of {self.epochs} epochs ({clock(progress.elapsed())}): {shown}")
+        progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
 
     # The run's state.
 
@@ -296,7 +325,9 @@ class Trainer:
             "config_hash": self.config_hash,
             "data_digest": self.data_digest,
             "step": self.step,
-            "place": list(self.place(self.step)),  # (epoch, step in it): follows from the step, written for people
+            "place": list(self.epoch_and_step(self.step)),  # (epoch, step in it): follows from the step, written for people
+            "evaluation_due": self.evaluation_due,
+            "has_warned": self.has_warned,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch_sums": dict(self.epoch_sums),
@@ -321,7 +352,8 @@ class Trainer:
                 f"({state['data_digest']}): point data.root to those, or choose another hydra.run.dir"
             )
         self.step = state["step"]
-        assert state["place"] == list(self.place(self.step)), "the same data and configuration give the same steps"
+        assert state["place"] == list(self.epoch_and_step(self.step)), "the same data and configuration give the same steps"
+        self.evaluation_due, self.has_warned = state["evaluation_due"], state["has_warned"]
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])

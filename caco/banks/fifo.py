@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.banks import scoring
-from caco.banks.rows import Rows
+from caco.banks.rows import Rows, few_rows_chosen
 from caco.optimizers import Schedule
 
 
@@ -19,7 +19,8 @@ class FifoBank(nn.Module):
         seed: of the random rows that the queue starts with.
     """
 
-    filling_passes = 0  # it fills itself as it goes
+    filled_by_keys = True
+    default_warm_start_passes = 0  # it fills itself as it goes, as published
 
     def __init__(self, *, size: int, dim: int, seed: int):
         super().__init__()
@@ -31,10 +32,22 @@ class FifoBank(nn.Module):
         """A queue has no rate: 0 for every step."""
         return [0.0] * (epochs * steps_per_epoch)
 
+    def fill(self, keys_GD: Tensor, step: int) -> None:
+        """Take the keys of a step of the warm start, like those of any other."""
+        self.update(lr=0.0, keys_GD=keys_GD)
+
+    def warning(self, statistics: dict[str, float]) -> str | None:
+        """What is wrong with a queue of which `rows.statistics` says this; neighbouring keys that resemble one another are not."""
+        return few_rows_chosen(statistics)
+
     def score(
-        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None, learn: bool = True
     ) -> scoring.Score:
-        """Loss of each query over all rows and extra columns; see `scoring.score`. The rows take no gradient."""
+        """Loss of each query over all rows and extra columns; see `scoring.score`. The rows take no gradient.
+
+        Args:
+            learn: not used; the learnable bank's score takes it.
+        """
         return scoring.score(
             q_BD,
             self.rows.weight,

@@ -19,9 +19,20 @@ class NNCLR(Contrastive):
         encoder, bank: as in `Contrastive`; the bank is the queue Q.
         predictor_hidden_dim: width of the predictor's hidden layer.
         temperature: tau.
+        warm_start_temperature, warm_start_steps, warm_start_passes: as in `Contrastive`; the predictor learns after it.
     """
 
-    def __init__(self, *, encoder: nn.Module, bank: nn.Module, predictor_hidden_dim: int = 4096, temperature: float = 0.1):
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        bank: nn.Module,
+        predictor_hidden_dim: int = 4096,
+        temperature: float = 0.1,
+        warm_start_temperature: float = 0.2,
+        warm_start_steps: int | None = None,
+        warm_start_passes: int | None = None,
+    ):
         super().__init__(
             encoder=encoder,
             bank=bank,
@@ -30,6 +41,9 @@ class NNCLR(Contrastive):
             temperature=temperature,
             momentum=None,
             reduction="mean",
+            warm_start_temperature=warm_start_temperature,
+            warm_start_steps=warm_start_steps,
+            warm_start_passes=warm_start_passes,
         )
         dim = encoder.projector.dim
         self.predictor = nn.Sequential(
