@@ -21,6 +21,7 @@ from caco.nn.norm import over_all_ranks
 from caco.optimizers import Schedule
 from caco.preemption import Stop, Stopped
 from caco.pretrained import CHECKPOINT, Place
+from caco.progress import beginning, ending
 from caco.results import Record, say_sometimes
 from caco.tracking.environment import environment
 from caco.tracking.files import read_json, write_json
@@ -152,7 +153,15 @@ def train(
 
     status = "FAILED"
     summary: dict = {}
+    started = time.monotonic()
     if main:
+        told = beginning(
+            data=splits.pretrain.name, num_train=len(splits.pretrain), num_test=len(splits.test or ()) if cfg.eval else 0,
+            choices=label.choices, bank_rows=0 if cfg.bank is None else cfg.bank.size, batch=cfg.batch, epochs=cfg.epochs,
+            warm_start_steps=trainer.warm_start_steps, steps_per_epoch=trainer.steps_per_epoch,
+            processes=distributed.world(), device=device.type, run_dir=run_dir,
+        )  # fmt: skip
+        print(told, file=sys.stderr)
         tracker.start(
             run_dir,
             params={**label.choices, **runs.flat(cfg)},
@@ -168,6 +177,10 @@ def train(
         if main:
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
+            told = ending(
+                summary, seconds=time.monotonic() - started, run_dir=run_dir, evaluators=list(label.choices.get("eval") or [])
+            )
+            print(told, file=sys.stderr)
         status = "FINISHED"
     except (KeyboardInterrupt, Stopped):
         status = "KILLED"

@@ -29,17 +29,17 @@ def steps(overrides, *, bank):
     for step in range(STEPS):
         views = [distributed.own(view, part) for view in views_of(cfg, step)]
         method.update_twin(0.9)
-        filling = step == 0 and method.filling_steps(GLOBAL_BATCH) > 0
-        outputs = method.filling_loss(views) if filling else method(views)
+        warm_start = step == 0 and method.warm_start_steps(GLOBAL_BATCH) > 0
+        outputs = method.warm_start_loss(views) if warm_start else method(views)
         outputs.loss.backward()
         distributed.mean_gradients(method.encoder_parameters())
         gradients = [p.grad.clone() for p in method.encoder_parameters()]
         losses.append(distributed.sum_(outputs.loss.detach().clone()) / distributed.world())
         optimizer.step()
         optimizer.zero_grad()
-        if filling:
+        if warm_start:
             method.fill_bank(0)
-            method.finish_filling()
+            method.end_warm_start()
         else:
             method.update_bank(0.5)
     state = {name: value.clone() for name, value in method.state_dict().items() if "num_batches" not in name}

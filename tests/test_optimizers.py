@@ -34,10 +34,23 @@ def test_per_step_the_rate_changes_with_every_step_and_agrees_at_epoch_borders()
 
 
 def test_the_bank_s_rate_is_warmed_up_and_then_constant():
-    factor = Schedule(warmup_epochs=2).warmup(2, 10, 5)
-    assert factor[:3] == pytest.approx([0.1, 0.2, 0.3])
-    assert factor[9:] == [1.0] * 41
-    assert Schedule().warmup(0, 2, 5) == [1.0] * 10
+    rate = Schedule(warmup_epochs=2).warmup_and_cosine(3.0, 3.0, 2, 10, 5)
+    assert rate[:3] == pytest.approx([0.3, 0.6, 0.9])
+    assert rate[9:] == [3.0] * 41
+    assert Schedule().warmup_and_cosine(3.0, 3.0, 0, 2, 5) == [3.0] * 10
+
+
+def test_or_goes_down_to_its_final_rate_by_a_cosine():
+    rate = Schedule().warmup_and_cosine(3.0, 0.5, 2, 10, 5)
+    assert rate[9:11] == [3.0, 3.0]
+    assert rate[30] == pytest.approx(0.5 + 2.5 / 2)
+    assert rate[-1] == pytest.approx(0.5 + 2.5 * 0.5 * (1 + math.cos(math.pi * 39 / 40)))
+    by_epoch = Schedule(unit="epoch").warmup_and_cosine(3.0, 0.0, 0, 4, 5)
+    assert by_epoch[:6] == pytest.approx([3.0] * 5 + [1.5 * (1 + math.cos(math.pi / 4))])
+
+
+def test_a_warm_up_that_ends_within_an_epoch_never_exceeds_the_rate():
+    assert max(Schedule(warmup_epochs=2.5, unit="epoch").learning_rate(10, 5)) == 1.0
 
 
 def test_the_twin_s_momentum_goes_from_0_99_to_1_by_a_cosine():

@@ -243,7 +243,7 @@ def test_an_mlflow_store_gives_the_same_result_as_the_record(trained, tmp_path):
     )
     assert len(stored.curve) == len(kept.curve)
     for theirs, ours in zip(stored.curve, sorted(kept.curve, key=lambda row: (row["step"], row["kind"])), strict=True):
-        assert {key: theirs[key] for key in ours} == ours
+        assert {key: theirs[key] for key in ours if key != "phase"} == {key: ours[key] for key in ours if key != "phase"}
 
 
 def test_a_store_without_the_runs_asked_for_says_what_it_has_and_what_makes_them(trained):

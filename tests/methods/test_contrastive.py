@@ -191,24 +191,24 @@ def test_multi_crop_by_hand():
     assert torch.allclose(method.bank.gradient(), gradient, atol=1e-12)
 
 
-def test_filling_writes_the_keys_in_order_and_then_copies_the_encoder_to_the_twin():
+def test_the_warm_start_writes_the_keys_in_order_and_then_copies_the_encoder_to_the_twin():
     method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=10, dim=D, seed=0))
-    assert method.filling_steps(B) == 2
+    assert method.warm_start_steps(B) == 2
     rows = method.bank.rows.weight.detach().clone()
-    loss = method.filling_loss(views).loss
+    loss = method.warm_start_loss(views).loss
     q, k = method.encoder(views[0]), method.twin(views[1])
     assert torch.allclose(loss, eq.info_nce(q, k, F.normalize(rows, dim=1), 0.2), atol=1e-12)
     loss.backward()
     assert method.bank.asked == [], "rows are overwritten, not learned, while the bank fills"
     method.fill_bank(0)
     assert torch.equal(method.bank.rows.weight, torch.cat([k, rows[B:]]))
-    method.filling_loss(list(reversed(views)))
+    method.warm_start_loss(list(reversed(views)))
     method.fill_bank(1)
     assert torch.allclose(method.bank.rows.weight, torch.cat([k, method.twin(views[0])[:4]]))
-    method.filling_loss(views)
+    method.warm_start_loss(views)
     method.fill_bank(2)  # a second pass begins at the first row again
     assert torch.equal(method.bank.rows.weight[:B], k)
-    method.finish_filling()
+    method.end_warm_start()
     assert torch.equal(method.twin.encoder.matrix.weight, method.encoder.matrix.weight)
     assert method.keys == []
 
@@ -237,9 +237,67 @@ def test_combinations_without_a_meaning_are_refused(arguments, message):
         build(*arguments)
 
 
-def test_filling_by_keys_needs_a_twin():
-    with pytest.raises(ValueError, match="needs a momentum twin"):
-        build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0), momentum=None)
+def test_a_queue_takes_the_keys_of_the_warm_start_as_it_takes_all_others():
+    method, views = build(sources.NearestKey(), sources.BatchKeys(), FifoBank(size=10, dim=D, seed=0), warm_start_steps=2)
+    rows = method.bank.rows.weight.detach().clone()
+    loss = method.warm_start_loss(views).loss
+    k = method.twin(views[1])
+    assert torch.allclose(loss, eq.info_nce(method.encoder(views[0]), k, F.normalize(rows, dim=1), 0.2), atol=1e-12)
+    method.fill_bank(0)
+    assert torch.equal(method.bank.rows.weight, torch.cat([k, rows[B:]]))
+    assert int(method.bank.next_row) == B
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("bank", [None, LearnableBank(size=K, dim=D, seed=0, initialisation="random")])
+def test_where_no_rows_are_filled_the_warm_start_s_negatives_are_the_batch_s_other_keys(momentum, bank):
+    """No bank, or rows that stay random; without a twin the keys are the encoder's and have gradients."""
+    method, views = build(sources.OtherView(), sources.BatchKeys(), bank, momentum=momentum, warm_start_steps=2)
+    assert method.needs_whole_batch
+    rows = None if bank is None else bank.rows.weight.detach().clone()
+    q, k = method.encoder(views[0]), (method.twin if momentum else method.encoder)(views[1])
+    dense = F.cross_entropy(
+        dense_logits((q * k).sum(1), others_of(q, k)) * (TAU / 0.2), torch.zeros(B, dtype=torch.int64)
+    )
+    loss = method.warm_start_loss(views).loss
+    assert torch.allclose(loss, dense, atol=1e-12)
+    by_hand, = torch.autograd.grad(dense, method.encoder.matrix.weight)
+    ours, = torch.autograd.grad(loss, method.encoder.matrix.weight)
+    assert torch.allclose(ours, by_hand, atol=1e-12)
+    method.fill_bank(0)
+    assert bank is None or torch.equal(bank.rows.weight, rows)
+
+
+@pytest.mark.parametrize(
+    ("bank", "settings", "steps"),
+    [
+        (LearnableBank, {}, 2),  # as published: the rows once
+        (FifoBank, {}, 0),
+        (LearnableBank, {"warm_start_passes": 3}, 6),
+        (FifoBank, {"warm_start_passes": 3}, 6),
+        (LearnableBank, {"warm_start_steps": 5}, 5),
+        (LearnableBank, {"warm_start_steps": 0}, 0),
+        (None, {"warm_start_steps": 5}, 5),
+        (None, {}, 0),
+    ],
+)
+def test_how_long_the_warm_start_is(bank, settings, steps):
+    bank = None if bank is None else bank(size=10, dim=D, seed=0)
+    method, _ = build(sources.OtherView(), sources.BatchKeys(), bank, **settings)
+    assert method.warm_start_steps(B) == steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warm_start_steps": 5, "warm_start_passes": 1}, "warm_start: expected steps or passes, got both, 5 and 1"),
+        ({"warm_start_passes": 1}, "warm_start.passes go over the rows of a bank, and this method has none; got 1"),
+        ({"warm_start_steps": -1}, "warm_start.steps must be 0 or more, or null; got -1"),
+    ],
+)
+def test_warm_starts_without_a_meaning_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(sources.OtherView(), sources.BatchKeys(), None, **settings)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"momentum": 1.5}])
