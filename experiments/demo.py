@@ -1,0 +1,197 @@
+"""The demo over the processor's instruction sets and several seeds: does it learn everywhere?
+
+    python -m experiments.demo                    all cells on held-out training images, then each once on the test images
+    python -m experiments.demo --check            what the continuous integration runs: one seed, two instruction sets
+
+The first makes experiments/records/demo.json and demo.md (make demo-record); runs that are there already are not run again.
+The recipe is chosen on training images that are held out (data.validation_fraction), and it must reach the goals below in every
+cell there. The test images are looked at once per cell, whatever comes out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caco import instructions
+from caco.tracking.files import read_json
+from caco.tracking.ledger import read_rows
+
+RECORD = Path(__file__).parent / "records" / "demo"
+SEEDS = (0, 1, 2, 3, 4)
+HELD_OUT = 0.2  # of the 1,400 training images: 280 to evaluate with, 1,120 to learn from
+
+# On held-out images, in every cell; k-NN in percent.
+GOALS = {
+    "k-NN at the end": lambda cell: cell.knn_end >= 97.0,
+    "three points above the untrained network": lambda cell: cell.knn_end >= cell.knn_untrained + 3,
+    "never below the untrained network from epoch 10 on": lambda cell: min(cell.knn_from_epoch(10)) >= cell.knn_untrained,
+    "better than after the warm start": lambda cell: cell.knn_end > cell.knn_after_warm_start,
+    "at least 20 % of the rows in use": lambda cell: cell.rows_used >= 20,
+    "at most 25 % near-duplicate rows": lambda cell: cell.near_duplicates <= 25,
+    "no warning of a collapse": lambda cell: not cell.warnings,
+}
+# On test images, of the check: wider, as it looks at one seed on whatever processor it runs.
+CHECKED = {
+    "k-NN at least 95.5": lambda cell: cell.knn_end >= 95.5,
+    "two points above the untrained network": lambda cell: cell.knn_end >= cell.knn_untrained + 2,
+    "no warning of a collapse": lambda cell: not cell.warnings,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the demo, read from its directory."""
+
+    level: str
+    seed: int
+    split: str
+    knn: list[tuple[float | str, float]]  # epochs that are over, or "warm start", and k-NN accuracy in percent
+    probe: float
+    rows_used: float
+    near_duplicates: float
+    warnings: list[str]
+    train_seconds: float
+    environment: dict[str, str]
+
+    @property
+    def knn_untrained(self) -> float:
+        return self.knn[0][1]
+
+    @property
+    def knn_after_warm_start(self) -> float:
+        return next(value for epochs, value in self.knn if epochs == "warm start")
+
+    @property
+    def knn_end(self) -> float:
+        return self.knn[-1][1]
+
+    def knn_from_epoch(self, epoch: int) -> list[float]:
+        return [value for epochs, value in self.knn if epochs != "warm start" and epochs >= epoch]
+
+    def missed(self, goals: dict[str, Any]) -> list[str]:
+        """The goals that this cell does not reach."""
+        return [name for name, reached in goals.items() if not reached(self)]
+
+
+def read(run_dir: Path, level: str, seed: int, split: str) -> Cell:
+    """The cell of a finished run."""
+    rows, _ = read_rows(run_dir / "ledger.jsonl")
+    summary, environment = read_json(run_dir / "summary.json"), read_json(run_dir / "environment.json")
+    kept = ("cpu", "cores", "torch", "python", "numpy", "git_sha", "git_dirty")
+    return Cell(
+        level=level,
+        seed=seed,
+        split=split,
+        knn=[(row.get("phase", row["epochs"]), row["knn_top1"]) for row in rows if row["kind"] == "eval" and "knn_top1" in row],
+        probe=summary["probe_top1"],
+        rows_used=summary["bank/rows_used"],
+        near_duplicates=summary["bank/near_duplicates"],
+        warnings=[row["message"] for row in rows if row["kind"] == "warning"],
+        train_seconds=rows[-1]["time"] - rows[0]["time"],
+        environment={key: environment[key] for key in environment if key in kept or key.startswith("instructions")},
+    )
+
+
+def run(level: str, seed: int, split: str, *, folder: Path, threads: int | None) -> Cell:
+    """Run the demo, or read what an earlier call ran, in a process of its own that is held to `level`.
+
+    Raises:
+        RuntimeError: the run failed; with its last words.
+    """
+    run_dir = folder / f"{level}-seed{seed}-{split}"
+    command = [sys.executable, "-m", "caco.train", "preset=demo", f"seed={seed}", "tracking=ledger", f"hydra.run.dir={run_dir}"]
+    if split == "held-out":
+        command.append(f"data.validation_fraction={HELD_OUT}")
+    if not (run_dir / "summary.json").is_file():
+        environment = instructions.child_environment(level) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} with {instructions.VARIABLE}={level} failed:\n{done.stderr[-2000:]}")
+    cell = read(run_dir, level, seed, split)
+    print(f"{level:7} seed {seed} {split}: k-NN {cell.knn_untrained:.2f} untrained, {cell.knn_after_warm_start:.2f} after the warm "
+          f"start, {cell.knn_end:.2f} at the end; probe {cell.probe:.2f}; {cell.train_seconds:.0f} s", flush=True)  # fmt: skip
+    return cell
+
+
+def levels() -> list[str]:
+    """The instruction sets of this processor, and PyTorch without caco's compiled parts."""
+    return [*instructions.processor(), "torch"]
+
+
+def table(cells: Iterable[Cell]) -> str:
+    """The record as Markdown."""
+    cells = list(cells)
+    machine = cells[0].environment
+    lines = [
+        "# The demo on every instruction set",
+        "",
+        f"`make demo-record`, on {machine['cpu']} with {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}; "
+        "one thread a run, two runs at a time. `plain`, `avx2`, ... hold caco's compiled parts and PyTorch to that instruction set "
+        "(`CACO_INSTRUCTIONS`); `torch` is PyTorch at its best without caco's compiled parts.",
+        "",
+    ]
+    for split, about in {
+        "held-out": f"Held-out training images ({HELD_OUT:.0%} of 1,400), on which the recipe was chosen. Goals in every cell: "
+        + "; ".join(GOALS) + ".",
+        "test": "The test images, looked at once per cell with the recipe fixed: the demo as a newcomer runs it.",
+    }.items():  # fmt: skip
+        lines += [about, "", "| instruction set | seed | untrained | after the warm start | lowest from epoch 10 on | end | probe "
+                  "| rows used % | near-duplicates % | seconds | goals missed |",
+                  "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for cell in (cell for cell in cells if cell.split == split):
+            missed = "; ".join(cell.missed(GOALS)) or "none" if split == "held-out" else "not asked"
+            lines.append(
+                f"| {cell.level} | {cell.seed} | {cell.knn_untrained:.1f} | {cell.knn_after_warm_start:.1f} "
+                f"| {min(cell.knn_from_epoch(10)):.1f} | {cell.knn_end:.1f} | {cell.probe:.1f} | {cell.rows_used:.0f} "
+                f"| {cell.near_duplicates:.0f} | {cell.train_seconds:.0f} | {missed} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def make_record(folder: Path, seeds: Iterable[int], jobs: int) -> int:
+    """Every cell on held-out images; then, and only then, on the test images. The number of goals missed."""
+    cells: list[Cell] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for split in ("held-out", "test"):
+            todo = [(level, seed) for seed in seeds for level in levels()]
+            cells += pool.map(lambda cell, split=split: run(*cell, split, folder=folder, threads=1), todo)
+    cells.sort(key=lambda cell: (cell.split, levels().index(cell.level), cell.seed))
+    content = [{**vars(cell), "missed": cell.missed(GOALS) if cell.split == "held-out" else []} for cell in cells]
+    RECORD.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    RECORD.with_suffix(".md").write_text(table(cells), encoding="utf-8")
+    return sum(len(cell["missed"]) for cell in content)
+
+
+def check(folder: Path) -> int:
+    """One seed on the test images under the processor's best and, where it has one, a lower instruction set."""
+    failed = 0
+    for level in (instructions.processor()[-2:] if len(instructions.processor()) > 1 else levels()):
+        cell = run(level, 0, "test", folder=folder, threads=None)
+        if missed := cell.missed(CHECKED):
+            failed += 1
+            print(f"demo with {instructions.VARIABLE}={level}: missed: {'; '.join(missed)}", file=sys.stderr)
+    print(f"demo: {2 - failed} passed, {failed} failed")
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="one seed under two instruction sets, test images, wider goals")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo-record"), help="of the runs; default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: a run a core")
+    options = parser.parse_args()
+    missed = check(options.folder) if options.check else make_record(options.folder, options.seeds, options.jobs)
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
