@@ -201,7 +201,8 @@ class BankRows:
     row_R, uses_R: which rows, and how many of the images choose each.
     image_RN, cosine_RN: nearest first.
     num_used: rows of the whole bank that some image chooses.
-    num_frequent: rows among which those shown were picked, the most chosen ones that together take half of the images.
+    num_frequent, share_frequent: rows among which those shown were picked, the most chosen ones, and how much of the images
+        they take.
     agreement, chance: over all rows that are used, the mean share of the N nearest images that have the most common label
         among them, and the same of N images drawn at random; None without labels.
     """
@@ -214,6 +215,7 @@ class BankRows:
     label_RN: np.ndarray | None
     num_used: int
     num_frequent: int
+    share_frequent: float
     agreement: float | None
     chance: float | None
 
@@ -235,7 +237,7 @@ def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_ima
         k_ND = trained.outputs(trained.key_encoder, images)
         m_KD = unit_rows(bank.rows.weight)[0].float()
         uses_K = torch.bincount(bank.rows.most_probable(k_ND), minlength=bank.size)
-        used, frequent = uses_K.nonzero()[:, 0], most_chosen(uses_K)
+        used, frequent = uses_K.nonzero()[:, 0], most_chosen(uses_K, least=3 * count)
         row_R = frequent[far_apart(m_KD[frequent], count)]
         cosine_RN, image_RN = nearest(m_KD[row_R], k_ND, k=num_nearest)
         label_RN = agreement = chance = None
@@ -246,13 +248,17 @@ def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_ima
             of_used = images.labels[nearest(m_KD[used], k_ND, k=num_nearest)[1].numpy()]
             drawn = np.random.default_rng(0).choice(images.labels, (1000, num_nearest))
             agreement, chance = (float(most_common(labels)[1].mean() / num_nearest) for labels in (of_used, drawn))
-    return BankRows(images, row_R, uses_K[row_R], image_RN, cosine_RN, label_RN, len(used), len(frequent), agreement, chance)
+    share = float(uses_K[frequent].sum() / len(images))
+    return BankRows(
+        images, row_R, uses_K[row_R], image_RN, cosine_RN, label_RN, len(used), len(frequent), share, agreement, chance
+    )
 
 
-def most_chosen(uses_K: torch.Tensor) -> torch.Tensor:
-    """As few rows as together have half of the uses, the most used first; of equals the lower index first."""
+def most_chosen(uses_K: torch.Tensor, *, least: int) -> torch.Tensor:
+    """As few rows as together have half of the uses, but `least` where so many are used; the most used first, then the lower index."""
     order = uses_K.argsort(descending=True, stable=True)
-    return order[: int((uses_K[order].cumsum(0) * 2 < uses_K.sum()).sum()) + 1]
+    half = int((uses_K[order].cumsum(0) * 2 < uses_K.sum()).sum()) + 1
+    return order[: max(half, min(least, int((uses_K > 0).sum())))]
 
 
 def far_apart(m_RD: torch.Tensor, count: int) -> torch.Tensor:

@@ -154,7 +154,8 @@ def draw(trained: "Trained", curve: Curve | None, pixels: float | None, rows: "B
     curve_width = 0 if curve is None else CURVE_ALONE if rows is None else CURVE
     rows_left = 2 * MARGIN + curve_width if curve_width else MARGIN
     width = MARGIN + (rows_left + rows_width if rows_width else MARGIN + curve_width)
-    note = textwrap.wrap(" ".join([*rows_note(trained, rows), f"{name}, step {trained.step:,}."]), int(width * 16))
+    notes = ["" if rows is None else rows_note(trained, rows), f"{name}, step {trained.step:,}"]
+    note = [line for text in notes for line in textwrap.wrap(text, int(width * 17))]
     foot = 0.3 + NOTE_LINE * len(note)
     body = max(lines * (TILE + GAP), 0 if curve is None else LEAST_HEIGHT)
     height = HEAD + body + foot
@@ -204,10 +205,8 @@ def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) 
     axes.set(xlim=(first, last), ylim=(low, high))
     if curve.steps_before:
         axes.axvspan(first, 0, color=SHADE, linewidth=0, zorder=0)
-        axes.annotate(
-            f"warm start: {curve.steps_before:,} steps", (0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points",
-            fontsize=8, color=FAINT,
-        )  # fmt: skip
+        above = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 3), "textcoords": "offset points"}
+        axes.annotate(f"warm start: {curve.steps_before:,} steps", fontsize=8, color=FAINT, **above)
     axes.set_xlabel("epochs", fontsize=9, color=INK)
     axes.xaxis.set_label_coords((last / 2 - first) / (last - first), -0.24 / _inches(axes))
     ticks = MaxNLocator(nbins=5, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(0, last)
@@ -253,7 +252,8 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
             left = BEFORE + n * (TILE + GAP)
             pixels = trained.views.plain_pixels(rows.images.image(int(rows.image_RN[r, n])))
             smooth = len(pixels) > TILE * DOTS_PER_INCH  # larger than its tile
-            axes.imshow(pixels, extent=(left, left + TILE, top + TILE, top), interpolation="antialiased" if smooth else "nearest")
+            place = (left, left + TILE, top + TILE, top)
+            axes.imshow(pixels, extent=place, interpolation="antialiased" if smooth else "nearest")
             if common_R is not None and rows.label_RN[r, n] != common_R[r]:
                 axes.add_patch(Rectangle((left, top), TILE, TILE, fill=False, edgecolor=ODD, linewidth=2))
         cosines = f"cosine {rows.cosine_RN[r, 0]:.2f} to {rows.cosine_RN[r, -1]:.2f}"
@@ -268,20 +268,18 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
     axes.axis("off")
 
 
-def rows_note(trained: "Trained", rows: "BankRows | None") -> list[str]:
+def rows_note(trained: "Trained", rows: "BankRows") -> str:
     """How the rows were found, and how well they stand for the others."""
-    if rows is None:
-        return []
-    everything = len(rows.images) == len(trained.splits.pretrain)
-    note = [
-        f"The keys of {'all ' if everything else ''}{len(rows.images):,} training images choose {rows.num_used:,} of the "
-        f"{trained.method.bank.size:,} rows. Shown: of the {rows.num_frequent:,} most chosen, which take half of the images, the "
-        "first, and in turn the one farthest from those taken."
-    ]
+    every = "all " if len(rows.images) == len(trained.splits.pretrain) else ""
+    note = (
+        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {trained.method.bank.size:,} "
+        f"rows. Shown: of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and "
+        "in turn the one farthest from those taken."
+    )
     if rows.agreement is not None:
-        note.append(
-            f"Over all {rows.num_used:,} chosen rows, on average {rows.agreement:.0%} of the {rows.image_RN.shape[1]} nearest images share "
-            f"a label (of images drawn at random: {rows.chance:.0%}); training saw no labels. Framed: another label."
+        note += (
+            f" Over all {rows.num_used:,} chosen rows, on average {rows.agreement:.0%} of the {rows.image_RN.shape[1]} nearest "
+            f"images share a label (of images drawn at random: {rows.chance:.0%}); training saw no labels. Framed: another label."
         )
     return note
 

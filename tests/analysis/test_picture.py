@@ -109,7 +109,8 @@ def test_a_refusal_imports_neither_torch_nor_matplotlib(tmp_path):
         "try: picture.main()\n"
         "except SystemExit as end: print(end.code, [name for name in ('torch', 'matplotlib') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout == "2 []\n"
 
 
@@ -141,10 +142,13 @@ def test_the_rows_shown_are_those_that_the_keys_choose_and_the_images_those_near
         assert shown.cosine_RN[r].tolist() == pytest.approx(cosine_KN[row, shown.image_RN[r]].tolist(), abs=1e-5)
         assert shown.label_RN[r].tolist() == images.labels[shown.image_RN[r].numpy()].tolist()
 
-    # Picked: half of the images by the most chosen rows, the first of those, then the farthest from the ones before it.
-    ordered = sorted(range(len(m_KD)), key=lambda row: (-uses_K[row], row))
-    frequent = next(ordered[:n] for n in range(1, len(m_KD)) if 2 * uses_K[ordered[:n]].sum() >= len(images))
+    # Picked: of the most chosen rows, which take half of the images, the first, then the farthest from the ones before it.
+    used = [row for row in range(len(m_KD)) if uses_K[row]]
+    ordered = sorted(used, key=lambda row: (-uses_K[row], row))
+    half = next(n for n in range(1, len(used)) if 2 * uses_K[ordered[:n]].sum() >= len(images))
+    frequent = ordered[: max(half, 3 * 5)]
     assert shown.num_frequent == len(frequent)
+    assert shown.share_frequent == pytest.approx(uses_K[frequent].sum().item() / len(images))
     picked = [frequent[0]]
     while len(picked) < 5:
         nearest = (m_KD[frequent] @ m_KD[picked].T).amax(1)
@@ -153,7 +157,6 @@ def test_the_rows_shown_are_those_that_the_keys_choose_and_the_images_those_near
         picked.append(frequent[int(nearest.argmin())])
     assert sorted(shown.row_R.tolist()) == sorted(picked)
 
-    used = [row for row in range(len(m_KD)) if uses_K[row]]
     shares = [np.bincount(images.labels[cosine_KN[row].topk(6).indices.numpy()]).max() / 6 for row in used]
     assert shown.agreement == pytest.approx(np.mean(shares), abs=0.02)  # float32 may order two images the other way
     assert shown.chance == pytest.approx(0.36, abs=0.03)  # the fullest of ten boxes that six balls fall into, of six
@@ -174,6 +177,14 @@ def test_each_line_says_what_its_images_have_in_common_and_frames_those_of_anoth
     assert len(axes.patches) == odd
 
 
+def test_the_most_chosen_rows_take_half_of_the_images_or_are_as_many_as_asked_for():
+    uses_K = torch.tensor([0, 3, 10, 3, 0, 2, 2])
+    assert model.most_chosen(uses_K, least=1).tolist() == [2]
+    assert model.most_chosen(uses_K + 1, least=1).tolist() == [2, 1], "11 of 27 are not half"
+    assert model.most_chosen(uses_K, least=3).tolist() == [2, 1, 3]
+    assert model.most_chosen(uses_K, least=9).tolist() == [2, 1, 3, 5, 6], "a row that no image chooses is never shown"
+
+
 def test_near_duplicates_are_shown_once():
     m_RD = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.001], [0.0, 1.0], [1.0, 1.0], [0.001, 1.0]]), dim=1)
     assert model.far_apart(m_RD, 8).tolist() == [0, 2, 3]
@@ -188,12 +199,21 @@ def test_a_large_set_is_sampled_and_the_picture_says_so(run, monkeypatch):
     assert {image.get_size() for image in figure.axes[-1].images} == {(16, 16)}
 
 
+def test_a_queues_rows_are_shown_too_and_the_encoder_embeds_where_there_is_no_twin(tmp_path, monkeypatch):
+    overrides = ["method=nnclr", "projector=small", "projector.hidden_dim=16", "projector.dim=8", f"data.limit={LIMIT}", "max_steps=2"]
+    figure = drawn(made(tmp_path / "queue", *overrides), monkeypatch)
+    curve, rows = figure.axes
+    assert len(rows.images) > 0 and "of the 128 rows" in " ".join(figure.texts[-1].get_text().split())
+    assert not any("warm start" in text for text in texts(curve))
+
+
 def test_images_without_labels_are_shown_without_words_about_them(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(64):
         Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i:02}.png")
-    run_dir = made(tmp_path / "run", "data=folder", f"data.root={tmp_path}/images", "eval=[]", "batch=32", "bank.size=32", "max_steps=2")
+    data = ["data=folder", f"data.root={tmp_path}/images", "eval=[]"]
+    run_dir = made(tmp_path / "run", *data, "batch=32", "bank.size=32", "max_steps=2")
     figure = drawn(run_dir, monkeypatch)
     (axes,) = figure.axes
     assert len(axes.images) % 8 == 0 and len(axes.images) > 0
