@@ -299,9 +299,8 @@ def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, 
 
 
 def test_without_mlflow_one_is_told_what_to_do(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'caco\[mlflow\]'.*tracking=ledger"):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ModuleNotFoundError, match=f"^MLflow is not installed; to have it: {re.escape(command_to_install('mlflow'))}$"):
         MLflowTracker(uri=None, experiment="x")
 
 
