@@ -1,9 +1,9 @@
 """One MLflow run per training run, fed from the ledger: every point once, whatever is killed, resumed or down."""
 
-import importlib.util
 import json
 import logging
 import math
+import re
 import socket
 import statistics
 import subprocess
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from caco.installed import command_to_install
 from caco.tracking.feed import import_mlflow, resolve_uri
 from caco.tracking.ledger import Ledger
 from caco.tracking.mlflow import MLflowTracker
