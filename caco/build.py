@@ -22,7 +22,6 @@ from caco.optimizers import Schedule
 from caco.preemption import Stop, Stopped
 from caco.pretrained import CHECKPOINT, Place
 from caco.results import Record, say_sometimes
-from caco.tracking.environment import environment
 from caco.tracking.files import read_json, write_json
 from caco.trainer import Trainer
 
@@ -153,10 +152,11 @@ def train(
     status = "FAILED"
     summary: dict = {}
     if main:
+        environment = runs.write_environment(run_dir)  # again: now PyTorch is here to say which GPUs and instructions it has
         tracker.start(
             run_dir,
             params={**label.choices, **runs.flat(cfg)},
-            tags={**environment(), "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
+            tags={**environment, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
             run_name=label.name,
             state=newest[0]["tracker"] if newest else None,
             sweep=label.sweep,
