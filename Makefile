@@ -1,8 +1,8 @@
-# Everything from a bare Debian: make demo | make test | make dashboard. All set up first; make setup alone does only that.
+# Everything from a bare Debian: make demo | make test | make test-long | make dashboard. Each sets up first; make setup alone does only that.
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo demo-record demo-check test dashboard clean
+.PHONY: setup demo demo-record demo-check test test-long dashboard clean
 
 setup: .venv/.done
 
@@ -27,8 +27,13 @@ demo-check: setup
 dashboard: setup
 	.venv/bin/python -m caco.tracking.dashboard $(ARGS)
 
+# Everything that a promise to a user rests on; of one part: make test ARGS=tests/slurm.
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# What is seeded, repeated or slow besides: every method on two and four ranks, every kind of kill, SLURM's rarer turns.
+test-long: setup
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m long $(ARGS)
 
 # What make made; never runs/.
 clean:

@@ -88,6 +88,7 @@ def test_the_numbers_are_those_of_the_checkpoints_backbone_the_first_weights_and
     method = build.build_method(cfg)
     method.load_state_dict(load(run_dir / "checkpoints" / "step_000000006.pt")["method"])
     trained.load_state_dict(method.backbone.state_dict())
+    # To one image of 397: other batches are rounded otherwise, which may turn a vote.
     for prefix, backbone in (("", trained), ("untrained/", untrained), ("pixels/", torch.nn.Flatten())):
         knn = {"knn": build.build(compose("eval=[knn]").eval.knn)}
         expected = Evaluation(knn, splits, views, batch=200, device="cpu", precision="fp32", seed=0).run(backbone, "end")
@@ -275,9 +276,14 @@ def test_a_run_that_another_process_trains_is_left_alone(run_dir, tmp_path):
 
 
 def test_two_ranks_train_the_classifiers_that_one_trains(here, run_dir):
+    """Five convex steps of the linear one; two of the whole network, at a rate of 0.014, so that rounding is not led astray.
+
+    A float32 network of some twenty layers rounds statistics and gradients by some 1e-6 of their size. Another share of the
+    images, or gradients of one rank alone, would change them by hundredths.
+    """
     command = [f"run={run_dir}", "eval=[linear,semi,knn]", "eval.linear.epochs=1"]
     command += ["eval.linear.batch=256", "eval.linear.larc=false", "eval.linear.lr=1", "eval.semi.fractions=[0.1]"]
-    command += ["eval.semi.epochs=[1]", "eval.semi.batch=32", "batch=200", "device=cpu"]
+    command += ["eval.semi.epochs=[1]", "eval.semi.batch=70", "batch=200", "device=cpu"]
     states = {}
     for world in (1, 2):
         arguments = [*command, f"to={run_dir.parent / str(world)}"]
@@ -292,11 +298,12 @@ def test_two_ranks_train_the_classifiers_that_one_trains(here, run_dir):
     for name, state in states[1].items():
         assert {k.removeprefix("0.") for k in state} == {k.removeprefix("0.") for k in states[2][name]}
         for key, value in state.items():
-            torch.testing.assert_close(value.float(), states[2][name][key].float(), rtol=2e-3, atol=2e-4, msg=f"{name} {key}")
+            torch.testing.assert_close(value.float(), states[2][name][key].float(), rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
 
 
 def test_linear_evaluation_at_the_end_of_training_gives_what_it_gives_afterwards(tmp_path, here, run_dir):
     linear = ["eval=[linear]", "eval.linear.epochs=1", "eval.linear.batch=256", "eval.linear.larc=false"]
     during = train(tmp_path / "during", *TRAINING, *linear)
     assert here(f"run={run_dir}", *linear, "batch=64") == 0
+    # To one image of 397: other batches are rounded otherwise, which may turn one that lies between two classes.
     assert read_json(run_dir / "summary.json")["linear_top1"] == pytest.approx(during["linear_top1"], abs=0.26)

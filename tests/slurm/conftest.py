@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import unused_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -71,8 +72,7 @@ def slurm(tmp_path_factory):
     key = state / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
-    controller = free_port()
-    ports = {"controller": controller, "daemon": free_port(taken=controller)}
+    ports = {"controller": unused_port(), "daemon": unused_port()}
     host = socket.gethostname().partition(".")[0]
     conf = state / "slurm.conf"
     conf.write_text(CONF.format(host=host, user=getpass.getuser(), state=state, cpus=CPUS, **ports))
@@ -94,16 +94,6 @@ def slurm(tmp_path_factory):
         yield state
         shown("scancel", "--quiet", f"--user={os.getuid()}")
         until(lambda: not shown("squeue", "--noheader"), lambda: shown("squeue"))
-
-
-def free_port(taken: int = 0) -> int:
-    """Of those that kernels give to nobody who asks for any: no other test can get it before the daemon has it."""
-    while True:
-        port = 20_000 + secrets.randbelow(10_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            if port != taken:
-                return port
 
 
 def end(daemon: subprocess.Popen) -> None:
