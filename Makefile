@@ -13,6 +13,7 @@ setup: .venv/.done
 
 demo: setup
 	.venv/bin/python -m caco.train preset=demo $(ARGS)
+	.venv/bin/python -m analysis.picture preset=demo $(ARGS)
 
 # All runs of runs/ in a browser, also while they go on; ARGS="--port 8080", python -m caco.tracking.dashboard --help.
 dashboard: setup

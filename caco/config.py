@@ -13,6 +13,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from caco.installed import is_installed
 from caco.runs import file_digest, run_name
 
 # Beside the package in a checkout, inside it in a wheel (pyproject.toml maps the one to the other).
@@ -148,6 +149,12 @@ def register() -> None:
     ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
+    OmegaConf.register_new_resolver("installed_tracking", installed_tracking, replace=True)
+
+
+def installed_tracking() -> str:
+    """The option of `tracking` where none is chosen: without MLflow the ledger alone, which can be sent to it later."""
+    return "mlflow" if is_installed("mlflow") else "ledger"
 
 
 register()

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from caco.data.sources import EXTENSIONS
+from caco.installed import command_to_install
 from caco.tracking.environment import environment
 from caco.tracking.feed import resolve_uri
 
@@ -55,7 +56,7 @@ def python() -> Iterator[Finding]:
 
 
 def torch() -> Iterator[Finding]:
-    install = "make -B setup, or pip install torch torchvision timm"
+    install = command_to_install()
     try:
         import torch
 
@@ -113,7 +114,7 @@ def ffcv() -> Iterator[Finding]:
     found = importlib.util.find_spec("ffcv")
     libraries = "libopencv-dev libturbojpeg0-dev pkg-config g++"
     if found is None:
-        do = f"loader=torch does without; for it, as root: apt-get install {libraries}; then pip install 'caco[ffcv]'"
+        do = f"loader=torch does without; for it, as root: apt-get install {libraries}; then {command_to_install('ffcv')}"
         yield Finding("ffcv", "absent", "not installed", do)
         return
     places = [Path(folder) for folder in found.submodule_search_locations or ()]
@@ -149,13 +150,14 @@ def slurm() -> Iterator[Finding]:
             gpus = "no GPUs" if gpus == "(null)" else gpus
             yield Finding("slurm", "works", f"partition {partition}: {nodes} nodes of {cpus} CPUs, {gpus}")
     if _version("submitit") is None:
-        yield Finding("slurm", "absent", "no submitit", "for launcher=slurm and launcher=local: pip install 'caco[slurm]'")
+        yield Finding("slurm", "absent", "no submitit", f"for launcher=slurm and launcher=local: {command_to_install('slurm')}")
 
 
 def mlflow() -> Iterator[Finding]:
     version = _version("mlflow")
     if version is None:
-        yield Finding("mlflow", "absent", "not installed", "tracking=ledger does without; else pip install 'caco[mlflow]'")
+        do = f"a run's ledger keeps all, python -m caco.tracking.sync sends it later; for MLflow: {command_to_install('mlflow')}"
+        yield Finding("mlflow", "absent", "not installed", do)
         return
     try:
         uri = resolve_uri(None)

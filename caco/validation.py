@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caco import signatures
 from caco.annotations import argument_mismatches
 from caco.config import CONF, ConfigError, Root
+from caco.installed import command_to_install, is_installed
 from caco.runs import file_digest, flat, plain
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
@@ -48,7 +49,7 @@ def check(
     problems = _shape(tree, root)
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
-        problems = values + _components(tree) + _no_effect(tree, overrides, choices or {})
+        problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -187,6 +188,16 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     taken = signatures.find(target)
     given = {key: value for key, value in part.items() if key != "_target_"}
     return argument_mismatches(given, taken, path, name, SUPPLIED.get(path, ())) if taken else []
+
+
+def _not_installed(tree: dict[str, Any]) -> list[str]:
+    """MLflow: where it is not, nothing chooses it unless it is named (caco/config.py: installed_tracking)."""
+    if tree.get("tracking", {}).get("_target_") != "caco.tracking.mlflow.MLflowTracker" or is_installed("mlflow"):
+        return []
+    return [
+        f"tracking=mlflow: MLflow is not installed; to have it: {command_to_install('mlflow')}; or leave tracking out: "
+        "the ledger keeps everything, and python -m caco.tracking.sync can send it later"
+    ]
 
 
 def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:

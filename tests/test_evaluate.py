@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_ranks import launch
 from tiny import compose, train
 
@@ -27,8 +28,6 @@ def finished(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     train(run_dir, *TRAINING)
     # What the command line does around `train`.
-    from omegaconf import OmegaConf
-
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(compose(*TRAINING), resolve=True))
     return run_dir
 
@@ -147,6 +146,19 @@ def test_an_mlflow_run_id_finds_the_directory_below_runs(here, run_dir, tmp_path
     assert pretrained.locate("0123456789abcdef" * 2).run_dir == Path("runs/it")
     assert here("run=" + "f" * 32) == 2
     assert "no run below" in capsys.readouterr().err
+
+
+def test_without_mlflow_a_run_that_was_tracked_there_is_evaluated_into_its_ledger(here, run_dir, monkeypatch, capsys):
+    recorded = OmegaConf.load(run_dir / "config.yaml")
+    recorded.tracking = {"_target_": "caco.tracking.mlflow.MLflowTracker", "uri": "http://nowhere:1", "experiment": "caco"}
+    OmegaConf.save(recorded, run_dir / "config.yaml")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert here(f"run={run_dir}", "eval=[knn]") == 0
+    told = f"MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {run_dir.name}`"
+    assert told in capsys.readouterr().err
+    assert "knn_top1" in evals(run_dir)[-1]
+    assert here(f"run={run_dir}", "eval=[knn]", "tracking=mlflow") == 2
+    assert "tracking=mlflow: MLflow is not installed; to have it: " in capsys.readouterr().err
 
 
 def test_weights_from_elsewhere_get_a_folder_of_their_own(here, run_dir, tmp_path):

@@ -1,7 +1,6 @@
 """Batches of views whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
 
 import contextlib
-import importlib.util
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from caco.data.batches import Compiled, Order, Pixels, mixed_seed, pixels, those
 from caco.data.beton import BetonImages
 from caco.data.sources import Source, UnreadableImage
 from caco.data.views import Views
+from caco.installed import command_to_install, is_installed
 
 _JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}  # a terminal or a scheduler sends them to every process of a job
 
@@ -182,8 +182,8 @@ def what_ffcv_lacks(source: Source) -> str | None:
         return "needs the compiled views, which were not built: install a C++ compiler, then caco again"
     if native.turbojpeg() is None:
         return "needs libturbojpeg (Debian: libturbojpeg0)"
-    if importlib.util.find_spec("ffcv") is None:
-        return "needs FFCV: pip install 'caco[ffcv]' (Debian: with libopencv-dev, libturbojpeg0-dev and pkg-config)"
+    if not is_installed("ffcv"):
+        return f"needs FFCV: {command_to_install('ffcv')} (Debian: with libopencv-dev, libturbojpeg0-dev and pkg-config)"
     return None
 
 

@@ -1,9 +1,9 @@
 """One MLflow run per training run, fed from the ledger: every point once, whatever is killed, resumed or down."""
 
-import importlib.util
 import json
 import logging
 import math
+import re
 import socket
 import statistics
 import subprocess
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from caco.installed import command_to_install
 from caco.tracking.feed import import_mlflow, resolve_uri
 from caco.tracking.ledger import Ledger
 from caco.tracking.mlflow import MLflowTracker
@@ -299,9 +300,8 @@ def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, 
 
 
 def test_without_mlflow_one_is_told_what_to_do(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'caco\[mlflow\]'.*tracking=ledger"):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ModuleNotFoundError, match=f"^MLflow is not installed; to have it: {re.escape(command_to_install('mlflow'))}$"):
         MLflowTracker(uri=None, experiment="x")
 
 
