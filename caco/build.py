@@ -113,12 +113,13 @@ def train(
     method = over_all_ranks(method, device).to(device=device, memory_format=torch.channels_last)
     if cfg.compile:
         method.encoder.compile()
-    run = RunShape(cfg.epochs, loader.steps_per_epoch, cfg.batch, cfg.schedule.unit)
+    schedule = dict(cfg.schedule)
+    run = RunShape(cfg.epochs, loader.steps_per_epoch, cfg.batch, schedule.pop("unit"))
     trainer = Trainer(
         method=method,
         loader=loader,
         images=images,
-        optimisation=Optimisation(build(cfg.optimizer, groups=method.parameter_groups()), Schedule(**cfg.schedule), run),
+        optimisation=Optimisation(build(cfg.optimizer, groups=method.parameter_groups()), Schedule(**schedule), run),
         run=run,
         evaluation=evaluation,
         tracker=tracker,

@@ -1,6 +1,6 @@
 """Optimisers from libraries on the paper's parameter groups, and what a step does with them: rates, clipping, freezing."""
 
-from typing import Any, Literal
+from typing import Any
 
 import timm.optim
 import torch
@@ -90,7 +90,6 @@ class Schedule:
     Args:
         warmup_epochs: of the learning rate.
         final_fraction: of the learning rate, at the end; 0.01 in the paper.
-        unit: "step" changes rates with every step; "epoch" holds them within an epoch, as the published code does.
         final_weight_decay: at the end of a cosine from the optimiser's; None keeps that (DINO goes from 0.04 to 0.4).
         clip_gradient_norm: the gradient's largest norm over all parameters together; None does not clip.
     """
@@ -100,7 +99,6 @@ class Schedule:
         *,
         warmup_epochs: float = 10,
         final_fraction: float = 0.01,
-        unit: Literal["step", "epoch"] = "step",
         final_weight_decay: float | None = None,
         clip_gradient_norm: float | None = None,
     ):
@@ -114,7 +112,7 @@ class Schedule:
                 "schedule needs final_weight_decay >= 0 and clip_gradient_norm > 0, or null; got "
                 f"final_weight_decay={final_weight_decay}, clip_gradient_norm={clip_gradient_norm}"
             )
-        self.warmup_epochs, self.final_fraction, self.unit = warmup_epochs, final_fraction, unit
+        self.warmup_epochs, self.final_fraction = warmup_epochs, final_fraction
         self.final_weight_decay, self.clip_gradient_norm = final_weight_decay, clip_gradient_norm
 
     def learning_rate(self, run: RunShape) -> Table:
