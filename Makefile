@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo test dashboard clean
+.PHONY: setup demo demo-record demo-check test dashboard clean
 
 setup: .venv/.done
 
@@ -14,6 +14,14 @@ setup: .venv/.done
 demo: setup
 	.venv/bin/python -m caco.train preset=demo $(ARGS)
 	.venv/bin/python -m analysis.picture preset=demo $(ARGS)
+
+# The demo over every instruction set and five seeds: experiments/records/demo.md. Long: hours on two cores.
+demo-record: setup
+	.venv/bin/python -m experiments.demo $(ARGS)
+
+# Two runs of the demo on two instruction sets, held to learn.
+demo-check: setup
+	.venv/bin/python -m experiments.demo --check $(ARGS)
 
 # All runs of runs/ in a browser, also while they go on; ARGS="--port 8080", python -m caco.tracking.dashboard --help.
 dashboard: setup

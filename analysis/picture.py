@@ -155,7 +155,7 @@ def draw(trained: "Trained", curve: Curve | None, pixels: float | None, rows: "B
     rows_left = 2 * MARGIN + curve_width if curve_width else MARGIN
     width = MARGIN + (rows_left + rows_width if rows_width else MARGIN + curve_width)
     notes = ["" if rows is None else rows_note(trained, rows), f"{name}, step {trained.step:,}"]
-    note = [line for text in notes for line in textwrap.wrap(text, int(width * 17))]
+    note = [line for text in notes for line in textwrap.wrap(text, int(width * 16.5))]
     foot = 0.3 + NOTE_LINE * len(note)
     body = max(lines * (TILE + GAP), 0 if curve is None else LEAST_HEIGHT)
     height = HEAD + body + foot
@@ -175,7 +175,8 @@ def draw(trained: "Trained", curve: Curve | None, pixels: float | None, rows: "B
         draw_curve(axes, curve, pixels, start="at the start" if trained.cfg.get("weights") else "untrained")
     if rows is not None:
         words(rows_left, 0.18, "Rows of the bank", fontsize=13, weight="bold", color=INK)
-        words(rows_left, 0.44, f"each as the {tiles} training images nearest to it, nearest first", fontsize=9, color=FAINT)
+        framed = "" if rows.label_RN is None else "; framed: of another label"
+        words(rows_left, 0.44, f"each as the {tiles} training images nearest to it{framed}", fontsize=9, color=FAINT)
         draw_rows(panel(rows_left, foot, rows_width, body), trained, rows, size=(rows_width, body))
     figure.text(MARGIN / width, 0.13 / height, "\n".join(note), fontsize=8, color=FAINT, va="bottom", linespacing=1.3)
     return figure
@@ -279,7 +280,7 @@ def rows_note(trained: "Trained", rows: "BankRows") -> str:
     if rows.agreement is not None:
         note += (
             f" Over all {rows.num_used:,} chosen rows, on average {rows.agreement:.0%} of the {rows.image_RN.shape[1]} nearest "
-            f"images share a label (of images drawn at random: {rows.chance:.0%}); training saw no labels. Framed: another label."
+            f"images share a label (drawn at random: {rows.chance:.0%}); training saw none."
         )
     return note
 

@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+from caco import instructions  # before torch: CACO_INSTRUCTIONS holds for it too
+
 import torch
 from torch.nn import functional as F
 
@@ -225,8 +227,9 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"expected parts of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    print(instructions.told(), flush=True)
     figures: dict = {"runs": arguments.runs, "threads": torch.get_num_threads(), "clock": clock, "environment": environment()}
-    figures["instructions"] = ("Triton" if fused.on_cuda(device, 128) else None) if device.type == "cuda" else fused.instructions() if fused.library() else None
+    figures["instructions"] = ("Triton" if fused.on_cuda(device, 128) else None) if device.type == "cuda" else instructions.used(instructions.BANK)
     if "speed" in parts:
         for D in (128, 256):
             one = speed(arguments.queries, arguments.rows, D, arguments.runs)

@@ -20,6 +20,8 @@ import time
 import warnings
 from pathlib import Path
 
+from caco import instructions  # before torch: CACO_INSTRUCTIONS holds for it too
+
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
+    print(instructions.told(), flush=True)
     figures = {
         "regression": regression(arguments.images, arguments.width, arguments.classes, arguments.runs),
         "neighbours": neighbours(50_000, 256, arguments.runs),

@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
+import caco  # noqa: F401 - before torch, as CACO_INSTRUCTIONS asks
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget

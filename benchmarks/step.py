@@ -13,6 +13,8 @@ import argparse
 import json
 import statistics
 
+from caco import instructions  # before torch: CACO_INSTRUCTIONS holds for it too
+
 import torch
 from bank import Published, seconds
 
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="timed turns, after two that warm up")
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
+    print(instructions.told(), flush=True)
     overrides = arguments.overrides or DEFAULT
     figures = measure(overrides, arguments.runs)
     print(told(figures))

@@ -24,7 +24,6 @@ from caco.preemption import Stop, Stopped
 from caco.pretrained import CHECKPOINT, Place
 from caco.progress import beginning, ending
 from caco.results import Record, say_sometimes
-from caco.tracking.environment import environment
 from caco.tracking.files import read_json, write_json
 from caco.schedules import RunShape
 from caco.trainer import Trainer
@@ -162,10 +161,11 @@ def train(
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
         print(told, file=sys.stderr)
+        environment = runs.write_environment(run_dir)  # again: now PyTorch is here to say which GPUs and instructions it has
         tracker.start(
             run_dir,
             params={**label.choices, **runs.flat(cfg)},
-            tags={**environment(), "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
+            tags={**environment, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
             run_name=label.name,
             state=newest[0]["tracker"] if newest else None,
             sweep=label.sweep,

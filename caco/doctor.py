@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from caco import instructions
 from caco.data.sources import EXTENSIONS
 from caco.installed import command_to_install
 from caco.tracking.environment import environment
@@ -53,6 +54,12 @@ def python() -> Iterator[Finding]:
     yield Finding("python", "works" if wanted else "broken", platform.python_version(), do)
     changed = {"true": ", with changes", "false": ""}.get(ours["git_dirty"], "")
     yield Finding("caco", "works", f"{ROOT}, commit {ours['git_sha'][:10]}{changed}; {ours['cores']} cores, {ours['memory_gib']} GiB")
+
+
+def cpu() -> Iterator[Finding]:
+    """Which instructions it has, and which are asked for; `native` and `torch` say what serves."""
+    asked = f"{instructions.VARIABLE}={instructions.LEVEL}" if instructions.LEVEL else f"the best serves, {instructions.VARIABLE} is not set"
+    yield Finding("cpu", "works", f"{environment()['cpu']}: {', '.join(instructions.processor())}; {asked}")
 
 
 def torch() -> Iterator[Finding]:
@@ -105,8 +112,12 @@ def native() -> Iterator[Finding]:
         compiler = "" if shutil.which("g++") else "install a C++ compiler (Debian: g++), then "
         do = f"{compiler}pip install --no-deps --no-build-isolation -e {ROOT}; without them slower paths serve"
         yield Finding("native", "absent", f"not built: {', '.join(missing)}", do)
-    if found := sorted({*declared, *built} - {*missing}):
-        yield Finding("native", "works", ", ".join(found))
+    found = sorted({*declared, *built} - {*missing})
+    if found and instructions.LEVEL == "torch":
+        do = f"unset {instructions.VARIABLE}; without them slower paths serve"
+        yield Finding("native", "absent", f"turned off by {instructions.VARIABLE}=torch: {', '.join(found)}", do)
+    elif found:
+        yield Finding("native", "works", ", ".join(f"{part} ({instructions.used(part)})" for part in found))
 
 
 def ffcv() -> Iterator[Finding]:
@@ -262,7 +273,7 @@ def _has_images(folder: Path) -> bool:
 
 
 PARTS: dict[str, Callable[[], Iterator[Finding]]] = {
-    "python": python, "torch": torch, "native": native, "ffcv": ffcv, "slurm": slurm, "mlflow": mlflow, "disk": disk,
+    "python": python, "cpu": cpu, "torch": torch, "native": native, "ffcv": ffcv, "slurm": slurm, "mlflow": mlflow, "disk": disk,
 }  # fmt: skip
 
 

@@ -218,7 +218,16 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
             )
     (run_dir / "failure.txt").unlink(missing_ok=True)
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
-    write_json(run_dir / "environment.json", {**environment(), "command": command()})
+    if not (run_dir / "summary.json").exists():  # else it is done, and was where its record says
+        write_environment(run_dir)
+
+
+def write_environment(run_dir: Path) -> dict[str, str]:
+    """Write environment.json, what the run runs on and its command; returns the first."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    found = environment()
+    write_json(run_dir / "environment.json", {**found, "command": command()})
+    return found
 
 
 def command() -> str:

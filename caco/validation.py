@@ -203,7 +203,7 @@ def _not_installed(tree: dict[str, Any]) -> list[str]:
 def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
     """What the command line asks for and the composed configuration does not do."""
     problems = []
-    if "pn" in choices and choices.get("method") != "caco":
+    if "pn" in choices and choices.get("method") not in ("caco", "caco_small"):
         problems.append(f"pn={choices['pn']}: belongs to method=caco, and the method is {choices.get('method')}")
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]

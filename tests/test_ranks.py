@@ -19,7 +19,7 @@ from caco.plan import plan
 
 pytestmark = pytest.mark.timeout(900)  # four processes on two busy cores
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "caco_small")  # CaCo with other numbers
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
 CASES = [f"method={m} {SMALL}" for m in METHODS if m != "caco"] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from caco import instructions
 from caco.data import native
 from caco.data.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
 from caco.data.beton import BetonImages
@@ -168,7 +169,7 @@ class AutoLoader:
 def _chosen(source: Source, missing: str | None) -> str:
     if missing is None:
         return "FFCV, compiled"
-    how = "Pillow (the compiled views were not built)" if native.library() is None else "the compiled views"
+    how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "the compiled views"
     if source.arrays is not None:
         return f"{how} of images in memory"
     return f"torch's DataLoader and {how}" + (f"; no FFCV: {missing}" if isinstance(source, BetonImages) else "")
@@ -179,7 +180,8 @@ def what_ffcv_lacks(source: Source) -> str | None:
     if not isinstance(source, BetonImages):
         return "reads a .beton (data=beton), which python -m caco.data.write makes of any data"
     if native.library() is None:
-        return "needs the compiled views, which were not built: install a C++ compiler, then caco again"
+        do = f"unset {instructions.VARIABLE}" if instructions.LEVEL == "torch" else "install a C++ compiler, then caco again"
+        return f"needs the compiled views, which {native.why_not()}: {do}"
     if native.turbojpeg() is None:
         return "needs libturbojpeg (Debian: libturbojpeg0)"
     if not is_installed("ffcv"):
