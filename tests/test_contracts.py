@@ -17,6 +17,9 @@ MULTICROP = ["+augmentation.views.small._target_=caco.data.views.View", "+augmen
 CASES = {f"method={name}": [f"method={name}", *SMALL] for name in METHODS}
 CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items())}
 CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
+# A method's own contract is fast to see; that small views change nothing of it is seen of CaCo, and of the rest in the long tier.
+LONG = {f"method={name} multi-crop" for name in METHODS if name != "caco"}
+PARAMETERS = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
 
 
 def bank_of(overrides):
@@ -27,7 +30,7 @@ def has_bank(overrides):
     return bank_of(overrides) is not None
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
     overrides = [*CASES[case], "max_steps=7", "checkpoint.every_steps=4"]
     bank = has_bank(overrides)
@@ -49,7 +52,7 @@ def views_of(cfg, step):
     return [torch.randn(8, 3, size, size, generator=generator) for size in build(cfg.augmentation).sizes]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_bank_and_twin_move_only_when_told(case):
     cfg = compose(*CASES[case], bank=has_bank(CASES[case]))
     method = build_method(cfg).train()
@@ -66,7 +69,8 @@ def test_bank_and_twin_move_only_when_told(case):
     assert all(p.grad is not None for group in method.parameter_groups() for p in group.parameters), "every parameter takes part"
 
 
-QUEUED = [case for case in CASES if has_bank(CASES[case]) and "lr" not in bank_of(CASES[case])]
+QUEUED = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES
+          if has_bank(CASES[case]) and "lr" not in bank_of(CASES[case])]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", QUEUED)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_ranks import launch
+from processes import caco_evaluate, ranks
 from tiny import compose, train
 
 from caco import build, evaluate, pretrained
@@ -265,7 +265,7 @@ def test_test_images_that_were_trained_on_are_refused_unless_told(here, run_dir,
 
 
 def test_a_run_that_another_process_trains_is_left_alone(run_dir, tmp_path):
-    hold = f"import sys, time; from caco import runs; from pathlib import Path; runs.hold(Path({str(run_dir)!r})); print(1, flush=True); time.sleep(60)"
+    hold = f"import sys, time; from caco import runs; from pathlib import Path; runs.hold(Path({str(run_dir)!r})); print(1, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         command = [sys.executable, "-m", "caco.evaluate", f"run={run_dir}", "eval=[knn]"]
@@ -284,7 +284,7 @@ def test_two_ranks_train_the_classifiers_that_one_trains(here, run_dir):
         if world == 1:
             assert here(*arguments) == 0
         else:
-            codes, outputs = launch(world, [sys.executable, "-m", "caco.evaluate", *arguments])
+            codes, outputs = ranks(world, caco_evaluate, *arguments)
             assert codes == [0] * world, outputs[0][1][-3000:]
         folder = run_dir.parent / str(world) / "evaluations" / "classifiers"
         states[world] = {path.parent.name.split("-")[0]: load(path)["network"] for path in folder.glob("*/step_*.pt")}

@@ -1,14 +1,12 @@
 """A run learns, is recorded, and can be cut anywhere and go on to the same bits."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from interrupted import train_killed
+from processes import Process, caco_train
 from tiny import BANK, TINY, batch_of, compose, now, train
 
 from caco import build, trainer
@@ -67,47 +65,44 @@ def cut_after(monkeypatch, steps):
 EVERY = ["checkpoint.every_steps=3"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody cuts."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    train(run_dir, *EVERY)
+    return run_dir
+
+
 # Steps 0 and 1 are the warm start; a checkpoint after every third step; 21 steps make an epoch.
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 9, 11])
-def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, steps):
-    train(tmp_path / "whole", *EVERY)
+def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, whole, steps):
     with monkeypatch.context() as patch:
         cut_after(patch, steps)
         with pytest.raises(Cut):
             train(tmp_path / "cut", *EVERY)
     train(tmp_path / "cut", *EVERY)
-    assert_same(final(tmp_path / "whole"), final(tmp_path / "cut"))
-    assert record(tmp_path / "whole") == record(tmp_path / "cut")
+    assert_same(final(whole), final(tmp_path / "cut"))
+    assert record(whole) == record(tmp_path / "cut")
 
 
-def test_so_does_a_process_killed_at_whatever_instant(tmp_path):
-    """SIGKILL, again and again, at moments that the run does not choose; workers and bf16 included."""
-    command = [
-        sys.executable, "-m", "caco.train", *TINY, *BANK, "max_steps=24", "checkpoint.every_steps=2", "precision=bf16",
-        "loader.num_workers=1", "eval_every_epochs=3",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = subprocess.run([*command, f"hydra.run.dir={tmp_path}/whole"], env=environment, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    command = [*command, f"hydra.run.dir={tmp_path}/killed"]
-    kills = 0
-    while True:
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        seen = len(list((tmp_path / "killed" / "checkpoints").glob("step_*.pt")))
-        newest = max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step_*.pt")), default="")
-        while kills < 3 and child.poll() is None:
-            now = max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step_*.pt")), default="")
-            if now > newest or len(list((tmp_path / "killed" / "checkpoints").glob("step_*.pt"))) != seen:
-                time.sleep(0.013 * (kills + 1))
-                child.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        _, errors = child.communicate()
-        if child.returncode == 0:
-            break
-        assert child.returncode == -signal.SIGKILL, errors
-        kills += 1
-    assert kills >= 2, "the run was never killed, so nothing was shown"
+# Seconds of computing from the start of a checkpoint on: within it, after it, a few steps later.
+@pytest.mark.parametrize(
+    ("precision", "kills"),
+    [("fp32", [0.02]), pytest.param("bf16", [0.001, 0.004, 0.016, 0.032, 0.064], marks=pytest.mark.long)],
+)
+def test_so_does_a_process_killed_at_whatever_instant(tmp_path, precision, kills):
+    """Ended from outside, again and again, at moments that the run does not choose; workers included."""
+    command = [*TINY, *BANK, "max_steps=24", "checkpoint.every_steps=2", f"precision={precision}", "loader.num_workers=1",
+               "eval_every_epochs=3"]  # fmt: skip
+    code, _, errors = Process(caco_train, *command, f"hydra.run.dir={tmp_path}/whole").end()
+    assert code == 0, errors
+    command.append(f"hydra.run.dir={tmp_path}/killed")
+    for seconds in kills:
+        code, _, errors = Process(train_killed, seconds, *command).end()
+        assert code == -signal.SIGPROF, errors
+        assert not (tmp_path / "killed" / "summary.json").exists(), "a run that has ended cannot be killed"
+    code, _, errors = Process(caco_train, *command).end()
+    assert code == 0, errors
     assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
     assert record(tmp_path / "whole") == record(tmp_path / "killed")
 

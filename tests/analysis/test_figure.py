@@ -67,7 +67,7 @@ def test_the_banks_figure_shows_the_rows_that_have_one(found, tmp_path):
 
 
 def test_compute_is_steps_times_what_a_step_costs(found):
-    """At 3,600 images a second a step of 64 takes 64 / 3600 s; filling the bank is compute too."""
+    """At 3,600 images a second a step of 64 takes 64 / 3600 s; the warm start is compute too."""
     for x, step in (("hours", 64 / 3600 / 3600), ("images", 64e-6)):
         drawn, _ = curves.compute(load_table("7"), SMOKE, found, chosen=False, x=x)
         lines = {line.get_label(): line.get_xdata() for line in drawn.axes[0].lines}

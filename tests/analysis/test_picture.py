@@ -27,7 +27,7 @@ def made(run_dir: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two filling steps, and one epoch."""
+    """Two steps of warm start, and one epoch."""
     return made(tmp_path_factory.mktemp("runs") / "one", f"data.limit={LIMIT}", "max_steps=null", "epochs=1")
 
 
@@ -246,7 +246,7 @@ def test_what_came_before_epoch_0_is_left_of_it():
     assert picture.curve_of(ledger[1:2], 20) is None
 
 
-def test_a_runs_filling_steps_are_shaded(run, monkeypatch):
+def test_a_runs_warm_start_is_shaded(run, monkeypatch):
     axes = drawn(run, monkeypatch).axes[0]
     assert "warm start: 2 steps" in texts(axes)
     assert axes.lines[0].get_xdata()[0] == pytest.approx(-2 / STEPS_PER_EPOCH)

@@ -247,7 +247,7 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 def test_four_processes_at_once_on_a_fresh_default_store_each_log_their_run(tmp_path, store):
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + FRESH]
-    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, "")
     from mlflow import MlflowClient
 

@@ -130,7 +130,7 @@ def test_a_sample_agrees_with_the_kernel(tmp_path):
 def test_without_a_place_to_write_the_sampler_ends_with_one_warning(tmp_path, caplog):
     sampler = Sampler(Ledger(tmp_path / "absent" / "system.jsonl"), 0.001)
     sampler.start()
-    sampler.join(10)
+    sampler.join(240)
     assert not sampler.is_alive() and len(caplog.messages) == 1 and "system metrics end here" in caplog.messages[0]
 
 
