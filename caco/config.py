@@ -29,6 +29,8 @@ class Schedule:
     warmup_epochs: float = MISSING
     final_fraction: float = MISSING
     unit: str = MISSING
+    final_weight_decay: float | None = MISSING
+    clip_gradient_norm: float | None = MISSING
 
 
 @dataclass

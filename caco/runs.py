@@ -51,7 +51,8 @@ NEUTRAL_KEYS = (
 )
 # Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
 NOTHING_IF_NULL = (
-    "accumulate", "format", "weights_digest", "bank.final_lr", "method.warm_start_steps", "method.warm_start_passes"
+    "accumulate", "format", "weights_digest", "bank.final_lr", "method.warm_start_steps", "method.warm_start_passes",
+    "schedule.final_weight_decay", "schedule.clip_gradient_norm",
 )  # fmt: skip
 
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up

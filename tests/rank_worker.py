@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from processes import PATIENCE_S, caco_train
-from tiny import compose
+from tiny import batch_of, compose, now
 
 from caco import build as assembly
 from caco import distributed, trainer
 from caco.build import build, build_method
 from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
+from caco.schedules import RunShape
 
 GLOBAL_BATCH, STEPS = 16, 3
 WITHOUT_BANK = {"pn=none", "method=simclr"}
@@ -35,25 +36,26 @@ def steps(case):
     overrides = case.split()
     cfg = compose(*overrides, bank=not WITHOUT_BANK & set(overrides))
     method = over_all_ranks(build_method(cfg), torch.device("cpu")).double().train()
-    optimizer = build(cfg.optimizer, parameters=method.encoder_parameters())
+    groups = method.parameter_groups()
+    learning = [p for group in groups for p in group.parameters]
+    optimizer = build(cfg.optimizer, groups=groups)
     part = GLOBAL_BATCH // distributed.world()
     losses = []
     for step in range(STEPS):
         views = [distributed.own(view, part) for view in views_of(cfg, step)]
-        method.update_twin(0.9)
-        warm_start = step == 0 and method.warm_start_steps(GLOBAL_BATCH) > 0
-        outputs = method.warm_start_loss(views) if warm_start else method(views)
+        warm_start = step == 0 and len(method.phases(RunShape(1, STEPS, GLOBAL_BATCH))) > 1
+        at = now("warm start" if warm_start else "training", 0 if warm_start else step, twin_momentum=0.9, bank_lr=0.5)
+        method.before_step(at, None)
+        outputs = method(batch_of(views, first=distributed.rank() * part), at)
         outputs.loss.backward()
-        distributed.mean_gradients(method.encoder_parameters())
-        gradients = [p.grad.clone() for p in method.encoder_parameters()]
+        distributed.mean_gradients(learning)
+        gradients = [p.grad.clone() for p in learning]
         losses.append(distributed.sum_(outputs.loss.detach().clone()) / distributed.world())
         optimizer.step()
         optimizer.zero_grad()
+        method.after_step(at)
         if warm_start:
-            method.fill_bank(0)
-            method.end_warm_start()
-        else:
-            method.update_bank(0.5)
+            method.after_phase(at)
     state = {name: value.clone() for name, value in method.state_dict().items() if "num_batches" not in name}
     return {"losses": losses, "gradients": gradients, "state": state, "statistics": method.statistics()}
 
@@ -90,9 +92,9 @@ def write_sent(path, cases):
         method = over_all_ranks(build_method(cfg), torch.device("cpu")).train()
         views = [distributed.own(view, 8).float() for view in views_of(cfg, 0)]
         sent["bytes"] = 0.0
-        method(views).loss.backward()
-        distributed.mean_gradients(method.encoder_parameters())
-        method.update_bank(0.1)
+        method(batch_of(views), now()).loss.backward()
+        distributed.mean_gradients([p for group in method.parameter_groups() for p in group.parameters])
+        method.after_step(now(bank_lr=0.1))
         counts[case] = sent["bytes"]
     if distributed.is_main():
         Path(path).write_text(json.dumps(counts))
@@ -158,10 +160,10 @@ def print_refused_banks():
 def train_and_lose_rank_1(*overrides):
     original = trainer.Trainer._log
 
-    def log(self, step, *rest):
-        if step == 4 and os.environ["RANK"] == "1":
+    def log(self, now, *rest):
+        if now.step == 4 and os.environ["RANK"] == "1":
             os._exit(9)
-        original(self, step, *rest)
+        original(self, now, *rest)
 
     trainer.Trainer._log = log
     caco_train(*overrides)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_trainer import assert_same, final, record
-from tiny import compose, train
+from tiny import batch_of, compose, now, train
 
 from caco.build import build_method
 from caco.config import CONF
@@ -58,15 +58,15 @@ def test_bank_and_twin_move_only_when_told(case):
     method = build_method(cfg).train()
     rows = None if method.bank is None else method.bank.rows.weight.detach().clone()
     twin = None if method.twin is None else [p.clone() for p in method.twin.parameters()]
-    method(views_of(cfg, 0)).loss.backward()
+    method(batch_of(views_of(cfg, 0)), now()).loss.backward()
     if twin is not None:
         assert all(torch.equal(a, b) for a, b in zip(twin, method.twin.parameters(), strict=True))
         assert all(p.grad is None for p in method.twin.parameters())
     if rows is not None:
         assert torch.equal(rows, method.bank.rows.weight)
-        method.update_bank(0.5)
+        method.after_step(now(bank_lr=0.5))
         assert not torch.equal(rows, method.bank.rows.weight)
-    assert all(p.grad is not None for p in method.encoder_parameters()), "every parameter takes part"
+    assert all(p.grad is not None for group in method.parameter_groups() for p in group.parameters), "every parameter takes part"
 
 
 QUEUED = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES
@@ -80,8 +80,8 @@ def test_no_key_is_a_negative_of_its_own_image(case):
     method = build_method(cfg).train()
     for step in range(3):
         before = method.bank.rows.weight.detach().clone()
-        method(views_of(cfg, step))
+        method(batch_of(views_of(cfg, step)), now())
         for keys in method._step_keys().split(8):
             assert (keys @ before.T).max() < 1 - 1e-6
         assert torch.equal(before, method.bank.rows.weight)
-        method.update_bank(0.0)
+        method.after_step(now(bank_lr=0.0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from interrupted import train_killed
 from processes import Process, caco_train
-from tiny import BANK, TINY, compose, train
+from tiny import BANK, TINY, batch_of, compose, now, train
 
 from caco import build, trainer
 from caco.banks import fused
@@ -187,7 +187,7 @@ def test_the_rates_are_those_of_the_schedule(tmp_path):
     assert [row.get("epoch") for row in rows] == [None, None, 0, 0]
     assert [row["lr"] for row in rows] == pytest.approx([0.0075, 0.0075, 0.0075 / 21, 0.0075 * 2 / 21])
     assert [row["bank_lr"] for row in rows] == pytest.approx([0, 0, 3 / 21, 6 / 21])
-    assert [row["momentum"] for row in rows][:3] == pytest.approx([0.999, 0.999, 0.99])
+    assert [row["twin_momentum"] for row in rows][:3] == pytest.approx([0.999, 0.999, 0.99])
 
 
 def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
     )
     views = [v.contiguous(memory_format=torch.channels_last) for v in next(iter(loader.epoch(0))).views]
     method.twin.update(method.encoder, 0.99)
-    method(views).loss.backward()
+    method.loss(views).loss.backward()
     rows = method.bank.rows
     expected_rows = rows.weight.detach() - 3.0 * method.bank.gradient()  # first step: velocity is the gradient; no warm-up
     assert torch.allclose(after["method"]["bank.rows.weight"], expected_rows, atol=1e-6)
@@ -231,20 +231,18 @@ def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides
     for parts in (1, 4):
         cfg = compose(*overrides)
         method = build.build_method(cfg).double().train()
-        if method.needs_whole_batch and not warm_start:
+        if method.needs.whole_batch and not warm_start:
             assert overrides == ["pn=positive"]  # refused: see below
             return
         run = trainer.Trainer.__new__(trainer.Trainer)
         run.method, run.accumulate, run.device, run.precision = method, parts, torch.device("cpu"), "fp32"
         generator = torch.Generator().manual_seed(0)
         views = [torch.randn(16, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
-        outputs = run._forward_and_backward(views, warm_start=warm_start)
-        gradients = [p.grad.clone() for p in method.encoder_parameters() if p.grad is not None]
+        at = now("warm start" if warm_start else "training", bank_lr=0.5)
+        outputs = run._forward_and_backward(batch_of(views), at)
+        gradients = [p.grad.clone() for group in method.parameter_groups() for p in group.parameters if p.grad is not None]
         keys = method._step_keys()
-        if warm_start:
-            method.fill_bank(0)
-        else:
-            method.update_bank(0.5)
+        method.after_step(at)
         found.append([outputs.loss, *outputs.metrics.values(), keys, method.bank.rows.weight.detach(), *gradients])
     for whole, parts in zip(*found, strict=True):
         assert torch.allclose(whole, parts, atol=1e-10)
@@ -277,10 +275,10 @@ def test_batches_that_cannot_be_cut_are_refused(tmp_path, overrides, message):
 def test_rows_without_a_direction_end_the_run_with_their_number(tmp_path, monkeypatch):
     original = trainer.Trainer._log
 
-    def log(self, step, *rest):
-        if step == 4:
+    def log(self, now, *rest):
+        if now.step == 4:
             self.method.bank.rows.weight.detach()[17] = 0.0
-        original(self, step, *rest)
+        original(self, now, *rest)
 
     monkeypatch.setattr(trainer.Trainer, "_log", log)
     with pytest.raises(trainer.NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 6 \(epoch 1 of 2"):

@@ -46,3 +46,21 @@ def train(run_dir: Path, *overrides: str, bank: bool = True) -> dict[str, float]
     from caco.build import train
 
     return train(compose(*overrides, bank=bank), run_dir)
+
+
+def now(phase: str = "training", step: int = 0, **values: float):
+    """Where a run is, for a method that is called by hand; `values` are its schedules'."""
+    from caco.methods.base import Now
+
+    epoch = (0, step) if phase == "training" else (None, None)
+    return Now(step, phase, step, False, *epoch, {"twin_momentum": 0.99, "bank_lr": 0.0, **values})
+
+
+def batch_of(views, *, first: int = 0):
+    """A batch of these views, of the images from number `first` on, unlabelled."""
+    import torch
+
+    from caco.data.loader import Batch
+
+    index = torch.arange(first, first + len(views[0]))
+    return Batch(list(views), index, torch.full_like(index, -1))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from caco.banks import scoring
 from caco.banks.rows import Rows, few_rows_chosen
-from caco.optimizers import Schedule
+from caco.schedules import RunShape, Table, constant
 
 
 class FifoBank(nn.Module):
@@ -28,9 +28,9 @@ class FifoBank(nn.Module):
         self.size = size
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
 
-    def rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
+    def rates(self, run: RunShape) -> Table:
         """A queue has no rate: 0 for every step."""
-        return [0.0] * (epochs * steps_per_epoch)
+        return constant(run, 0.0)
 
     def fill(self, keys_GD: Tensor, step: int) -> None:
         """Take the keys of a step of the warm start, like those of any other."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from caco.banks import scoring
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
-from caco.optimizers import Schedule
+from caco.schedules import RunShape, Table, warmup_and_cosine
 
 
 class LearnableBank(nn.Module):
@@ -76,11 +76,11 @@ class LearnableBank(nn.Module):
         self.default_warm_start_passes = 1 if self.filled_by_keys else 0
         self.asked: list[scoring.Asked] = []  # of the rows by the step in progress
 
-    def rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
-        """The rate of every step after the warm start, for a global batch: warmed up, then a cosine from `lr` to `final_lr`."""
-        scale = batch / self.lr_reference_batch if self.lr_reference_batch else 1.0
+    def rates(self, run: RunShape) -> Table:
+        """The rate of every step of the training: warmed up, then a cosine from `lr` to `final_lr`."""
+        scale = run.batch / self.lr_reference_batch if self.lr_reference_batch else 1.0
         final_lr = self.lr if self.final_lr is None else self.final_lr
-        return schedule.warmup_and_cosine(self.lr * scale, final_lr * scale, self.warmup_epochs, epochs, steps_per_epoch)
+        return warmup_and_cosine(run, self.lr * scale, final_lr * scale, self.warmup_epochs)
 
     def score(
         self,

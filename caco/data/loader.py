@@ -39,6 +39,13 @@ class Batch:
     index: torch.Tensor
     label: torch.Tensor
 
+    def parts(self, count: int) -> "Iterator[Batch]":
+        """The batch cut into so many equal ones."""
+        for views, index, label in zip(
+            zip(*(view.chunk(count) for view in self.views), strict=True), self.index.chunk(count), self.label.chunk(count), strict=True
+        ):
+            yield Batch(list(views), index, label)
+
 
 class TorchLoader:
     """Settings of a loader that needs no more than torch; `bind` gives them data.
@@ -223,16 +230,24 @@ class BoundLoader:
         self._stand_ins: dict[int, int] = {}
         self._running = _batches(iter(()), views, device, {})
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
         """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
 
         One at a time: the iterator of an earlier call ends when a later one begins.
+
+        Args:
+            order: positions of images, int64, in place of the epoch's own permutation; at least as many as an epoch takes.
         """
+        if order is not None and (len(order) < self.steps_per_epoch * self._order.batch or order.min() < 0 or order.max() >= self._order.num_images):
+            raise ValueError(
+                f"order: expected at least {self.steps_per_epoch * self._order.batch} positions below {self._order.num_images}, got "
+                f"{len(order)} of {order.min()} to {order.max()}"
+            )
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step: expected 0..{self.steps_per_epoch}, got {start_step}")
         assert self._loader is not None, "the loader is closed"
         self._running.close()
-        self._order.epoch, self._order.start_step = epoch, start_step
+        self._order.epoch, self._order.start_step, self._order.chosen = epoch, start_step, order
         self._running = _batches(_begin(self._loader), self._views, self._device, self._stand_ins)
         return self._running
 

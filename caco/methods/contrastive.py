@@ -11,20 +11,20 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.banks.scoring import Score
-from caco.methods.sources import BankRows, BatchBothViews, BatchKeys, NearestKey, Positive
+from caco.data.images import Images
+from caco.data.loader import Batch
+from caco.methods.base import TRAINING, Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
+from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives
 from caco.nn.twin import MomentumTwin
-from caco.optimizers import Schedule
+from caco.schedules import RunShape, Table, cosine
+
+WARM_START = "warm start"
 
 
 class Term(NamedTuple):
     query: int  # view that is encoded with gradient
     key: int  # view whose key chooses (or is) the positive
     weight: float
-
-
-class Outputs(NamedTuple):
-    loss: Tensor  # scalar, this rank's part; the ranks' mean is the batch's loss
-    metrics: dict[str, Tensor]  # scalars without gradient
 
 
 def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Literal["sum", "mean"]) -> list[Term]:
@@ -86,7 +86,7 @@ def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives) -> Tenso
     return torch.cat(columns, 1) if columns else None
 
 
-class Contrastive(nn.Module):
+class Contrastive(Method):
     """An encoder trained against positives and negatives, with or without a momentum twin and a bank.
 
     Args:
@@ -107,9 +107,9 @@ class Contrastive(nn.Module):
         self,
         *,
         encoder: nn.Module,
-        bank: nn.Module | None,
-        positives: object,
-        negatives: object,
+        bank: nn.Module | None = None,
+        positives: Positives,
+        negatives: Negatives,
         temperature: float = 0.08,
         momentum: float | None = 0.99,
         final_momentum: float = 1.0,
@@ -132,7 +132,7 @@ class Contrastive(nn.Module):
                 "a positive that is a row of the bank needs the bank's rows as negatives; got "
                 f"{type(positives).__name__} with {type(negatives).__name__}"
             )
-        if bank is None and (negatives.bank_rows or isinstance(positives, NearestKey)):
+        if bank is None and (negatives.bank_rows or positives.needs_bank):
             raise ValueError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
         if warm_start_steps is not None and warm_start_passes is not None:
             raise ValueError(
@@ -162,47 +162,88 @@ class Contrastive(nn.Module):
         return self.encoder.backbone
 
     @property
-    def needs_whole_batch(self) -> bool:
-        """Whether the batch's other images are negatives, so that a part of it would have fewer."""
+    def needs(self) -> Needs:
         in_warm_start = bool(self.num_warm_start_steps or self.warm_start_passes) and not self._rows_are_filled
-        return in_warm_start or isinstance(self.negatives, (BatchKeys, BatchBothViews))
+        return Needs(whole_batch=in_warm_start or self.negatives.columns_per_image > 0)
 
-    def encoder_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves: everything that learns but the bank's rows."""
-        bank = set() if self.bank is None else set(self.bank.parameters())
-        return [p for p in self.parameters() if p.requires_grad and p not in bank]
-
-    def momenta(self, schedule: Schedule, epochs: int, steps_per_epoch: int) -> list[float]:
-        """The twin's m for every step after the warm start."""
-        start = 0.0 if self.momentum is None else self.momentum
-        return schedule.momentum(start, self.final_momentum, epochs, steps_per_epoch)
-
-    def bank_rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
-        """The bank's learning rate for every step after the warm start."""
-        if self.bank is None:
-            return [0.0] * (epochs * steps_per_epoch)
-        return self.bank.rates(schedule, batch, epochs, steps_per_epoch)
-
-    def update_twin(self, momentum: float) -> None:
-        """Before the keys are computed, as in the published code."""
+    def phases(self, run: RunShape) -> list[Phase]:
+        """A warm start where there is one, at the full rate, and the training."""
+        steps = self.warm_start_steps(run.batch)
+        values = {name: 0.0 for name in self.schedules(run)}
         if self.twin is not None:
-            self.twin.update(self.encoder, momentum)
+            values["twin_momentum"] = self.warm_start_momentum
+        return ([Phase(WARM_START, steps, values)] if steps else []) + [Phase(TRAINING)]
+
+    def schedules(self, run: RunShape) -> dict[str, Table]:
+        """The twin's m, and the bank's rate."""
+        tables = {}
+        if self.twin is not None:
+            tables["twin_momentum"] = cosine(run, self.momentum, self.final_momentum)
+        if self.bank is not None:
+            tables["bank_lr"] = self.bank.rates(run)
+        return tables
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Everything that learns but the bank's rows."""
+        bank = set() if self.bank is None else set(self.bank.parameters())
+        return [ParameterGroup([p for p in self.parameters() if p.requires_grad and p not in bank])]
+
+    def before_step(self, now: Now, images: Images) -> None:
+        """The twin moves before the keys are computed, as in the published code."""
+        if self.twin is not None:
+            self.twin.update(self.encoder, now["twin_momentum"])
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        return self.warm_start_loss(batch.views) if now.phase == WARM_START else self.loss(batch.views)
+
+    def after_step(self, now: Now) -> None:
+        """The rows move, or take the keys, once per optimiser step."""
+        if self.bank is not None and now.phase == WARM_START:
+            self.bank.fill(self._step_keys(), now.step_in_phase)
+        elif self.bank is not None:
+            self.bank.update(lr=now["bank_lr"], keys_GD=self._step_keys())
+        self.keys.clear()
+
+    def after_phase(self, now: Now) -> None:
+        """The twin starts the training as a copy of the encoder."""
+        if self.twin is not None and now.phase == WARM_START:
+            self.twin.update(self.encoder, 0.0)
+
+    def terms(self, sizes: list[int]) -> list[Term]:
+        """Of the loss on views of these sizes; the large ones come first."""
+        num_large = sum(size == sizes[0] for size in sizes)
+        return pair_terms(num_large, len(sizes) - num_large, symmetric=self.symmetric, reduction=self.reduction)
+
+    def costs(self, sizes: list[int]) -> Costs:
+        terms = self.terms(sizes)
+        querying, chosen = {term.query for term in terms}, {term.key for term in terms}
+        encoded, followed = (querying, chosen) if self.twin is not None else (querying | chosen, set())
+        return Costs(
+            encoded=sorted(encoded),
+            followed=sorted(followed),
+            terms=len(terms),
+            bank_terms=len(terms) if self.negatives.bank_rows else 0,
+            searches=len(chosen) * self.positives.searches,
+            lookups=len(chosen) * self.positives.lookups,
+            columns_per_image=self.negatives.columns_per_image,
+            gathers=len(chosen),
+            gathers_with_gradient=len(chosen) if self.twin is None else 0,
+        )
 
     def encode(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Term]]:
         """Queries of every view that queries, keys of the large views (own and gathered), and the terms of the loss."""
-        num_large = sum(view.shape[-1] == views[0].shape[-1] for view in views)
-        terms = pair_terms(num_large, len(views) - num_large, symmetric=self.symmetric, reduction=self.reduction)
+        terms = self.terms([view.shape[-1] for view in views])
         querying, chosen = {term.query for term in terms}, {term.key for term in terms}
         q = [self.encoder(view) if v in querying else None for v, view in enumerate(views)]
         if self.twin is not None:
-            k = [self.twin(views[v]) if v in chosen else None for v in range(num_large)]
+            k = [self.twin(views[v]) if v in chosen else None for v in range(1 + max(chosen))]
             all_k = [None if key is None else distributed.gather(key) for key in k]
         else:
-            k = [self.encoder(views[v]) if q[v] is None else q[v] for v in range(num_large)]
+            k = [self.encoder(views[v]) if q[v] is None else q[v] for v in range(1 + max(chosen))]
             all_k = [distributed.gather_with_gradient(key) for key in k]
         return q, k, all_k, terms
 
-    def forward(self, views: list[Tensor]) -> Outputs:
+    def loss(self, views: list[Tensor]) -> Outputs:
         """Loss of one batch of views, each [B, 3, H, W]; the large ones come first. Nothing but statistics changes."""
         q, k, all_k, terms = self.encode(views)
         positives = self.positives_of(k, terms)
@@ -220,12 +261,6 @@ class Contrastive(nn.Module):
         together = self.positives(torch.cat([k[v] for v in views]), self.bank)
         parts = [[None] * len(views) if of_all is None else of_all.chunk(len(views)) for of_all in together]
         return {v: Positive(*part) for v, part in zip(views, zip(*parts, strict=True), strict=True)}
-
-    def update_bank(self, lr: float) -> None:
-        """Once per optimiser step, after a finite loss."""
-        if self.bank is not None:
-            self.bank.update(lr=lr, keys_GD=self._step_keys())
-        self.keys.clear()
 
     def _step_keys(self) -> Tensor:
         """The step's keys by view, rank and image, into however many parts the batch was cut."""
@@ -268,16 +303,6 @@ class Contrastive(nn.Module):
         )
         self.keys.append([k_GD.detach()])
         return Outputs(score.loss_B.mean(), {})
-
-    def fill_bank(self, step: int) -> None:
-        """After the optimiser's step of warm-start step `step`."""
-        if self.bank is not None:
-            self.bank.fill(self._step_keys(), step)
-        self.keys.clear()
-
-    def end_warm_start(self) -> None:
-        """The twin starts epoch 0 as a copy of the encoder."""
-        self.update_twin(0.0)
 
     def warning(self, statistics: dict[str, float]) -> str | None:
         """What these statistics of an epoch say of a bank that has collapsed, and what helps; None where nothing is wrong."""

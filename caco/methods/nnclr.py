@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco import distributed
-from caco.methods.contrastive import Contrastive, Outputs, contrast, weighted
+from caco.methods.base import Outputs
+from caco.methods.contrastive import Contrastive, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
 
 
@@ -53,7 +54,7 @@ class NNCLR(Contrastive):
             nn.Linear(predictor_hidden_dim, dim),
         )
 
-    def forward(self, views: list[Tensor]) -> Outputs:
+    def loss(self, views: list[Tensor]) -> Outputs:
         """Loss of one batch of views, each [B, 3, H, W]; the large ones come first."""
         z, _, _, terms = self.encode(views)
         p = [F.normalize(self.predictor(z_BD).to(z_BD.dtype), dim=1) for z_BD in z]  # float32 under autocast too

@@ -10,7 +10,7 @@ from caco import equations as eq
 from caco.banks.fifo import FifoBank
 from caco.banks.learnable import LearnableBank
 from caco.banks.rows import Rows, random_rows
-from caco.optimizers import Schedule
+from caco.schedules import RunShape
 
 
 def queries(step, B=8, D=6):
@@ -61,7 +61,7 @@ def test_a_frozen_bank_never_moves():
 
 def test_the_rate_scales_with_the_batch_only_when_asked():
     def rates(**settings):
-        return LearnableBank(size=4, dim=2, seed=0, lr=3.0, warmup_epochs=0, **settings).rates(Schedule(), 64, 10, 1)
+        return LearnableBank(size=4, dim=2, seed=0, lr=3.0, warmup_epochs=0, **settings).rates(RunShape(10, 1, 64))
 
     assert rates() == [3.0] * 10
     assert rates(lr_reference_batch=1024) == [0.1875] * 10
