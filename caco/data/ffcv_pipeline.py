@@ -8,10 +8,11 @@ plain Python and nothing is compiled. FFCV's other traps are met where they lie:
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty
 from unittest.mock import patch
 
+import numba
 import numba.typed
 import numpy as np
 import torch
@@ -87,6 +88,31 @@ class FFCVBatches:
                 yield made
         finally:
             _end(running, self._operation)
+
+
+def _state_type(manager: OSCacheManager) -> numba.types.Tuple:
+    """Of (the file's bytes, where images lie in it, how long they are), as FFCV means it.
+
+    FFCV's own sets `mutable` of numba.uint8[::1], and numba has one such type for all: what it compiled for it before is no longer
+    found under it, which it tells, with a traceback for each function, when they are deleted.
+    """
+    bytes_, numbers = numba.types.Array(numba.uint8, 1, "C", readonly=True), numba.uint64[::1]
+    return numba.types.Tuple([bytes_, numbers, numbers])
+
+
+def _compile_reader(manager: OSCacheManager) -> Callable:
+    """As FFCV's, for that type."""
+    state_type = manager.state_type
+
+    def read(place, state):
+        content, places, sizes = state
+        return content[place : place + sizes[np.searchsorted(places, place)]]
+
+    return Compiler.compile(read, state_type[0](numba.uint64, state_type))
+
+
+# Of the class, so that FFCV's own pipelines, compiled beside ours, are spared too.
+OSCacheManager.state_type, OSCacheManager.compile_reader = property(_state_type), _compile_reader
 
 
 class _MappedFile(OSCacheManager):

@@ -1,5 +1,6 @@
 """A .beton: FFCV reads what we write and we read what FFCV writes; nothing half-made is left, nothing broken is used."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,10 +15,12 @@ from PIL import Image
 from caco.data import write
 from caco.data.beton import BetonImages, beton
 from caco.data.datasets import folder
+from caco.data.loader import FFCVLoader
 from caco.data.sources import ImagesInMemory, Splits
 from caco.data.write import write_splits
 
 ffcv_pipeline = pytest.importorskip("caco.data.ffcv_pipeline", reason="needs FFCV", exc_type=ImportError)
+import numba  # noqa: E402
 
 
 def same(source, other) -> bool:
@@ -83,6 +86,17 @@ def test_ffcv_reads_what_we_write(in_memory, tmp_path, monkeypatch):
     images, labels = zip(*((images.clone(), labels.clone()) for images, labels in loader), strict=True)
     assert np.array_equal(np.concatenate(images), in_memory.train.arrays)
     assert np.array_equal(np.concatenate(labels)[:, 0], in_memory.train.labels)
+
+
+def test_ffcvs_pipelines_leave_numbas_types_as_they_are(in_memory, two_views, tmp_path, monkeypatch):
+    """Numba files what it compiled under them; what is not found there any more is a traceback when it is deleted."""
+    filed = {numba.uint8[::1]: "compiled for arrays of bytes"}
+    write_splits(in_memory, tmp_path, mode="raw", num_workers=1)
+    with contextlib.closing(FFCVLoader(num_workers=1).bind(beton(root=str(tmp_path)).train, two_views, batch=8, seed=0)):
+        assert numba.uint8[::1] in filed and numba.uint8[::1].mutable
+    monkeypatch.setattr(ffcv_pipeline.Compiler, "is_enabled", False)
+    ffcv_pipeline.Loader(str(tmp_path / "train.beton"), batch_size=10, num_workers=1)
+    assert numba.uint8[::1] in filed and numba.uint8[::1].mutable
 
 
 def test_we_read_what_ffcv_writes(in_memory, tmp_path, capfd):
