@@ -1,26 +1,48 @@
-# Everything from a bare Debian: make demo | make test | make dashboard. All set up first; make setup alone does only that.
+# Everything from a bare Debian: make demo | make test | make test-long | make dashboard. Each sets up first what it needs; make setup does only that, all of it.
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo test dashboard clean
+.PHONY: setup demo demo-record demo-check test test-long dashboard clean
 
 setup: .venv/.done
 
-# Done again when the dependencies change; make -B setup does it again at any time.
-.venv/.done: pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard caco/*/*.cpp caco/*/*.h)
-	PYTHON="$(PYTHON)" bash scripts/setup.sh
+# Each part is set up once, on top of the one before, and again when the dependencies change; make -B setup does it again at any time.
+.venv/.demo: pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard caco/*/*.cpp caco/*/*.h)
+	PYTHON="$(PYTHON)" bash scripts/setup.sh demo
 	touch $@
 
-demo: setup
+.venv/.dashboard: .venv/.demo
+	bash scripts/setup.sh dashboard
+	touch $@
+
+.venv/.done: .venv/.demo
+	PYTHON="$(PYTHON)" bash scripts/setup.sh all
+	touch $@ .venv/.dashboard
+
+demo: .venv/.demo
 	.venv/bin/python -m caco.train preset=demo $(ARGS)
+	.venv/bin/python -m analysis.picture preset=demo $(ARGS)
+
+# The demo over every instruction set and five seeds: experiments/records/demo.md. Long: hours on two cores.
+demo-record: setup
+	.venv/bin/python -m experiments.demo $(ARGS)
+
+# Two runs of the demo on two instruction sets, held to learn.
+demo-check: setup
+	.venv/bin/python -m experiments.demo --check $(ARGS)
 
 # All runs of runs/ in a browser, also while they go on; ARGS="--port 8080", python -m caco.tracking.dashboard --help.
-dashboard: setup
+dashboard: .venv/.dashboard
 	.venv/bin/python -m caco.tracking.dashboard $(ARGS)
 
+# Everything that a promise to a user rests on; of one part: make test ARGS=tests/slurm.
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# What is seeded, repeated or slow besides: every method on two and four ranks, every kind of kill, SLURM's rarer turns.
+test-long: setup
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m long $(ARGS)
+
 # What make made; never runs/.
 clean:
-	rm -rf .venv build caco.egg-info .pytest_cache
+	rm -rf .venv build caco_ssl.egg-info .pytest_cache

@@ -1,15 +1,37 @@
-"""The native parts, compiled where caco is installed; everything else about the package is in pyproject.toml.
+"""What pyproject.toml cannot say: the native parts, and conf/ inside a wheel.
 
-Each is plain C++ called through ctypes. optional: where no compiler is, the install goes on and the slower paths serve.
+The native parts are plain C++ called through ctypes, compiled where caco is installed. optional: where no compiler is, the
+install goes on and the slower paths serve.
 """
 
+from pathlib import Path
+
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 # Nothing here may depend on the processor that compiles, so no -march=native: what a better processor runs is chosen when
 # it runs.
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread"]
 
+
+class WithConf(build_py):
+    """A wheel carries conf/ as caco/conf; in a checkout it lies beside the package, where one reads it (caco/config.py).
+
+    Done by hand and not by an entry of package-dir, with which setuptools would make of an editable install an import hook.
+    A hook is asked after the path: in the folder above a clone named caco, Python would take that clone for the package.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for file in Path("conf").rglob("*.yaml"):
+                target = Path(self.build_lib, "caco", file)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(file), str(target))
+
+
 setup(
+    cmdclass={"build_py": WithConf},
     ext_modules=[
         Extension(
             "caco.banks._kernel", ["caco/banks/kernel.cpp"],
@@ -22,5 +44,5 @@ setup(
             extra_compile_args=[*FLAGS, "-ffp-contract=off", "-ffinite-math-only", "-fno-signed-zeros"],
             extra_link_args=["-pthread"],
         ),
-    ]
+    ],
 )  # fmt: skip

@@ -8,20 +8,23 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from sklearn.manifold import TSNE
 
 from analysis import style
+from caco.banks.rows import TWIN_COSINE
 from caco.banks.scoring import unit_rows
 from caco.build import build_method
 from caco.checkpoint import Checkpoints
 from caco.config import ConfigError, build
 from caco.data.loader import plain_batches
 from caco.data.sources import Source, Splits, choose
+from caco.evals.evaluation import Evaluation
 from caco.evals.features import extract
-from caco.evals.knn import nearest
+from caco.evals.knn import KNN, nearest
+from caco.evals.pixels import RawPixels
 
 Data = list[dict[str, Any]]
 SAME, OTHER = "#0072B2", "#D55E00"
+MOST_PIXELS = 60_000  # images: k-NN of raw pixels takes seconds for a small set, and hours for ImageNet
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Trained:
     splits: Splits
     views: Any
     step: int
+
+    @property
+    def key_encoder(self) -> torch.nn.Module:
+        """What embeds the keys, which choose rows (Eq. 11): the momentum twin, or the encoder where there is none."""
+        return self.method.encoder if self.method.twin is None else self.method.twin.encoder
 
     def outputs(self, network: torch.nn.Module, source: Source) -> torch.Tensor:
         """What a network makes of every image's plain view, [N, D] float32."""
@@ -79,11 +87,10 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     if bank is None:
         raise ConfigError(f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative")
     train, test = trained.splits.labelled("Figure 3")
-    network = method.encoder if method.twin is None else method.twin.encoder
     generator = np.random.default_rng(seed)
     chosen = _one_of_each_class(test.labels, queries, generator)
     with torch.inference_mode():
-        k_TD, images_ND = trained.outputs(network, test), trained.outputs(network, train)
+        k_TD, images_ND = trained.outputs(trained.key_encoder, test), trained.outputs(trained.key_encoder, train)
         m_KD = unit_rows(bank.rows.weight)[0].float()
         positive_T = nearest(k_TD, m_KD, k=1)[1][:, 0]
         cosine_K1, image_K1 = nearest(m_KD, images_ND, k=1)
@@ -154,6 +161,8 @@ def _show(axes: Any, image: Any, caption: str, colour: str, *, solid: bool) -> N
 
 def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) -> tuple[Figure, Data]:
     """The paper's Figure 5: t-SNE of the backbone's features of test images, by class."""
+    from sklearn.manifold import TSNE  # here and not above: a second that the other figures do not need
+
     trained = load(run_dir, data_root)
     _, test = trained.splits.labelled("Figure 5")
     chosen = choose(test.labels, min(images, len(test)), len(test), seed=seed, balanced=True)
@@ -182,3 +191,103 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
         for image, label, (x, y) in zip(chosen, some.labels, placed, strict=True)
     ]
     return figure, data
+
+
+@dataclass(frozen=True)
+class BankRows:
+    """Some rows of a bank, R of them, each with the N training images nearest to it.
+
+    images: those that were embedded; `image_RN` are their positions, `label_RN` their labels, None where there are none.
+    row_R, uses_R: which rows, and how many of the images choose each.
+    image_RN, cosine_RN: nearest first.
+    num_used: rows of the whole bank that some image chooses.
+    num_frequent, share_frequent: rows among which those shown were picked, the most chosen ones, and how much of the images
+        they take.
+    agreement, chance: over all rows that are used, the mean share of the N nearest images that have the most common label
+        among them, and the same of N images drawn at random; None without labels.
+    """
+
+    images: Source
+    row_R: torch.Tensor
+    uses_R: torch.Tensor
+    image_RN: torch.Tensor
+    cosine_RN: torch.Tensor
+    label_RN: np.ndarray | None
+    num_used: int
+    num_frequent: int
+    share_frequent: float
+    agreement: float | None
+    chance: float | None
+
+
+def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_images: int = 10_000) -> BankRows:
+    """Rows that are often chosen and far from one another, and what lies nearest to them.
+
+    As in training the images' keys choose; here those of their plain views.
+
+    Args:
+        count: rows, at most: of near-duplicates one is taken.
+        num_images: embedded, at most: of a larger set so many are drawn, equally from the classes.
+    """
+    images, bank = trained.splits.pretrain, trained.method.bank
+    if num_images < len(images):
+        images = images.part(choose(images.labels, num_images, len(images), seed=0, balanced=True), images.name)
+    num_nearest = min(num_nearest, len(images))
+    with torch.inference_mode():
+        k_ND = trained.outputs(trained.key_encoder, images)
+        m_KD = unit_rows(bank.rows.weight)[0].float()
+        uses_K = torch.bincount(bank.rows.most_probable(k_ND), minlength=bank.size)
+        used, frequent = uses_K.nonzero()[:, 0], most_chosen(uses_K, least=3 * count)
+        row_R = frequent[far_apart(m_KD[frequent], count)]
+        cosine_RN, image_RN = nearest(m_KD[row_R], k_ND, k=num_nearest)
+        label_RN = agreement = chance = None
+        if images.labels is not None:
+            label_RN = images.labels[image_RN.numpy()]
+            alike = most_common(label_RN)[0].argsort(kind="stable")  # rows of one label stand together
+            row_R, cosine_RN, image_RN, label_RN = row_R[alike], cosine_RN[alike], image_RN[alike], label_RN[alike]
+            of_used = images.labels[nearest(m_KD[used], k_ND, k=num_nearest)[1].numpy()]
+            drawn = np.random.default_rng(0).choice(images.labels, (1000, num_nearest))
+            agreement, chance = (float(most_common(labels)[1].mean() / num_nearest) for labels in (of_used, drawn))
+    share = float(uses_K[frequent].sum() / len(images))
+    return BankRows(
+        images, row_R, uses_K[row_R], image_RN, cosine_RN, label_RN, len(used), len(frequent), share, agreement, chance
+    )
+
+
+def most_chosen(uses_K: torch.Tensor, *, least: int) -> torch.Tensor:
+    """As few rows as together have half of the uses, but `least` where so many are used; the most used first, then the lower index."""
+    order = uses_K.argsort(descending=True, stable=True)
+    half = int((uses_K[order].cumsum(0) * 2 < uses_K.sum()).sum()) + 1
+    return order[: max(half, min(least, int((uses_K > 0).sum())))]
+
+
+def far_apart(m_RD: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions of at most `count` unit rows: the first, then in turn the one whose nearest among those taken is farthest.
+
+    It ends early where all that are left are near-duplicates of one taken.
+    """
+    taken = [0]
+    closest_R = m_RD @ m_RD[0]
+    while len(taken) < count and closest_R.min() < TWIN_COSINE:
+        taken.append(int(closest_R.argmin()))
+        closest_R = torch.maximum(closest_R, m_RD @ m_RD[taken[-1]])
+    return torch.tensor(taken)
+
+
+def most_common(label_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the label that it has most of, the smallest of equals, and how often; [R] each."""
+    found = [np.unique(labels, return_counts=True) for labels in label_RN]
+    return np.array([values[counts.argmax()] for values, counts in found]), np.array([counts.max() for _, counts in found])
+
+
+def pixels_knn(trained: Trained) -> float | None:
+    """Raw pixels' k-NN accuracy in percent, by the run's own k-NN on the same images; None where it would take too long."""
+    (name, node), *_ = ((name, node) for name, node in trained.cfg.eval.items() if node._target_.endswith(f".{KNN.__name__}"))
+    splits = trained.splits
+    if node.fraction * len(splits.train) + len(splits.test) > MOST_PIXELS:
+        return None
+    # Nothing is multiplied to make these features, so no precision and no device changes them.
+    evaluation = Evaluation(
+        {name: build(node)}, splits, trained.views, batch=256, device="cpu", precision="fp32", seed=trained.cfg.seed
+    )
+    return evaluation.run(RawPixels(trained.cfg.augmentation.size), "end")["knn_top1"]

@@ -6,7 +6,7 @@ another version of the table, the scale or the code's defaults, and is refused.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,22 @@ def train_hours(result: Result) -> float:
 
 
 def device_hours_per_epoch(result: Result) -> float:
-    """Hours of an epoch times the processes that shared it; the steps that fill a bank are not counted."""
-    config, steps = result.config, result.summary["steps"]
-    if config.get("bank.initialisation") == "keys":
-        steps -= config["bank.filling_passes"] * math.ceil(config["bank.size"] / config["batch"])
+    """Hours of an epoch times the processes that shared it; the steps of the warm start are not counted."""
+    steps = result.summary["steps"] - warm_start_steps(result.config)
     hours = train_hours(result) * steps / result.summary["steps"]
     return hours * result.summary["processes"] / result.summary["epochs"]
+
+
+def warm_start_steps(config: Mapping[str, Any]) -> int:
+    """Steps before epoch 0 of a run with this flat configuration; older ones call the passes `bank.filling_passes`."""
+    if (steps := config.get("method.warm_start_steps")) is not None:
+        return steps
+    passes = config.get("method.warm_start_passes", config.get("bank.filling_passes"))
+    if config.get("bank.initialisation") == "keys":
+        passes = 1 if passes is None else passes
+    else:
+        passes = 0 if "bank.filling_passes" in config else passes
+    return (passes or 0) * math.ceil(config.get("bank.size", 0) / config["batch"])
 
 
 DERIVED: dict[str, Callable[[Result], float]] = {

@@ -26,15 +26,16 @@ if not __package__:  # typed as above: the caco and the benchmarks of this check
 
 from benchmarks import step
 from benchmarks.common import (
-    CLOCKS, Report, bank_instructions, lacks_bf16, lacks_gpu, lacks_kernel, lacks_tiles, named, parser, ratios, say, seconds,
+    CLOCKS, Report, lacks_bf16, lacks_gpu, lacks_kernel, lacks_tiles, named, parser, ratios, say, seconds,
     spread, told, turns,
 )  # fmt: skip
 from benchmarks.published import LR, MOMENTUM, TAU, Published
+from caco import instructions
 from caco.banks import fused
 from caco.banks.learnable import LearnableBank
 
-import torch  # isort: skip
-from torch.nn import functional as F  # isort: skip
+import torch
+from torch.nn import functional as F
 
 PARTS = ("speed", "memory", "step", "curve")
 CURVE = [(256, K, 128) for K in (8192, 32768, 131072)] + [(N, 65536, 128) for N in (128, 512)]
@@ -215,7 +216,7 @@ def main() -> None:
     report = Report(["what", "figure", "beside it"])
     figures = report.figures
     figures |= {"runs": runs, "threads": torch.get_num_threads(), "clock": arguments.clock}
-    figures["instructions"] = ("Triton" if fused.on_cuda(device, 128) else None) if device.type == "cuda" else bank_instructions()
+    figures["instructions"] = ("Triton" if fused.on_cuda(device, 128) else None) if device.type == "cuda" else instructions.used(instructions.BANK)
     if device.type == "cpu":
         report.leave_out("a GPU", lacks_gpu())
     if "speed" in parts:

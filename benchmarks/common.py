@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from caco import instructions
 from caco.banks import fused
 from caco.tracking.environment import environment
 
-import torch  # isort: skip  after caco, which tells it which instructions to use
+import torch  # after caco, which tells it which instructions to use
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _started = time.perf_counter()
@@ -42,20 +43,11 @@ def parser(description: str, *, runs: str | None = None, full: str | None = None
 # What has no unit on this machine
 
 
-def flags() -> set[str]:
-    """What the processor has, in Linux's words (x86: flags, Arm: Features); nothing is known elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
-
-
 def lacks_bf16() -> str | None:
     """Why a matrix product of bfloat16 has no unit to run on, or None. Asked, not tried: without one it takes minutes."""
-    if not flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
-        return "no unit for products of bfloat16 (AVX512_BF16 or AMX) is known of this processor"
-    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if not instructions.flags() & {"avx512_bf16", "amx_bf16"}:
+        return "this processor has no unit that is known for products of bfloat16 (AVX512_BF16, AMX)"
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # which CACO_INSTRUCTIONS sets, too
     if held.startswith(("SSE", "AVX2")) or held in ("AVX", "AVX512_CORE", "AVX512_CORE_VNNI"):
         return f"ONEDNN_MAX_CPU_ISA={held} keeps PyTorch from the units for products of bfloat16"
     return None
@@ -63,34 +55,25 @@ def lacks_bf16() -> str | None:
 
 def lacks_kernel() -> str | None:
     """Why the bank's compiled kernel does not serve, or None."""
-    return None if fused.library() is not None else "the bank's compiled kernel was not built here, or is turned off"
+    return None if fused.library() is not None else f"the bank's compiled kernel is {instructions.used(instructions.BANK)}"
 
 
 def lacks_tiles() -> str | None:
     """Why the bank's kernel has no bfloat16 of its own, or None."""
-    if lacks_kernel() is None and bank_instructions() == "amx":
+    if instructions.used(instructions.BANK) == "amx":
         return None
-    return lacks_kernel() or "no AMX tiles here; without them the bank's kernel counts in float32, whatever the precision"
+    return lacks_kernel() or "no AMX tiles; without them the bank's kernel counts in float32, whatever the precision"
 
 
 def lacks_gpu() -> str | None:
     return None if torch.cuda.is_available() else "PyTorch sees none here"
 
 
-def bank_instructions() -> str:
-    """plain, avx2, avx512 or amx, whichever the bank's kernel uses; or why there is none."""
-    try:
-        from caco import instructions
-    except ImportError:  # an older caco
-        return "not built" if fused.library() is None else fused.instructions().lower().replace("-", "")
-    return instructions.used(instructions.BANK)
-
-
 def machine() -> dict[str, str]:
     """What a figure has to name."""
     return {
         "processor": environment()["cpu"],
-        "instructions": f"the bank's kernel {bank_instructions()}, PyTorch {torch.backends.cpu.get_cpu_capability()}",
+        "instructions": instructions.told().partition(": ")[2],
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
     }

@@ -29,9 +29,9 @@ from caco.evals.features import FeatureStore
 from caco.evals.knn import knn_predict, knn_votes
 from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
 
-import torch  # isort: skip
-from sklearn.linear_model import LogisticRegression  # isort: skip
-from torch.nn import functional as F  # isort: skip
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
 
 TOLERANCE, MAX_ITERATIONS = 1e-5, 1000
 
@@ -142,12 +142,12 @@ def main() -> None:
     options.add_argument("--width", type=int, default=256)
     options.add_argument("--classes", type=int, default=20)
     arguments = options.parse_args()
-    images, width, runs = arguments.images, arguments.width, arguments.runs or 3
+    images, width, classes, runs = arguments.images, arguments.width, arguments.classes, arguments.runs or 3
     if arguments.tiny:
-        images, width, runs = 80, 8, 1
+        images, width, classes, runs = 100, 4, 2, 1
     report = Report(["what", "ratio", "beside it"])
     say(f"regression: {runs} turns of ours and scikit-learn's along {len(strengths())} strengths, {images} x {width}")
-    fit = regression(images, width, arguments.classes, runs)
+    fit = regression(images, width, classes, runs)
     report.row(
         "logistic regression: scikit-learn's time / ours", _ratio(fit),
         f"{fit['seconds']:.1f} s to {fit['scikit_learn_seconds']:.1f} s; largest gradient entry {fit['largest_gradient']:.1e} and "

@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from caco import instructions  # before torch: CACO_INSTRUCTIONS holds for it too
+
 import numpy as np
 import torch
 from omegaconf import OmegaConf
@@ -200,6 +202,7 @@ def main() -> None:
     parser.add_argument("--only", default="large,raw,small,multicrop,first", help="which parts")
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
+    print(instructions.told(), flush=True)
     workers, only = arguments.workers, set(arguments.only.split(","))
     torch.set_num_threads(workers)
     figures: dict[str, Any] = {}

@@ -19,9 +19,11 @@ from benchmarks.common import Report, lacks_bf16, named, parser, ratios, say, se
 from benchmarks.published import Published
 from caco import config
 from caco.build import build, build_method, pick_device
+from caco.data.loader import Batch
+from caco.methods.base import TRAINING, Now
 from caco.methods.sources import BankRow
 
-import torch  # isort: skip
+import torch
 
 DEFAULT = ["backbone=small_resnet", "augmentation=cifar", "projector.hidden_dim=256", "batch=256", "bank=8M"]
 TINY = [*DEFAULT, "backbone.width=8", "projector.hidden_dim=16", "batch=8", "bank.size=64"]
@@ -46,7 +48,7 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         cfg = config.job_config(config.compose([*base, FP32]))
     say(f"step: {' '.join(overrides)}")
     method = build_method(cfg).to(device=device, memory_format=torch.channels_last).train()
-    optimizer = build(cfg.optimizer, parameters=method.encoder_parameters())
+    optimizer = build(cfg.optimizer, groups=method.parameter_groups())
     generator = torch.Generator().manual_seed(0)
     views = [
         torch.randn(cfg.batch, 3, size, size, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
@@ -64,18 +66,21 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         sum(view.sum() for view in q if view is not None).backward()
         method.zero_grad()
 
+    index = torch.arange(cfg.batch, device=device)
+    batch, now = Batch(views, index, torch.full_like(index, -1)), Now(0, TRAINING, 0, False, 0, 0, {"twin_momentum": 0.99, "bank_lr": 0.01})
+
     def step() -> None:
-        method.update_twin(0.99)
+        method.before_step(now, None)
         with autocast():
-            loss = method(views).loss
+            loss = method(batch, now).loss
         assert torch.isfinite(loss)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        method.update_bank(0.01)
+        method.after_step(now)
 
     def published_step() -> None:
-        method.update_twin(0.99)
+        method.twin.update(method.encoder, 0.99)
         with autocast():
             q, k, _, _ = method.encode(views)
         (one, gradient), (other, also) = published.loss(q[0], k[1]), published.loss(q[1], k[0])

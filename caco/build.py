@@ -12,18 +12,20 @@ from omegaconf import DictConfig
 from caco import distributed, runs, weights
 from caco.checkpoint import Checkpoints
 from caco.config import build
+from caco.data.images import Images
 from caco.data.overlap import refuse_overlap
 from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
-from caco.optimizers import Schedule
+from caco.optimizers import Optimisation, Schedule
 from caco.preemption import Stop, Stopped
 from caco.pretrained import CHECKPOINT, Place
+from caco.progress import beginning, ending
 from caco.results import Record, say_sometimes
-from caco.tracking.environment import environment
 from caco.tracking.files import read_json, write_json
+from caco.schedules import RunShape
 from caco.trainer import Trainer
 
 
@@ -53,8 +55,8 @@ def build_method(cfg: DictConfig) -> torch.nn.Module:
     """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
     torch.manual_seed(cfg.seed)
     encoder = build_encoder(cfg)
-    bank = None if cfg.bank is None else build(cfg.bank)
-    return build(cfg.method, encoder=encoder, bank=bank)
+    bank = {} if cfg.bank is None else {"bank": build(cfg.bank)}
+    return build(cfg.method, encoder=encoder, **bank)
 
 
 def final_backbone(cfg: DictConfig, method: torch.nn.Module) -> torch.nn.Module:
@@ -82,15 +84,14 @@ def train(
     tracker = build(cfg.tracking)
     splits, views = build(cfg.data), build(cfg.augmentation)
     data_digest = distributed.shared_object(splits.pretrain.digest() if main else None)
-    loader = build(cfg.loader).bind(
-        splits.pretrain,
-        views,
-        batch=cfg.batch,
-        seed=cfg.seed,
-        rank=distributed.rank(),
-        world=distributed.world(),
-        device=device,
-    )
+
+    def bind_loader():
+        return build(cfg.loader).bind(
+            splits.pretrain, views, batch=cfg.batch, seed=cfg.seed, rank=distributed.rank(), world=distributed.world(), device=device
+        )
+
+    loader = bind_loader()
+    images = Images(splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device)
     evaluation = Evaluation(
         {name: build(node) for name, node in cfg.eval.items()},
         splits,
@@ -111,20 +112,18 @@ def train(
     method = over_all_ranks(method, device).to(device=device, memory_format=torch.channels_last)
     if cfg.compile:
         method.encoder.compile()
-    optimizer = build(cfg.optimizer, parameters=method.encoder_parameters())
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    schedule = dict(cfg.schedule)
+    run = RunShape(cfg.epochs, loader.steps_per_epoch, cfg.batch, schedule.pop("unit"))
     trainer = Trainer(
         method=method,
         loader=loader,
-        optimizer=optimizer,
-        schedule=Schedule(**cfg.schedule),
+        images=images,
+        optimisation=Optimisation(build(cfg.optimizer, groups=method.parameter_groups()), Schedule(**schedule), run),
+        run=run,
         evaluation=evaluation,
         tracker=tracker,
         checkpoints=checkpoints,
         device=device,
-        epochs=cfg.epochs,
-        batch=cfg.batch,
         seed=cfg.seed,
         config_hash=config_hash,
         data_digest=data_digest,
@@ -147,16 +146,26 @@ def train(
             print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
         if trainer.step == trainer.total_steps and (run_dir / "summary.json").exists():
             loader.close()
+            images.close()
             distributed.stop()
             return read_json(run_dir / "summary.json")
 
     status = "FAILED"
     summary: dict = {}
+    started = time.monotonic()
     if main:
+        told = beginning(
+            data=splits.pretrain.name, num_train=len(splits.pretrain), num_test=len(splits.test or ()) if cfg.eval else 0,
+            choices=label.choices, bank_rows=0 if cfg.bank is None else cfg.bank.size, batch=cfg.batch, epochs=cfg.epochs,
+            warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
+            processes=distributed.world(), device=device.type, run_dir=run_dir,
+        )  # fmt: skip
+        print(told, file=sys.stderr)
+        environment = runs.write_environment(run_dir)  # again: now PyTorch is here to say which GPUs and instructions it has
         tracker.start(
             run_dir,
             params={**label.choices, **runs.flat(cfg)},
-            tags={**environment(), "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
+            tags={**environment, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
             run_name=label.name,
             state=newest[0]["tracker"] if newest else None,
             sweep=label.sweep,
@@ -168,6 +177,10 @@ def train(
         if main:
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
+            told = ending(
+                summary, seconds=time.monotonic() - started, run_dir=run_dir, evaluators=list(label.choices.get("eval") or [])
+            )
+            print(told, file=sys.stderr)
         status = "FINISHED"
     except (KeyboardInterrupt, Stopped):
         status = "KILLED"
@@ -176,6 +189,7 @@ def train(
         if main:
             tracker.finish(status, summary)
         loader.close()
+        images.close()
         distributed.stop()
     return summary
 

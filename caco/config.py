@@ -13,6 +13,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from caco.installed import is_installed
 from caco.runs import file_digest, run_name
 
 # Beside the package in a checkout, inside it in a wheel (pyproject.toml maps the one to the other).
@@ -28,16 +29,25 @@ class Schedule:
     warmup_epochs: float = MISSING
     final_fraction: float = MISSING
     unit: str = MISSING
+    final_weight_decay: float | None = MISSING
+    clip_gradient_norm: float | None = MISSING
+
+
+@dataclass
+class WarmStart:
+    steps: int | None = MISSING
+    passes: int | None = MISSING
 
 
 @dataclass
 class BankLearning:
     lr: float = MISSING
     lr_reference_batch: int | None = MISSING
+    final_lr: float | None = MISSING
     push: float = MISSING
     reading: str = MISSING
     initialisation: str = MISSING
-    filling_passes: int = MISSING
+    filling_passes: int | None = MISSING
 
 
 @dataclass
@@ -68,6 +78,7 @@ class Root:
     format: str | None = MISSING
     weights_digest: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
+    warm_start: WarmStart = field(default_factory=WarmStart)
     bank_learning: BankLearning = field(default_factory=BankLearning)
     log_every_steps: int = MISSING
     eval_every_epochs: int = MISSING
@@ -138,6 +149,12 @@ def register() -> None:
     ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
+    OmegaConf.register_new_resolver("installed_tracking", installed_tracking, replace=True)
+
+
+def installed_tracking() -> str:
+    """The option of `tracking` where none is chosen: without MLflow the ledger alone, which can be sent to it later."""
+    return "mlflow" if is_installed("mlflow") else "ledger"
 
 
 register()

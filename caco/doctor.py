@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from caco import instructions
 from caco.data.sources import EXTENSIONS
+from caco.installed import command_to_install
 from caco.tracking.environment import environment
 from caco.tracking.feed import resolve_uri
 
@@ -54,8 +56,14 @@ def python() -> Iterator[Finding]:
     yield Finding("caco", "works", f"{ROOT}, commit {ours['git_sha'][:10]}{changed}; {ours['cores']} cores, {ours['memory_gib']} GiB")
 
 
+def cpu() -> Iterator[Finding]:
+    """Which instructions it has, and which are asked for; `native` and `torch` say what serves."""
+    asked = f"{instructions.VARIABLE}={instructions.LEVEL}" if instructions.LEVEL else f"the best serves, {instructions.VARIABLE} is not set"
+    yield Finding("cpu", "works", f"{environment()['cpu']}: {', '.join(instructions.processor())}; {asked}")
+
+
 def torch() -> Iterator[Finding]:
-    install = "make -B setup, or pip install torch torchvision timm"
+    install = command_to_install()
     try:
         import torch
 
@@ -104,8 +112,12 @@ def native() -> Iterator[Finding]:
         compiler = "" if shutil.which("g++") else "install a C++ compiler (Debian: g++), then "
         do = f"{compiler}pip install --no-deps --no-build-isolation -e {ROOT}; without them slower paths serve"
         yield Finding("native", "absent", f"not built: {', '.join(missing)}", do)
-    if found := sorted({*declared, *built} - {*missing}):
-        yield Finding("native", "works", ", ".join(found))
+    found = sorted({*declared, *built} - {*missing})
+    if found and instructions.LEVEL == "torch":
+        do = f"unset {instructions.VARIABLE}; without them slower paths serve"
+        yield Finding("native", "absent", f"turned off by {instructions.VARIABLE}=torch: {', '.join(found)}", do)
+    elif found:
+        yield Finding("native", "works", ", ".join(f"{part} ({instructions.used(part)})" for part in found))
 
 
 def ffcv() -> Iterator[Finding]:
@@ -113,7 +125,7 @@ def ffcv() -> Iterator[Finding]:
     found = importlib.util.find_spec("ffcv")
     libraries = "libopencv-dev libturbojpeg0-dev pkg-config g++"
     if found is None:
-        do = f"loader=torch does without; for it, as root: apt-get install {libraries}; then pip install 'caco[ffcv]'"
+        do = f"loader=torch does without; for it, as root: apt-get install {libraries}; then {command_to_install('ffcv')}"
         yield Finding("ffcv", "absent", "not installed", do)
         return
     places = [Path(folder) for folder in found.submodule_search_locations or ()]
@@ -149,13 +161,14 @@ def slurm() -> Iterator[Finding]:
             gpus = "no GPUs" if gpus == "(null)" else gpus
             yield Finding("slurm", "works", f"partition {partition}: {nodes} nodes of {cpus} CPUs, {gpus}")
     if _version("submitit") is None:
-        yield Finding("slurm", "absent", "no submitit", "for launcher=slurm and launcher=local: pip install 'caco[slurm]'")
+        yield Finding("slurm", "absent", "no submitit", f"for launcher=slurm and launcher=local: {command_to_install('slurm')}")
 
 
 def mlflow() -> Iterator[Finding]:
     version = _version("mlflow")
     if version is None:
-        yield Finding("mlflow", "absent", "not installed", "tracking=ledger does without; else pip install 'caco[mlflow]'")
+        do = f"a run's ledger keeps all, python -m caco.tracking.sync sends it later; for MLflow: {command_to_install('mlflow')}"
+        yield Finding("mlflow", "absent", "not installed", do)
         return
     try:
         uri = resolve_uri(None)
@@ -260,7 +273,7 @@ def _has_images(folder: Path) -> bool:
 
 
 PARTS: dict[str, Callable[[], Iterator[Finding]]] = {
-    "python": python, "torch": torch, "native": native, "ffcv": ffcv, "slurm": slurm, "mlflow": mlflow, "disk": disk,
+    "python": python, "cpu": cpu, "torch": torch, "native": native, "ffcv": ffcv, "slurm": slurm, "mlflow": mlflow, "disk": disk,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from caco import pretrained, runs
 from caco.config import ConfigError
 from caco.refusals import groups
-from caco.train import for_user, refuse
+from caco.train import for_user, refuse, say_if_mlflow_is_missing
 
 HELP = """\
 caco: evaluate a trained backbone.
@@ -71,6 +71,7 @@ def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Cal
 def _evaluate(cfg: DictConfig) -> None:
     place = None if cfg.run is None else pretrained.locate(cfg.run)
     results_dir = _results_dir(cfg, place)
+    say_if_mlflow_is_missing(cfg, sys.argv[1:], results_dir)
     if runs.is_first_rank():
         results_dir.mkdir(parents=True, exist_ok=True)
         runs.hold(results_dir)

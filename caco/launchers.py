@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from caco import instructions
 from caco.runs import SWEEP
 
 # The outcome of jobs that are no longer in SLURM's hands; every other state means wait.
@@ -292,11 +293,12 @@ def _check_ranks(cfg: DictConfig, ranks: int, gpus: int) -> None:
 def _environment(code: Path) -> dict[str, str]:
     """So that a job imports caco from `code` and not, which `python -m` prefers, from the directory it starts in.
 
-    And knows its sweep, also where sbatch hands no environment on.
+    And knows its sweep and its instructions, also where sbatch hands no environment on.
     """
+    level = {} if instructions.LEVEL is None else {instructions.VARIABLE: instructions.LEVEL}
     inherited = os.environ.get("PYTHONPATH")
     path = f"{code}{os.pathsep}{inherited}" if inherited else str(code)
-    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", SWEEP: os.environ.get(SWEEP, "null")}
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", SWEEP: os.environ.get(SWEEP, "null"), **level}
 
 
 def _hours(limit: str) -> float:

@@ -1,24 +1,29 @@
-"""Optimisers from libraries on the paper's parameter groups, and the schedules, computed once and visible."""
+"""Optimisers from libraries on the paper's parameter groups, and what a step does with them: rates, clipping, freezing."""
 
-import math
-from typing import Literal
+from typing import Any
 
 import timm.optim
 import torch
 from torch import nn
 
+from caco.methods.base import Now, ParameterGroup
+from caco.schedules import RunShape, Table, cosine, warmup_and_cosine
 
-def parameter_groups(parameters: list[nn.Parameter], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict]:
-    """Parameters that decay and, where excluded, those of one dimension (biases, BatchNorm), which do not.
+
+def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict[str, Any]]:
+    """torch's groups: of each of the method's the parameters that decay and, where excluded, those of one dimension (biases,
+    BatchNorm), which do not.
 
     timm's LARS scales no group whose weight decay is 0, so the exclusion holds for its scaling too.
     """
-    if not exclude_one_dimensional:
-        return [{"params": parameters, "weight_decay": weight_decay}]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    parts = []
+    for group in groups:
+        own = {"rate": group.rate, "frozen_steps": group.frozen_steps}
+        excluded = [p for p in group.parameters if exclude_one_dimensional and p.ndim <= 1]
+        decaying = [p for p in group.parameters if not (exclude_one_dimensional and p.ndim <= 1)]
+        parts.append({"params": decaying, "weight_decay": weight_decay if group.decay else 0.0, **own})
+        parts.append({"params": excluded, "weight_decay": 0.0, **own})
+    return [part for part in parts if part["params"]]
 
 
 def scaled_lr(lr: float, batch: int, reference_batch: int | None) -> float:
@@ -29,7 +34,7 @@ def scaled_lr(lr: float, batch: int, reference_batch: int | None) -> float:
 
 
 def lars(
-    parameters: list[nn.Parameter],
+    groups: list[ParameterGroup],
     *,
     batch: int,
     lr: float = 0.3,
@@ -46,13 +51,13 @@ def lars(
         raise ValueError(
             f"optimizer.weight_decay must be positive with LARS, whose scaling timm ties to it; got {weight_decay}"
         )
-    groups = parameter_groups(parameters, weight_decay, exclude_one_dimensional=True)
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
     rate = scaled_lr(lr, batch, reference_batch)
-    return timm.optim.Lars(groups, lr=rate, momentum=momentum, trust_coeff=trust_coefficient)
+    return timm.optim.Lars(parts, lr=rate, momentum=momentum, trust_coeff=trust_coefficient)
 
 
 def sgd(
-    parameters: list[nn.Parameter],
+    groups: list[ParameterGroup],
     *,
     batch: int,
     lr: float = 0.03,
@@ -61,12 +66,12 @@ def sgd(
     weight_decay: float = 1e-4,
 ) -> torch.optim.Optimizer:
     """SGD with momentum; decay on every parameter, as in MoCo and AdCo. The rate is lr * batch / reference_batch."""
-    groups = parameter_groups(parameters, weight_decay, exclude_one_dimensional=False)
-    return torch.optim.SGD(groups, lr=scaled_lr(lr, batch, reference_batch), momentum=momentum)
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
+    return torch.optim.SGD(parts, lr=scaled_lr(lr, batch, reference_batch), momentum=momentum)
 
 
 def adamw(
-    parameters: list[nn.Parameter],
+    groups: list[ParameterGroup],
     *,
     batch: int,
     lr: float = 1e-3,
@@ -75,59 +80,98 @@ def adamw(
     weight_decay: float = 0.05,
 ) -> torch.optim.Optimizer:
     """AdamW, for ViTs; parameters of one dimension do not decay. The rate is lr * batch / reference_batch."""
-    groups = parameter_groups(parameters, weight_decay, exclude_one_dimensional=True)
-    return torch.optim.AdamW(groups, lr=scaled_lr(lr, batch, reference_batch), betas=tuple(betas))
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
+    return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=tuple(betas))
 
 
 class Schedule:
-    """Warm-up and cosine as tables with one number a step; made once, before the loop.
+    """Settings of what changes over the run in an optimiser of any kind.
 
     Args:
         warmup_epochs: of the learning rate.
         final_fraction: of the learning rate, at the end; 0.01 in the paper.
-        unit: "step" changes rates with every step; "epoch" holds them within an epoch, as the published code does.
+        final_weight_decay: at the end of a cosine from the optimiser's; None keeps that (DINO goes from 0.04 to 0.4).
+        clip_gradient_norm: the gradient's largest norm over all parameters together; None does not clip.
     """
 
-    def __init__(self, *, warmup_epochs: float = 10, final_fraction: float = 0.01, unit: Literal["step", "epoch"] = "step"):
+    def __init__(
+        self,
+        *,
+        warmup_epochs: float = 10,
+        final_fraction: float = 0.01,
+        final_weight_decay: float | None = None,
+        clip_gradient_norm: float | None = None,
+    ):
         if warmup_epochs < 0 or not 0 <= final_fraction <= 1:
             raise ValueError(
                 "schedule needs warmup_epochs >= 0 and final_fraction in [0, 1]; got "
                 f"warmup_epochs={warmup_epochs}, final_fraction={final_fraction}"
             )
-        self.warmup_epochs, self.final_fraction, self.unit = warmup_epochs, final_fraction, unit
-
-    def _ticks(self, epochs: int, steps_per_epoch: int) -> tuple[list[int], float]:
-        """For each step, how many ticks have passed, and the ticks of an epoch."""
-        if self.unit == "epoch":
-            return [step // steps_per_epoch for step in range(epochs * steps_per_epoch)], 1
-        return list(range(epochs * steps_per_epoch)), steps_per_epoch
-
-    def learning_rate(self, epochs: int, steps_per_epoch: int) -> list[float]:
-        """Factor on the base rate: (t + 1) / W in the warm-up's W ticks, then a cosine to `final_fraction`."""
-        if self.warmup_epochs >= epochs:
+        if (final_weight_decay or 0) < 0 or (clip_gradient_norm is not None and clip_gradient_norm <= 0):
             raise ValueError(
-                f"schedule.warmup_epochs must be below epochs, {epochs}; got {self.warmup_epochs} "
+                "schedule needs final_weight_decay >= 0 and clip_gradient_norm > 0, or null; got "
+                f"final_weight_decay={final_weight_decay}, clip_gradient_norm={clip_gradient_norm}"
+            )
+        self.warmup_epochs, self.final_fraction = warmup_epochs, final_fraction
+        self.final_weight_decay, self.clip_gradient_norm = final_weight_decay, clip_gradient_norm
+
+    def learning_rate(self, run: RunShape) -> Table:
+        """Factor on the base rate: (t + 1) / W in the warm-up's W ticks, then a cosine to `final_fraction`."""
+        if self.warmup_epochs >= run.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs must be below epochs, {run.epochs}; got {self.warmup_epochs} "
                 "(a short run needs a shorter warm-up: schedule.warmup_epochs=0)"
             )
-        ticks, per_epoch = self._ticks(epochs, steps_per_epoch)
-        warmup, total = self.warmup_epochs * per_epoch, epochs * per_epoch
+        return warmup_and_cosine(run, 1.0, self.final_fraction, self.warmup_epochs)
 
-        def factor(t: int) -> float:
-            if t < warmup:
-                return (t + 1) / max(warmup, 1)
-            cosine = 0.5 * (1 + math.cos(math.pi * (t - warmup) / (total - warmup)))
-            return self.final_fraction + (1 - self.final_fraction) * cosine
 
-        return [factor(t) for t in ticks]
+class Optimisation:
+    """torch's optimiser, and the rates and decays that it has at each step of the training.
 
-    def warmup(self, warmup_epochs: float, epochs: int, steps_per_epoch: int) -> list[float]:
-        """Factor of a rate that is warmed up and then constant: the bank's."""
-        ticks, per_epoch = self._ticks(epochs, steps_per_epoch)
-        width = max(warmup_epochs * per_epoch, 1)
-        return [min(1.0, (t + 1) / width) for t in ticks]
+    Args:
+        optimizer: of `lars`, `sgd` or `adamw`.
+        schedule: see there.
+        run: how long the training is.
+    """
 
-    def momentum(self, start: float, end: float, epochs: int, steps_per_epoch: int) -> list[float]:
-        """The twin's m: a half cosine from `start` to `end` over the run."""
-        ticks, per_epoch = self._ticks(epochs, steps_per_epoch)
-        total = epochs * per_epoch
-        return [end - (end - start) * 0.5 * (1 + math.cos(math.pi * t / total)) for t in ticks]
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, run: RunShape):
+        self.optimizer, self.clip_gradient_norm = optimizer, schedule.clip_gradient_norm
+        self.lr_factor = schedule.learning_rate(run)
+        self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        final = schedule.final_weight_decay
+        self.weight_decay = None if final is None else [cosine(run, decay, final) if decay else None for decay in decays]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def lr(self) -> float:
+        """Of the first group, at the step that was prepared last."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def prepare(self, now: Now, lr_factor: float | None) -> None:
+        """Set the rates and decays of a step.
+
+        Args:
+            lr_factor: of a phase before the training, whose decays are those of the training's first step; None in the training.
+        """
+        training_step = now.step_in_phase if lr_factor is None else 0
+        factor = self.lr_factor[training_step] if lr_factor is None else lr_factor
+        for number, group in enumerate(self.optimizer.param_groups):
+            own = now[group["rate"]] if isinstance(group["rate"], str) else factor * group["rate"]
+            group["lr"] = self.base_lr[number] * own
+            if self.weight_decay is not None and self.weight_decay[number] is not None:
+                group["weight_decay"] = self.weight_decay[number][training_step]
+
+    def step(self, now: Now) -> None:
+        """Move the parameters along their gradients, which are the mean over the ranks, and drop these."""
+        for group in self.optimizer.param_groups:
+            if now.step < group["frozen_steps"]:
+                for p in group["params"]:
+                    p.grad = None
+        if self.clip_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()

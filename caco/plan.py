@@ -25,8 +25,9 @@ from caco import config, refusals, validation
 from caco.banks import scoring
 from caco.build import build_encoder, pick_device
 from caco.config import build
-from caco.methods.contrastive import pair_terms
+from caco.methods.base import Method
 from caco.runs import plain
+from caco.schedules import RunShape
 from caco.train import for_user, refuse
 
 # Assumptions, nobody's measurement: tflops=, gbytes_per_s= and measure=true replace them.
@@ -60,7 +61,7 @@ def plan(
         gbytes_per_s: what one device sends to the others.
         images: in the training split; None where the data set has one size or lies at data.root.
     Returns:
-        steps, filling_steps (part of steps), images_per_second, step_seconds, run_hours;
+        steps, warm_start_steps (part of steps), images_per_second, step_seconds, run_hours;
         flops_per_step over all devices, model_flops_per_step and bank_flops_per_step of it;
         device_bytes, the sum of parameter_bytes (weights, gradients, twin, optimiser), bank_bytes, activation_bytes and
         workspace_bytes; sent_bytes_per_step by one device; checkpoint_bytes.
@@ -81,11 +82,13 @@ def plan(
     count = _images(cfg) if images is None else images
     if count < cfg.batch:
         raise ValueError(f"batch: expected at most the {count} images, got {cfg.batch}")
-    one = _counted(_parts(cfg))
+    one, method = _counted(_parts(cfg))
 
     per_epoch = count // cfg.batch
-    filling = one["filling_passes"] * -(-size // cfg.batch)
-    steps = filling + cfg.epochs * per_epoch
+    if cfg.bank is not None:
+        method.bank.size = size  # counted with few rows; how long a phase is depends on how many there are
+    warm_start = sum(phase.steps or 0 for phase in method.phases(RunShape(cfg.epochs, per_epoch, cfg.batch, cfg.schedule.unit)))
+    steps = warm_start + cfg.epochs * per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
     here, dim = cfg.batch // world, cfg.projector.dim
@@ -105,7 +108,7 @@ def plan(
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
     return {
         "steps": float(steps),
-        "filling_steps": float(min(filling, steps)),
+        "warm_start_steps": float(min(warm_start, steps)),
         "step_seconds": seconds,
         "images_per_second": cfg.batch / seconds,
         "run_hours": steps * seconds / 3600,
@@ -132,58 +135,53 @@ def _parts(cfg: DictConfig) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _counted(text: str) -> dict[str, float]:
-    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward."""
+def _counted(text: str) -> tuple[dict[str, float], Method]:
+    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward. And the method."""
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
         encoder = build_encoder(cfg)
     bank = None if cfg.bank is None else build(cfg.bank)
-    method = build(cfg.method, encoder=encoder, bank=bank).train()
+    method = build(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
     for child in others:
         child.to("meta")
-    learning = method.encoder_parameters()
+    groups = method.parameter_groups()
+    learning = [p for group in groups for p in group.parameters]
     sizes = build(cfg.augmentation).sizes
-    optimizer = build(cfg.optimizer, parameters=learning)
+    optimizer = build(cfg.optimizer, groups=groups)
     weight_bytes = sum(p.nbytes for p in learning)
-    twin_bytes = 0 if method.twin is None else sum(p.nbytes for p in method.twin.parameters())
+    twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
-
-    num_large = sum(size == sizes[0] for size in sizes)
-    terms = pair_terms(num_large, len(sizes) - num_large, symmetric=method.symmetric, reduction=method.reduction)
-    querying, chosen = {term.query for term in terms}, {term.key for term in terms}
-    # Views that are encoded with gradient, and those of the twin.
-    encoded, twinned = (querying, chosen) if method.twin is not None else (querying | chosen, set())
+    costs = method.costs(sizes)
     flops = activation_bytes = 0.0
     for size in dict.fromkeys(sizes):
         forward, both, saved = _run_once(encoder, others, size, cfg.precision)
-        with_gradient = sum(sizes[view] == size for view in encoded)
-        flops += with_gradient * both + sum(sizes[view] == size for view in twinned) * forward
+        with_gradient = sum(sizes[view] == size for view in costs.encoded)
+        flops += with_gradient * both + sum(sizes[view] == size for view in costs.followed) * forward
         activation_bytes += with_gradient * saved
     optimizer.step()  # on the gradients of the last run, so that its state is there to be counted
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
     # Autocast keeps a bf16 copy of the weights until the backward pass is over.
     copies = weight_bytes // 2 if cfg.precision == "bf16" else 0
     norms = [m for part in (encoder, *others) for m in part.modules() if isinstance(m, _BatchNorm)]
-    sources = type(method.positives).__name__, type(method.negatives).__name__
-    return {
+    figures = {
         "flops": flops,
         "activation_bytes": activation_bytes,
         "view_bytes": 4.0 * sum(3 * size * size for size in sizes),
         "parameter_bytes": 2 * weight_bytes + twin_bytes + state + buffers + copies,
         "saved_bytes": weight_bytes + twin_bytes + state + buffers,
         "gradient_bytes": weight_bytes,
-        "terms": len(terms),
-        "bank_terms": len(terms) if method.negatives.bank_rows else 0,
-        "scans": len(chosen) if sources[0] in ("BankRow", "NearestKey") else 0,
-        "lookups": len(chosen) if sources[0] == "NearestKey" else 0,
-        "in_batch_columns": {"BatchKeys": 1, "BankRowsAndBatchKeys": 1, "BatchBothViews": 2}.get(sources[1], 0),
-        "key_gathers": len(chosen),
-        "key_gradients": len(chosen) if method.twin is None else 0,
+        "terms": costs.terms,
+        "bank_terms": costs.bank_terms,
+        "scans": costs.searches,
+        "lookups": costs.lookups,
+        "in_batch_columns": costs.columns_per_image,
+        "key_gathers": costs.gathers,
+        "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and "velocity" in dict(bank.rows.named_buffers()),
-        "filling_passes": 0 if bank is None else bank.filling_passes,
-        "norm_sums": sum(norm.num_features for norm in norms) * (4 * len(encoded) + 2 * len(twinned)),
+        "norm_sums": sum(norm.num_features for norm in norms) * (4 * len(costs.encoded) + 2 * len(costs.followed)),
     }
+    return figures, method
 
 
 def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: str) -> tuple[float, float, float]:
@@ -291,7 +289,8 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
     gib = {key: one[key] / 2**30 for key in one if key.endswith("_bytes")}
     lines = [
         f"{one['steps']:,.0f} steps of {cfg.batch} images on {world} device{'s' * (world > 1)}"
-        f" ({one['filling_steps']:,.0f} of them fill the bank), {cfg.batch // world} images each",
+        f" ({one['warm_start_steps']:,.0f} of them, {100 * one['warm_start_steps'] / one['steps']:.2g} %, warm start), "
+        f"{cfg.batch // world} images each",
         f"memory of a device   {gib['device_bytes']:.2f} GiB: weights, twin, optimiser {gib['parameter_bytes']:.2f}, "
         f"activations {gib['activation_bytes']:.2f}, bank {gib['bank_bytes']:.2f}, workspace {gib['workspace_bytes']:.2f}",
         f"sent by a device     {one['sent_bytes_per_step'] / 1e6:.1f} MB a step",

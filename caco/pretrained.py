@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from caco import config, refusals, validation
 from caco.config import ConfigError
+from caco.installed import is_installed
 from caco.runs import plain
 from caco.tracking.files import read_json
 
 CHECKPOINT = re.compile(r"step_(\d{9})\.pt")
-DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto", "tracking": "mlflow"}
+DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto"}
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,16 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
         chosen = _chosen(overrides)
         recorded: dict[str, Any] = {}
         extra: list[str] = []
+        own = config.ROOTS[name].__dataclass_fields__
         if chosen.get("run") not in (None, "null"):
             recorded = _recorded(locate(chosen["run"]).run_dir, config.ROOTS[name], chosen)
+            if recorded.get("tracking", {}).get("_target_") == "caco.tracking.mlflow.MLflowTracker" and not is_installed("mlflow"):
+                del recorded["tracking"]  # of a run from another machine
         else:
             groups = {group: option for group, option in DEFAULTS_WITHOUT_A_RUN.items() if group not in chosen}
-            extra = [f"{group}={option}" for group, option in groups.items() if group in config.ROOTS[name].__dataclass_fields__]
+            extra = [f"{group}={option}" for group, option in groups.items() if group in own]
+        if "tracking" in own and "tracking" not in recorded and "tracking" not in chosen:
+            extra.append(f"tracking={config.installed_tracking()}")
         # As a config of its own, before the groups: what the command line chooses replaces what the run recorded.
         ConfigStore.instance().store("of_the_run", recorded)
         cfg = config.compose([*extra, *overrides], name)

@@ -11,11 +11,13 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from caco.annotations import is_plain
 from caco.config import CONF, ROOTS, compose
+from caco.installed import command_to_install, is_installed
 from caco.runs import plain
 from caco.signatures import find
 from caco.validation import SUPPLIED
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+_OF_MLFLOW = ("tracking.uri", "tracking.experiment", "tracking.feed_seconds", "tracking.finish_seconds", "tracking.model")
 
 
 def groups() -> dict[str, list[str]]:
@@ -83,6 +85,8 @@ def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_l
         if taken and is_plain(taken.annotation, signature.module) and name not in SUPPLIED.get(parent, ()):
             value = next(item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}="))
             return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
+        if key in _OF_MLFLOW and not is_installed("mlflow"):
+            return f"{key}: belongs to tracking=mlflow, and MLflow is not installed; to have it: {command_to_install('mlflow')}"
         near = nearest(name, [str(item) for item in node])
         return f"{key}: no such key{near or nearest(key, known)} {parent} has: {', '.join(map(str, node))}"
     if parent and cfg is not None and parent in ROOTS[root].__dataclass_fields__:

@@ -30,6 +30,7 @@ from caco.tracking.files import write_json
 NEUTRAL_KEYS = (
     "name",
     "weights",  # weights_digest is what counts
+    "warm_start",  # what comes of it is under method
     "bank_learning",  # what comes of it is under bank
     "log_every_steps",
     "eval_every_epochs",
@@ -49,7 +50,10 @@ NEUTRAL_KEYS = (
     "hydra",
 )
 # Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
-NOTHING_IF_NULL = ("accumulate", "format", "weights_digest")
+NOTHING_IF_NULL = (
+    "accumulate", "format", "weights_digest", "bank.final_lr", "method.warm_start_steps", "method.warm_start_passes",
+    "schedule.final_weight_decay", "schedule.clip_gradient_norm",
+)  # fmt: skip
 
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 
@@ -214,7 +218,16 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
             )
     (run_dir / "failure.txt").unlink(missing_ok=True)
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
-    write_json(run_dir / "environment.json", {**environment(), "command": command()})
+    if not (run_dir / "summary.json").exists():  # else it is done, and was where its record says
+        write_environment(run_dir)
+
+
+def write_environment(run_dir: Path) -> dict[str, str]:
+    """Write environment.json, what the run runs on and its command; returns the first."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    found = environment()
+    write_json(run_dir / "environment.json", {**found, "command": command()})
+    return found
 
 
 def command() -> str:

@@ -3,9 +3,10 @@
 Everything that can be refused without torch is refused before torch is imported.
 """
 
-import importlib.util
+import functools
 import linecache
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -22,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from caco import config, refusals, runs, validation
+from caco.installed import command_to_install, is_installed
 from caco.preemption import Stop, Stopped, leave
 
 
@@ -42,7 +44,7 @@ def job(cfg: DictConfig) -> float | None:
     run_dir = Path(hydra_cfg.runtime.output_dir)
     opened = False
     try:
-        validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
+        check(cfg, hydra_cfg, run_dir)
         if runs.is_first_rank():
             runs.open_run(run_dir, cfg)
         opened = True
@@ -79,6 +81,40 @@ def refuse(message: str) -> None:
     print(f"caco: {message}", file=sys.stderr)
 
 
+def check(cfg: DictConfig, hydra_cfg: DictConfig, run_dir: Path) -> None:
+    """Refuse what cannot be run, as validation.check does; and say it where MLflow is missing but was not asked for."""
+    overrides = list(hydra_cfg.overrides.task)
+    validation.check(cfg, overrides=overrides, choices=dict(hydra_cfg.runtime.choices))
+    # Runs of one sweep, or of one table, lie side by side and go to MLflow together: one sentence for all of them.
+    together = Path(hydra_cfg.sweep.dir).absolute()
+    say_if_mlflow_is_missing(cfg, overrides, together if together in run_dir.absolute().parents else run_dir)
+
+
+def say_if_mlflow_is_missing(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
+    """That the ledger does instead of MLflow, unless the command line chooses the tracking itself.
+
+    Args:
+        folder: the run's directory, or one that holds it.
+    """
+    named = any(item.lstrip("+~").partition("=")[0] == "tracking" for item in overrides)
+    falls_back = cfg.tracking._target_ == "caco.tracking.ledger.LedgerTracker" and not is_installed("mlflow")
+    if falls_back and not named and runs.is_first_rank():
+        say_once(
+            f"MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {_shown(folder)}` sends "
+            f"it later, once MLflow is there ({command_to_install('mlflow')})"
+        )
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    print(f"caco: {message}", file=sys.stderr)
+
+
+def _shown(folder: Path) -> str:
+    here = Path.cwd()
+    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+
+
 def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
     """The command line of each job of a sweep; of a single run, its own.
 
@@ -106,8 +142,8 @@ def offer_launcher() -> None:
     Raises:
         ConfigError: submitit is not installed.
     """
-    if importlib.util.find_spec("submitit") is None:
-        raise config.ConfigError("launcher: needs submitit, which is not installed; pip install 'caco[slurm]'")
+    if not is_installed("submitit"):
+        raise config.ConfigError(f"launcher: needs submitit, which is not installed; {command_to_install('slurm')}")
     from hydra_plugins.caco_launcher import SubmititLauncher
 
     Plugins.instance().register(SubmititLauncher)
@@ -123,9 +159,9 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
     try:
         for job_overrides in jobs(overrides, multirun=multirun):
             cfg = config.compose(job_overrides)
-            hydra_cfg = cfg.hydra
-            validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
-            unfinished += not (Path(hydra_cfg.sweep.dir) / hydra_cfg.sweep.subdir / "summary.json").exists()
+            of_sweep = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
+            check(cfg, cfg.hydra, of_sweep if multirun else Path(cfg.hydra.run.dir))
+            unfinished += not (of_sweep / "summary.json").exists()
     except (*refusals.COMPOSITION_ERRORS, ValueError) as error:
         if isinstance(error, config.ConfigError):
             raise

@@ -1,6 +1,6 @@
 """The training loop, to be read from top to bottom.
 
-A step, in order: rates, momentum twin, forward, backward, optimiser, bank, log, evaluate, save.
+A step, in order: rates, before_step, forward, backward, finite check, optimiser, after_step, log, save, evaluate.
 """
 
 import contextlib
@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from caco import distributed
 from caco.banks.scoring import UnusableError
 from caco.checkpoint import Checkpoints
+from caco.data.images import Images
 from caco.data.loader import Batch
-from caco.methods.contrastive import Outputs
-from caco.optimizers import Schedule
+from caco.methods.base import Method, Now, Outputs, Phase
+from caco.optimizers import Optimisation
 from caco.preemption import Stop, Stopped
 from caco.progress import Progress, clock
+from caco.schedules import RunShape
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -29,14 +30,14 @@ class NonFiniteLossError(ArithmeticError):
 class Trainer:
     """Runs a method over a loader; owns the step counter, the rates, precision, cadence and the run's state.
 
-    Steps are numbered from 0 over the whole run. Methods whose bank is filled by keys take `filling` steps first, on
-    epochs -1, -2, ... of the loader; epoch 0 follows them.
+    Steps are numbered from 0 over the whole run. Those of a method's earlier phases (a warm start) come first; epoch 0 follows them.
 
     Args:
-        method, loader, optimizer, schedule, evaluation, tracker, checkpoints: the parts.
-        epochs, batch, seed: of the run; `batch` is global.
+        method, loader, optimisation, images, evaluation, tracker, checkpoints: the parts.
+        run: epochs, steps of an epoch, global batch.
+        seed: of what draws random numbers in the model.
         config_hash, data_digest: what a checkpoint must share to be gone on from.
-        max_steps: stop after so many steps (filling included), or None.
+        max_steps: stop after so many steps (earlier phases included), or None.
         accumulate: forward and backward passes that a batch is cut into, to fit a small memory; None is 1. The gradients,
             the positives and the bank's motion are those of the whole batch; BatchNorm sees the parts.
         precision: "bf16" runs the encoders under autocast; embeddings, bank and parameters stay float32.
@@ -49,16 +50,15 @@ class Trainer:
     def __init__(
         self,
         *,
-        method: nn.Module,
+        method: Method,
         loader: Any,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
+        images: Images,
+        optimisation: Optimisation,
+        run: RunShape,
         evaluation: Any,
         tracker: Any,
         checkpoints: Checkpoints,
         device: torch.device,
-        epochs: int,
-        batch: int,
         seed: int,
         config_hash: str,
         data_digest: str,
@@ -74,10 +74,9 @@ class Trainer:
         profile_to: Path | None = None,
         stop: Stop | None = None,
     ):
-        self.method, self.loader, self.optimizer = method, loader, optimizer
+        self.method, self.loader, self.images, self.optimisation, self.run = method, loader, images, optimisation, run
         self.evaluation, self.tracker, self.checkpoints = evaluation, tracker, checkpoints
-        self.device, self.epochs, self.batch = device, epochs, batch
-        self.config_hash, self.data_digest = config_hash, data_digest
+        self.device, self.config_hash, self.data_digest = device, config_hash, data_digest
         self.precision, self.anomaly, self.profile_to = precision, anomaly, profile_to
         self.stop = stop or Stop()
         self.log_every_steps, self.eval_every_epochs = log_every_steps, eval_every_epochs
@@ -85,51 +84,79 @@ class Trainer:
         self.milestone_epochs = set(milestone_epochs)
 
         self.accumulate = accumulate or 1
-        here = batch // distributed.world()
-        if here % self.accumulate or here // self.accumulate < 2:
+        own = run.batch // distributed.world()
+        if own % self.accumulate or own // self.accumulate < 2:
             raise ValueError(
-                f"accumulate: expected a divisor of the {here} images of a process that leaves at least 2 in each part; "
+                f"accumulate: expected a divisor of the {own} images of a process that leaves at least 2 in each part; "
                 f"got {accumulate}"
             )
-        if self.accumulate > 1 and method.needs_whole_batch:
+        if self.accumulate > 1 and method.needs.whole_batch:
             raise ValueError(
                 "accumulate: this method's negatives are the batch's other images, and a part of a batch has fewer of "
                 f"them; expected null, got {accumulate}"
             )
-        self.steps_per_epoch = loader.steps_per_epoch
-        self.filling = method.filling_steps(batch)
-        self.total_steps = self.filling + epochs * self.steps_per_epoch
+        self.phases, self.tables = method.phases(run), method.schedules(run)
+        self._check_phases()
+        self.first_step = [sum(phase.steps or 0 for phase in self.phases[:number]) for number in range(len(self.phases))]
+        self.training_starts = self.first_step[-1]
+        self.total_steps = self.training_starts + run.steps
         if max_steps is not None:
             self.total_steps = min(self.total_steps, max_steps)
-        # One number a step for the whole run, filling first: full rate, its own m, no bank rate.
-        shape = (epochs, self.steps_per_epoch)
-        self.lr_factor = [1.0] * self.filling + schedule.learning_rate(*shape)
-        self.bank_lr = [0.0] * self.filling + method.bank_rates(schedule, batch, *shape)
-        self.momentum = [method.filling_momentum] * self.filling + method.momenta(schedule, *shape)
 
         self.step = 0
         self.epoch_sums: dict[str, torch.Tensor] = {}
         self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
+        self.evaluation_due: Literal["epoch", "end"] | None = "epoch"  # saved before it is made, and so made when a run goes on
+        self.has_warned = False
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout and the like, from here on
 
     # Where a step lies.
 
-    def place(self, step: int) -> tuple[int, int]:
-        """(epoch of the loader, step within it); epochs below 0 fill the bank."""
-        if step < self.filling:
-            return -1 - step // self.steps_per_epoch, step % self.steps_per_epoch
-        return divmod(step - self.filling, self.steps_per_epoch)
+    def _check_phases(self) -> None:
+        """What a method says of its run fits together, or nothing starts."""
+        *earlier, last = self.phases
+        assert last.steps is None and all(phase.steps for phase in earlier), "the training is the last phase"
+        for phase in earlier:
+            assert phase.values.keys() == self.tables.keys(), f"{phase.name}: one value of each schedule"
+        for name, table in self.tables.items():
+            assert len(table) == self.run.steps, f"{name}: one number for each step of the training"
 
-    def batches(self) -> Iterator[Batch]:
+    def phase(self, step: int) -> Phase:
+        return self.phases[max(number for number, first in enumerate(self.first_step) if first <= step)]
+
+    def now(self, step: int) -> Now:
+        """Where step number `step` lies, counted from 0, and its values."""
+        phase = self.phase(step)
+        in_phase = step - self.first_step[self.phases.index(phase)]
+        if phase.steps is not None:
+            return Now(step, phase.name, in_phase, in_phase + 1 == phase.steps, None, None, phase.values)
+        epoch, in_epoch = divmod(in_phase, self.run.steps_per_epoch)
+        values = {name: table[in_phase] for name, table in self.tables.items()}
+        return Now(step, phase.name, in_phase, in_phase + 1 == self.run.steps, epoch, in_epoch, values)
+
+    def described(self, now: Now) -> str:
+        """In words."""
+        if now.epoch is None:
+            return f"{now.phase}, step {now.step_in_phase + 1} of {self.phase(now.step).steps}"
+        return f"epoch {now.epoch + 1} of {self.run.epochs}, step {now.step_in_epoch + 1} of {self.run.steps_per_epoch}"
+
+    def batches(self) -> Iterator[tuple[Now, Batch]]:
         """From the current step to the end of the run."""
         step = self.step
         while step < self.total_steps:
-            epoch, first = self.place(step)
-            end = min(self.total_steps, step - first + self.steps_per_epoch)
-            if step < self.filling:
-                end = min(end, self.filling)
-            for batch in self.loader.epoch(epoch, first):
-                yield batch
+            now = self.now(step)
+            if now.epoch is None:
+                # Orders and augmentations that no epoch has: the loader's negative numbers.
+                passes, first = divmod(step, self.run.steps_per_epoch)
+                epoch, order, end = -1 - passes, None, self.training_starts
+            else:
+                epoch, first, end = now.epoch, now.step_in_epoch, self.total_steps
+                if first == 0:
+                    self.method.before_epoch(now, self.images)
+                order = self.method.order(epoch)
+            end = min(end, self.total_steps, step - first + self.run.steps_per_epoch)
+            for batch in self.loader.epoch(epoch, first, order):
+                yield self.now(step), batch
                 step += 1
                 if step == end:
                     break
@@ -143,23 +170,16 @@ class Trainer:
             NonFiniteLossError: before anything is updated with it; the last checkpoint stays good.
             Stopped: some rank was told to stop; all have ended the same step and saved.
         """
-        progress = Progress(
-            total=self.total_steps, done=self.step, batch=self.batch, enabled=distributed.is_main()
-        )
-        if self.step == 0:
-            self.evaluate("epoch", progress)
+        progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
+        self.evaluate_if_due(progress)
         with contextlib.closing(progress), self._instruments() as profiler:
-            for batch in self.batches():
-                step, (epoch, in_epoch) = self.step, self.place(self.step)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * self.lr_factor[step]
-
+            for now, batch in self.batches():
+                self.optimisation.prepare(now, None if now.epoch is not None else self.phase(now.step).lr_factor)
                 self.method.train()
-                self.method.update_twin(self.momentum[step])
-                views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
-                where = f"step {step} (epoch {epoch}, step {in_epoch} of it)"
+                self.method.before_step(now, self.images)
+                where = f"step {now.step + 1} ({self.described(now)})"
                 try:
-                    outputs = self._forward_and_backward(views, filling=epoch < 0)
+                    outputs = self._forward_and_backward(batch, now)
                 except UnusableError as error:
                     raise NonFiniteLossError(f"{error}; at {where}; the last checkpoint is good") from error
                 values = self._averaged(outputs)
@@ -167,52 +187,59 @@ class Trainer:
                 # Every rank sees the same mean, so all stop together, and nothing has been updated yet.
                 if not math.isfinite(loss := values["loss"].item()):
                     raise NonFiniteLossError(
-                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good; "
-                        "try a lower optimizer.lr, or precision=fp32"
+                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good; try a lower "
+                        "optimizer.lr, or precision=fp32"
                     )
-                distributed.mean_gradients(self.method.encoder_parameters())
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                if epoch < 0:
-                    self.method.fill_bank(step)
-                    if step + 1 == self.filling:
-                        self.method.finish_filling()
-                else:
-                    self.method.update_bank(self.bank_lr[step])
+                distributed.mean_gradients(self.optimisation.parameters)
+                self.optimisation.step(now)
+                self.method.after_step(now)
+                if now.last_of_phase:
+                    self.method.after_phase(now)
                 self.step += 1
                 if profiler is not None:
                     profiler.step()
 
-                self._log(step, epoch, values, progress)
+                self._log(now, values, progress)
                 last = self.step == self.total_steps
-                epoch_over = epoch >= 0 and in_epoch + 1 == self.steps_per_epoch
+                epoch_over = now.epoch is not None and now.step_in_epoch + 1 == self.run.steps_per_epoch
+                phase_over = now.epoch is None and now.last_of_phase
                 if epoch_over:
-                    self._log_epoch(epoch, progress)
-                if last or (epoch_over and (epoch + 1) % self.eval_every_epochs == 0):
-                    self.evaluate("end" if last else "epoch", progress)
+                    self._log_epoch(now.epoch, progress)
+                if phase_over:
+                    progress.say(f"{now.phase.capitalize()} finished: {now.step_in_phase + 1} steps. Training starts with epoch 1.")
+                    self.epoch_sums.clear()
+                if last or phase_over or (epoch_over and (now.epoch + 1) % self.eval_every_epochs == 0):
+                    self.evaluation_due = "end" if last else "epoch"
+                milestone = epoch_over and now.epoch + 1 in self.milestone_epochs
                 if (
                     last
                     or stopping
-                    or (epoch_over and (epoch + 1) % self.save_every_epochs == 0)
+                    or phase_over
+                    or milestone
+                    or (epoch_over and (now.epoch + 1) % self.save_every_epochs == 0)
                     or (self.save_every_steps and self.step % self.save_every_steps == 0)
                 ):
-                    self.save(milestone=epoch_over and epoch + 1 in self.milestone_epochs)
+                    self.save(milestone=milestone)
                 if stopping and not last:
                     raise Stopped(f"after step {self.step} of {self.total_steps}", self.stop.signum)
+                self.evaluate_if_due(progress)
             rate = progress.images_per_second(self.step)
         return {
             **self.latest,
             "steps": self.step,
-            "epochs": max(0, self.step - self.filling) / self.steps_per_epoch,
+            "epochs": self.epochs_done(),
             "images_per_second": rate,
         }
 
-    def _forward_and_backward(self, views: list[torch.Tensor], *, filling: bool) -> Outputs:
+    def epochs_done(self) -> float:
+        return max(0, self.step - self.training_starts) / self.run.steps_per_epoch
+
+    def _forward_and_backward(self, batch: Batch, now: Now) -> Outputs:
         """The batch's loss and metrics; gradients are left in the parameters and asked of the bank."""
         parts: list[Outputs] = []
-        for part in zip(*(view.chunk(self.accumulate) for view in views), strict=True):
+        for part in batch.parts(self.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                outputs = self.method.filling_loss(list(part)) if filling else self.method(list(part))
+                outputs = self.method(part, now)
             (outputs.loss / self.accumulate).backward()
             parts.append(Outputs(outputs.loss.detach(), outputs.metrics))
         loss = torch.stack([part.loss for part in parts]).mean()
@@ -245,25 +272,21 @@ class Trainer:
         if distributed.is_main():
             self.tracker.log(self.step, row, kind=kind)
 
-    def _log(self, step: int, epoch: int, values: dict[str, torch.Tensor], progress: Progress) -> None:
+    def _log(self, now: Now, values: dict[str, torch.Tensor], progress: Progress) -> None:
         for name, value in values.items():
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
         self.epoch_sums["count"] = self.epoch_sums.get("count", 0.0) + torch.ones((), dtype=torch.float64)
-        now = (step + 1) % self.log_every_steps == 0 or self.step == self.total_steps
-        progress.step(self.step, epoch, values["loss"].item() if now or progress.bar is None else None)
-        if now:
+        is_due = (now.step + 1) % self.log_every_steps == 0 or self.step == self.total_steps
+        progress.step(self.step, self.described(now), values["loss"].item() if is_due or progress.bar is None else None)
+        if is_due:
             row = {
-                "epoch": epoch,
+                **({} if now.epoch is None else {"epoch": now.epoch}),
                 **{name: value.item() for name, value in values.items()},
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "momentum": self.momentum[step],
-                "bank_lr": self.bank_lr[step],
+                "lr": self.optimisation.lr,
+                **now.values,
                 "images_per_second": progress.images_per_second(self.step),
             }
-            self._record(row, "filling" if epoch < 0 else "train")
-        if epoch < 0 and self.step == self.filling:
-            progress.say(f"the bank is filled with the keys of {self.filling} steps")
-            self.epoch_sums.clear()
+            self._record(row, "train" if now.epoch is not None else now.phase.replace(" ", "_"))
 
     def _log_epoch(self, epoch: int, progress: Progress) -> None:
         count = self.epoch_sums.pop("count").item()
@@ -271,20 +294,34 @@ class Trainer:
         self.epoch_sums.clear()
         self.latest |= row
         self._record({"epoch": epoch, **row}, "epoch")
+        if not self.has_warned and (warning := self.method.warning(row)):
+            self.has_warned = True
+            progress.say(f"caco: warning: after epoch {epoch + 1} of {self.run.epochs}: {warning}")
+            self._record({"epoch": epoch, "message": warning}, "warning")
 
-    def evaluate(self, when: Literal["epoch", "end"], progress: Progress) -> None:
+    def evaluate_if_due(self, progress: Progress) -> None:
         """Evaluate the backbone; percent, 0-100. A collective: some evaluators train on all ranks."""
+        if self.evaluation_due is None:
+            return
         with progress.pause():
-            results = self.evaluation.run(self.method.backbone, when)
+            results = self.evaluation.run(self.method.backbone, self.evaluation_due)
+        self.evaluation_due = None
         if not results:
             return
         self.latest |= results
-        epochs = max(0, self.step - self.filling) / self.steps_per_epoch
-        self._record({"epochs": epochs, **results}, "eval")
+        # Right after a phase before the training, such as a warm start.
+        ended = next((p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None)
+        self._record({"epochs": self.epochs_done(), **({"phase": ended.name} if ended else {}), **results}, "eval")
+        after = f"the {ended.name}" if ended else f"{self.epochs_done():g} of {self.run.epochs} epochs"
         shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-        progress.say(f"after {epochs:g} of {self.epochs} epochs ({clock(progress.elapsed())}): {shown}")
+        progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
 
     # The run's state.
+
+    def _place(self) -> list[str | int | None]:
+        """Phase, step in it, epoch, step in it."""
+        now = self.now(min(self.step, self.training_starts + self.run.steps - 1))
+        return [now.phase, now.step_in_phase, now.epoch, now.step_in_epoch]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on. A collective: the bank's shards are gathered."""
@@ -296,9 +333,11 @@ class Trainer:
             "config_hash": self.config_hash,
             "data_digest": self.data_digest,
             "step": self.step,
-            "place": list(self.place(self.step)),  # (epoch, step in it): follows from the step, written for people
+            "place": self._place(),  # follows from the step, written for people
+            "evaluation_due": self.evaluation_due,
+            "has_warned": self.has_warned,
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimisation.optimizer.state_dict(),
             "epoch_sums": dict(self.epoch_sums),
             "latest": dict(self.latest),
             "random": distributed.all_objects(random),
@@ -321,9 +360,10 @@ class Trainer:
                 f"({state['data_digest']}): point data.root to those, or choose another hydra.run.dir"
             )
         self.step = state["step"]
-        assert state["place"] == list(self.place(self.step)), "the same data and configuration give the same steps"
+        assert state["place"] == self._place(), "the same data and configuration give the same steps"
+        self.evaluation_due, self.has_warned = state["evaluation_due"], state["has_warned"]
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimisation.optimizer.load_state_dict(state["optimizer"])
         self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])
         if len(state["random"]) == distributed.world():  # else ranks came or went, and no state fits
             random = state["random"][distributed.rank()]

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caco import signatures
 from caco.annotations import argument_mismatches
 from caco.config import CONF, ConfigError, Root
+from caco.installed import command_to_install, is_installed
 from caco.runs import file_digest, flat, plain
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
@@ -48,7 +49,7 @@ def check(
     problems = _shape(tree, root)
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
-        problems = values + _components(tree) + _no_effect(tree, overrides, choices or {})
+        problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -81,7 +82,7 @@ def _shape(tree: dict[str, Any], root: type) -> list[str]:
 def _root(tree: dict[str, Any]) -> list[str]:
     """Plain values: sense, not taste. What depends on the data is checked where the data are known."""
     problems, demand = _demands(tree)
-    schedule, checkpoint = tree["schedule"], tree["checkpoint"]
+    schedule, checkpoint, warm_start = tree["schedule"], tree["checkpoint"], tree["warm_start"]
     demand("name", re.fullmatch(r"\w[\w.+-]*", tree["name"]) is not None, "letters, digits and ._+- (a folder's name)")
     demand("batch", tree["batch"] >= 2, "at least 2 images")
     demand("epochs", tree["epochs"] >= 1, "at least 1")
@@ -93,6 +94,17 @@ def _root(tree: dict[str, Any]) -> list[str]:
     _weights(tree, demand)
     demand("schedule.warmup_epochs", schedule["warmup_epochs"] >= 0, "0 or more")
     demand("schedule.final_fraction", 0 <= schedule["final_fraction"] <= 1, "0 to 1")
+    demand("warm_start.steps", warm_start["steps"] is None or warm_start["steps"] >= 0, "null, or 0 or more")
+    demand("warm_start.passes", warm_start["passes"] is None or warm_start["passes"] >= 0, "null, or 0 or more")
+    if None not in warm_start.values():
+        problems.append(
+            "warm_start: expected steps or passes, got both, {steps} and {passes}; set one of them to null".format(**warm_start)
+        )
+    elif warm_start["passes"] and tree["bank"] is None:
+        problems.append(
+            f"warm_start.passes: they go over the rows of a bank, and this setting has none, got {warm_start['passes']}; "
+            "say warm_start.steps=N"
+        )
     demand("schedule.unit", schedule["unit"] in ("step", "epoch"), "step or epoch")
     demand("log_every_steps", tree["log_every_steps"] >= 1, "at least 1")
     demand("eval_every_epochs", tree["eval_every_epochs"] >= 1, "at least 1")
@@ -178,15 +190,26 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     return argument_mismatches(given, taken, path, name, SUPPLIED.get(path, ())) if taken else []
 
 
+def _not_installed(tree: dict[str, Any]) -> list[str]:
+    """MLflow: where it is not, nothing chooses it unless it is named (caco/config.py: installed_tracking)."""
+    if tree.get("tracking", {}).get("_target_") != "caco.tracking.mlflow.MLflowTracker" or is_installed("mlflow"):
+        return []
+    return [
+        f"tracking=mlflow: MLflow is not installed; to have it: {command_to_install('mlflow')}; or leave tracking out: "
+        "the ledger keeps everything, and python -m caco.tracking.sync can send it later"
+    ]
+
+
 def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
     """What the command line asks for and the composed configuration does not do."""
     problems = []
-    if "pn" in choices and choices.get("method") != "caco":
+    if "pn" in choices and choices.get("method") not in ("caco", "caco_small"):
         problems.append(f"pn={choices['pn']}: belongs to method=caco, and the method is {choices.get('method')}")
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
-    if any(name.startswith("bank_learning.") for name in assigned) and "lr" not in (tree.get("bank") or {}):
+    learning = [name for name in assigned if name.startswith("bank_learning.") and name != "bank_learning.filling_passes"]
+    if learning and "lr" not in (tree.get("bank") or {}):
         problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")

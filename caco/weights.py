@@ -71,7 +71,7 @@ def initialise(method: nn.Module, path: Path | str, format: str) -> str:
     if bank is not None:
         rows = {name: tensor for name, tensor in _below(named, "bank.").items() if name not in OWN_OF_A_RUN}
         whole = (bank.size, bank.rows.weight.shape[1])  # of all ranks' shards
-        if has_projector and not bank.filling_passes and "rows.weight" in rows and rows["rows.weight"].shape == whole:
+        if has_projector and not method.fills_bank and "rows.weight" in rows and rows["rows.weight"].shape == whole:
             bank.load_state_dict(rows, strict=False)
             loaded.append("bank")
         else:

@@ -24,7 +24,8 @@ from caco.tracking.files import read_json, write_json
 from caco.tracking.ledger import read_rows
 
 MACHINE = (
-    "cpu", "cores", "memory_gib", "gpus", "platform", "python", "torch", "torchvision", "timm", "numpy", "git_sha", "git_dirty",
+    "cpu", "cores", "instructions", "instructions_bank", "instructions_views", "instructions_torch", "memory_gib", "gpus", "platform",
+    "python", "torch", "torchvision", "timm", "numpy", "git_sha", "git_dirty",
 )  # fmt: skip
 LABEL = "experiment.json"  # in a run's directory: the table, row and scale that it was run for
 

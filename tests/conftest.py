@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import caco  # noqa: F401 - before torch, as CACO_INSTRUCTIONS asks
+
 import pytest
 import torch
 

@@ -1,15 +1,27 @@
-"""One rank of a test: three steps of each given configuration on its part of fixed batches, results to a file."""
+"""What the processes of a test of several ranks do; each function runs in every rank, and rank 0 writes what came of it."""
 
-import sys
+import json
+import os
+from pathlib import Path
 
 import torch
-from tiny import compose
+import torch.distributed as dist
+from processes import PATIENCE_S, caco_train
+from tiny import batch_of, compose, now
 
-from caco import distributed
+from caco import build as assembly
+from caco import distributed, trainer
 from caco.build import build, build_method
+from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
+from caco.schedules import RunShape
 
 GLOBAL_BATCH, STEPS = 16, 3
+WITHOUT_BANK = {"pn=none", "method=simclr"}
+
+
+def start() -> None:
+    distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
 
 
 def views_of(cfg, step):
@@ -19,44 +31,139 @@ def views_of(cfg, step):
     return [torch.randn(GLOBAL_BATCH, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
-def steps(overrides, *, bank):
+def steps(case):
     """Losses, encoder, gradients of the last step, and the whole bank after a few steps in float64."""
-    cfg = compose(*overrides, bank=bank)
+    overrides = case.split()
+    cfg = compose(*overrides, bank=not WITHOUT_BANK & set(overrides))
     method = over_all_ranks(build_method(cfg), torch.device("cpu")).double().train()
-    optimizer = build(cfg.optimizer, parameters=method.encoder_parameters())
+    groups = method.parameter_groups()
+    learning = [p for group in groups for p in group.parameters]
+    optimizer = build(cfg.optimizer, groups=groups)
     part = GLOBAL_BATCH // distributed.world()
     losses = []
     for step in range(STEPS):
         views = [distributed.own(view, part) for view in views_of(cfg, step)]
-        method.update_twin(0.9)
-        filling = step == 0 and method.filling_steps(GLOBAL_BATCH) > 0
-        outputs = method.filling_loss(views) if filling else method(views)
+        warm_start = step == 0 and len(method.phases(RunShape(1, STEPS, GLOBAL_BATCH))) > 1
+        at = now("warm start" if warm_start else "training", 0 if warm_start else step, twin_momentum=0.9, bank_lr=0.5)
+        method.before_step(at, None)
+        outputs = method(batch_of(views, first=distributed.rank() * part), at)
         outputs.loss.backward()
-        distributed.mean_gradients(method.encoder_parameters())
-        gradients = [p.grad.clone() for p in method.encoder_parameters()]
+        distributed.mean_gradients(learning)
+        gradients = [p.grad.clone() for p in learning]
         losses.append(distributed.sum_(outputs.loss.detach().clone()) / distributed.world())
         optimizer.step()
         optimizer.zero_grad()
-        if filling:
-            method.fill_bank(0)
-            method.finish_filling()
-        else:
-            method.update_bank(0.5)
+        method.after_step(at)
+        if warm_start:
+            method.after_phase(at)
     state = {name: value.clone() for name, value in method.state_dict().items() if "num_batches" not in name}
     return {"losses": losses, "gradients": gradients, "state": state, "statistics": method.statistics()}
 
 
-def main(path, *cases):
-    torch.set_num_threads(1)
-    distributed.start(torch.device("cpu"), timeout_s=60)
-    results = {}
-    for case in cases:
-        overrides = case.split()
-        results[case] = steps(overrides, bank=not {"pn=none", "method=simclr"} & set(overrides))
+def write_steps(path, case):
+    start()
+    result = steps(case)
     if distributed.is_main():
-        torch.save(results, path)
+        torch.save(result, path)
     distributed.stop()
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], *sys.argv[2:])
+def write_sent(path, cases):
+    """The bytes that the collectives of one step send from a rank, as a ring would send them, for each configuration."""
+    sent = {"bytes": 0.0}
+
+    def counting(original, passes):
+        """A collective that also counts; `passes` of the tensor's bytes leave a rank."""
+
+        def collective(*arguments, **options):
+            tensor = arguments[-1] if isinstance(arguments[0], list) else arguments[0]
+            sent["bytes"] += passes(dist.get_world_size()) * tensor.nbytes
+            return original(*arguments, **options)
+
+        return collective
+
+    start()
+    dist.all_reduce = counting(dist.all_reduce, lambda world: 2 * (world - 1) / world)
+    dist.all_gather = counting(dist.all_gather, lambda world: world - 1)
+    counts = {}
+    for case in cases:
+        overrides = case.split()
+        cfg = compose(*overrides, bank=not WITHOUT_BANK & set(overrides))
+        method = over_all_ranks(build_method(cfg), torch.device("cpu")).train()
+        views = [distributed.own(view, 8).float() for view in views_of(cfg, 0)]
+        sent["bytes"] = 0.0
+        method(batch_of(views), now()).loss.backward()
+        distributed.mean_gradients([p for group in method.parameter_groups() for p in group.parameters])
+        method.after_step(now(bank_lr=0.1))
+        counts[case] = sent["bytes"]
+    if distributed.is_main():
+        Path(path).write_text(json.dumps(counts))
+    distributed.stop()
+
+
+def in_float64() -> None:
+    """From here on this process trains in float64, for comparisons that go over several steps.
+
+    A step is chaotic where a key's nearest row or a ReLU's sign hangs on the rounding: in float32 two orders of summation
+    give two runs within a few steps. In float64 they begin 1e-16 apart, and twelve steps at these tests' rates make 1e-10
+    of it: far from any row's choice, and far below what a wrong gradient or a row in the wrong place would do (1e-3).
+    """
+    spread = assembly.over_all_ranks
+
+    def doubled(method, device):
+        method = spread(method, device).double()
+        for module in method.modules():
+            if isinstance(module, Encoder):
+                module.register_forward_pre_hook(lambda module, images: (images[0].double(),))
+        return method
+
+    assembly.over_all_ranks = doubled
+
+
+def train_in_float64(*overrides):
+    in_float64()
+    caco_train(*overrides)
+
+
+def write_what_was_loaded(path, *overrides):
+    """The state that a run would go on from, gathered anew from its ranks, instead of the run."""
+    in_float64()
+
+    def fit(self):
+        state = self.state_dict()
+        if distributed.is_main():
+            torch.save(state["method"], path)
+        distributed.barrier()
+        os._exit(0)
+
+    trainer.Trainer.fit = fit
+    caco_train(*overrides)
+
+
+def train_with_a_seed_of_its_own(*overrides):
+    caco_train(*overrides, f"seed={os.environ['RANK']}")
+
+
+def print_refused_banks():
+    from caco.banks.rows import Rows
+
+    start()
+    rank = distributed.rank()
+    for size, seed in ((8 + 2 * rank, 0), (8, rank)):
+        try:
+            Rows(size=size, dim=4, seed=seed, learnable=True)
+        except ValueError as error:
+            print(error)
+    distributed.stop()
+
+
+def train_and_lose_rank_1(*overrides):
+    original = trainer.Trainer._log
+
+    def log(self, now, *rest):
+        if now.step == 4 and os.environ["RANK"] == "1":
+            os._exit(9)
+        original(self, now, *rest)
+
+    trainer.Trainer._log = log
+    caco_train(*overrides)

@@ -8,6 +8,8 @@ from tiny import compose
 from caco import config
 from caco.build import build, build_method
 from caco.config import CONF
+from caco.methods.base import ParameterGroup
+from caco.schedules import RunShape
 
 
 def options(group):
@@ -39,7 +41,7 @@ def test_optimisers_move_every_parameter(name):
     before = [p.detach().clone() for p in module.parameters()]
     for p in module.parameters():
         p.grad = torch.ones_like(p)
-    build(cfg.optimizer, parameters=list(module.parameters())).step()
+    build(cfg.optimizer, groups=[ParameterGroup(list(module.parameters()))]).step()
     assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
@@ -60,5 +62,5 @@ def test_the_last_row_of_table_6_is_what_the_command_line_says():
     cfg.bank.size = 64  # the rows themselves are tested elsewhere
     method = build_method(cfg)
     assert sum(p.numel() for p in method.backbone.parameters()) == 23_508_032
-    assert method.bank.base_lr(4096) == 3.0
-    assert build(cfg.optimizer, parameters=method.encoder_parameters()).param_groups[0]["lr"] == pytest.approx(4.8)
+    assert set(method.bank.rates(RunShape(20, 1, 4096))[10:]) == {3.0}
+    assert build(cfg.optimizer, groups=method.parameter_groups()).param_groups[0]["lr"] == pytest.approx(4.8)

@@ -2,11 +2,11 @@
 
 import os
 import resource
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
+from processes import Process
 
 from caco.checkpoint import Checkpoints, load
 
@@ -69,21 +69,17 @@ def test_when_none_can_be_read_the_run_does_not_start_anew_by_itself(tmp_path):
         checkpoints.load_newest()
 
 
+def save_much(folder):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    Checkpoints(folder).save({"x": torch.zeros(100_000)}, 2)
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     """A child with a limit on file size stands for a disk that fills up in the middle of a write."""
     saved(tmp_path, 1)
-    script = (
-        "import sys, torch, signal; from caco.checkpoint import Checkpoints\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"Checkpoints({str(tmp_path)!r}).save({{'x': torch.zeros(100_000)}}, 2)\n"
-    )
-    child = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
-    assert "OSError: checkpoint" in child.stderr and "could not be written" in child.stderr
+    _, _, errors = Process(save_much, tmp_path).end()
+    assert "OSError: checkpoint" in errors and "could not be written" in errors
     assert names(tmp_path) == ["step_000000001.pt"]
     assert load(tmp_path / "step_000000001.pt")["step"] == 1
 

@@ -303,3 +303,24 @@ def test_build_calls_the_target_with_its_keys_and_what_the_program_supplies():
 def test_build_builds_inner_parts_first():
     inner = {"_target_": "datetime.timedelta", "hours": 1}
     assert build({"_target_": "builtins.dict", "a": inner, "b": [inner]})["b"][0].total_seconds() == 3600
+
+
+def test_a_warm_start_is_set_in_one_place_and_its_former_name_is_still_read():
+    method = composed("warm_start.steps=7")["method"]
+    assert (method["warm_start_steps"], method["warm_start_passes"]) == (7, None)
+    assert composed("bank_learning.filling_passes=3")["method"]["warm_start_passes"] == 3
+    assert composed("pn=positive", "bank_learning.filling_passes=3")["method"]["warm_start_passes"] == 3
+    assert composed("bank_learning.final_lr=0.03")["bank"]["final_lr"] == 0.03
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["warm_start.steps=1", "warm_start.passes=2"], "warm_start: expected steps or passes, got both, 1 and 2; set one of them to null"),
+        (["pn=none", "warm_start.passes=2"], "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2"),
+        (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
+        (["pn=positive", "bank_learning.final_lr=0"], "bank_learning: nothing learns in this setting's bank"),
+    ],
+)
+def test_a_warm_start_or_a_final_rate_without_a_meaning_is_refused(overrides, expected):
+    assert expected in refusal(*overrides)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from caco import doctor
+from caco import doctor, instructions
 from caco.doctor import Finding, dataset_at, verdict
 
 ROOT = Path(doctor.__file__).parents[1]
@@ -131,10 +131,16 @@ def test_a_native_part_that_setup_py_has_and_the_package_has_not_is_named(tmp_pa
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, as the native parts do")
-def test_the_native_parts_are_built_where_a_compiler_is():
+def test_the_native_parts_are_built_where_a_compiler_is_and_the_level_at_which_they_serve_is_said(monkeypatch):
     """setup.py goes on without them, and the tests of them are skipped: so that would be seen nowhere else."""
+    monkeypatch.setattr(instructions, "LEVEL", "plain")
+    assert only(doctor.native()) == Finding("native", "works", "caco.banks._kernel (plain), caco.data._views (plain)")
+    assert only(doctor.cpu()).what.endswith(f": {', '.join(instructions.processor())}; CACO_INSTRUCTIONS=plain")
+    monkeypatch.setattr(instructions, "LEVEL", "torch")
     found = only(doctor.native())
-    assert found == Finding("native", "works", "caco.banks._kernel, caco.data._views")
+    assert (found.state, found.what) == ("absent", "turned off by CACO_INSTRUCTIONS=torch: caco.banks._kernel, caco.data._views")
+    monkeypatch.setattr(instructions, "LEVEL", None)
+    assert only(doctor.cpu()).what.endswith("; the best serves, CACO_INSTRUCTIONS is not set")
 
 
 def test_a_driver_whose_gpus_torch_does_not_see_is_no_machine_without_gpus(monkeypatch):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ranks import launch
+from omegaconf import OmegaConf
+from processes import caco_evaluate, ranks
 from tiny import compose, train
 
 from caco import build, evaluate, pretrained
@@ -27,8 +28,6 @@ def finished(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     train(run_dir, *TRAINING)
     # What the command line does around `train`.
-    from omegaconf import OmegaConf
-
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(compose(*TRAINING), resolve=True))
     return run_dir
 
@@ -89,6 +88,7 @@ def test_the_numbers_are_those_of_the_checkpoints_backbone_the_first_weights_and
     method = build.build_method(cfg)
     method.load_state_dict(load(run_dir / "checkpoints" / "step_000000006.pt")["method"])
     trained.load_state_dict(method.backbone.state_dict())
+    # To one image of 397: other batches are rounded otherwise, which may turn a vote.
     for prefix, backbone in (("", trained), ("untrained/", untrained), ("pixels/", torch.nn.Flatten())):
         knn = {"knn": build.build(compose("eval=[knn]").eval.knn)}
         expected = Evaluation(knn, splits, views, batch=200, device="cpu", precision="fp32", seed=0).run(backbone, "end")
@@ -147,6 +147,19 @@ def test_an_mlflow_run_id_finds_the_directory_below_runs(here, run_dir, tmp_path
     assert pretrained.locate("0123456789abcdef" * 2).run_dir == Path("runs/it")
     assert here("run=" + "f" * 32) == 2
     assert "no run below" in capsys.readouterr().err
+
+
+def test_without_mlflow_a_run_that_was_tracked_there_is_evaluated_into_its_ledger(here, run_dir, monkeypatch, capsys):
+    recorded = OmegaConf.load(run_dir / "config.yaml")
+    recorded.tracking = {"_target_": "caco.tracking.mlflow.MLflowTracker", "uri": "http://nowhere:1", "experiment": "caco"}
+    OmegaConf.save(recorded, run_dir / "config.yaml")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert here(f"run={run_dir}", "eval=[knn]") == 0
+    told = f"MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {run_dir.name}`"
+    assert told in capsys.readouterr().err
+    assert "knn_top1" in evals(run_dir)[-1]
+    assert here(f"run={run_dir}", "eval=[knn]", "tracking=mlflow") == 2
+    assert "tracking=mlflow: MLflow is not installed; to have it: " in capsys.readouterr().err
 
 
 def test_weights_from_elsewhere_get_a_folder_of_their_own(here, run_dir, tmp_path):
@@ -253,7 +266,7 @@ def test_test_images_that_were_trained_on_are_refused_unless_told(here, run_dir,
 
 
 def test_a_run_that_another_process_trains_is_left_alone(run_dir, tmp_path):
-    hold = f"import sys, time; from caco import runs; from pathlib import Path; runs.hold(Path({str(run_dir)!r})); print(1, flush=True); time.sleep(60)"
+    hold = f"import sys, time; from caco import runs; from pathlib import Path; runs.hold(Path({str(run_dir)!r})); print(1, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         command = [sys.executable, "-m", "caco.evaluate", f"run={run_dir}", "eval=[knn]"]
@@ -263,16 +276,21 @@ def test_a_run_that_another_process_trains_is_left_alone(run_dir, tmp_path):
 
 
 def test_two_ranks_train_the_classifiers_that_one_trains(here, run_dir):
+    """Five convex steps of the linear one; two of the whole network, at a rate of 0.014, so that rounding is not led astray.
+
+    A float32 network of some twenty layers rounds statistics and gradients by some 1e-6 of their size. Another share of the
+    images, or gradients of one rank alone, would change them by hundredths.
+    """
     command = [f"run={run_dir}", "eval=[linear,semi,knn]", "eval.linear.epochs=1"]
     command += ["eval.linear.batch=256", "eval.linear.larc=false", "eval.linear.lr=1", "eval.semi.fractions=[0.1]"]
-    command += ["eval.semi.epochs=[1]", "eval.semi.batch=32", "batch=200", "device=cpu"]
+    command += ["eval.semi.epochs=[1]", "eval.semi.batch=70", "batch=200", "device=cpu"]
     states = {}
     for world in (1, 2):
         arguments = [*command, f"to={run_dir.parent / str(world)}"]
         if world == 1:
             assert here(*arguments) == 0
         else:
-            codes, outputs = launch(world, [sys.executable, "-m", "caco.evaluate", *arguments])
+            codes, outputs = ranks(world, caco_evaluate, *arguments)
             assert codes == [0] * world, outputs[0][1][-3000:]
         folder = run_dir.parent / str(world) / "evaluations" / "classifiers"
         states[world] = {path.parent.name.split("-")[0]: load(path)["network"] for path in folder.glob("*/step_*.pt")}
@@ -280,11 +298,12 @@ def test_two_ranks_train_the_classifiers_that_one_trains(here, run_dir):
     for name, state in states[1].items():
         assert {k.removeprefix("0.") for k in state} == {k.removeprefix("0.") for k in states[2][name]}
         for key, value in state.items():
-            torch.testing.assert_close(value.float(), states[2][name][key].float(), rtol=2e-3, atol=2e-4, msg=f"{name} {key}")
+            torch.testing.assert_close(value.float(), states[2][name][key].float(), rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
 
 
 def test_linear_evaluation_at_the_end_of_training_gives_what_it_gives_afterwards(tmp_path, here, run_dir):
     linear = ["eval=[linear]", "eval.linear.epochs=1", "eval.linear.batch=256", "eval.linear.larc=false"]
     during = train(tmp_path / "during", *TRAINING, *linear)
     assert here(f"run={run_dir}", *linear, "batch=64") == 0
+    # To one image of 397: other batches are rounded otherwise, which may turn one that lies between two classes.
     assert read_json(run_dir / "summary.json")["linear_top1"] == pytest.approx(during["linear_top1"], abs=0.26)

@@ -11,6 +11,7 @@ import pytest
 from tiny import BANK, TINY, compose
 
 from caco import train
+from caco.installed import command_to_install
 from caco.launchers import Local, _hours
 from caco.snapshot import snapshot
 from caco.tracking.environment import environment
@@ -41,10 +42,11 @@ def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tm
     assert (run / "ledger.jsonl").stat().st_mtime_ns == written
 
 
-def test_without_submitit_the_launcher_says_what_to_install(tmp_path):
+def test_without_submitit_the_launcher_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['submitit'] = None\n")
     done = caco("launcher=local", "data=digits", cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
-    told = "caco: launcher: needs submitit, which is not installed; pip install 'caco[slurm]'\n"
+    told = f"caco: launcher: needs submitit, which is not installed; {command_to_install('slurm')}\n"
     assert (done.returncode, done.stderr) == (2, told)
 
 

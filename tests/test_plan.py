@@ -14,8 +14,8 @@ from caco import build, plan
 def test_steps_are_those_of_the_run(tmp_path):
     summary = train(tmp_path, "max_steps=30", "epochs=1")
     planned = plan.plan(compose("max_steps=30", "epochs=1"))
-    assert planned["steps"] == summary["steps"] == 2 + 21  # two fill the bank of 128 rows, 1400 // 64 follow
-    assert planned["filling_steps"] == 2
+    assert planned["steps"] == summary["steps"] == 2 + 21  # the warm start fills 128 rows, 1400 // 64 follow
+    assert planned["warm_start_steps"] == 2
     assert plan.plan(compose("max_steps=7"))["steps"] == 7
 
 
@@ -127,7 +127,7 @@ def test_the_command_tells_and_refuses(repo_root):
 
     done = command("preset=demo", "world=2", "tflops=0.1")
     assert done.returncode == 0, done.stderr
-    assert "968 steps of 64 images on 2 devices (128 of them fill the bank), 32 images each" in done.stdout
+    assert "1,480 steps of 64 images on 2 devices (640 of them, 43 %, warm start), 32 images each" in done.stdout
     assert "100,000,000" in done.stdout and "tflops=0.1" in done.stdout
     refused = command("preset=demo", "world=two")
     assert refused.returncode == 2 and refused.stderr == "caco: world: expected a number, got 'two'\n"

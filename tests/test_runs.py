@@ -193,10 +193,10 @@ HOLD = """
         import os
         if os.fork() == 0:
             os.close(1)
-            time.sleep(20)
+            time.sleep(600)
             os._exit(0)
     print("held", flush=True)
-    time.sleep(20)
+    time.sleep(600)  # it is killed before
 """
 
 

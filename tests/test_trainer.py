@@ -1,15 +1,13 @@
 """A run learns, is recorded, and can be cut anywhere and go on to the same bits."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from tiny import BANK, TINY, compose, train
+from interrupted import train_killed
+from processes import Process, caco_train
+from tiny import BANK, TINY, batch_of, compose, now, train
 
 from caco import build, trainer
 from caco.banks import fused
@@ -67,47 +65,44 @@ def cut_after(monkeypatch, steps):
 EVERY = ["checkpoint.every_steps=3"]
 
 
-# Steps 0 and 1 fill the bank; a checkpoint after every third step; 21 steps make an epoch.
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody cuts."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    train(run_dir, *EVERY)
+    return run_dir
+
+
+# Steps 0 and 1 are the warm start; a checkpoint after every third step; 21 steps make an epoch.
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 9, 11])
-def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, steps):
-    train(tmp_path / "whole", *EVERY)
+def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, whole, steps):
     with monkeypatch.context() as patch:
         cut_after(patch, steps)
         with pytest.raises(Cut):
             train(tmp_path / "cut", *EVERY)
     train(tmp_path / "cut", *EVERY)
-    assert_same(final(tmp_path / "whole"), final(tmp_path / "cut"))
-    assert record(tmp_path / "whole") == record(tmp_path / "cut")
+    assert_same(final(whole), final(tmp_path / "cut"))
+    assert record(whole) == record(tmp_path / "cut")
 
 
-def test_so_does_a_process_killed_at_whatever_instant(tmp_path):
-    """SIGKILL, again and again, at moments that the run does not choose; workers and bf16 included."""
-    command = [
-        sys.executable, "-m", "caco.train", *TINY, *BANK, "max_steps=24", "checkpoint.every_steps=2", "precision=bf16",
-        "loader.num_workers=1", "eval_every_epochs=3",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = subprocess.run([*command, f"hydra.run.dir={tmp_path}/whole"], env=environment, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    command = [*command, f"hydra.run.dir={tmp_path}/killed"]
-    kills = 0
-    while True:
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        seen = len(list((tmp_path / "killed" / "checkpoints").glob("step_*.pt")))
-        newest = max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step_*.pt")), default="")
-        while kills < 3 and child.poll() is None:
-            now = max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step_*.pt")), default="")
-            if now > newest or len(list((tmp_path / "killed" / "checkpoints").glob("step_*.pt"))) != seen:
-                time.sleep(0.013 * (kills + 1))
-                child.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        _, errors = child.communicate()
-        if child.returncode == 0:
-            break
-        assert child.returncode == -signal.SIGKILL, errors
-        kills += 1
-    assert kills >= 2, "the run was never killed, so nothing was shown"
+# Seconds of computing from the start of a checkpoint on: within it, after it, a few steps later.
+@pytest.mark.parametrize(
+    ("precision", "kills"),
+    [("fp32", [0.02]), pytest.param("bf16", [0.001, 0.004, 0.016, 0.032, 0.064], marks=pytest.mark.long)],
+)
+def test_so_does_a_process_killed_at_whatever_instant(tmp_path, precision, kills):
+    """Ended from outside, again and again, at moments that the run does not choose; workers included."""
+    command = [*TINY, *BANK, "max_steps=24", "checkpoint.every_steps=2", f"precision={precision}", "loader.num_workers=1",
+               "eval_every_epochs=3"]  # fmt: skip
+    code, _, errors = Process(caco_train, *command, f"hydra.run.dir={tmp_path}/whole").end()
+    assert code == 0, errors
+    command.append(f"hydra.run.dir={tmp_path}/killed")
+    for seconds in kills:
+        code, _, errors = Process(train_killed, seconds, *command).end()
+        assert code == -signal.SIGPROF, errors
+        assert not (tmp_path / "killed" / "summary.json").exists(), "a run that has ended cannot be killed"
+    code, _, errors = Process(caco_train, *command).end()
+    assert code == 0, errors
     assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
     assert record(tmp_path / "whole") == record(tmp_path / "killed")
 
@@ -150,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
         return values
 
     monkeypatch.setattr(trainer.Trainer, "_averaged", poisoned)
-    with pytest.raises(trainer.NonFiniteLossError, match=r"the loss is nan at step 6 \(epoch 0, step 4 of it\)"):
+    with pytest.raises(trainer.NonFiniteLossError, match=r"the loss is nan at step 7 \(epoch 1 of 2, step 5 of 21\)"):
         train(tmp_path / "bad", "checkpoint.every_steps=6")
     state = final(tmp_path / "bad")
     assert state["step"] == 6
@@ -185,17 +180,18 @@ def test_an_epoch_s_loss_is_the_mean_over_its_steps(tmp_path):
 
 
 def test_the_rates_are_those_of_the_schedule(tmp_path):
-    """SGD at batch 64: 0.03 / 4; bank 3.0 warmed up over one epoch of 21 steps; m from 0.99; while filling, full rate."""
+    """SGD at batch 64: 0.03 / 4; bank 3.0 warmed up over one epoch of 21 steps; m from 0.99; in the warm start, full rate."""
     train(tmp_path, "max_steps=4", "schedule.warmup_epochs=1", "epochs=2")
-    rows = [row for row in record(tmp_path) if row["kind"] in ("filling", "train")]
-    assert [row["kind"] for row in rows] == ["filling", "filling", "train", "train"]
+    rows = [row for row in record(tmp_path) if row["kind"] in ("warm_start", "train")]
+    assert [row["kind"] for row in rows] == ["warm_start", "warm_start", "train", "train"]
+    assert [row.get("epoch") for row in rows] == [None, None, 0, 0]
     assert [row["lr"] for row in rows] == pytest.approx([0.0075, 0.0075, 0.0075 / 21, 0.0075 * 2 / 21])
     assert [row["bank_lr"] for row in rows] == pytest.approx([0, 0, 3 / 21, 6 / 21])
-    assert [row["momentum"] for row in rows][:3] == pytest.approx([0.999, 0.999, 0.99])
+    assert [row["twin_momentum"] for row in rows][:3] == pytest.approx([0.999, 0.999, 0.99])
 
 
 def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
-    """One step after the filling, redone by hand in the order of the recipe: twin, keys, loss, encoder and bank at once."""
+    """One step after the warm start, redone by hand in the order of the recipe: twin, keys, loss, encoder and bank at once."""
     monkeypatch.setattr(fused, "serves", lambda *_: False)  # float32 on every processor; the kernels: tests/banks
     train(tmp_path / "before", "max_steps=2")
     train(tmp_path / "after", "max_steps=3")
@@ -209,7 +205,7 @@ def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
     )
     views = [v.contiguous(memory_format=torch.channels_last) for v in next(iter(loader.epoch(0))).views]
     method.twin.update(method.encoder, 0.99)
-    method(views).loss.backward()
+    method.loss(views).loss.backward()
     rows = method.bank.rows
     expected_rows = rows.weight.detach() - 3.0 * method.bank.gradient()  # first step: velocity is the gradient; no warm-up
     assert torch.allclose(after["method"]["bank.rows.weight"], expected_rows, atol=1e-6)
@@ -227,27 +223,26 @@ def test_fewer_images_than_a_batch_are_refused_before_a_model_is_built(tmp_path,
 
 
 @pytest.mark.parametrize("overrides", [[], ["pn=positive"], ["method=mocov2", "augmentation=digits", "projector=small", "projector.dim=8", "optimizer=sgd"]])
-@pytest.mark.parametrize("filling", [True, False])
-def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides, filling):
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides, warm_start):
     """Without BatchNorm, which sees the parts: loss, metrics, gradients, keys and what the rows are asked for, in float64."""
     monkeypatch.setattr(torch.nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: x)
     found = []
     for parts in (1, 4):
         cfg = compose(*overrides)
         method = build.build_method(cfg).double().train()
-        if filling and (method.twin is None or not method.bank.filling_passes) or method.needs_whole_batch:
-            pytest.skip("nothing is filled, or the whole batch is needed")
+        if method.needs.whole_batch and not warm_start:
+            assert overrides == ["pn=positive"]  # refused: see below
+            return
         run = trainer.Trainer.__new__(trainer.Trainer)
         run.method, run.accumulate, run.device, run.precision = method, parts, torch.device("cpu"), "fp32"
         generator = torch.Generator().manual_seed(0)
         views = [torch.randn(16, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
-        outputs = run._forward_and_backward(views, filling=filling)
-        gradients = [p.grad.clone() for p in method.encoder_parameters() if p.grad is not None]
+        at = now("warm start" if warm_start else "training", bank_lr=0.5)
+        outputs = run._forward_and_backward(batch_of(views), at)
+        gradients = [p.grad.clone() for group in method.parameter_groups() for p in group.parameters if p.grad is not None]
         keys = method._step_keys()
-        if filling:
-            method.fill_bank(0)
-        else:
-            method.update_bank(0.5)
+        method.after_step(at)
         found.append([outputs.loss, *outputs.metrics.values(), keys, method.bank.rows.weight.detach(), *gradients])
     for whole, parts in zip(*found, strict=True):
         assert torch.allclose(whole, parts, atol=1e-10)
@@ -280,12 +275,74 @@ def test_batches_that_cannot_be_cut_are_refused(tmp_path, overrides, message):
 def test_rows_without_a_direction_end_the_run_with_their_number(tmp_path, monkeypatch):
     original = trainer.Trainer._log
 
-    def log(self, step, *rest):
-        if step == 4:
+    def log(self, now, *rest):
+        if now.step == 4:
             self.method.bank.rows.weight.detach()[17] = 0.0
-        original(self, step, *rest)
+        original(self, now, *rest)
 
     monkeypatch.setattr(trainer.Trainer, "_log", log)
-    with pytest.raises(trainer.NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 5 \(epoch 0"):
+    with pytest.raises(trainer.NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 6 \(epoch 1 of 2"):
         train(tmp_path, *EVERY)
     assert final(tmp_path)["step"] == 3
+
+
+@pytest.mark.parametrize("setting", ["pn=none", "pn=positive", "pn=negative", "pn=both"])
+def test_every_setting_takes_a_warm_start_of_the_same_steps_as_a_phase_of_its_own(tmp_path, setting, capfd):
+    """Three steps, an evaluation of its own, then epoch 0; in the record it is no epoch."""
+    train(tmp_path, setting, "warm_start.steps=3", "max_steps=5", bank=setting != "pn=none")
+    rows = record(tmp_path)
+    assert [row["kind"] for row in rows] == ["eval", *["warm_start"] * 3, "eval", "train", "train", "eval"]
+    assert [row.get("epoch") for row in rows if "loss" in row] == [None, None, None, 0, 0]
+    assert [(row["step"], row.get("phase"), row["epochs"]) for row in rows if row["kind"] == "eval"][:2] == [
+        (0, None, 0), (3, "warm start", 0)
+    ]  # fmt: skip
+    told = capfd.readouterr().err
+    assert "Warm start finished: 3 steps. Training starts with epoch 1." in told
+    assert "after the warm start (" in told
+
+
+def test_a_run_cut_in_a_long_warm_start_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """Twenty-five steps, more than the 21 of a pass over the images; cut in the second pass."""
+    long = ["warm_start.steps=25", "max_steps=28", "checkpoint.every_steps=11"]
+    train(tmp_path / "whole", *long)
+    with monkeypatch.context() as patch:
+        cut_after(patch, 24)
+        with pytest.raises(Cut):
+            train(tmp_path / "cut", *long)
+    assert final(tmp_path / "cut")["step"] == 22
+    train(tmp_path / "cut", *long)
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "cut"))
+    assert record(tmp_path / "whole") == record(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_run_that_dies_in_an_evaluation_has_lost_no_step_and_makes_it_when_it_goes_on(tmp_path, monkeypatch, evaluation):
+    """The one after the warm start, and the last one: each is made after a checkpoint."""
+    train(tmp_path / "whole", "max_steps=5")
+    original, made = build.Evaluation.run, []
+
+    def run(self, *arguments):
+        made.append(None)
+        if len(made) == evaluation + 1:
+            raise MemoryError("no memory for the features")
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.Evaluation, "run", run)
+        with pytest.raises(MemoryError):
+            train(tmp_path / "died", "max_steps=5")
+    assert final(tmp_path / "died")["step"] == [0, 2, 5][evaluation]
+    train(tmp_path / "died", "max_steps=5")
+    assert record(tmp_path / "whole") == record(tmp_path / "died")
+
+
+def test_a_bank_that_collapses_is_said_once_and_one_that_does_not_is_not(tmp_path, capfd):
+    """Rows that are pulled far at every step run into one another; at rest they stay apart."""
+    train(tmp_path / "wild", "max_steps=null", "bank.reading=paper", "bank.lr=3.0")  # 0.6 of a radian a step at batch 64
+    told = capfd.readouterr().err
+    assert told.count("The bank has collapsed: ") == 1 and "What helps: a longer warm start (warm_start.steps)" in told
+    (row,) = [row for row in record(tmp_path / "wild") if row["kind"] == "warning"]
+    assert row["message"].startswith("The bank has collapsed: ") and row["message"] in told
+    train(tmp_path / "still", "max_steps=null", "bank.reading=paper", "bank.lr=0.0")
+    assert "collapsed" not in capfd.readouterr().err
+    assert all(row["kind"] != "warning" for row in record(tmp_path / "still"))

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from caco.banks import scoring
-from caco.banks.rows import Rows
-from caco.optimizers import Schedule
+from caco.banks.rows import Rows, few_rows_chosen
+from caco.schedules import RunShape, Table, constant
 
 
 class FifoBank(nn.Module):
@@ -19,7 +19,8 @@ class FifoBank(nn.Module):
         seed: of the random rows that the queue starts with.
     """
 
-    filling_passes = 0  # it fills itself as it goes
+    filled_by_keys = True
+    default_warm_start_passes = 0  # it fills itself as it goes, as published
 
     def __init__(self, *, size: int, dim: int, seed: int):
         super().__init__()
@@ -27,14 +28,26 @@ class FifoBank(nn.Module):
         self.size = size
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
 
-    def rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
+    def rates(self, run: RunShape) -> Table:
         """A queue has no rate: 0 for every step."""
-        return [0.0] * (epochs * steps_per_epoch)
+        return constant(run, 0.0)
+
+    def fill(self, keys_GD: Tensor, step: int) -> None:
+        """Take the keys of a step of the warm start, like those of any other."""
+        self.update(lr=0.0, keys_GD=keys_GD)
+
+    def warning(self, statistics: dict[str, float]) -> str | None:
+        """What is wrong with a queue of which `rows.statistics` says this; neighbouring keys that resemble one another are not."""
+        return few_rows_chosen(statistics)
 
     def score(
-        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None, learn: bool = True
     ) -> scoring.Score:
-        """Loss of each query over all rows and extra columns; see `scoring.score`. The rows take no gradient."""
+        """Loss of each query over all rows and extra columns; see `scoring.score`. The rows take no gradient.
+
+        Args:
+            learn: not used; the learnable bank's score takes it.
+        """
         return scoring.score(
             q_BD,
             self.rows.weight,

@@ -1,6 +1,6 @@
 """The bank's fused CPU kernel (kernel.cpp), through ctypes. Where it was not built, caco/banks/scoring.py streams.
 
-Which of its instruction sets serves is chosen by the processor. On AMX tiles, for loss and motion, a vector is the sum of two
+Which of its instruction sets serves is chosen by caco/instructions.py, the processor's best without a word. On AMX tiles, for loss and motion, a vector is the sum of two
 bfloat16 where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where `low` is True (cosines to 2^-7, mostly to
 1e-3; exponentials to 0.7 %, without bias); sums are float32. Positives are looked for with one, whatever `low` says, and with two
 where one leaves too many rows in question. Every other set is float32 throughout.
@@ -12,7 +12,6 @@ Shapes: G queries, R rows, D width, N queries of all terms of a step, T candidat
 
 import ctypes
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -20,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-INSTRUCTIONS = None  # of the processor: None takes the best that it has; 0 plain, 1 AVX2, 2 the AVX-512 tile on AVX2, 3 AVX-512, 4 AMX
+from caco import instructions
 
 SIGNATURES = {  # pointer, int64, float, int
     "caco_forward": "pnpnnffffppppiii",
@@ -29,14 +28,27 @@ SIGNATURES = {  # pointer, int64, float, int
 }
 
 
-@functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None, said once."""
-    found = importlib.util.find_spec("caco.banks._kernel")
-    if found is None or found.origin is None:
+    """The compiled kernel; None where it is turned off or, said once, was not built.
+
+    Raises:
+        ValueError: it has not the instructions that CACO_INSTRUCTIONS asks for.
+    """
+    return None if instructions.LEVEL == "torch" else _loaded()
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    kernel = instructions.compiled(instructions.BANK)
+    if kernel is None:
         print("caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, slower", file=sys.stderr)
         return None
-    kernel = ctypes.CDLL(found.origin)
+    asked, used = instructions.LEVEL, instructions.used(instructions.BANK)
+    if asked is not None and used != asked:  # the views make the same bits at any level, the kernel does not
+        raise ValueError(
+            f"{instructions.VARIABLE}={asked}: the bank's kernel has no more than {used} here. The compiler that built it knew no more "
+            "(AMX needs GCC 11), or the system keeps AMX tiles from this process"
+        )
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
     for name, arguments in SIGNATURES.items():
         getattr(kernel, name).argtypes = [kinds[kind] for kind in arguments]
@@ -45,7 +57,7 @@ def library() -> ctypes.CDLL | None:
 
 def serves(*tensors: Tensor) -> bool:
     """Whether a kernel takes these."""
-    if any(x.device != tensors[0].device or x.dtype != torch.float32 for x in tensors):
+    if instructions.LEVEL == "torch" or any(x.device != tensors[0].device or x.dtype != torch.float32 for x in tensors):
         return False
     if tensors[0].is_cuda:
         return on_cuda(tensors[0].device, tensors[0].shape[1]) is not None
@@ -78,11 +90,6 @@ def or_on_cuda(work: Callable) -> Callable:
     return chosen
 
 
-def instructions() -> str:
-    """Which of its instruction sets the kernel uses here."""
-    return ["plain", "AVX2", "wide", "AVX-512", "AMX"][library().caco_set() if INSTRUCTIONS is None else INSTRUCTIONS]
-
-
 @or_on_cuda
 def forward(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool
@@ -106,7 +113,7 @@ def forward(
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines are within a
     bound of the exact ones, [G]; rows further than twice that behind the best may be left out (-1)."""
-    shape = len(k_GD), library().caco_top(-1 if INSTRUCTIONS is None else INSTRUCTIONS)
+    shape = len(k_GD), library().caco_top(instructions.number())
     value_GT, row_GT, error_G = torch.empty(shape), torch.empty(shape, dtype=torch.int64), torch.empty(len(k_GD))
     _call("caco_nearest", k_GD.contiguous(), len(k_GD), w_RD, len(w_RD), w_RD.shape[1], value_GT, row_GT, error_G)
     return value_GT, row_GT, error_G
@@ -128,7 +135,6 @@ def update(
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
     assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor))
-    threads, chosen = torch.get_num_threads(), -1 if INSTRUCTIONS is None else INSTRUCTIONS
     passed = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    if getattr(library(), name)(*passed, threads, chosen):
+    if getattr(library(), name)(*passed, torch.get_num_threads(), instructions.number()):
         raise MemoryError(f"the bank's kernel found no memory for its blocks ({name})")

@@ -176,7 +176,7 @@ namespace amx {
 }
 #endif
 
-enum Set { PLAIN, AVX2, WIDE, AVX512, AMX };
+enum Set { PLAIN, AVX2, AVX512, AMX, WIDE };  // as caco/instructions.py numbers them
 
 int best_set() {
 #if defined(__x86_64__)
@@ -192,10 +192,11 @@ int best_set() {
     return PLAIN;
 }
 
-// The instruction set of this processor, or the one asked for.
+// The best instruction set of this processor that is no better than the one asked for; asked = -1 sets no bound.
 int chosen(int asked) {
     static const int best = best_set();  // looked for whatever was asked: it gets the permission to use tiles
-    return asked >= 0 ? asked : best;
+    if (asked == WIDE) return best >= AVX2 ? WIDE : PLAIN;
+    return asked < 0 ? best : std::min(asked, best);
 }
 
 #if defined(__x86_64__)
@@ -228,8 +229,8 @@ struct Shares {
 
 extern "C" {
 
-// 0 plain, 1 AVX2, 3 AVX-512, 4 AMX: what `set` = -1 means on this processor.
-int caco_set() { return chosen(-1); }
+// The Set that serves where this one is asked for, as `set` of the functions below.
+int caco_set(int asked) { return chosen(asked); }
 
 // How many candidates caco_nearest keeps for each key, T.
 int caco_top(int set) {

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from caco.banks import scoring
-from caco.banks.rows import Rows
-from caco.optimizers import Schedule
+from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
+from caco.schedules import RunShape, Table, warmup_and_cosine
 
 
 class LearnableBank(nn.Module):
@@ -22,16 +22,16 @@ class LearnableBank(nn.Module):
         lr: rate of the rows' SGD, 3.0 in the paper for every batch.
         lr_reference_batch: None keeps `lr` for every batch, as published; a number makes the rate
             lr * batch / lr_reference_batch, which keeps the published motion of a row at other batch sizes.
-        warmup_epochs: linear warm-up of the rate; constant after it.
+        final_lr: the rate at the end of the run, reached by a cosine after the warm-up; scaled with the batch as `lr` is.
+            None keeps `lr` to the end, as the paper's recipe does. 0 lets the rows come to rest as the encoder does.
+        warmup_epochs: linear warm-up of the rate.
         momentum: of the rows' SGD.
         weight_decay: of the stored rows; 0 in CaCo, 1e-4 in AdCo.
         temperature: None shares the encoder's; a number is the bank's own (AdCo).
         reading: "code" leaves the stored rows' norms free, as the published code; "paper" puts rows back on the
             sphere after each step (`equations.bank_update`).
-        initialisation: "keys": the encoder trains for K/B steps while momentum keys overwrite the rows in order, as
-            published; "random": uniform on the sphere.
-        filling_passes: how many times the keys go over all rows before epoch 0; 1 as published. The published 64 steps
-            (65,536 rows, batch 1024) become a handful in a small run, too few for the encoder's embeddings to spread.
+        initialisation: "keys": the keys of the warm start overwrite the rows in order, as published; "random": uniform on
+            the sphere, and no warm start unless its steps are asked for.
 
     Source: arXiv 2203.14370, Eqs. 6-11.
     """
@@ -46,20 +46,21 @@ class LearnableBank(nn.Module):
         push: float = 1.0,
         lr: float = 3.0,
         lr_reference_batch: int | None = None,
+        final_lr: float | None = None,
         warmup_epochs: float = 10,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         temperature: float | None = None,
         reading: Literal["code", "paper"] = "code",
         initialisation: Literal["keys", "random"] = "keys",
-        filling_passes: int = 1,
     ):
         super().__init__()
         at_least_zero = {
-            "pull": pull, "push": push, "lr": lr, "warmup_epochs": warmup_epochs, "weight_decay": weight_decay
+            "pull": pull, "push": push, "lr": lr, "final_lr": final_lr, "warmup_epochs": warmup_epochs,
+            "weight_decay": weight_decay,
         }  # fmt: skip
         for name, value in at_least_zero.items():
-            if value < 0:
+            if value is not None and value < 0:
                 raise ValueError(f"bank.{name} must be 0 or more; got {value}")
         if not 0 <= momentum < 1:
             raise ValueError(f"bank.momentum must be in [0, 1); got {momentum}")
@@ -67,23 +68,19 @@ class LearnableBank(nn.Module):
             raise ValueError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
         if lr_reference_batch is not None and lr_reference_batch < 1:
             raise ValueError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
-        if filling_passes < 1:
-            raise ValueError(f"bank.filling_passes must be at least 1 (initialisation=random fills by no keys); got {filling_passes}")
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0)
         self.size, self.pull, self.push = size, pull, push
-        self.lr, self.lr_reference_batch, self.warmup_epochs = lr, lr_reference_batch, warmup_epochs
+        self.lr, self.final_lr, self.lr_reference_batch, self.warmup_epochs = lr, final_lr, lr_reference_batch, warmup_epochs
         self.momentum, self.weight_decay, self.temperature, self.reading = momentum, weight_decay, temperature, reading
-        self.filling_passes = filling_passes if initialisation == "keys" else 0
+        self.filled_by_keys = initialisation == "keys"
+        self.default_warm_start_passes = 1 if self.filled_by_keys else 0
         self.asked: list[scoring.Asked] = []  # of the rows by the step in progress
 
-    def base_lr(self, batch: int) -> float:
-        """The rate after warm-up for a global batch."""
-        return self.lr * batch / self.lr_reference_batch if self.lr_reference_batch else self.lr
-
-    def rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
-        """The rate of every step: warmed up, then constant."""
-        base = self.base_lr(batch)
-        return [base * factor for factor in schedule.warmup(self.warmup_epochs, epochs, steps_per_epoch)]
+    def rates(self, run: RunShape) -> Table:
+        """The rate of every step of the training: warmed up, then a cosine from `lr` to `final_lr`."""
+        scale = run.batch / self.lr_reference_batch if self.lr_reference_batch else 1.0
+        final_lr = self.lr if self.final_lr is None else self.final_lr
+        return warmup_and_cosine(run, self.lr * scale, final_lr * scale, self.warmup_epochs)
 
     def score(
         self,
@@ -107,6 +104,17 @@ class LearnableBank(nn.Module):
             extra_BE=extra_BE,
             asked=self.asked if learn else None,
         )
+
+    @torch.no_grad()
+    def fill(self, keys_GD: Tensor, step: int) -> None:
+        """Write the keys of warm-start step `step` over the next rows, in order; a pass ends at the last row."""
+        if self.filled_by_keys:
+            start = step % -(-self.size // len(keys_GD)) * len(keys_GD)
+            self.rows.write(keys_GD[: self.size - start], start)
+
+    def warning(self, statistics: dict[str, float]) -> str | None:
+        """What is wrong with a bank of which `rows.statistics` says this, over an epoch; None where nothing is."""
+        return few_rows_chosen(statistics) or many_near_duplicates(statistics)
 
     @torch.no_grad()
     def gradient(self) -> Tensor:

@@ -9,6 +9,8 @@ from caco.banks import scoring
 INIT_BLOCK = 4096  # rows drawn from one seed, so that a shard's rows do not depend on the number of ranks
 TWIN_SAMPLE = 512  # rows compared with all others when near-duplicates are counted
 TWIN_COSINE = 0.99
+FEWEST_CHOSEN = 5.0  # percent of the rows that an epoch could choose; below it a bank has collapsed
+MOST_NEAR_DUPLICATES = 50.0  # percent of the rows; above it a bank has collapsed
 
 
 def random_rows(first: int, last: int, dim: int, seed: int) -> Tensor:
@@ -20,6 +22,22 @@ def random_rows(first: int, last: int, dim: int, seed: int) -> Tensor:
         start = block * INIT_BLOCK
         parts.append(rows[max(first - start, 0) : last - start])
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+
+
+def few_rows_chosen(statistics: dict[str, float]) -> str | None:
+    """A sentence where an epoch's keys chose next to no rows of those that they could have chosen (see `Rows.statistics`)."""
+    percent = statistics.get("rows_used_of_possible")
+    if percent is None or percent >= FEWEST_CHOSEN:
+        return None
+    return f"the keys chose only {percent:.1f} % of the rows that they could have chosen, so most images share a few positives"
+
+
+def many_near_duplicates(statistics: dict[str, float]) -> str | None:
+    """A sentence where most rows have another one in the same place (see `Rows.statistics`)."""
+    percent = statistics["near_duplicates"]
+    if percent <= MOST_NEAR_DUPLICATES:
+        return None
+    return f"{percent:.0f} % of the rows have another row within a cosine of {TWIN_COSINE}, so the rows have run into one another"
 
 
 class Rows(nn.Module):
@@ -90,7 +108,8 @@ class Rows(nn.Module):
     def statistics(self) -> dict[str, float]:
         """How the rows were used since the last call, and how they lie; one pass over a sample of the bank.
 
-        rows_used: percent of rows chosen as a positive at least once. use_entropy: of the choices, as a share of the
+        rows_used: percent of rows chosen as a positive at least once; rows_used_of_possible: the same as a share of the
+        rows that so many choices could have reached, the smaller of K and the choices. use_entropy: of the choices, as a share of the
         entropy of even use, percent. row_norm_mean, row_norm_std: of the stored rows. near_duplicates: percent of a
         fixed sample of rows that have another row within a cosine of 0.99.
         """
@@ -101,6 +120,7 @@ class Rows(nn.Module):
             share = self.uses.double() / total
             entropy = distributed.sum_(-torch.special.xlogy(share, share).sum()).item()
             values["rows_used"] = 100 * used / self.size
+            values["rows_used_of_possible"] = 100 * used / min(self.size, total)
             values["use_entropy"] = 100 * entropy / torch.tensor(float(min(self.size, total))).log().item()
         norm_R = self.weight.norm(dim=1).double()
         moments = distributed.sum_(torch.stack([norm_R.sum(), norm_R.square().sum()])) / self.size

@@ -26,13 +26,15 @@ class Order:
         self.num_images, self.batch, self.seed = num_images, batch, seed
         self.size = batch // world
         self.part = slice(rank * batch // world, (rank + 1) * batch // world)
-        self.epoch, self.start_step = 0, 0  # set before each iteration
+        self.epoch, self.start_step, self.chosen = 0, 0, None  # set before each iteration
 
     def __len__(self) -> int:
         return self.num_images // self.batch - self.start_step
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        order = np.random.default_rng(mixed_seed(self.seed, self.epoch)).permutation(self.num_images)
+        order = self.chosen
+        if order is None:
+            order = np.random.default_rng(mixed_seed(self.seed, self.epoch)).permutation(self.num_images)
         for step in range(self.start_step, self.num_images // self.batch):
             yield self.epoch, order[step * self.batch : (step + 1) * self.batch][self.part]
 

@@ -1,7 +1,6 @@
 """Batches of views whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
 
 import contextlib
-import importlib.util
 import os
 import signal
 import sys
@@ -17,11 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from caco import instructions
 from caco.data import native
 from caco.data.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
 from caco.data.beton import BetonImages
 from caco.data.sources import Source, UnreadableImage
 from caco.data.views import Views
+from caco.installed import command_to_install, is_installed
 
 _JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}  # a terminal or a scheduler sends them to every process of a job
 
@@ -37,6 +38,13 @@ class Batch:
     views: list[torch.Tensor]
     index: torch.Tensor
     label: torch.Tensor
+
+    def parts(self, count: int) -> "Iterator[Batch]":
+        """The batch cut into so many equal ones."""
+        for views, index, label in zip(
+            zip(*(view.chunk(count) for view in self.views), strict=True), self.index.chunk(count), self.label.chunk(count), strict=True
+        ):
+            yield Batch(list(views), index, label)
 
 
 class TorchLoader:
@@ -161,7 +169,7 @@ class AutoLoader:
 def _chosen(source: Source, missing: str | None) -> str:
     if missing is None:
         return "FFCV, compiled"
-    how = "Pillow (the compiled views were not built)" if native.library() is None else "the compiled views"
+    how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "the compiled views"
     if source.arrays is not None:
         return f"{how} of images in memory"
     return f"torch's DataLoader and {how}" + (f"; no FFCV: {missing}" if isinstance(source, BetonImages) else "")
@@ -172,11 +180,12 @@ def what_ffcv_lacks(source: Source) -> str | None:
     if not isinstance(source, BetonImages):
         return "reads a .beton (data=beton), which python -m caco.data.write makes of any data"
     if native.library() is None:
-        return "needs the compiled views, which were not built: install a C++ compiler, then caco again"
+        do = f"unset {instructions.VARIABLE}" if instructions.LEVEL == "torch" else "install a C++ compiler, then caco again"
+        return f"needs the compiled views, which {native.why_not()}: {do}"
     if native.turbojpeg() is None:
         return "needs libturbojpeg (Debian: libturbojpeg0)"
-    if importlib.util.find_spec("ffcv") is None:
-        return "needs FFCV: pip install 'caco[ffcv]' (Debian: with libopencv-dev, libturbojpeg0-dev and pkg-config)"
+    if not is_installed("ffcv"):
+        return f"needs FFCV: {command_to_install('ffcv')} (Debian: with libopencv-dev, libturbojpeg0-dev and pkg-config)"
     return None
 
 
@@ -221,16 +230,24 @@ class BoundLoader:
         self._stand_ins: dict[int, int] = {}
         self._running = _batches(iter(()), views, device, {})
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
         """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
 
         One at a time: the iterator of an earlier call ends when a later one begins.
+
+        Args:
+            order: positions of images, int64, in place of the epoch's own permutation; at least as many as an epoch takes.
         """
+        if order is not None and (len(order) < self.steps_per_epoch * self._order.batch or order.min() < 0 or order.max() >= self._order.num_images):
+            raise ValueError(
+                f"order: expected at least {self.steps_per_epoch * self._order.batch} positions below {self._order.num_images}, got "
+                f"{len(order)} of {order.min()} to {order.max()}"
+            )
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step: expected 0..{self.steps_per_epoch}, got {start_step}")
         assert self._loader is not None, "the loader is closed"
         self._running.close()
-        self._order.epoch, self._order.start_step = epoch, start_step
+        self._order.epoch, self._order.start_step, self._order.chosen = epoch, start_step, order
         self._running = _batches(_begin(self._loader), self._views, self._device, self._stand_ins)
         return self._running
 

@@ -1,13 +1,14 @@
 """The compiled views (views.cpp), if they were built: whole batches at once, to the bit what Pillow makes."""
 
 import ctypes
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
+
+from caco import instructions
 
 
 class _View(ctypes.Structure):
@@ -41,7 +42,7 @@ class _Job(ctypes.Structure):
         ("offset", ctypes.c_void_p),
         ("plain", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
-        ("most_bits", ctypes.c_int32),
+        ("set", ctypes.c_int32),
         ("turbojpeg", ctypes.c_void_p),
         ("unreadable", ctypes.c_void_p),
     ]
@@ -50,16 +51,17 @@ class _Job(ctypes.Structure):
 IMAGE = np.dtype([("data", "<u8"), ("bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
 
 
-@cache
 def library() -> ctypes.CDLL | None:
-    """The compiled views, or None where they were not built."""
-    found = importlib.util.find_spec("caco.data._views")
-    if found is None or found.origin is None:
-        return None
-    loaded = ctypes.CDLL(found.origin)
-    loaded.caco_make_views.argtypes = [ctypes.POINTER(_Job)]
-    loaded.caco_make_views.restype = None
+    """The compiled views, or None where they were not built or are turned off; `why_not` says which."""
+    loaded = instructions.compiled(instructions.VIEWS)
+    if loaded is not None:
+        loaded.caco_make_views.argtypes, loaded.caco_make_views.restype = [ctypes.POINTER(_Job)], None
     return loaded
+
+
+def why_not() -> str:
+    """Why there is no library."""
+    return f"are turned off by {instructions.VARIABLE}=torch" if instructions.LEVEL == "torch" else "were not built"
 
 
 @cache
@@ -121,14 +123,12 @@ def make_views(
     *,
     plain: int = 0,
     num_threads: int = 1,
-    most_bits: int = 512,
 ) -> np.ndarray:
     """Fill out[v], [B, H, W, 3] each: normalised where it is float32, pixels where it is uint8.
 
     Args:
         images: rows of `table`.
         samples, stream: what the random numbers depend on, see caco.data.views.uniforms.
-        most_bits: of a vector: 256 as on a processor without AVX-512, 128 as on any.
         plain: not 0: no random view, but the middle of each image after its shorter side was resized to this.
     Returns:
         bool [B], which images are JPEGs that cannot be decoded; their rows of out are as they were.
@@ -154,7 +154,7 @@ def make_views(
         offset=settings.offset.ctypes.data if normalise else None,
         plain=plain,
         num_threads=num_threads,
-        most_bits=most_bits,
+        set=instructions.number(),
         turbojpeg=None if functions is None else ctypes.addressof(functions),
         unreadable=unreadable.ctypes.data,
     )

@@ -51,7 +51,7 @@ struct Job {
   const float* offset;
   int32_t plain;  // > 0: no random view, but the middle of the image whose shorter side is resized to this
   int32_t num_threads;
-  int32_t most_bits;  // of a vector; 512 where the processor has them, less for tests
+  int32_t set;  // the Set that is asked for, -1 for the best; the call puts here which one served
   const TurboJpeg* turbojpeg;
   uint8_t* unreadable;  // set to 1 for each JPEG that cannot be decoded; its views are left as they were
 };
@@ -141,12 +141,23 @@ typedef void MakeView(const Job& job, int64_t n, int view, const uint8_t* pixels
 
 namespace {
 
+enum Set { PLAIN, AVX2, AVX512 };  // as caco/instructions.py numbers them
+
+// The best instruction set of this processor that is no better than the one asked for; asked = -1 sets no bound.
+int chosen(int asked) {
+  int best = PLAIN;
+#ifdef HAS_CHOICE
+  if (__builtin_cpu_supports("avx2")) best = AVX2;
+  if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) best = AVX512;
+#endif
+  return asked < 0 ? best : std::min(asked, best);
+}
+
 void work(const Job& job, std::atomic<int64_t>& next) {
   MakeView* make_view = any_processor::make_view;
 #ifdef HAS_CHOICE
-  if (job.most_bits >= 256 && __builtin_cpu_supports("avx2")) make_view = avx2::make_view;
-  if (job.most_bits >= 512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
-    make_view = avx512::make_view;
+  if (job.set == AVX2) make_view = avx2::make_view;
+  if (job.set == AVX512) make_view = avx512::make_view;
 #endif
   Scratch scratch;
   std::unique_ptr<Decoder> decoder(job.turbojpeg ? new Decoder(*job.turbojpeg) : nullptr);
@@ -173,7 +184,11 @@ void work(const Job& job, std::atomic<int64_t>& next) {
 
 }  // namespace
 
-extern "C" void caco_make_views(const Job* job) {
+// The Set that serves where this one is asked for.
+extern "C" int caco_set(int asked) { return chosen(asked); }
+
+extern "C" void caco_make_views(Job* job) {
+  job->set = chosen(job->set);
   std::atomic<int64_t> next(0);
   std::vector<std::thread> threads;
   for (int i = 1; i < std::min<int64_t>(job->num_threads, job->num_images); i++)

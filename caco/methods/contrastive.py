@@ -11,20 +11,20 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.banks.scoring import Score
-from caco.methods.sources import BatchBothViews, BatchKeys, NearestKey, Positive
+from caco.data.images import Images
+from caco.data.loader import Batch
+from caco.methods.base import TRAINING, Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
+from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives
 from caco.nn.twin import MomentumTwin
-from caco.optimizers import Schedule
+from caco.schedules import RunShape, Table, cosine
+
+WARM_START = "warm start"
 
 
 class Term(NamedTuple):
     query: int  # view that is encoded with gradient
     key: int  # view whose key chooses (or is) the positive
     weight: float
-
-
-class Outputs(NamedTuple):
-    loss: Tensor  # scalar, this rank's part; the ranks' mean is the batch's loss
-    metrics: dict[str, Tensor]  # scalars without gradient
 
 
 def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Literal["sum", "mean"]) -> list[Term]:
@@ -42,16 +42,24 @@ def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Li
     ]
 
 
+def warm_start_steps(steps: int | None, passes: int | None, bank_size: int, batch: int) -> int:
+    """Steps of a warm start that is `steps` long, or as long as the keys of so large a batch take to go over the rows `passes` times."""
+    return steps if steps is not None else passes * -(-bank_size // batch)
+
+
 def weighted(score: Score, terms: list[Term]) -> Tensor:
     """The loss: the terms' means, [T, B] over B, by their weights."""
     return sum(term.weight * loss_B.mean() for term, loss_B in zip(terms, score.loss_B, strict=True))
 
 
-def contrast(q: list[Tensor], k: list[Tensor], positives: list[Positive], negatives, bank, temperature: float) -> Score:
+def contrast(
+    q: list[Tensor], k: list[Tensor], positives: list[Positive], negatives, bank, temperature: float, *, learn: bool = True
+) -> Score:
     """Losses of each term's queries against one positive each and a source of negatives; the bank's rows are streamed once for all.
 
     Args:
         q: of each term unit queries [B, D]; k: unit keys of all ranks' images [G, D], in rank order; positives: of the queries.
+        learn: whether the bank's rows are to move for it.
     Returns:
         Score of [T, B] each, for T terms.
     """
@@ -61,7 +69,7 @@ def contrast(q: list[Tensor], k: list[Tensor], positives: list[Positive], negati
         rows = [positive.row_B for positive in positives]
         if rows[0] is None:  # the first extra column, which comes right after the bank's rows
             rows = [torch.full((len(q_BD),), bank.size, device=q_BD.device) for q_BD in q]
-        score = bank.score(torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE)
+        score = bank.score(torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE, learn=learn)
     else:
         logits_NE = extra_NE / temperature
         first_N = torch.zeros(len(logits_NE), dtype=torch.int64, device=logits_NE.device)
@@ -78,7 +86,7 @@ def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives) -> Tenso
     return torch.cat(columns, 1) if columns else None
 
 
-class Contrastive(nn.Module):
+class Contrastive(Method):
     """An encoder trained against positives and negatives, with or without a momentum twin and a bank.
 
     Args:
@@ -90,28 +98,33 @@ class Contrastive(nn.Module):
             the encoder's own embeddings and carry gradients (SimCLR).
         symmetric: whether both views query (else view 0 queries, view 1 is the key).
         reduction: of the terms, "sum" or "mean"; see `pair_terms`.
-        filling_temperature, filling_momentum: of the steps that fill the bank with keys before epoch 0.
+        warm_start_temperature, warm_start_momentum: tau and the twin's m in the warm start, the steps before epoch 0.
+        warm_start_steps, warm_start_passes: how long that is: so many steps, or so many times as many as keys need to go over
+            the bank's rows once. Neither: as published, one pass where the bank is learned, else none.
     """
 
     def __init__(
         self,
         *,
         encoder: nn.Module,
-        bank: nn.Module | None,
-        positives: object,
-        negatives: object,
+        bank: nn.Module | None = None,
+        positives: Positives,
+        negatives: Negatives,
         temperature: float = 0.08,
         momentum: float | None = 0.99,
         final_momentum: float = 1.0,
         symmetric: bool = True,
         reduction: Literal["sum", "mean"] = "sum",
-        filling_temperature: float = 0.2,
-        filling_momentum: float = 0.999,
+        warm_start_temperature: float = 0.2,
+        warm_start_momentum: float = 0.999,
+        warm_start_steps: int | None = None,
+        warm_start_passes: int | None = None,
     ):
         super().__init__()
-        if temperature <= 0 or filling_temperature <= 0:
-            raise ValueError(f"temperatures must be positive; got {temperature} and, while filling, {filling_temperature}")
-        for name, value in {"momentum": momentum, "final_momentum": final_momentum}.items():
+        if temperature <= 0 or warm_start_temperature <= 0:
+            raise ValueError(f"temperatures must be positive; got {temperature} and, in the warm start, {warm_start_temperature}")
+        momenta = {"momentum": momentum, "final_momentum": final_momentum, "warm_start_momentum": warm_start_momentum}
+        for name, value in momenta.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"method.{name} must be in [0, 1]; got {value}")
         if positives.bank_rows and not negatives.bank_rows:
@@ -119,15 +132,28 @@ class Contrastive(nn.Module):
                 "a positive that is a row of the bank needs the bank's rows as negatives; got "
                 f"{type(positives).__name__} with {type(negatives).__name__}"
             )
-        if bank is None and (negatives.bank_rows or isinstance(positives, NearestKey)):
+        if bank is None and (negatives.bank_rows or positives.needs_bank):
             raise ValueError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
-        if bank is not None and bank.filling_passes and momentum is None:
-            raise ValueError("bank.initialisation=keys needs a momentum twin; got method.momentum=null")
+        if warm_start_steps is not None and warm_start_passes is not None:
+            raise ValueError(
+                f"warm_start: expected steps or passes, got both, {warm_start_steps} and {warm_start_passes}; set one of them to null"
+            )
+        for name, value in {"steps": warm_start_steps, "passes": warm_start_passes}.items():
+            if value is not None and value < 0:
+                raise ValueError(f"warm_start.{name} must be 0 or more, or null; got {value}")
+        if warm_start_passes and bank is None:
+            raise ValueError(
+                f"warm_start.passes go over the rows of a bank, and this method has none; got {warm_start_passes}: say "
+                "warm_start.steps=N and warm_start.passes=null"
+            )
+        if warm_start_passes is None and warm_start_steps is None:
+            warm_start_passes = 0 if bank is None else bank.default_warm_start_passes
         self.encoder, self.bank = encoder, bank
         self.twin = MomentumTwin(encoder) if momentum is not None else None
         self.positives, self.negatives = positives, negatives
-        self.temperature, self.filling_temperature = temperature, filling_temperature
-        self.momentum, self.final_momentum, self.filling_momentum = momentum, final_momentum, filling_momentum
+        self.temperature, self.warm_start_temperature = temperature, warm_start_temperature
+        self.momentum, self.final_momentum, self.warm_start_momentum = momentum, final_momentum, warm_start_momentum
+        self.num_warm_start_steps, self.warm_start_passes = warm_start_steps, warm_start_passes
         self.symmetric, self.reduction = symmetric, reduction
         self.keys: list[list[Tensor]] = []  # of the step in progress, by part of the batch and view, for the bank's update
 
@@ -136,46 +162,88 @@ class Contrastive(nn.Module):
         return self.encoder.backbone
 
     @property
-    def needs_whole_batch(self) -> bool:
-        """Whether the batch's other images are negatives, so that a part of it would have fewer."""
-        return isinstance(self.negatives, (BatchKeys, BatchBothViews))
+    def needs(self) -> Needs:
+        in_warm_start = bool(self.num_warm_start_steps or self.warm_start_passes) and not self._rows_are_filled
+        return Needs(whole_batch=in_warm_start or self.negatives.columns_per_image > 0)
 
-    def encoder_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves: everything that learns but the bank's rows."""
-        bank = set() if self.bank is None else set(self.bank.parameters())
-        return [p for p in self.parameters() if p.requires_grad and p not in bank]
-
-    def momenta(self, schedule: Schedule, epochs: int, steps_per_epoch: int) -> list[float]:
-        """The twin's m for every step after the filling."""
-        start = 0.0 if self.momentum is None else self.momentum
-        return schedule.momentum(start, self.final_momentum, epochs, steps_per_epoch)
-
-    def bank_rates(self, schedule: Schedule, batch: int, epochs: int, steps_per_epoch: int) -> list[float]:
-        """The bank's learning rate for every step after the filling."""
-        if self.bank is None:
-            return [0.0] * (epochs * steps_per_epoch)
-        return self.bank.rates(schedule, batch, epochs, steps_per_epoch)
-
-    def update_twin(self, momentum: float) -> None:
-        """Before the keys are computed, as in the published code."""
+    def phases(self, run: RunShape) -> list[Phase]:
+        """A warm start where there is one, at the full rate, and the training."""
+        steps = self.warm_start_steps(run.batch)
+        values = {name: 0.0 for name in self.schedules(run)}
         if self.twin is not None:
-            self.twin.update(self.encoder, momentum)
+            values["twin_momentum"] = self.warm_start_momentum
+        return ([Phase(WARM_START, steps, values)] if steps else []) + [Phase(TRAINING)]
+
+    def schedules(self, run: RunShape) -> dict[str, Table]:
+        """The twin's m, and the bank's rate."""
+        tables = {}
+        if self.twin is not None:
+            tables["twin_momentum"] = cosine(run, self.momentum, self.final_momentum)
+        if self.bank is not None:
+            tables["bank_lr"] = self.bank.rates(run)
+        return tables
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Everything that learns but the bank's rows."""
+        bank = set() if self.bank is None else set(self.bank.parameters())
+        return [ParameterGroup([p for p in self.parameters() if p.requires_grad and p not in bank])]
+
+    def before_step(self, now: Now, images: Images) -> None:
+        """The twin moves before the keys are computed, as in the published code."""
+        if self.twin is not None:
+            self.twin.update(self.encoder, now["twin_momentum"])
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        return self.warm_start_loss(batch.views) if now.phase == WARM_START else self.loss(batch.views)
+
+    def after_step(self, now: Now) -> None:
+        """The rows move, or take the keys, once per optimiser step."""
+        if self.bank is not None and now.phase == WARM_START:
+            self.bank.fill(self._step_keys(), now.step_in_phase)
+        elif self.bank is not None:
+            self.bank.update(lr=now["bank_lr"], keys_GD=self._step_keys())
+        self.keys.clear()
+
+    def after_phase(self, now: Now) -> None:
+        """The twin starts the training as a copy of the encoder."""
+        if self.twin is not None and now.phase == WARM_START:
+            self.twin.update(self.encoder, 0.0)
+
+    def terms(self, sizes: list[int]) -> list[Term]:
+        """Of the loss on views of these sizes; the large ones come first."""
+        num_large = sum(size == sizes[0] for size in sizes)
+        return pair_terms(num_large, len(sizes) - num_large, symmetric=self.symmetric, reduction=self.reduction)
+
+    def costs(self, sizes: list[int]) -> Costs:
+        terms = self.terms(sizes)
+        querying, chosen = {term.query for term in terms}, {term.key for term in terms}
+        encoded, followed = (querying, chosen) if self.twin is not None else (querying | chosen, set())
+        return Costs(
+            encoded=sorted(encoded),
+            followed=sorted(followed),
+            terms=len(terms),
+            bank_terms=len(terms) if self.negatives.bank_rows else 0,
+            searches=len(chosen) * self.positives.searches,
+            lookups=len(chosen) * self.positives.lookups,
+            columns_per_image=self.negatives.columns_per_image,
+            gathers=len(chosen),
+            gathers_with_gradient=len(chosen) if self.twin is None else 0,
+        )
 
     def encode(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Term]]:
         """Queries of every view that queries, keys of the large views (own and gathered), and the terms of the loss."""
-        num_large = sum(view.shape[-1] == views[0].shape[-1] for view in views)
-        terms = pair_terms(num_large, len(views) - num_large, symmetric=self.symmetric, reduction=self.reduction)
+        terms = self.terms([view.shape[-1] for view in views])
         querying, chosen = {term.query for term in terms}, {term.key for term in terms}
         q = [self.encoder(view) if v in querying else None for v, view in enumerate(views)]
         if self.twin is not None:
-            k = [self.twin(views[v]) if v in chosen else None for v in range(num_large)]
+            k = [self.twin(views[v]) if v in chosen else None for v in range(1 + max(chosen))]
             all_k = [None if key is None else distributed.gather(key) for key in k]
         else:
-            k = [self.encoder(views[v]) if q[v] is None else q[v] for v in range(num_large)]
+            k = [self.encoder(views[v]) if q[v] is None else q[v] for v in range(1 + max(chosen))]
             all_k = [distributed.gather_with_gradient(key) for key in k]
         return q, k, all_k, terms
 
-    def forward(self, views: list[Tensor]) -> Outputs:
+    def loss(self, views: list[Tensor]) -> Outputs:
         """Loss of one batch of views, each [B, 3, H, W]; the large ones come first. Nothing but statistics changes."""
         q, k, all_k, terms = self.encode(views)
         positives = self.positives_of(k, terms)
@@ -194,12 +262,6 @@ class Contrastive(nn.Module):
         parts = [[None] * len(views) if of_all is None else of_all.chunk(len(views)) for of_all in together]
         return {v: Positive(*part) for v, part in zip(views, zip(*parts, strict=True), strict=True)}
 
-    def update_bank(self, lr: float) -> None:
-        """Once per optimiser step, after a finite loss."""
-        if self.bank is not None:
-            self.bank.update(lr=lr, keys_GD=self._step_keys())
-        self.keys.clear()
-
     def _step_keys(self) -> Tensor:
         """The step's keys by view, rank and image, into however many parts the batch was cut."""
         views = [
@@ -208,31 +270,51 @@ class Contrastive(nn.Module):
         ]
         return torch.cat(views)
 
-    # The published initialisation: before epoch 0 the encoder trains for K/B steps against the bank that its keys fill.
+    # The warm start, before epoch 0: the encoder learns from the other view alone, and its keys fill the bank. In the paper it
+    # fills the bank once (K/B steps); AdCo's authors call it the key to the method, and short runs need more of it.
 
-    def filling_steps(self, batch: int) -> int:
-        """Steps before epoch 0: as many as the keys of so large a batch need for the bank's rows, for each pass."""
-        return self.bank.filling_passes * -(-self.bank.size // batch) if self.bank is not None else 0
+    @property
+    def _rows_are_filled(self) -> bool:
+        """Whether the keys of the warm start become the bank's rows."""
+        return self.bank is not None and self.bank.filled_by_keys
 
-    def filling_loss(self, views: list[Tensor]) -> Outputs:
-        """InfoNCE (Eq. 1) in one direction, the other view as positive, the partly filled bank as negatives."""
-        q_BD, k_BD = self.encoder(views[0]), self.twin(views[1])
-        positive_B1 = (q_BD * k_BD).sum(1, keepdim=True)
-        row_B = torch.full((len(q_BD),), self.bank.size, device=q_BD.device)
-        score = self.bank.score(q_BD, row_B, temperature=self.filling_temperature, extra_BE=positive_B1, learn=False)
-        self.keys.append([distributed.gather(k_BD)])
+    @property
+    def fills_bank(self) -> bool:
+        """Whether the warm start leaves none of the rows that the bank had before it."""
+        return self._rows_are_filled and bool(self.num_warm_start_steps or self.warm_start_passes)
+
+    def warm_start_steps(self, batch: int) -> int:
+        """Steps before epoch 0 at a global batch."""
+        return warm_start_steps(self.num_warm_start_steps, self.warm_start_passes, 0 if self.bank is None else self.bank.size, batch)
+
+    def warm_start_loss(self, views: list[Tensor]) -> Outputs:
+        """InfoNCE (Eq. 1) in one direction: the other view as positive; as negatives the bank that the keys are filling, or,
+        where they fill none, the batch's other keys."""
+        q_BD = self.encoder(views[0])
+        if self.twin is not None:
+            k_BD = self.twin(views[1])
+            k_GD = distributed.gather(k_BD)
+        else:
+            k_BD = self.encoder(views[1])
+            k_GD = distributed.gather_with_gradient(k_BD)
+        negatives = BankRows() if self._rows_are_filled else BatchKeys()
+        score = contrast(
+            [q_BD], [k_GD], [Positive(vector_BD=k_BD)], negatives, self.bank, self.warm_start_temperature, learn=False
+        )
+        self.keys.append([k_GD.detach()])
         return Outputs(score.loss_B.mean(), {})
 
-    def fill_bank(self, step: int) -> None:
-        """Write the keys of filling step `step` over the next rows, in order; a pass ends at the last row."""
-        keys_GD = self._step_keys()
-        start = step % -(-self.bank.size // len(keys_GD)) * len(keys_GD)
-        self.bank.rows.write(keys_GD[: self.bank.size - start], start)
-        self.keys.clear()
-
-    def finish_filling(self) -> None:
-        """The twin starts epoch 0 as a copy of the encoder."""
-        self.twin.update(self.encoder, 0.0)
+    def warning(self, statistics: dict[str, float]) -> str | None:
+        """What these statistics of an epoch say of a bank that has collapsed, and what helps; None where nothing is wrong."""
+        named = {name.removeprefix("bank/"): value for name, value in statistics.items() if name.startswith("bank/")}
+        wrong = self.bank.warning(named) if self.bank is not None else None
+        if wrong is None:
+            return None
+        return (
+            f"The bank has collapsed: {wrong}. Its positives and negatives teach the encoder little in this state. What helps: a "
+            "longer warm start (warm_start.steps), a lower rate of the rows (bank.lr) or one that ends at 0 (bank.final_lr=0), "
+            "less push (bank.push), fewer rows (bank.size)."
+        )
 
     def statistics(self) -> dict[str, float]:
         """Of the bank's use and shape since the last call; `bank/` and a name."""

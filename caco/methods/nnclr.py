@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco import distributed
-from caco.methods.contrastive import Contrastive, Outputs, contrast, weighted
+from caco.methods.base import Outputs
+from caco.methods.contrastive import Contrastive, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
 
 
@@ -19,9 +20,20 @@ class NNCLR(Contrastive):
         encoder, bank: as in `Contrastive`; the bank is the queue Q.
         predictor_hidden_dim: width of the predictor's hidden layer.
         temperature: tau.
+        warm_start_temperature, warm_start_steps, warm_start_passes: as in `Contrastive`; the predictor learns after it.
     """
 
-    def __init__(self, *, encoder: nn.Module, bank: nn.Module, predictor_hidden_dim: int = 4096, temperature: float = 0.1):
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        bank: nn.Module,
+        predictor_hidden_dim: int = 4096,
+        temperature: float = 0.1,
+        warm_start_temperature: float = 0.2,
+        warm_start_steps: int | None = None,
+        warm_start_passes: int | None = None,
+    ):
         super().__init__(
             encoder=encoder,
             bank=bank,
@@ -30,6 +42,9 @@ class NNCLR(Contrastive):
             temperature=temperature,
             momentum=None,
             reduction="mean",
+            warm_start_temperature=warm_start_temperature,
+            warm_start_steps=warm_start_steps,
+            warm_start_passes=warm_start_passes,
         )
         dim = encoder.projector.dim
         self.predictor = nn.Sequential(
@@ -39,7 +54,7 @@ class NNCLR(Contrastive):
             nn.Linear(predictor_hidden_dim, dim),
         )
 
-    def forward(self, views: list[Tensor]) -> Outputs:
+    def loss(self, views: list[Tensor]) -> Outputs:
         """Loss of one batch of views, each [B, 3, H, W]; the large ones come first."""
         z, _, _, terms = self.encode(views)
         p = [F.normalize(self.predictor(z_BD).to(z_BD.dtype), dim=1) for z_BD in z]  # float32 under autocast too

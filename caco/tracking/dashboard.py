@@ -28,7 +28,7 @@ from caco.tracking.sync import find_runs, sync
 _FIRST = ("method", "pn", "bank", "backbone", "data", "batch", "epochs", "seed")
 _MAX_PARAMS = 8
 # Sections of the charts, from top to bottom, and whether they open unfolded.
-_SECTIONS = {"eval": True, "train": True, "epoch": True, "paper": False, "final": False, "filling": False, "System metrics": False}
+_SECTIONS = {"eval": True, "train": True, "epoch": True, "paper": False, "final": False, "warm_start": False, "warning": False, "filling": False, "System metrics": False}
 _VIEW = "caco"  # the name of our view of an experiment, in its address
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from caco import instructions
 from caco.tracking.files import read_json
 
 _PACKAGES = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "hydra": "hydra-core", "mlflow": "mlflow"}
@@ -18,7 +19,7 @@ SOURCE = "source.json"  # beside the package in a copy made for a job, which has
 def environment() -> dict[str, str]:
     """Git SHA and state of caco's source, versions, machine, SLURM job; "unknown" for what cannot be found out.
 
-    GPUs are named only once torch is imported: importing it for this would cost seconds.
+    GPUs and PyTorch's instructions are named only once torch is imported: importing it for this would cost seconds.
     """
     here = Path(__file__).parent
     # Installed into a virtual environment, caco may lie inside some other repository, whose SHA says nothing.
@@ -35,6 +36,7 @@ def environment() -> dict[str, str]:
         "platform": platform.platform(),
         "cpu": _after_colon(Path("/proc/cpuinfo"), "model name") or platform.machine() or "unknown",
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        **instructions.record(),
         "memory_gib": _memory_gib(),
         "gpus": _gpus(),
     }

@@ -2,7 +2,6 @@
 
 import contextlib
 import getpass
-import importlib.util
 import logging
 import os
 import re
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caco.installed import command_to_install, is_installed
 from caco.tracking.files import locked, read_json
 from caco.tracking.ledger import read_rows
 from caco.tracking.watermark import Watermark, is_finite, milliseconds, points, sending
@@ -38,11 +38,8 @@ _ENVIRONMENT = {
 
 def require_mlflow() -> None:
     """Raises ModuleNotFoundError, with what to do, where MLflow is not installed. Does not import it."""
-    if importlib.util.find_spec("mlflow") is None:
-        raise ModuleNotFoundError(
-            "expected the package mlflow for tracking=mlflow, got none: "
-            "`pip install 'caco[mlflow]'`, or choose tracking=ledger"
-        )
+    if not is_installed("mlflow"):
+        raise ModuleNotFoundError(f"MLflow is not installed; to have it: {command_to_install('mlflow')}")
 
 
 def resolve_uri(uri: str | None) -> str:

@@ -71,7 +71,7 @@ def trained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs")
     uri = f"sqlite:///{folder}/mlflow.db"
-    further = ["name=tiny", "tracking=mlflow", f"tracking.uri={uri}", "epochs=1", "max_steps=null"]
+    further = ["name=tiny", "tracking=mlflow", f"tracking.uri={uri}", "tracking.finish_seconds=240", "epochs=1", "max_steps=null"]
     run_dir = folder / "tiny" / "one"
     open_run(run_dir, job_config(compose([*TINY, *BANK, *further])))
     train(run_dir, *further)

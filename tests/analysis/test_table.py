@@ -66,7 +66,7 @@ def test_without_common_seeds_there_is_no_gain_and_without_spread_no_test():
     assert Gain.of({0: 6.0, 1: 9.0}, {0: 2.0, 1: 3.0}, ratio=True) == Gain(Spread(3.0, 0.0, 2), None)
 
 
-def test_hours_are_images_over_the_rate_and_filling_is_no_part_of_an_epoch(result):
+def test_hours_are_images_over_the_rate_and_the_warm_start_is_no_part_of_an_epoch(result):
     """50 steps of 64 images at 3,600 a second; 8 of them fill 512 rows; two processes share the rest."""
     one = result("both", 0, knn=50.0)
     assert one.config["bank.size"] == 512 and one.summary["steps"] == 50
@@ -243,7 +243,7 @@ def test_an_mlflow_store_gives_the_same_result_as_the_record(trained, tmp_path):
     )
     assert len(stored.curve) == len(kept.curve)
     for theirs, ours in zip(stored.curve, sorted(kept.curve, key=lambda row: (row["step"], row["kind"])), strict=True):
-        assert {key: theirs[key] for key in ours} == ours
+        assert {key: theirs[key] for key in ours if key != "phase"} == {key: ours[key] for key in ours if key != "phase"}
 
 
 def test_a_store_without_the_runs_asked_for_says_what_it_has_and_what_makes_them(trained):

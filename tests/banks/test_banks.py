@@ -10,6 +10,7 @@ from caco import equations as eq
 from caco.banks.fifo import FifoBank
 from caco.banks.learnable import LearnableBank
 from caco.banks.rows import Rows, random_rows
+from caco.schedules import RunShape
 
 
 def queries(step, B=8, D=6):
@@ -59,8 +60,13 @@ def test_a_frozen_bank_never_moves():
 
 
 def test_the_rate_scales_with_the_batch_only_when_asked():
-    assert LearnableBank(size=4, dim=2, seed=0, lr=3.0).base_lr(64) == 3.0
-    assert LearnableBank(size=4, dim=2, seed=0, lr=3.0, lr_reference_batch=1024).base_lr(64) == 0.1875
+    def rates(**settings):
+        return LearnableBank(size=4, dim=2, seed=0, lr=3.0, warmup_epochs=0, **settings).rates(RunShape(10, 1, 64))
+
+    assert rates() == [3.0] * 10
+    assert rates(lr_reference_batch=1024) == [0.1875] * 10
+    assert rates(final_lr=1.0)[5] == pytest.approx(2.0)
+    assert rates(final_lr=1.0, lr_reference_batch=1024)[5] == pytest.approx(2.0 / 16)
 
 
 def test_random_rows_are_unit_and_do_not_depend_on_how_they_are_shared_out():

@@ -7,29 +7,28 @@ import torch
 from torch.nn import functional as F
 
 from caco import equations as eq
+from caco import instructions
 from caco.banks import fused, scoring
 from caco.banks.learnable import LearnableBank
 
-PATHS = ["streamed", "plain", "AVX2", "wide", "AVX-512", "AMX", "AMX bfloat16"]
-LOSS = {"AMX": 1.2e-5, "AMX bfloat16": 5e-3}  # error of a cosine, and so of a loss times tau; else a float32's
-GRADIENT = {"AMX": 1e-5, "AMX bfloat16": 2e-3}  # of a query, times tau^2
-ROWS = {"AMX": 2e-5, "AMX bfloat16": 5e-3}  # of rows and velocity after five steps, times tau
+PATHS = ["streamed", "plain", "avx2", "wide", "avx512", "amx", "amx bfloat16"]
+LOSS = {"amx": 1.2e-5, "amx bfloat16": 5e-3}  # error of a cosine, and so of a loss times tau; else a float32's
+GRADIENT = {"amx": 1e-5, "amx bfloat16": 2e-3}  # of a query, times tau^2
+ROWS = {"amx": 2e-5, "amx bfloat16": 5e-3}  # of rows and velocity after five steps, times tau
 
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Every path, whatever this processor would choose: wide is the tile of AVX-512 in AVX2's instructions."""
     if request.param == "streamed":
-        monkeypatch.setattr(fused, "serves", lambda *tensors: False)
+        monkeypatch.setattr(instructions, "LEVEL", "torch")
+        assert not fused.serves(torch.ones(1))
         yield request.param
         return
-    if fused.library() is None:
-        pytest.skip("the kernel was not built here")
     wanted = request.param.removesuffix(" bfloat16")
-    if ["plain", "AVX2", "AVX-512", "AMX"].index({"wide": "AVX2"}.get(wanted, wanted)) > ["plain", "AVX2", "AVX-512", "AMX"].index(fused.instructions()):
-        pytest.skip(f"needs a processor with {wanted}")
-    monkeypatch.setattr(fused, "INSTRUCTIONS", PATHS.index(wanted) - 1)
-    assert fused.instructions() == wanted
+    monkeypatch.setattr(instructions, "LEVEL", wanted)
+    if (serves := instructions.used(instructions.BANK)) != wanted:
+        pytest.skip(f"the kernel has {serves} here in place of {wanted}")
     with torch.autocast("cpu", torch.bfloat16, enabled=request.param != wanted):
         yield request.param
 
@@ -120,7 +119,7 @@ def test_the_nearest_rows_cosines_are_within_the_bound_that_comes_with_them(path
     rows[700:800] = rows[13] + 3e-3 * noise[100:]
     keys = torch.cat([F.normalize(rows[[12, 13]], dim=1), unit(60, 40, seed=2).float()])
     value, row, error = fused.nearest(keys, rows)
-    assert value.shape[1] == (16 if path.startswith("AMX") else 4), "more cost time where a float32 tells rows apart"
+    assert value.shape[1] == (16 if path.startswith("amx") else 4), "more cost time where a float32 tells rows apart"
     exact = keys.double() @ F.normalize(rows.double(), dim=1).T
     named = row >= 0
     off = (value.double() - exact.gather(1, row.clamp(min=0))).abs()
@@ -235,23 +234,22 @@ def test_the_run_s_precision_decides_which_products_are_rounded(monkeypatch):
     assert told == [("score", False), ("update", False), ("score", True), ("update", True), ("score", False), ("update", False)]
 
 
-def test_a_processor_without_tiles_stays_float32_under_bf16(monkeypatch):
-    if fused.library() is None:
-        pytest.skip("the kernel was not built here")
-    monkeypatch.setattr(fused, "INSTRUCTIONS", 0)
+@pytest.mark.parametrize("path", ["plain", "avx2", "wide", "avx512"], indirect=True)
+def test_without_tiles_it_stays_float32_under_bf16(path):
     q, w = unit(20, 16, seed=0).float(), stored(100, 16, seed=1).float()
     low, full = (fused.forward(q, w, [0.1], [0.0], with_sums=True, low=low) for low in (True, False))
     assert torch.equal(low[0][0], full[0][0]) and torch.equal(low[2], full[2])
 
 
 def test_without_the_kernel_one_line_says_so_and_the_numbers_stay(monkeypatch, capsys):
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
-    fused.library.cache_clear()
+    monkeypatch.setattr(instructions, "LEVEL", None)
+    monkeypatch.setattr(instructions, "compiled", lambda part: None)
+    fused._loaded.cache_clear()
     rows, own = torch.eye(4), torch.arange(4)
     try:
         losses = [scoring.score(rows, rows, own, first_row=0, size=4, tau=0.5).loss_B for _ in range(2)]
     finally:
-        fused.library.cache_clear()
+        fused._loaded.cache_clear()
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "fused kernel was not built here" in told
     for loss in losses:

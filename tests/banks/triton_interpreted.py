@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from triton.runtime import interpreter
 
 from caco import equations as eq
+from caco import instructions
 from caco.banks import fused, scoring, triton_kernels
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # o
 def serves(monkeypatch):
     """Scoring uses the kernels for CPU tensors too, in large blocks: each costs the interpreter the same."""
     monkeypatch.setattr(fused, "serves", lambda *tensors: True)
-    monkeypatch.setattr(fused, "INSTRUCTIONS", 0)  # of the CPU's kernel, which need not be there
+    monkeypatch.setattr(instructions, "LEVEL", None)
     for name in triton_kernels.KERNELS:
         monkeypatch.setattr(fused, name, getattr(triton_kernels, name))
     monkeypatch.setattr(triton_kernels, "SIZES", {key: ((64, 256, 4, 1),) * 4 for key in triton_kernels.SIZES})

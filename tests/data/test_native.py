@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from caco import instructions
 from caco.data import native
 from caco.data.views import View, Views, change_contrast, turn_hue, uniforms
 
@@ -31,7 +32,15 @@ CASES = {
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     if native.library() is None:
-        pytest.skip("the compiled views were not built")
+        pytest.skip(f"the compiled views {native.why_not()}")
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def level(request, monkeypatch) -> None:
+    """Each for which views.cpp is compiled, if the processor has it."""
+    monkeypatch.setattr(instructions, "LEVEL", request.param)
+    if (serves := instructions.used(instructions.VIEWS)) != request.param:
+        pytest.skip(f"the compiled views have {serves} here in place of {request.param}")
 
 
 def images(height: int, width: int) -> list[np.ndarray]:
@@ -42,11 +51,11 @@ def images(height: int, width: int) -> list[np.ndarray]:
     return [rng.integers(0, 256, (height, width, 3), np.uint8), wash, np.repeat((x // 3 % 2 * 255)[..., None], 3, -1).astype(np.uint8)]
 
 
-def both(views: Views, arrays: list[np.ndarray], *, samples=None, threads=2, most_bits=512) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def both(views: Views, arrays: list[np.ndarray], *, samples=None, threads=2) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The views, uint8, by the compiled library and by Pillow."""
     samples = np.arange(len(arrays)) if samples is None else samples
     ours = [np.empty((len(arrays), size, size, 3), np.uint8) for size in views.sizes]
-    native.make_views(views.settings(), native.table(arrays), samples, 9, ours, num_threads=threads, most_bits=most_bits)
+    native.make_views(views.settings(), native.table(arrays), samples, 9, ours, num_threads=threads)
     theirs = [
         np.stack([views.view_pixels(Image.fromarray(a), v, u) for a, u in zip(arrays, uniforms(9, samples, v).tolist(), strict=True)])
         for v in range(views.num_views)
@@ -54,17 +63,16 @@ def both(views: Views, arrays: list[np.ndarray], *, samples=None, threads=2, mos
     return ours, theirs
 
 
-@pytest.mark.parametrize("most_bits", [512, 256, 128])
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_equals_pillows(case, most_bits):
+def test_every_step_equals_pillows(case, level):
     sizes = (1, 7, 32, 33)
     views = Views(size=8, views={str(s): View(size=s, **CASES[case]) for s in sizes}, mean=[0.5] * 3, std=[0.5] * 3)
     arrays = [image for height, width in ((32, 32), (1, 5), (50, 37), (23, 140), (7, 7)) for image in images(height, width)]
-    for ours, theirs in zip(*both(views, arrays, most_bits=most_bits), strict=True):
+    for ours, theirs in zip(*both(views, arrays), strict=True):
         assert np.array_equal(ours, theirs)
 
 
-def test_the_papers_views_of_photographs_sizes_equal_pillows():
+def test_the_papers_views_of_photographs_sizes_equal_pillows(level):
     kind = {"blur_p": 0.5, "solarize_p": 0.3}
     views = Views(
         size=224, views={"large": View(**kind), "small": View(size=96, scale=[0.05, 0.14], **kind)}, mean=[0.5] * 3, std=[0.5] * 3
@@ -88,16 +96,18 @@ def test_hue_and_contrast_equal_pillows_for_every_colour(monkeypatch):
         mean=[0.5] * 3,
         std=[0.5] * 3,
     )
-    ours = [np.empty((1, 4096, 4096, 3), np.uint8) for _ in range(2)]
-    native.make_views(views.settings(), native.table([colours]), np.array([0]), 9, ours)
     factors = [uniforms(9, np.array([0]), v)[0, 35:] for v in (0, 1)]
     image = Image.fromarray(colours)
-    assert np.array_equal(ours[0][0], np.asarray(turn_hue(image, -0.5 + factors[0][3])))
-    assert np.array_equal(ours[1][0], np.asarray(change_contrast(image, 0.2 + 1.6 * factors[1][1])))
+    turned, changed = turn_hue(image, -0.5 + factors[0][3]), change_contrast(image, 0.2 + 1.6 * factors[1][1])
+    ours = [np.empty((1, 4096, 4096, 3), np.uint8) for _ in range(2)]
+    for level in ("plain", "avx2", "avx512"):  # the best there is, where the processor lacks one
+        monkeypatch.setattr(instructions, "LEVEL", level)
+        native.make_views(views.settings(), native.table([colours]), np.array([0]), 9, ours)
+        assert np.array_equal(ours[0][0], np.asarray(turned))
+        assert np.array_equal(ours[1][0], np.asarray(changed))
 
 
-@pytest.mark.parametrize("most_bits", [512, 256, 128])
-def test_every_turn_of_the_hue_equals_pillows_for_every_saturation_and_value(most_bits):
+def test_every_turn_of_the_hue_equals_pillows_for_every_saturation_and_value(level):
     """All inputs of the way back from HSV: with the test above, all of both ways."""
     value, spread = np.mgrid[:256, :256]
     colours = np.stack([value, np.maximum(value - spread, 0), np.maximum(value - spread, 0)], -1).astype(np.uint8)
@@ -106,7 +116,7 @@ def test_every_turn_of_the_hue_equals_pillows_for_every_saturation_and_value(mos
     _, samples = np.unique((turns * 255).astype(int), return_index=True)
     assert len(samples) == 255
     ours = [np.empty((255, 256, 256, 3), np.uint8)]
-    native.make_views(views.settings(), native.table([colours] * 255), samples, 9, ours, num_threads=2, most_bits=most_bits)
+    native.make_views(views.settings(), native.table([colours] * 255), samples, 9, ours, num_threads=2)
     for one, turn in zip(ours[0], turns[samples], strict=True):
         assert np.array_equal(one, np.asarray(turn_hue(Image.fromarray(colours), turn)))
 
@@ -134,7 +144,7 @@ def test_a_jpeg_of_which_only_some_rows_are_decoded_gives_the_views_of_the_whole
     assert native.make_views(views.settings(), table, np.arange(40), 9, made).all()
 
 
-def test_normalised_views_equal_torchs_normalisation_of_the_pixels():
+def test_normalised_views_equal_torchs_normalisation_of_the_pixels(level):
     views = Views(size=9, views={"one": View(count=2)}, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
     arrays = images(20, 30)
     pixels, _ = both(views, arrays)

@@ -39,7 +39,7 @@ def test_mocos_and_lightlys_recipes():
 
 def test_larc_scales_each_gradient_by_the_ratio_of_norms_but_not_that_of_a_zero_parameter():
     torch.manual_seed(0)
-    start = [torch.randn(3, 4), torch.zeros(3)]
+    start = [torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
     parameters = [nn.Parameter(p.clone()) for p in start]
     optimizer = Recipe(epochs=1, batch=256, lr=0.5, larc=True).optimizer(parameters)
     expected, velocity = [p.clone() for p in start], [torch.zeros_like(p) for p in start]
@@ -53,7 +53,7 @@ def test_larc_scales_each_gradient_by_the_ratio_of_norms_but_not_that_of_a_zero_
             v.mul_(0.9).add_(g * ratio)
             p.sub_(0.5 * v)
     for ours, by_hand in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(ours.detach(), by_hand, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours.detach(), by_hand, rtol=1e-7, atol=1e-9)  # timm adds 1e-8 to norms
 
 
 def test_linear_evaluation_learns_the_colours_and_leaves_the_backbone_as_it_was(colours, store_of):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import now
 from torch import nn
 from torch.nn import functional as F
 
@@ -72,7 +73,7 @@ SETTINGS = {
 def test_loss_and_encoder_gradient_of_each_row_of_table_7(setting):
     positives, negatives, bank = SETTINGS[setting]
     method, views = build(positives(), negatives(), bank and bank(size=K, dim=D, seed=0))
-    loss = method(views).loss
+    loss = method.loss(views).loss
     loss.backward()
     gradient = method.encoder.matrix.weight.grad.clone()
 
@@ -89,7 +90,7 @@ def test_loss_and_encoder_gradient_of_each_row_of_table_7(setting):
 def test_caco_s_bank_takes_the_sum_of_both_directions():
     method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0, lr=1.0))
     w = method.bank.rows.weight.detach().clone()
-    method(views).loss.backward()
+    method.loss(views).loss.backward()
     gradient = sum(
         eq.bank_gradient(
             method.encoder(views[a]),
@@ -100,7 +101,7 @@ def test_caco_s_bank_takes_the_sum_of_both_directions():
         for a, b in ((0, 1), (1, 0))
     )
     assert torch.allclose(method.bank.gradient(), gradient, atol=1e-12)
-    method.update_bank(lr=1.0)
+    method.after_step(now(bank_lr=1.0))
     assert torch.allclose(method.bank.rows.weight, w - gradient, atol=1e-12)
 
 
@@ -108,7 +109,7 @@ def test_the_negative_setting_pushes_rows_and_pulls_none():
     bank = LearnableBank(size=K, dim=D, seed=0, pull=0.0, push=1.0)
     method, views = build(sources.OtherView(), sources.BankRows(), bank, symmetric=False)
     w = bank.rows.weight.detach().clone()
-    method(views).loss.backward()
+    method.loss(views).loss.backward()
     q, k = method.encoder(views[0]).detach(), method.twin(views[1])
     extra = (q * k).sum(1, keepdim=True)
     dense = eq.bank_gradient(q, w, torch.full((B,), K), TAU, pull=0, push=1, extra_BE=extra)
@@ -118,9 +119,9 @@ def test_the_negative_setting_pushes_rows_and_pulls_none():
 def test_the_queue_of_the_positive_setting_takes_the_keys_of_both_views_after_the_step():
     method, views = build(sources.NearestKey(), sources.BatchKeys(), FifoBank(size=2 * B, dim=D, seed=0))
     before = method.bank.rows.weight.clone()
-    method(views).loss.backward()
+    method.loss(views).loss.backward()
     assert torch.equal(method.bank.rows.weight, before)
-    method.update_bank(lr=0.0)
+    method.after_step(now(bank_lr=0.0))
     assert torch.allclose(method.bank.rows.weight, torch.cat([method.twin(views[0]), method.twin(views[1])]))
     assert method.keys == []
 
@@ -130,7 +131,7 @@ def test_adco_s_denominator_has_the_bank_and_the_batch():
     method, views = build(sources.OtherView(), sources.BankRowsAndBatchKeys(), bank, reduction="mean")
     w = bank.rows.weight.detach().clone()
     m = F.normalize(w, dim=1)
-    loss = method(views).loss
+    loss = method.loss(views).loss
     loss.backward()
     dense, gradient = 0.0, 0.0
     for a, b in ((0, 1), (1, 0)):
@@ -148,7 +149,7 @@ def test_without_a_twin_keys_carry_gradients_and_both_views_are_negatives():
     method, views = build(
         sources.OtherView(), sources.BatchBothViews(), None, momentum=None, reduction="mean"
     )
-    loss = method(views).loss
+    loss = method.loss(views).loss
     loss.backward()
     gradient = method.encoder.matrix.weight.grad.clone()
     method.zero_grad()
@@ -180,7 +181,7 @@ def test_multi_crop_by_hand():
     small = [torch.randn(B, 3, 2, 2, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (5, 6)]
     w = method.bank.rows.weight.detach()
     m = F.normalize(w, dim=1)
-    loss = method(large + small).loss
+    loss = method.loss(large + small).loss
     loss.backward()
     label = [eq.most_probable_positive(method.twin(view), m) for view in large]
     q = [method.encoder(view).detach() for view in large + small]
@@ -191,31 +192,31 @@ def test_multi_crop_by_hand():
     assert torch.allclose(method.bank.gradient(), gradient, atol=1e-12)
 
 
-def test_filling_writes_the_keys_in_order_and_then_copies_the_encoder_to_the_twin():
+def test_the_warm_start_writes_the_keys_in_order_and_then_copies_the_encoder_to_the_twin():
     method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=10, dim=D, seed=0))
-    assert method.filling_steps(B) == 2
+    assert method.warm_start_steps(B) == 2
     rows = method.bank.rows.weight.detach().clone()
-    loss = method.filling_loss(views).loss
+    loss = method.warm_start_loss(views).loss
     q, k = method.encoder(views[0]), method.twin(views[1])
     assert torch.allclose(loss, eq.info_nce(q, k, F.normalize(rows, dim=1), 0.2), atol=1e-12)
     loss.backward()
     assert method.bank.asked == [], "rows are overwritten, not learned, while the bank fills"
-    method.fill_bank(0)
+    method.after_step(now("warm start", 0))
     assert torch.equal(method.bank.rows.weight, torch.cat([k, rows[B:]]))
-    method.filling_loss(list(reversed(views)))
-    method.fill_bank(1)
+    method.warm_start_loss(list(reversed(views)))
+    method.after_step(now("warm start", 1))
     assert torch.allclose(method.bank.rows.weight, torch.cat([k, method.twin(views[0])[:4]]))
-    method.filling_loss(views)
-    method.fill_bank(2)  # a second pass begins at the first row again
+    method.warm_start_loss(views)
+    method.after_step(now("warm start", 2))  # a second pass begins at the first row again
     assert torch.equal(method.bank.rows.weight[:B], k)
-    method.finish_filling()
+    method.after_phase(now("warm start"))
     assert torch.equal(method.twin.encoder.matrix.weight, method.encoder.matrix.weight)
     assert method.keys == []
 
 
 def test_the_probability_of_figure_4():
     method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0), symmetric=False)
-    metrics = method(views).metrics
+    metrics = method.loss(views).metrics
     m = F.normalize(method.bank.rows.weight.detach(), dim=1)
     q = method.encoder(views[0])
     p = eq.probabilities(q, m, TAU)
@@ -237,9 +238,67 @@ def test_combinations_without_a_meaning_are_refused(arguments, message):
         build(*arguments)
 
 
-def test_filling_by_keys_needs_a_twin():
-    with pytest.raises(ValueError, match="needs a momentum twin"):
-        build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0), momentum=None)
+def test_a_queue_takes_the_keys_of_the_warm_start_as_it_takes_all_others():
+    method, views = build(sources.NearestKey(), sources.BatchKeys(), FifoBank(size=10, dim=D, seed=0), warm_start_steps=2)
+    rows = method.bank.rows.weight.detach().clone()
+    loss = method.warm_start_loss(views).loss
+    k = method.twin(views[1])
+    assert torch.allclose(loss, eq.info_nce(method.encoder(views[0]), k, F.normalize(rows, dim=1), 0.2), atol=1e-12)
+    method.after_step(now("warm start", 0))
+    assert torch.equal(method.bank.rows.weight, torch.cat([k, rows[B:]]))
+    assert int(method.bank.next_row) == B
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("bank", [None, LearnableBank(size=K, dim=D, seed=0, initialisation="random")])
+def test_where_no_rows_are_filled_the_warm_start_s_negatives_are_the_batch_s_other_keys(momentum, bank):
+    """No bank, or rows that stay random; without a twin the keys are the encoder's and have gradients."""
+    method, views = build(sources.OtherView(), sources.BatchKeys(), bank, momentum=momentum, warm_start_steps=2)
+    assert method.needs.whole_batch
+    rows = None if bank is None else bank.rows.weight.detach().clone()
+    q, k = method.encoder(views[0]), (method.twin if momentum else method.encoder)(views[1])
+    dense = F.cross_entropy(
+        dense_logits((q * k).sum(1), others_of(q, k)) * (TAU / 0.2), torch.zeros(B, dtype=torch.int64)
+    )
+    loss = method.warm_start_loss(views).loss
+    assert torch.allclose(loss, dense, atol=1e-12)
+    by_hand, = torch.autograd.grad(dense, method.encoder.matrix.weight)
+    ours, = torch.autograd.grad(loss, method.encoder.matrix.weight)
+    assert torch.allclose(ours, by_hand, atol=1e-12)
+    method.after_step(now("warm start", 0))
+    assert bank is None or torch.equal(bank.rows.weight, rows)
+
+
+@pytest.mark.parametrize(
+    ("bank", "settings", "steps"),
+    [
+        (LearnableBank, {}, 2),  # as published: the rows once
+        (FifoBank, {}, 0),
+        (LearnableBank, {"warm_start_passes": 3}, 6),
+        (FifoBank, {"warm_start_passes": 3}, 6),
+        (LearnableBank, {"warm_start_steps": 5}, 5),
+        (LearnableBank, {"warm_start_steps": 0}, 0),
+        (None, {"warm_start_steps": 5}, 5),
+        (None, {}, 0),
+    ],
+)
+def test_how_long_the_warm_start_is(bank, settings, steps):
+    bank = None if bank is None else bank(size=10, dim=D, seed=0)
+    method, _ = build(sources.OtherView(), sources.BatchKeys(), bank, **settings)
+    assert method.warm_start_steps(B) == steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warm_start_steps": 5, "warm_start_passes": 1}, "warm_start: expected steps or passes, got both, 5 and 1"),
+        ({"warm_start_passes": 1}, "warm_start.passes go over the rows of a bank, and this method has none; got 1"),
+        ({"warm_start_steps": -1}, "warm_start.steps must be 0 or more, or null; got -1"),
+    ],
+)
+def test_warm_starts_without_a_meaning_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(sources.OtherView(), sources.BatchKeys(), None, **settings)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"momentum": 1.5}])

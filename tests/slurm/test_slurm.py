@@ -11,27 +11,34 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import shown, until
+from conftest import PATIENCE_S, shown, until
+from processes import caco_train, ranks
 from test_trainer import assert_same, final, record
 from tiny import BANK, TINY
 
 from caco import config
 from caco.tracking.environment import environment
 
-pytestmark = pytest.mark.timeout(600)  # of the first test, which waits for all jobs; two cores need three minutes
+pytestmark = pytest.mark.timeout(900)  # of the first test, which waits for all jobs
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ["launcher=slurm", "launcher.hours=1", "launcher.gpus_per_node=0", "launcher.setup=['export GLOO_SOCKET_IFNAME=lo']"]
-# Long enough to be interrupted; no checkpoint before the end but those of interruptions.
-RUN = [*TINY, *BANK, "batch=16", "bank.size=32", "epochs=1", "max_steps=40"]
+# No checkpoint before the end but those of interruptions; held.py makes runs wait for theirs.
+RUN = [*TINY, *BANK, "batch=16", "bank.size=32", "epochs=1"]
 
 
 class Sweep:
-    """`python -m caco.train ...` at work in a folder, and its runs by the value that tells them apart."""
+    """`python -m caco.train ...` at work in a folder, and its runs by the value that tells them apart.
 
-    def __init__(self, folder: Path, *overrides: str, code: Path = ROOT):
+    Args:
+        held: parts of the names of runs that wait at a step to be interrupted.
+    """
+
+    def __init__(self, folder: Path, *overrides: str, code: Path = ROOT, held: str = "none"):
         self.folder = folder
-        variables = {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", "caco.train", "-m", *RUN, *SLURM, *overrides]
+        here = Path(__file__).parent
+        variables = {"PYTHONPATH": f"{code}{os.pathsep}{here}", "OMP_NUM_THREADS": "1", "HELD": held}
+        tracking = "tracking._target_=held.HeldTracker"
+        command = [sys.executable, "-P", "-m", "caco.train", "-m", *RUN, *SLURM, tracking, *overrides]
         self.told = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(command, cwd=folder, env=os.environ | variables, stderr=self.told)
 
@@ -50,23 +57,19 @@ class Sweep:
     def job(self, part: str) -> str:
         return json.loads((self.run_dir(part) / "job.json").read_text())["id"]
 
-    def wait_for_steps(self, part: str, *, steps: int = 5) -> None:
-        def rows():
-            ledger = (self.run_dir(part) or self.folder) / "ledger.jsonl"
-            return len(ledger.read_bytes().splitlines()) if ledger.exists() else 0
-
+    def wait_until_held(self, part: str) -> None:
         def holds():
             if self.process.poll() is not None:
                 pytest.fail(f"{part}: the sweep ended first: {self.end()}; {self.logs()}")
-            return rows() > steps
+            return ((self.run_dir(part) or self.folder) / "held").exists()
 
-        until(holds, 90, lambda: f"{part}: {rows()} rows; {shown('squeue')}; {self.logs()}")
+        until(holds, lambda: f"{part}: not held; {shown('squeue')}; {self.logs()}")
 
     def logs(self) -> str:
         return "\n".join(f"{log}:\n{log.read_text()[-3000:]}" for log in self.folder.glob("runs/*/.jobs/*/*log.err"))
 
     def end(self) -> tuple[int, str]:
-        code = self.process.wait(timeout=150)
+        code = self.process.wait(timeout=PATIENCE_S)
         self.told.seek(0)
         return code, self.told.read()
 
@@ -74,6 +77,67 @@ class Sweep:
 def swept(folder: Path, *overrides: str) -> tuple[int, str]:
     with Sweep(folder, *overrides) as sweep:
         return sweep.end()
+
+
+def log_of(run_dir: Path) -> str:
+    return Path(json.loads((run_dir / "job.json").read_text())["log"]).read_text()
+
+
+# A round trip of two jobs of two ranks: one is preempted, the other has too few images.
+
+BOTH = ["batch=16,2048", "hydra.sweep.subdir=batch-${batch}", "launcher.tasks_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def preempted(slurm, tmp_path_factory):
+    """The sweep, how it ended, and the states of its jobs by their batch."""
+    folder = tmp_path_factory.mktemp("preempted")
+    with Sweep(folder, *BOTH, held="batch-16") as sweep:
+        sweep.commit = environment()["git_sha"]  # now: someone may commit while this runs
+        sweep.wait_until_held("batch-16")
+        shown("scancel", "--signal=USR2", sweep.job("batch-16"))
+        end = sweep.end()
+    return sweep, end, states_of(sweep, "batch-16", "batch-2048")
+
+
+def states_of(sweep: Sweep, *parts: str) -> dict[str, str]:
+    listed = shown("squeue", "--noheader", "--array", "--states=all", "--format=%i %T")
+    return {part: listed.partition(f"{sweep.job(part)} ")[2].split()[0] for part in parts}
+
+
+def test_a_preempted_job_of_two_ranks_goes_on_to_the_bits_of_a_run_left_alone(preempted, tmp_path):
+    sweep, (_, errors), states = preempted
+    run_dir = sweep.run_dir("batch-16")
+    assert states["batch-16"] == "COMPLETED", errors + sweep.logs()
+    log = log_of(run_dir)
+    step = log.partition("after step ")[2].partition(" ")[0]
+    assert "it goes back into the queue" in log
+    assert f"going on from {run_dir}/checkpoints/step_{int(step):09d}.pt" in log, "no step is lost"
+    codes, outputs = ranks(2, caco_train, *RUN, f"hydra.run.dir={tmp_path}")
+    assert codes == [0, 0], outputs[0][1]
+    assert len(final(run_dir)["random"]) == 2, "two tasks are two ranks of one run"
+    assert_same(final(tmp_path), final(run_dir))
+    assert record(tmp_path) == record(run_dir)
+
+
+def test_a_job_that_raises_is_failed_named_and_does_not_stop_the_others(preempted):
+    sweep, (code, errors), states = preempted
+    assert states["batch-2048"] == "FAILED"
+    assert code == 1
+    report = errors.partition("caco: 1 of 2 jobs have failed:\n")[2]
+    assert str(sweep.run_dir("batch-2048")) in report
+    assert "batch: expected at most the 1400 images of digits/train, got 2048" in report
+    assert (sweep.run_dir("batch-2048") / "failure.txt").read_text().startswith("batch: expected at most the 1400")
+    assert "Traceback" not in errors
+
+
+def test_the_code_is_recorded_by_its_commit(preempted):
+    sweep, _, _ = preempted
+    recorded = json.loads((sweep.run_dir("batch-16") / "environment.json").read_text())
+    assert recorded["git_sha"] == sweep.commit and recorded["slurm_job_id"] == sweep.job("batch-16")
+
+
+# Jobs that are requeued, killed and cancelled.
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +149,21 @@ def copy_of_the_code(tmp_path_factory):
     return folder
 
 
+NAMES = "name=alone,requeued,killed"
+
+
 @pytest.fixture(scope="module")
 def interrupted(slurm, tmp_path_factory, copy_of_the_code):
-    """One run, four times under four names: left alone, requeued, killed; and of two ranks, left alone and preempted."""
-    folder = tmp_path_factory.mktemp("sweep")
-    names = "name=alone,requeued,killed"
-    pairs = ["name=two-alone,two-told", "launcher.tasks_per_node=2"]
-    with Sweep(folder, names, code=copy_of_the_code) as single, Sweep(folder, *pairs) as double:
-        single.commit = environment()["git_sha"]  # now: someone may commit while this runs
-        interrupt(single, double, copy_of_the_code)
-        return single, {"single": single.end(), "double": double.end()}
-
-
-def interrupt(single, double, copy_of_the_code):
-    single.wait_for_steps("runs/killed")
-    # From here on the checkout is of no use: what goes on must be the code as it was submitted.
-    (copy_of_the_code / "caco" / "trainer.py").write_text("raise RuntimeError('edited after the submission')\n")
-    kill_processes_of(single.job("runs/killed"))
-    single.wait_for_steps("runs/requeued")
-    shown("scontrol", "requeue", single.job("runs/requeued"))
-    double.wait_for_steps("runs/two-told")
-    shown("scancel", "--signal=USR2", double.job("runs/two-told"))
+    """One run, three times under three names: left alone, requeued, killed; the code is edited meanwhile."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with Sweep(folder, NAMES, code=copy_of_the_code, held="requeued,killed") as sweep:
+        sweep.wait_until_held("runs/killed")
+        # From here on the checkout is of no use: what goes on must be the code as it was submitted.
+        (copy_of_the_code / "caco" / "trainer.py").write_text("raise RuntimeError('edited after the submission')\n")
+        kill_processes_of(sweep.job("runs/killed"))
+        sweep.wait_until_held("runs/requeued")
+        shown("scontrol", "requeue", sweep.job("runs/requeued"))
+        return sweep, sweep.end()
 
 
 def kill_processes_of(job: str) -> None:
@@ -125,40 +183,28 @@ def kill_processes_of(job: str) -> None:
     assert killed, f"no process of job {job}"
 
 
-def test_every_job_of_the_sweeps_ends_well(interrupted):
-    sweep, ends = interrupted
-    for code, errors in ends.values():
-        assert code == 0, errors + sweep.logs()
-        assert errors.count("COMPLETED") >= 2
-
-
-@pytest.mark.parametrize("name, whole", [("requeued", "alone"), ("killed", "alone"), ("two-told", "two-alone")])
-def test_an_interrupted_job_ends_with_the_bits_of_one_left_alone(interrupted, name, whole):
-    sweep, _ = interrupted
-    one, other = sweep.run_dir(f"runs/{whole}"), sweep.run_dir(f"runs/{name}")
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["requeued", "killed"])
+def test_an_interrupted_job_ends_well_with_the_bits_of_one_left_alone(interrupted, name):
+    sweep, (code, errors) = interrupted
+    assert code == 0 and errors.count("COMPLETED") >= 2, errors + sweep.logs()
+    one, other = sweep.run_dir("runs/alone"), sweep.run_dir(f"runs/{name}")
     assert_same(final(one), final(other))
     assert record(one) == record(other)
 
 
-def test_a_job_that_is_told_in_time_loses_no_step(interrupted):
+@pytest.mark.long
+def test_each_log_says_what_happened_to_its_job_and_to_no_other(interrupted):
     sweep, _ = interrupted
-    for name, going in (("requeued", "SLURM has requeued"), ("two-told", "it goes back into the queue")):
-        log = Path(json.loads((sweep.run_dir(f"runs/{name}") / "job.json").read_text())["log"]).read_text()
-        step = log.partition("after step ")[2].partition(" ")[0]
-        assert going in log
-        assert f"going on from {sweep.run_dir(f'runs/{name}')}/checkpoints/step_{int(step):09d}.pt" in log
+    logs = {name: log_of(sweep.run_dir(f"runs/{name}")) for name in ("alone", "requeued", "killed")}
+    assert {name for name, log in logs.items() if "killed by signal 9" in log} == {"killed"}
+    assert {name for name, log in logs.items() if "SLURM has requeued" in log} == {"requeued"}
+    assert "going on from" not in logs["alone"] and "after 0 of" in logs["alone"]
+    step = logs["requeued"].partition("after step ")[2].partition(" ")[0]
+    assert f"going on from {sweep.run_dir('runs/requeued')}/checkpoints/step_{int(step):09d}.pt" in logs["requeued"]
 
 
-def test_only_the_interrupted_jobs_were_interrupted(interrupted):
-    sweep, _ = interrupted
-    for name in ("alone", "two-alone"):
-        log = json.loads((sweep.run_dir(f"runs/{name}") / "job.json").read_text())["log"]
-        assert "going on from" not in Path(log).read_text() and "after 0 of" in Path(log).read_text()
-    for name in ("requeued", "killed", "two-told"):
-        log = json.loads((sweep.run_dir(f"runs/{name}") / "job.json").read_text())["log"]
-        assert ("killed by signal 9" in Path(log).read_text()) == (name == "killed")
-
-
+@pytest.mark.long
 def test_each_job_knows_its_sweep_also_after_it_was_requeued(interrupted):
     sweep, _ = interrupted
     about = [json.loads((sweep.run_dir(f"runs/{name}") / "tracking.json").read_text()) for name in ("alone", "requeued", "killed")]
@@ -166,63 +212,38 @@ def test_each_job_knows_its_sweep_also_after_it_was_requeued(interrupted):
     assert {(run["sweep"]["jobs"], run["sweep"]["name"]) for run in about} == {(3, about[0]["sweep"]["name"])}
 
 
-def test_two_tasks_are_two_ranks_of_one_run(interrupted):
+@pytest.mark.long
+def test_a_copy_of_the_code_is_recorded_by_the_commit_that_it_says(interrupted):
     sweep, _ = interrupted
-    assert len(final(sweep.run_dir("runs/two-alone"))["random"]) == 2
+    recorded = json.loads((sweep.run_dir("runs/killed") / "environment.json").read_text())
+    assert recorded["git_sha"] == "0123abc" and recorded["slurm_job_id"] == sweep.job("runs/killed")
 
 
-def test_the_code_is_recorded_by_its_commit(interrupted):
-    sweep, _ = interrupted
-    recorded = [json.loads((sweep.run_dir(f"runs/{name}") / "environment.json").read_text()) for name in ("killed", "two-alone")]
-    assert recorded[0]["git_sha"] == "0123abc" and recorded[0]["slurm_job_id"] == sweep.job("runs/killed")
-    assert recorded[1]["git_sha"] == sweep.commit
-
-
+@pytest.mark.long
 def test_the_same_sweep_again_has_nothing_to_do(interrupted):
     first, _ = interrupted
-    code, errors = swept(first.folder, "name=alone,requeued,killed")
+    code, errors = swept(first.folder, NAMES)
     assert code == 0 and errors.count("is done already") == 3
     assert not shown("squeue", "--noheader")
 
 
-FAILING = ["batch=16,2048", "hydra.sweep.subdir=batch-${batch}"]
-
-
-@pytest.fixture(scope="module")
-def failing(slurm, tmp_path_factory):
-    """A sweep of a job that is cancelled while it runs and one that has too few images; then the same command again."""
-    folder = tmp_path_factory.mktemp("failing")
-    with Sweep(folder, *FAILING) as sweep:
-        sweep.wait_for_steps("batch-16")
+@pytest.mark.long
+def test_a_cancelled_job_stays_cancelled_and_the_same_command_submits_it_again(slurm, tmp_path):
+    wrong = ["batch=16,2048", "hydra.sweep.subdir=batch-${batch}"]
+    with Sweep(tmp_path, *wrong, held="batch-16") as sweep:
+        sweep.wait_until_held("batch-16")
         shown("scancel", sweep.job("batch-16"))
-        first = sweep.end()
-    states = shown("squeue", "--noheader", "--array", "--states=all", "--format=%i %T")
-    jobs = {batch: sweep.job(f"batch-{batch}") for batch in (16, 2048)}
-    return sweep, first, {batch: states.partition(f"{job} ")[2].split()[0] for batch, job in jobs.items()}
-
-
-def test_a_job_that_raises_is_failed_and_one_that_is_cancelled_stays_cancelled(failing):
-    _, _, states = failing
-    assert states == {16: "CANCELLED", 2048: "FAILED"}
-
-
-def test_the_sweep_says_which_failed_and_why(failing):
-    sweep, (code, errors), _ = failing
-    assert code == 1
+        code, errors = sweep.end()
+    assert states_of(sweep, "batch-16", "batch-2048") == {"batch-16": "CANCELLED", "batch-2048": "FAILED"}
     report = errors.partition("caco: 2 of 2 jobs have failed:\n")[2]
-    assert str(sweep.run_dir("batch-16")) in report and "ended as CANCELLED" in report
-    assert "batch: expected at most the 1400 images of digits/train, got 2048" in report
-    assert (sweep.run_dir("batch-2048") / "failure.txt").read_text().startswith("batch: expected at most the 1400")
-    assert "Traceback" not in errors
-
-
-def test_the_same_command_submits_the_unfinished_jobs_and_one_failure_does_not_stop_the_others(failing):
-    sweep, _, _ = failing
-    code, errors = swept(sweep.folder, *FAILING)
+    assert code == 1 and str(sweep.run_dir("batch-16")) in report and "ended as CANCELLED" in report
+    code, errors = swept(tmp_path, *wrong)
     assert code == 1 and "caco: 1 of 2 jobs have failed:" in errors
     assert (sweep.run_dir("batch-16") / "summary.json").exists()
-    log = Path(json.loads((sweep.run_dir("batch-16") / "job.json").read_text())["log"]).read_text()
-    assert "going on from" in log, "what the cancelled job had saved"
+    assert "going on from" in log_of(sweep.run_dir("batch-16")), "what the cancelled job had saved"
+
+
+# Refusals.
 
 
 @pytest.mark.parametrize(

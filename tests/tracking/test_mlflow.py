@@ -1,9 +1,9 @@
 """One MLflow run per training run, fed from the ledger: every point once, whatever is killed, resumed or down."""
 
-import importlib.util
 import json
 import logging
 import math
+import re
 import socket
 import statistics
 import subprocess
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from caco.installed import command_to_install
 from caco.tracking.feed import import_mlflow, resolve_uri
 from caco.tracking.ledger import Ledger
 from caco.tracking.mlflow import MLflowTracker
@@ -22,7 +23,8 @@ PARAMS = {"bank.size": 8192, "pn": "both", "compile": False, "max_steps": None}
 
 
 def begin(look, run_dir, state=None, params=PARAMS, **arguments):
-    tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, feed_seconds=0.05, **arguments)
+    arguments = {"feed_seconds": 0.05, "finish_seconds": 240} | arguments  # on a busy machine what is sent late is not lost
+    tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, **arguments)
     tracker.start(run_dir, params=params, tags={"git_sha": "abc", "host": "h"}, run_name="bank=1M", state=state)
     return tracker
 
@@ -140,7 +142,7 @@ def test_a_resume_with_another_logging_cadence_has_every_point_once(look, tmp_pa
 
 @pytest.mark.parametrize("arrived", [True, False])
 def test_a_kill_while_a_batch_is_on_its_way_neither_doubles_nor_loses_it(look, tmp_path, monkeypatch, arrived):
-    tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, feed_seconds=1000)
+    tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, feed_seconds=1000, finish_seconds=240)
     tracker.start(tmp_path, params={}, tags={}, run_name="n", state=None)
     tracker.log(0, {"loss": 0.0})
     tracker._feeder.attempt()
@@ -234,7 +236,7 @@ children = []
 for name in ("a", "b", "c", "d"):
     child = os.fork()
     if child == 0:
-        tracker = MLflowTracker(uri=None, experiment="sweep", finish_seconds=60)
+        tracker = MLflowTracker(uri=None, experiment="sweep", finish_seconds=240)
         tracker.start(Path(name), params={"seed": name}, tags={}, run_name=name, state=None)
         tracker.log(1, {"loss": 0.5})
         tracker.finish("FINISHED", {"loss": 0.5})
@@ -246,7 +248,7 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 def test_four_processes_at_once_on_a_fresh_default_store_each_log_their_run(tmp_path, store):
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + FRESH]
-    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, "")
     from mlflow import MlflowClient
 
@@ -299,9 +301,8 @@ def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, 
 
 
 def test_without_mlflow_one_is_told_what_to_do(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'caco\[mlflow\]'.*tracking=ledger"):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ModuleNotFoundError, match=f"^MLflow is not installed; to have it: {re.escape(command_to_install('mlflow'))}$"):
         MLflowTracker(uri=None, experiment="x")
 
 

@@ -16,11 +16,12 @@ from caco.tracking.sync import last_status, main
 from caco.tracking.system import Sampler
 
 SWEEP = {"name": "pn=both,none preset=demo", "title": "preset=demo pn=both,none", "keys": ["pn"], "jobs": 2}
+BEGIN = {"feed_seconds": 0.02, "finish_seconds": 240, "system_seconds": 0}  # on a busy machine what is sent late is not lost
 TAGS = {"host": "h", "data": "digits/train", "data_digest": "abc123"}
 
 
 def begin(look, run_dir, pn="both", state=None, sweep=SWEEP, **arguments):
-    tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, feed_seconds=0.02, **{"system_seconds": 0} | arguments)
+    tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, **BEGIN | arguments)
     tracker.start(run_dir, params={"pn": pn, "data.root": None}, tags=TAGS, run_name=f"pn={pn}", state=state, sweep=sweep)
     return tracker
 
@@ -118,11 +119,17 @@ def test_what_the_machine_does_is_sent_once_and_goes_on_after_a_resume(look, tmp
 
 
 def test_a_sample_agrees_with_the_kernel(tmp_path):
-    values = Sampler(Ledger(tmp_path / "system.jsonl"), 10.0).sample()
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    def used():
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+        return 100 * (1 - kilobytes["MemAvailable"] / kilobytes["MemTotal"])
+
+    sampler = Sampler(Ledger(tmp_path / "system.jsonl"), 10.0)
+    for _ in range(100):
+        before, values, after = used(), sampler.sample(), used()
+        if abs(after - before) < 1:
+            break  # else another process took or gave back memory meanwhile
     free = os.statvfs(tmp_path)
-    used = 100 * (1 - kilobytes["MemAvailable"] / kilobytes["MemTotal"])
-    assert values["system_memory_usage_percentage"] == pytest.approx(used, abs=5)
+    assert values["system_memory_usage_percentage"] == pytest.approx((before + after) / 2, abs=2)
     assert values["disk_available_megabytes"] == pytest.approx(free.f_bavail * free.f_frsize / 1e6, rel=0.05)
     assert 0 <= values["cpu_utilization_percentage"] <= 100 and values["network_receive_megabytes"] >= 0
 
@@ -130,7 +137,7 @@ def test_a_sample_agrees_with_the_kernel(tmp_path):
 def test_without_a_place_to_write_the_sampler_ends_with_one_warning(tmp_path, caplog):
     sampler = Sampler(Ledger(tmp_path / "absent" / "system.jsonl"), 0.001)
     sampler.start()
-    sampler.join(10)
+    sampler.join(240)
     assert not sampler.is_alive() and len(caplog.messages) == 1 and "system metrics end here" in caplog.messages[0]
 
 

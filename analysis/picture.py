@@ -1,0 +1,289 @@
+"""`python -m analysis.picture RUN`: what a run has learned, as one picture in its directory.
+
+    python -m analysis.picture runs/caco/NAME              of the run in this directory
+    python -m analysis.picture preset=demo seed=1          of the run that caco.train makes with these overrides
+    python -m analysis.picture runs/caco/NAME --to FILE    elsewhere
+
+At the left k-NN accuracy over training, beside that of the untrained network and of raw pixels; at the right rows of the bank,
+each as the training images nearest to it. It reads the run's ledger, its newest checkpoint and its images. The last line that
+it prints is the picture's path.
+"""
+
+import argparse
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from caco import config, refusals
+from caco.config import ConfigError
+from caco.tracking.ledger import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from analysis.model import BankRows, Trained
+
+# Inches. A tile has 80 dots: a whole number for each pixel of images of 8, 16, 20, 40 or 80.
+TILE, GAP, DOTS_PER_INCH = 0.4, 0.04, 200
+MARGIN, HEAD, NOTE_LINE = 0.25, 0.74, 0.155
+BEFORE, AFTER = 0.98, 1.2  # a row's words, before and after its images
+CURVE, CURVE_ALONE, LEAST_HEIGHT = 3.6, 7.0, 3.0
+TICKS, LABELS, ABOVE, BELOW = 0.4, 0.95, 0.25, 0.42  # around the curve
+INK, FAINT, SHADE = "#222222", "#606060", "#E8EEF4"
+TRAINED, PIXELS, UNTRAINED, ODD = "#0072B2", "#C25400", "#707070", "#E0569B"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """k-NN accuracy over training, in percent.
+
+    epochs: of each point; below 0 before epoch 0, as if the steps there were epochs too.
+    steps_before: epoch 0, of a warm start or of filling the bank.
+    starts_at_0: whether the first point is from before the first step.
+    """
+
+    epochs: list[float]
+    accuracy: list[float]
+    steps_before: int
+    starts_at_0: bool
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.picture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="+", metavar="RUN", help="a run's directory, or the overrides of caco.train that made it")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="by default picture.png in the run's directory")
+    parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
+    parser.add_argument("--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)")
+    arguments = parser.parse_args()
+    try:
+        path = make(arguments)
+    except (ConfigError, ValueError, OSError) as error:
+        from caco.train import for_user
+
+        if not isinstance(error, ConfigError) and not for_user(error):
+            raise
+        print(f"caco: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(path)
+
+
+def make(arguments: argparse.Namespace) -> Path:
+    """Draw a run's picture; returns its file.
+
+    Raises:
+        ConfigError: no run there, or one that has nothing to show.
+    """
+    run_dir = directory(arguments.run)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("the picture needs matplotlib, which is not installed here: pip install matplotlib") from error
+    from analysis import model  # here and not above: it imports torch
+
+    trained = model.load(run_dir, arguments.data_root)
+    curve = curve_of(read_rows(run_dir / "ledger.jsonl")[0], len(trained.splits.pretrain) // trained.cfg.batch)
+    pixels = None if curve is None else model.pixels_knn(trained)
+    rows = None if trained.method.bank is None else model.bank_rows(trained, num_images=arguments.images)
+    if curve is None and rows is None:
+        raise ConfigError(f"{run_dir}: expected a bank or an evaluation by k-NN to draw, got a run with neither")
+    path = arguments.to or run_dir / "picture.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(trained, curve, pixels, rows, name=run_dir.resolve().name).savefig(path, dpi=DOTS_PER_INCH)
+    return path
+
+
+def directory(run: Sequence[str]) -> Path:
+    """A run's directory, from itself or from the overrides that made it.
+
+    Raises:
+        ConfigError: there is no run, or the overrides do not compose.
+    """
+    if len(run) == 1 and ("=" not in run[0] or Path(run[0]).is_dir()):
+        path = Path(run[0])
+        expected = "expected a run's directory, or overrides such as preset=demo seed=1"
+    else:
+        try:
+            path = Path(config.compose(list(run)).hydra.run.dir)
+        except (*refusals.COMPOSITION_ERRORS, ValueError) as error:
+            raise ConfigError(refusals.explain(error, run)) from error
+        expected = f"expected the run that python -m caco.train {shlex.join(run)} makes"
+    if not path.is_dir():
+        raise ConfigError(f"{path}: {expected}, got no such directory")
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: {expected}, got a directory without a run's config.yaml")
+    return path
+
+
+def curve_of(ledger: Sequence[dict[str, Any]], steps_per_epoch: int) -> Curve | None:
+    """What training wrote into its ledger; None where nothing was evaluated by k-NN.
+
+    A row's "step" counts from the run's first step, its "epochs" from epoch 0.
+    """
+    # caco.evaluate, which adds rows after training, gives them no "epochs".
+    rows = [row for row in ledger if row["kind"] == "eval" and "knn_top1" in row and "epochs" in row]
+    if not rows:
+        return None
+    before = [round(row["step"] - row["epochs"] * steps_per_epoch) for row in rows if row["epochs"] > 0]
+    steps_before = before[0] if before else rows[-1]["step"]
+    return Curve(
+        epochs=[(row["step"] - steps_before) / steps_per_epoch for row in rows],
+        accuracy=[row["knn_top1"] for row in rows],
+        steps_before=steps_before,
+        starts_at_0=rows[0]["step"] == 0,
+    )
+
+
+# Drawing. Lengths are in inches.
+
+
+def draw(trained: "Trained", curve: Curve | None, pixels: float | None, rows: "BankRows | None", *, name: str) -> "Figure":
+    """The curve at the left, the rows at the right; one of them alone where there is no other."""
+    from analysis.style import Figure
+
+    lines, tiles = (0, 0) if rows is None else rows.image_RN.shape
+    rows_width = 0 if rows is None else BEFORE + tiles * (TILE + GAP) + AFTER
+    curve_width = 0 if curve is None else CURVE_ALONE if rows is None else CURVE
+    rows_left = 2 * MARGIN + curve_width if curve_width else MARGIN
+    width = MARGIN + (rows_left + rows_width if rows_width else MARGIN + curve_width)
+    notes = ["" if rows is None else rows_note(trained, rows), f"{name}, step {trained.step:,}"]
+    note = [line for text in notes for line in textwrap.wrap(text, int(width * 16.5))]
+    foot = 0.3 + NOTE_LINE * len(note)
+    body = max(lines * (TILE + GAP), 0 if curve is None else LEAST_HEIGHT)
+    height = HEAD + body + foot
+    figure = Figure(figsize=(width, height), layout="none")
+
+    def panel(left: float, bottom: float, wide: float, high: float) -> "Axes":
+        return figure.add_axes((left / width, bottom / height, wide / width, high / height))
+
+    def words(left: float, down: float, text: str, **look: Any) -> None:
+        figure.text(left / width, 1 - down / height, text, va="top", **look)
+
+    if curve is not None:
+        test = trained.splits.test
+        words(MARGIN, 0.18, "k-NN accuracy", fontsize=13, weight="bold", color=INK)
+        words(MARGIN, 0.44, f"of {len(test):,} images of {test.name}, in percent", fontsize=9, color=FAINT)
+        axes = panel(MARGIN + TICKS, foot + BELOW, curve_width - TICKS - LABELS, body - ABOVE - BELOW)
+        draw_curve(axes, curve, pixels, start="at the start" if trained.cfg.get("weights") else "untrained")
+    if rows is not None:
+        words(rows_left, 0.18, "Rows of the bank", fontsize=13, weight="bold", color=INK)
+        framed = "" if rows.label_RN is None else "; framed: of another label"
+        words(rows_left, 0.44, f"each as the {tiles} training images nearest to it{framed}", fontsize=9, color=FAINT)
+        draw_rows(panel(rows_left, foot, rows_width, body), trained, rows, size=(rows_width, body))
+    figure.text(MARGIN / width, 0.13 / height, "\n".join(note), fontsize=8, color=FAINT, va="bottom", linespacing=1.3)
+    return figure
+
+
+def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) -> None:
+    """The curve, and a level for what it started from and for raw pixels; their values stand at the right.
+
+    Args:
+        start: what the network was before its first step, in a word.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    first, last = curve.epochs[0], max(curve.epochs[-1], 1.0)
+    axes.plot(curve.epochs, curve.accuracy, color=TRAINED, marker="o", markersize=4.5, linewidth=2, clip_on=False, zorder=3)
+    levels = [(curve.accuracy[-1], "trained", TRAINED)]
+    if pixels is not None:
+        axes.axhline(pixels, color=PIXELS, linewidth=1.4, linestyle=(0, (5, 2)))
+        levels.append((pixels, "raw pixels", PIXELS))
+    if curve.starts_at_0 and len(curve.epochs) > 1:
+        axes.axhline(curve.accuracy[0], color=UNTRAINED, linewidth=1.4, linestyle=(0, (1, 1.2)))
+        levels.append((curve.accuracy[0], start, UNTRAINED))
+    levels.sort()
+    values = [*curve.accuracy, levels[0][0], levels[-1][0]]
+    space = 0.07 * max(max(values) - min(values), 1.0)
+    low, high = min(values) - space, max(values) + space
+    axes.set(xlim=(first, last), ylim=(low, high))
+    if curve.steps_before:
+        axes.axvspan(first, 0, color=SHADE, linewidth=0, zorder=0)
+        above = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 3), "textcoords": "offset points"}
+        axes.annotate(f"warm start: {curve.steps_before:,} steps", fontsize=8, color=FAINT, **above)
+    axes.set_xlabel("epochs", fontsize=9, color=INK)
+    axes.xaxis.set_label_coords((last / 2 - first) / (last - first), -0.24 / _inches(axes))
+    ticks = MaxNLocator(nbins=5, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(0, last)
+    axes.set_xticks([tick for tick in ticks if 0 <= tick <= last])
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.tick_params(labelsize=9, colors=INK, length=3)
+    places = spread([level for level, *_ in levels], (high - low) * 0.38 / _inches(axes))
+    for (level, what, colour), place in zip(levels, places, strict=True):
+        beside = {"xy": (1, place), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "color": colour}
+        axes.annotate(f"{level:.1f}", xytext=(9, 0), fontsize=12, weight="bold", va="bottom", **beside)
+        axes.annotate(what, xytext=(9, -1), fontsize=8.5, va="top", **beside)
+
+
+def _inches(axes: "Axes") -> float:
+    return axes.get_position().height * axes.get_figure().get_figheight()
+
+
+def spread(levels: Sequence[float], apart: float) -> list[float]:
+    """Ascending levels, moved so that neighbours are at least `apart`; those that would touch stand around their mean."""
+    groups: list[list[float]] = []
+    for level in levels:
+        groups.append([level])
+        while len(groups) > 1 and np.mean(groups[-1]) - np.mean(groups[-2]) < apart * (len(groups[-1]) + len(groups[-2])) / 2:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [float(np.mean(group)) + apart * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]
+
+
+def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple[float, float]) -> None:
+    """A line a row: which it is, its images, and what they have in common; those of another label are framed."""
+    from matplotlib.patches import Rectangle
+
+    from analysis.model import most_common
+
+    lines, tiles = rows.image_RN.shape
+    common_R, count_R = (None, None) if rows.label_RN is None else most_common(rows.label_RN)
+    right = BEFORE + tiles * (TILE + GAP) + 0.05
+    for r in range(lines):
+        top = r * (TILE + GAP)
+        middle = top + TILE / 2
+        axes.text(0, middle - 0.01, f"row {int(rows.row_R[r]):,}", fontsize=10, color=INK, va="bottom")
+        axes.text(0, middle + 0.02, f"chosen by {int(rows.uses_R[r]):,}", fontsize=8, color=FAINT, va="top")
+        for n in range(tiles):
+            left = BEFORE + n * (TILE + GAP)
+            pixels = trained.views.plain_pixels(rows.images.image(int(rows.image_RN[r, n])))
+            smooth = len(pixels) > TILE * DOTS_PER_INCH  # larger than its tile
+            place = (left, left + TILE, top + TILE, top)
+            axes.imshow(pixels, extent=place, interpolation="antialiased" if smooth else "nearest")
+            if common_R is not None and rows.label_RN[r, n] != common_R[r]:
+                axes.add_patch(Rectangle((left, top), TILE, TILE, fill=False, edgecolor=ODD, linewidth=2))
+        cosines = f"cosine {rows.cosine_RN[r, 0]:.2f} to {rows.cosine_RN[r, -1]:.2f}"
+        if common_R is None:
+            axes.text(right, middle, cosines, fontsize=8, color=FAINT, va="center")
+            continue
+        name = rows.images.classes[common_R[r]] if rows.images.classes else str(common_R[r])
+        share = f"{count_R[r]} of {tiles}: {name if len(name) <= 12 else name[:10] + '...'}"
+        axes.text(right, middle - 0.01, share, fontsize=10, color=INK, va="bottom")
+        axes.text(right, middle + 0.02, cosines, fontsize=8, color=FAINT, va="top")
+    axes.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect="auto")  # inches, downwards; imshow has changed them
+    axes.axis("off")
+
+
+def rows_note(trained: "Trained", rows: "BankRows") -> str:
+    """How the rows were found, and how well they stand for the others."""
+    every = "all " if len(rows.images) == len(trained.splits.pretrain) else ""
+    note = (
+        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {trained.method.bank.size:,} "
+        f"rows. Shown: of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and "
+        "in turn the one farthest from those taken."
+    )
+    if rows.agreement is not None:
+        note += (
+            f" Over all {rows.num_used:,} chosen rows, on average {rows.agreement:.0%} of the {rows.image_RN.shape[1]} nearest "
+            f"images share a label (drawn at random: {rows.chance:.0%}); training saw none."
+        )
+    return note
+
+
+if __name__ == "__main__":
+    main()

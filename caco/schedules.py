@@ -1,0 +1,63 @@
+"""How long a run is, and numbers that change over it: tables with one number a step, made once, before the loop."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Table = list[float]  # one number a step
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """How long the training is, without what comes before epoch 0.
+
+    Args:
+        epochs: passes over the images.
+        steps_per_epoch: optimiser steps in each.
+        batch: images a step, over all ranks.
+        unit: "step" changes a schedule's number with every step; "epoch" holds it within an epoch, as CaCo's published code does.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    batch: int
+    unit: Literal["step", "epoch"] = "step"
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def ticks(self) -> tuple[list[int], float]:
+        """For each step, how many units have passed; and the units of an epoch."""
+        if self.unit == "epoch":
+            return [step // self.steps_per_epoch for step in range(self.steps)], 1
+        return list(range(self.steps)), self.steps_per_epoch
+
+
+def constant(run: RunShape, value: float) -> Table:
+    """The same number at every step."""
+    return [value] * run.steps
+
+
+def cosine(run: RunShape, start: float, end: float) -> Table:
+    """A half cosine from `start` to `end` over the run."""
+    ticks, per_epoch = run.ticks()
+    total = run.epochs * per_epoch
+    return [end - (end - start) * 0.5 * (1 + math.cos(math.pi * t / total)) for t in ticks]
+
+
+def warmup_and_cosine(run: RunShape, highest: float, final: float, warmup_epochs: float) -> Table:
+    """highest * (t + 1) / W in the warm-up's W units, then a half cosine from `highest` to `final`.
+
+    `final` equal to `highest` keeps the number constant after the warm-up. A warm-up may be longer than the run.
+    """
+    ticks, per_epoch = run.ticks()
+    warmup = warmup_epochs * per_epoch
+    rest = max(run.epochs * per_epoch - warmup, 1)
+
+    def value(t: int) -> float:
+        if t < warmup:
+            return highest * min(1.0, (t + 1) / max(warmup, 1))
+        return final + (highest - final) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / rest))
+
+    return [value(t) for t in ticks]

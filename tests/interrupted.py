@@ -1,0 +1,64 @@
+"""Runs that are told to stop, or killed, at a moment that the test chooses: whatever else the machine does meanwhile."""
+
+import os
+import signal
+
+import pytest
+from processes import caco_train
+
+from caco import trainer
+from caco.checkpoint import Checkpoints
+from caco.tracking.ledger import LedgerTracker
+
+
+def signal_in_step(monkeypatch, step, signum):
+    """The process signals itself within its step number `step`, counted from its start."""
+    original = trainer.distributed.mean_gradients
+    made = []
+
+    def mean_gradients(parameters):
+        if len(made) == step:
+            signal.raise_signal(signum)
+        made.append(step)
+        original(parameters)
+
+    monkeypatch.setattr(trainer.distributed, "mean_gradients", mean_gradients)
+
+
+def train_with_rank_1_told_to_stop(step, *overrides):
+    if os.environ["RANK"] == "1":
+        signal_in_step(pytest.MonkeyPatch(), step, signal.SIGUSR2)
+    caco_train(*overrides)
+
+
+def train_told_to_stop(rows, *overrides):
+    """SIGTERM to the run's whole process group, loader workers included, when so many rows are in the ledger."""
+    original = LedgerTracker.log
+    logged = []
+
+    def log(self, *arguments, **options):
+        original(self, *arguments, **options)
+        logged.append(1)
+        if len(logged) == rows:
+            os.killpg(0, signal.SIGTERM)
+
+    LedgerTracker.log = log
+    caco_train(*overrides)
+
+
+def train_killed(seconds, *overrides):
+    """Ended by the kernel after so many seconds of the process's own computing, counted from its first checkpoint's start.
+
+    Nobody waits for SIGPROF, so it ends a process as abruptly as SIGKILL; and its clock stands still while others compute.
+    """
+    original = Checkpoints.save
+    begun = []
+
+    def save(self, *arguments, **options):
+        if not begun:
+            begun.append(1)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+        original(self, *arguments, **options)
+
+    Checkpoints.save = save
+    caco_train(*overrides)

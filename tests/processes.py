@@ -1,0 +1,121 @@
+"""Other processes for tests, forked from one that has imported everything: each starts in a moment, where a new interpreter
+takes seconds to import torch.
+
+What only a new interpreter shows (what `python -m caco.train` imports, and when) is tested by starting one.
+"""
+
+import functools
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+HERE = Path(__file__).parent
+# Whatever a run imports: what is missing here each process imports again.
+IMPORTED = [
+    "pytest", "caco.train", "caco.build", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr", "caco.banks.learnable",
+    "caco.banks.fifo", "caco.data.datasets", "caco.data.loader", "caco.data.views", "caco.evals.finetune", "caco.evals.knn",
+    "caco.evals.linear", "caco.tracking.ledger", "sklearn.datasets", "timm", "torchvision",
+]  # fmt: skip
+# A process that hangs is ended after so long; a machine with ten times the work that it has cores for is not too slow.
+PATIENCE_S = 240
+
+
+@functools.cache
+def _server() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+class Process:
+    """`function(*arguments)`, which a module must hold by name, at work in a process of its own.
+
+    Args:
+        environment: its variables; those of this process are not inherited but given here.
+        session: whether it leads a process group of its own, as a command of a shell does.
+    """
+
+    def __init__(self, function: Callable, *arguments, environment: dict[str, str] | None = None, session: bool = False):
+        self._folder = tempfile.TemporaryDirectory()
+        environment = dict(os.environ) if environment is None else environment
+        start = (function, arguments, environment, self._folder.name, session)
+        self._process = _server().Process(target=_begin, args=start)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def end(self) -> tuple[int, str, str]:
+        """Its exit code (below 0: the signal that ended it), standard output and standard error, when it has ended."""
+        self._process.join(PATIENCE_S)
+        hangs = self._process.is_alive()
+        if hangs:
+            self._process.kill()
+            self._process.join()
+        told = [(Path(self._folder.name) / name).read_text() for name in ("1", "2")]
+        code = self._process.exitcode
+        self._process.close()
+        self._folder.cleanup()
+        if hangs:
+            pytest.fail(f"a process has not ended within {PATIENCE_S} s; its standard error:\n{told[1]}")
+        return code, *told
+
+
+def _begin(function: Callable, arguments: tuple, environment: dict[str, str], folder: str, session: bool) -> None:
+    for stream in (1, 2):
+        os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    if session:
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*arguments)
+
+
+def ranks(world: int, function: Callable, *arguments) -> tuple[list[int], list[tuple[str, str]]]:
+    """`function(*arguments)` in `world` processes, which find one another as those that torchrun starts do.
+
+    Returns:
+        the exit codes and the outputs (standard output, standard error), in the order of the ranks.
+    """
+    # As torchrun does: a store in this process, on a port that nobody else can take meanwhile.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    started = [
+        Process(function, *arguments, environment=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
+    ends = [process.end() for process in started]
+    return [code for code, *_ in ends], [(out, err) for _, out, err in ends]
+
+
+def caco_train(*overrides: str) -> None:
+    """What `caco-train` does with this command line."""
+    from caco.train import main
+
+    sys.argv = ["caco-train", *overrides]
+    main()
+
+
+def caco_evaluate(*overrides: str) -> None:
+    from caco.evaluate import main
+
+    sys.argv = ["caco-evaluate", *overrides]
+    main()

@@ -1,0 +1,170 @@
+"""caco as it is installed: the command that a message names, a wheel, and an editable install seen from any folder."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from caco import installed
+from caco.installed import command_to_install, is_installed
+
+ROOT = Path(installed.__file__).parents[1]
+PARTS = ("caco", "conf", "hydra_plugins", "experiments", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+
+
+@pytest.fixture
+def as_if_in(monkeypatch, tmp_path):
+    """`as_if_in("site")` makes caco look for itself in tmp_path/site; returns that folder."""
+
+    def place(name: str, *, prefix: str = sys.prefix, pyproject: bool = False) -> Path:
+        folder = tmp_path / name
+        (folder / "caco").mkdir(parents=True)
+        if pyproject:
+            (folder / "pyproject.toml").touch()
+        monkeypatch.setattr(installed, "__file__", str(folder / "caco" / "installed.py"))
+        monkeypatch.setattr(sys, "prefix", prefix)
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    return place
+
+
+def recorded(monkeypatch, origin: dict | None) -> None:
+    """What pip has noted about where caco-ssl comes from."""
+
+    class Distribution:
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return origin and json.dumps(origin)
+
+    def distribution(name):
+        assert name == "caco-ssl"
+        return Distribution()
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+
+
+def test_a_wheel_gets_its_parts_from_pip_under_its_own_name(as_if_in, monkeypatch):
+    as_if_in("site-packages")
+    recorded(monkeypatch, None)  # from an index
+    assert command_to_install("slurm") == "pip install 'caco-ssl[slurm]'"
+    assert command_to_install() == "pip install caco-ssl"
+    recorded(monkeypatch, {"url": "file:///checkout", "dir_info": {}})  # pip install . : a copy, which no longer needs the checkout
+    assert command_to_install("slurm") == "pip install 'caco-ssl[slurm]'"
+
+
+def test_a_checkout_in_an_environment_of_ones_own_gets_them_from_pip_by_its_path(as_if_in, monkeypatch):
+    folder = as_if_in("my clone", pyproject=True)
+    assert command_to_install("slurm") == f"pip install -e '{folder}[slurm]'"
+    monkeypatch.chdir(folder)
+    assert command_to_install("slurm") == "pip install -e '.[slurm]'"
+    assert command_to_install() == "pip install -e ."
+
+
+def test_a_checkout_that_make_has_set_up_gets_them_from_make(as_if_in, monkeypatch, tmp_path):
+    folder = as_if_in("clone", prefix=str(tmp_path / "clone" / ".venv"), pyproject=True)
+    assert command_to_install("slurm") == f"make -C {folder} setup"
+    assert command_to_install() == f"make -B -C {folder} setup", "caco itself is there: only -B does it again"
+    monkeypatch.chdir(folder)
+    assert command_to_install("slurm") == "make setup"
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / ".done").touch()
+    assert command_to_install("slurm") == "make -B setup"
+
+
+def test_a_job_that_runs_a_copy_of_a_checkout_names_the_checkout(as_if_in, monkeypatch):
+    as_if_in("runs/caco/.code/0123")
+    recorded(monkeypatch, {"url": "file:///home/me/my%20clone", "dir_info": {"editable": True}})
+    assert command_to_install("ffcv") == "pip install -e '/home/me/my clone[ffcv]'"
+
+
+def test_every_part_that_a_message_names_is_one_of_the_distribution():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == installed.DISTRIBUTION
+    sources = [*ROOT.glob("caco/**/*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("analysis/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+    text = "\n".join(source.read_text() for source in sources)
+    named = {part.split("'")[0].split('"')[0] for part in text.replace('"', "'").split("command_to_install('")[1:]}
+    assert named == {"slurm", "ffcv", "mlflow"} <= set(project["optional-dependencies"])
+    assert "caco[" not in text, "that would be another project's"
+
+
+def test_a_folder_of_a_modules_name_does_not_install_it(monkeypatch, tmp_path):
+    (tmp_path / "mlflow_store").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_installed("hydra") and not is_installed("mlflow_store") and not is_installed("never_made")
+
+
+def wheel(checkout: Path, kind: str) -> Path:
+    """What pip would install of a checkout, made by the build backend as pip calls it; without the native parts."""
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77, as pyproject.toml says")
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    no_compiler = os.environ | {"CC": "false", "CXX": "false"}
+    command = [sys.executable, "-c", code, str(checkout.parent)]
+    done = subprocess.run(command, cwd=checkout, env=no_compiler, capture_output=True, text=True, check=True)
+    return checkout.parent / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A checkout named caco, as `git clone` names it, with a run in its folder runs/."""
+    folder = tmp_path_factory.mktemp("above") / "caco"
+    for part in PARTS:
+        source, target = ROOT / part, folder / part
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so", "records"))
+        else:
+            shutil.copy2(source, target)
+    (folder / "runs" / "caco").mkdir(parents=True)
+    return folder
+
+
+def environment(folder: Path, installed_wheel: Path) -> Path:
+    """A virtual environment with what pip unpacks of the wheel; its packages are those of this one. Returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = next(folder.glob("lib/python3*/site-packages"))
+    with zipfile.ZipFile(installed_wheel) as content:
+        content.extractall(site)
+    # A path in a .pth file: Python takes its modules and not its own .pth files, with which caco may be installed there.
+    (site / "zz_packages_of_the_tests.pth").write_text("\n".join({sysconfig.get_path(name) for name in ("purelib", "platlib")}))
+    return folder / "bin" / "python"
+
+
+def from_folder(folder: Path, *command: str | Path) -> subprocess.CompletedProcess:
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    return subprocess.run([*map(str, command)], cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_an_editable_install_works_from_every_folder_the_one_above_its_clone_included(clone, tmp_path):
+    """Where a folder caco is no package but a clone, and its runs/ is not caco/runs.py."""
+    python = environment(tmp_path / "venv", wheel(clone, "editable"))
+    names = ("caco", "caco.runs", "hydra_plugins.caco_launcher", "experiments.run")
+    found = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='\\n')"
+    files = ("caco/__init__.py", "caco/runs.py", "hydra_plugins/caco_launcher/__init__.py", "experiments/run.py")
+    expected = "".join(f"{clone}/{file}\n" for file in files)
+    for folder in (clone.parent, clone, clone / "caco", clone / "runs", tmp_path, Path("/")):
+        done = from_folder(folder, python, "-c", found)
+        assert (done.stdout, done.stderr) == (expected, ""), folder
+    done = from_folder(clone.parent, python, "-m", "caco.train", "bach=3")
+    assert (done.returncode, done.stderr) == (2, "caco: bach: no such key; did you mean batch?\n")
+
+
+def test_a_wheel_carries_its_configuration_and_nothing_beside_the_package(clone, tmp_path):
+    made = wheel(clone, "wheel")
+    with zipfile.ZipFile(made) as content:
+        names = content.namelist()
+    assert {name.partition("/")[0] for name in names} == {"caco", "hydra_plugins", "caco_ssl-0.1.0.dist-info"}
+    configured = {file.relative_to(ROOT).as_posix() for file in (ROOT / "conf").rglob("*.yaml")}
+    assert {name.removeprefix("caco/") for name in names if name.endswith(".yaml")} == configured
+    python = environment(tmp_path / "venv", made)
+    told = "from caco.installed import command_to_install as c; from caco.config import compose as d; print(c('mlflow'), d([]).seed)"
+    done = from_folder(tmp_path, python, "-c", told)
+    assert (done.stdout, done.stderr) == ("pip install 'caco-ssl[mlflow]' 0\n", "")
