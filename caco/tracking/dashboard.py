@@ -125,11 +125,11 @@ def shown(uri: str, base: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def server(uri: str, *, host: str, port: int) -> Iterator[subprocess.Popen]:
+def server(uri: str, *, host: str, port: int, wait_s: float = 120.0) -> Iterator[subprocess.Popen]:
     """MLflow's server on a database, ended with the body, with all of its processes.
 
     Raises:
-        OSError: it ends or does not answer in two minutes; with its last words.
+        OSError: it ends or does not answer within wait_s; with its last words.
     """
     # One worker: each is a process of 300 MB. Jobs are for language models; two more processes, and a log that grows.
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
@@ -140,7 +140,7 @@ def server(uri: str, *, host: str, port: int) -> Iterator[subprocess.Popen]:
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + wait_s
             while not _answers(f"http://{host}:{port}/health"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)

@@ -1,5 +1,6 @@
 """A real `mlflow server` that is slow, hangs, loses its answers, goes away and is killed: the run notices nothing."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -44,7 +45,7 @@ class Wire:
 
     def _relay(self, source, sink, answers):
         with source, sink:
-            try:
+            with contextlib.suppress(OSError):  # the other direction has closed both
                 while data := source.recv(1 << 16):
                     if self.mode == "cut" or (answers and self.mode == "loses answers"):
                         break
@@ -53,10 +54,9 @@ class Wire:
                     if answers and self.mode == "slow":
                         time.sleep(1.2)
                     sink.sendall(data)
-                for end in (source, sink):
+            for end in (source, sink):  # each: who waits for the other direction on one of them must not wait on
+                with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the other direction has closed both
 
     def close(self):
         self._listener.close()
@@ -67,7 +67,7 @@ def server(new_store, tmp_path_factory):
     """(port, database, process) of a real server, as the dashboard starts it."""
     database = new_store(tmp_path_factory.mktemp("server"))
     port = unused_port()
-    with dashboard.server(database, host="127.0.0.1", port=port) as process:
+    with dashboard.server(database, host="127.0.0.1", port=port, wait_s=280) as process:
         yield port, database, process
 
 
@@ -183,7 +183,7 @@ def test_a_run_whose_creation_was_not_answered_is_created_once(wire, there, tmp_
 
 
 def test_a_server_killed_during_a_run_loses_nothing_after_a_sync(server, wire, there, tmp_path, eventually, caplog):
-    tracker = begin(wire, there.experiment, tmp_path)
+    tracker = begin(wire, there.experiment, tmp_path, finish_seconds=240)
     log(tracker, 0, 100)
     eventually(lambda: sent(tracker) == 100)
     os.killpg(server[2].pid, signal.SIGKILL)
