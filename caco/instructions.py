@@ -1,9 +1,9 @@
 """Which instructions of the processor serve: in caco's compiled parts, in PyTorch, and in oneDNN and MKL under PyTorch.
 
 Each takes the best that the processor has. CACO_INSTRUCTIONS=plain, avx2, avx512 or amx in the environment holds all of them to
-that; CACO_INSTRUCTIONS=torch turns caco's compiled parts off and leaves PyTorch its best. PyTorch and its libraries look into
-their own variables when they are loaded, so `import caco` sets those, and has to come before `import torch`. Child processes
-inherit them: loader workers, ranks, the jobs of a sweep.
+that; CACO_INSTRUCTIONS=torch turns caco's compiled parts off, the Triton kernels too, and leaves PyTorch its best. PyTorch and its
+libraries look into their own variables when they are loaded, so `import caco` sets those, and has to come before `import torch`.
+Child processes inherit them: loader workers, ranks, the jobs of a sweep.
 
 Imports nothing that takes time.
 """

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tiny import BANK, TINY, compose
 
-from caco import train
+from caco import instructions, train
 from caco.installed import command_to_install
-from caco.launchers import Local, _hours
+from caco.launchers import Local, _environment, _hours
 from caco.snapshot import snapshot
 from caco.tracking.environment import environment
 
@@ -79,6 +79,12 @@ def test_what_this_machine_or_the_ranks_cannot_do_is_refused():
 )
 def test_time_limits_are_read_as_slurm_writes_them(limit, hours):
     assert _hours(limit) == hours
+
+
+@pytest.mark.parametrize("level", ["plain", "torch", None])
+def test_jobs_are_told_which_instructions_to_use(level, monkeypatch, tmp_path):
+    monkeypatch.setattr(instructions, "LEVEL", level)
+    assert _environment(tmp_path).get("CACO_INSTRUCTIONS") == level
 
 
 def test_a_snapshot_is_the_code_and_knows_its_commit(tmp_path):

@@ -164,6 +164,14 @@ def test_open_run_records_configuration_and_environment(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.yaml", "environment.json"]
 
 
+def test_a_run_that_is_done_keeps_the_record_of_where_it_ran(tmp_path):
+    open_run(tmp_path, CFG)
+    for name in ("environment.json", "summary.json"):
+        (tmp_path / name).write_text("{}")
+    open_run(tmp_path, CFG)
+    assert (tmp_path / "environment.json").read_text() == "{}"
+
+
 def test_the_same_run_opens_again_elsewhere_with_more_workers(tmp_path):
     open_run(tmp_path, CFG)
     open_run(tmp_path, changed("loader.num_workers", 16))

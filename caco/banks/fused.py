@@ -1,11 +1,11 @@
 """The bank's fused CPU kernel (kernel.cpp), through ctypes. Where it was not built, caco/banks/scoring.py streams.
 
-Which of its instruction sets serves is chosen by caco/instructions.py, the processor's best without a word. On AMX tiles, for loss and motion, a vector is the sum of two
-bfloat16 where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where `low` is True (cosines to 2^-7, mostly to
-1e-3; exponentials to 0.7 %, without bias); sums are float32. Positives are looked for with one, whatever `low` says, and with two
-where one leaves too many rows in question. Every other set is float32 throughout.
+It uses the best instruction set of the processor, or the one that CACO_INSTRUCTIONS asks for (caco/instructions.py). On AMX tiles, for
+loss and motion, a vector is the sum of two bfloat16 where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where
+`low` is True (cosines to 2^-7, mostly to 1e-3; exponentials to 0.7 %, without bias); sums are float32. Positives are looked for with
+one, whatever `low` says, and with two where one leaves too many rows in question. Every other set is float32 throughout.
 
-On CUDA the same passes are Triton's (triton_kernels.py), where they work.
+On CUDA the same passes are Triton's (triton_kernels.py), where they work and CACO_INSTRUCTIONS is not torch.
 
 Shapes: G queries, R rows, D width, N queries of all terms of a step, T candidates.
 """

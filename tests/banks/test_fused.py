@@ -28,7 +28,7 @@ def path(request, monkeypatch):
     wanted = request.param.removesuffix(" bfloat16")
     monkeypatch.setattr(instructions, "LEVEL", wanted)
     if (serves := instructions.used(instructions.BANK)) != wanted:
-        pytest.skip(f"the kernel has {serves} here in place of {wanted}")
+        pytest.skip(f"needs a kernel that uses {wanted}; here it is {serves}")
     with torch.autocast("cpu", torch.bfloat16, enabled=request.param != wanted):
         yield request.param
 

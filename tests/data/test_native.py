@@ -40,7 +40,7 @@ def level(request, monkeypatch) -> None:
     """Each for which views.cpp is compiled, if the processor has it."""
     monkeypatch.setattr(instructions, "LEVEL", request.param)
     if (serves := instructions.used(instructions.VIEWS)) != request.param:
-        pytest.skip(f"the compiled views have {serves} here in place of {request.param}")
+        pytest.skip(f"needs compiled views that use {request.param}; here they are {serves}")
 
 
 def images(height: int, width: int) -> list[np.ndarray]:
@@ -102,6 +102,8 @@ def test_hue_and_contrast_equal_pillows_for_every_colour(monkeypatch):
     ours = [np.empty((1, 4096, 4096, 3), np.uint8) for _ in range(2)]
     for level in ("plain", "avx2", "avx512"):  # the best there is, where the processor lacks one
         monkeypatch.setattr(instructions, "LEVEL", level)
+        for one in ours:
+            one.fill(0)
         native.make_views(views.settings(), native.table([colours]), np.array([0]), 9, ours)
         assert np.array_equal(ours[0][0], np.asarray(turned))
         assert np.array_equal(ours[1][0], np.asarray(changed))
