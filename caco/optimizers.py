@@ -7,6 +7,8 @@ import timm.optim
 import torch
 from torch import nn
 
+from caco.errors import UserError
+
 
 def parameter_groups(parameters: list[nn.Parameter], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict]:
     """Parameters that decay and, where excluded, those of one dimension (biases, BatchNorm), which do not.
@@ -24,7 +26,7 @@ def parameter_groups(parameters: list[nn.Parameter], weight_decay: float, *, exc
 def scaled_lr(lr: float, batch: int, reference_batch: int | None) -> float:
     """lr * batch / reference_batch; unscaled where there is no reference batch."""
     if lr <= 0:
-        raise ValueError(f"optimizer.lr must be positive; got {lr}")
+        raise UserError(f"optimizer.lr must be positive; got {lr}")
     return lr * batch / reference_batch if reference_batch else lr
 
 
@@ -43,7 +45,7 @@ def lars(
     Parameters of one dimension get neither decay nor scaling. The rate is lr * batch / reference_batch.
     """
     if weight_decay <= 0:
-        raise ValueError(
+        raise UserError(
             f"optimizer.weight_decay must be positive with LARS, whose scaling timm ties to it; got {weight_decay}"
         )
     groups = parameter_groups(parameters, weight_decay, exclude_one_dimensional=True)
@@ -90,7 +92,7 @@ class Schedule:
 
     def __init__(self, *, warmup_epochs: float = 10, final_fraction: float = 0.01, unit: Literal["step", "epoch"] = "step"):
         if warmup_epochs < 0 or not 0 <= final_fraction <= 1:
-            raise ValueError(
+            raise UserError(
                 "schedule needs warmup_epochs >= 0 and final_fraction in [0, 1]; got "
                 f"warmup_epochs={warmup_epochs}, final_fraction={final_fraction}"
             )
@@ -105,7 +107,7 @@ class Schedule:
     def learning_rate(self, epochs: int, steps_per_epoch: int) -> list[float]:
         """Factor on the base rate: (t + 1) / W in the warm-up's W ticks, then a cosine to `final_fraction`."""
         if self.warmup_epochs >= epochs:
-            raise ValueError(
+            raise UserError(
                 f"schedule.warmup_epochs must be below epochs, {epochs}; got {self.warmup_epochs} "
                 "(a short run needs a shorter warm-up: schedule.warmup_epochs=0)"
             )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from rank_worker import STEPS
 from test_contracts import MULTICROP
@@ -127,6 +128,26 @@ def test_ranks_that_disagree_on_the_configuration_are_refused(tmp_path):
     codes, outputs = launch(2, command)
     assert 0 not in codes
     assert "every rank must have the same configuration" in outputs[0][1]
+
+
+def test_ranks_that_load_different_checkpoints_are_refused_before_anything_is_trained(tmp_path):
+    tiny.train(tmp_path, *EVERY, "eval=[]")
+    (tmp_path / "summary.json").unlink()
+    before = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt"))
+    script = (
+        "import os\n"
+        "from caco.checkpoint import Checkpoints\n"
+        "files = Checkpoints._files\n"
+        "late = int(os.environ['RANK'])  # the newest file has not come to the second rank's machine yet\n"
+        "Checkpoints._files = lambda self, kind='': files(self, kind)[: 2 - late]\n"
+        "from caco.train import main; main()\n"
+    )
+    command = [sys.executable, "-c", script, *TINY, *BANK, *EVERY, "eval=[]", "max_steps=14", f"hydra.run.dir={tmp_path}"]
+    codes, outputs = launch(2, command)
+    assert codes == [2, 2], outputs[0][1] + outputs[1][1]
+    for _, told in outputs:
+        assert "every rank must load the same checkpoint; got rank 0 step 12, rank 1 step 9" in told
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == before
 
 
 def test_a_bank_saved_by_four_ranks_is_gone_on_with_by_two(tmp_path):

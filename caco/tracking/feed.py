@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caco.errors import UserError
 from caco.tracking.files import locked, read_json
 from caco.tracking.ledger import read_rows
 from caco.tracking.watermark import Watermark, is_finite, milliseconds, points, sending
@@ -37,9 +38,9 @@ _ENVIRONMENT = {
 
 
 def require_mlflow() -> None:
-    """Raises ModuleNotFoundError, with what to do, where MLflow is not installed. Does not import it."""
+    """Raises UserError, with what to do, where MLflow is not installed. Does not import it."""
     if importlib.util.find_spec("mlflow") is None:
-        raise ModuleNotFoundError(
+        raise UserError(
             "expected the package mlflow for tracking=mlflow, got none: "
             "`pip install 'caco[mlflow]'`, or choose tracking=ledger"
         )
@@ -54,7 +55,7 @@ def resolve_uri(uri: str | None) -> str:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme.partition("+")[0] not in _SCHEMES or (scheme == "sqlite" and not _database(uri)):
-        raise ValueError(
+        raise UserError(
             f"tracking.uri (or MLFLOW_TRACKING_URI): expected a server, http(s)://HOST:PORT, or a database, "
             f"sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {uri!r}; a directory is no store"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from caco.errors import UserError
 from caco.tracking.feed import import_mlflow, resolve_uri
 from caco.tracking.ledger import Ledger
 from caco.tracking.mlflow import MLflowTracker
@@ -301,7 +302,7 @@ def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, 
 def test_without_mlflow_one_is_told_what_to_do(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'caco\[mlflow\]'.*tracking=ledger"):
+    with pytest.raises(UserError, match=r"pip install 'caco\[mlflow\]'.*tracking=ledger"):
         MLflowTracker(uri=None, experiment="x")
 
 
