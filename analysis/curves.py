@@ -217,7 +217,8 @@ def compute(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool,
     if x is None:
         x = "images" if importlib.util.find_spec("caco.plan") is None else "flops"
     able = [row for row in found if row.experiment.why_not is None]
-    rows = _need(able, f"several values of {metric}", lambda row: len(series(row, metric)) > 1)
+    what = f"several values of {metric}" + (" and a known images_per_second" if x == "hours" else "")
+    rows = _need(able, what, lambda row: len(series(row, metric)) > 1 and (x != "hours" or bool(row.values("train_hours"))))
     figure, axes = _figure(style.PAGE * 0.75, 3.2)
     data: Data = []
     drawn = set()
@@ -238,12 +239,12 @@ def compute(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool,
 
 
 def _cost_of_a_step(row: Found, x: str) -> float:
-    results = list(row.by_seed.values())
     batch = row.experiment.cfg.batch
     if x == "images":
         return batch / 1e6
     if x == "hours":
-        return sum(batch / result.summary["images_per_second"] for result in results) / len(results) / 3600
+        rates = row.values("images_per_second").values()
+        return sum(batch / rate for rate in rates) / len(rates) / 3600
     if importlib.util.find_spec("caco.plan") is None:
         raise ConfigError("--x flops: needs caco.plan, which this version of caco lacks; expected --x hours or images")
     from caco.plan import plan

@@ -12,12 +12,14 @@ figures/; MLflow runs that are shown get them as artifacts.
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.results import Found
 from analysis.table import add_sources, found_for, read_results
+from caco import errors
 from caco.config import ConfigError
 from caco.refusals import nearest
 from caco.tracking.files import read_json
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"))
     parser.add_argument("--no-mlflow", action="store_true", help="do not log it to the MLflow runs that it shows")
     arguments = parser.parse_args()
-    try:
+    with errors.told():
         paths, places = make(arguments)
         if not arguments.no_mlflow:
             from analysis.style import log_to_mlflow
@@ -52,13 +54,6 @@ def main() -> None:
             count = log_to_mlflow(paths, places)
             if count:
                 print(f"logged to {count} MLflow runs", file=sys.stderr)
-    except (ConfigError, ImportError, ValueError, OSError) as error:
-        from caco.train import for_user
-
-        if not isinstance(error, ConfigError | ImportError) and not for_user(error):
-            raise
-        print(f"caco: {error}", file=sys.stderr)
-        sys.exit(2)
     for path in paths:
         print(path)
 
@@ -72,6 +67,8 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
     name = arguments.figure
     if name not in FIGURES:
         raise ConfigError(f"{name}: no such figure{nearest(name, FIGURES) or '.'} There are: {', '.join(FIGURES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("figures need matplotlib, which is not installed; pip install 'caco[analysis]'")
     if name in OF_A_RUN:
         return of_a_run(arguments)
     if arguments.scale is None:

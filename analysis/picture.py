@@ -11,7 +11,6 @@ it prints is the picture's path.
 
 import argparse
 import shlex
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from caco import config, refusals
+from caco import config, errors, refusals
 from caco.config import ConfigError
 from caco.tracking.ledger import read_rows
 
@@ -64,16 +63,8 @@ def main() -> None:
     parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
     parser.add_argument("--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)")
     arguments = parser.parse_args()
-    try:
-        path = make(arguments)
-    except (ConfigError, ValueError, OSError) as error:
-        from caco.train import for_user
-
-        if not isinstance(error, ConfigError) and not for_user(error):
-            raise
-        print(f"caco: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(path)
+    with errors.told():
+        print(make(arguments))
 
 
 def make(arguments: argparse.Namespace) -> Path:

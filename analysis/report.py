@@ -7,7 +7,6 @@
 
 import argparse
 import base64
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from analysis import results, table
 from analysis.figure import OF_RESULTS, draw, of_a_run
 from analysis.results import NAMES, UNITS, Result
 from analysis.table import Sheet, add_sources, read_results
+from caco import errors
 from caco.config import ConfigError
 from experiments import record
 from experiments.tables import load_scale, load_table, tables
@@ -45,14 +45,11 @@ def main() -> None:
     add_sources(parser)
     parser.add_argument("--out", type=Path, help="the page; by default SCALE.html or SWEEP.html")
     arguments = parser.parse_args()
-    try:
+    with errors.told():
         page = of_sweep(arguments) if arguments.sweep else of_scale(arguments)
         out = arguments.out or Path(f"{arguments.scale or arguments.sweep.resolve().name}.html")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")
-    except (ConfigError, ImportError) as error:
-        print(f"caco: {error}", file=sys.stderr)
-        sys.exit(2)
     print(out)
 
 

@@ -66,9 +66,20 @@ class Result:
         return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
+def images_per_second(result: Result) -> float:
+    """The mean over the run, without evaluations.
+
+    Raises:
+        KeyError: unknown: not measured, or 0, as runs had it whose last process found no step left to make.
+    """
+    if not result.summary["images_per_second"] > 0:
+        raise KeyError("images_per_second")
+    return result.summary["images_per_second"]
+
+
 def train_hours(result: Result) -> float:
-    """Hours of training at the rate that was measured, without evaluations."""
-    return result.summary["steps"] * result.config["batch"] / result.summary["images_per_second"] / 3600
+    """Hours of training at the rate that was measured, without evaluations; raises KeyError where it is unknown."""
+    return result.summary["steps"] * result.config["batch"] / images_per_second(result) / 3600
 
 
 def device_hours_per_epoch(result: Result) -> float:
@@ -91,6 +102,7 @@ def warm_start_steps(config: Mapping[str, Any]) -> int:
 
 
 DERIVED: dict[str, Callable[[Result], float]] = {
+    "images_per_second": images_per_second,
     "train_hours": train_hours,
     "device_hours_per_epoch": device_hours_per_epoch,
 }

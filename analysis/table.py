@@ -16,6 +16,7 @@ from pathlib import Path
 
 from analysis import results
 from analysis.results import NAMES, UNITS, Found, Gain, Result, Spread
+from caco import errors
 from caco.config import ConfigError
 from experiments.tables import Scale, Table, load_scale, load_table, scales
 
@@ -356,11 +357,8 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="text")
     add_sources(parser)
     arguments = parser.parse_args()
-    try:
+    with errors.told():
         print(_main(arguments))
-    except (ConfigError, ImportError) as error:
-        print(f"caco: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _main(arguments: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ from caco.checkpoint import Checkpoints
 from caco.config import build
 from caco.data.images import Images
 from caco.data.overlap import refuse_overlap
+from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
 from caco.nn.backbones import feature_width
@@ -39,7 +40,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
+            raise UserError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
         # Modulo: some clusters show each process its own GPU alone, as number 0.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device(name)
@@ -66,6 +67,23 @@ def final_backbone(cfg: DictConfig, method: torch.nn.Module) -> torch.nn.Module:
     return backbone.eval()
 
 
+def refuse_different_steps(step: int | None, run_dir: Path) -> None:
+    """A collective: every rank reads the run's checkpoints itself, and a file may be late or damaged on one machine alone.
+
+    Args:
+        step: of the checkpoint that this rank has loaded, or None.
+    Raises:
+        UserError: another rank has loaded another; the steps are named by rank.
+    """
+    steps = distributed.all_objects(step)
+    if len(set(steps)) > 1:
+        loaded = ", ".join(f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps))
+        raise UserError(
+            f"every rank must load the same checkpoint; got {loaded}. Nothing was changed: see to it that all machines can read "
+            f"the same files in {run_dir / 'checkpoints'}, then start the same command again"
+        )
+
+
 def train(
     cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: runs.Label | None = None
 ) -> dict[str, float]:
@@ -80,7 +98,7 @@ def train(
     config_hash = runs.run_hash(cfg)
     hashes = distributed.all_objects(config_hash)
     if len(set(hashes)) > 1:
-        raise ValueError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
+        raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
     tracker = build(cfg.tracking)
     splits, views = build(cfg.data), build(cfg.augmentation)
     data_digest = distributed.shared_object(splits.pretrain.digest() if main else None)
@@ -104,6 +122,7 @@ def train(
     )
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
+    refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
     method = build_method(cfg)
     if cfg.weights is not None and newest is None:
         told = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
@@ -209,7 +228,8 @@ def load_pretrained(cfg: DictConfig, place: Place | None, backbone: torch.nn.Mod
     if place.checkpoint is not None:
         path = place.checkpoint
     else:
-        _, path = Checkpoints(place.run_dir / "checkpoints").load_newest()
+        state, path = Checkpoints(place.run_dir / "checkpoints").load_newest()
+        refuse_different_steps(state["step"], place.run_dir)
     weights.load_backbone(path, "caco", backbone)
     return path, int(CHECKPOINT.fullmatch(path.name)[1])
 

@@ -2,11 +2,14 @@
 
 import os
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
 
 import torch
+
+from caco.errors import FileError, UserError
 
 NAME = re.compile(r"step_(\d{9})\.pt")
 
@@ -21,7 +24,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int = 2):
         if keep < 1:
-            raise ValueError(f"checkpoint.keep must be at least 1; got {keep}")
+            raise UserError(f"checkpoint.keep must be at least 1; got {keep}")
         self.directory, self.keep = Path(directory), keep
 
     def _files(self, kind: str = "") -> list[Path]:
@@ -33,7 +36,7 @@ class Checkpoints:
 
         Args:
             state: tensors, numbers, strings and containers of them only.
-            milestone: keep this one for ever too, as a second name of the same file.
+            milestone: keep this one for ever too, as a second name of the same file where it can have one.
         Raises:
             OSError: the disk is full or gone; the checkpoints that were there stay as they were.
         """
@@ -46,15 +49,12 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
+            if milestone:
+                _keep(path, self.directory / "milestones" / path.name)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
             aside.unlink(missing_ok=True)
-            raise OSError(f"checkpoint {path} could not be written ({error}); the ones before it are untouched") from error
+            raise FileError(f"checkpoint {path} could not be written ({error}); the ones before it are untouched") from error
         _sync_directory(self.directory)
-        if milestone:
-            (self.directory / "milestones").mkdir(exist_ok=True)
-            link = self.directory / "milestones" / path.name
-            link.unlink(missing_ok=True)
-            os.link(path, link)
         for old in self._files()[: -self.keep]:
             old.unlink()
         return path
@@ -69,10 +69,10 @@ class Checkpoints:
         for path in files:
             try:
                 return load(path), path
-            except ValueError as error:
+            except UserError as error:
                 print(f"caco: {error}; falling back to the one before", file=sys.stderr)
         if files:
-            raise OSError(f"none of the {len(files)} checkpoints in {self.directory} can be read; remove them to start anew")
+            raise FileError(f"none of the {len(files)} checkpoints in {self.directory} can be read; remove them to start anew")
         return None
 
 
@@ -89,8 +89,25 @@ def load(path: Path) -> dict:
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"checkpoint {path} is damaged ({error})") from error
-    raise ValueError(f"checkpoint {path} is damaged (checksum of {damaged})")
+        raise UserError(f"checkpoint {path} is damaged ({error})") from error
+    raise UserError(f"checkpoint {path} is damaged (checksum of {damaged})")
+
+
+def _keep(path: Path, milestone: Path) -> None:
+    """Give the file a second name, or copy it where the file system knows no links (exFAT, some network shares)."""
+    milestone.parent.mkdir(exist_ok=True)
+    aside = milestone.with_suffix(".partial")
+    aside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, aside)
+        except OSError:
+            shutil.copyfile(path, aside)
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(aside, milestone)
+    finally:
+        aside.unlink(missing_ok=True)  # half a copy; or a name that stays where the milestone is this very file already
 
 
 def _sync_directory(directory: Path) -> None:

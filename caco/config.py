@@ -13,6 +13,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from caco.errors import UserError
 from caco.installed import is_installed
 from caco.runs import file_digest, run_name
 
@@ -20,8 +21,7 @@ from caco.runs import file_digest, run_name
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir())
 
 
-class ConfigError(ValueError):
-    """What the user asked for cannot be done; the message says what was expected and what was got."""
+ConfigError = UserError  # another name for it, of before there was one class for all that a user did
 
 
 @dataclass

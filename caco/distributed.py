@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from caco.errors import UserError
+
 _patient: dist.ProcessGroup | None = None  # of wait_for_main, made when first needed
 
 
@@ -177,6 +179,6 @@ def shard(size: int) -> tuple[int, int]:
         ValueError: the rows cannot be shared out evenly.
     """
     if size % world():
-        raise ValueError(f"a bank of {size} rows cannot be shared evenly by {world()} ranks; got remainder {size % world()}")
+        raise UserError(f"a bank of {size} rows cannot be shared evenly by {world()} ranks; got remainder {size % world()}")
     part = size // world()
     return rank() * part, (rank() + 1) * part

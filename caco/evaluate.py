@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from caco import pretrained, runs
-from caco.config import ConfigError
+from caco import errors, pretrained, runs
+from caco.errors import UserError
 from caco.refusals import groups
 from caco.train import for_user, refuse, say_if_mlflow_is_missing
 
@@ -43,29 +43,18 @@ def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Cal
     refusal."""
     overrides = sys.argv[1:]
     flags = [item for item in overrides if item.startswith("-")]
-    try:
+    with errors.told(interrupted="the same command goes on with what is left to do"):
         if {"-h", "--help"} & set(flags) or not overrides:
             listed = "\n".join(f"  {group}: {', '.join(options)}" for group, options in groups().items() if group in of_command)
             print(help_text.format(groups=listed), end="")
             return
         if set(flags) - {"--cfg"}:
-            raise ConfigError(f"{', '.join(flags)}: expected key=value, --cfg or --help")
+            raise UserError(f"{', '.join(flags)}: expected key=value, --cfg or --help")
         cfg = pretrained.compose(name, [item for item in overrides if item not in ("--cfg", "job")])
         if flags:
             print(OmegaConf.to_yaml(OmegaConf.create(runs.plain(cfg))), end="")
             return
         act(cfg)
-    except ConfigError as error:
-        refuse(str(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        refuse("interrupted; the same command goes on with what is left to do")
-        sys.exit(130)
-    except Exception as error:
-        if not for_user(error):
-            raise
-        refuse(str(error))
-        sys.exit(2)
 
 
 def _evaluate(cfg: DictConfig) -> None:

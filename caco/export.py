@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from caco import pretrained
+from caco.errors import UserError
 from caco.evaluate import run_command
 from caco.runs import command, plain
 from caco.tracking.environment import environment
@@ -66,11 +67,11 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     is_plain = node.get("name") is not None and not node.get("cifar_stem")
     for layout in layouts:
         if layout == "timm" and not is_plain:
-            raise ValueError("layouts: timm has no model with this backbone's stem; expected safetensors alone, got timm")
+            raise UserError("layouts: timm has no model with this backbone's stem; expected safetensors alone, got timm")
         if layout in ("torchvision", "detectron2"):
             fits = is_plain and re.fullmatch(r"resnet(18|34|50|101|152)", node["name"])
             if not fits:
-                raise ValueError(f"layouts: {layout} expects a ResNet with its usual stem (resnet18, resnet50, ...), got {node}")
+                raise UserError(f"layouts: {layout} expects a ResNet with its usual stem (resnet18, resnet50, ...), got {node}")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
 

@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from caco import instructions
+from caco.errors import UserError
 from caco.runs import SWEEP
 
 # The outcome of jobs that are no longer in SLURM's hands; every other state means wait.
@@ -140,7 +141,7 @@ class Slurm:
             ValueError: no SLURM here; no such partition; more than it has; a batch that ranks cannot share.
         """
         if not all(shutil.which(command) for command in ("sbatch", "squeue", "sinfo", "scontrol")):
-            raise ValueError(
+            raise UserError(
                 "launcher=slurm needs SLURM's commands, sbatch and others: run this on a login node, or take launcher=local"
             )
         _check_ranks(cfg, self.ranks, self.asked["gpus_per_node"])
@@ -150,7 +151,7 @@ class Slurm:
         default = {line[0].rstrip("*") for line in listed if line[0].endswith("*")}
         chosen = default if self.partition is None else set(self.partition.split(","))
         if not chosen <= names:
-            raise ValueError(f"launcher.partition: expected one of {', '.join(sorted(names))}, got {self.partition}")
+            raise UserError(f"launcher.partition: expected one of {', '.join(sorted(names))}, got {self.partition}")
         ours = [line[1:] for line in listed if line[0].rstrip("*") in chosen]
         if not ours:
             return  # no default partition: sbatch says so
@@ -163,10 +164,10 @@ class Slurm:
         where = f"partition {','.join(sorted(chosen))}"
         for key, most in has.items():
             if self.asked[key] > most:
-                raise ValueError(f"launcher.{key}: expected at most {most:g}, as {where} has, got {self.asked[key]:g}")
+                raise UserError(f"launcher.{key}: expected at most {most:g}, as {where} has, got {self.asked[key]:g}")
         cpus = max(int(cpus.rstrip("+")) for *_, cpus in ours)
         if self.cpus > cpus:
-            raise ValueError(f"launcher: expected at most the {cpus} CPUs that a node of {where} has, got {self.cpus}")
+            raise UserError(f"launcher: expected at most the {cpus} CPUs that a node of {where} has, got {self.cpus}")
 
     def submit(self, jobs: list[Job], folder: Path, code: Path) -> list[str]:
         """Queue the jobs, which then run `code`; their ids, as squeue shows them.
@@ -188,14 +189,14 @@ class Slurm:
         try:
             return [job.job_id for job in executor.submit_array(jobs)]
         except FailedJobError as error:
-            raise ValueError(f"SLURM refuses the jobs: {_first_words(str(error))}") from error
+            raise UserError(f"SLURM refuses the jobs: {_first_words(str(error))}") from error
 
     def states(self, ids: list[str]) -> dict[str, str]:
         """The state of each job, and why it waits; UNKNOWN of all while SLURM does not answer."""
         command = ("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N")
         try:
             listed = _slurm(*command).stdout.splitlines()
-        except ValueError:
+        except UserError:
             return {id: "UNKNOWN" for id in ids}  # a controller that restarts; the jobs do not mind
         found = dict.fromkeys(ids, "ENDED")  # ended so long ago that SLURM has forgotten
         for id, state, reason, nodes in (line.split("|") for line in listed):
@@ -278,16 +279,16 @@ class Local:
 
 def _demand(key: str, got: Any, holds: bool, expected: str) -> None:
     if not holds:
-        raise ValueError(f"launcher.{key}: expected {expected}, got {got}")
+        raise UserError(f"launcher.{key}: expected {expected}, got {got}")
 
 
 def _check_ranks(cfg: DictConfig, ranks: int, gpus: int) -> None:
     if cfg.batch % ranks:
-        raise ValueError(f"batch: expected a multiple of the {ranks} processes of a job, got {cfg.batch}")
+        raise UserError(f"batch: expected a multiple of the {ranks} processes of a job, got {cfg.batch}")
     if cfg.bank is not None and cfg.bank.size % ranks:
-        raise ValueError(f"bank.size: expected a multiple of the {ranks} processes of a job, got {cfg.bank.size}")
+        raise UserError(f"bank.size: expected a multiple of the {ranks} processes of a job, got {cfg.bank.size}")
     if (cfg.device == "cpu") != (gpus == 0) and cfg.device != "auto":
-        raise ValueError(f"device={cfg.device} and GPUs of the launcher: expected both or neither, got {gpus} GPUs")
+        raise UserError(f"device={cfg.device} and GPUs of the launcher: expected both or neither, got {gpus} GPUs")
 
 
 def _environment(code: Path) -> dict[str, str]:
@@ -311,13 +312,13 @@ def _hours(limit: str) -> float:
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess:
-    """Raises ValueError with SLURM's own words where it fails."""
+    """Raises UserError with SLURM's own words where it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except subprocess.CalledProcessError as error:
-        raise ValueError(f"{command[0]}: {_first_words(error.stderr)}") from error
+        raise UserError(f"{command[0]}: {_first_words(error.stderr)}") from error
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{command[0]} has not answered for a minute; is SLURM's controller up?") from error
+        raise UserError(f"{command[0]} has not answered for a minute; is SLURM's controller up?") from error
 
 
 def _first_words(text: str) -> str:

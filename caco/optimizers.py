@@ -6,6 +6,7 @@ import timm.optim
 import torch
 from torch import nn
 
+from caco.errors import UserError
 from caco.methods.base import Now, ParameterGroup
 from caco.schedules import RunShape, Table, cosine, warmup_and_cosine
 
@@ -29,7 +30,7 @@ def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclu
 def scaled_lr(lr: float, batch: int, reference_batch: int | None) -> float:
     """lr * batch / reference_batch; unscaled where there is no reference batch."""
     if lr <= 0:
-        raise ValueError(f"optimizer.lr must be positive; got {lr}")
+        raise UserError(f"optimizer.lr must be positive; got {lr}")
     return lr * batch / reference_batch if reference_batch else lr
 
 
@@ -48,7 +49,7 @@ def lars(
     Parameters of one dimension get neither decay nor scaling. The rate is lr * batch / reference_batch.
     """
     if weight_decay <= 0:
-        raise ValueError(
+        raise UserError(
             f"optimizer.weight_decay must be positive with LARS, whose scaling timm ties to it; got {weight_decay}"
         )
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
@@ -103,12 +104,12 @@ class Schedule:
         clip_gradient_norm: float | None = None,
     ):
         if warmup_epochs < 0 or not 0 <= final_fraction <= 1:
-            raise ValueError(
+            raise UserError(
                 "schedule needs warmup_epochs >= 0 and final_fraction in [0, 1]; got "
                 f"warmup_epochs={warmup_epochs}, final_fraction={final_fraction}"
             )
         if (final_weight_decay or 0) < 0 or (clip_gradient_norm is not None and clip_gradient_norm <= 0):
-            raise ValueError(
+            raise UserError(
                 "schedule needs final_weight_decay >= 0 and clip_gradient_norm > 0, or null; got "
                 f"final_weight_decay={final_weight_decay}, clip_gradient_norm={clip_gradient_norm}"
             )
@@ -118,7 +119,7 @@ class Schedule:
     def learning_rate(self, run: RunShape) -> Table:
         """Factor on the base rate: (t + 1) / W in the warm-up's W ticks, then a cosine to `final_fraction`."""
         if self.warmup_epochs >= run.epochs:
-            raise ValueError(
+            raise UserError(
                 f"schedule.warmup_epochs must be below epochs, {run.epochs}; got {self.warmup_epochs} "
                 "(a short run needs a shorter warm-up: schedule.warmup_epochs=0)"
             )

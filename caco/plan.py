@@ -21,14 +21,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from caco import config, refusals, validation
+from caco import config, errors, refusals, validation
 from caco.banks import scoring
 from caco.build import build_encoder, pick_device
 from caco.config import build
+from caco.errors import UserError
 from caco.methods.base import Method
 from caco.runs import plain
 from caco.schedules import RunShape
-from caco.train import for_user, refuse
 
 # Assumptions, nobody's measurement: tflops=, gbytes_per_s= and measure=true replace them.
 _DEFAULTS = {"tflops": 60.0, "gbytes_per_s": 10.0}
@@ -70,18 +70,18 @@ def plan(
     """
     bank_tflops = tflops if bank_tflops is None else bank_tflops
     if world < 1 or min(tflops, bank_tflops, gbytes_per_s) <= 0:
-        raise ValueError(
+        raise UserError(
             "world, tflops, bank_tflops and gbytes_per_s must be positive; got "
             f"{world}, {tflops}, {bank_tflops} and {gbytes_per_s}"
         )
     if cfg.batch % world:
-        raise ValueError(f"batch: expected a multiple of the {world} processes that share it, got {cfg.batch}")
+        raise UserError(f"batch: expected a multiple of the {world} processes that share it, got {cfg.batch}")
     size = 0 if cfg.bank is None else cfg.bank.size
     if size % world:
-        raise ValueError(f"a bank of {size} rows cannot be shared evenly by {world} ranks; got remainder {size % world}")
+        raise UserError(f"a bank of {size} rows cannot be shared evenly by {world} ranks; got remainder {size % world}")
     count = _images(cfg) if images is None else images
     if count < cfg.batch:
-        raise ValueError(f"batch: expected at most the {count} images, got {cfg.batch}")
+        raise UserError(f"batch: expected at most the {count} images, got {cfg.batch}")
     one, method = _counted(_parts(cfg))
 
     per_epoch = count // cfg.batch
@@ -233,7 +233,7 @@ def _images(cfg: DictConfig) -> int:
         known = round(known * (1 - held_out))
         return min(known, data.get("limit") or known)
     if data.get("root") is None:
-        raise ValueError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
+        raise UserError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
     return len(build(data).pretrain)
 
 
@@ -332,13 +332,13 @@ def _main(arguments: list[str]) -> str:
         key, _, value = argument.partition("=")
         if key == "measure":
             if value not in ("true", "false"):
-                raise config.ConfigError(f"measure: expected true or false, got {value!r}")
+                raise UserError(f"measure: expected true or false, got {value!r}")
             measured = value == "true"
         elif key in _NUMBERS:
             try:
                 own[key] = _NUMBERS[key](value)
             except ValueError as error:
-                raise config.ConfigError(f"{key}: expected a number, got {value!r}") from error
+                raise UserError(f"{key}: expected a number, got {value!r}") from error
         else:
             overrides.append(argument)
     cfg = config.compose(overrides)
@@ -354,19 +354,12 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):
         print(USAGE.format(**_DEFAULTS))
         return
-    try:
-        print(_main(arguments))
-    except refusals.COMPOSITION_ERRORS as error:
-        refuse(refusals.explain(error, arguments))
-        sys.exit(2)
-    except (ValueError, OSError) as error:
-        if not for_user(error):
-            raise
-        refuse(str(error))
-        sys.exit(2)
+    with errors.told():
+        try:
+            print(_main(arguments))
+        except refusals.COMPOSITION_ERRORS as error:
+            raise UserError(refusals.explain(error, arguments)) from error
 
 
 if __name__ == "__main__":
-    from caco.plan import main as importable_main  # so that errors come from caco.plan, not from __main__
-
-    importable_main()
+    main()

@@ -60,10 +60,13 @@ class Progress:
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if enabled and terminal else None
 
+    def seconds_of_training(self) -> float:
+        """Of this process so far, evaluation excluded."""
+        return time.monotonic() - self.started - self.paused
+
     def images_per_second(self, step: int) -> float:
         """Mean over this process so far, evaluation excluded."""
-        busy = time.monotonic() - self.started - self.paused
-        return (step - self.first) * self.batch / max(busy, 1e-9)
+        return (step - self.first) * self.batch / max(self.seconds_of_training(), 1e-9)
 
     def elapsed(self) -> float:
         return time.monotonic() - self.started

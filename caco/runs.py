@@ -23,6 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from caco.errors import UserError
 from caco.tracking.environment import environment
 from caco.tracking.files import write_json
 
@@ -213,7 +214,7 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
         if changed:
             shown = "\n".join(f"  {line}" for line in changed[:20])
             more = f"\n  and {len(changed) - 20} more" if len(changed) > 20 else ""
-            raise ValueError(
+            raise UserError(
                 f"{run_dir} holds another run; choose another hydra.run.dir. What differs:\n{shown}{more}"
             )
     (run_dir / "failure.txt").unlink(missing_ok=True)
@@ -272,7 +273,7 @@ def hold(run_dir: Path) -> None:
         holder = os.read(lock, 200).decode().strip() or "another process"
         os.close(lock)
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(f"{run_dir} is in use: {holder} trains or evaluates there now") from error
+            raise UserError(f"{run_dir} is in use: {holder} trains or evaluates there now") from error
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return  # a file system without locks: better to run without than not at all
         raise

@@ -17,13 +17,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from caco import config, runs
+from caco.errors import SweepFailed
 from caco.launchers import ENDED, Job, Local, Slurm
 from caco.snapshot import snapshot
 from caco.tracking.files import read_json, write_json
-
-
-class SweepFailed(RuntimeError):
-    """Some jobs of a sweep have failed; the message says which, why, and how to go on."""
 
 
 class SubmititLauncher(Launcher):
@@ -42,7 +39,7 @@ class SubmititLauncher(Launcher):
         """One Job per list of overrides; returns when all have ended.
 
         Raises:
-            ValueError: the cluster cannot run this.
+            UserError: the cluster cannot run this.
             SweepFailed: some have failed.
         """
         composed = [self.context.config_loader.load_sweep_config(self.config, list(item)) for item in job_overrides]

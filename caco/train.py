@@ -4,7 +4,6 @@ Everything that can be refused without torch is refused before torch is imported
 """
 
 import functools
-import linecache
 import os
 import shlex
 import sys
@@ -22,7 +21,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from caco import config, refusals, runs, validation
+from caco import config, errors, refusals, runs, validation
+from caco.errors import SweepFailed, UserError
 from caco.installed import command_to_install, is_installed
 from caco.preemption import Stop, Stopped, leave
 
@@ -50,35 +50,15 @@ def job(cfg: DictConfig) -> float | None:
         opened = True
         return run(cfg, run_dir)
     except Exception as error:
-        told = for_user(error)
+        for_user = errors.is_for_user(error)
         if opened:  # else it is another process's
-            runs.record_failure(run_dir, str(error) if told else traceback.format_exc())
-        if not told:
+            runs.record_failure(run_dir, str(error) if for_user else traceback.format_exc())
+        if not for_user:
             raise
-        refuse(str(error))
+        errors.tell(error)
         if hydra_cfg.mode == RunMode.MULTIRUN:
             raise  # the sweep's other runs go on
         sys.exit(2)
-
-
-def for_user(error: BaseException) -> bool:
-    """Whether error is a message to the user: caco itself raised it, by a `raise`. All else is a bug with a traceback.
-
-    CACO_TRACEBACK=1 in the environment shows the traceback of these too.
-    """
-    told = (ValueError, OSError, ImportError, ArithmeticError)
-    if os.environ.get("CACO_TRACEBACK") == "1" or not isinstance(error, told):
-        return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("caco."):
-        return False
-    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).lstrip().startswith("raise ")
-
-
-def refuse(message: str) -> None:
-    print(f"caco: {message}", file=sys.stderr)
 
 
 def check(cfg: DictConfig, hydra_cfg: DictConfig, run_dir: Path) -> None:
@@ -162,10 +142,10 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
             of_sweep = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
             check(cfg, cfg.hydra, of_sweep if multirun else Path(cfg.hydra.run.dir))
             unfinished += not (of_sweep / "summary.json").exists()
-    except (*refusals.COMPOSITION_ERRORS, ValueError) as error:
-        if isinstance(error, config.ConfigError):
+    except (*refusals.COMPOSITION_ERRORS, ValueError) as error:  # Hydra raises ValueErrors, too
+        if isinstance(error, UserError):
             raise
-        raise config.ConfigError(refusals.explain(error, overrides)) from error
+        raise UserError(refusals.explain(error, overrides)) from error
     return unfinished
 
 
@@ -202,6 +182,7 @@ def help_text(overrides: list[str]) -> str:
     return HELP.format(groups=groups, values=OmegaConf.to_yaml(config.job_config(config.compose(overrides))))
 
 
+@errors.told(interrupted="the same command goes on from the last checkpoint")
 def main() -> None:
     """The console script: Hydra's command line, with refusals in plain words and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them its own way
@@ -222,26 +203,13 @@ def main() -> None:
                 raise config.ConfigError("launcher: a job composes conf/ alone; take launcher=none or no other folder")
             offer_launcher()
         hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(job)()
-    except config.ConfigError as error:
-        refuse(str(error))
-        sys.exit(2)
     except refusals.COMPOSITION_ERRORS as error:
         if starts and not elsewhere and not args.help:
             raise
-        refuse(refusals.explain(error, args.overrides))
-        sys.exit(2)
-    except Exception as error:
-        if type(error).__name__ == "SweepFailed":  # by name: what it comes from is imported only where it is used
-            refuse(str(error))
-            sys.exit(1)
-        if for_user(error):
-            if launched:  # else a sweep's job has told it
-                refuse(str(error))
-            sys.exit(2)
-        raise
-    except KeyboardInterrupt:
-        refuse("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
+        raise UserError(refusals.explain(error, args.overrides)) from error
+    except SweepFailed as error:
+        errors.tell(error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from caco.banks.scoring import UnusableError
 from caco.checkpoint import Checkpoints
 from caco.data.images import Images
 from caco.data.loader import Batch
+from caco.errors import UserError
 from caco.methods.base import Method, Now, Outputs, Phase
 from caco.optimizers import Optimisation
 from caco.preemption import Stop, Stopped
@@ -23,7 +24,7 @@ from caco.progress import Progress, clock
 from caco.schedules import RunShape
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(UserError):
     """The loss is NaN or infinite; nothing was updated with it."""
 
 
@@ -86,12 +87,12 @@ class Trainer:
         self.accumulate = accumulate or 1
         own = run.batch // distributed.world()
         if own % self.accumulate or own // self.accumulate < 2:
-            raise ValueError(
+            raise UserError(
                 f"accumulate: expected a divisor of the {own} images of a process that leaves at least 2 in each part; "
                 f"got {accumulate}"
             )
         if self.accumulate > 1 and method.needs.whole_batch:
-            raise ValueError(
+            raise UserError(
                 "accumulate: this method's negatives are the batch's other images, and a part of a batch has fewer of "
                 f"them; expected null, got {accumulate}"
             )
@@ -108,6 +109,7 @@ class Trainer:
         self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
         self.evaluation_due: Literal["epoch", "end"] | None = "epoch"  # saved before it is made, and so made when a run goes on
         self.has_warned = False
+        self.time = {"steps": 0, "seconds": 0.0}  # how many steps have been timed, and how long they took; in all processes
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout and the like, from here on
 
     # Where a step lies.
@@ -171,6 +173,7 @@ class Trainer:
             Stopped: some rank was told to stop; all have ended the same step and saved.
         """
         progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
+        before = self.time
         self.evaluate_if_due(progress)
         with contextlib.closing(progress), self._instruments() as profiler:
             for now, batch in self.batches():
@@ -196,6 +199,10 @@ class Trainer:
                 if now.last_of_phase:
                     self.method.after_phase(now)
                 self.step += 1
+                self.time = {
+                    "steps": before["steps"] + self.step - progress.first,
+                    "seconds": before["seconds"] + progress.seconds_of_training(),
+                }
                 if profiler is not None:
                     profiler.step()
 
@@ -223,12 +230,13 @@ class Trainer:
                 if stopping and not last:
                     raise Stopped(f"after step {self.step} of {self.total_steps}", self.stop.signum)
                 self.evaluate_if_due(progress)
-            rate = progress.images_per_second(self.step)
+        # Of all processes that made the run: the last one may have found no step left to make.
+        timed = self.time["steps"] > 0
         return {
             **self.latest,
             "steps": self.step,
             "epochs": self.epochs_done(),
-            "images_per_second": rate,
+            **({"images_per_second": self.time["steps"] * self.batch / self.time["seconds"]} if timed else {}),
         }
 
     def epochs_done(self) -> float:
@@ -336,6 +344,7 @@ class Trainer:
             "place": self._place(),  # follows from the step, written for people
             "evaluation_due": self.evaluation_due,
             "has_warned": self.has_warned,
+            "time": dict(self.time),
             "method": self.method.state_dict(),
             "optimizer": self.optimisation.optimizer.state_dict(),
             "epoch_sums": dict(self.epoch_sums),
@@ -351,17 +360,18 @@ class Trainer:
             ValueError: the checkpoint is of another configuration, or of other data.
         """
         if state["config_hash"] != self.config_hash:
-            raise ValueError(
+            raise UserError(
                 f"expected a checkpoint of configuration {self.config_hash}; got one of {state['config_hash']}"
             )
         if state["data_digest"] != self.data_digest:
-            raise ValueError(
+            raise UserError(
                 f"expected a checkpoint made with these data (digest {self.data_digest}); got one made with others "
                 f"({state['data_digest']}): point data.root to those, or choose another hydra.run.dir"
             )
         self.step = state["step"]
         assert state["place"] == self._place(), "the same data and configuration give the same steps"
         self.evaluation_due, self.has_warned = state["evaluation_due"], state["has_warned"]
+        self.time = dict(state.get("time", self.time))  # an older checkpoint does not say
         self.method.load_state_dict(state["method"])
         self.optimisation.optimizer.load_state_dict(state["optimizer"])
         self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from caco import checkpoint
+from caco.errors import UserError
 
 OURS, RELEASED, PLAIN = "a checkpoint of this program", "encoder_q, encoder_k", "one network"
 LAYOUTS = {
@@ -99,21 +100,21 @@ def read(path: Path | str, format: str) -> dict[str, Tensor]:
         ValueError: no such file or format; the file is damaged, holds more than data, or looks like another format.
     """
     if format not in LAYOUTS:
-        raise ValueError(f"format: expected one of {', '.join(LAYOUTS)}; got {format!r}")
+        raise UserError(f"format: expected one of {', '.join(LAYOUTS)}; got {format!r}")
     content = _content(Path(path))
     layout, named = _in_our_names(content)
     if not named:
         shown = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"weights={path}: expected a network's state_dict; got {shown or 'nothing'}")
+        raise UserError(f"weights={path}: expected a network's state_dict; got {shown or 'nothing'}")
     if layout not in LAYOUTS[format]:
         others = " or ".join(f"format={name}" for name, layouts in LAYOUTS.items() if layout in layouts)
-        raise ValueError(f"weights={path}: its keys look like {others} ({layout}); got format={format}")
+        raise UserError(f"weights={path}: its keys look like {others} ({layout}); got format={format}")
     return named
 
 
 def _content(path: Path) -> object:
     if not path.is_file():
-        raise ValueError(f"weights={path}: there is no such file")
+        raise UserError(f"weights={path}: there is no such file")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -124,7 +125,7 @@ def _content(path: Path) -> object:
         # Not torch's own words: they go on to recommend loading it with the code in it.
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         why = f"it asks for {code[1]}" if code else f"it is of another kind, or damaged: {type(error).__name__}"
-        raise ValueError(
+        raise UserError(
             f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; {why}"
         ) from error
 
@@ -192,5 +193,5 @@ def _fill_backbone(backbone: nn.Module, named: dict[str, Tensor], path: Path | s
             for kind, names in kinds.items()
             if names
         ]
-        raise ValueError(f"weights={path}: another architecture than the backbone's; keys: {'; '.join(lines)}")
+        raise UserError(f"weights={path}: another architecture than the backbone's; keys: {'; '.join(lines)}")
     backbone.load_state_dict(tensors, strict=False)

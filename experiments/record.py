@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from caco import errors
 from caco.config import ConfigError
 from caco.runs import identity, run_hash
 from caco.tracking.files import read_json, write_json
@@ -162,7 +163,7 @@ def main() -> None:
     kind.add_argument("--table", action="store_true", help="print a record as a Markdown table")
     parser.add_argument("--into", type=Path, help="a file for the record, in place of the standard output")
     arguments = parser.parse_args()
-    try:
+    with errors.told():
         if arguments.table:
             print(table(pack(read(arguments.paths[0]))))
             return
@@ -173,9 +174,6 @@ def main() -> None:
             record = pack(runs)
         else:
             record = gather(path for path in arguments.paths if not path.is_file())
-    except ConfigError as error:
-        print(f"caco: {error}", file=sys.stderr)
-        sys.exit(2)
     if arguments.into:
         write_json(arguments.into, record)
     else:

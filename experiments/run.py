@@ -18,8 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from caco import config, train
+from caco import config, errors, train
 from caco.config import ConfigError
+from caco.errors import SweepFailed, UserError
 from caco.launchers import Job
 from caco.progress import clock
 from caco.refusals import nearest
@@ -102,7 +103,7 @@ def estimate(experiment: Experiment, *, world: int) -> str:
 
     try:
         cost: dict[str, Any] = plan(experiment.cfg, world=world)
-    except ValueError as error:
+    except UserError as error:
         return f"no estimate: {error}"
     return (
         f"estimate: {cost['steps']:,.0f} steps, {cost['flops_per_step'] * cost['steps']:.2g} operations, "
@@ -150,7 +151,7 @@ def _train(overrides: list[str]) -> int | str | None:
 
 def train_elsewhere(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
     """As jobs of launcher=local or launcher=slurm; returns those that did not finish."""
-    from caco.sweep import SweepFailed, follow
+    from caco.sweep import follow
 
     launcher = build_launcher(runs[0].experiment, words)
     jobs = []
@@ -235,8 +236,9 @@ def show(runs: Sequence[Run], world: int) -> None:
     for run in runs:
         if run.state == "done":
             summary = read_json(run.directory / "summary.json")
-            hours = summary["steps"] * run.experiment.cfg.batch / summary["images_per_second"] / 3600
-            costs[run.experiment.name] = f"took {hours:.2g} h here with seed {run.seed}, evaluation not counted"
+            if rate := summary.get("images_per_second"):  # else unknown
+                hours = summary["steps"] * run.experiment.cfg.batch / rate / 3600
+                costs[run.experiment.name] = f"took {hours:.2g} h here with seed {run.seed}, evaluation not counted"
     for run in runs:
         print(f"# {run.name}: {run.state}")
         if run.state in ("done", "recorded"):
@@ -261,11 +263,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="list every run's state, command and cost; start nothing")
     parser.add_argument("--retry", action="store_true", help="also what has failed before")
     arguments = parser.parse_args()
-    try:
+    with errors.told():
         sys.exit(_main(arguments))
-    except ConfigError as error:
-        say(str(error))
-        sys.exit(2)
 
 
 def _main(arguments: argparse.Namespace) -> int:

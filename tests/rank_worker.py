@@ -12,6 +12,7 @@ from tiny import batch_of, compose, now
 from caco import build as assembly
 from caco import distributed, trainer
 from caco.build import build, build_method
+from caco.checkpoint import Checkpoints
 from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
 from caco.schedules import RunShape
@@ -166,4 +167,12 @@ def train_and_lose_rank_1(*overrides):
         original(self, now, *rest)
 
     trainer.Trainer._log = log
+    caco_train(*overrides)
+
+
+def train_with_a_late_file_on_rank_1(*overrides):
+    """The newest checkpoint has not come to the second rank's machine yet."""
+    files = Checkpoints._files
+    late = int(os.environ["RANK"])
+    Checkpoints._files = lambda self, kind="": files(self, kind)[: 2 - late]
     caco_train(*overrides)

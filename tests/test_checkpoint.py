@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there; a damaged one is named and the one before is taken."""
 
+import errno
 import os
 import resource
 import signal
@@ -43,6 +44,28 @@ def test_the_last_ones_and_milestones_stay(tmp_path):
         checkpoints.save(state(step), step)
     assert names(tmp_path) == ["milestones", "step_000000004.pt", "step_000000005.pt"]
     assert load(tmp_path / "milestones" / "step_000000002.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK])
+def test_a_milestone_is_a_copy_where_the_file_system_has_no_links(tmp_path, monkeypatch, error):
+    def link(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "link", link)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 2, 3):
+        checkpoints.save(state(step), step, milestone=step == 2)
+    assert names(tmp_path) == ["milestones", "step_000000003.pt"]
+    assert names(tmp_path / "milestones") == ["step_000000002.pt"]
+    assert load(tmp_path / "milestones" / "step_000000002.pt")["step"] == 2
+
+
+def test_a_milestone_saved_again_is_the_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for weight in (1.0, 2.0):
+        checkpoints.save({"step": 2, "weight": weight}, 2, milestone=True)
+    assert names(tmp_path / "milestones") == ["step_000000002.pt"]
+    assert load(tmp_path / "milestones" / "step_000000002.pt")["weight"] == 2.0
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

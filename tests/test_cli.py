@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from caco import config, train, validation
+from caco.errors import UserError
 from caco.installed import command_to_install
 
 
@@ -205,29 +206,30 @@ def test_a_bug_keeps_its_traceback(here, monkeypatch):
         here("seed=0")
 
 
-def raised(action) -> Exception:
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        action()
-    return caught.value
+def test_a_refusal_of_a_component_is_told_once_and_a_traceback_comes_for_the_asking(here, monkeypatch, capsys):
+    def run(cfg, run_dir):
+        raise UserError("no such images")
 
-
-def test_what_caco_raises_is_for_the_user_and_what_a_library_raises_is_a_bug(monkeypatch, tmp_path):
-    from caco.runs import open_run
-
-    open_run(tmp_path, {"seed": 0})
-    refused = raised(lambda: open_run(tmp_path, {"seed": 1}))
-    assert train.for_user(refused)
-    assert not train.for_user(raised(lambda: int("abc")))
-    assert not train.for_user(raised(lambda: __import__("json").loads("{")))
+    monkeypatch.setattr(train, "run", run)
+    assert here("seed=0") == 2
+    assert capsys.readouterr().err == "caco: no such images\n"
+    assert here("-m", "seed=0,1") == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("caco: ")] == ["caco: no such images"] * 2
     monkeypatch.setenv("CACO_TRACEBACK", "1")
-    assert not train.for_user(refused)
+    with pytest.raises(UserError):
+        here("seed=0")
 
 
-def test_a_value_error_that_caco_stumbles_over_is_a_bug(monkeypatch):
-    from caco import runs
+def test_what_is_wrong_with_one_run_is_kept_in_its_directory(here, monkeypatch, tmp_path):
+    def run(cfg, run_dir):
+        raise UserError("no such images") if cfg.seed == 0 else ValueError("a bug")
 
-    monkeypatch.setenv("RANK", "first")
-    assert not train.for_user(raised(runs.is_first_rank))
+    monkeypatch.setattr(train, "run", run)
+    assert here("seed=0", "hydra.run.dir=refused") == 2
+    with pytest.raises(ValueError, match="a bug"):
+        here("seed=1", "hydra.run.dir=bug")
+    assert (tmp_path / "refused" / "failure.txt").read_text() == "no such images\n"
+    assert "Traceback" in (tmp_path / "bug" / "failure.txt").read_text()
 
 
 def test_jobs_are_pickled_by_name():

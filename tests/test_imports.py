@@ -18,7 +18,7 @@ COMMANDS = {"caco.data.write"}  # ways in, as caco.train is: they read a configu
 # An evaluator that trains needs what any training needs, but never the trainer.
 NEEDED_TO_TRAIN = {"distributed", "checkpoint", "optimizers", "nn"}
 LEAVES = {"data": {"data"}, "evals": {"evals", "data", "tracking", *NEEDED_TO_TRAIN}, "tracking": {"tracking"}}
-FOR_ALL = {"installed", "instructions"}  # of this installation and this processor: they import nothing of caco
+FOR_ALL = {"errors", "installed", "instructions"}  # of this installation and this processor: they import nothing of caco
 
 
 def imported(path: Path) -> set[str]:

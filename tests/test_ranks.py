@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import rank_worker
+import tiny
 import torch
 from processes import caco_train, ranks
 from rank_worker import STEPS
@@ -136,6 +137,18 @@ def test_ranks_that_disagree_on_the_configuration_are_refused(tmp_path):
     codes, outputs = ranks(2, rank_worker.train_with_a_seed_of_its_own, *TINY, *BANK, f"hydra.run.dir={tmp_path}")
     assert 0 not in codes
     assert "every rank must have the same configuration" in outputs[0][1]
+
+
+def test_ranks_that_load_different_checkpoints_are_refused_before_anything_is_trained(tmp_path):
+    tiny.train(tmp_path, *EVERY, "eval=[]")
+    (tmp_path / "summary.json").unlink()
+    before = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt"))
+    command = [*TINY, *BANK, *EVERY, "eval=[]", "max_steps=14", f"hydra.run.dir={tmp_path}"]
+    codes, outputs = ranks(2, rank_worker.train_with_a_late_file_on_rank_1, *command)
+    assert codes == [2, 2], outputs[0][1] + outputs[1][1]
+    for _, told in outputs:
+        assert "every rank must load the same checkpoint; got rank 0 step 12, rank 1 step 9" in told
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == before
 
 
 def test_a_bank_saved_by_four_ranks_is_taken_up_to_the_bit_and_gone_on_with_by_two(tmp_path):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from caco.banks import scoring
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
+from caco.errors import UserError
 from caco.schedules import RunShape, Table, warmup_and_cosine
 
 
@@ -61,13 +62,13 @@ class LearnableBank(nn.Module):
         }  # fmt: skip
         for name, value in at_least_zero.items():
             if value is not None and value < 0:
-                raise ValueError(f"bank.{name} must be 0 or more; got {value}")
+                raise UserError(f"bank.{name} must be 0 or more; got {value}")
         if not 0 <= momentum < 1:
-            raise ValueError(f"bank.momentum must be in [0, 1); got {momentum}")
+            raise UserError(f"bank.momentum must be in [0, 1); got {momentum}")
         if temperature is not None and temperature <= 0:
-            raise ValueError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
+            raise UserError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
         if lr_reference_batch is not None and lr_reference_batch < 1:
-            raise ValueError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
+            raise UserError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0)
         self.size, self.pull, self.push = size, pull, push
         self.lr, self.final_lr, self.lr_reference_batch, self.warmup_epochs = lr, final_lr, lr_reference_batch, warmup_epochs

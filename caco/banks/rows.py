@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from caco import distributed
 from caco.banks import scoring
+from caco.errors import UserError
 
 INIT_BLOCK = 4096  # rows drawn from one seed, so that a shard's rows do not depend on the number of ranks
 TWIN_SAMPLE = 512  # rows compared with all others when near-duplicates are counted
@@ -55,12 +56,12 @@ class Rows(nn.Module):
     def __init__(self, *, size: int, dim: int, seed: int, learnable: bool):
         super().__init__()
         if size < 2:
-            raise ValueError(f"a bank needs at least 2 rows; got size={size}")
+            raise UserError(f"a bank needs at least 2 rows; got size={size}")
         if dim < 1:
-            raise ValueError(f"a bank's rows need a width of at least 1; got dim={dim}")
+            raise UserError(f"a bank's rows need a width of at least 1; got dim={dim}")
         told = distributed.all_objects((size, dim, seed))
         if len(set(told)) > 1:
-            raise ValueError(f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, told))}")
+            raise UserError(f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, told))}")
         self.size = size
         self.first, self.last = distributed.shard(size)
         self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed), requires_grad=learnable)

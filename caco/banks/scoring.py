@@ -18,6 +18,7 @@ from torch import Tensor
 
 from caco import distributed
 from caco.banks import fused
+from caco.errors import UserError
 
 BLOCK_ELEMENTS = 1 << 20  # of one G x S block: 4 MiB in float32, so that it stays in the cache
 # Exponents that float32 holds: sums of up to 10^11 terms of e^60 are finite, and e^-87 is not yet zero.
@@ -25,7 +26,7 @@ HIGHEST, LOWEST = 60.0, -87.0
 TIE = 1e-12  # of float64 cosines
 
 
-class UnusableError(ArithmeticError):
+class UnusableError(UserError):
     """Queries or rows that cannot be scored; nothing was changed."""
 
 

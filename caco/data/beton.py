@@ -18,6 +18,7 @@ from PIL import Image
 from caco.data import native
 from caco.data.datasets import existing_root, limited, reduced
 from caco.data.sources import Splits, UnreadableImage
+from caco.errors import FileError, UserError
 
 HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_at", "<u8")], align=True
@@ -49,7 +50,7 @@ class BetonImages:
         sidecar = _sidecar(self.file)
         self._checksum = sidecar.get("checksum")
         if "bytes" in sidecar and sidecar["bytes"] != len(self._bytes):
-            raise ValueError(
+            raise UserError(
                 f"{self.file}: expected the {sidecar['bytes']} bytes that {sidecar_path(self.file).name} names, got "
                 f"{len(self._bytes)}. Write it again with python -m caco.data.write."
             )
@@ -112,7 +113,7 @@ def beton(*, root: str | None, limit: int | None = None, validation_fraction: fl
     """
     top = existing_root(root, example="data=beton")
     if not (top / "train.beton").is_file():
-        raise FileNotFoundError(
+        raise FileError(
             f"data=beton: expected {top / 'train.beton'}, got no such file; python -m caco.data.write ... out={top} writes it"
         )
     made = {
@@ -166,7 +167,7 @@ def write(
             place = -(-begin // page_size) * page_size
             for i, (mode, height, width, content) in enumerate(images):
                 if len(content) > page_size:
-                    raise ValueError(f"image {i}: expected at most {page_size} bytes, got {len(content)}: lower max_resolution")
+                    raise UserError(f"image {i}: expected at most {page_size} bytes, got {len(content)}: lower max_resolution")
                 if place // page_size != (place + len(content) - 1) // page_size:  # FFCV reads by pages
                     place = -(-place // page_size) * page_size
                 records["image"][i] = (mode, width, height, place)

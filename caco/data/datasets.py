@@ -9,6 +9,7 @@ from PIL import Image
 
 from caco.data.imagenet100 import IMAGENET100_CLASSES
 from caco.data.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose
+from caco.errors import FileError, UserError
 
 
 def digits(
@@ -24,7 +25,7 @@ def digits(
     from sklearn.datasets import load_digits
 
     if size < 8:
-        raise ValueError(f"data.size: expected at least the scans' own 8 pixels, got {size}")
+        raise UserError(f"data.size: expected at least the scans' own 8 pixels, got {size}")
     scans = load_digits()
     gray = np.round(scans.images * (255 / 16)).astype(np.uint8)
     images = np.stack(
@@ -62,7 +63,7 @@ def folder(
         seed: of both draws.
         in_memory_mb: keep a split's decoded images in memory if they take no more than this; 0 never does.
     Raises:
-        FileNotFoundError: no root given, or nothing there.
+        FileError: no root given, or nothing there.
         ValueError: no image, an image that cannot be read, a class that is unknown.
     """
     top = existing_root(root, example=f"data={name}")
@@ -73,7 +74,7 @@ def folder(
     unlabelled = limited(unlabelled, limit, seed=seed)
     train, test = _read_layout(existing_root(labelled_root, example=f"data={name}"), f"{name}/labelled", class_list)
     if train.labels is None:
-        raise ValueError(f"data.labelled_root: expected class folders below {labelled_root}, got images without labels")
+        raise UserError(f"data.labelled_root: expected class folders below {labelled_root}, got images without labels")
     labelled = _finish(train, test, f"{name}/labelled", None, validation_fraction, seed, in_memory_mb)
     return Splits(unlabelled.in_memory(in_memory_mb), labelled.train, labelled.test)
 
@@ -133,7 +134,7 @@ def tiny_imagenet(
     train = class_folders(_expect_folder(top / "train"), "tiny-imagenet/train")
     annotations = top / "val" / "val_annotations.txt"
     if not annotations.is_file():
-        raise FileNotFoundError(f"expected the validation labels in {annotations}, got no such file: unpack the set again")
+        raise FileError(f"expected the validation labels in {annotations}, got no such file: unpack the set again")
     rows = sorted(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip())
     _check_known(sorted({wnid for _, wnid in rows}), train.classes, where=str(annotations))
     number = {wnid: i for i, wnid in enumerate(train.classes)}
@@ -151,7 +152,7 @@ def existing_root(root: str | None, *, example: str) -> Path:
     """The root as a path, or two lines that say how to give one."""
     got = "got none" if root is None else f"got {root}, which is not a folder"
     if root is None or not Path(root).expanduser().is_dir():
-        raise FileNotFoundError(
+        raise FileError(
             f"{example} needs images: expected data.root=PATH, a folder on this machine, {got}.\n"
             "Without any data, preset=demo learns from scikit-learn's digits, which need none."
         )
@@ -175,7 +176,7 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
     for label, folder_name in enumerate(classes):
         here = _images_below(top / folder_name)
         if not here:
-            raise ValueError(f"{top / folder_name}: expected images ({', '.join(EXTENSIONS)}), got none in this class folder")
+            raise UserError(f"{top / folder_name}: expected images ({', '.join(EXTENSIONS)}), got none in this class folder")
         files += [f"{folder_name}/{file}" for file in here]
         labels += [label] * len(here)
     return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes))
@@ -185,7 +186,7 @@ def unlabelled_images(top: Path, name: str) -> ImageFiles:
     """All images below `top`, in sorted order, without labels."""
     files = _images_below(top)
     if not files:
-        raise ValueError(f"{top}: expected images ({', '.join(EXTENSIONS)}) in it or in class folders, got none")
+        raise UserError(f"{top}: expected images ({', '.join(EXTENSIONS)}) in it or in class folders, got none")
     return ImageFiles(top, files, name=name)
 
 
@@ -196,7 +197,7 @@ def reduced(
     if validation_fraction is not None:
         count = round(validation_fraction * len(train))
         if not 0 < validation_fraction < 1 or not 0 < count < len(train):
-            raise ValueError(
+            raise UserError(
                 f"data.validation_fraction: expected a share in (0, 1) of the {len(train)} images, got {validation_fraction}"
             )
         held_out = choose(train.labels, count, len(train), seed=seed, balanced=False)
@@ -211,7 +212,7 @@ def limited(source: Source, limit: int | None, *, seed: int) -> Source:
     if limit is None:
         return source
     if not 1 <= limit <= len(source):
-        raise ValueError(f"data.limit: expected a number of images in 1..{len(source)}, got {limit}")
+        raise UserError(f"data.limit: expected a number of images in 1..{len(source)}, got {limit}")
     return source.part(choose(source.labels, limit, len(source), seed=seed, balanced=True), source.name)
 
 
@@ -236,7 +237,7 @@ def _imagenet(
     train = class_folders(_expect_folder(top / "train"), f"{name}/train", classes)
     validation = _expect_folder(top / "val")
     if not _subfolders(validation):
-        raise ValueError(f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first")
+        raise UserError(f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first")
     test = class_folders(validation, f"{name}/val", train.classes)
     return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
 
@@ -248,7 +249,7 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
     train_name = f"{name}/train" if split else name
     if not _subfolders(below):
         if classes is not None:
-            raise ValueError(f"data.class_list: expected class folders in {below}, got images without labels")
+            raise UserError(f"data.class_list: expected class folders in {below}, got images without labels")
         return unlabelled_images(below, train_name), None
     train = class_folders(below, train_name, classes)
     for held_out in ("test", "val") if split else ():
@@ -262,10 +263,10 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
 
 def _read_class_list(path: str) -> list[str]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"data.class_list: expected a text file with a class folder's name a line, got {path}")
+        raise FileError(f"data.class_list: expected a text file with a class folder's name a line, got {path}")
     names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"data.class_list: expected distinct names, one a line, got {len(names)} with repeats in {path}")
+        raise UserError(f"data.class_list: expected distinct names, one a line, got {len(names)} with repeats in {path}")
     return names
 
 
@@ -275,7 +276,7 @@ def _check_known(names: list[str], known: list[str], *, where: str) -> None:
         return
     near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown[:3]}
     shown = ", ".join(f"{name!r}" + (f" (near: {match[0]!r})" if match else "") for name, match in near.items())
-    raise ValueError(
+    raise UserError(
         f"{where}: expected all of {len(names)} classes among the {len(known)} there, got {len(unknown)} unknown: {shown}"
         + (", ..." if len(unknown) > 3 else "")
     )
@@ -283,7 +284,7 @@ def _check_known(names: list[str], known: list[str], *, where: str) -> None:
 
 def _expect_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise FileNotFoundError(f"expected a folder {path}, got none: data.root must hold it")
+        raise FileError(f"expected a folder {path}, got none: data.root must hold it")
     return path
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from caco.data.datasets import limited, reduced
 from caco.data.sources import ImagesInMemory, Splits
+from caco.errors import FileError, UserError
 
 CONNECT_TIMEOUT_SECONDS = 20
 
@@ -30,7 +31,7 @@ def cifar10(
         download: fetch it if it is not there.
         limit, validation_fraction, seed: see caco.data.datasets.folder.
     Raises:
-        FileNotFoundError: it is not there and cannot be fetched.
+        FileError: it is not there and cannot be fetched.
     """
     from torchvision.datasets import CIFAR10
 
@@ -68,12 +69,12 @@ def stl10(
         validation_fraction: hold out this share of the labelled training images in place of the test images.
         root, download, seed: see `cifar10`.
     Raises:
-        FileNotFoundError: it is not there and cannot be fetched.
+        FileError: it is not there and cannot be fetched.
     """
     from torchvision.datasets import STL10
 
     if pretrain not in ("unlabeled", "train"):
-        raise ValueError(f"data.pretrain: expected unlabeled or train, got {pretrain!r}")
+        raise UserError(f"data.pretrain: expected unlabeled or train, got {pretrain!r}")
     train, test = (
         ImagesInMemory(part.data.transpose(0, 2, 3, 1), name=f"stl10/{split}", labels=part.labels, classes=part.classes)
         for split, part in _open("stl10", root, download, lambda **where: {s: STL10(split=s, **where) for s in ("train", "test")})
@@ -109,7 +110,7 @@ def _cifar(
 def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[str, Any]]) -> list[tuple[str, Any]]:
     """The parts that `read(root=, download=)` gives, fetched first where they are missing, by one process at a time."""
     if root is None:
-        raise FileNotFoundError(
+        raise FileError(
             f"data={name} needs its files: expected data.root=PATH, a folder that holds them or where to put them, got none.\n"
             "Without any data, preset=demo learns from scikit-learn's digits, which need none."
         )
@@ -123,7 +124,7 @@ def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[
             return list(_fetch(top, read).items())
         except (OSError, RuntimeError) as error:
             problem = error
-    raise FileNotFoundError(
+    raise FileError(
         f"data={name}: expected its files below data.root={root}, or a network to fetch them; got {type(problem).__name__}: "
         f"{problem}.\nWhere there is no network, fetch the set elsewhere and point data.root to it; preset=demo needs no data."
     ) from problem

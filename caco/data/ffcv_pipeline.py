@@ -22,6 +22,7 @@ from caco.data.batches import Compiled, Order, Pixels, mixed_seed, pixels, those
 from caco.data.beton import RAW, BetonImages
 from caco.data.sources import UnreadableImage
 from caco.data.views import Views
+from caco.errors import FileError
 
 
 def _import_ffcv() -> None:
@@ -78,7 +79,7 @@ class FFCVBatches:
 
     def __iter__(self) -> Iterator[Pixels | UnreadableImage]:
         if not self._file.is_file():
-            raise FileNotFoundError(f"{self._file}: expected the .beton that this run reads, got no such file any more")
+            raise FileError(f"{self._file}: expected the .beton that this run reads, got no such file any more")
         self._operation.begin(self._traversal.begin())
         if len(self._traversal.keys) == 0:
             return

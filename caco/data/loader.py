@@ -22,6 +22,7 @@ from caco.data.batches import Compiled, Order, Pixels, mixed_seed, pixels, those
 from caco.data.beton import BetonImages
 from caco.data.sources import Source, UnreadableImage
 from caco.data.views import Views
+from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
 
 _JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}  # a terminal or a scheduler sends them to every process of a job
@@ -63,7 +64,7 @@ class TorchLoader:
 
     def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
         if num_workers < 0:
-            raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
+            raise UserError(f"num_workers: expected 0 or more, got {num_workers}")
         check_settings(prefetch, corrupt)
         self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
 
@@ -114,7 +115,7 @@ class FFCVLoader:
 
     def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
         if num_workers < 1:
-            raise ValueError(f"num_workers: expected at least 1 with loader=ffcv, got {num_workers}")
+            raise UserError(f"num_workers: expected at least 1 with loader=ffcv, got {num_workers}")
         check_settings(prefetch, corrupt)
         self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
 
@@ -135,7 +136,7 @@ class FFCVLoader:
             ValueError: also: the data are no .beton; FFCV or a compiled part is missing here.
         """
         if (missing := what_ffcv_lacks(source)) is not None:
-            raise ValueError(f"loader=ffcv: {missing}; loader=auto and loader=torch do without")
+            raise UserError(f"loader=ffcv: {missing}; loader=auto and loader=torch do without")
         from caco.data.ffcv_pipeline import FFCVBatches
 
         device = torch.device(device)
@@ -192,9 +193,9 @@ def what_ffcv_lacks(source: Source) -> str | None:
 def check_settings(prefetch: int, corrupt: str) -> None:
     """Raises ValueError for what no loader takes."""
     if prefetch < 1:
-        raise ValueError(f"prefetch: expected at least 1 batch, got {prefetch}")
+        raise UserError(f"prefetch: expected at least 1 batch, got {prefetch}")
     if corrupt not in ("fail", "skip"):
-        raise ValueError(f"corrupt: expected fail or skip, got {corrupt!r}")
+        raise UserError(f"corrupt: expected fail or skip, got {corrupt!r}")
 
 
 class BoundLoader:
@@ -214,12 +215,12 @@ class BoundLoader:
     ):
         assert 0 <= rank < world
         if batch < 1 or batch % world:
-            raise ValueError(
+            raise UserError(
                 f"batch: expected a positive multiple of the {world} processes that share it, got {batch}. "
                 f"Try batch={max(world, batch // world * world)}."
             )
         if len(source) < batch:
-            raise ValueError(
+            raise UserError(
                 f"batch: expected at most the {len(source)} images of {source.name}, got {batch}. "
                 "Lower batch or give more images."
             )
@@ -265,7 +266,7 @@ def plain_batches(
     The last batch may be smaller.
     """
     if batch < 1:
-        raise ValueError(f"batch: expected at least 1, got {batch}")
+        raise UserError(f"batch: expected at least 1, got {batch}")
     parts = [np.arange(i, min(i + batch, len(source))) for i in range(0, len(source), batch)]
     loader = _data_loader(_PlainMaker(source, views), parts, num_workers)
     for one in _batches(_begin(loader), views, torch.device("cpu"), {}):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from caco.data.sources import ImageFiles, Source, Splits
+from caco.errors import UserError
 
 _HEAD_BYTES = 4096
 
@@ -45,7 +46,7 @@ def refuse_shared(train: Source, test: Source) -> None:
     pairs = shared_images(train, test)
     if pairs:
         shown = "; ".join(f"{_called(train, i)} is {_called(test, j)}" for i, j in pairs[:3])
-        raise ValueError(
+        raise UserError(
             f"{len(pairs)} of the {len(test)} images of {test.name} are images of {train.name} too ({shown}"
             f"{'; ...' if len(pairs) > 3 else ''}): expected test images that nothing was trained on. Take them out, or "
             "evaluate all the same with overlap=allow"

@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from caco.errors import UserError
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -54,7 +56,7 @@ class Splits:
         """
         for split, source in (("train", self.train), ("test", self.test)):
             if source is None or source.labels is None:
-                raise ValueError(
+                raise UserError(
                     f"{purpose} needs labelled train and test images; expected class folders, got no labelled {split} split "
                     f"with {self.pretrain.name}.\nGive data.labelled_root=PATH (train/ and test/ of class folders), hold some "
                     "labelled images out with data.validation_fraction=0.1, or evaluate nothing with eval=[]."
@@ -62,7 +64,7 @@ class Splits:
         return self.train, self.test
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(UserError):
     """An image file that cannot be read; the message names it."""
 
 
@@ -190,7 +192,7 @@ def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, bala
         ValueError: count is not in 1..total.
     """
     if not 1 <= count <= total:
-        raise ValueError(f"expected a number of images in 1..{total}, got {count}")
+        raise UserError(f"expected a number of images in 1..{total}, got {count}")
     draw = np.random.default_rng(seed).permutation(total)
     if labels is None:
         return np.sort(draw[:count])

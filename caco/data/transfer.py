@@ -13,6 +13,7 @@ import numpy as np
 
 from caco.data.datasets import class_folders
 from caco.data.sources import ImageFiles, ImagesInMemory, Source, choose
+from caco.errors import FileError, UserError
 
 Metric = Literal["top1", "mean_per_class", "map11"]
 VOC_CLASSES = (
@@ -33,7 +34,7 @@ class TransferSet:
     metric: Metric
 
 
-class MissingSet(FileNotFoundError):
+class MissingSet(FileError):
     """A set that is not there; the message says what to fetch and where to put it."""
 
 
@@ -150,7 +151,7 @@ def voc2007(root: Path, seed: int) -> TransferSet:
             # Published: 1 present, -1 absent, 0 only difficult ones.
             columns.append([{"1": 1, "-1": 0, "0": -1}[mark] for _, mark in rows])
         if any(column != files[0] for column in files):
-            raise ValueError(f"voc2007: expected the same images in every list of {split}, got others in {top / 'ImageSets'}")
+            raise UserError(f"voc2007: expected the same images in every list of {split}, got others in {top / 'ImageSets'}")
         return _files(top, files[0], f"voc2007/{split}", np.array(columns).T, list(VOC_CLASSES))
 
     return TransferSet("voc2007", part("train"), part("val"), part("test"), "map11")
@@ -253,7 +254,7 @@ def _files(root: Path, files: list[str], name: str, labels, classes: list[str]) 
     """
     missing = [file for file in files if not (root / file).is_file()]
     if missing or not files:
-        raise ValueError(
+        raise UserError(
             f"{name}: expected the {len(files)} images of the published list below {root}, got {len(missing)} of them not there"
             f" ({', '.join(missing[:3])}): unpack the set again"
         )
@@ -275,7 +276,7 @@ def _cifar(name: str, torchvision_name: str, folder: str, root: Path, seed: int)
     try:
         parts = {split: dataset(root, train=split == "train") for split in ("train", "test")}
     except RuntimeError as error:
-        raise ValueError(f"{name}: expected the published files in {root / folder}, got others: {error}") from error
+        raise UserError(f"{name}: expected the published files in {root / folder}, got others: {error}") from error
     train, test = (
         ImagesInMemory(part.data, name=f"{name}/{split}", labels=np.array(part.targets), classes=part.classes)
         for split, part in parts.items()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from caco.data import native
+from caco.errors import UserError
 
 # Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
 # one setting (say blur_p) leaves all other draws of the same seed as they were. (views.cpp has the same places.)
@@ -58,24 +59,24 @@ class View:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"view count: expected at least 1, got {self.count}")
+            raise UserError(f"view count: expected at least 1, got {self.count}")
         if self.size is not None:
             _check_size("view size", self.size)
         _check_range("view scale", self.scale, above_zero=True, up_to=1.0)
         _check_range("view ratio", self.ratio, above_zero=True, up_to=math.inf)
         _check_range("view blur", self.blur, above_zero=False, up_to=math.inf)
         if self.interpolation not in _RESAMPLING:
-            raise ValueError(f"view interpolation: expected one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}")
+            raise UserError(f"view interpolation: expected one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}")
         if not 0 <= self.rotate <= 180:
-            raise ValueError(f"view rotate: expected degrees in 0..180, got {self.rotate}")
+            raise UserError(f"view rotate: expected degrees in 0..180, got {self.rotate}")
         if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise ValueError(
+            raise UserError(
                 "view jitter: expected [brightness, contrast, saturation, hue], none negative, hue up to 0.5, "
                 f"got {self.jitter}"
             )
         for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p", "shift"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"view {name}: expected a value in 0..1, got {getattr(self, name)}")
+                raise UserError(f"view {name}: expected a value in 0..1, got {getattr(self, name)}")
 
     def draw(self, image: Image.Image, size: int, u: Sequence[float]) -> Image.Image:
         """The view, size x size, that these random numbers (see `uniforms`) make of an image."""
@@ -126,13 +127,13 @@ class Views:
     ):
         _check_size("size", size)
         if not views:
-            raise ValueError("views: expected at least one kind of view, got none")
+            raise UserError("views: expected at least one kind of view, got none")
         if not 0 < plain_crop <= 1:
-            raise ValueError(f"plain_crop: expected a share in (0, 1], got {plain_crop}")
+            raise UserError(f"plain_crop: expected a share in (0, 1], got {plain_crop}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std: expected three values each, std above 0, got {list(mean)} and {list(std)}")
+            raise UserError(f"mean and std: expected three values each, std above 0, got {list(mean)} and {list(std)}")
         if plain_interpolation not in _RESAMPLING:
-            raise ValueError(f"plain_interpolation: expected one of {', '.join(_RESAMPLING)}, got {plain_interpolation!r}")
+            raise UserError(f"plain_interpolation: expected one of {', '.join(_RESAMPLING)}, got {plain_interpolation!r}")
         self.size = size
         self.plain_crop, self.plain_interpolation = plain_crop, plain_interpolation
         self.mean, self.std = list(mean), list(std)
@@ -310,9 +311,9 @@ def _between(low: float, high: float, u: float) -> float:
 
 def _check_size(name: str, size: int) -> None:
     if size < 1:
-        raise ValueError(f"{name}: expected a positive number of pixels, got {size}")
+        raise UserError(f"{name}: expected a positive number of pixels, got {size}")
 
 
 def _check_range(name: str, pair: list[float], *, above_zero: bool, up_to: float) -> None:
     if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= up_to or (above_zero and pair[0] == 0):
-        raise ValueError(f"{name}: expected [low, high] within {'(' if above_zero else '['}0, {up_to:g}], got {pair}")
+        raise UserError(f"{name}: expected [low, high] within {'(' if above_zero else '['}0, {up_to:g}], got {pair}")

@@ -28,8 +28,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from caco import errors
 from caco.data import beton
 from caco.data.sources import ImageFiles, Source, Splits, UnreadableImage
+from caco.errors import UserError
 
 DEFAULT_QUALITY = 90
 
@@ -49,13 +51,13 @@ def write_splits(
         ValueError: a value out of its range, an image that cannot be read.
     """
     if mode not in ("jpeg", "raw"):
-        raise ValueError(f"mode: expected jpeg or raw, got {mode!r}")
+        raise UserError(f"mode: expected jpeg or raw, got {mode!r}")
     if quality is not None and (mode == "raw" or not 1 <= quality <= 100):
-        raise ValueError(f"quality: expected 1..100 with mode=jpeg, got {quality} with mode={mode}")
+        raise UserError(f"quality: expected 1..100 with mode=jpeg, got {quality} with mode={mode}")
     if max_resolution is not None and max_resolution < 1:
-        raise ValueError(f"max_resolution: expected a positive number of pixels, got {max_resolution}")
+        raise UserError(f"max_resolution: expected a positive number of pixels, got {max_resolution}")
     if num_workers is not None and num_workers < 1:
-        raise ValueError(f"num_workers: expected at least 1, got {num_workers}")
+        raise UserError(f"num_workers: expected at least 1, got {num_workers}")
     out.mkdir(parents=True, exist_ok=True)
     parts = {"train": splits.train or splits.pretrain, "test": splits.test}
     if splits.train is not None and splits.pretrain is not splits.train:
@@ -136,7 +138,7 @@ def _encoded(encoder: _Encoder, num_workers: int) -> Iterator[tuple[int, int, in
             while waiting:
                 yield from finished()
         except BrokenProcessPool as error:
-            raise OSError("a process that encoded images was ended from outside, perhaps for want of memory") from error
+            raise UserError("a process that encoded images was ended from outside, perhaps for want of memory") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -151,48 +153,36 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     from caco.config import build, compose
     from caco.refusals import COMPOSITION_ERRORS, explain
-    from caco.train import for_user
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
     options: dict[str, Any] = {"out": None, "mode": "jpeg", "quality": None, "max_resolution": None, "num_workers": None}
-    try:
+    with errors.told(interrupted="nothing half-made is left"):
         overrides = []
         for argument in arguments:
             key, _, value = argument.partition("=")
             if key in options:
                 number = key not in ("out", "mode")
                 if number and value != "null" and not value.isdigit():
-                    raise ValueError(f"{key}: expected a number or null, got {value!r}")
+                    raise UserError(f"{key}: expected a number or null, got {value!r}")
                 options[key] = (None if value == "null" else int(value)) if number else value
             elif key == "data" or key.startswith("data."):
                 overrides.append(argument)
             else:
-                raise ValueError(f"{argument}: expected data=..., data.KEY=... or one of {', '.join(options)}")
+                raise UserError(f"{argument}: expected data=..., data.KEY=... or one of {', '.join(options)}")
         out = options.pop("out")
         if not out:
-            raise ValueError("expected out=FOLDER, where the files go, got none")
+            raise UserError("expected out=FOLDER, where the files go, got none")
         try:
             cfg = compose(["eval=[]", "tracking=ledger", *overrides])
         except COMPOSITION_ERRORS as error:
-            raise ValueError(explain(error, overrides)) from error
+            raise UserError(explain(error, overrides)) from error
         for file in write_splits(build(cfg.data), Path(out).expanduser(), **options):
             facts = beton._sidecar(file)
             print(f"caco: wrote {file}: {facts['images']} images, {facts['bytes'] / 1e6:.1f} MB", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("caco: interrupted; nothing half-made is left", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if not for_user(error):
-            raise
-        print(f"caco: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
-    # Not main() as it stands here: `for_user` knows our functions by their module's name.
-    from caco.data.write import main as importable_main
-
-    importable_main()
+    main()

@@ -19,6 +19,7 @@ from caco.checkpoint import Checkpoints
 from caco.data.loader import mixed_seed
 from caco.data.sources import Source
 from caco.data.views import View, Views
+from caco.errors import UserError
 from caco.evals.features import FeatureStore, extract, key_of
 from caco.nn.norm import over_all_ranks
 from caco.optimizers import Schedule, scaled_lr
@@ -58,13 +59,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 2:
-            raise ValueError(f"expected at least 1 epoch and batches of at least 2, got {self.epochs} and {self.batch}")
+            raise UserError(f"expected at least 1 epoch and batches of at least 2, got {self.epochs} and {self.batch}")
         if self.schedule not in ("cosine", "steps") or self.unit not in ("epoch", "step"):
-            raise ValueError(f"expected cosine or steps by epoch or step, got {self.schedule!r} and {self.unit!r}")
+            raise UserError(f"expected cosine or steps by epoch or step, got {self.schedule!r} and {self.unit!r}")
         if self.milestones and self.schedule != "steps":
-            raise ValueError(f"milestones: belong to schedule=steps; got {list(self.milestones)} with {self.schedule}")
+            raise UserError(f"milestones: belong to schedule=steps; got {list(self.milestones)} with {self.schedule}")
         if self.nesterov and self.larc:
-            raise ValueError("nesterov: expected false with larc")
+            raise UserError("nesterov: expected false with larc")
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         rate = scaled_lr(self.lr, self.batch, self.reference_batch)
@@ -121,7 +122,7 @@ def train_classifier(
     Returns:
         nn.Sequential of the backbone (itself if frozen, else the trained copy) and the head.
     Raises:
-        ArithmeticError: the loss is not finite.
+        UserError: the loss is not finite.
         ValueError: from the loader: fewer images than one batch, a batch that the ranks cannot share evenly.
     """
     device = store.device
@@ -203,7 +204,7 @@ def _epoch(
             module.training = training
     mean = (distributed.sum_(total) / (steps * distributed.world())).item()
     if not math.isfinite(mean):
-        raise ArithmeticError(f"{name}: the loss became {mean} in epoch {epoch + 1}; a lower lr may help, or precision=fp32")
+        raise UserError(f"{name}: the loss became {mean} in epoch {epoch + 1}; a lower lr may help, or precision=fp32")
     return mean
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from caco import distributed
 from caco.data.sources import Splits
 from caco.data.views import Views
+from caco.errors import UserError
 from caco.evals.features import FeatureStore, Precision
 
 
@@ -61,8 +62,8 @@ class Evaluation:
         for name, evaluator in evaluators.items():
             try:
                 evaluator.build(self.store, seed=seed)
-            except (ValueError, FileNotFoundError) as error:
-                raise ValueError(f"eval.{name}: {error}") from error
+            except UserError as error:
+                raise UserError(f"eval.{name}: {error}") from error
 
     def run(self, backbone: nn.Module, when: Literal["epoch", "end"]) -> dict[str, float]:
         """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was.
@@ -76,7 +77,7 @@ class Evaluation:
         for name, values in self.each(backbone, chosen):
             for key in values:
                 if key in results:
-                    raise ValueError(f"eval.{name}: another evaluator already gave {key}")
+                    raise UserError(f"eval.{name}: another evaluator already gave {key}")
             results |= values
         return results
 

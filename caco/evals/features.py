@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from caco.data.loader import TorchLoader, plain_batches
 from caco.data.sources import Source, Splits
 from caco.data.views import Views
+from caco.errors import UserError
 from caco.tracking.files import locked, read_json, write_json
 
 Precision = Literal["bf16", "fp32"]
@@ -69,9 +70,9 @@ def for_each_batch(
                 images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
                 features_bD = backbone(images)
                 if features_bD.ndim != 2 or len(features_bD) != len(images):
-                    raise ValueError(f"backbone: expected features [{len(images)}, D], got {list(features_bD.shape)}")
+                    raise UserError(f"backbone: expected features [{len(images)}, D], got {list(features_bD.shape)}")
                 if not torch.isfinite(features_bD).all():
-                    raise ValueError("features: expected finite numbers, got inf or nan from the backbone")
+                    raise UserError("features: expected finite numbers, got inf or nan from the backbone")
                 take(features_bD.cpu(), labels_b)
     finally:
         for module, training in was_training.items():
@@ -203,7 +204,7 @@ class FeatureStore:
         say: Callable[..., None] = lambda text, passing=False: None,
     ) -> None:
         if batch < 1:
-            raise ValueError(f"batch: expected at least 1, got {batch}")
+            raise UserError(f"batch: expected at least 1, got {batch}")
         self.splits = splits
         self.views, self.batch, self.device, self.precision = views, batch, torch.device(device), precision
         self.num_workers, self.cache_bytes = num_workers, cache_bytes
@@ -305,7 +306,7 @@ def require_classes(train: Source, test: Source) -> None:
     if len(unseen):
         names = [test.classes[c] if test.classes else str(c) for c in unseen]
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise ValueError(
+        raise UserError(
             f"{test.name}: expected no class that {train.name} has no image of, got {len(names)}: {shown}. Nothing can be "
             "right about their images: give training images of them, or take the class out of the test images"
         )

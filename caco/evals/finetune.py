@@ -12,6 +12,7 @@ from torch import nn
 from caco import distributed
 from caco.data.loader import plain_batches
 from caco.data.sources import Source
+from caco.errors import UserError
 from caco.evals.classifier import Recipe, accuracies, train_classifier
 from caco.evals.features import FeatureStore, extract
 from caco.evals.knn import balanced_share
@@ -55,11 +56,11 @@ class FineTune:
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):
-            raise ValueError(f"{name} when: expected epoch or end, got {when!r}")
+            raise UserError(f"{name} when: expected epoch or end, got {when!r}")
         if not fractions or any(not 0 < f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
-            raise ValueError(f"{name} fractions: expected different shares in (0, 1], got {list(fractions)}")
+            raise UserError(f"{name} fractions: expected different shares in (0, 1], got {list(fractions)}")
         if len(epochs) != len(fractions) or (lists is not None and len(lists) != len(fractions)):
-            raise ValueError(
+            raise UserError(
                 f"{name}: expected an entry of epochs (and of lists) for each of the {len(fractions)} fractions, got "
                 f"{list(epochs)} and {lists}"
             )
@@ -127,14 +128,14 @@ def listed(source: Source, path: str) -> np.ndarray:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"lists: expected a text file of image files' names, got {path}, which is not there")
+        raise UserError(f"lists: expected a text file of image files' names, got {path}, which is not there")
     if not hasattr(source, "path"):
-        raise ValueError(f"lists: expected images in files, got {source.name}, whose images have no names; leave lists=null")
+        raise UserError(f"lists: expected images in files, got {source.name}, whose images have no names; leave lists=null")
     position = {source.path(i).name: i for i in range(len(source))}
     names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     unknown = [name for name in names if name not in position]
     if unknown or not names or len(set(names)) < len(names):
-        raise ValueError(
+        raise UserError(
             f"lists: {path}: expected names of image files of {source.name}, each once; got {len(names)} names, "
             f"{len(names) - len(set(names))} repeated, {len(unknown)} not there ({', '.join(unknown[:3])})"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.data.sources import choose
+from caco.errors import UserError
 from caco.evals.features import FeatureStore, extract, full_float32
 
 
@@ -60,9 +61,9 @@ class Geometry:
 
     def __init__(self, *, images: int = 2048, when: Literal["epoch", "end"] = "end") -> None:
         if images < 2:
-            raise ValueError(f"geometry images: expected at least 2, got {images}")
+            raise UserError(f"geometry images: expected at least 2, got {images}")
         if when not in ("epoch", "end"):
-            raise ValueError(f"geometry when: expected epoch or end, got {when!r}")
+            raise UserError(f"geometry when: expected epoch or end, got {when!r}")
         self.images, self.when = images, when
 
     def build(self, store: FeatureStore, *, seed: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from caco.errors import UserError
 from caco.evals.features import FeatureStore, full_float32
 
 _LAST_INDEX = 2**32 - 1
@@ -125,13 +126,13 @@ class KNN:
         when: Literal["epoch", "end"] = "epoch",
     ) -> None:
         if k < 1 or block < 1:
-            raise ValueError(f"knn: expected k and block of at least 1, got {k} and {block}")
+            raise UserError(f"knn: expected k and block of at least 1, got {k} and {block}")
         if not temperature > 0:
-            raise ValueError(f"knn temperature: expected a positive number, got {temperature}")
+            raise UserError(f"knn temperature: expected a positive number, got {temperature}")
         if not 0 < fraction <= 1:
-            raise ValueError(f"knn fraction: expected 0 < fraction <= 1, got {fraction}")
+            raise UserError(f"knn fraction: expected 0 < fraction <= 1, got {fraction}")
         if when not in ("epoch", "end"):
-            raise ValueError(f"knn when: expected epoch or end, got {when!r}")
+            raise UserError(f"knn when: expected epoch or end, got {when!r}")
         self.k, self.temperature, self.fraction, self.block, self.when = k, temperature, fraction, block, when
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
@@ -144,7 +145,7 @@ class KNN:
         self._store = store
         self._bank = balanced_share(labels, fraction=self.fraction, seed=seed)
         if len(self._bank) < self.k:
-            raise ValueError(f"k: expected at most {len(self._bank)}, the images in the feature bank, got {self.k}")
+            raise UserError(f"k: expected at most {len(self._bank)}, the images in the feature bank, got {self.k}")
         self._bank_labels = torch.from_numpy(labels[self._bank])
         self._test_labels = torch.from_numpy(test_labels)
         self._num_classes = int(labels.max()) + 1

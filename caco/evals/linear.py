@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from caco.errors import UserError
 from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
 from caco.evals.features import FeatureStore
 
@@ -44,7 +45,7 @@ class Linear:
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):
-            raise ValueError(f"{name} when: expected epoch or end, got {when!r}")
+            raise UserError(f"{name} when: expected epoch or end, got {when!r}")
         self.name, self.when = name, when
         self.recipe = Recipe(
             epochs=epochs,
@@ -71,7 +72,7 @@ class Linear:
         """
         labels, test_labels = store.labels("linear evaluation")
         if len(labels) < self.recipe.batch:
-            raise ValueError(
+            raise UserError(
                 f"batch: expected at most the {len(labels)} training images, got {self.recipe.batch}; "
                 "the rate goes with the batch (lr * batch / reference_batch)"
             )

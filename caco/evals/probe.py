@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from caco.errors import UserError
 from caco.evals.features import FeatureStore
 from caco.evals.logistic import fit, moments
 
@@ -28,11 +29,11 @@ class Probe:
         self, *, l2: float = 1e-3, max_iterations: int = 500, when: Literal["epoch", "end"] = "end"
     ) -> None:
         if not l2 > 0:
-            raise ValueError(f"probe l2: expected a positive number, got {l2}")
+            raise UserError(f"probe l2: expected a positive number, got {l2}")
         if max_iterations < 1:
-            raise ValueError(f"probe max_iterations: expected at least 1, got {max_iterations}")
+            raise UserError(f"probe max_iterations: expected at least 1, got {max_iterations}")
         if when not in ("epoch", "end"):
-            raise ValueError(f"probe when: expected epoch or end, got {when!r}")
+            raise UserError(f"probe when: expected epoch or end, got {when!r}")
         self.l2, self.max_iterations, self.when = l2, max_iterations, when
 
     def build(self, store: FeatureStore, *, seed: int) -> None:

@@ -17,6 +17,7 @@ from caco.data.overlap import refuse_shared
 from caco.data.sources import Source
 from caco.data.transfer import MissingSet, TransferSet, load
 from caco.data.views import View, Views
+from caco.errors import UserError
 from caco.evals.features import FeatureStore, require_classes
 from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
 
@@ -58,11 +59,11 @@ class Transfer:
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):
-            raise ValueError(f"transfer when: expected epoch or end, got {when!r}")
+            raise UserError(f"transfer when: expected epoch or end, got {when!r}")
         if not sets or len(set(sets)) < len(sets):
-            raise ValueError(f"transfer sets: expected at least one, each once, got {list(sets)}")
+            raise UserError(f"transfer sets: expected at least one, each once, got {list(sets)}")
         if num_strengths < 1 or not 0 < weakest <= strongest or max_iterations < 1 or not tolerance > 0:
-            raise ValueError(
+            raise UserError(
                 f"transfer: expected strengths 0 < weakest <= strongest and max_iterations of at least 1, got {num_strengths} "
                 f"in {weakest}..{strongest}, {max_iterations} iterations, tolerance {tolerance}"
             )
@@ -78,7 +79,7 @@ class Transfer:
                 images that it trains on.
         """
         if self.root is None or not Path(self.root).expanduser().is_dir():
-            raise ValueError(f"root: expected the folder that holds the sets, as eval.transfer.root=PATH, got {self.root}")
+            raise UserError(f"root: expected the folder that holds the sets, as eval.transfer.root=PATH, got {self.root}")
         self._store, self._found, missing = store, [], []
         for name in self.sets:
             try:
@@ -88,7 +89,7 @@ class Transfer:
         for line in missing:
             store.say(f"transfer goes on without {line}")
         if not self._found:
-            raise ValueError("none of the sets is there:\n" + "\n".join(missing))
+            raise UserError("none of the sets is there:\n" + "\n".join(missing))
         crop = View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
         like = store.views
         self._views = Views(

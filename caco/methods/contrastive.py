@@ -13,6 +13,7 @@ from caco import distributed
 from caco.banks.scoring import Score
 from caco.data.images import Images
 from caco.data.loader import Batch
+from caco.errors import UserError
 from caco.methods.base import TRAINING, Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
 from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives
 from caco.nn.twin import MomentumTwin
@@ -122,27 +123,27 @@ class Contrastive(Method):
     ):
         super().__init__()
         if temperature <= 0 or warm_start_temperature <= 0:
-            raise ValueError(f"temperatures must be positive; got {temperature} and, in the warm start, {warm_start_temperature}")
+            raise UserError(f"temperatures must be positive; got {temperature} and, in the warm start, {warm_start_temperature}")
         momenta = {"momentum": momentum, "final_momentum": final_momentum, "warm_start_momentum": warm_start_momentum}
         for name, value in momenta.items():
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"method.{name} must be in [0, 1]; got {value}")
+                raise UserError(f"method.{name} must be in [0, 1]; got {value}")
         if positives.bank_rows and not negatives.bank_rows:
-            raise ValueError(
+            raise UserError(
                 "a positive that is a row of the bank needs the bank's rows as negatives; got "
                 f"{type(positives).__name__} with {type(negatives).__name__}"
             )
         if bank is None and (negatives.bank_rows or positives.needs_bank):
-            raise ValueError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
+            raise UserError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
         if warm_start_steps is not None and warm_start_passes is not None:
-            raise ValueError(
+            raise UserError(
                 f"warm_start: expected steps or passes, got both, {warm_start_steps} and {warm_start_passes}; set one of them to null"
             )
         for name, value in {"steps": warm_start_steps, "passes": warm_start_passes}.items():
             if value is not None and value < 0:
-                raise ValueError(f"warm_start.{name} must be 0 or more, or null; got {value}")
+                raise UserError(f"warm_start.{name} must be 0 or more, or null; got {value}")
         if warm_start_passes and bank is None:
-            raise ValueError(
+            raise UserError(
                 f"warm_start.passes go over the rows of a bank, and this method has none; got {warm_start_passes}: say "
                 "warm_start.steps=N and warm_start.passes=null"
             )

@@ -4,6 +4,8 @@ import timm
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
+from caco.errors import UserError
+
 
 def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float = 0.0, image_size: int | None = None):
     """A timm model without its classifier, randomly initialised.
@@ -18,7 +20,7 @@ def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float 
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name[:6]}*")[:5]
-        raise ValueError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(near) or 'none'}")
+        raise UserError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(near) or 'none'}")
     options: dict = {"num_classes": 0, "drop_path_rate": drop_path_rate}
     if image_size is not None:
         # Crops of several sizes go through one ViT, so its position embeddings are interpolated.
@@ -29,7 +31,7 @@ def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float 
     model = timm.create_model(name, pretrained=False, **options)
     if cifar_stem:
         if not isinstance(model, ResNet):
-            raise ValueError(f"backbone.cifar_stem is for ResNets; got {name!r}")
+            raise UserError(f"backbone.cifar_stem is for ResNets; got {name!r}")
         _use_cifar_stem(model)
     return model
 
@@ -45,12 +47,12 @@ def small_resnet(*, width: int = 16, blocks: list[int] = (1, 1, 1, 1), stem_stri
     # Not below 8: on processors with AVX2 alone torch (2.14.1 for one) then writes beyond the gradient of the 1x1
     # convolutions that halve the resolution, and the process dies.
     if width < 8 or width % 2 or len(blocks) != 4 or min(blocks) < 1:
-        raise ValueError(
+        raise UserError(
             f"small_resnet needs an even width of at least 8 and a block or more in each of 4 stages; got width={width}, "
             f"blocks={list(blocks)}"
         )
     if stem_stride not in (1, 2):
-        raise ValueError(f"small_resnet's stem_stride must be 1 or 2; got {stem_stride}")
+        raise UserError(f"small_resnet's stem_stride must be 1 or 2; got {stem_stride}")
     channels = tuple(width * 2**stage for stage in range(4))
     # timm fixes the plain stem at 64 channels; only the deep one, which the CIFAR stem replaces, can be narrower.
     stem = {"stem_type": "deep", "stem_width": width // 2}
@@ -69,5 +71,5 @@ def feature_width(backbone: nn.Module) -> int:
     """Width of a backbone's output, from its `num_features`."""
     width = getattr(backbone, "num_features", None)
     if not isinstance(width, int):
-        raise ValueError(f"a backbone must have an integer num_features; {type(backbone).__name__} has {width!r}")
+        raise UserError(f"a backbone must have an integer num_features; {type(backbone).__name__} has {width!r}")
     return width

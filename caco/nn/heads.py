@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from caco.errors import UserError
+
 
 class Projector(nn.Sequential):
     """A multilayer perceptron: linear layers, (BatchNorm and) ReLU between them, nothing after the last.
@@ -34,7 +36,7 @@ class Projector(nn.Sequential):
         bias: bool = False,
     ):
         if min(in_dim, hidden_dim, dim, layers) < 1:
-            raise ValueError(
+            raise UserError(
                 "projector widths and layers must be at least 1; got "
                 f"in_dim={in_dim}, hidden_dim={hidden_dim}, dim={dim}, layers={layers}"
             )

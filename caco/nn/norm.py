@@ -1,20 +1,37 @@
 """BatchNorm over the batch of all ranks. torch's SyncBatchNorm does it on CUDA and refuses CPU tensors."""
 
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from caco import distributed
+from caco.errors import UserError
 
 
-class AllRanksBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm with statistics over all ranks, for CPU processes; the gradient flows through the statistics."""
+class AllRanksBatchNorm(_BatchNorm):
+    """BatchNorm with statistics over all ranks, for CPU processes; the gradient flows through the statistics.
+
+    Args:
+        replaced: the layer whose place this one takes: it has that one's parameters and statistics, and, as timm's
+            BatchNormAct2d does, it goes on to that one's drop-out and activation.
+    """
+
+    def __init__(self, replaced: _BatchNorm):
+        super().__init__(replaced.num_features, replaced.eps, replaced.momentum, replaced.affine)
+        self.weight, self.bias = replaced.weight, replaced.bias  # the twin's stay without gradient
+        for name in ("drop", "act"):
+            self.add_module(name, getattr(replaced, name, nn.Identity()))
+        self.to(replaced.running_mean).load_state_dict(replaced.state_dict())
+        self.train(replaced.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass  # any [B, C, ...]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
+        return self.act(self.drop(self._over_all_ranks(x) if self.training else super().forward(x)))
+
+    def _over_all_ranks(self, x: Tensor) -> Tensor:
         over = [0, *range(2, x.ndim)]
         count = x.numel() // x.shape[1] * distributed.world()  # every rank has the same share of the batch
         shape = [1, -1] + [1] * (x.ndim - 2)
@@ -32,18 +49,33 @@ class AllRanksBatchNorm(nn.modules.batchnorm._BatchNorm):
         return out.to(x.dtype)
 
 
+# What the layers that we can replace compute: normalisation alone, or with drop-out and activation after it.
+_KNOWN = {_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, AllRanksBatchNorm.forward}
+
+
 def over_all_ranks(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every BatchNorm inside by one over all ranks; with one process nothing changes."""
+    """Replace every BatchNorm inside by one over all ranks; with one process nothing changes.
+
+    Raises:
+        UserError: a layer of the backbone computes something of its own, which the replacement would leave out.
+    """
     if distributed.world() == 1:
         return module
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and type(layer).forward not in _KNOWN:
+            raise UserError(
+                f"{name}: expected layers of torch's BatchNorm or timm's BatchNormAct2d, whose statistics can be taken over "
+                f"{distributed.world()} processes, got {type(layer).__name__}: train in one process, or choose another backbone"
+            )
+    # timm's and not torch's, which would replace a BatchNormAct2d by a layer without its activation.
+    return convert_sync_batchnorm(module) if device.type == "cuda" else _replaced(module)
+
+
+def _replaced(module: nn.Module) -> nn.Module:
+    if isinstance(module, AllRanksBatchNorm):
+        return module
+    if isinstance(module, _BatchNorm):
+        return AllRanksBatchNorm(module)
     for name, child in module.named_children():
-        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            ours = AllRanksBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
-            ours.weight, ours.bias = child.weight, child.bias  # the twin's stay without gradient
-            ours.load_state_dict(child.state_dict())
-            setattr(module, name, ours)
-        else:
-            over_all_ranks(child, device)
+        setattr(module, name, _replaced(child))
     return module

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caco.errors import UserError, told
 from caco.tracking.feed import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.sync import find_runs, sync
 
@@ -105,7 +106,7 @@ def update(folder: Path, uri: str, *, named: bool) -> list[str]:
     """
     try:
         run_dirs = find_runs([folder])
-    except ValueError:
+    except UserError:
         run_dirs = []  # no run yet
     told, _ = sync(run_dirs, uri=uri if named else None)
     lines = [line for line in told if ": complete (" not in line and ": skipped: " not in line]
@@ -129,7 +130,7 @@ def server(uri: str, *, host: str, port: int, wait_s: float = 120.0) -> Iterator
     """MLflow's server on a database, ended with the body, with all of its processes.
 
     Raises:
-        OSError: it ends or does not answer within wait_s; with its last words.
+        UserError: it ends or does not answer within wait_s; with its last words.
     """
     # One worker: each is a process of 300 MB. Jobs are for language models; two more processes, and a log that grows.
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
@@ -144,7 +145,7 @@ def server(uri: str, *, host: str, port: int, wait_s: float = 120.0) -> Iterator
             while not _answers(f"http://{host}:{port}/health"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise OSError(f"mlflow server does not start: {log.read()[-1500:]}")
+                    raise UserError(f"mlflow server does not start: {log.read()[-1500:]}")
                 time.sleep(0.3)
             yield process
         finally:
@@ -166,7 +167,7 @@ def free_port(host: str, wanted: int) -> int:
     for port in (wanted, 0):
         with contextlib.suppress(OSError), socket.create_server((host, port)) as listener:
             return listener.getsockname()[1]
-    raise OSError(f"--host: expected an address of this machine, got {host}")
+    raise UserError(f"--host: expected an address of this machine, got {host}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,11 +178,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=5000, help="default 5000; another one where it is taken")
     parser.add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="bring it up to date so often")
     options = parser.parse_args(arguments)
-    try:
+    with told():
         require_mlflow()
-        uri = resolve_uri(options.uri)
-    except (ModuleNotFoundError, ValueError) as error:
-        parser.error(str(error))
+        return _show(options, resolve_uri(options.uri))
+
+
+def _show(options: argparse.Namespace, uri: str) -> int:
+    """Bring the store up to date and serve it until Ctrl-C."""
     import_mlflow()
     named = options.uri is not None
     try:
@@ -197,16 +200,13 @@ def main(arguments: list[str] | None = None) -> int:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=options.every)
-                    raise OSError(f"mlflow server has ended with code {process.returncode}")
+                    raise UserError(f"mlflow server has ended with code {process.returncode}")
                 try:
                     _say(update(options.runs, uri, named=named))
                 except Exception as error:  # noqa: BLE001 - a database that is busy; the server goes on
                     _say([f"not brought up to date: {first_line(error)}"])
     except KeyboardInterrupt:
         return 0
-    except OSError as error:
-        print(f"caco: {error}", file=sys.stderr)
-        return 1
 
 
 def _say(lines: list[str]) -> None:

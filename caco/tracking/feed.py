@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
 from caco.tracking.files import locked, read_json
 from caco.tracking.ledger import read_rows
@@ -37,9 +38,9 @@ _ENVIRONMENT = {
 
 
 def require_mlflow() -> None:
-    """Raises ModuleNotFoundError, with what to do, where MLflow is not installed. Does not import it."""
+    """Raises UserError, with what to do, where MLflow is not installed. Does not import it."""
     if not is_installed("mlflow"):
-        raise ModuleNotFoundError(f"MLflow is not installed; to have it: {command_to_install('mlflow')}")
+        raise UserError(f"MLflow is not installed; to have it: {command_to_install('mlflow')}")
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -51,7 +52,7 @@ def resolve_uri(uri: str | None) -> str:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme.partition("+")[0] not in _SCHEMES or (scheme == "sqlite" and not _database(uri)):
-        raise ValueError(
+        raise UserError(
             f"tracking.uri (or MLFLOW_TRACKING_URI): expected a server, http(s)://HOST:PORT, or a database, "
             f"sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {uri!r}; a directory is no store"
         )

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from caco.errors import UserError
 from caco.tracking.feed import first_line, import_mlflow
 from caco.tracking.sync import sync_run
 from caco.tracking.watermark import Watermark
@@ -26,7 +27,7 @@ def add_figure(run_dir: Path, name: str, figure: Any) -> Path:
         ValueError: no run, or no name of a figure.
     """
     if not (run_dir / "tracking.json").exists():
-        raise ValueError(f"expected a run directory, with tracking.json, got {run_dir}")
+        raise UserError(f"expected a run directory, with tracking.json, got {run_dir}")
     if Path(name).name != name or Path(name).suffix not in _SUFFIXES:
         raise ValueError(f"name: expected a file's, ending in {', '.join(_SUFFIXES)}, got {name!r}")
     content = figure

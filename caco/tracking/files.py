@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caco.errors import FileError
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace `path` by `content`: whoever reads it sees the old file or the new one, never half of one.
@@ -28,7 +30,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         os.replace(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise FileError(error.errno, error.strerror, str(path)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def locked(path: Path, *, wait_s: float) -> Iterator[None]:
                 if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     break  # a file system without locks: better to run without than not at all
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise OSError(error.errno, error.strerror, str(path)) from error
+                    raise FileError(error.errno, error.strerror, str(path)) from error
                 if time.monotonic() >= deadline:
                     raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from error
                 time.sleep(0.05)

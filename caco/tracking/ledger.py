@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from caco.errors import FileError, UserError
 from caco.tracking import watermark
 from caco.tracking.files import process_start, read_json, write_json
 
@@ -40,7 +41,7 @@ def _decode(line: bytes, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path}: expected one JSON object a line, got {line[:80]!r}") from error
+        raise UserError(f"{path}: expected one JSON object a line, got {line[:80]!r}") from error
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
 
 
@@ -93,7 +94,7 @@ class Ledger:
                 written += os.write(fd, line[written:])
         except OSError as error:
             os.ftruncate(fd, self._size)
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise FileError(error.errno, error.strerror, str(self.path)) from error
         self._size += len(line)
         self._num_rows += 1
 
@@ -119,7 +120,7 @@ class Ledger:
         """
         fd = self._open()
         if not 0 <= num_rows <= self._num_rows:
-            raise ValueError(f"{self.path}: expected at least {num_rows} rows, got {self._num_rows}")
+            raise UserError(f"{self.path}: expected at least {num_rows} rows, got {self._num_rows}")
         with open(self.path, "rb") as file:
             size = sum(len(file.readline()) for _ in range(num_rows))
         os.ftruncate(fd, size)
@@ -161,7 +162,7 @@ class LedgerTracker:
 
     def __init__(self, *, system_seconds: float = 10.0, paper: dict[str, float] | None = None) -> None:
         if system_seconds < 0:
-            raise ValueError(f"tracking.system_seconds: expected 0 or more, got {system_seconds}")
+            raise UserError(f"tracking.system_seconds: expected 0 or more, got {system_seconds}")
         self._system_seconds, self._paper = system_seconds, dict(paper or {})
         self._ledger: Ledger | None = None
         self._sampler: Any = None

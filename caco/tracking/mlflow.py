@@ -29,7 +29,7 @@ class MLflowTracker:
         system_seconds, paper: see LedgerTracker.
 
     Raises:
-        ModuleNotFoundError: mlflow is not installed.
+        UserError: mlflow is not installed.
         ValueError: `uri` is neither a database nor a server.
     """
 

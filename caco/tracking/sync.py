@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from caco.errors import UserError, told
 from caco.tracking.feed import (
     Feed,
     connect,
@@ -43,7 +44,7 @@ def find_runs(paths: list[Path]) -> list[Path]:
     for path in paths:
         runs = sorted(file.parent for file in path.rglob("tracking.json"))
         if not runs:
-            raise ValueError(f"expected a run directory, or one that holds some, got {path} (no tracking.json)")
+            raise UserError(f"expected a run directory, or one that holds some, got {path} (no tracking.json)")
         found.update(dict.fromkeys(runs))
     return list(found)
 
@@ -144,13 +145,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--uri", help="MLflow server or database; default: the run's, else as tracking=mlflow")
     parser.add_argument("--experiment", metavar="NAME", help="default: the run's name, else caco")
     options = parser.parse_args(arguments)
-    try:
+    with told():
         require_mlflow()
         runs = find_runs(options.run_dirs)
         if options.uri:
             resolve_uri(options.uri)
-    except (ModuleNotFoundError, ValueError) as error:
-        parser.error(str(error))
     import_mlflow()
     lines, failed = sync(runs, uri=options.uri, experiment=options.experiment)
     print("\n".join(lines), flush=True)

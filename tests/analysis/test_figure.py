@@ -95,6 +95,15 @@ def test_lines_differ_by_more_than_colour():
     assert len({str(look["linestyle"]) for look in looks}) == len(looks)
 
 
+def test_hours_come_from_the_runs_whose_rate_is_known(result):
+    results = [result("both", seed, knn=50.0 + seed, rate=rate) for seed, rate in ((0, 0.0), (1, 3600.0))]
+    drawn, data = curves.compute(load_table("7"), SMOKE, find(load_table("7"), SMOKE, results), chosen=False, x="hours")
+    assert max(entry["hours"] for entry in data) == pytest.approx(50 * 64 / 3600 / 3600)
+    unknown = find(load_table("7"), SMOKE, results[:1])
+    with pytest.raises(ConfigError, match="no results with several values of knn_top1 and a known images_per_second"):
+        curves.compute(load_table("7"), SMOKE, unknown, chosen=False, x="hours")
+
+
 @pytest.mark.parametrize("name", ["4", "bank", "compute", "size"])
 def test_without_results_the_commands_that_make_them_are_named(table7, name):
     about = load_table(figure.OF_RESULTS[name])

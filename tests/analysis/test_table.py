@@ -76,6 +76,16 @@ def test_hours_are_images_over_the_rate_and_the_warm_start_is_no_part_of_an_epoc
     assert old.value("device_hours_per_epoch") is None
 
 
+@pytest.mark.parametrize("rate", [0.0, None])
+def test_of_a_run_whose_rate_is_unknown_so_are_the_hours(result, rate):
+    """A run that was killed between its last save and its summary was once recorded with a rate of 0."""
+    one = result("both", 0, knn=50.0, rate=rate)
+    if rate is None:
+        del one.summary["images_per_second"]
+    assert [one.value(metric) for metric in ("images_per_second", "train_hours", "device_hours_per_epoch")] == [None] * 3
+    assert one.value("knn_top1") == 50.0
+
+
 # The table.
 
 

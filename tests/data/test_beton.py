@@ -18,6 +18,7 @@ from caco.data.datasets import folder
 from caco.data.loader import FFCVLoader
 from caco.data.sources import ImagesInMemory, Splits
 from caco.data.write import write_splits
+from caco.errors import FileError, UserError
 
 ffcv_pipeline = pytest.importorskip("caco.data.ffcv_pipeline", reason="needs FFCV", exc_type=ImportError)
 import numba  # noqa: E402
@@ -155,7 +156,7 @@ def test_a_process_that_is_killed_ends_the_writing_and_leaves_nothing(in_memory,
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(write._Encoder, "__call__", killed)
-    with pytest.raises(OSError, match="ended from outside"):
+    with pytest.raises(UserError, match="ended from outside"):
         write_splits(in_memory, tmp_path, num_workers=2)
     assert list(tmp_path.iterdir()) == []
 
@@ -170,7 +171,7 @@ def test_what_cannot_be_meant_is_refused(in_memory, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             write_splits(in_memory, tmp_path, **settings)
-    with pytest.raises(FileNotFoundError, match=r"expected .*train\.beton, got no such file; python -m caco\.data\.write"):
+    with pytest.raises(FileError, match=r"expected .*train\.beton, got no such file; python -m caco\.data\.write"):
         beton(root=str(tmp_path))
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from caco.data.datasets import cifar10_jpeg75, digits, folder, imagenet, imagenet100, tiny_imagenet
 from caco.data.imagenet100 import IMAGENET100_CLASSES
+from caco.errors import FileError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -144,7 +145,7 @@ def test_an_unknown_class_in_a_list_is_named_with_its_near_match(pets, tmp_path)
     listed.write_text("cat\ncat\n")
     with pytest.raises(ValueError, match="data.class_list: expected distinct names"):
         folder(root=pets, class_list=str(listed))
-    with pytest.raises(FileNotFoundError, match="data.class_list: expected a text file .* got nowhere.txt"):
+    with pytest.raises(FileError, match="data.class_list: expected a text file .* got nowhere.txt"):
         folder(root=pets, class_list="nowhere.txt")
     with pytest.raises(ValueError, match="data.class_list: expected class folders in .*cat, got images without labels"):
         listed.write_text("cat\n")
@@ -191,7 +192,7 @@ def test_a_limit_beyond_the_data_is_refused(pets):
 @pytest.mark.parametrize("load", [folder, cifar10_jpeg75, imagenet, imagenet100, tiny_imagenet])
 def test_a_missing_root_takes_two_lines_to_put_right(load):
     for root, got in ((None, "got none"), ("/no/such/place", "got /no/such/place, which is not a folder")):
-        with pytest.raises(FileNotFoundError) as caught:
+        with pytest.raises(FileError) as caught:
             load(root=root)
         first, second = str(caught.value).splitlines()
         assert "data.root=PATH" in first and got in first and "preset=demo" in second
@@ -229,7 +230,7 @@ def test_imagenet_has_train_and_val_of_wnids(tmp_path, write_images):
     with pytest.raises(ValueError, match="got 99 unknown"):
         imagenet100(root=str(tmp_path))
     (tmp_path / "val").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="expected a folder .*val, got none"):
+    with pytest.raises(FileError, match="expected a folder .*val, got none"):
         imagenet(root=str(tmp_path))
     write_images(tmp_path / "val", 2, suffix=".JPEG")
     with pytest.raises(ValueError, match="val: expected class folders, got images without labels: sort them"):
@@ -261,7 +262,7 @@ def test_tiny_imagenet_reads_its_validation_labels(tmp_path, write_images):
     with pytest.raises(ValueError, match="val_annotations.txt: .* got 1 unknown: 'n03'"):
         tiny_imagenet(root=str(tmp_path))
     annotations.unlink()
-    with pytest.raises(FileNotFoundError, match="expected the validation labels in .*val_annotations.txt"):
+    with pytest.raises(FileError, match="expected the validation labels in .*val_annotations.txt"):
         tiny_imagenet(root=str(tmp_path))
 
 

@@ -11,6 +11,7 @@ import pytest
 from torchvision.datasets import STL10, cifar, utils
 
 from caco.data.downloaded import cifar10, cifar100, stl10
+from caco.errors import FileError
 
 
 class Old(pickle.Pickler):
@@ -114,7 +115,7 @@ def test_a_missing_set_takes_two_lines_to_put_right(load, tmp_path, monkeypatch)
         ({"root": str(tmp_path / "new")}, "Network is unreachable"),
         ({"root": str(tmp_path), "download": False}, "got RuntimeError"),
     ):
-        with pytest.raises(FileNotFoundError) as caught:
+        with pytest.raises(FileError) as caught:
             load(**options)
         first, second = str(caught.value).splitlines()
         assert f"data={load.__name__}" in first and "data.root=" in first and re.search(got, first) and "preset=demo" in second

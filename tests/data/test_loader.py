@@ -24,6 +24,7 @@ from caco.data.loader import AutoLoader, Batch, FFCVLoader, TorchLoader, plain_b
 from caco.data.sources import ImagesInMemory, Splits
 from caco.data.views import View, Views
 from caco.data.write import write_splits
+from caco.errors import FileError
 
 
 def batches(
@@ -216,7 +217,7 @@ def test_what_breaks_inside_ffcv_ends_the_epoch(beton_source, two_views, monkeyp
     monkeypatch.undo()
     assert len(list(loader.epoch(2))) == 4  # and the loader is as good as before
     file.file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"train\.beton: expected the \.beton that this run reads"):
+    with pytest.raises(FileError, match=r"train\.beton: expected the \.beton that this run reads"):
         list(loader.epoch(3))
     loader.close()
 

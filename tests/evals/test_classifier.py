@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from caco.config import build, compose
+from caco.errors import UserError
 from caco.evals import classifier
 from caco.evals.classifier import Recipe, new_head
 from caco.evals.finetune import FineTune, listed
@@ -137,7 +138,7 @@ def test_a_batch_above_the_training_images_is_refused_before_anything_is_trained
 def test_a_loss_that_is_not_finite_ends_it_with_what_to_do(colours, store_of):
     linear = Linear(**{**QUICK, "lr": 4e39})
     linear.build(store_of(), seed=0)
-    with pytest.raises(ArithmeticError, match="linear: the loss became (nan|inf) in epoch"):
+    with pytest.raises(UserError, match="linear: the loss became (nan|inf) in epoch"):
         list(linear.run(colours))
 
 

@@ -125,6 +125,16 @@ def test_a_dry_run_lists_commands_that_caco_train_accepts_and_starts_nothing(her
     assert trainings.commands == [] and list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_says_what_a_run_took_if_it_is_known(here, capsys, tmp_path):
+    both = next(experiments(load_table("7"), load_scale("smoke"), rows=["both"]))
+    (done := tmp_path / "runs/smoke" / f"both-{both.hash(0)}").mkdir(parents=True)
+    for rate, told in ((0.0, "estimate"), (100.0, "took 0.0089 h here with seed 0")):
+        write_json(done / "summary.json", {"steps": 50, "images_per_second": rate})
+        assert here("table7", "scale=smoke", "rows=both", "seed=0,1", "--dry-run") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "# table7/both seed 0: done" and lines[1] == "# table7/both seed 1: to do" and told in lines[2]
+
+
 def test_a_dry_run_says_why_a_row_is_not_run(here, capsys):
     here("table3", "scale=paper", "data.root=/images", "--dry-run")
     assert "# table3/dino: not run: caco has no DINO; the number is cited" in capsys.readouterr().out

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from caco.errors import UserError
 from caco.tracking import dashboard
 from caco.tracking.ledger import LedgerTracker
 
@@ -60,7 +61,7 @@ def test_a_port_that_is_taken_gives_way_to_a_free_one():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert dashboard.free_port("127.0.0.1", port) not in (0, port)
-    with pytest.raises(OSError, match="expected an address of this machine"):
+    with pytest.raises(UserError, match="expected an address of this machine"):
         dashboard.free_port("203.0.113.1", 0)
 
 
@@ -68,7 +69,7 @@ def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path, monk
     (tmp_path / "python").write_text("#!/bin/sh\necho no such database; exit 3\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(dashboard.sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(OSError, match="mlflow server does not start: no such database"):
+    with pytest.raises(UserError, match="mlflow server does not start: no such database"):
         with dashboard.server(f"sqlite:///{tmp_path}/mlflow.db", host="127.0.0.1", port=1):
             pass
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from caco.errors import UserError
 from caco.installed import command_to_install
 from caco.tracking.feed import import_mlflow, resolve_uri
 from caco.tracking.ledger import Ledger
@@ -302,7 +303,7 @@ def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, 
 
 def test_without_mlflow_one_is_told_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ModuleNotFoundError, match=f"^MLflow is not installed; to have it: {re.escape(command_to_install('mlflow'))}$"):
+    with pytest.raises(UserError, match=f"^MLflow is not installed; to have it: {re.escape(command_to_install('mlflow'))}$"):
         MLflowTracker(uri=None, experiment="x")
 
 

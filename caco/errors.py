@@ -1,0 +1,54 @@
+"""What went wrong on the user's side, told apart from a bug by one class. Imports nothing that takes time."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Something that the person who uses caco asked for or supplied does not work: a setting, a file, a disk, a machine.
+
+    The message stands alone: what happened, what was expected and got, what to do. Every command shows it without a
+    traceback and ends with exit code 2; whatever else is raised is a bug, and keeps its traceback. A component of your own
+    raises it too. What only a programmer can get wrong, such as the shape of a tensor, is a plain ValueError.
+    """
+
+
+class FileError(OSError, UserError):
+    """A UserError about a file, a folder or a full disk; an OSError too, for those who handle these."""
+
+
+class SweepFailed(RuntimeError):
+    """Some jobs of a sweep have failed: no refusal, others may be done. Says which, why, and how to go on."""
+
+
+def is_for_user(error: BaseException) -> bool:
+    """Whether its message alone is shown. CACO_TRACEBACK=1 in the environment asks for the traceback of each error."""
+    return isinstance(error, UserError) and os.environ.get("CACO_TRACEBACK") != "1"
+
+
+def tell(error: Exception) -> None:
+    """Show the message, once: a job of a sweep tells it before the sweep ends with the same error."""
+    if not getattr(error, "is_told", False):
+        print(f"caco: {error}", file=sys.stderr)
+        error.is_told = True
+
+
+@contextlib.contextmanager
+def told(*, interrupted: str = "") -> Iterator[None]:
+    """Around a command: a UserError is shown in its own words and ends the process with exit code 2, Ctrl-C with 130.
+
+    Args:
+        interrupted: what becomes of the work that Ctrl-C ends.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not is_for_user(error):
+            raise
+        tell(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("caco: interrupted" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
+        sys.exit(130)

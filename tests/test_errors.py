@@ -1,0 +1,99 @@
+"""One class says what a user did; every command shows it in the same way, and a bug keeps its traceback."""
+
+import ast
+import importlib
+import pickle
+import runpy
+import subprocess
+import sys
+
+import pytest
+from test_imports import MODULES, ROOT
+
+from caco import errors
+from caco.errors import FileError, UserError
+
+# Each with something it cannot do, found out late: after the command line was read.
+COMMANDS = {
+    "caco.evaluate": ("got nowhere, which is not there", ["run=nowhere"]),
+    "caco.export": ("got nowhere, which is not there", ["run=nowhere", "to=x"]),
+    "caco.plan": ("batch: expected a multiple of the 2 processes", ["batch=3", "world=2", "bank.size=8"]),
+    "caco.data.write": ("nowhere", ["data=folder", "data.root=nowhere", "out=x"]),
+    "caco.tracking.sync": ("expected a run directory", ["."]),
+    "experiments.run": ("nowhere", ["table7", "scale=nowhere"]),
+    "experiments.record": ("expected a finished run", ["nowhere"]),
+    "analysis.table": ("nowhere", ["7", "--scale=nowhere"]),
+    "analysis.figure": ("nowhere", ["4", "--scale=nowhere"]),
+    "analysis.report": ("nowhere", ["--scale=nowhere"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_a_refusal_alone_and_ends_with_exit_code_2(command, tmp_path, monkeypatch, capsys):
+    """The commands run as `python -m` runs them: their own functions are then those of __main__."""
+    importlib.import_module(command)
+    monkeypatch.delitem(sys.modules, command)  # else runpy warns
+    expected, arguments = COMMANDS[command]
+    monkeypatch.setattr("sys.argv", [command, *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(command, run_name="__main__")
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert told.startswith("caco: ") and "Traceback" not in told and expected in told
+
+
+def test_export_shows_what_it_refuses_itself_alone(tmp_path, monkeypatch, capsys):
+    from safetensors.torch import save_file
+
+    from caco.nn.backbones import small_resnet
+
+    importlib.import_module("caco.export")
+    monkeypatch.delitem(sys.modules, "caco.export")
+    save_file(small_resnet(width=8).state_dict(), tmp_path / "w.safetensors")
+    words = [f"weights={tmp_path}/w.safetensors", "format=timm", "backbone=small_resnet", "backbone.width=8", "augmentation=digits"]
+    monkeypatch.setattr("sys.argv", ["export.py", *words, f"to={tmp_path}/to", "layouts=[timm]"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("caco.export", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("caco: layouts: timm has no model with this backbone's stem")
+
+
+def test_a_bug_a_refusal_and_an_interruption(monkeypatch, capsys):
+    def end(error, **options):
+        try:
+            with errors.told(**options):
+                raise error
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+
+    assert end(UserError("no")) == end(FileError("no")) == (2, "caco: no\n")
+    assert end(KeyboardInterrupt(), interrupted="all is kept") == (130, "caco: interrupted; all is kept\n")
+    with pytest.raises(ValueError, match="a bug"):
+        end(ValueError("a bug"))
+    monkeypatch.setenv("CACO_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        end(UserError("no"))
+
+
+def test_who_catches_value_errors_and_os_errors_catches_these():
+    full = FileError(28, "No space left on device", "/x")
+    assert isinstance(full, OSError) and isinstance(full, ValueError) and full.errno == 28
+    assert str(pickle.loads(pickle.dumps(full))) == "[Errno 28] No space left on device: '/x'"
+
+
+def test_a_component_s_arguments_are_the_user_s():
+    """Constructors take what a configuration says, so what they refuse is for the user."""
+    wrong = []
+    for module, path in MODULES.items():
+        for made in ast.walk(ast.parse(path.read_text())):
+            if isinstance(made, ast.FunctionDef) and made.name in ("__init__", "__post_init__"):
+                raised = [node.exc.func for node in ast.walk(made) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+                wrong += [f"{module}:{f.lineno}" for f in raised if isinstance(f, ast.Name) and f.id in ("ValueError", "OSError")]
+    assert wrong == []
+
+
+def test_the_class_comes_without_anything_heavy():
+    loaded = "import sys; before = set(sys.modules); import caco.errors; print(sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "hydra", "omegaconf"} & set(done.stdout.replace("'", " ").split())
