@@ -109,7 +109,10 @@ def train(
         )
 
     loader = bind_loader()
-    images = Images(splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device)
+    images = Images(
+        splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device, rank=distributed.rank(),
+        world=distributed.world(),
+    )  # fmt: skip
     evaluation = Evaluation(
         {name: build(node) for name, node in cfg.eval.items()},
         splits,

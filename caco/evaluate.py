@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from caco import errors, pretrained, runs
 from caco.errors import UserError
 from caco.refusals import groups
-from caco.train import for_user, refuse, say_if_mlflow_is_missing
+from caco.train import say_if_mlflow_is_missing
 
 HELP = """\
 caco: evaluate a trained backbone.

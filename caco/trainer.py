@@ -236,7 +236,7 @@ class Trainer:
             **self.latest,
             "steps": self.step,
             "epochs": self.epochs_done(),
-            **({"images_per_second": self.time["steps"] * self.batch / self.time["seconds"]} if timed else {}),
+            **({"images_per_second": self.time["steps"] * self.run.batch / self.time["seconds"]} if timed else {}),
         }
 
     def epochs_done(self) -> float:

@@ -13,10 +13,10 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "caco").rglob("*.py"))
 }
-RANKS = {"equations": 0, "distributed": 0, "nn": 1, "banks": 1, "methods": 2, "trainer": 3, "build": 4, "train": 5, "evaluate": 6, "export": 7}
+RANKS = {"equations": 0, "distributed": 0, "schedules": 0, "nn": 1, "banks": 1, "methods": 2, "trainer": 3, "build": 4, "train": 5, "evaluate": 6, "export": 7}
 COMMANDS = {"caco.data.write"}  # ways in, as caco.train is: they read a configuration, and nothing imports them
 # An evaluator that trains needs what any training needs, but never the trainer.
-NEEDED_TO_TRAIN = {"distributed", "checkpoint", "optimizers", "nn"}
+NEEDED_TO_TRAIN = {"distributed", "checkpoint", "optimizers", "schedules", "nn"}
 LEAVES = {"data": {"data"}, "evals": {"evals", "data", "tracking", *NEEDED_TO_TRAIN}, "tracking": {"tracking"}}
 FOR_ALL = {"errors", "installed", "instructions"}  # of this installation and this processor: they import nothing of caco
 

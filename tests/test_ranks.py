@@ -79,7 +79,7 @@ def test_a_run_on_two_ranks_is_that_of_one_is_recorded_once_and_goes_on_with_one
     one, two = record(tmp_path / "one"), record(tmp_path / "two")
     assert [(row["kind"], row["step"]) for row in one] == [(row["kind"], row["step"]) for row in two]
     assert losses(two) == pytest.approx(losses(one), abs=FLOAT64)
-    assert "step 1/12" in outputs[0][1] and "step" not in outputs[1][1], "rank 0 alone speaks"
+    assert "caco: finished in" in outputs[0][1] and "caco" not in outputs[1][1], "rank 0 alone speaks"
 
     newest = final(tmp_path / "two")["method"]
     for later in sorted((tmp_path / "two" / "checkpoints").glob("*.pt"))[1:]:

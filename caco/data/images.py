@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from caco import distributed
 from caco.data.loader import Batch, plain_batches
 from caco.data.sources import Source
 from caco.data.views import Views
@@ -20,11 +19,14 @@ class Images:
 
     Args:
         bind: makes a loader of the training's batches, when the first pass of kind "train" needs one.
-        batch: images of this rank in a plain batch.
+        batch: images of this rank in a plain batch; rank, world: whose, of how many.
     """
 
-    def __init__(self, source: Source, views: Views, bind: Callable[[], Any], *, batch: int, device: torch.device):
+    def __init__(
+        self, source: Source, views: Views, bind: Callable[[], Any], *, batch: int, device: torch.device, rank: int = 0, world: int = 1
+    ):
         self._source, self._views, self._bind, self._batch, self._device = source, views, bind, batch, device
+        self._own = np.array_split(np.arange(len(source)), world)[rank]
         self._loader: Any = None
 
     def __len__(self) -> int:
@@ -40,7 +42,7 @@ class Images:
             raise ValueError(f"images: expected plain or train, got {kind!r}")
 
     def _plain(self) -> Iterator[Batch]:
-        own = np.array_split(np.arange(len(self._source)), distributed.world())[distributed.rank()]
+        own = self._own
         done = 0
         for images, label in plain_batches(self._source.part(own, self._source.name), self._views, batch=self._batch):
             index = torch.from_numpy(own[done : done + len(images)])

@@ -22,7 +22,8 @@ from caco.data.views import View, Views
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, extract, key_of
 from caco.nn.norm import over_all_ranks
-from caco.optimizers import Schedule, scaled_lr
+from caco.optimizers import scaled_lr
+from caco.schedules import RunShape, cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,7 @@ class Recipe:
     def lr_factors(self, steps_per_epoch: int) -> list[float]:
         """Factor on the rate, one number a step."""
         if self.schedule == "cosine":
-            cosine = Schedule(warmup_epochs=0, final_fraction=0.0, unit=self.unit)
-            return cosine.learning_rate(self.epochs, steps_per_epoch)
+            return cosine(RunShape(self.epochs, steps_per_epoch, self.batch, self.unit), 1.0, 0.0)
         passed = [sum(epoch >= m for m in self.milestones) for epoch in range(self.epochs)]
         return [self.decay ** passed[step // steps_per_epoch] for step in range(self.epochs * steps_per_epoch)]
 
