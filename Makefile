@@ -1,21 +1,22 @@
-# Everything from a bare Debian: make demo | make test | make dashboard. All set up first; make setup alone does only that.
+# Everything from a bare Debian: make demo | make test | make dashboard. Each sets up first what it needs and is not there
+# yet; make setup alone sets up everything. Again when the dependencies change, and with make -B at any time.
 PYTHON ?= python3
 ARGS ?=
 
 .PHONY: setup demo test dashboard clean
 
-setup: .venv/.done
+SET_UP = @AGAIN="$(findstring B,$(firstword -$(MAKEFLAGS)))" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
-# Done again when the dependencies change; make -B setup does it again at any time.
-.venv/.done: pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard caco/*/*.cpp caco/*/*.h)
-	PYTHON="$(PYTHON)" bash scripts/setup.sh
-	touch $@
+setup:
+	$(SET_UP) all
 
-demo: setup
+demo:
+	$(SET_UP) demo
 	.venv/bin/python -m caco.train preset=demo $(ARGS)
 
 # All runs of runs/ in a browser, also while they go on; ARGS="--port 8080", python -m caco.tracking.dashboard --help.
-dashboard: setup
+dashboard:
+	$(SET_UP) dashboard
 	.venv/bin/python -m caco.tracking.dashboard $(ARGS)
 
 test: setup
@@ -23,4 +24,4 @@ test: setup
 
 # What make made; never runs/.
 clean:
-	rm -rf .venv build caco.egg-info .pytest_cache
+	rm -rf .venv build caco_ssl.egg-info .pytest_cache

@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# Sets up .venv with every pinned dependency; installs Debian's packages that are missing, if it may. Called by make setup.
+# Sets up .venv step by step, as far as is needed for: setup.sh demo | dashboard | all. Called by make.
+# A step that is done is not done again until what it is made from changes, or AGAIN is set (make -B).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+log=build/setup.log
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
 # Asks for abilities, not packages: another Python or distribution that has them needs none of Debian's.
-missing_packages() {
+missing_python() {
   if ! command -v "$python" >/dev/null; then
-    echo python3 python3-venv python3-dev
+    echo python3 python3-venv
   else
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
-    "$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null ||
-      echo python3-dev
   fi
+}
+
+missing_for_ffcv() {
+  "$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null ||
+    echo python3-dev
   { command -v g++ && command -v make; } >/dev/null || echo build-essential
   command -v git >/dev/null || echo git
   if ! command -v pkg-config >/dev/null; then
@@ -26,7 +31,7 @@ missing_packages() {
 }
 
 # Only for tests: a SLURM that they start on this machine. Found where root's PATH looks, too.
-missing_test_packages() {
+missing_for_tests() {
   local PATH=$PATH:/usr/sbin:/usr/local/sbin
   command -v munged >/dev/null || echo munge
   command -v slurmctld >/dev/null || echo slurmctld
@@ -42,47 +47,118 @@ install_packages() { # returns non-zero where it may not or cannot
     sudo -n true 2>/dev/null || [ -t 0 ] || return 1 # without a terminal nobody can type a password
     root=(sudo)
   fi
-  "${root[@]}" apt-get update &&
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+  {
+    "${root[@]}" apt-get update &&
+      "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+  } >>"$log" 2>&1
 }
 
-missing=$(missing_packages | xargs)
-wanted=$(echo "$missing" "$(missing_test_packages)" | xargs)
-if [ -n "$wanted" ]; then
-  say "missing system packages: $wanted"
+pip_install() { .venv/bin/python scripts/pip_install.py "$log" "$@"; }
+
+# One function a step, each with a line that says what it does and how large it is.
+
+about_system() { echo "Debian packages for FFCV and for the tests on SLURM (up to 600 MB, as root or with sudo)"; }
+do_system() {
+  local wanted
+  wanted=$(echo "$(missing_python)" "$(missing_for_ffcv)" "$(missing_for_tests)" | xargs)
+  [ -n "$wanted" ] || return 0
+  say "installing $wanted"
   # shellcheck disable=SC2086  # one word a package
-  install_packages $wanted || say "they could not be installed from here (needs root or sudo, and apt-get)"
-  missing=$(missing_packages | xargs)
-fi
+  install_packages $wanted || say "they could not be installed from here (needs root or sudo, and apt-get); see $log"
+}
 
-extras=all,test
-if [ -n "$missing" ]; then
-  case " $missing " in
-    *" python3 "* | *" python3-venv "*)
-      say "error: no virtual environment without them; as root: apt-get install $missing"
-      exit 1
-      ;;
-  esac
-  extras=mlflow,slurm,analysis,test
-fi
-
-"$python" -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and
+about_python() { echo "a virtual environment, .venv"; }
+do_python() {
+  local wanted
+  wanted=$(missing_python | xargs)
+  # shellcheck disable=SC2086
+  if [ -n "$wanted" ] && ! install_packages $wanted; then
+    say "error: no virtual environment without them; as root: apt-get install $wanted"
+    exit 1
+  fi
+  "$python" -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and
     f"setup: error: expected Python 3.11 to 3.13, got {sys.version.split()[0]}; choose one with make setup PYTHON=...")'
-.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
+  pip_install 2 --upgrade pip
+}
 
-# Sources (ffcv among them) build against a known setuptools; in .venv itself torch decides which one it wants.
-echo 'setuptools==84.2.1' >.venv/build-constraints.txt
-.venv/bin/python -m pip install --quiet --upgrade -c constraints.txt pip
-.venv/bin/python -m pip install -c constraints.txt --build-constraint .venv/build-constraints.txt -e ".[$extras]"
+about_torch() { echo "PyTorch (3.0 GB of wheels, most of them for GPUs; the longest step)"; }
+do_torch() { pip_install 3000 torch torchvision; }
 
-if [ "$extras" != all,test ]; then
-  say "*** INCOMPLETE: no ffcv, for want of system packages. All else works. To complete it, as root:"
-  say "***   apt-get install $missing"
-  say "*** and then: make -B setup"
-fi
+about_needs() { echo "timm, Hydra, scikit-learn, matplotlib and what they need (120 MB)"; }
+do_needs() { pip_install 120 @ @analysis; }
 
-missing=$(missing_test_packages | xargs)
-if [ -n "$missing" ]; then
-  say "*** make test will skip the tests on a real SLURM. To have them, as root:"
-  say "***   apt-get install $missing"
-fi
+about_caco() { echo "caco itself, from this folder, with its native parts"; }
+do_caco() {
+  pip_install 2 --no-deps -e .
+  if ! command -v g++ >/dev/null; then
+    say "there is no C++ compiler, so the native parts are left out: results are the same, training is slower."
+    say "To have them: apt-get install g++, as root, and the same make command again."
+  fi
+}
+
+about_mlflow() { echo "MLflow, which shows runs in a browser (150 MB)"; }
+do_mlflow() { pip_install 150 @mlflow; }
+
+about_rest() { echo "FFCV, submitit and what the tests need (200 MB)"; }
+do_rest() {
+  local missing
+  missing=$(echo "$(missing_python)" "$(missing_for_ffcv)" | xargs)
+  # FFCV builds from source, against a known setuptools; in .venv itself torch decides which one it wants.
+  echo 'setuptools==84.2.1' >.venv/build-constraints.txt
+  if [ -z "$missing" ]; then
+    pip_install 200 --build-constraint .venv/build-constraints.txt @ffcv @slurm @test
+  else
+    pip_install 20 @slurm @test
+    say "*** INCOMPLETE: no ffcv, for want of system packages. All else works. To complete it, as root:"
+    say "***   apt-get install $missing"
+    say "*** and then: make -B setup"
+  fi
+  missing=$(missing_for_tests | xargs)
+  if [ -n "$missing" ]; then
+    say "*** make test will skip the tests on a real SLURM. To have them, as root:"
+    say "***   apt-get install $missing"
+  fi
+}
+
+# Of what a step has done. That of caco without its native parts is another one: where a compiler comes, they come too.
+stamp() {
+  if [ "$1" = caco ] && ! command -v g++ >/dev/null; then
+    echo .venv/.caco-without-native-parts
+  else
+    echo ".venv/.$1"
+  fi
+}
+
+is_done() {
+  local inputs=(pyproject.toml setup.py constraints.txt scripts caco/*/*.cpp caco/*/*.h)
+  [ -z "${AGAIN:-}" ] && [ -e "$(stamp "$1")" ] && [ -z "$(find "${inputs[@]}" -newer "$(stamp "$1")")" ]
+}
+
+case "${1:-}" in
+  demo) steps=(python torch needs caco) ;;
+  dashboard) steps=(python mlflow) ;; # runs of another machine can be looked at without PyTorch
+  all) steps=(system python torch needs caco mlflow rest) ;;
+  *)
+    say "error: expected demo, dashboard or all, got '${1:-}'"
+    exit 2
+    ;;
+esac
+
+[ -x .venv/bin/python ] || rm -rf .venv # gone, or of a Python that is gone; no step is done then
+left=()
+for step in "${steps[@]}"; do
+  is_done "$step" || left+=("$step")
+done
+[ ${#left[@]} -gt 0 ] || exit 0
+mkdir -p build
+: >"$log"
+for number in "${!left[@]}"; do
+  step=${left[number]}
+  begun=$SECONDS
+  printf 'setup %d of %d: %s\n' $((number + 1)) ${#left[@]} "$("about_$step")" >&2
+  "do_$step"
+  touch "$(stamp "$step")"
+  printf '    done in %d:%02d\n' $(((SECONDS - begun) / 60)) $(((SECONDS - begun) % 60)) >&2
+done
+[ "$1" != all ] || touch .venv/.done
