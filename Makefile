@@ -1,38 +1,33 @@
-# Everything from a bare Debian: make demo | make test | make test-long | make dashboard. Each sets up first what it needs; make setup does only that, all of it.
+# Everything from a bare Debian: make demo | make test | make test-long | make dashboard. Each sets up first what it needs and is
+# not there yet; make setup alone sets up everything. Again when the dependencies change, and with make -B at any time.
 PYTHON ?= python3
 ARGS ?=
 
 .PHONY: setup demo demo-record demo-check test test-long dashboard clean
 
-setup: .venv/.done
+SET_UP = @AGAIN="$(findstring B,$(firstword -$(MAKEFLAGS)))" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
-# Each part is set up once, on top of the one before, and again when the dependencies change; make -B setup does it again at any time.
-.venv/.demo: pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard caco/*/*.cpp caco/*/*.h)
-	PYTHON="$(PYTHON)" bash scripts/setup.sh demo
-	touch $@
+setup:
+	$(SET_UP) all
 
-.venv/.dashboard: .venv/.demo
-	bash scripts/setup.sh dashboard
-	touch $@
-
-.venv/.done: .venv/.demo
-	PYTHON="$(PYTHON)" bash scripts/setup.sh all
-	touch $@ .venv/.dashboard
-
-demo: .venv/.demo
+demo:
+	$(SET_UP) demo
 	.venv/bin/python -m caco.train preset=demo $(ARGS)
 	.venv/bin/python -m analysis.picture preset=demo $(ARGS)
 
-# The demo over every instruction set and five seeds: experiments/records/demo.md. Long: hours on two cores.
-demo-record: setup
+# The demo over every instruction set and five seeds: experiments/records/demo.md. An hour or so on two cores.
+demo-record:
+	$(SET_UP) demo
 	.venv/bin/python -m experiments.demo $(ARGS)
 
 # Two runs of the demo on two instruction sets, held to learn.
-demo-check: setup
+demo-check:
+	$(SET_UP) demo
 	.venv/bin/python -m experiments.demo --check $(ARGS)
 
 # All runs of runs/ in a browser, also while they go on; ARGS="--port 8080", python -m caco.tracking.dashboard --help.
-dashboard: .venv/.dashboard
+dashboard:
+	$(SET_UP) dashboard
 	.venv/bin/python -m caco.tracking.dashboard $(ARGS)
 
 # Everything that a promise to a user rests on; of one part: make test ARGS=tests/slurm.

@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# Sets up .venv with pinned dependencies, as much of it as the part named needs. Called by make, once a part.
-#   scripts/setup.sh demo        PyTorch, caco, matplotlib: what trains, evaluates and draws
-#   scripts/setup.sh dashboard   besides: MLflow
-#   scripts/setup.sh all         besides: FFCV, submitit, and what the tests need; Debian's packages that are missing, if it may
+# Sets up .venv step by step, as far as is needed for: setup.sh demo | dashboard | all. Called by make.
+# A step that is done is not done again until what it is made from changes, or AGAIN is set (make -B).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-part=${1:?demo, dashboard or all}
+log=build/setup.log
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
 # Asks for abilities, not packages: another Python or distribution that has them needs none of Debian's.
-missing_for_python() {
+missing_python() {
   if ! command -v "$python" >/dev/null; then
     echo python3 python3-venv
   else
@@ -49,69 +47,69 @@ install_packages() { # returns non-zero where it may not or cannot
     sudo -n true 2>/dev/null || [ -t 0 ] || return 1 # without a terminal nobody can type a password
     root=(sudo)
   fi
-  "${root[@]}" apt-get update -qq &&
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "$@" >/dev/null
+  {
+    "${root[@]}" apt-get update &&
+      "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+  } >>"$log" 2>&1
 }
 
-want() { # the packages that a part misses; installs them if it may
-  [ $# -eq 0 ] && return
-  say "missing system packages: $*"
-  install_packages "$@" || say "they could not be installed from here (needs root or sudo, and apt-get)"
+pip_install() { .venv/bin/python scripts/pip_install.py "$log" "$@"; }
+
+# One function a step, each with a line that says what it does and how large it is.
+
+about_system() { echo "Debian packages for FFCV and for the tests on SLURM (up to 600 MB, as root or with sudo)"; }
+do_system() {
+  local wanted
+  wanted=$(echo "$(missing_python)" "$(missing_for_ffcv)" "$(missing_for_tests)" | xargs)
+  [ -n "$wanted" ] || return 0
+  say "installing $wanted"
+  # shellcheck disable=SC2086  # one word a package
+  install_packages $wanted || say "they could not be installed from here (needs root or sudo, and apt-get); see $log"
 }
 
-# What pip fetches, a line each, in place of its own pages; its warnings and errors go to stderr as they are.
-pip_install() {
-  .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt \
-    --build-constraint .venv/build-constraints.txt "$@" |
-    sed -unE 's#^ *Downloading ([^ /]*/)*([^ ]+)( \(.*\))?.*#setup:     \2\3#p; s#^ *Processing (/.*/)([^ ]+\.whl).*#setup:     \2#p' >&2
-}
-
-environment() {
-  # shellcheck disable=SC2046  # one word a package
-  want $(missing_for_python)
-  local missing
-  missing=$(missing_for_python | xargs)
-  if [ -n "$missing" ]; then
-    say "error: no virtual environment without them; as root: apt-get install $missing"
+about_python() { echo "a virtual environment, .venv"; }
+do_python() {
+  local wanted
+  wanted=$(missing_python | xargs)
+  # shellcheck disable=SC2086
+  if [ -n "$wanted" ] && ! install_packages $wanted; then
+    say "error: no virtual environment without them; as root: apt-get install $wanted"
     exit 1
   fi
   "$python" -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and
     f"setup: error: expected Python 3.11 to 3.13, got {sys.version.split()[0]}; choose one with make setup PYTHON=...")'
   .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-  # Sources (ffcv among them) build against a known setuptools; in .venv itself torch decides which one it wants.
+  pip_install 2 --upgrade pip
+}
+
+about_torch() { echo "PyTorch (3.0 GB of wheels, most of them for GPUs; the longest step)"; }
+do_torch() { pip_install 3000 torch torchvision; }
+
+about_needs() { echo "timm, Hydra, scikit-learn, matplotlib and what they need (120 MB)"; }
+do_needs() { pip_install 120 @ @analysis; }
+
+about_caco() { echo "caco itself, from this folder, with its native parts"; }
+do_caco() {
+  pip_install 2 --no-deps -e .
+  if ! command -v g++ >/dev/null; then
+    say "there is no C++ compiler, so the native parts are left out: results are the same, training is slower."
+    say "To have them: apt-get install g++, as root, and the same make command again."
+  fi
+}
+
+about_mlflow() { echo "MLflow, which shows runs in a browser (150 MB)"; }
+do_mlflow() { pip_install 150 @mlflow; }
+
+about_rest() { echo "FFCV, submitit and what the tests need (200 MB)"; }
+do_rest() {
+  local missing
+  missing=$(echo "$(missing_python)" "$(missing_for_ffcv)" | xargs)
+  # FFCV builds from source, against a known setuptools; in .venv itself torch decides which one it wants.
   echo 'setuptools==84.2.1' >.venv/build-constraints.txt
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt pip
-}
-
-compiler() {
-  command -v g++ >/dev/null ||
-    say "no C++ compiler (g++): caco's compiled parts are left out, and training is slower. To have them: apt-get install g++; make -B setup"
-}
-
-case $part in
-demo)
-  say "step 1 of 3: an environment for Python in .venv"
-  environment
-  compiler
-  say "step 2 of 3: PyTorch with its CUDA libraries (some 3 GB of wheels, the longest step)"
-  pip_install 'torch>=2.11' 'torchvision>=0.26'
-  say "step 3 of 3: caco, compiled here, and the packages that it needs (some 150 MB of wheels, a minute of compiling)"
-  pip_install -e '.[analysis]'
-  ;;
-dashboard)
-  say "step 1 of 1: MLflow (some 150 MB of wheels)"
-  pip_install 'caco-ssl[mlflow]'
-  ;;
-all)
-  say "step 1 of 2: system packages for FFCV and for the tests on SLURM"
-  # shellcheck disable=SC2046
-  want $(missing_for_ffcv) $(missing_for_tests)
-  missing=$(missing_for_ffcv | xargs)
-  extras=all,test
-  [ -z "$missing" ] || extras=mlflow,slurm,analysis,test
-  say "step 2 of 2: MLflow, submitit, FFCV and what the tests need (some 400 MB of wheels, a minute of compiling)"
-  pip_install "caco-ssl[$extras]"
-  if [ -n "$missing" ]; then
+  if [ -z "$missing" ]; then
+    pip_install 200 --build-constraint .venv/build-constraints.txt @ffcv @slurm @test
+  else
+    pip_install 20 @slurm @test
     say "*** INCOMPLETE: no ffcv, for want of system packages. All else works. To complete it, as root:"
     say "***   apt-get install $missing"
     say "*** and then: make -B setup"
@@ -121,10 +119,46 @@ all)
     say "*** make test will skip the tests on a real SLURM. To have them, as root:"
     say "***   apt-get install $missing"
   fi
-  ;;
-*)
-  say "error: expected demo, dashboard or all, got $part"
-  exit 2
-  ;;
+}
+
+# Of what a step has done. That of caco without its native parts is another one: where a compiler comes, they come too.
+stamp() {
+  if [ "$1" = caco ] && ! command -v g++ >/dev/null; then
+    echo .venv/.caco-without-native-parts
+  else
+    echo ".venv/.$1"
+  fi
+}
+
+is_done() {
+  local inputs=(pyproject.toml setup.py constraints.txt scripts caco/*/*.cpp caco/*/*.h)
+  [ -z "${AGAIN:-}" ] && [ -e "$(stamp "$1")" ] && [ -z "$(find "${inputs[@]}" -newer "$(stamp "$1")")" ]
+}
+
+case "${1:-}" in
+  demo) steps=(python torch needs caco) ;;
+  dashboard) steps=(python mlflow) ;; # runs of another machine can be looked at without PyTorch
+  all) steps=(system python torch needs caco mlflow rest) ;;
+  *)
+    say "error: expected demo, dashboard or all, got '${1:-}'"
+    exit 2
+    ;;
 esac
-say "done"
+
+[ -x .venv/bin/python ] || rm -rf .venv # gone, or of a Python that is gone; no step is done then
+left=()
+for step in "${steps[@]}"; do
+  is_done "$step" || left+=("$step")
+done
+[ ${#left[@]} -gt 0 ] || exit 0
+mkdir -p build
+: >"$log"
+for number in "${!left[@]}"; do
+  step=${left[number]}
+  begun=$SECONDS
+  printf 'setup %d of %d: %s\n' $((number + 1)) ${#left[@]} "$("about_$step")" >&2
+  "do_$step"
+  touch "$(stamp "$step")"
+  printf '    done in %d:%02d\n' $(((SECONDS - begun) / 60)) $(((SECONDS - begun) % 60)) >&2
+done
+[ "$1" != all ] || touch .venv/.done
