@@ -41,17 +41,16 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-# The cases. As tests/tiny.py, but for what a comparison of commits needs: an evaluation after every epoch, a value of every step.
+# The cases: small as tests/tiny.py is, with a value of every step and an evaluation after every epoch. Projector and optimiser are
+# the method's own, narrow.
 
 BATCH, IMAGES = 64, 1400
 TINY = [
-    "data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "projector=small", "projector.hidden_dim=16",
-    "projector.dim=8", "optimizer=sgd", "schedule.warmup_epochs=0", f"batch={BATCH}", "precision=fp32", "device=cpu", "eval=[knn]",
-    "eval_every_epochs=1", "tracking=ledger", "loader.num_workers=0", "log_every_steps=1",
+    "data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "projector.hidden_dim=16", "projector.dim=8",
+    "schedule.warmup_epochs=0", f"batch={BATCH}", "precision=fp32", "device=cpu", "eval=[knn]", "eval_every_epochs=1",
+    "tracking=ledger", "loader.num_workers=0", "log_every_steps=1",
 ]  # fmt: skip
-MULTICROP = [
-    "+augmentation.views.small._target_=caco.data.views.View", "+augmentation.views.small.count=2", "+augmentation.views.small.size=8",
-]  # fmt: skip
+MULTICROP = ["+augmentation.views.small.count=2", "+augmentation.views.small.size=8"]
 SETTINGS = [  # of CaCo itself, besides what the files of conf/method, pn, optimizer and projector give
     "bank.reading=paper",
     "bank.initialisation=random",
@@ -81,6 +80,12 @@ def options(tree: Path, group: str) -> list[str]:
     return sorted(path.stem for path in (tree / "conf" / group).glob("*.yaml"))
 
 
+def replaced(overrides: list[str], others: list[str]) -> list[str]:
+    """`others` behind `overrides`, less those that they set anew: caco refuses two choices of which one would be ignored."""
+    keys = {override.partition("=")[0] for override in others}
+    return [override for override in overrides if override.partition("=")[0] not in keys] + others
+
+
 def cases_of(tree: Path, steps: int) -> dict[str, Case]:
     """Every case that a commit has, by name, in the words of this checkout."""
     epochs = max(2, steps // (IMAGES // BATCH) + 1)
@@ -90,7 +95,7 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
         f"{name} multi-crop": Case(f"{name} multi-crop", [*case.overrides, *MULTICROP]) for name, case in list(cases.items())
     }
     chosen = [f"{group}={name}" for group in ("pn", "optimizer", "projector") for name in options(tree, group)]
-    cases |= {name: Case(name, [*tiny, *name.split()]) for name in [*chosen, *SETTINGS]}
+    cases |= {name: Case(name, replaced(tiny, name.split())) for name in [*chosen, *SETTINGS]}
     for name in set(ON_TWO_RANKS) & set(cases):
         cases[f"{name}, two ranks"] = Case(f"{name}, two ranks", cases[name].overrides, ranks=2)
     for name in set(CUT_AND_RESUMED) & set(cases):
@@ -106,7 +111,7 @@ def translated(overrides: list[str], changes: list[str]) -> list[str]:
         if arrow:
             told = [re.sub(rf"^(\+*){re.escape(old)}", rf"\g<1>{new}", override) for override in told]
         else:
-            told.append(change)
+            told = replaced(told, [change])
     return told
 
 
@@ -161,18 +166,21 @@ def native_digest(tree: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def build_native(tree: Path, cache: Path, say: Callable[[str], None]) -> list[str]:
-    """Put the compiled parts into a tree; sources that were compiled before are not compiled again. Returns what was built."""
+def build_native(tree: Path, cache: Path) -> list[str]:
+    """Put the compiled parts into a tree; sources that were compiled before are not compiled again. Returns their names.
+
+    Raises:
+        ValueError: nothing could be compiled; with the compiler's last words.
+    """
     kept = cache / native_digest(tree)
     if not kept.is_dir():
-        say(f"compiling the native parts of {tree.name}")
         done = subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, capture_output=True, text=True, check=False
         )
         built = [path.relative_to(tree) for path in tree.rglob("*.so") if "build" not in path.relative_to(tree).parts]
         if not built:
             words = (done.stderr or done.stdout).strip()[-500:]
-            raise ValueError(f"the native parts of {tree.name} could not be built (--no-native compares without them):\n{words}")
+            raise ValueError(f"the native parts could not be built (--no-native compares without them):\n{words}")
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as aside:
             for name in built:
@@ -203,7 +211,7 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def run_side(side: Side, cases: list[Case], folder: Path, steps: int, stop: threading.Event) -> dict[str, dict[str, Any]]:
-    """Run all cases of a commit; {case: {"error": words or None, "seconds": ...}}. Each leaves `folder`/NUMBER/run."""
+    """Run all cases of a commit; {case: {"error": words or None, "cpu_seconds": ...}}. Each leaves `folder`/NUMBER/run."""
     folder.mkdir(parents=True)
     folders = {case.name: folder / f"{number:02}" for number, case in enumerate(cases)}
     outcomes: dict[str, dict[str, Any]] = {}
@@ -216,12 +224,12 @@ def run_side(side: Side, cases: list[Case], folder: Path, steps: int, stop: thre
             for case in list(todo):
                 found = [folders[case.name] / f"outcome-{rank}.json" for rank in range(ranks)]
                 if not all(path.is_file() for path in found):
-                    outcomes[case.name] = {"error": f"the process ended with {codes}", "seconds": 0.0}
+                    outcomes[case.name] = {"error": f"the process ended with {codes}", "cpu_seconds": 0.0}
                     todo = todo[todo.index(case) + 1 :]
                     break
                 told = [json.loads(path.read_text()) for path in found]
                 errors = [outcome["error"] for outcome in told if outcome["error"]]
-                outcomes[case.name] = {"error": errors[0] if errors else None, "seconds": told[0]["seconds"]}
+                outcomes[case.name] = {**told[0], "error": errors[0] if errors else None}
             else:
                 todo = []
     return outcomes
@@ -401,7 +409,7 @@ class Result:
     only_base: list[str] = field(default_factory=list)
     only_head: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # side: why
-    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)  # by side; the first case's with torch's import
 
     @property
     def verdict(self) -> str:
@@ -474,7 +482,8 @@ def table(results: list[Result]) -> str:
     for result in results:
         told = result.verdict
         if result.failed:
-            told += ": " + "; ".join(f"{side}: {why}" for side, why in result.failed.items())
+            sides = {why: " and ".join(side for side in result.failed if result.failed[side] == why) for why in result.failed.values()}
+            told += " in " + "; in ".join(f"{side}: {why}" for why, side in sides.items())
         elif result.differences:
             compared = {"rows": result.rows, "tensors": result.tensors, "metrics": result.metrics}
             counts = ", ".join(f"{result.differing[what]} of {number} {what}" for what, number in compared.items())
@@ -571,9 +580,8 @@ def compared(arguments: argparse.Namespace, folder: Path) -> tuple[list[Side], l
     if arguments.list:
         return sides, [Result(case.name) for case in cases], only
     for side in sides:
-        if not arguments.no_native:
-            built = build_native(side.tree, arguments.repository / "build" / "compare", say)
-            say(f"{side.label} is {side.name}, with {', '.join(built)}")
+        built = [] if arguments.no_native else build_native(side.tree, arguments.repository / "build" / "compare")
+        say(f"{side.label}: {side.name}, {', '.join(built) or 'no native parts'}")
     stop = threading.Event()
     with ThreadPoolExecutor(1 if arguments.one_at_a_time else 2) as pool:
         running = {
@@ -598,7 +606,7 @@ def compared(arguments: argparse.Namespace, folder: Path) -> tuple[list[Side], l
                     failed[label] = str(error)
             if not failed:
                 result = compare(case.name, read["base"], read["head"])
-        result.failed, result.seconds = failed, {label: outcome["seconds"] for label, outcome in told.items()}
+        result.failed, result.cpu_seconds = failed, {label: outcome["cpu_seconds"] for label, outcome in told.items()}
         results.append(result)
     return sides, results, only
 

@@ -116,7 +116,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
         os.environ["MASTER_PORT"] = str(case["port"])
-        output, started, failure = folder / f"output-{rank}.txt", time.monotonic(), broken
+        output, failure = folder / f"output-{rank}.txt", broken
+        started, begun = time.monotonic(), time.process_time()
         with said_into(output):
             try:
                 if broken is None:
@@ -129,6 +130,7 @@ def main() -> None:
         outcome = {
             "error": None if failure is None else last_words(output, failure),
             "seconds": time.monotonic() - started,
+            "cpu_seconds": time.process_time() - begun,
         }
         aside = folder / f".outcome-{rank}"
         aside.write_text(json.dumps(outcome))

@@ -172,7 +172,7 @@ def test_native_parts_are_compiled_once_for_the_same_sources(tmp_path):
         (trees[name] / "setup.py").write_text(
             f"open({str(tmp_path / 'calls')!r}, 'a').write('x')\nopen('part/_kernel.so', 'w').write(open('part/kernel.cpp').read())\n"
         )
-        assert compare.build_native(trees[name], tmp_path / "cache", lambda _: None) == ["_kernel"]
+        assert compare.build_native(trees[name], tmp_path / "cache") == ["_kernel"]
     assert (tmp_path / "calls").read_text() == "xx"
     assert [(tree / "part" / "_kernel.so").read_text() for tree in trees.values()] == ["1", "1", "2"]
 
@@ -181,7 +181,7 @@ def test_native_parts_that_do_not_compile_are_said_with_the_compiler_s_words(tmp
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "setup.py").write_text("raise SystemExit('no compiler')")
     with pytest.raises(ValueError, match="--no-native compares without them\\):\nno compiler"):
-        compare.build_native(tmp_path / "tree", tmp_path / "cache", lambda _: None)
+        compare.build_native(tmp_path / "tree", tmp_path / "cache")
 
 
 @pytest.fixture
