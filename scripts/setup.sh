@@ -60,7 +60,7 @@ pip_install() { .venv/bin/python scripts/pip_install.py "$log" "$@"; }
 about_system() { echo "Debian packages for FFCV and for the tests on SLURM (up to 600 MB, as root or with sudo)"; }
 do_system() {
   local wanted
-  wanted=$(echo "$(missing_python)" "$(missing_for_ffcv)" "$(missing_for_tests)" | xargs)
+  wanted=$(echo "$(missing_for_ffcv)" "$(missing_for_tests)" | xargs)
   [ -n "$wanted" ] || return 0
   say "installing $wanted"
   # shellcheck disable=SC2086  # one word a package
@@ -138,7 +138,7 @@ is_done() {
 case "${1:-}" in
   demo) steps=(python torch needs caco) ;;
   dashboard) steps=(python mlflow) ;; # runs of another machine can be looked at without PyTorch
-  all) steps=(system python torch needs caco mlflow rest) ;;
+  all) steps=(python system torch needs caco mlflow rest) ;;
   *)
     say "error: expected demo, dashboard or all, got '${1:-}'"
     exit 2
