@@ -1,5 +1,8 @@
 """The Trainer runs any method that keeps the contract, and a run of it goes on to the same bits from the middle."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,11 @@ from test_contracts import MULTICROP
 from test_trainer import assert_same, final, record
 from tiny import compose
 
+from caco.banks.fifo import FifoBank
 from caco.build import train
+from caco.methods import base, sources
+from caco.nn.twin import MomentumTwin
+from caco.schedules import cosine
 
 STEPS = 30  # an epoch is 21
 SETTINGS = {
@@ -123,3 +130,32 @@ def test_its_values_and_scalars_are_logged_under_its_own_names(runs, toy):
 def test_a_method_whose_batch_must_stay_whole_is_not_cut(tmp_path):
     with pytest.raises(ValueError, match="accumulate: this method's negatives are the batch's other images"):
         train(configured(toys.Toy, "accumulate=2"), tmp_path)
+
+
+def printed(repo_root, first_line):
+    """The README's block of Python that begins with this line."""
+    text = (repo_root / "README.md").read_text(encoding="utf-8")
+    return text[text.index("```python\n" + first_line) + len("```python\n") :].partition("```")[0]
+
+
+def test_the_readme_s_method_trains_as_printed(repo_root, tmp_path, monkeypatch):
+    module = types.ModuleType("printed_method")
+    names = {"Method": base.Method, "Outputs": base.Outputs, "MomentumTwin": MomentumTwin, "cosine": cosine}
+    vars(module).update(names | {"nn": torch.nn, "F": torch.nn.functional, "torch": torch})
+    exec(printed(repo_root, "class Predicting(Method):"), vars(module))
+    monkeypatch.setitem(sys.modules, "printed_method", module)
+    cfg = configured(toys.Toy, "max_steps=4")
+    cfg.method = {"_target_": "printed_method.Predicting"}
+    train(cfg, tmp_path)
+    rows = [row for row in record(tmp_path) if row["kind"] == "train"]
+    assert len({row["loss"] for row in rows}) == 4 and rows[0]["twin_momentum"] == 0.99
+
+
+def test_the_readme_s_source_chooses_as_printed(repo_root):
+    module = {"torch": torch, "Positives": sources.Positives, "Positive": sources.Positive}
+    exec(printed(repo_root, "class Halfway(Positives):"), module)
+    bank = FifoBank(size=16, dim=8, seed=0)
+    k = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    nearest = bank.rows.weight[(k @ bank.rows.weight.T).argmax(1)].detach()
+    expected = torch.nn.functional.normalize(k + nearest, dim=1)
+    assert torch.allclose(module["Halfway"]()(k, bank).vector_BD, expected, atol=1e-6)
