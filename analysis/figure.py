@@ -21,6 +21,7 @@ from analysis.results import Found
 from analysis.table import add_sources, found_for, read_results
 from caco import errors
 from caco.config import ConfigError
+from caco.installed import command_to_install
 from caco.refusals import nearest
 from caco.tracking.files import read_json
 from experiments.tables import load_scale, load_table
@@ -68,7 +69,7 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
     if name not in FIGURES:
         raise ConfigError(f"{name}: no such figure{nearest(name, FIGURES) or '.'} There are: {', '.join(FIGURES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("figures need matplotlib, which is not installed; pip install 'caco[analysis]'")
+        raise ConfigError(f"figures need matplotlib, which is not installed; to have it: {command_to_install('analysis')}")
     if name in OF_A_RUN:
         return of_a_run(arguments)
     if arguments.scale is None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from caco import config, errors, refusals
 from caco.config import ConfigError
+from caco.installed import command_to_install
 from caco.tracking.ledger import read_rows
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def make(arguments: argparse.Namespace) -> Path:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError("the picture needs matplotlib, which is not installed here: pip install matplotlib") from error
+        raise ConfigError(f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}") from error
     from analysis import model  # here and not above: it imports torch
 
     trained = model.load(run_dir, arguments.data_root)

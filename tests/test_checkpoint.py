@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     """A child with a limit on file size stands for a disk that fills up in the middle of a write."""
     saved(tmp_path, 1)
     _, _, errors = Process(save_much, tmp_path).end()
-    assert "OSError: checkpoint" in errors and "could not be written" in errors
+    assert "FileError: checkpoint" in errors and "could not be written" in errors
     assert names(tmp_path) == ["step_000000001.pt"]
     assert load(tmp_path / "step_000000001.pt")["step"] == 1
 

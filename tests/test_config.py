@@ -88,7 +88,8 @@ def test_bare_command_is_the_papers_recipe():
     assert cfg["data"]["_target_"] == "caco.data.datasets.imagenet"
     assert cfg["optimizer"]["_target_"] == "caco.optimizers.lars"
     assert (cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]) == (0.3, 1.5e-6)
-    assert cfg["schedule"] == {"warmup_epochs": 10, "final_fraction": 0.01, "unit": "step"}
+    unused = {"final_weight_decay": None, "clip_gradient_norm": None}
+    assert cfg["schedule"] == {"warmup_epochs": 10, "final_fraction": 0.01, "unit": "step", **unused}
     assert (cfg["bank"]["pull"], cfg["bank"]["push"], cfg["bank"]["lr"]) == (1, 1, 3.0)
     assert cfg["method"]["temperature"] == 0.08
 

@@ -125,7 +125,7 @@ def test_a_run_is_labelled_by_what_was_typed_and_in_a_sweep_by_what_tells_it_apa
     cfg = compose(["preset=smoke", "pn=none", "loader.num_workers=1", "seed=1"])
     alone = label(cfg.hydra)
     assert (alone.name, alone.sweep) == ("preset=smoke pn=none seed=1", None)
-    assert (alone.choices["pn"], alone.choices["bank"], alone.choices["method"]) == ("none", "tiny", "caco")
+    assert (alone.choices["pn"], alone.choices["bank"], alone.choices["method"]) == ("none", "tiny", "caco_small")
     assert label(compose([]).hydra).name == "default"
     command = ["preset=smoke", "pn=none,both", "loader.num_workers=1", "seed=1,2"]
     monkeypatch.setenv(SWEEP, sweep_label(command, ["pn", "seed"], 4))
