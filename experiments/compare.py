@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).resolve().with_name("compared.py")
 
 # The cases: small as tests/tiny.py is, with a value of every step and an evaluation after every epoch. Projector and optimiser are
 # the method's own, narrow.
@@ -51,17 +52,19 @@ TINY = [
     "tracking=ledger", "loader.num_workers=0", "log_every_steps=1",
 ]  # fmt: skip
 MULTICROP = ["+augmentation.views.small.count=2", "+augmentation.views.small.size=8"]
-SETTINGS = [  # of CaCo itself, besides what the files of conf/method, pn, optimizer and projector give
-    "bank.reading=paper",
-    "bank.initialisation=random",
-    "bank.lr=0.3 bank.final_lr=0.01",
-    "warm_start.passes=3",
-    "schedule.unit=epoch schedule.warmup_epochs=1",
-    "precision=bf16",
-    "accumulate=4",
-    "augmentation=cifar",
-    "eval=[knn_all,probe,geometry,linear,semi] eval.linear.epochs=2 eval.semi.epochs=[2,1]",
-]
+SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, optimizer and projector give
+    "bank.reading=paper": ["bank.reading=paper"],
+    "bank.initialisation=random": ["bank.initialisation=random"],
+    "bank.final_lr=0.01": ["bank.lr=0.3", "bank.final_lr=0.01"],
+    "warm_start.passes=3": ["warm_start.passes=3"],
+    "schedule.unit=epoch": ["schedule.unit=epoch", "schedule.warmup_epochs=1"],
+    "precision=bf16": ["precision=bf16"],
+    "accumulate=4": ["accumulate=4"],
+    "augmentation=cifar": ["augmentation=cifar"],
+    "evaluators": [
+        "eval=[knn_all,probe,geometry,linear,semi]", "eval.linear.epochs=2", "eval.linear.batch=256", "eval.semi.epochs=[2,1]",
+    ],
+}  # fmt: skip
 ON_TWO_RANKS = ["pn=both", "pn=positive", "method=simclr", "method=nnclr", "method=adco multi-crop"]
 CUT_AND_RESUMED = ["pn=both"]
 
@@ -95,7 +98,8 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
         f"{name} multi-crop": Case(f"{name} multi-crop", [*case.overrides, *MULTICROP]) for name, case in list(cases.items())
     }
     chosen = [f"{group}={name}" for group in ("pn", "optimizer", "projector") for name in options(tree, group)]
-    cases |= {name: Case(name, replaced(tiny, name.split())) for name in [*chosen, *SETTINGS]}
+    settings = {name: [name] for name in chosen} | SETTINGS
+    cases |= {name: Case(name, replaced(tiny, overrides)) for name, overrides in settings.items()}
     for name in set(ON_TWO_RANKS) & set(cases):
         cases[f"{name}, two ranks"] = Case(f"{name}, two ranks", cases[name].overrides, ranks=2)
     for name in set(CUT_AND_RESUMED) & set(cases):
@@ -250,7 +254,7 @@ def run_children(
         for case in cases
     ]
     job.write_text(json.dumps({"side": side.label, "tree": str(side.tree.resolve()), "cases": content}))
-    command = [sys.executable, "-P", str(Path(__file__).with_name("compared.py").resolve()), str(job.resolve())]
+    command = [sys.executable, "-P", str(WORKER), str(job.resolve())]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"} if ranks > 1 else {}
     children = []
     try:

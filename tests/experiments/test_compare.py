@@ -6,10 +6,12 @@ import re
 import shutil
 import struct
 import subprocess
+import threading
 
 import pytest
 import torch
 
+from caco import config, validation
 from experiments import compare
 
 ROWS = [
@@ -160,6 +162,36 @@ def test_the_cases_are_every_file_of_methods_and_settings(repo_root):
 def test_a_commit_s_own_words_are_put_into_a_case_s_overrides():
     told = compare.translated(["pn=both", "warm_start.passes=3"], ["warm_start.passes -> bank_learning.filling_passes", "seed=1"])
     assert told == ["pn=both", "bank_learning.filling_passes=3", "seed=1"]
+
+
+def test_every_case_is_one_that_caco_accepts(repo_root):
+    """As caco.train checks a command, before anything is trained."""
+    for case in compare.cases_of(repo_root, 50).values():
+        cfg = config.compose([*case.overrides, *compare.cut_settings(case, 50)])
+        validation.check(cfg, overrides=list(cfg.hydra.overrides.task), choices=dict(cfg.hydra.runtime.choices))
+
+
+CRASHES = """
+import json, os, pathlib, sys
+job, rank = json.loads(pathlib.Path(sys.argv[1]).read_text()), os.environ.get("RANK", "0")
+for case in job["cases"]:
+    if case["name"] == "second" and int(rank) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        os._exit(9)
+    folder = pathlib.Path(case["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"outcome-{rank}.json").write_text(json.dumps({"error": None, "cpu_seconds": 1.0}))
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_process_that_dies_costs_the_case_that_it_was_at_and_no_other(tmp_path, monkeypatch, ranks):
+    monkeypatch.setattr(compare, "WORKER", tmp_path / "worker.py")
+    compare.WORKER.write_text(CRASHES)
+    cases = [compare.Case(name, [], ranks=ranks) for name in ("first", "second", "third")]
+    side = compare.Side("base", "base", tmp_path, [])
+    outcomes = compare.run_side(side, cases, tmp_path / "runs", 4, threading.Event())
+    assert {name: outcome["error"] is None for name, outcome in outcomes.items()} == {"first": True, "second": False, "third": True}
+    assert "9" in outcomes["second"]["error"]
 
 
 def test_native_parts_are_compiled_once_for_the_same_sources(tmp_path):
