@@ -258,9 +258,10 @@ def test_a_question_without_sense_is_refused_before_anything_runs(clone, capsys,
     assert re.search(message, capsys.readouterr().err)
 
 
-SMALL = ["--steps", "3", "--no-native", "--set", "batch=16", "eval=[]", "bank.size=32"]
+SMALL = ["--steps", "3", "--no-native", "--set", "batch=64", "eval=[]"]
 
 
+@pytest.mark.long
 def test_one_changed_number_is_found_where_it_matters_and_nowhere_else(clone, tmp_path, capfd):
     """Two commits' runs side by side: CaCo's temperature is another, SimCLR is itself, a broken setting fails alone."""
     changed = clone / "conf" / "method" / "caco.yaml"
@@ -285,6 +286,7 @@ def test_one_changed_number_is_found_where_it_matters_and_nowhere_else(clone, tm
     assert "cases that only base has, not run: pn=positive" in out
 
 
+@pytest.mark.long
 def test_a_commit_is_equal_to_itself_on_one_rank_and_two_and_when_it_is_cut(clone, capfd):
     chosen = ["--cases", "pn=both, (two ranks|cut)"]
     assert compare.main(["HEAD", "HEAD", "--repository", str(clone), *SMALL, *chosen]) == 0
