@@ -1,8 +1,5 @@
 """A plan's figures are those of the run: counted tensors, operations and steps, and arithmetic by hand."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from tiny import compose, train
@@ -119,15 +116,13 @@ def test_what_cannot_be_planned_is_refused(overrides, options, message):
         plan.plan(compose(*overrides), **options)
 
 
-def test_the_command_tells_and_refuses(repo_root):
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "caco.plan", *arguments], cwd=repo_root, capture_output=True, text=True, check=False
-        )
-
-    done = command("preset=demo", "world=2", "tflops=0.1")
-    assert done.returncode == 0, done.stderr
-    assert "1,480 steps of 64 images on 2 devices (640 of them, 43 %, warm start), 32 images each" in done.stdout
-    assert "100,000,000" in done.stdout and "tflops=0.1" in done.stdout
-    refused = command("preset=demo", "world=two")
-    assert refused.returncode == 2 and refused.stderr == "caco: world: expected a number, got 'two'\n"
+def test_the_command_tells_and_refuses(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["plan", "preset=demo", "world=2", "tflops=0.1"])
+    plan.main()
+    told = capsys.readouterr().out
+    assert "1,480 steps of 64 images on 2 devices (640 of them, 43 %, warm start), 32 images each" in told
+    assert "100,000,000" in told and "tflops=0.1" in told
+    monkeypatch.setattr("sys.argv", ["plan", "preset=demo", "world=two"])
+    with pytest.raises(SystemExit) as end:
+        plan.main()
+    assert end.value.code == 2 and capsys.readouterr().err == "caco: world: expected a number, got 'two'\n"
