@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from caco import instructions
 from caco.data import native
 from caco.data.beton import BetonImages
 from caco.data.datasets import folder
@@ -25,6 +26,12 @@ from caco.data.sources import ImagesInMemory, Splits
 from caco.data.views import View, Views
 from caco.data.write import write_splits
 from caco.errors import FileError
+
+
+needs_ffcv = pytest.mark.skipif(
+    instructions.LEVEL == "torch", reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off"
+)
+FFCV = pytest.param(FFCVLoader, marks=needs_ffcv)
 
 
 def batches(
@@ -76,6 +83,7 @@ EVERY_PART = [
 ]
 
 
+@needs_ffcv
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (3, 2)])
 def test_ffcv_makes_the_same_batches(noise_source, beton_source, two_views, threads, prefetch):
     source, file = noise_source(30), beton_source(30)
@@ -92,6 +100,7 @@ def test_a_beton_gives_the_same_batches_without_ffcv(noise_source, beton_source,
     assert_same(batches(beton_source(30), two_views, workers=workers), batches(noise_source(30), two_views))
 
 
+@needs_ffcv
 def test_auto_takes_ffcv_for_a_beton_and_says_so(noise_source, beton_source, two_views, capsys, monkeypatch):
     source, file = noise_source(16), beton_source(16)
     capsys.readouterr()
@@ -110,6 +119,22 @@ def test_auto_takes_ffcv_for_a_beton_and_says_so(noise_source, beton_source, two
         batches(source, two_views, kind=FFCVLoader, workers=1)
 
 
+def test_with_compiled_parts_turned_off_pillow_makes_the_same_batches_and_ffcv_is_refused(
+    noise_source, beton_source, two_views, capsys, monkeypatch
+):
+    source, file = noise_source(16), beton_source(16)
+    made = batches(source, two_views)
+    monkeypatch.setattr(instructions, "LEVEL", "torch")
+    capsys.readouterr()
+    assert_same(batches(source, two_views, kind=AutoLoader), made)
+    assert capsys.readouterr().err == "caco: views by Pillow (the compiled views are turned off by CACO_INSTRUCTIONS=torch) of images in memory\n"
+    assert_same(batches(file, two_views, kind=AutoLoader), made)
+    message = "loader=ffcv: needs the compiled views, which are turned off by CACO_INSTRUCTIONS=torch: unset CACO_INSTRUCTIONS; loader=auto"
+    with pytest.raises(ValueError, match=message):
+        batches(file, two_views, kind=FFCVLoader, workers=1)
+
+
+@needs_ffcv
 def test_ffcv_leaves_the_process_as_it_was(beton_source, two_views):
     file = beton_source(16)
     torch.set_num_threads(2)
@@ -125,7 +150,7 @@ def test_ffcv_leaves_the_process_as_it_was(beton_source, two_views):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("kind", [TorchLoader, FFCVLoader])
+@pytest.mark.parametrize("kind", [TorchLoader, FFCV])
 def test_a_batch_stays_as_it_is_as_long_as_somebody_holds_it(noise_source, beton_source, two_views, kind):
     source = beton_source(64) if kind is FFCVLoader else noise_source(64)
     loader = kind(num_workers=2, prefetch=2).bind(source, two_views, batch=8, seed=7)
@@ -138,7 +163,7 @@ def test_a_batch_stays_as_it_is_as_long_as_somebody_holds_it(noise_source, beton
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
 
 
-@pytest.mark.parametrize("kind", [TorchLoader, FFCVLoader])
+@pytest.mark.parametrize("kind", [TorchLoader, FFCV])
 def test_memory_stays_flat_over_epochs(beton_source, noise_source, two_views, kind):
     source = beton_source(64) if kind is FFCVLoader else noise_source(64)
     views = Views(size=64, views={"both": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)  # 6.3 MB a batch
@@ -153,8 +178,8 @@ def test_memory_stays_flat_over_epochs(beton_source, noise_source, two_views, ki
                 pass
         return resident_mb()
 
-    before = run(range(10))
-    assert run(range(10, 40)) < before + 15
+    before = run(range(10 if native.library() else 100))  # beside Pillow, what the allocator keeps in reserve grows for so long
+    assert run(range(100, 130)) < before + 15
     loader.close()
 
 
@@ -177,7 +202,7 @@ def photos(tmp_path: Path) -> BetonImages:
     return BetonImages(file, name="photos")
 
 
-@pytest.mark.parametrize(("kind", "workers"), [(TorchLoader, 0), (TorchLoader, 2), (FFCVLoader, 2)])
+@pytest.mark.parametrize(("kind", "workers"), [(TorchLoader, 0), (TorchLoader, 2), pytest.param(FFCVLoader, 2, marks=needs_ffcv)])
 def test_a_corrupt_jpeg_is_named_or_another_stands_in_for_it(photos, two_views, kind, workers, capsys):
     with pytest.raises(ValueError, match=r"train\.beton: .* corrupt JPEG as number [34]\. .*loader\.corrupt=skip"):
         batches(photos, two_views, kind=kind, workers=workers, batch=12)
@@ -193,13 +218,14 @@ def test_a_corrupt_jpeg_is_named_or_another_stands_in_for_it(photos, two_views, 
         list(plain_batches(photos, two_views, batch=6))
 
 
-def test_where_nothing_can_be_read_skipping_ends_too(photos, two_views):
+@pytest.mark.parametrize("kind", [TorchLoader, FFCV])
+def test_where_nothing_can_be_read_skipping_ends_too(photos, two_views, kind):
     broken = photos.part(np.array([3, 4, 3, 4]), "broken")
-    for kind in (TorchLoader, FFCVLoader):
-        with pytest.raises(ValueError, match="expected an image that can be read, got none"):
-            batches(broken, two_views, kind=kind, workers=1, batch=4, corrupt="skip")
+    with pytest.raises(ValueError, match="expected an image that can be read, got none"):
+        batches(broken, two_views, kind=kind, workers=1, batch=4, corrupt="skip")
 
 
+@needs_ffcv
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_breaks_inside_ffcv_ends_the_epoch(beton_source, two_views, monkeypatch):
     from caco.data import ffcv_pipeline
