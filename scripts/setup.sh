@@ -79,7 +79,6 @@ do_python() {
   "$python" -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and
     f"setup: error: expected Python 3.11 to 3.13, got {sys.version.split()[0]}; choose one with make setup PYTHON=...")'
   .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-  pip_install 2 --upgrade pip
 }
 
 about_torch() { echo "PyTorch (3.0 GB of wheels, most of them for GPUs; the longest step)"; }
@@ -104,6 +103,7 @@ about_rest() { echo "FFCV, submitit and what the tests need (200 MB)"; }
 do_rest() {
   local missing
   missing=$(echo "$(missing_python)" "$(missing_for_ffcv)" | xargs)
+  pip_install 2 --upgrade pip # an older one knows no constraints on what a source is built with
   # FFCV builds from source, against a known setuptools; in .venv itself torch decides which one it wants.
   echo 'setuptools==84.2.1' >.venv/build-constraints.txt
   if [ -z "$missing" ]; then
