@@ -57,6 +57,15 @@ def no_bf16(monkeypatch):
     monkeypatch.setattr(torch, "autocast", off)
 
 
+def test_without_an_argument_there_is_a_table_and_the_machine(run):
+    """The others: the tests below, and the long one."""
+    printed, figures = run("evals")
+    progress, _, end = printed.partition("\n\n| ")
+    assert re.match(r"\[ +\d+ s\] ", progress) and end.count("\n| ") > 1
+    assert "; ".join(f"{fact}: {value}" for fact, value in common.machine().items()) in end.splitlines()[-1]
+    assert figures["machine"] == common.machine() and len(figures) > 3
+
+
 def test_the_bank_leaves_out_bfloat16_where_it_has_no_unit(run, no_bf16):
     printed, figures = run("bank", "speed", "step", "curve")
     for what in ("the bf16 matrix product", "the bank in bf16", "the step in bf16"):
