@@ -144,7 +144,7 @@ def main() -> None:
     arguments = options.parse_args()
     images, width, classes, runs = arguments.images, arguments.width, arguments.classes, arguments.runs or 3
     if arguments.tiny:
-        images, width, classes, runs = 100, 4, 2, 1
+        images, width, classes, runs = 100, 4, 3, 1
     report = Report(["what", "ratio", "beside it"])
     say(f"regression: {runs} turns of ours and scikit-learn's along {len(strengths())} strengths, {images} x {width}")
     fit = regression(images, width, classes, runs)

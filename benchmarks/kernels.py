@@ -61,6 +61,10 @@ def used(name: str, D: int, *, low: bool, arch: int) -> Used:
     return Used(block, options["num_warps"], int(registers), int(stack), done.metadata.shared / 1024)
 
 
+def lacks_triton() -> str | None:
+    return "Triton is not installed here" if importlib.util.find_spec("triton") is None else None
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--arch", type=int, nargs="+", help="80 90")
@@ -68,8 +72,7 @@ def main() -> None:
     arguments = options.parse_args()
     archs, widths = arguments.arch or ([90] if arguments.tiny else [80, 90]), arguments.widths or ([32] if arguments.tiny else [64, 128, 256])
     report = Report(["card", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (of)"])
-    missing = importlib.util.find_spec("triton") is None
-    if not report.leave_out("every kernel", "Triton is not installed here" if missing else None):
+    if not report.leave_out("every kernel", lacks_triton()):
         report.figures |= {"triton": importlib.metadata.version("triton"), "kernels": []}
         for arch in archs:
             for name in KERNELS:

@@ -1,21 +1,23 @@
 """How fast views come: caco's loaders against torchvision on Pillow, against FFCV's own operations, against bare decoding.
 
-Real photographs, float32 normalised views on the CPU from every contender but the bare decoder and FFCV's crop (uint8, as
-FFCV gives them). All contenders take turns, so that a drifting machine hits all; a ratio is that of one turn.
+Float32 normalised views on the CPU from every contender but the bare decoder and FFCV's crop (uint8, as FFCV gives them). All
+contenders take turns, so that a drifting machine hits all; a ratio is that of one turn.
 
-    python benchmarks/loader.py --photos shared/data/imagenet-samples.zip --json loader.json
+    python benchmarks/loader.py --json loader.json           on photographs that it makes; minutes
+    python benchmarks/loader.py --full --photos PHOTOS       on yours, a zip or a folder of JPEGs: as the published figures
+
+Made photographs are noise whose power falls with the square of the frequency, as that of real ones does, with blots that have edges,
+500 x 375 and encoded so that one has about as many bytes as one of ImageNet's and takes as long to decode.
 
 pil         torchvision's v1 transforms on Pillow images, DataLoader, persistent workers, prefetch 4: the baseline
-ffcv_crop   FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline a view
-decode      nothing but decoding every JPEG once with libturbojpeg, in as many threads
-caco        loader=ffcv, all of the paper's augmentations (augmentation=caco, caco_multicrop, cifar)
+ffcv_crop   FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline a view; left out without FFCV
+decode      nothing but decoding every JPEG once with libturbojpeg, in as many threads; left out without libturbojpeg
+caco        loader=ffcv, all of the paper's augmentations (augmentation=caco, caco_multicrop, cifar); loader=torch where it cannot
 """
 
-import argparse
 import ctypes
-import json
+import importlib.util
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,28 +26,66 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-from caco import instructions  # before torch: CACO_INSTRUCTIONS holds for it too
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from omegaconf import OmegaConf
 from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as v1
 
+if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.loader has them
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.common import Report, parser, ratios, say, spread, told, turns
 from caco.config import CONF
 from caco.data import native
 from caco.data.beton import beton
 from caco.data.datasets import folder
-from caco.data.loader import FFCVLoader, TorchLoader
+from caco.data.loader import FFCVLoader, TorchLoader, what_ffcv_lacks
 from caco.data.sources import ImagesInMemory, Source, Splits
 from caco.data.views import Views
 from caco.data.write import write_splits
-from caco.tracking.environment import environment
 
-BATCH, SMALL_BATCH, COPIES = 50, 500, 2  # each photograph twice: epochs long enough for their beginning not to count
+import torch
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as v1
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("large", "raw", "small", "multicrop", "first")
+COPIES = 2  # of each photograph in an epoch, long enough for its beginning not to count
+
+
+class Sizes(NamedTuple):
+    photos: int | None  # how many; None: all that --photos has, or as many of ours as ImageNet's sample has
+    width: int  # of those made
+    batch: int
+    small_batch: int  # of the images of 32 px
+    small_batches: int
+    runs: int
+
+
+DEFAULT, FULL, TINY = Sizes(125, 500, 50, 500, 4, 3), Sizes(None, 500, 50, 500, 8, 5), Sizes(4, 60, 4, 8, 2, 1)
+
+
+def make_photos(out: Path, count: int, width: int) -> None:
+    """JPEGs with the texture of photographs, see above."""
+    out.mkdir()
+    height = width * 3 // 4
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width).clip(1)
+    y, x = np.mgrid[:height, :width]
+
+    def texture() -> np.ndarray:
+        made = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, s=(height, width))
+        return made / made.std()
+
+    for number in range(count):
+        light = texture()
+        image = np.stack([128 + 45 * light + 15 * texture() for _ in range(3)], axis=2)
+        for _ in range(12):
+            middle, radius = rng.uniform(0, (height, width)), rng.uniform(width / 33, width / 4.5, 2)
+            blot = ((y - middle[0]) / radius[0]) ** 2 + ((x - middle[1]) / radius[1]) ** 2 < 1
+            image[blot] = 0.5 * image[blot] + rng.uniform(0, 128, 3)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(out / f"{number:04}.jpg", quality=92)
 
 
 def views_of(name: str) -> Views:
@@ -87,17 +127,17 @@ def blurred(image: Image.Image, sigmas: list[float]) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(*sigmas))))
 
 
-class Contender:
-    """epoch() makes every image's views once; returns images a second, and seconds to the first batch."""
+class Contender(NamedTuple):
+    epoch: Callable[[], Iterator]  # makes every image's views once
+    images: int
+    close: Callable[[], None] = lambda: None
 
-    def __init__(self, epoch: Callable[[], Iterator], images: int):
-        self.epoch, self.images, self.rates = epoch, images, []
-
-    def run(self) -> None:
+    def rate(self) -> float:
+        """Images a second of one epoch."""
         started = time.perf_counter()
         for _ in self.epoch():
             pass
-        self.rates.append(self.images / (time.perf_counter() - started))
+        return self.images / (time.perf_counter() - started)
 
 
 def pillow(source: Source, views: Views, batch: int, workers: int) -> Contender:
@@ -111,10 +151,10 @@ def pillow(source: Source, views: Views, batch: int, workers: int) -> Contender:
 def ours(kind: type, source: Source, views: Views, batch: int, workers: int) -> Contender:
     loader = kind(num_workers=workers).bind(source, views, batch=batch, seed=0)
     epochs = iter(range(10**6))
-    return Contender(lambda: loader.epoch(next(epochs)), len(source) // batch * batch)
+    return Contender(lambda: loader.epoch(next(epochs)), len(source) // batch * batch, loader.close)
 
 
-def ffcv_crop(file: Path, views: Views, images: int, workers: int) -> Contender:
+def ffcv_crop(file: Path, views: Views, images: int, batch: int, workers: int) -> Contender:
     """FFCV's own way to two views: a pipeline of its operations for each."""
     import caco.data.ffcv_pipeline  # noqa: F401  imports ffcv without its side effects
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
@@ -131,10 +171,8 @@ def ffcv_crop(file: Path, views: Views, images: int, workers: int) -> Contender:
 
     names = ["image", *(f"view{v}" for v in range(1, views.num_views))]
     pipelines = {name: spec(size) for name, size in zip(names, views.sizes, strict=True)}
-    loader = Loader(
-        str(file), batch_size=BATCH, num_workers=workers, order=OrderOption.RANDOM, pipelines={**pipelines, "label": None}
-    )
-    return Contender(lambda: iter(loader), images // BATCH * BATCH)
+    loader = Loader(str(file), batch_size=batch, num_workers=workers, order=OrderOption.RANDOM, pipelines={**pipelines, "label": None})
+    return Contender(lambda: iter(loader), images // batch * batch)
 
 
 def decode(source: Any, workers: int) -> Contender:
@@ -173,105 +211,133 @@ print(time.perf_counter() - started, flush=True)
 """
 
 
-def first_batch(root: Path, workers: int) -> float:
+def first_batch(root: Path, batch: int, workers: int) -> float:
     """Seconds from a loader's construction to its first batch in a new process, the import of FFCV included."""
-    command = [sys.executable, "-c", FIRST_BATCH, str(root), str(workers), str(BATCH)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1])
-    return float(done.stdout)
+    command = [sys.executable, "-c", FIRST_BATCH, str(root), str(workers), str(batch)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout.split()[-1])
 
 
-def ratio(a: Contender, b: Contender) -> dict[str, float]:
-    ratios = [x / y for x, y in zip(a.rates, b.rates, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+def lacks_ffcv() -> str | None:
+    return "FFCV is not installed here" if importlib.util.find_spec("ffcv") is None else None
 
 
-def take_turns(contenders: dict[str, Contender], runs: int) -> None:
-    for contender in contenders.values():
-        contender.run()  # warms up: workers start, numba compiles, memory is touched
-        contender.rates.clear()
-    for _ in range(runs):
+class Comparison:
+    """The parts, on the photographs of a folder, in temporary files under `top`."""
+
+    def __init__(self, report: Report, files: Source, top: Path, *, sizes: Sizes, runs: int, workers: int):
+        self.report, self.files, self.top, self.sizes, self.runs, self.workers = report, files, top, sizes, runs, workers
+        write_splits(Splits(files, None, None), top / "jpeg")
+        self.source = beton(root=str(top / "jpeg")).pretrain
+
+    def caco(self, source: Source, files: Source, views: Views) -> Contender:
+        lacking = what_ffcv_lacks(source)
+        if self.report.leave_out("loader=ffcv (caco is loader=torch then)", lacking):
+            return ours(TorchLoader, files, views, self.sizes.batch, self.workers)
+        return ours(FFCVLoader, source, views, self.sizes.batch, self.workers)
+
+    def ffcv(self, source: Any, views: Views) -> dict[str, Contender]:
+        """FFCV's own crop, where FFCV is."""
+        if self.report.leave_out("FFCV's own crop", lacks_ffcv()):
+            return {}
+        say("    numba compiles FFCV's own crop")
+        return {"ffcv_crop": ffcv_crop(source.file, views, len(source), self.sizes.batch, self.workers)}
+
+    def compare(self, part: str, what: str, contenders: dict[str, Contender], keys: dict[str, tuple[str, str]]) -> None:
+        say(f"{part}: {what}: {', '.join(contenders)}")
+        rates = turns({name: contender.rate for name, contender in contenders.items()}, self.runs)
+        medians = {name: spread(values)["median"] for name, values in rates.items()}
+        self.report.figures |= {f"{part}_{name}_images_per_second": rate for name, rate in medians.items()}
+        for key, (a, b) in keys.items():
+            if a in rates and b in rates:
+                self.report.figures[key] = ratio = ratios(rates[a], rates[b])
+                self.report.row(f"{what}: {a} / {b}", key, told(ratio), f"{medians[a]:,.0f} to {medians[b]:,.0f} images a second")
         for contender in contenders.values():
-            contender.run()
+            contender.close()
+
+    def large(self) -> None:
+        views = views_of("caco")
+        contenders = {
+            "pil": pillow(self.files, views, self.sizes.batch, self.workers),
+            "caco": self.caco(self.source, self.files, views),
+            **self.ffcv(self.source, views),
+        }
+        missing = "libturbojpeg is not installed here" if native.turbojpeg() is None else None
+        if not self.report.leave_out("decoding alone", missing):
+            contenders["decode"] = decode(self.source, self.workers)
+        keys = {"vs_pil": ("caco", "pil"), "vs_ffcv": ("caco", "ffcv_crop"), "vs_decode": ("caco", "decode")}
+        self.compare("large", "two views at 224 from JPEGs", contenders, keys)
+
+    def raw(self) -> None:
+        write_splits(Splits(self.files, None, None), self.top / "raw", mode="raw", max_resolution=256)
+        raw, views = beton(root=str(self.top / "raw")).pretrain, views_of("caco")
+        contenders = {"caco": self.caco(raw, raw, views), **self.ffcv(raw, views)}
+        self.compare("raw", "two views at 224 from raw 256 px", contenders, {"raw_vs_ffcv": ("caco", "ffcv_crop")})
+
+    def small(self) -> None:
+        batch, views = self.sizes.small_batch, views_of("cifar")
+        pixels = np.stack([np.asarray(self.files.image(i).resize((32, 32))) for i in range(len(self.files))])
+        count = batch * self.sizes.small_batches
+        few = ImagesInMemory(np.tile(pixels, (-(-count // len(pixels)), 1, 1, 1))[:count], name="small")
+        many = ImagesInMemory(np.tile(few.arrays, (10, 1, 1, 1)), name="many")
+        contenders = {"dataloader": pillow(few, views, batch, self.workers), "caco": ours(TorchLoader, many, views, batch, self.workers)}
+        self.compare("small", "two views at 32 from memory", contenders, {"small_vs_dataloader": ("caco", "dataloader")})
+
+    def multicrop(self) -> None:
+        views = views_of("caco_multicrop")
+        contenders = {"pil": pillow(self.files, views, self.sizes.batch, self.workers), "caco": self.caco(self.source, self.files, views)}
+        self.compare("multicrop", "two views at 224 and six at 96 from JPEGs", contenders, {"multicrop_vs_pil": ("caco", "pil")})
+
+    def first(self) -> None:
+        if self.report.leave_out("the first batch of loader=ffcv", what_ffcv_lacks(self.source)):
+            return
+        say(f"first: the first batch of {1 + self.runs} new processes")
+        times = spread([first_batch(self.top / "jpeg", self.sizes.batch, self.workers) for _ in range(1 + self.runs)][1:])
+        self.report.figures["first_batch_s"] = times
+        self.report.row("seconds to the first batch, new process, FFCV's import included", "first_batch_s", told(times), "")
+
+
+def photos_in(given: Path | None, top: Path, sizes: Sizes) -> Source:
+    """Those of --photos, or those that we make, COPIES times and as many as fill whole batches."""
+    if given is None:
+        count = sizes.photos or 250
+        say(f"no --photos: making {count} JPEGs of noise with the texture of photographs")
+        make_photos(top / "photos", count, sizes.width)
+    elif given.suffix == ".zip":
+        zipfile.ZipFile(given).extractall(top / "photos")
+    files = folder(root=str(given if given is not None and given.is_dir() else top / "photos"), in_memory_mb=0).pretrain
+    chosen = np.linspace(0, len(files) - 1, min(len(files), sizes.photos or len(files))).astype(int)
+    count = COPIES * len(chosen) // sizes.batch * sizes.batch
+    if count == 0:
+        raise ValueError(f"--photos: expected at least {-(-sizes.batch // COPIES)} JPEGs, got {len(files)}")
+    return files.part(chosen[np.arange(count) % len(chosen)], "photos")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", required=True, help="a zip, or a folder, of JPEG photographs")
-    parser.add_argument("--runs", type=int, default=5, help="turns that count, after one that warms up")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="large,raw,small,multicrop,first", help="which parts")
-    parser.add_argument("--json", help="file for the figures")
-    arguments = parser.parse_args()
-    print(instructions.told(), flush=True)
-    workers, only = arguments.workers, set(arguments.only.split(","))
-    torch.set_num_threads(workers)
-    figures: dict[str, Any] = {}
+    options = parser(__doc__, runs="turns that count, after one that warms up: 3", full="all photographs, longer epochs, 5 turns")
+    options.add_argument("--photos", type=Path, help="a zip, or a folder, of JPEG photographs; made without")
+    options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    options.add_argument("--only", default=",".join(PARTS), help="which parts")
+    arguments = options.parse_args()
+    only = arguments.only.split(",")
+    if unknown := set(only) - set(PARTS):
+        options.error(f"--only: expected parts of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+    if arguments.photos is not None and not arguments.photos.exists():
+        options.error(f"--photos: expected a zip or a folder of JPEGs, got {arguments.photos}, which is not there")
+    sizes = FULL if arguments.full else TINY if arguments.tiny else DEFAULT
+    runs = arguments.runs or sizes.runs
+    torch.set_num_threads(arguments.workers)
+    report = Report(["what", "key", "ratio (least to most)", "beside it"])
     with tempfile.TemporaryDirectory() as temporary:
-        top = Path(temporary)
-        photos = Path(arguments.photos)
-        if photos.suffix == ".zip":
-            zipfile.ZipFile(photos).extractall(top / "photos")
-            photos = top / "photos"
-        files = folder(root=str(photos), in_memory_mb=0).pretrain
-        count = COPIES * len(files) // BATCH * BATCH
-        files = files.part(np.arange(count) % len(files), "photos")
-        write_splits(Splits(files, None, None), top / "jpeg")
-        source = beton(root=str(top / "jpeg")).pretrain
-
-        def compare(part: str, contenders: dict[str, Contender], ratios: dict[str, tuple[str, str]]) -> None:
-            take_turns(contenders, arguments.runs)
-            for name, contender in contenders.items():
-                figures[f"{part}_{name}_images_per_second"] = statistics.median(contender.rates)
-            for name, (a, b) in ratios.items():
-                figures[name] = ratio(contenders[a], contenders[b])
-
-        if "large" in only:
-            views = views_of("caco")
-            contenders = {
-                "pil": pillow(files, views, BATCH, workers),
-                "caco": ours(FFCVLoader, source, views, BATCH, workers),
-                "ffcv_crop": ffcv_crop(source.file, views, count, workers),
-                "decode": decode(source, workers),
-            }
-            keys = {"vs_pil": ("caco", "pil"), "vs_ffcv": ("caco", "ffcv_crop"), "vs_decode": ("caco", "decode")}
-            compare("large", contenders, keys)
-        if "raw" in only:
-            write_splits(Splits(files, None, None), top / "raw", mode="raw", max_resolution=256)
-            raw, views = beton(root=str(top / "raw")).pretrain, views_of("caco")
-            contenders = {
-                "caco": ours(FFCVLoader, raw, views, BATCH, workers),
-                "ffcv_crop": ffcv_crop(raw.file, views, count, workers),
-            }
-            compare("raw", contenders, {"raw_vs_ffcv": ("caco", "ffcv_crop")})
-        if "small" in only:
-            pixels = np.stack([np.asarray(files.image(i).resize((32, 32))) for i in range(count)])
-            small = ImagesInMemory(np.tile(pixels, (-(-SMALL_BATCH * 8 // count), 1, 1, 1))[: SMALL_BATCH * 8], name="small")
-            many = ImagesInMemory(np.tile(small.arrays, (10, 1, 1, 1)), name="many")
-            views = views_of("cifar")
-            contenders = {
-                "dataloader": pillow(small, views, SMALL_BATCH, workers),
-                "caco": ours(TorchLoader, many, views, SMALL_BATCH, workers),
-            }
-            compare("small", contenders, {"small_vs_dataloader": ("caco", "dataloader")})
-        if "multicrop" in only:
-            views = views_of("caco_multicrop")
-            contenders = {
-                "pil": pillow(files, views, BATCH, workers),
-                "caco": ours(FFCVLoader, source, views, BATCH, workers),
-            }
-            compare("multicrop", contenders, {"multicrop_vs_pil": ("caco", "pil")})
-        if "first" in only:
-            times = [first_batch(top / "jpeg", workers) for _ in range(1 + arguments.runs)][1:]
-            figures["first_batch_s"] = {"median": statistics.median(times), "min": min(times), "max": max(times)}
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f} in {arguments.runs})")
-        else:
-            print(f"  {name}: {value:.1f}")
-    figures |= {"runs": arguments.runs, "workers": workers, "images": count, "environment": environment()}
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(figures, file, indent=1)
+        try:
+            files = photos_in(arguments.photos, Path(temporary), sizes)
+        except ValueError as error:
+            options.error(str(error))
+        comparison = Comparison(report, files, Path(temporary), sizes=sizes, runs=runs, workers=arguments.workers)
+        for part in PARTS:
+            if part in only:
+                getattr(comparison, part)()
+    report.figures |= {"runs": runs, "workers": arguments.workers, "images": len(files), "photos": "given" if arguments.photos else "made"}
+    report.end(arguments.json)
 
 
 if __name__ == "__main__":
