@@ -20,9 +20,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.bank has them
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import step
 from benchmarks.common import (
@@ -40,7 +41,6 @@ from torch.nn import functional as F
 PARTS = ("speed", "memory", "step", "curve")
 CURVE = [(256, K, 128) for K in (8192, 32768, 131072)] + [(N, 65536, 128) for N in (128, 512)]
 FULL_CURVE = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [(N, 65536, 128) for N in (128, 512, 2048)]
-CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -53,8 +53,21 @@ def streamed() -> Iterator[None]:
         fused.serves = serves
 
 
-# Each way's precision, and what it runs in.
-WAYS = {"bf16": (torch.bfloat16, contextlib.nullcontext), "fp32": (torch.float32, contextlib.nullcontext), "streamed": (torch.float32, streamed)}
+class How(NamedTuple):
+    device: torch.device
+    clock: str
+    runs: int
+    peak_size: int  # of the matrix product
+
+    def seconds(self, work: Callable) -> float:
+        return seconds(work, clock=self.clock, device=self.device)
+
+
+WAYS = {  # each one's precision, and what it runs in
+    "bf16": (torch.bfloat16, contextlib.nullcontext),
+    "fp32": (torch.float32, contextlib.nullcontext),
+    "streamed": (torch.float32, streamed),
+}
 
 
 def ours(way: str, bank: LearnableBank, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
@@ -81,30 +94,27 @@ def problem(N: int, K: int, D: int, device: torch.device) -> tuple[LearnableBank
     return LearnableBank(size=K, dim=D, seed=0, lr=LR, momentum=MOMENTUM).eval().to(device), q.requires_grad_(), k
 
 
-def matrix_peak(dtype: torch.dtype, size: int, timed: Callable[[Callable], float], device: torch.device) -> float:
+def matrix_peak(dtype: torch.dtype, how: How) -> float:
     """Best of PyTorch's matrix products here, GFLOP/s."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(6)) / 1e9
+    a, b = (torch.randn(how.peak_size, how.peak_size, device=how.device).to(dtype) for _ in range(2))
+    return 2 * how.peak_size**3 / min(how.seconds(lambda: a @ b) for _ in range(6)) / 1e9
 
 
-def speed(report: Report, N: int, K: int, D: int, *, runs: int, timed: Callable[[Callable], float], device: torch.device, peak_size: int) -> dict:
-    say(f"speed at N {N}, K {K:,}, D {D}: {runs} turns of every way and of the best matrix product")
-    ways = ways_that_serve(report, device)
-    bank, q, k = problem(N, K, D, device)
+def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
+    say(f"speed at N {N}, K {K:,}, D {D}: {how.runs} turns of every way and of the best matrix product")
+    ways, peaks = ways_that_serve(report, how.device), {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if report.leave_out("the bf16 matrix product", None if how.device.type == "cuda" else lacks_bf16()):
+        del peaks["bf16"]
+    bank, q, k = problem(N, K, D, how.device)
     published = Published(bank.rows.weight.detach())
     ours(ways[0], bank, q, k)
     published.step(q, k)
     difference = (bank.rows.weight - published.w_KD).abs().max().item()
-    assert difference < (1e-3 if device.type == "cuda" else 1e-5), f"the two disagree by {difference}"
-    works = {"published": lambda: timed(lambda: published.step(q, k))}
-    works |= {way: lambda way=way: timed(lambda: ours(way, bank, q, k)) for way in ways}
-    # The longer product on a GPU, for which the other is over too soon.
-    size = 4 * peak_size if device.type == "cuda" else peak_size
-    peaks = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if report.leave_out("the bf16 matrix product", None if device.type == "cuda" else lacks_bf16()):
-        del peaks["bf16"]
-    works |= {f"{name}_peak_gflops": lambda dtype=dtype: matrix_peak(dtype, size, timed, device) for name, dtype in peaks.items()}
-    times = turns(works, runs, warm=0)
+    assert difference < (1e-3 if how.device.type == "cuda" else 1e-5), f"the two disagree by {difference}"
+    works = {"published": lambda: how.seconds(lambda: published.step(q, k))}
+    works |= {way: lambda way=way: how.seconds(lambda: ours(way, bank, q, k)) for way in ways}
+    works |= {f"{name}_peak_gflops": lambda dtype=dtype: matrix_peak(dtype, how) for name, dtype in peaks.items()}
+    times = turns(works, how.runs, warm=0)
     figures: dict = {"published_seconds": spread(times["published"])["median"]}
     figures |= {f"{name}_peak_gflops": max(times[f"{name}_peak_gflops"]) for name in peaks}
     for way in ways:
@@ -135,8 +145,7 @@ def child(way: str, N: int, K: int, D: int, device: torch.device) -> None:
     bank, q, k = problem(N, K, D, device)
     published = Published(bank.rows.weight.detach()) if way == "published" else None
     small = problem(64, 512, D, device)
-    if way in WAYS:  # libraries and thread pools are there before we look
-        ours(way, *small)
+    ours("fp32", *small)  # libraries and thread pools are there before we look
     Published(small[0].rows.weight.detach()).step(*small[1:])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -166,14 +175,14 @@ def memory(report: Report, N: int, K: int, D: int, device: torch.device) -> dict
     return {"extra_bytes": extra, "memory_vs_published": less[ways[0]]}
 
 
-def curve(report: Report, shapes: list[tuple[int, int, int]], *, runs: int, timed: Callable[[Callable], float], device: torch.device) -> list[dict]:
-    way = ways_that_serve(report, device)[0]
-    say(f"curve of {way}: best of {runs} at each size")
+def curve(report: Report, shapes: list[tuple[int, int, int]], how: How) -> list[dict]:
+    way = ways_that_serve(report, how.device)[0]
+    say(f"curve of {way}: best of {how.runs} at each size")
     rows = []
     for N, K, D in shapes:
-        bank, q, k = problem(N, K, D, device)
+        bank, q, k = problem(N, K, D, how.device)
         ours(way, bank, q, k)
-        taken = min(timed(lambda: ours(way, bank, q, k)) for _ in range(runs))
+        taken = min(how.seconds(lambda: ours(way, bank, q, k)) for _ in range(how.runs))
         rows.append({"N": N, "K": K, "D": D, "way": way, "seconds": taken, "gflops": 5 * 2 * N * K * D / taken / 1e9})
         report.row(f"step of {way}, N {N}, K {K:,}, D {D}", f"{taken:.3f} s", f"{rows[-1]['gflops']:.0f} GFLOP/s")
         say(f"    N {N}, K {K:,}")
@@ -181,12 +190,13 @@ def curve(report: Report, shapes: list[tuple[int, int, int]], *, runs: int, time
 
 
 def main() -> None:
-    options = parser(__doc__, runs="turns that count: 3 (step: after two that warm up)", full="15 turns, and the curve to a million rows")
+    runs = "turns that count: 3 (step: after two that warm up)"
+    options = parser(__doc__, runs=runs, full="15 turns, and the curve to a million rows")
     options.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; without any: all")
     options.add_argument("--queries", type=int, default=1024, help="of the speed")
     options.add_argument("--rows", type=int, default=65_536)
     options.add_argument("--memory-queries", type=int, default=4096)
-    options.add_argument("--precision", choices=("bf16", "fp32"), help="of the step's model; bf16 where the processor has units for it")
+    options.add_argument("--precision", choices=("bf16", "fp32"), help="of the step's model; bf16 where there are units for it")
     options.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: with --threads 1, on a machine that others use too")
     options.add_argument("--threads", type=int, help="PyTorch's number; its own choice without")
     options.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -206,22 +216,23 @@ def main() -> None:
     runs = arguments.runs or (15 if arguments.full else 1 if arguments.tiny else 3)
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
 
-    def timed(work: Callable) -> float:
-        return seconds(work, clock=arguments.clock, device=device)
-
-    N, K, memory_N, shapes, peak_size = arguments.queries, arguments.rows, arguments.memory_queries, FULL_CURVE if arguments.full else CURVE, 2048
-    overrides = step.DEFAULT
+    N, K, memory_N = arguments.queries, arguments.rows, arguments.memory_queries
+    shapes, overrides = FULL_CURVE if arguments.full else CURVE, step.DEFAULT
+    peak_size = 8192 if device.type == "cuda" else 2048  # a smaller one is over too soon on a GPU
     if arguments.tiny:
-        N, K, memory_N, shapes, peak_size, overrides = 32, 512, 64, [(16, 512, 32)], 64, step.TINY
+        N, K, memory_N, shapes, overrides, peak_size = 32, 512, 64, [(16, 512, 32)], step.TINY, 64
+    how = How(device, arguments.clock, runs, peak_size)
     report = Report(["what", "figure", "beside it"])
     figures = report.figures
     figures |= {"runs": runs, "threads": torch.get_num_threads(), "clock": arguments.clock}
-    figures["instructions"] = ("Triton" if fused.on_cuda(device, 128) else None) if device.type == "cuda" else instructions.used(instructions.BANK)
-    if device.type == "cpu":
+    if device.type == "cuda":
+        figures["instructions"] = "Triton" if fused.on_cuda(device, 128) else None
+    else:
+        figures["instructions"] = instructions.used(instructions.BANK)
         report.leave_out("a GPU", lacks_gpu())
     if "speed" in parts:
         for D in (128, 256):
-            one = speed(report, N, K, D, runs=runs, timed=timed, device=device, peak_size=peak_size)
+            one = speed(report, N, K, D, how)
             figures[f"d{D}"], figures[f"vs_published_d{D}"] = one, one[one["best"]]["ratio"]
         figures["fallback_vs_published"] = figures["d128"]["streamed"]["ratio"]
         figures["fallback_vs_published_d256"] = figures["d256"]["streamed"]["ratio"]
@@ -232,7 +243,7 @@ def main() -> None:
         measured = step.measure(report, [*overrides, *chosen], runs)
         figures |= {"step_overhead": measured["overhead"], "step_vs_published": measured["vs_published"], "step": measured}
     if "curve" in parts:
-        figures["curve"] = curve(report, shapes, runs=runs, timed=timed, device=device)
+        figures["curve"] = curve(report, shapes, how)
     report.end(arguments.json)
 
 

@@ -34,7 +34,7 @@ def parser(description: str, *, runs: str | None = None, full: str | None = None
     if runs:
         made.add_argument("--runs", type=int, help=runs)
     made.add_argument("--json", type=Path, help="file for the figures")
-    made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # of the tests: everything runs, no figure means anything
+    made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # of the tests: no figure means anything
     if full:
         made.add_argument("--full", action="store_true", help=full)
     return made
@@ -153,7 +153,8 @@ class Report:
         for what, why in self.left_out.items():
             print(f"left out: {what}: {why}")
         on = machine()
-        print("; ".join(f"{name}: {value}" for name, value in on.items()) + f"; {time.perf_counter() - _started:.0f} s in all", flush=True)
+        facts = [f"{name}: {value}" for name, value in on.items()]
+        print("; ".join([*facts, f"{time.perf_counter() - _started:.0f} s in all"]), flush=True)
         if file is not None:
             figures = self.figures | {"left_out": self.left_out, "machine": on, "environment": environment()}
             file.write_text(json.dumps(figures, indent=1) + "\n")

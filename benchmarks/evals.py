@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.evals has them
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Report, named, parser, ratios, say, spread, told
 from caco.config import build, compose
@@ -91,11 +91,12 @@ def regression(images: int, width: int, classes: int, runs: int) -> dict:
     def predicted(ends):
         return torch.stack([(x_test @ weight + bias).argmax(1) for weight, bias in ends])
 
+    differ = (predicted(our_ends) != predicted(their_ends)).sum(dim=1)
     return {
         "images": images, "width": width, "classes": classes, "runs": runs, **named(ratios(theirs, ours), "ratio"),
         "seconds": spread(ours)["median"], "scikit_learn_seconds": spread(theirs)["median"],
         "largest_gradient": max(gradients(our_ends)), "scikit_learn_largest_gradient": max(gradients(their_ends)),
-        "test_images": len(x_test), "most_predictions_that_differ": int((predicted(our_ends) != predicted(their_ends)).sum(dim=1).max()),
+        "test_images": len(x_test), "most_predictions_that_differ": int(differ.max()),
     }  # fmt: skip
 
 
@@ -151,12 +152,13 @@ def main() -> None:
     report.row(
         "logistic regression: scikit-learn's time / ours", _ratio(fit),
         f"{fit['seconds']:.1f} s to {fit['scikit_learn_seconds']:.1f} s; largest gradient entry {fit['largest_gradient']:.1e} and "
-        f"{fit['scikit_learn_largest_gradient']:.1e}; at most {fit['most_predictions_that_differ']} of {fit['test_images']} predictions differ",
+        f"{fit['scikit_learn_largest_gradient']:.1e}; at most {fit['most_predictions_that_differ']} of {fit['test_images']} predictions "
+        "differ",
     )  # fmt: skip
     say("k-NN: the whole similarity matrix at once, and in blocks")
     near = neighbours(*((500, 20) if arguments.tiny else (50_000, 2000)), 256, runs)
-    differ = near["predictions_that_differ_from_float64"]
-    report.row("k-NN: the whole matrix's time / ours", _ratio(near), f"{differ} of {near['queries']} predictions differ from float64's")
+    differ = f"{near['predictions_that_differ_from_float64']} of {near['queries']} predictions differ from float64's"
+    report.row("k-NN: the whole matrix's time / ours", _ratio(near), differ)
     say("features: computed, and read from their file")
     again = cached(runs)
     report.row("features: computing them / reading them", _ratio(again), f"{again['images']} images")

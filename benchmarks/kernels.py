@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.kernels has them
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Report, parser, say
 
@@ -70,7 +70,8 @@ def main() -> None:
     options.add_argument("--arch", type=int, nargs="+", help="80 90")
     options.add_argument("--widths", type=int, nargs="+", help="64 128 256")
     arguments = options.parse_args()
-    archs, widths = arguments.arch or ([90] if arguments.tiny else [80, 90]), arguments.widths or ([32] if arguments.tiny else [64, 128, 256])
+    archs = arguments.arch or ([90] if arguments.tiny else [80, 90])
+    widths = arguments.widths or ([32] if arguments.tiny else [64, 128, 256])
     report = Report(["card", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (of)"])
     if not report.leave_out("every kernel", lacks_triton()):
         report.figures |= {"triton": importlib.metadata.version("triton"), "kernels": []}

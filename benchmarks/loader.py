@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.loader has them
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Report, parser, ratios, say, spread, told, turns
 from caco.config import CONF
@@ -279,12 +279,18 @@ class Comparison:
         count = batch * self.sizes.small_batches
         few = ImagesInMemory(np.tile(pixels, (-(-count // len(pixels)), 1, 1, 1))[:count], name="small")
         many = ImagesInMemory(np.tile(few.arrays, (10, 1, 1, 1)), name="many")
-        contenders = {"dataloader": pillow(few, views, batch, self.workers), "caco": ours(TorchLoader, many, views, batch, self.workers)}
+        contenders = {
+            "dataloader": pillow(few, views, batch, self.workers),
+            "caco": ours(TorchLoader, many, views, batch, self.workers),
+        }
         self.compare("small", "two views at 32 from memory", contenders, {"small_vs_dataloader": ("caco", "dataloader")})
 
     def multicrop(self) -> None:
         views = views_of("caco_multicrop")
-        contenders = {"pil": pillow(self.files, views, self.sizes.batch, self.workers), "caco": self.caco(self.source, self.files, views)}
+        contenders = {
+            "pil": pillow(self.files, views, self.sizes.batch, self.workers),
+            "caco": self.caco(self.source, self.files, views),
+        }
         self.compare("multicrop", "two views at 224 and six at 96 from JPEGs", contenders, {"multicrop_vs_pil": ("caco", "pil")})
 
     def first(self) -> None:
@@ -336,7 +342,8 @@ def main() -> None:
         for part in PARTS:
             if part in only:
                 getattr(comparison, part)()
-    report.figures |= {"runs": runs, "workers": arguments.workers, "images": len(files), "photos": "given" if arguments.photos else "made"}
+    report.figures |= {"runs": runs, "workers": arguments.workers, "images": len(files)}
+    report.figures["photos"] = "given" if arguments.photos else "made"
     report.end(arguments.json)
 
 

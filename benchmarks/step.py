@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.step has them
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Report, lacks_bf16, named, parser, ratios, say, seconds, spread, told, turns
 from benchmarks.published import Published
@@ -67,7 +67,8 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         method.zero_grad()
 
     index = torch.arange(cfg.batch, device=device)
-    batch, now = Batch(views, index, torch.full_like(index, -1)), Now(0, TRAINING, 0, False, 0, 0, {"twin_momentum": 0.99, "bank_lr": 0.01})
+    batch = Batch(views, index, torch.full_like(index, -1))
+    now = Now(0, TRAINING, 0, False, 0, 0, {"twin_momentum": 0.99, "bank_lr": 0.01})
 
     def step() -> None:
         method.before_step(now, None)
