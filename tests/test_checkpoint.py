@@ -106,7 +106,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
-    assert "FileError: checkpoint" in child.stderr and "could not be written" in child.stderr
+    assert "OSError: checkpoint" in child.stderr and "could not be written" in child.stderr
     assert names(tmp_path) == ["step_000000001.pt"]
     assert load(tmp_path / "step_000000001.pt")["step"] == 1
 
