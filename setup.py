@@ -15,7 +15,7 @@ FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wno-psa
 
 
 class WithConf(build_py):
-    """A wheel carries conf/ as caco/conf; in a checkout it lies beside the package, where one reads it (caco/config.py).
+    """A wheel carries conf/ as caco/conf; in a checkout it lies beside the package, where one reads it (caco/config/composition.py).
 
     Done by hand and not by an entry of package-dir, with which setuptools would make of an editable install an import hook.
     A hook is asked after the path: in the folder above a clone named caco, Python would take that clone for the package.
@@ -34,12 +34,12 @@ setup(
     cmdclass={"build_py": WithConf},
     ext_modules=[
         Extension(
-            "caco.banks._kernel", ["caco/banks/kernel.cpp"],
-            depends=["caco/banks/kernel.h", "caco/banks/amx.h", "caco/banks/amx_tiles.h"], language="c++", optional=True,
+            "caco.banks.kernels._kernel", ["caco/banks/kernels/kernel.cpp"],
+            depends=["caco/banks/kernels/kernel.h", "caco/banks/kernels/amx.h", "caco/banks/kernels/amx_tiles.h"], language="c++", optional=True,
             extra_compile_args=FLAGS, extra_link_args=["-pthread"],
         ),
         Extension(
-            "caco.data._views", ["caco/data/views.cpp"], depends=["caco/data/jpeg.h"], language="c++", optional=True,
+            "caco.data.views._views", ["caco/data/views/views.cpp"], depends=["caco/data/views/jpeg.h"], language="c++", optional=True,
             # a * b + c is never contracted: every machine makes the same bits. No value is infinite or undefined.
             extra_compile_args=[*FLAGS, "-ffp-contract=off", "-ffinite-math-only", "-fno-signed-zeros"],
             extra_link_args=["-pthread"],

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.results import NAMES, Found, Spread
-from caco.config import ConfigError
+from caco.errors import UserError
 from experiments.tables import Scale, Table
 
 Data = list[dict[str, Any]]
@@ -82,7 +82,7 @@ def _need(found: Sequence[Found], what: str, holds) -> list[Found]:
     chosen = [row for row in found if holds(row)]
     if not chosen:
         commands = [f"  {row.experiment.command()}" for row in found if row.experiment.why_not is None]
-        raise ConfigError("\n".join([f"no results with {what}; these make them:", *commands]))
+        raise UserError("\n".join([f"no results with {what}; these make them:", *commands]))
     return chosen
 
 
@@ -246,7 +246,7 @@ def _cost_of_a_step(row: Found, x: str) -> float:
         rates = row.values("images_per_second").values()
         return sum(batch / rate for rate in rates) / len(rates) / 3600
     if importlib.util.find_spec("caco.plan") is None:
-        raise ConfigError("--x flops: needs caco.plan, which this version of caco lacks; expected --x hours or images")
+        raise UserError("--x flops: needs caco.plan, which this version of caco lacks; expected --x hours or images")
     from caco.plan import plan
 
     return plan(row.experiment.cfg, world=1)["flops_per_step"] / 1e15
@@ -254,5 +254,5 @@ def _cost_of_a_step(row: Found, x: str) -> float:
 
 def _metric(scale: Scale, column: str) -> str:
     if not scale.metrics.get(column):
-        raise ConfigError(f"scale {scale.id} measures nothing for the column {column}")
+        raise UserError(f"scale {scale.id} measures nothing for the column {column}")
     return scale.metrics[column][0]

@@ -20,10 +20,10 @@ from pathlib import Path
 from analysis.results import Found
 from analysis.table import add_sources, found_for, read_results
 from caco import errors
-from caco.config import ConfigError
+from caco.config.refusals import nearest
+from caco.errors import UserError
 from caco.installed import command_to_install
-from caco.refusals import nearest
-from caco.tracking.files import read_json
+from caco.runs.files import read_json
 from experiments.tables import load_scale, load_table
 
 OF_RESULTS = {"4": "7", "bank": "7", "size": "6", "compute": "7"}  # and the table whose rows they show
@@ -63,17 +63,17 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
     """Draw a figure; returns its files and the MLflow runs that it shows.
 
     Raises:
-        ConfigError: no such figure; no results, no run to draw it from.
+        UserError: no such figure; no results, no run to draw it from.
     """
     name = arguments.figure
     if name not in FIGURES:
-        raise ConfigError(f"{name}: no such figure{nearest(name, FIGURES) or '.'} There are: {', '.join(FIGURES)}")
+        raise UserError(f"{name}: no such figure{nearest(name, FIGURES) or '.'} There are: {', '.join(FIGURES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"figures need matplotlib, which is not installed; to have it: {command_to_install('analysis')}")
+        raise UserError(f"figures need matplotlib, which is not installed; to have it: {command_to_install('analysis')}")
     if name in OF_A_RUN:
         return of_a_run(arguments)
     if arguments.scale is None:
-        raise ConfigError(f"figure {name}: expected --scale, the scale whose results it shows")
+        raise UserError(f"figure {name}: expected --scale, the scale whose results it shows")
     table, scale = load_table(arguments.table or OF_RESULTS[name]), load_scale(arguments.scale)
     there, told = read_results(arguments, scale.id, curves=True)
     for line in told:
@@ -105,7 +105,7 @@ def draw(name: str, found: Sequence[Found], out: Path, *, chosen: bool = False, 
 def of_a_run(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str]]]:
     """Figures 3 and 5, into out/RUN-figure-N.*."""
     if arguments.run is None:
-        raise ConfigError(f"figure {arguments.figure}: expected --run DIR, a run's directory, as runs/SCALE/NAME")
+        raise UserError(f"figure {arguments.figure}: expected --run DIR, a run's directory, as runs/SCALE/NAME")
     from analysis import model, style
 
     run, root = arguments.run, arguments.data_root

@@ -12,15 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 from analysis import style
 from caco.banks.rows import TWIN_COSINE
 from caco.banks.scoring import unit_rows
-from caco.build import build_method
-from caco.checkpoint import Checkpoints
-from caco.config import ConfigError, build
-from caco.data.loader import plain_batches
-from caco.data.sources import Source, Splits, choose
+from caco.config.composition import build
+from caco.data.loaders.plain import plain_batches
+from caco.data.sets.sources import Source, Splits, choose
+from caco.engine.assembly import build_method
+from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import extract
 from caco.evals.knn import KNN, nearest
 from caco.evals.pixels import RawPixels
+from caco.runs.checkpoint import Checkpoints
 
 Data = list[dict[str, Any]]
 SAME, OTHER = "#0072B2", "#D55E00"
@@ -53,23 +54,23 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
     Args:
         data_root: where the images are now; None is where the run read them.
     Raises:
-        ConfigError: no run there, or none that has a checkpoint.
+        UserError: no run there, or none that has a checkpoint.
         ValueError: the images are not those that the run was trained on.
     """
     if not (run_dir / "config.yaml").is_file():
         made = sorted(str(path.parent.parent) for path in Path("runs").glob("*/*/checkpoints/step_*.pt"))
         listed = "".join(f"\n  {name}" for name in dict.fromkeys(made[-8:]))
-        raise ConfigError(f"{run_dir}: expected a run's directory, got none." + (f" There are:{listed}" if made else ""))
+        raise UserError(f"{run_dir}: expected a run's directory, got none." + (f" There are:{listed}" if made else ""))
     cfg = OmegaConf.load(run_dir / "config.yaml")
     if data_root is not None:
         cfg.data.root = data_root
     newest = Checkpoints(run_dir / "checkpoints").load_newest()
     if newest is None:
-        raise ConfigError(f"{run_dir}: has no checkpoint; start its command again to train it")
+        raise UserError(f"{run_dir}: has no checkpoint; start its command again to train it")
     splits = build(cfg.data)
     digest = splits.pretrain.digest()
     if digest != newest[0]["data_digest"]:
-        raise ConfigError(f"{run_dir}: expected the images that it was trained on ({newest[0]['data_digest']}), got others ({digest})")
+        raise UserError(f"{run_dir}: expected the images that it was trained on ({newest[0]['data_digest']}), got others ({digest})")
     method = build_method(cfg)
     method.load_state_dict(newest[0]["method"])
     return Trained(cfg, method.eval(), splits, build(cfg.augmentation), newest[0]["step"])
@@ -85,7 +86,7 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     trained = load(run_dir, data_root)
     method, bank = trained.method, trained.method.bank
     if bank is None:
-        raise ConfigError(f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative")
+        raise UserError(f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative")
     train, test = trained.splits.labelled("Figure 3")
     generator = np.random.default_rng(seed)
     chosen = _one_of_each_class(test.labels, queries, generator)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from caco import config, errors, refusals
-from caco.config import ConfigError
+from caco import errors
+from caco.config import composition, refusals
+from caco.errors import UserError
 from caco.installed import command_to_install
 from caco.tracking.ledger import read_rows
 
@@ -72,13 +73,13 @@ def make(arguments: argparse.Namespace) -> Path:
     """Draw a run's picture; returns its file.
 
     Raises:
-        ConfigError: no run there, or one that has nothing to show.
+        UserError: no run there, or one that has nothing to show.
     """
     run_dir = directory(arguments.run)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}") from error
+        raise UserError(f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}") from error
     from analysis import model  # here and not above: it imports torch
 
     trained = model.load(run_dir, arguments.data_root)
@@ -86,7 +87,7 @@ def make(arguments: argparse.Namespace) -> Path:
     pixels = None if curve is None else model.pixels_knn(trained)
     rows = None if trained.method.bank is None else model.bank_rows(trained, num_images=arguments.images)
     if curve is None and rows is None:
-        raise ConfigError(f"{run_dir}: expected a bank or an evaluation by k-NN to draw, got a run with neither")
+        raise UserError(f"{run_dir}: expected a bank or an evaluation by k-NN to draw, got a run with neither")
     path = arguments.to or run_dir / "picture.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(trained, curve, pixels, rows, name=run_dir.resolve().name).savefig(path, dpi=DOTS_PER_INCH)
@@ -97,21 +98,21 @@ def directory(run: Sequence[str]) -> Path:
     """A run's directory, from itself or from the overrides that made it.
 
     Raises:
-        ConfigError: there is no run, or the overrides do not compose.
+        UserError: there is no run, or the overrides do not compose.
     """
     if len(run) == 1 and ("=" not in run[0] or Path(run[0]).is_dir()):
         path = Path(run[0])
         expected = "expected a run's directory, or overrides such as preset=demo seed=1"
     else:
         try:
-            path = Path(config.compose(list(run)).hydra.run.dir)
+            path = Path(composition.compose(list(run)).hydra.run.dir)
         except (*refusals.COMPOSITION_ERRORS, ValueError) as error:
-            raise ConfigError(refusals.explain(error, run)) from error
+            raise UserError(refusals.explain(error, run)) from error
         expected = f"expected the run that python -m caco.train {shlex.join(run)} makes"
     if not path.is_dir():
-        raise ConfigError(f"{path}: {expected}, got no such directory")
+        raise UserError(f"{path}: {expected}, got no such directory")
     if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path}: {expected}, got a directory without a run's config.yaml")
+        raise UserError(f"{path}: {expected}, got a directory without a run's config.yaml")
     return path
 
 

@@ -19,7 +19,7 @@ from analysis.figure import OF_RESULTS, draw, of_a_run
 from analysis.results import NAMES, UNITS, Result
 from analysis.table import Sheet, add_sources, read_results
 from caco import errors
-from caco.config import ConfigError
+from caco.errors import UserError
 from experiments import record
 from experiments.tables import load_scale, load_table, tables
 
@@ -57,13 +57,13 @@ def of_scale(arguments: argparse.Namespace) -> str:
     """The page of a scale.
 
     Raises:
-        ConfigError: nothing has been run at it.
+        UserError: nothing has been run at it.
     """
     scale = load_scale(arguments.scale)
     there, told = read_results(arguments, scale.id, curves=True)
     needed = f"scale {scale.id}: no results among {len(there)}; this makes some: python -m experiments.run table7 scale={scale.id}"
     if not there:
-        raise ConfigError(needed)
+        raise UserError(needed)
     sheets, figures, without, used = [], [], list(told), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.tables.split(",") if arguments.tables else tables():
@@ -77,7 +77,7 @@ def of_scale(arguments: argparse.Namespace) -> str:
                 if about.id == f"table{of_table}":
                     _figure(figures, without, figure, lambda figure=figure, found=found: draw(figure, found, Path(folder))[0])
         if not used:
-            raise ConfigError(needed)
+            raise UserError(needed)
         _of_runs(figures, without, arguments, Path(folder))
     title = f"Scale {scale.id}: {scale.title}"
     sources = sorted({result.source for result in there})
@@ -89,11 +89,11 @@ def of_sweep(arguments: argparse.Namespace) -> str:
     """The page of a folder of runs.
 
     Raises:
-        ConfigError: none of them has finished.
+        UserError: none of them has finished.
     """
     finished = sorted(path.parent for path in arguments.sweep.glob("*/summary.json"))
     if not finished:
-        raise ConfigError(f"{arguments.sweep}: expected a sweep's folder, of runs with summary.json; got none")
+        raise UserError(f"{arguments.sweep}: expected a sweep's folder, of runs with summary.json; got none")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         record.write_json(path, record.gather(finished))
@@ -129,7 +129,7 @@ def _figure(figures: list[dict[str, Any]], without: list[str], name: str, make: 
     """Add a figure, or the reason why it is not there."""
     try:
         (png,) = [path for path in make() if path.suffix == ".png"]
-    except ConfigError as error:
+    except UserError as error:
         without.append(f"{CAPTIONS[name]}: {str(error).splitlines()[0].rstrip(':')}")
         return
     # A page's width holds two of the others beside each other.

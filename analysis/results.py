@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from caco.config import ConfigError
-from caco.runs import differences, identity
+from caco.errors import UserError
+from caco.runs.identity import differences, identity
 from caco.tracking.feed import first_line, import_mlflow, require_mlflow, resolve_uri
 from experiments import record
 from experiments.run import RECORDS
@@ -36,7 +36,7 @@ class Result:
     """One finished run.
 
     Args:
-        config: its identity (caco/runs.py), empty where only the hash is known.
+        config: its identity (caco/runs/py), empty where only the hash is known.
         curve: rows of kind epoch and eval.
         label: the table, row and scale that it was run for, or {}.
         source: where it was read.
@@ -112,7 +112,7 @@ def from_records(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
     """The results of record files, each run once, and what was said about those that came twice.
 
     Raises:
-        ConfigError: a file is no record.
+        UserError: a file is no record.
     """
     parts = [[run | {"source": str(path)} for run in record.read(path)] for path in paths]
     runs, told = record.merge(parts)
@@ -152,13 +152,13 @@ def from_mlflow(uri: str, experiment: str, *, curves: bool = False) -> list[Resu
     Args:
         curves: read every metric's history too, a request each.
     Raises:
-        ConfigError: no store that answers, or no such experiment in it.
+        UserError: no store that answers, or no such experiment in it.
     """
     require_mlflow()
     uri = resolve_uri(uri)
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
-        raise ConfigError(f"{uri}: there is no such file")
+        raise UserError(f"{uri}: there is no such file")
     import_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -168,7 +168,7 @@ def from_mlflow(uri: str, experiment: str, *, curves: bool = False) -> list[Resu
         found = client.get_experiment_by_name(experiment)
         if found is None:
             names = sorted(item.name for item in client.search_experiments())
-            raise ConfigError(f"{uri}: no experiment {experiment}; there are: {', '.join(names)}")
+            raise UserError(f"{uri}: no experiment {experiment}; there are: {', '.join(names)}")
         results, token = [], None
         while True:
             page = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'", page_token=token)
@@ -177,7 +177,7 @@ def from_mlflow(uri: str, experiment: str, *, curves: bool = False) -> list[Resu
             if not token:
                 return results
     except MlflowException as error:
-        raise ConfigError(f"{uri}: {first_line(error)}") from error
+        raise UserError(f"{uri}: {first_line(error)}") from error
 
 
 def _of_mlflow(client: Any, run: Any, uri: str, curves: bool) -> Result:

@@ -17,7 +17,7 @@ from pathlib import Path
 from analysis import results
 from analysis.results import NAMES, UNITS, Found, Gain, Result, Spread
 from caco import errors
-from caco.config import ConfigError
+from caco.errors import UserError
 from experiments.tables import Scale, Table, load_scale, load_table, scales
 
 FORMATS = ("text", "markdown", "latex", "csv")
@@ -330,14 +330,14 @@ def found_for(table: Table, scale: Scale, there: Sequence[Result], arguments: ar
     """As results.find, where somebody named a source that must hold something.
 
     Raises:
-        ConfigError: it holds nothing of this table at this scale; says what would make it.
+        UserError: it holds nothing of this table at this scale; says what would make it.
     """
     found = results.find(table, scale, there, rows)
     if (arguments.mlflow or arguments.records) and not any(row.by_seed for row in found):
         source = arguments.mlflow or ", ".join(map(str, arguments.records))
         refused = [line for row in found for line in row.refused]
         tracking = f" tracking=mlflow tracking.uri={arguments.mlflow}" if arguments.mlflow else ""
-        raise ConfigError(
+        raise UserError(
             "\n  ".join(
                 [
                     f"{source}: no run of {table.id} at scale {scale.id} among its {len(there)}; this makes them:",

@@ -25,18 +25,30 @@ from typing import NamedTuple
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.bank has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+from torch.nn import functional as F
+
 from benchmarks import step
 from benchmarks.common import (
-    CLOCKS, Report, lacks_bf16, lacks_gpu, lacks_kernel, lacks_tiles, named, parser, ratios, say, seconds,
-    spread, told, turns,
+    CLOCKS,
+    Report,
+    lacks_bf16,
+    lacks_gpu,
+    lacks_kernel,
+    lacks_tiles,
+    named,
+    parser,
+    ratios,
+    say,
+    seconds,
+    spread,
+    told,
+    turns,
 )  # fmt: skip
 from benchmarks.published import LR, MOMENTUM, TAU, Published
 from caco import instructions
-from caco.banks import fused
+from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
-
-import torch
-from torch.nn import functional as F
 
 PARTS = ("speed", "memory", "step", "curve")
 CURVE = [(256, K, 128) for K in (8192, 32768, 131072)] + [(N, 65536, 128) for N in (128, 512)]

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caco import instructions
-from caco.banks import fused
-from caco.tracking.environment import environment
-
 import torch  # after caco, which tells it which instructions to use
+
+from caco import instructions
+from caco.banks.kernels import fused
+from caco.runs.environment import environment
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _started = time.perf_counter()

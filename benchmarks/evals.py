@@ -23,15 +23,15 @@ import numpy as np
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.evals has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import Report, named, parser, ratios, say, spread, told
-from caco.config import build, compose
-from caco.evals.features import FeatureStore
-from caco.evals.knn import knn_predict, knn_votes
-from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
-
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
+
+from benchmarks.common import Report, named, parser, ratios, say, spread, told
+from caco.config.composition import build, compose
+from caco.evals.features import FeatureStore
+from caco.evals.knn import knn_predict, knn_votes
+from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
 
 TOLERANCE, MAX_ITERATIONS = 1e-5, 1000
 

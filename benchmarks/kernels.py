@@ -37,7 +37,7 @@ def used(name: str, D: int, *, low: bool, arch: int) -> Used:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from caco.banks import triton_kernels
+    from caco.banks.kernels import triton_kernels
 
     kernel = triton_kernels.KERNELS[name]
     fixed, options = triton_kernels.constants(name, D, low=low, hopper=arch // 10 in (9, 10))

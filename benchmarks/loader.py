@@ -34,20 +34,21 @@ from PIL import Image, ImageFilter
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.loader has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import Report, parser, ratios, say, spread, told, turns
-from caco.config import CONF
-from caco.data import native
-from caco.data.beton import beton
-from caco.data.datasets import folder
-from caco.data.loader import FFCVLoader, TorchLoader, what_ffcv_lacks
-from caco.data.sources import ImagesInMemory, Source, Splits
-from caco.data.views import Views
-from caco.data.write import write_splits
-
 import torch
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
+
+from benchmarks.common import Report, parser, ratios, say, spread, told, turns
+from caco.config.composition import CONF
+from caco.data.loaders.ffcv_loader import FFCVLoader, what_ffcv_lacks
+from caco.data.loaders.torch_loader import TorchLoader
+from caco.data.sets.beton import beton
+from caco.data.sets.folders import folder
+from caco.data.sets.sources import ImagesInMemory, Source, Splits
+from caco.data.views import native
+from caco.data.views.augmentation import Views
+from caco.write import write_splits
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("large", "raw", "small", "multicrop", "first")
@@ -156,11 +157,12 @@ def ours(kind: type, source: Source, views: Views, batch: int, workers: int) -> 
 
 def ffcv_crop(file: Path, views: Views, images: int, batch: int, workers: int) -> Contender:
     """FFCV's own way to two views: a pipeline of its operations for each."""
-    import caco.data.ffcv_pipeline  # noqa: F401  imports ffcv without its side effects
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline import PipelineSpec
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    import caco.data.loaders.ffcv_pipeline  # noqa: F401  imports ffcv without its side effects
 
     def spec(size: int) -> PipelineSpec:
         return PipelineSpec(
@@ -201,8 +203,8 @@ def decode(source: Any, workers: int) -> Contender:
 
 FIRST_BATCH = """
 import sys, time, torch
-from caco.config import build, compose
-from caco.data.loader import FFCVLoader
+from caco.config.composition import build, compose
+from caco.data.loaders.bound import FFCVLoader
 cfg = compose(["data=beton", "data.root=" + sys.argv[1]])
 views, source = build(cfg.augmentation), build(cfg.data).pretrain
 started = time.perf_counter()

@@ -1,6 +1,6 @@
 """Share of a training step that is not the pure model: the bank, the objective, the twin's update, the optimiser.
 
-The whole step is what caco/trainer.py does between two batches, without data, logging, evaluation and saving. The pure
+The whole step is what caco/engine/trainer.py does between two batches, without data, logging, evaluation and saving. The pure
 model is the same encoder and twin, forward and backward on the same views, with a loss that costs nothing. For CaCo with
 two views the same step with the published bank (benchmarks/published.py) is timed too. They take turns in one process, so that a
 drifting machine hits all.
@@ -15,15 +15,15 @@ from pathlib import Path
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.step has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from benchmarks.common import Report, lacks_bf16, named, parser, ratios, say, seconds, spread, told, turns
 from benchmarks.published import Published
-from caco import config
-from caco.build import build, build_method, pick_device
-from caco.data.loader import Batch
+from caco.config import composition
+from caco.data.loaders.batches import Batch
+from caco.engine.assembly import build, build_method, pick_device
 from caco.methods.base import TRAINING, Now
 from caco.methods.sources import BankRow
-
-import torch
 
 DEFAULT = ["backbone=small_resnet", "augmentation=cifar", "projector.hidden_dim=256", "batch=256", "bank=8M"]
 TINY = [*DEFAULT, "backbone.width=8", "projector.hidden_dim=16", "batch=8", "bank.size=64"]
@@ -36,16 +36,16 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     Raises:
         ValueError: precision=bf16 is among the overrides, and the processor has no unit for it.
     """
-    config.register()
+    composition.register()
     base = ["data=digits", "eval=[]", "tracking=ledger", *overrides]
-    cfg = config.job_config(config.compose(base))
+    cfg = composition.job_config(composition.compose(base))
     device = pick_device(cfg.device)
     lacking = lacks_bf16() if device.type == "cpu" and cfg.precision == "bf16" else None
     if lacking and "precision=bf16" in overrides:
         raise ValueError(f"precision=bf16: {lacking}; expected {FP32} here")
     if report.leave_out("the step in bf16", lacking):
         overrides = [*overrides, FP32]
-        cfg = config.job_config(config.compose([*base, FP32]))
+        cfg = composition.job_config(composition.compose([*base, FP32]))
     say(f"step: {' '.join(overrides)}")
     method = build_method(cfg).to(device=device, memory_format=torch.channels_last).train()
     optimizer = build(cfg.optimizer, groups=method.parameter_groups())

@@ -1,4 +1,4 @@
-"""The process group from torchrun's environment (caco/launchers.py makes one too) or nothing, and the few collectives that caco needs.
+"""The process group from torchrun's environment (caco/launch/jobs.py makes one too) or nothing, and the few collectives that caco needs.
 
 Every function is an identity where there is one process, so no caller asks how many there are.
 """

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Literal
 
 from caco import instructions
-from caco.data.sources import EXTENSIONS
+from caco.data.sets.sources import EXTENSIONS
 from caco.installed import command_to_install
-from caco.tracking.environment import environment
+from caco.runs.environment import environment
 from caco.tracking.feed import resolve_uri
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def torch() -> Iterator[Finding]:
         yield Finding("torch", "broken", _line(error), install)
         return
     for package in ("torchvision", "timm", "hydra-core", "psutil"):
-        if (found := _version(package)) is None:
+        if _version(package) is None:
             yield Finding("torch", "broken", f"no {package}", install)
     yield Finding(
         "torch", "works", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from caco import errors, pretrained, runs
+from caco import errors
+from caco.config import pretrained
+from caco.config.refusals import groups
 from caco.errors import UserError
-from caco.refusals import groups
+from caco.runs import directory
+from caco.runs.identity import plain
 from caco.train import say_if_mlflow_is_missing
 
 HELP = """\
@@ -52,7 +55,7 @@ def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Cal
             raise UserError(f"{', '.join(flags)}: expected key=value, --cfg or --help")
         cfg = pretrained.compose(name, [item for item in overrides if item not in ("--cfg", "job")])
         if flags:
-            print(OmegaConf.to_yaml(OmegaConf.create(runs.plain(cfg))), end="")
+            print(OmegaConf.to_yaml(OmegaConf.create(plain(cfg))), end="")
             return
         act(cfg)
 
@@ -61,10 +64,10 @@ def _evaluate(cfg: DictConfig) -> None:
     place = None if cfg.run is None else pretrained.locate(cfg.run)
     results_dir = _results_dir(cfg, place)
     say_if_mlflow_is_missing(cfg, sys.argv[1:], results_dir)
-    if runs.is_first_rank():
+    if directory.is_first_rank():
         results_dir.mkdir(parents=True, exist_ok=True)
-        runs.hold(results_dir)
-    from caco.build import evaluate  # here and not above: it imports torch
+        directory.hold(results_dir)
+    from caco.engine.assembly import evaluate  # here and not above: it imports torch
 
     evaluate(cfg, place, results_dir)
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from caco import pretrained
+from caco.config import pretrained
 from caco.errors import UserError
 from caco.evaluate import run_command
-from caco.runs import command, plain
-from caco.tracking.environment import environment
-from caco.tracking.files import read_json
+from caco.runs.directory import command
+from caco.runs.environment import environment
+from caco.runs.files import read_json
+from caco.runs.identity import plain
 
 HELP = """\
 caco: export a trained backbone.
@@ -40,7 +41,7 @@ def main() -> None:
 
 def _export(cfg: DictConfig) -> None:
     place = None if cfg.run is None else pretrained.locate(cfg.run)
-    from caco.build import build, load_pretrained  # here and not above: it imports torch
+    from caco.engine.assembly import build, load_pretrained  # here and not above: it imports torch
 
     backbone = build(cfg.backbone)
     path, step = load_pretrained(cfg, place, backbone)
@@ -59,9 +60,8 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     Raises:
         ValueError: the backbone does not fit a layout; before anything is written.
     """
-    from safetensors.torch import save_file
-
     import torch
+    from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     is_plain = node.get("name") is not None and not node.get("cifar_stem")

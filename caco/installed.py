@@ -42,7 +42,7 @@ def checkout() -> Path | None:
     parent = Path(__file__).resolve().parents[1]
     if (parent / "pyproject.toml").is_file():
         return parent
-    # A launcher's job runs a copy of the package (caco/snapshot.py); pip knows what that is a copy of.
+    # A launcher's job runs a copy of the package (caco/launch/snapshot.py); pip knows what that is a copy of.
     try:
         origin = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 VARIABLE = "CACO_INSTRUCTIONS"
 LEVELS = ("plain", "avx2", "avx512", "amx")  # each has all that the ones before it have
-BANK, VIEWS = "caco.banks._kernel", "caco.data._views"  # the compiled parts
+BANK, VIEWS = "caco.banks.kernels._kernel", "caco.data.views._views"  # the compiled parts
 
 LEVEL: str | None = None  # that was asked for: one of LEVELS, torch, or None for the best; `apply` sets it
 

@@ -21,25 +21,26 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from caco import config, errors, refusals, validation
+from caco import errors
 from caco.banks import scoring
-from caco.build import build_encoder, pick_device
-from caco.config import build
+from caco.config import composition, refusals, validation
+from caco.config.composition import build
+from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
 from caco.methods.base import Method
-from caco.runs import plain
+from caco.runs.identity import plain
 from caco.schedules import RunShape
 
 # Assumptions, nobody's measurement: tflops=, gbytes_per_s= and measure=true replace them.
 _DEFAULTS = {"tflops": 60.0, "gbytes_per_s": 10.0}
 IMAGES = {  # in the training split, of the sets that have one size
-    "caco.data.datasets.imagenet": 1_281_167,
-    "caco.data.datasets.tiny_imagenet": 100_000,
-    "caco.data.datasets.cifar10_jpeg75": 50_000,
-    "caco.data.datasets.digits": 1_400,
-    "caco.data.downloaded.cifar10": 50_000,
-    "caco.data.downloaded.cifar100": 50_000,
-    "caco.data.downloaded.stl10": 100_000,
+    "caco.data.sets.folders.imagenet": 1_281_167,
+    "caco.data.sets.folders.tiny_imagenet": 100_000,
+    "caco.data.sets.folders.cifar10_jpeg75": 50_000,
+    "caco.data.sets.folders.digits": 1_400,
+    "caco.data.sets.downloaded.cifar10": 50_000,
+    "caco.data.sets.downloaded.cifar100": 50_000,
+    "caco.data.sets.downloaded.stl10": 100_000,
 }
 ROWS = (8192, 65_536, 98_304, 1 << 20, 10_000_000, 100_000_000)  # of the table of bank sizes
 
@@ -341,9 +342,9 @@ def _main(arguments: list[str]) -> str:
                 raise UserError(f"{key}: expected a number, got {value!r}") from error
         else:
             overrides.append(argument)
-    cfg = config.compose(overrides)
+    cfg = composition.compose(overrides)
     validation.check(cfg, overrides=overrides, choices=dict(cfg.hydra.runtime.choices))
-    cfg = config.job_config(cfg)
+    cfg = composition.job_config(cfg)
     world, images = own.pop("world"), own.pop("images")
     speeds = (measure(cfg) if measured else {}) | own
     return report(cfg, world=world, images=images, speeds=speeds)

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from caco.errors import UserError
+
 Table = list[float]  # one number a step
 
 
@@ -61,3 +63,10 @@ def warmup_and_cosine(run: RunShape, highest: float, final: float, warmup_epochs
         return final + (highest - final) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / rest))
 
     return [value(t) for t in ticks]
+
+
+def scaled_lr(lr: float, batch: int, reference_batch: int | None) -> float:
+    """lr * batch / reference_batch; unscaled where there is no reference batch."""
+    if lr <= 0:
+        raise UserError(f"optimizer.lr must be positive; got {lr}")
+    return lr * batch / reference_batch if reference_batch else lr

@@ -21,21 +21,24 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from caco import config, errors, refusals, runs, validation
+from caco import errors
+from caco.config import composition, refusals, validation
+from caco.engine.preemption import Stop, Stopped, leave
 from caco.errors import SweepFailed, UserError
 from caco.installed import command_to_install, is_installed
-from caco.preemption import Stop, Stopped, leave
+from caco.launch import labels
+from caco.runs import directory
 
 
 def run(cfg: DictConfig, run_dir: Path) -> float | None:
     """Train in run_dir, which is ours, what cfg says, which is checked."""
     try:
         with Stop() as stop:
-            from caco.build import train  # here and not above: it imports torch
+            from caco.engine.assembly import train  # here and not above: it imports torch
 
-            return runs.objective(train(cfg, run_dir, stop=stop, label=runs.label(HydraConfig.get())))
+            return directory.objective(train(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get())))
     except Stopped as stopped:
-        leave(stopped, is_first_rank=runs.is_first_rank())
+        leave(stopped, is_first_rank=directory.is_first_rank())
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -45,14 +48,14 @@ def job(cfg: DictConfig) -> float | None:
     opened = False
     try:
         check(cfg, hydra_cfg, run_dir)
-        if runs.is_first_rank():
-            runs.open_run(run_dir, cfg)
+        if directory.is_first_rank():
+            directory.open_run(run_dir, cfg)
         opened = True
         return run(cfg, run_dir)
     except Exception as error:
         for_user = errors.is_for_user(error)
         if opened:  # else it is another process's
-            runs.record_failure(run_dir, str(error) if for_user else traceback.format_exc())
+            directory.record_failure(run_dir, str(error) if for_user else traceback.format_exc())
         if not for_user:
             raise
         errors.tell(error)
@@ -78,7 +81,7 @@ def say_if_mlflow_is_missing(cfg: DictConfig, overrides: list[str], folder: Path
     """
     named = any(item.lstrip("+~").partition("=")[0] == "tracking" for item in overrides)
     falls_back = cfg.tracking._target_ == "caco.tracking.ledger.LedgerTracker" and not is_installed("mlflow")
-    if falls_back and not named and runs.is_first_rank():
+    if falls_back and not named and directory.is_first_rank():
         say_once(
             f"MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {_shown(folder)}` sends "
             f"it later, once MLflow is there ({command_to_install('mlflow')})"
@@ -102,7 +105,7 @@ def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
     """
     if not multirun:
         return [overrides]
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(composition.CONF), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = parser.parse_overrides(overrides)
         if any(item.is_sweep_override() and not item.is_discrete_sweep() for item in parsed):
@@ -117,13 +120,13 @@ def is_launched(overrides: list[str]) -> bool:
 
 
 def offer_launcher() -> None:
-    """Tell Hydra of caco/sweep.py, which it does not find in an editable install.
+    """Tell Hydra of caco/launch/sweep.py, which it does not find in an editable install.
 
     Raises:
-        ConfigError: submitit is not installed.
+        UserError: submitit is not installed.
     """
     if not is_installed("submitit"):
-        raise config.ConfigError(f"launcher: needs submitit, which is not installed; {command_to_install('slurm')}")
+        raise UserError(f"launcher: needs submitit, which is not installed; {command_to_install('slurm')}")
     from hydra_plugins.caco_launcher import SubmititLauncher
 
     Plugins.instance().register(SubmititLauncher)
@@ -133,12 +136,12 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
     """Compose and check every job before the first one starts or a directory is made; how many are not done already.
 
     Raises:
-        ConfigError: one line per problem.
+        UserError: one line per problem.
     """
     unfinished = 0
     try:
         for job_overrides in jobs(overrides, multirun=multirun):
-            cfg = config.compose(job_overrides)
+            cfg = composition.compose(job_overrides)
             of_sweep = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
             check(cfg, cfg.hydra, of_sweep if multirun else Path(cfg.hydra.run.dir))
             unfinished += not (of_sweep / "summary.json").exists()
@@ -153,7 +156,7 @@ def name_sweep(overrides: list[str], num_jobs: int) -> None:
     """Tell the jobs of a sweep, through their environment, which one they are of; one job alone is no sweep."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     if varied := [item.get_key_element() for item in parsed if item.is_sweep_override()]:
-        os.environ[runs.SWEEP] = runs.sweep_label(overrides, varied, num_jobs)
+        os.environ[labels.SWEEP] = labels.sweep_label(overrides, varied, num_jobs)
 
 
 HELP = """\
@@ -179,7 +182,7 @@ What that makes, each set by key=value:
 def help_text(overrides: list[str]) -> str:
     """Ours and not Hydra's, which takes seconds: it copies its whole configuration once per group."""
     groups = "\n".join(f"  {name}: {', '.join(options)}" for name, options in refusals.groups().items() if options)
-    return HELP.format(groups=groups, values=OmegaConf.to_yaml(config.job_config(config.compose(overrides))))
+    return HELP.format(groups=groups, values=OmegaConf.to_yaml(composition.job_config(composition.compose(overrides))))
 
 
 @errors.told(interrupted="the same command goes on from the last checkpoint")
@@ -200,9 +203,9 @@ def main() -> None:
                 name_sweep(args.overrides, num_jobs)
         if launched:
             if elsewhere:
-                raise config.ConfigError("launcher: a job composes conf/ alone; take launcher=none or no other folder")
+                raise UserError("launcher: a job composes conf/ alone; take launcher=none or no other folder")
             offer_launcher()
-        hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(job)()
+        hydra.main(config_path=str(composition.CONF), config_name="config", version_base="1.3")(job)()
     except refusals.COMPOSITION_ERRORS as error:
         if starts and not elsewhere and not args.help:
             raise

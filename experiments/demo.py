@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from caco import instructions
-from caco.tracking.files import read_json
+from caco.runs.files import read_json
 from caco.tracking.ledger import read_rows
 
 RECORD = Path(__file__).parent / "records" / "demo"

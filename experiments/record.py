@@ -19,9 +19,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caco import errors
-from caco.config import ConfigError
-from caco.runs import identity, run_hash
-from caco.tracking.files import read_json, write_json
+from caco.errors import UserError
+from caco.runs.files import read_json, write_json
+from caco.runs.identity import identity, run_hash
 from caco.tracking.ledger import read_rows
 
 MACHINE = (
@@ -35,14 +35,14 @@ def gather(run_dirs: Iterable[Path]) -> dict[str, Any]:
     """The record of finished runs.
 
     Raises:
-        ConfigError: a directory holds no finished run.
+        UserError: a directory holds no finished run.
     """
     return pack([_run(Path(run_dir)) for run_dir in run_dirs])
 
 
 def _run(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / "summary.json").is_file():
-        raise ConfigError(f"expected a finished run, with summary.json, in {run_dir}; start its command again to finish it")
+        raise UserError(f"expected a finished run, with summary.json, in {run_dir}; start its command again to finish it")
     environment = read_json(run_dir / "environment.json")
     cfg = OmegaConf.load(run_dir / "config.yaml")
     rows, _ = read_rows(run_dir / "ledger.jsonl")
@@ -80,7 +80,7 @@ def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
     Args:
         source: what to call the record.
     Raises:
-        ConfigError: it is no record; a run's configuration is not the one that its hash says.
+        UserError: it is no record; a run's configuration is not the one that its hash says.
     """
     try:
         parts = ("config", "environment")
@@ -88,13 +88,13 @@ def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
         for run in runs:
             found = run_hash(run["config"])
             if found != run["config_hash"]:
-                raise ConfigError(
+                raise UserError(
                     f"{source}: run {run['name']}: expected the configuration {run['config_hash']}, got {found}: the record "
                     "was changed by hand"
                 )
             run["summary"], run["curve"], run["seed"]  # noqa: B018 - that they are there
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{source}: expected a record, as python -m experiments.record makes it; got none ({error!r})") from error
+        raise UserError(f"{source}: expected a record, as python -m experiments.record makes it; got none ({error!r})") from error
     return runs
 
 
@@ -102,16 +102,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The runs in a record's file.
 
     Raises:
-        ConfigError: there is no such file, or it is no record.
+        UserError: there is no such file, or it is no record.
     """
     try:
         return unpack(json.loads(path.read_text()), str(path))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such record") from error
+        raise UserError(f"{path}: there is no such record") from error
     except ValueError as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, UserError):
             raise
-        raise ConfigError(f"{path}: expected a record, got something that is not JSON ({error})") from error
+        raise UserError(f"{path}: expected a record, got something that is not JSON ({error})") from error
 
 
 def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -18,14 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from caco import config, errors, train
-from caco.config import ConfigError
+from caco import errors, train
+from caco.config import composition
+from caco.config.refusals import nearest
+from caco.engine.progress import clock
 from caco.errors import SweepFailed, UserError
-from caco.launchers import Job
-from caco.progress import clock
-from caco.refusals import nearest
-from caco.runs import objective
-from caco.tracking.files import read_json, write_json
+from caco.launch.jobs import Job
+from caco.runs.directory import objective
+from caco.runs.files import read_json, write_json
 from experiments import record
 from experiments.tables import HERE, Experiment, experiments, load_scale, load_table, scales
 
@@ -151,7 +151,7 @@ def _train(overrides: list[str]) -> int | str | None:
 
 def train_elsewhere(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
     """As jobs of launcher=local or launcher=slurm; returns those that did not finish."""
-    from caco.sweep import follow
+    from caco.launch.sweep import follow
 
     launcher = build_launcher(runs[0].experiment, words)
     jobs = []
@@ -170,14 +170,14 @@ def build_launcher(experiment: Experiment, words: Sequence[str]) -> Any:
     """What `launcher=...` and `launcher.KEY=...` ask for; None without them.
 
     Raises:
-        ConfigError: there is no such launcher, or it lacks submitit.
+        UserError: there is no such launcher, or it lacks submitit.
     """
     if not train.is_launched(list(words)):
         return None
     train.offer_launcher()
     overrides = [*experiment.overrides(experiment.seeds[0]), *words]
     train.check_command(overrides, multirun=False)
-    return config.build(config.compose(overrides).launcher)
+    return composition.build(composition.compose(overrides).launcher)
 
 
 def write_record(scale: str) -> Path:
@@ -196,20 +196,20 @@ def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
     """A command line's own settings (scale, seed, rows), the launcher's, and what goes on to caco.train.
 
     Raises:
-        ConfigError: something that is no key=value, or whose place is in a scale.
+        UserError: something that is no key=value, or whose place is in a scale.
     """
     own, launcher, further = {}, [], []
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise ConfigError(f"{word}: expected key=value{nearest(word, OWN_KEYS)}")
+            raise UserError(f"{word}: expected key=value{nearest(word, OWN_KEYS)}")
         root = key.lstrip("+~").partition(".")[0]
         if key in OWN_KEYS:
             own[key] = value
         elif root == "launcher":
             launcher.append(word)
         elif root in NOT_PASSED_ON:
-            raise ConfigError(f"{word}: cannot be given here; the table and the scale say what is run, and where it lies")
+            raise UserError(f"{word}: cannot be given here; the table and the scale say what is run, and where it lies")
         else:
             further.append(word)
     return own, launcher, further
@@ -217,7 +217,7 @@ def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
 
 def numbers(text: str) -> list[int]:
     if not all(part.isdigit() for part in text.split(",")):
-        raise ConfigError(f"seed={text}: expected whole numbers, as seed=0,1,2")
+        raise UserError(f"seed={text}: expected whole numbers, as seed=0,1,2")
     return [int(part) for part in text.split(",")]
 
 
@@ -227,7 +227,7 @@ def need_data(chosen: Sequence[Experiment]) -> None:
         data = experiment.cfg.data
         if "root" in data and (data.root is None or not (Path(data.root).expanduser().exists() or data.get("download"))):
             where = "data.root=PATH must be given" if data.root is None else f"data.root={data.root}: there is nothing"
-            raise ConfigError(f"{where}: scale {experiment.scale.id} reads {data._target_.rpartition('.')[2]}")
+            raise UserError(f"{where}: scale {experiment.scale.id} reads {data._target_.rpartition('.')[2]}")
 
 
 def show(runs: Sequence[Run], world: int) -> None:
@@ -271,7 +271,7 @@ def _main(arguments: argparse.Namespace) -> int:
     table = load_table(arguments.table)
     own, launcher_words, further = parse(arguments.words)
     if "scale" not in own:
-        raise ConfigError(f"scale=NAME must be given. There are: {', '.join(scales())}")
+        raise UserError(f"scale=NAME must be given. There are: {', '.join(scales())}")
     scale = load_scale(own["scale"])
     rows = own["rows"].split(",") if "rows" in own else None
     chosen = []
@@ -281,9 +281,9 @@ def _main(arguments: argparse.Namespace) -> int:
         elif rows or arguments.dry_run:
             print(f"# {experiment.name}: not run: {experiment.why_not}")
     if not chosen:
-        raise ConfigError(f"{table.id} has no row that can be run at scale {scale.id}")
+        raise UserError(f"{table.id} has no row that can be run at scale {scale.id}")
     if not any(scale.metrics.get(column) for column in table.columns):
-        raise ConfigError(f"{table.id}: scale {scale.id} measures nothing of it ({', '.join(table.columns)}); scale=paper does")
+        raise UserError(f"{table.id}: scale {scale.id} measures nothing of it ({', '.join(table.columns)}); scale=paper does")
     runs = runs_of(chosen, numbers(own["seed"]) if "seed" in own else None)
     if arguments.dry_run:
         launcher = build_launcher(chosen[0], launcher_words)

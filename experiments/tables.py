@@ -15,9 +15,9 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from caco import config, refusals, validation
-from caco.config import ConfigError
-from caco.runs import is_neutral, run_hash
+from caco.config import composition, refusals, schema, validation
+from caco.errors import UserError
+from caco.runs.identity import is_neutral, run_hash
 
 HERE = Path(__file__).parent
 SCALED = ("epochs", "batch", "bank")
@@ -113,7 +113,7 @@ def scales() -> list[str]:
 
 def _pick(kind: str, name: str, known: Sequence[str]) -> str:
     if name not in known:
-        raise ConfigError(f"{kind} {name}: no such {kind}{refusals.nearest(name, known) or '.'} There are: {', '.join(known)}")
+        raise UserError(f"{kind} {name}: no such {kind}{refusals.nearest(name, known) or '.'} There are: {', '.join(known)}")
     return name
 
 
@@ -123,17 +123,17 @@ def _read(path: Path, schema: type, **more: Any) -> Any:
         content = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), more)
         missing = sorted(OmegaConf.missing_keys(content))
         if missing:
-            raise ConfigError(f"{path}: {', '.join(missing)}: must be given")
+            raise UserError(f"{path}: {', '.join(missing)}: must be given")
         return OmegaConf.to_object(content)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def load_table(name: str) -> Table:
     """The table of that name: table7, or 7.
 
     Raises:
-        ConfigError: there is none; its file is wrong.
+        UserError: there is none; its file is wrong.
     """
     name = _pick("table", f"table{name}" if name.isdigit() else name, tables())
     path = HERE / f"{name}.yaml"
@@ -147,14 +147,14 @@ def load_table(name: str) -> Table:
 
 def _pick_in(path: Path, key: str, name: str, known: Any) -> None:
     if name not in known:
-        raise ConfigError(f"{path}: {key}: expected one of {', '.join(known)}, got {name}")
+        raise UserError(f"{path}: {key}: expected one of {', '.join(known)}, got {name}")
 
 
 def load_scale(name: str) -> Scale:
     """The scale of that name.
 
     Raises:
-        ConfigError: there is none; its file is wrong.
+        UserError: there is none; its file is wrong.
     """
     path = HERE / "scale" / f"{_pick('scale', name, scales())}.yaml"
     scale: Scale = _read(path, Scale, id=name)
@@ -230,14 +230,14 @@ class Experiment:
         """The configuration of its first seed, composed and checked, without Hydra's own part.
 
         Raises:
-            ConfigError: one line per problem.
+            UserError: one line per problem.
         """
         overrides = self.overrides(self.seeds[0])
         try:
             return _composed(tuple(overrides))
-        except (*refusals.COMPOSITION_ERRORS, ConfigError) as error:
-            why = str(error) if isinstance(error, ConfigError) else refusals.explain(error, overrides)
-            raise ConfigError(f"{self.name} at scale {self.scale.id}: {why}") from error
+        except (*refusals.COMPOSITION_ERRORS, UserError) as error:
+            why = str(error) if isinstance(error, UserError) else refusals.explain(error, overrides)
+            raise UserError(f"{self.name} at scale {self.scale.id}: {why}") from error
 
     def with_seed(self, seed: int) -> DictConfig:
         return _with_seed(self.cfg, seed)
@@ -258,10 +258,10 @@ class Experiment:
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     """Composed and checked once a process: it takes half a second."""
-    cfg = config.compose(list(overrides))
+    cfg = composition.compose(list(overrides))
     hydra_cfg = cfg.hydra
     validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
-    return config.job_config(cfg)
+    return composition.job_config(cfg)
 
 
 @functools.cache
@@ -281,17 +281,17 @@ def experiments(
     """The rows of a table at a scale, in the table's order; those named, or all.
 
     Raises:
-        ConfigError: no such row; a further override that could change a number.
+        UserError: no such row; a further override that could change a number.
     """
     for row in rows or ():
         _pick("row", row, list(table.rows))
     for override in further:
         key = re.split("[=@]", override.lstrip("+~"))[0]
-        root, known = key.partition(".")[0], {*config.Root.__dataclass_fields__, *refusals.groups()}
+        root, known = key.partition(".")[0], {*schema.Root.__dataclass_fields__, *refusals.groups()}
         if root not in known:
-            raise ConfigError(f"{override}: no such key{refusals.nearest(root, known)}")
+            raise UserError(f"{override}: no such key{refusals.nearest(root, known)}")
         if not is_neutral(key):
-            raise ConfigError(
+            raise UserError(
                 f"{override}: could change a number, and then this would not be scale {scale.id}; put it into a scale of its "
                 f"own, experiments/scale/NAME.yaml"
             )

@@ -132,7 +132,7 @@ stamp() {
 }
 
 is_done() {
-  local inputs=(pyproject.toml setup.py constraints.txt scripts caco/*/*.cpp caco/*/*.h)
+  local inputs=(pyproject.toml setup.py constraints.txt scripts caco/*/*/*.cpp caco/*/*/*.h)
   [ -z "${AGAIN:-}" ] && [ -e "$(stamp "$1")" ] && [ -z "$(find "${inputs[@]}" -newer "$(stamp "$1")")" ]
 }
 

@@ -3,11 +3,10 @@
 import os
 from pathlib import Path
 
-import caco  # noqa: F401 - before torch, as CACO_INSTRUCTIONS asks
-
 import pytest
 import torch
 
+import caco  # noqa: F401 - before torch, as CACO_INSTRUCTIONS asks
 
 # Of the processes that tests start, too: beside other tests, several threads mostly wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"

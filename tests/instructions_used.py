@@ -5,15 +5,14 @@ import json
 import sys
 from unittest.mock import patch
 
-from caco import instructions  # before torch
-
 import numpy as np
 import torch
 
-from caco.banks import fused
-from caco.data import native
-from caco.data.views import View, Views
-from caco.tracking.environment import environment
+from caco import instructions  # before torch
+from caco.banks.kernels import fused
+from caco.data.views import native
+from caco.data.views.augmentation import View, Views
+from caco.runs.environment import environment
 
 
 def bank_bits() -> str:

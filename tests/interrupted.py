@@ -6,8 +6,8 @@ import signal
 import pytest
 from processes import caco_train
 
-from caco import trainer
-from caco.checkpoint import Checkpoints
+from caco.engine import trainer
+from caco.runs.checkpoint import Checkpoints
 from caco.tracking.ledger import LedgerTracker
 
 

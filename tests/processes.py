@@ -8,7 +8,6 @@ import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from torch.distributed import TCPStore
 HERE = Path(__file__).parent
 # Whatever a run imports: what is missing here each process imports again.
 IMPORTED = [
-    "pytest", "caco.train", "caco.build", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr", "caco.banks.learnable",
-    "caco.banks.fifo", "caco.data.datasets", "caco.data.loader", "caco.data.views", "caco.evals.finetune", "caco.evals.knn",
+    "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr", "caco.banks.learnable",
+    "caco.banks.fifo", "caco.data.sets.folders", "caco.data.loaders.bound", "caco.data.views.augmentation", "caco.evals.finetune", "caco.evals.knn",
     "caco.evals.linear", "caco.tracking.ledger", "sklearn.datasets", "timm", "torchvision",
 ]  # fmt: skip
 # A process that hangs is ended after so long; a machine with ten times the work that it has cores for is not too slow.

@@ -9,12 +9,13 @@ import torch.distributed as dist
 from processes import PATIENCE_S, caco_train
 from tiny import batch_of, compose, now
 
-from caco import build as assembly
-from caco import distributed, trainer
-from caco.build import build, build_method
-from caco.checkpoint import Checkpoints
+from caco import distributed
+from caco.engine import assembly as assembly
+from caco.engine import trainer
+from caco.engine.assembly import build, build_method
 from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
+from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape
 
 GLOBAL_BATCH, STEPS = 16, 3

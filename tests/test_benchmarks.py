@@ -4,9 +4,9 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 import benchmarks.bank
 import benchmarks.evals
@@ -15,8 +15,6 @@ import benchmarks.loader
 import benchmarks.step
 from benchmarks import common
 from caco import instructions
-
-import torch
 
 NAMES = ["bank", "evals", "kernels", "loader", "step"]
 

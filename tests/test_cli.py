@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from caco import config, train, validation
+from caco import train
+from caco.config import composition, validation
 from caco.errors import UserError
 from caco.installed import command_to_install
 
@@ -42,7 +43,7 @@ def test_help_names_groups_options_and_values_without_torch(tmp_path):
     done = caco("--help", "preset=demo", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
     assert "  pn: both, negative, none, positive\n" in done.stdout
-    assert "data:\n  _target_: caco.data.datasets.digits\n" in done.stdout
+    assert "data:\n  _target_: caco.data.sets.folders.digits\n" in done.stdout
     assert "| torch\n" not in done.stderr and "| hydra\n" in done.stderr
 
 
@@ -125,13 +126,13 @@ def test_mlflow_named_and_missing_is_refused_before_anything_is_made(here, no_ml
 def test_a_preset_that_names_mlflow_insists_on_it(no_mlflow, tmp_path):
     (tmp_path / "preset").mkdir()
     (tmp_path / "preset" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /tracking: mlflow\n")
-    cfg = config.compose(["preset=mine", f"hydra.searchpath=[file://{tmp_path}]", "data=digits"])
-    with pytest.raises(config.ConfigError, match="^tracking=mlflow: MLflow is not installed"):
-        validation.check(config.job_config(cfg))
+    cfg = composition.compose(["preset=mine", f"hydra.searchpath=[file://{tmp_path}]", "data=digits"])
+    with pytest.raises(UserError, match="^tracking=mlflow: MLflow is not installed"):
+        validation.check(composition.job_config(cfg))
 
 
 def test_with_mlflow_runs_go_there_by_default(here, monkeypatch, tmp_path):
-    for module in (train, config, validation):
+    for module in (train, composition, validation):
         monkeypatch.setattr(module, "is_installed", lambda name: True)
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
     assert here("preset=demo") == 0
@@ -176,7 +177,7 @@ def test_the_jobs_of_a_sweep_resume_the_runs_that_were_started_alone(here, monke
 
 
 def test_a_sweep_goes_on_after_a_refused_job_and_ends_with_exit_code_2(here, monkeypatch, capsys):
-    from caco.data.datasets import existing_root
+    from caco.data.sets.folders import existing_root
 
     done = []
 

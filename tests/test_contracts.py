@@ -5,14 +5,14 @@ import torch
 from test_trainer import assert_same, final, record
 from tiny import batch_of, compose, now, train
 
-from caco.build import build_method
-from caco.config import CONF
+from caco.config.composition import CONF
+from caco.engine.assembly import build_method
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "caco_small")  # CaCo with other numbers
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 # A method chooses its own projector, optimiser and views; a test needs small ones.
 SMALL = ["augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd"]
-MULTICROP = ["+augmentation.views.small._target_=caco.data.views.View", "+augmentation.views.small.count=2",
+MULTICROP = ["+augmentation.views.small._target_=caco.data.views.augmentation.View", "+augmentation.views.small.count=2",
              "+augmentation.views.small.size=8"]  # fmt: skip
 CASES = {f"method={name}": [f"method={name}", *SMALL] for name in METHODS}
 CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items())}
@@ -46,7 +46,7 @@ def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
 
 
 def views_of(cfg, step):
-    from caco.build import build
+    from caco.engine.assembly import build
 
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(8, 3, size, size, generator=generator) for size in build(cfg.augmentation).sizes]

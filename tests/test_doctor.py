@@ -134,11 +134,11 @@ def test_a_native_part_that_setup_py_has_and_the_package_has_not_is_named(tmp_pa
 def test_the_native_parts_are_built_where_a_compiler_is_and_the_level_at_which_they_serve_is_said(monkeypatch):
     """setup.py goes on without them, and the tests of them are skipped: so that would be seen nowhere else."""
     monkeypatch.setattr(instructions, "LEVEL", "plain")
-    assert only(doctor.native()) == Finding("native", "works", "caco.banks._kernel (plain), caco.data._views (plain)")
+    assert only(doctor.native()) == Finding("native", "works", "caco.banks.kernels._kernel (plain), caco.data.views._views (plain)")
     assert only(doctor.cpu()).what.endswith(f": {', '.join(instructions.processor())}; CACO_INSTRUCTIONS=plain")
     monkeypatch.setattr(instructions, "LEVEL", "torch")
     found = only(doctor.native())
-    assert (found.state, found.what) == ("absent", "turned off by CACO_INSTRUCTIONS=torch: caco.banks._kernel, caco.data._views")
+    assert (found.state, found.what) == ("absent", "turned off by CACO_INSTRUCTIONS=torch: caco.banks.kernels._kernel, caco.data.views._views")
     monkeypatch.setattr(instructions, "LEVEL", None)
     assert only(doctor.cpu()).what.endswith("; the best serves, CACO_INSTRUCTIONS is not set")
 

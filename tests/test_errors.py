@@ -18,7 +18,7 @@ COMMANDS = {
     "caco.evaluate": ("got nowhere, which is not there", ["run=nowhere"]),
     "caco.export": ("got nowhere, which is not there", ["run=nowhere", "to=x"]),
     "caco.plan": ("batch: expected a multiple of the 2 processes", ["batch=3", "world=2", "bank.size=8"]),
-    "caco.data.write": ("nowhere", ["data=folder", "data.root=nowhere", "out=x"]),
+    "caco.write": ("nowhere", ["data=folder", "data.root=nowhere", "out=x"]),
     "caco.tracking.sync": ("expected a run directory", ["."]),
     "experiments.run": ("nowhere", ["table7", "scale=nowhere"]),
     "experiments.record": ("expected a finished run", ["nowhere"]),

@@ -12,11 +12,13 @@ from omegaconf import OmegaConf
 from processes import caco_evaluate, ranks
 from tiny import compose, train
 
-from caco import build, evaluate, pretrained
-from caco.checkpoint import load
-from caco.config import ConfigError
+from caco import evaluate
+from caco.config import pretrained
+from caco.engine import assembly
+from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
-from caco.tracking.files import read_json
+from caco.runs.checkpoint import load
+from caco.runs.files import read_json
 from caco.tracking.ledger import read_rows
 
 TRAINING = ["max_steps=6", "epochs=1", "eval=[]", "bank.size=64", "checkpoint.every_steps=3"]
@@ -51,7 +53,7 @@ def here(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("caco.runs._locks", {})
+    monkeypatch.setattr("caco.runs.directory._locks", {})
     return main
 
 
@@ -83,14 +85,14 @@ def test_results_go_into_ledger_summary_and_files_beside_those_of_baselines(here
 def test_the_numbers_are_those_of_the_checkpoints_backbone_the_first_weights_and_the_pixels(here, run_dir):
     assert here(f"run={run_dir}", "eval=[knn]", "baselines=true") == 0
     cfg = compose(*TRAINING)
-    splits, views = build.build(cfg.data), build.build(cfg.augmentation)
-    untrained, trained = build.build_method(cfg).backbone, build.build_method(cfg).backbone
-    method = build.build_method(cfg)
+    splits, views = assembly.build(cfg.data), assembly.build(cfg.augmentation)
+    untrained, trained = assembly.build_method(cfg).backbone, assembly.build_method(cfg).backbone
+    method = assembly.build_method(cfg)
     method.load_state_dict(load(run_dir / "checkpoints" / "step_000000006.pt")["method"])
     trained.load_state_dict(method.backbone.state_dict())
     # To one image of 397: other batches are rounded otherwise, which may turn a vote.
     for prefix, backbone in (("", trained), ("untrained/", untrained), ("pixels/", torch.nn.Flatten())):
-        knn = {"knn": build.build(compose("eval=[knn]").eval.knn)}
+        knn = {"knn": assembly.build(compose("eval=[knn]").eval.knn)}
         expected = Evaluation(knn, splits, views, batch=200, device="cpu", precision="fp32", seed=0).run(backbone, "end")
         assert read_json(run_dir / "summary.json")[f"{prefix}knn_top1"] == pytest.approx(expected["knn_top1"], abs=0.26), prefix
 
@@ -206,7 +208,7 @@ def test_the_parts_that_the_run_recorded_are_taken_unless_chosen_anew(run_dir):
 )
 def test_a_mistake_is_refused_with_what_was_expected(run_dir, overrides, expected):
     filled = [item.format(run=run_dir, file=run_dir / "checkpoints" / "step_000000006.pt") for item in overrides]
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(UserError) as refusal:
         pretrained.compose("evaluate", filled or ["device=cpu"])
     if not overrides:
         expected = "backbone: must be given"  # the first thing that is missing
@@ -220,7 +222,7 @@ def test_refusals_and_help_come_without_torch(run_dir):
         for overrides in (["run=nowhere"], ["run={run_dir}", "eval=[linaer]"], ["run={run_dir}", "eval.knn.k=x"]):
             try:
                 pretrained.compose("evaluate", overrides)
-            except pretrained.ConfigError:
+            except pretrained.UserError:
                 continue
             sys.exit("accepted")
         sys.argv = ["caco-evaluate", "--help"]

@@ -9,10 +9,10 @@ import torch
 import torchvision
 
 from caco import export
-from caco.config import build, compose
+from caco.config.composition import build, compose
 from caco.nn.backbones import small_resnet, timm_backbone
-from caco.runs import plain
-from caco.weights import load_backbone
+from caco.nn.weights import load_backbone
+from caco.runs.identity import plain
 
 ABOUT = {
     "weights": "runs/x/checkpoints/step_000000006.pt",
@@ -129,7 +129,7 @@ def test_a_runs_backbone_is_exported_from_the_command_line(tmp_path, monkeypatch
     from tiny import compose as tiny
     from tiny import train
 
-    from caco.checkpoint import load
+    from caco.runs.checkpoint import load
 
     settings = ["max_steps=2", "epochs=1", "eval=[]", "bank.size=64"]
     train(tmp_path / "run", *settings)

@@ -144,11 +144,11 @@ def from_folder(folder: Path, *command: str | Path) -> subprocess.CompletedProce
 
 
 def test_an_editable_install_works_from_every_folder_the_one_above_its_clone_included(clone, tmp_path):
-    """Where a folder caco is no package but a clone, and its runs/ is not caco/runs.py."""
+    """Where a folder caco is no package but a clone, and its runs/ is not caco/runs/identity.py."""
     python = environment(tmp_path / "venv", wheel(clone, "editable"))
-    names = ("caco", "caco.runs", "hydra_plugins.caco_launcher", "experiments.run")
+    names = ("caco", "caco.runs.identity", "hydra_plugins.caco_launcher", "experiments.run")
     found = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='\\n')"
-    files = ("caco/__init__.py", "caco/runs.py", "hydra_plugins/caco_launcher/__init__.py", "experiments/run.py")
+    files = ("caco/__init__.py", "caco/runs/identity.py", "hydra_plugins/caco_launcher/__init__.py", "experiments/run.py")
     expected = "".join(f"{clone}/{file}\n" for file in files)
     for folder in (clone.parent, clone, clone / "caco", clone / "runs", tmp_path, Path("/")):
         done = from_folder(folder, python, "-c", found)
@@ -165,6 +165,6 @@ def test_a_wheel_carries_its_configuration_and_nothing_beside_the_package(clone,
     configured = {file.relative_to(ROOT).as_posix() for file in (ROOT / "conf").rglob("*.yaml")}
     assert {name.removeprefix("caco/") for name in names if name.endswith(".yaml")} == configured
     python = environment(tmp_path / "venv", made)
-    told = "from caco.installed import command_to_install as c; from caco.config import compose as d; print(c('mlflow'), d([]).seed)"
+    told = "from caco.installed import command_to_install as c; from caco.config.composition import compose as d; print(c('mlflow'), d([]).seed)"
     done = from_folder(tmp_path, python, "-c", told)
     assert (done.stdout, done.stderr) == ("pip install 'caco-ssl[mlflow]' 0\n", "")

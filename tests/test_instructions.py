@@ -12,11 +12,11 @@ import torch
 from instructions_used import bank_bits
 
 from caco import instructions
-from caco.banks import fused
-from caco.data import native
-from caco.data.loader import BoundLoader
+from caco.banks.kernels import fused
+from caco.data.loaders.bound import BoundLoader
+from caco.data.views import native
 from caco.instructions import LEVELS, Refused, child_environment
-from caco.tracking.files import read_json
+from caco.runs.files import read_json
 from caco.tracking.ledger import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def test_a_child_process_can_run_at_another_level_and_keeps_the_users_variables(
 
 COMMANDS = [
     ["-m", "caco.train", "preset=smoke"], ["-m", "caco.train", "--help"], ["-m", "caco.evaluate", "run=x"], ["-m", "caco.export", "run=x", "to=y"],
-    ["-m", "caco.plan"], ["-m", "caco.doctor"], ["-m", "caco.data.write"], ["-m", "caco.tracking.sync", "runs"], ["-m", "experiments.run", "table7"],
+    ["-m", "caco.plan"], ["-m", "caco.doctor"], ["-m", "caco.write"], ["-m", "caco.tracking.sync", "runs"], ["-m", "experiments.run", "table7"],
     *([str(file)] for file in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in file.read_text()),
 ]  # fmt: skip
 

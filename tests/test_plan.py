@@ -5,7 +5,8 @@ import torch
 from tiny import compose, train
 from torch.utils.flop_counter import FlopCounterMode
 
-from caco import build, plan
+from caco import plan
+from caco.engine import assembly
 
 
 def test_steps_are_those_of_the_run(tmp_path):
@@ -20,8 +21,8 @@ def test_steps_are_those_of_the_run(tmp_path):
 def test_operations_are_torch_s_count(overrides):
     """The model's products, of one real step on real tensors; the bank's are by hand, below."""
     cfg = compose(*overrides, "batch=8")
-    method = build.build_method(cfg).train()
-    views = [torch.randn(8, 3, size, size) for size in build.build(cfg.augmentation).sizes]
+    method = assembly.build_method(cfg).train()
+    views = [torch.randn(8, 3, size, size) for size in assembly.build(cfg.augmentation).sizes]
     with FlopCounterMode(display=False) as counter:
         q, _, _, _ = method.encode(views)
         q = [method.predictor(z) for z in q] if hasattr(method, "predictor") else q
@@ -47,7 +48,7 @@ def test_parameters_and_checkpoint_are_those_of_the_run(tmp_path, optimizer):
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
     assert checkpoint.stat().st_size == pytest.approx(planned["checkpoint_bytes"], rel=0.25)  # names and zip records besides
     cfg = compose(*overrides)
-    method = build.build_method(cfg)
+    method = assembly.build_method(cfg)
     bytes_of = {name: sum(p.nbytes for p in part.parameters()) for name, part in method.named_children()}
     states = {"sgd": 1, "lars": 1, "adamw": 2}[optimizer]
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
@@ -57,7 +58,7 @@ def test_parameters_and_checkpoint_are_those_of_the_run(tmp_path, optimizer):
 
 def test_what_the_backward_pass_keeps_is_what_torch_keeps():
     cfg = compose("batch=32")
-    encoder = build.build_encoder(cfg).train()
+    encoder = assembly.build_encoder(cfg).train()
     kept = {}
     own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
 

@@ -16,9 +16,9 @@ from test_contracts import MULTICROP
 from test_trainer import EVERY, assert_same, final, record
 from tiny import BANK, TINY, compose
 
-from caco.checkpoint import load
-from caco.config import CONF
+from caco.config.composition import CONF
 from caco.plan import plan
+from caco.runs.checkpoint import load
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "caco_small")  # CaCo with other numbers
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))

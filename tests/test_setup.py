@@ -22,7 +22,7 @@ def made(tmp_path):
     shutil.copytree(ROOT / "scripts", folder / "scripts")
     for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy2(ROOT / name, folder)
-    for name in ("caco/banks/kernel.cpp", "caco/banks/kernel.h"):
+    for name in ("caco/banks/kernels/kernel.cpp", "caco/banks/kernels/kernel.h"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     calls = tmp_path / "calls"

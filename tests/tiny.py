@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from caco import config
+from caco.config import composition
 
 TINY = [
     "data=digits",
@@ -33,8 +33,8 @@ BANK = ["bank.size=128"]  # two steps of warm start at batch 64
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    config.register()
-    return config.job_config(config.compose(list(overrides)))
+    composition.register()
+    return composition.job_config(composition.compose(list(overrides)))
 
 
 def compose(*overrides: str, bank: bool = True) -> DictConfig:
@@ -43,7 +43,7 @@ def compose(*overrides: str, bank: bool = True) -> DictConfig:
 
 
 def train(run_dir: Path, *overrides: str, bank: bool = True) -> dict[str, float]:
-    from caco.build import train
+    from caco.engine.assembly import train
 
     return train(compose(*overrides, bank=bank), run_dir)
 
@@ -60,7 +60,7 @@ def batch_of(views, *, first: int = 0):
     """A batch of these views, of the images from number `first` on, unlabelled."""
     import torch
 
-    from caco.data.loader import Batch
+    from caco.data.loaders.batches import Batch
 
     index = torch.arange(first, first + len(views[0]))
     return Batch(list(views), index, torch.full_like(index, -1))

@@ -3,7 +3,7 @@ gradient, a second one, in the bank's update, for the rows'.
 
 The bank's rows may be sharded over ranks. Queries (small) are gathered, each rank scores its own rows, and sums, maxima
 and query gradients are reduced; nothing of size K x D travels. `caco/equations.py` is the oracle. On a CPU the passes are
-fused (caco/banks/fused.py) where that was built, on CUDA where Triton works; else they stream in blocks of PyTorch.
+fused (caco/banks/kernels/fused.py) where that was built, on CUDA where Triton works; else they stream in blocks of PyTorch.
 
 Unit vectors bound a cosine by 1 and so a logit by 1/tau: a fixed shift takes the place of a running maximum.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from caco import distributed
-from caco.banks import fused
+from caco.banks.kernels import fused
 from caco.errors import UserError
 
 BLOCK_ELEMENTS = 1 << 20  # of one G x S block: 4 MiB in float32, so that it stays in the cache

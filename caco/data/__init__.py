@@ -1,1 +1,3 @@
-"""Image sets, augmented views and loaders."""
+"""Images: sets of them, their augmented views, and the loaders that make batches.
+
+Not here: what becomes of a batch (caco/methods, caco/evals)."""

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco import distributed
-from caco.checkpoint import Checkpoints
-from caco.data.loader import mixed_seed
-from caco.data.sources import Source
-from caco.data.views import View, Views
+from caco.data.loaders.batches import mixed_seed
+from caco.data.sets.sources import Source
+from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, extract, key_of
 from caco.nn.norm import over_all_ranks
-from caco.optimizers import scaled_lr
-from caco.schedules import RunShape, cosine
+from caco.runs.checkpoint import Checkpoints
+from caco.schedules import RunShape, cosine, scaled_lr
 
 
 @dataclass(frozen=True, kw_only=True)

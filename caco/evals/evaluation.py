@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from caco import distributed
-from caco.data.sources import Splits
-from caco.data.views import Views
+from caco.data.sets.sources import Splits
+from caco.data.views.augmentation import Views
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, Precision
 

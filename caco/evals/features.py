@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from caco.data.loader import TorchLoader, plain_batches
-from caco.data.sources import Source, Splits
-from caco.data.views import Views
+from caco.data.loaders.plain import plain_batches
+from caco.data.loaders.torch_loader import TorchLoader
+from caco.data.sets.sources import Source, Splits
+from caco.data.views.augmentation import Views
 from caco.errors import UserError
-from caco.tracking.files import locked, read_json, write_json
+from caco.runs.files import locked, read_json, write_json
 
 Precision = Literal["bf16", "fp32"]
 

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from caco import distributed
-from caco.data.loader import plain_batches
-from caco.data.sources import Source
+from caco.data.loaders.plain import plain_batches
+from caco.data.sets.sources import Source
 from caco.errors import UserError
 from caco.evals.classifier import Recipe, accuracies, train_classifier
 from caco.evals.features import FeatureStore, extract
 from caco.evals.knn import balanced_share
-from caco.nn.norm import over_all_ranks
 
 
 class FineTune:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from caco.data.sources import choose
+from caco.data.sets.sources import choose
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, extract, full_float32
 

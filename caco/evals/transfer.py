@@ -13,10 +13,10 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from caco.data.overlap import refuse_shared
-from caco.data.sources import Source
-from caco.data.transfer import MissingSet, TransferSet, load
-from caco.data.views import View, Views
+from caco.data.sets.overlap import refuse_shared
+from caco.data.sets.sources import Source
+from caco.data.sets.transfer import MissingSet, TransferSet, load
+from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, require_classes
 from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from caco.data.images import Images
-from caco.data.loader import Batch
+from caco.data.loaders.batches import Batch
+from caco.data.loaders.images import Images
 from caco.schedules import RunShape, Table
 
 TRAINING = "training"  # the phase that the epochs are

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.banks.scoring import Score
-from caco.data.images import Images
-from caco.data.loader import Batch
+from caco.data.loaders.batches import Batch
+from caco.data.loaders.images import Images
 from caco.errors import UserError
 from caco.methods.base import TRAINING, Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
 from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives

@@ -1,6 +1,5 @@
 """NNCLR proper: neighbours from a queue as positives, a predictor, no momentum encoder (arXiv 2104.14548)."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

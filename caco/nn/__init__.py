@@ -1,1 +1,3 @@
-"""Backbones, heads and the momentum twin."""
+"""Networks: backbones, heads, norms, the momentum twin, and weights from other formats.
+
+Not here: a loss, or when a twin moves (caco/methods)."""

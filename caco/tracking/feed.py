@@ -12,7 +12,7 @@ from typing import Any
 
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
-from caco.tracking.files import locked, read_json
+from caco.runs.files import locked, read_json
 from caco.tracking.ledger import read_rows
 from caco.tracking.watermark import Watermark, is_finite, milliseconds, points, sending
 
@@ -205,10 +205,10 @@ class Feed:
         with _sweep_lock(self.run_dir):
             if not self.mark.parent_id:
                 name = sweep["name"].replace("'", "_")[:_MAX_TAG_CHARS]  # in a filter MLflow knows no escapes
-                same = f"tags.`caco.sweep` = '{name}'"
+                same = f"tags.`caco.launch.sweep` = '{name}'"
                 parent = next(iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None)
                 if parent is None:
-                    tags = {"caco.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
+                    tags = {"caco.launch.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
                     tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": "#000000"}
                     parent = self._client.create_run(self._experiment_id, run_name=sweep["title"], tags=tags)
                 self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)

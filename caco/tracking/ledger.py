@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from caco.errors import FileError, UserError
+from caco.runs.files import process_start, read_json, write_json
 from caco.tracking import watermark
-from caco.tracking.files import process_start, read_json, write_json
 
 _log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from caco.errors import UserError, told
+from caco.runs.files import process_start, read_json
 from caco.tracking.feed import (
     Feed,
     connect,
@@ -27,7 +28,6 @@ from caco.tracking.feed import (
     require_mlflow,
     resolve_uri,
 )
-from caco.tracking.files import process_start, read_json
 from caco.tracking.ledger import Ledger
 from caco.tracking.watermark import Watermark
 

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from caco.tracking.files import locked, read_json, write_json
+from caco.runs.files import locked, read_json, write_json
 
 Point = tuple[str, int, str]  # kind, step, name of the value
 

@@ -1,5 +1,5 @@
 """Where Hydra looks for launchers, and takes none from elsewhere."""
 
-from caco.sweep import SubmititLauncher
+from caco.launch.sweep import SubmititLauncher
 
 __all__ = ["SubmititLauncher"]

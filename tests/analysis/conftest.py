@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from analysis.results import Result
-from caco.runs import identity
+from caco.runs.identity import identity
 from experiments.tables import experiments, load_scale, load_table
 
 ENVIRONMENT = {"cpu": "a CPU", "gpus": "none", "cores": "2", "torch": "2.15.0", "git_sha": "0123456789abcdef", "git_dirty": "false"}
@@ -66,8 +66,8 @@ def trained(tmp_path_factory):
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     from tiny import BANK, TINY, train
 
-    from caco.config import compose, job_config
-    from caco.runs import open_run
+    from caco.config.composition import compose, job_config
+    from caco.runs.directory import open_run
 
     folder = tmp_path_factory.mktemp("runs")
     uri = f"sqlite:///{folder}/mlflow.db"

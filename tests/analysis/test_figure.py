@@ -10,7 +10,7 @@ from PIL import Image
 
 from analysis import curves, figure, model, style
 from analysis.results import Found, find
-from caco.config import ConfigError
+from caco.errors import UserError
 from experiments.tables import load_scale, load_table
 
 SMOKE = load_scale("smoke")
@@ -100,14 +100,14 @@ def test_hours_come_from_the_runs_whose_rate_is_known(result):
     drawn, data = curves.compute(load_table("7"), SMOKE, find(load_table("7"), SMOKE, results), chosen=False, x="hours")
     assert max(entry["hours"] for entry in data) == pytest.approx(50 * 64 / 3600 / 3600)
     unknown = find(load_table("7"), SMOKE, results[:1])
-    with pytest.raises(ConfigError, match="no results with several values of knn_top1 and a known images_per_second"):
+    with pytest.raises(UserError, match="no results with several values of knn_top1 and a known images_per_second"):
         curves.compute(load_table("7"), SMOKE, unknown, chosen=False, x="hours")
 
 
 @pytest.mark.parametrize("name", ["4", "bank", "compute", "size"])
 def test_without_results_the_commands_that_make_them_are_named(table7, name):
     about = load_table(figure.OF_RESULTS[name])
-    with pytest.raises(ConfigError, match="python -m experiments.run table[67] scale=smoke rows="):
+    with pytest.raises(UserError, match="python -m experiments.run table[67] scale=smoke rows="):
         figure.draw(name, [Found(one) for one in table7.values()] if name != "size" else find(about, SMOKE, [], ["caco_8m", "caco_12m"]), None)
 
 
@@ -131,10 +131,11 @@ def test_a_mistake_is_refused(here, arguments, words):
 
 def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(trained, here, tmp_path):
     """Against an independent computation: dense, in float64."""
-    from caco.build import build_method
-    from caco.checkpoint import Checkpoints
-    from caco.config import build
     from omegaconf import OmegaConf
+
+    from caco.config.composition import build
+    from caco.engine.assembly import build_method
+    from caco.runs.checkpoint import Checkpoints
 
     run_dir, _ = trained
     code, _, errors = here("3", "--run", str(run_dir), "--queries", "3", "--out", str(tmp_path), "--no-mlflow")

@@ -12,15 +12,16 @@ from PIL import Image
 from tiny import BANK, TINY, train
 
 from analysis import model, picture
-from caco import config
-from caco.config import build
-from caco.runs import open_run
+from caco.config import composition
+from caco.config.composition import build
+from caco.errors import UserError
+from caco.runs.directory import open_run
 
 LIMIT, STEPS_PER_EPOCH = 256, 4  # of the digits, at the tiny batch
 
 
 def made(run_dir: Path, *overrides: str) -> Path:
-    open_run(run_dir, config.job_config(config.compose([*TINY, *BANK, *overrides])))
+    open_run(run_dir, composition.job_config(composition.compose([*TINY, *BANK, *overrides])))
     train(run_dir, *overrides)
     return run_dir
 
@@ -84,7 +85,7 @@ def test_the_overrides_that_trained_a_run_name_its_directory(monkeypatch, tmp_pa
     assert picture.directory(overrides) == summary.parent.relative_to(tmp_path)
     summary.parent.rename("elsewhere")
     assert picture.directory([*overrides, "hydra.run.dir=elsewhere"]) == Path("elsewhere")
-    with pytest.raises(config.ConfigError, match="got no such directory"):
+    with pytest.raises(UserError, match="got no such directory"):
         picture.directory(overrides)
 
 
@@ -119,8 +120,8 @@ def test_a_refusal_imports_neither_torch_nor_matplotlib(tmp_path):
 
 def test_the_rows_shown_are_those_that_the_keys_choose_and_the_images_those_nearest_to_them(run):
     """Against an independent computation: dense, in float64, image by image."""
-    from caco.build import build_method
-    from caco.checkpoint import Checkpoints
+    from caco.engine.assembly import build_method
+    from caco.runs.checkpoint import Checkpoints
 
     shown = model.bank_rows(model.load(run), count=5, num_nearest=6)
 
@@ -261,7 +262,7 @@ def test_a_run_without_a_bank_is_its_curve_beside_untrained_and_raw_pixels(tmp_p
 
     run_dir = tmp_path / "none"
     overrides = ["pn=none", f"data.limit={LIMIT}", "max_steps=3", "epochs=1"]
-    open_run(run_dir, config.job_config(config.compose([*TINY, *overrides])))
+    open_run(run_dir, composition.job_config(composition.compose([*TINY, *overrides])))
     train(run_dir, *overrides, bank=False)
     figure = drawn(run_dir, monkeypatch)
     (axes,) = figure.axes

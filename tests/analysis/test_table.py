@@ -13,7 +13,7 @@ from scipy import stats
 
 from analysis import table
 from analysis.results import Gain, Spread, device_hours_per_epoch, find, from_mlflow, from_records, train_hours
-from caco.config import ConfigError
+from caco.errors import UserError
 from experiments.tables import load_scale, load_table
 
 ROOT = Path(__file__).parents[2]
@@ -258,7 +258,7 @@ def test_an_mlflow_store_gives_the_same_result_as_the_record(trained, tmp_path):
 
 def test_a_store_without_the_runs_asked_for_says_what_it_has_and_what_makes_them(trained):
     _, uri = trained
-    with pytest.raises(ConfigError, match="no experiment mini; there are: Default, tiny"):
+    with pytest.raises(UserError, match="no experiment mini; there are: Default, tiny"):
         from_mlflow(uri, "mini")
 
 

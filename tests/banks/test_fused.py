@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from caco import equations as eq
 from caco import instructions
-from caco.banks import fused, scoring
+from caco.banks import scoring
+from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
 
 PATHS = ["streamed", "plain", "avx2", "wide", "avx512", "amx", "amx bfloat16"]

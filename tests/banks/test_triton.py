@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import kernels
-from caco.banks import fused, triton_kernels
+from caco.banks.kernels import fused, triton_kernels
 
 
 def test_what_is_promised_of_every_path_holds_in_the_interpreter(repo_root):

@@ -14,7 +14,8 @@ from triton.runtime import interpreter
 
 from caco import equations as eq
 from caco import instructions
-from caco.banks import fused, scoring, triton_kernels
+from caco.banks import scoring
+from caco.banks.kernels import fused, triton_kernels
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # of queries that are refused

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caco.data import native
-from caco.data.sources import ImagesInMemory
-from caco.data.views import View, Views
+from caco.data.sets.sources import ImagesInMemory
+from caco.data.views import native
+from caco.data.views.augmentation import View, Views
 
 
 def noise(size: int, seed: int) -> np.ndarray:

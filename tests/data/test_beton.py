@@ -6,21 +6,20 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from caco.data import write
-from caco.data.beton import BetonImages, beton
-from caco.data.datasets import folder
-from caco.data.loader import FFCVLoader
-from caco.data.sources import ImagesInMemory, Splits
-from caco.data.write import write_splits
+from caco import write
+from caco.data.loaders.ffcv_loader import FFCVLoader
+from caco.data.sets.beton import BetonImages, beton
+from caco.data.sets.folders import folder
+from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.errors import FileError, UserError
+from caco.write import write_splits
 
-ffcv_pipeline = pytest.importorskip("caco.data.ffcv_pipeline", reason="needs FFCV", exc_type=ImportError)
+ffcv_pipeline = pytest.importorskip("caco.data.loaders.ffcv_pipeline", reason="needs FFCV", exc_type=ImportError)
 import numba  # noqa: E402
 
 
@@ -177,7 +176,7 @@ def test_what_cannot_be_meant_is_refused(in_memory, tmp_path):
 
 def test_the_command_writes_a_folder_and_refuses_in_words(repo_root, tmp_path, write_images):
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "caco.data.write", *arguments]
+        command = [sys.executable, "-m", "caco.write", *arguments]
         return subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
 
     write_images(tmp_path / "in" / "cat", 2)

@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from caco.data.datasets import cifar10_jpeg75, digits, folder, imagenet, imagenet100, tiny_imagenet
-from caco.data.imagenet100 import IMAGENET100_CLASSES
+from caco.data.sets.folders import cifar10_jpeg75, digits, folder, imagenet, imagenet100, tiny_imagenet
+from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
 from caco.errors import FileError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import STL10, cifar, utils
 
-from caco.data.downloaded import cifar10, cifar100, stl10
+from caco.data.sets.downloaded import cifar10, cifar100, stl10
 from caco.errors import FileError
 
 

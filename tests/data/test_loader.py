@@ -18,15 +18,17 @@ import torch
 from PIL import Image
 
 from caco import instructions
-from caco.data import native
-from caco.data.beton import BetonImages
-from caco.data.datasets import folder
-from caco.data.loader import AutoLoader, Batch, FFCVLoader, TorchLoader, plain_batches
-from caco.data.sources import ImagesInMemory, Splits
-from caco.data.views import View, Views
-from caco.data.write import write_splits
+from caco.data.loaders.batches import Batch
+from caco.data.loaders.ffcv_loader import AutoLoader, FFCVLoader
+from caco.data.loaders.plain import plain_batches
+from caco.data.loaders.torch_loader import TorchLoader
+from caco.data.sets.beton import BetonImages
+from caco.data.sets.folders import folder
+from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.views import native
+from caco.data.views.augmentation import View, Views
 from caco.errors import FileError
-
+from caco.write import write_splits
 
 needs_ffcv = pytest.mark.skipif(
     instructions.LEVEL == "torch", reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off"
@@ -228,7 +230,7 @@ def test_where_nothing_can_be_read_skipping_ends_too(photos, two_views, kind):
 @needs_ffcv
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_breaks_inside_ffcv_ends_the_epoch(beton_source, two_views, monkeypatch):
-    from caco.data import ffcv_pipeline
+    from caco.data.loaders import ffcv_pipeline
 
     file = beton_source(16)
     loader = FFCVLoader(num_workers=1).bind(file, two_views, batch=4, seed=7)
@@ -417,9 +419,9 @@ def test_a_program_that_fails_with_a_loader_open_ends_at_once(repo_root: Path):
     script = """
 import numpy as np, torch
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1000.0
-from caco.data.loader import TorchLoader
-from caco.data.sources import ImagesInMemory
-from caco.data.views import View, Views
+from caco.data.loaders.bound import TorchLoader
+from caco.data.sets.sources import ImagesInMemory
+from caco.data.views.augmentation import View, Views
 views = Views(size=8, views={"both": View(count=2)}, mean=[0.5] * 3, std=[0.5] * 3)
 source = ImagesInMemory(np.zeros((64, 8, 8, 3), np.uint8), name="black")
 loader = TorchLoader(num_workers=2).bind(source, views, batch=8, seed=0)

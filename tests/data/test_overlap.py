@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caco.data import overlap
-from caco.data.datasets import class_folders
-from caco.data.overlap import refuse_overlap, shared_images
-from caco.data.sources import ImagesInMemory, Splits
+from caco.data.sets import overlap
+from caco.data.sets.folders import class_folders
+from caco.data.sets.overlap import refuse_overlap, shared_images
+from caco.data.sets.sources import ImagesInMemory, Splits
 
 
 @pytest.fixture

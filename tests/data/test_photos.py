@@ -12,11 +12,11 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from caco.data import native
-from caco.data.beton import beton
-from caco.data.datasets import folder
-from caco.data.views import View, Views, crop_box, uniforms
-from caco.data.write import write_splits
+from caco.data.sets.beton import beton
+from caco.data.sets.folders import folder
+from caco.data.views import native
+from caco.data.views.augmentation import View, Views, crop_box, uniforms
+from caco.write import write_splits
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "augmentation"
 WHOLE = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "jitter_p": 0.0, "gray_p": 0.0, "flip_p": 0.0}

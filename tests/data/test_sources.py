@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caco.data.sources import ImageFiles, ImagesInMemory, Splits, choose, read_image
+from caco.data.sets.sources import ImageFiles, ImagesInMemory, Splits, choose, read_image
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.io import savemat
 from test_downloaded import dump, rows
 
-from caco.data import transfer
-from caco.data.transfer import READERS, VOC_CLASSES, MissingSet, load
+from caco.data.sets import transfer
+from caco.data.sets.transfer import READERS, VOC_CLASSES, MissingSet, load
 
 
 def image(path: Path, seed: int) -> None:

@@ -12,8 +12,8 @@ from scipy.stats import ks_2samp, kstest, spearmanr
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from caco.data import views as module
-from caco.data.views import View, Views, uniforms
+from caco.data.views import augmentation as module
+from caco.data.views.augmentation import View, Views, uniforms
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "augmentation"
 PAPER = {"jitter_p": 0.8, "gray_p": 0.2, "blur": [0.1, 2.0], "flip_p": 0.5}
@@ -22,7 +22,7 @@ QUIET = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "jitter_p": 0.0, "gray_p": 0.
 
 def from_yaml(name: str, **changes) -> Views:
     settings = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    assert settings.pop("_target_") == "caco.data.views.Views"
+    assert settings.pop("_target_") == "caco.data.views.augmentation.Views"
     return Views(**settings | changes)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from caco.data.sources import ImagesInMemory, Splits
-from caco.data.views import View, Views
+from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.views.augmentation import View, Views
 from caco.evals.features import FeatureStore
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from caco.config import build, compose
+from caco.config.composition import build, compose
 from caco.errors import UserError
 from caco.evals import classifier
 from caco.evals.classifier import Recipe, new_head
@@ -195,7 +195,7 @@ def test_shares_are_stratified_and_the_whole_network_learns_on_a_copy(colours, s
 def test_a_published_list_chooses_the_images_and_a_wrong_name_is_told(tmp_path):
     from PIL import Image
 
-    from caco.data.datasets import class_folders
+    from caco.data.sets.folders import class_folders
 
     for name in ("n01", "n02"):
         (tmp_path / "images" / name).mkdir(parents=True)

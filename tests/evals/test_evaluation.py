@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from caco.config import build, compose
-from caco.data.sources import ImagesInMemory, Splits
-from caco.data.views import View, Views
+from caco.config.composition import build, compose
+from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.views.augmentation import View, Views
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import FeatureStore, extract
 from caco.evals.knn import KNN

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from caco.data.sources import ImagesInMemory, Splits
+from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import FeatureFiles, key_of, network_digest
 from caco.evals.knn import KNN

@@ -7,9 +7,9 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from torch import nn
 
-from caco.config import build, compose
-from caco.data.sources import ImagesInMemory
-from caco.data.transfer import VOC_CLASSES, TransferSet
+from caco.config.composition import build, compose
+from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.transfer import VOC_CLASSES, TransferSet
 from caco.evals import transfer
 from caco.evals.transfer import Transfer, average_precision_11, score
 

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from caco import config, validation
+from caco.config import composition, validation
 from experiments import compare
 
 ROWS = [
@@ -167,7 +167,7 @@ def test_a_commit_s_own_words_are_put_into_a_case_s_overrides():
 def test_every_case_is_one_that_caco_accepts(repo_root):
     """As caco.train checks a command, before anything is trained."""
     for case in compare.cases_of(repo_root, 50).values():
-        cfg = config.compose([*case.overrides, *compare.cut_settings(case, 50)])
+        cfg = composition.compose([*case.overrides, *compare.cut_settings(case, 50)])
         validation.check(cfg, overrides=list(cfg.hydra.overrides.task), choices=dict(cfg.hydra.runtime.choices))
 
 

@@ -6,8 +6,9 @@ import json
 import pytest
 from tiny import train
 
-from caco.config import ConfigError, compose, job_config
-from caco.runs import open_run
+from caco.config.composition import compose, job_config
+from caco.errors import UserError
+from caco.runs.directory import open_run
 from experiments import record
 from experiments.record import gather, merge, pack, read, unpack
 
@@ -84,7 +85,7 @@ def test_another_rate_is_no_other_result_and_a_later_evaluation_is_added(runs):
 def test_a_record_whose_configuration_was_changed_is_refused(run_dirs):
     packed = gather(run_dirs)
     packed["config"]["batch"] = 128
-    with pytest.raises(ConfigError, match="changed by hand"):
+    with pytest.raises(UserError, match="changed by hand"):
         unpack(packed, "theirs.json")
 
 
@@ -99,10 +100,10 @@ def test_the_committed_records_are_whole():
 def test_something_else_is_no_record(tmp_path, content):
     path = tmp_path / "record.json"
     path.write_text(content)
-    with pytest.raises(ConfigError, match="record.json: expected a record"):
+    with pytest.raises(UserError, match="record.json: expected a record"):
         read(path)
 
 
 def test_an_unfinished_run_has_no_record(tmp_path):
-    with pytest.raises(ConfigError, match="start its command again to finish it"):
+    with pytest.raises(UserError, match="start its command again to finish it"):
         gather([tmp_path])

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from caco import train
-from caco.tracking.files import write_json
+from caco.runs.files import write_json
 from experiments import record, run
 from experiments.tables import experiments, load_scale, load_table
 
@@ -177,7 +177,7 @@ def test_a_mistake_is_refused_before_anything_starts(here, trainings, capsys, tm
 
 
 def test_jobs_of_a_launcher_are_the_runs_that_are_left(here, monkeypatch, tmp_path):
-    from caco import sweep
+    from caco.launch import sweep
 
     seen = []
 

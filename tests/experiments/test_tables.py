@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from caco.config import ConfigError
+from caco.errors import UserError
 from experiments import tables
 from experiments.tables import HERE, experiments, load_scale, load_table
 
@@ -124,19 +124,19 @@ def test_multi_crop_is_refused_where_images_are_small_and_not_left_out():
     ],
 )
 def test_an_unknown_name_is_refused_with_what_comes_nearest(load, name, words):
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         load(name)
     assert all(word in str(refused.value) for word in words)
 
 
 def test_an_unknown_row_is_refused_with_what_comes_nearest():
-    with pytest.raises(ConfigError, match="row bth: no such row; did you mean both?"):
+    with pytest.raises(UserError, match="row bth: no such row; did you mean both?"):
         experiments(load_table("7"), load_scale("smoke"), rows=["bth"])
 
 
 @pytest.mark.parametrize("override", ["epochs=3", "bank.size=64", "data.limit=10", "device=cpu"])
 def test_what_can_change_a_number_is_no_further_setting(override):
-    with pytest.raises(ConfigError, match="could change a number"):
+    with pytest.raises(UserError, match="could change a number"):
         experiments(load_table("7"), load_scale("smoke"), further=[override])
 
 
@@ -145,5 +145,5 @@ def test_a_mistake_in_a_scales_file_is_named(monkeypatch, tmp_path, wrong, word)
     (tmp_path / "scale").mkdir()
     (tmp_path / "scale" / "mine.yaml").write_text(yaml.safe_dump({"title": "mine", **wrong}))
     monkeypatch.setattr(tables, "HERE", tmp_path)
-    with pytest.raises(ConfigError, match="mine.yaml.*" + word):
+    with pytest.raises(UserError, match="mine.yaml.*" + word):
         load_scale("mine")

@@ -12,7 +12,7 @@ from test_trainer import assert_same, final, record
 from tiny import compose
 
 from caco.banks.fifo import FifoBank
-from caco.build import train
+from caco.engine.assembly import train
 from caco.methods import base, sources
 from caco.nn.twin import MomentumTwin
 from caco.schedules import cosine
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 
 
 def trained(runs, toy, step):
-    from caco.checkpoint import load
+    from caco.runs.checkpoint import load
 
     return load(next((runs[toy] / "checkpoints").glob(f"step_*{step:03d}.pt")))["method"]
 
@@ -57,7 +57,7 @@ def test_it_goes_on_to_the_same_bits_from_the_middle_of_an_epoch_and_from_a_phas
         path.unlink()
     (tmp_path / "summary.json").unlink()
     whole = final(runs[toy])
-    from caco.checkpoint import load
+    from caco.runs.checkpoint import load
 
     (at_11,) = (tmp_path / "checkpoints").glob("*011.pt")
     state = load(at_11) | {"config_hash": whole["config_hash"]}  # the two runs differ in max_steps alone

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_contrastive import B, D, K, TAU, Flat, build
+from test_contrastive import TAU, B, D, Flat, K, build
 from tiny import now
 from torch import nn
 from torch.nn import functional as F

@@ -26,7 +26,7 @@ class HeldTracker(LedgerTracker):
         wanted = os.environ["HELD"].split(",")
         if step != STEP or self._held.exists() or not any(name in str(self._held) for name in wanted):
             return
-        stop = signal.getsignal(signal.SIGTERM).__self__  # caco.preemption's
+        stop = signal.getsignal(signal.SIGTERM).__self__  # caco.engine.preemption's
         self._held.touch()
         deadline = time.monotonic() + PATIENCE_S
         while not stop.requested():

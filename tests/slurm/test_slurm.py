@@ -16,8 +16,8 @@ from processes import caco_train, ranks
 from test_trainer import assert_same, final, record
 from tiny import BANK, TINY
 
-from caco import config
-from caco.tracking.environment import environment
+from caco.config import composition
+from caco.runs.environment import environment
 
 pytestmark = pytest.mark.timeout(900)  # of the first test, which waits for all jobs
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,9 +258,9 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_submits_it_again(s
     ],
 )
 def test_what_the_cluster_cannot_do_is_refused(slurm, overrides, told):
-    cfg = config.job_config(config.compose([*RUN, *SLURM, *overrides]))
+    cfg = composition.job_config(composition.compose([*RUN, *SLURM, *overrides]))
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
-        config.build(cfg.launcher).check(cfg)
+        composition.build(cfg.launcher).check(cfg)
 
 
 @pytest.mark.parametrize(

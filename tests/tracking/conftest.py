@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from caco.tracking.files import locked
+from caco.runs.files import locked
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,337 @@
+"""The bank's fused passes on CUDA, in Triton: those of caco/banks/kernels/fused.py, by the same names and signatures.
+
+Checked in Triton's interpreter, on a CPU, and compiled ahead of time for sm_80 and sm_90 (benchmarks/kernels.py): they never
+ran on a GPU. So the first use on a card tries them there (`trial`), and where that fails PyTorch streams the bank.
+
+A program owns a block of queries and a share of the rows (`forward`, `nearest`), or a block of rows and all queries (`update`).
+Shares are summed in their order and nothing is added atomically: the same card gives the same bits again. Products are
+bfloat16's with float32 sums where the run's precision is (`low`), else tf32x3: three products of the tensor cores that together
+keep float32's rounding, at two and a half times the peak of the plain float32 units (A100: 156/3 against 19.5 TFLOP/s, H100: 495/3
+against 67, as published). Float32's factors take twice four bytes an element, so their first product goes over the
+width in chunks; bfloat16's takes it whole.
+
+Shapes: N queries, S rows in one block, R rows, D width, D2 the power of two that holds it, C columns in one chunk, P shares
+of the rows, T candidates.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from caco import equations as eq
+
+WIDEST = 256
+TOP = 4  # candidates for each key
+LOG2_E = 1.4426950408889634
+# How far a cosine of unit vectors is off whose factors were rounded to bfloat16: by 2^-9 each, and a little for their sum.
+ROUNDING = 1.02 * 2**-8
+
+# Queries and rows in a block, warps, stages: of widths to 128 and above on every card, and of the same on sm_90 and sm_100, which
+# have more shared memory than 99 KiB. None spills a register on sm_80 or sm_90.
+SIZES = {  # kernel, low
+    ("forward", True): ((64, 32, 4, 3), (64, 32, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("nearest", True): ((64, 64, 8, 2), (64, 32, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
+    ("update", True): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 128, 8, 2), (32, 64, 8, 3)),
+    ("forward", False): ((64, 32, 8, 2), (32, 16, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+    ("nearest", False): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("update", False): ((64, 32, 8, 2), (16, 32, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
+}
+CHUNK = 32  # of float32's width
+
+
+# On the card.
+
+
+@triton.jit
+def _block(x_ptr, first, last, ROWS: tl.constexpr, D: tl.constexpr, start, COLUMNS: tl.constexpr):
+    """Pointers to a block of x's rows and columns, and which of them there are."""
+    row_S, column_C = tl.arange(0, ROWS), start + tl.arange(0, COLUMNS)
+    there_SC = (row_S < last - first)[:, None] & (column_C < D)[None, :]
+    return x_ptr + tl.cast(first, tl.int64) * D + (row_S[:, None] * D + column_C[None, :]), there_SC
+
+
+@triton.jit
+def _load(x_ptr, first, last, ROWS: tl.constexpr, D: tl.constexpr, start, COLUMNS: tl.constexpr):
+    at_SC, there_SC = _block(x_ptr, first, last, ROWS, D, start, COLUMNS)
+    return tl.load(at_SC, mask=there_SC, other=0.0)
+
+
+@triton.jit
+def _products(
+    a_ptr, first_a, last_a, A: tl.constexpr, b_ptr, first_b, last_b, B: tl.constexpr,
+    D: tl.constexpr, D2: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Of a block of a's rows and one of b's, [A, B], and the squares of b's, [B]."""
+    dot_AB = tl.zeros((A, B), tl.float32)
+    square_B = tl.zeros((B,), tl.float32)
+    for start in range(0, D2, C):
+        a_AC = _load(a_ptr, first_a, last_a, A, D, start, C)
+        b_BC = _load(b_ptr, first_b, last_b, B, D, start, C)
+        square_B += tl.sum(b_BC * b_BC, 1)
+        dot_AB = tl.dot(a_AC.to(TYPE), tl.trans(b_BC.to(TYPE)), dot_AB, input_precision=PRECISION)
+    return dot_AB, square_B
+
+
+@triton.jit(do_not_specialize=["N", "R", "rows_of_share"])
+def forward_kernel(
+    q_ptr, w_ptr, z_ptr, z2_ptr, peak_ptr, sums_ptr, N, R, rows_of_share, scale, shift, scale2, shift2,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    SECOND: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    share, first_query = tl.program_id(1), tl.program_id(0) * BLOCK_N
+    TYPE: tl.constexpr = q_ptr.dtype.element_ty
+    z_N = tl.zeros((BLOCK_N,), tl.float64)
+    z2_N = tl.zeros((BLOCK_N,), tl.float64)
+    peak_N = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    sums_ND = tl.zeros((BLOCK_N, D2), tl.float32)
+    first_row = share * rows_of_share
+    for row in range(first_row, tl.minimum(first_row + rows_of_share, R), BLOCK_R):
+        there_S = row + tl.arange(0, BLOCK_R) < R
+        dot_NS, square_S = _products(q_ptr, first_query, N, BLOCK_N, w_ptr, row, R, BLOCK_R, D, D2, C, PRECISION, TYPE)
+        inverse_S, beyond_S = tl.where(there_S, tl.rsqrt(square_S), 0.0), tl.where(there_S, 0.0, float("-inf"))
+        # The mask and the shift are one term of a row, added as its logits are scaled.
+        logit_NS = dot_NS * (inverse_S * scale)[None, :] + (beyond_S - shift)[None, :]
+        peak_N = tl.maximum(peak_N, tl.max(logit_NS, 1))
+        e_NS = tl.exp2(logit_NS)
+        z_N += tl.sum(e_NS, 1)
+        if SECOND:
+            z2_N += tl.sum(tl.exp2(dot_NS * (inverse_S * scale2)[None, :] + (beyond_S - shift2)[None, :]), 1)
+        if SUMS:
+            w_SD = _load(w_ptr, row, R, BLOCK_R, D, 0, D2).to(TYPE)
+            sums_ND = tl.dot((e_NS * inverse_S[None, :]).to(TYPE), w_SD, sums_ND, input_precision=PRECISION)
+    query_N = first_query + tl.arange(0, BLOCK_N)
+    at_N, there_N = share * N + query_N, query_N < N
+    tl.store(z_ptr + at_N, z_N, mask=there_N)
+    tl.store(peak_ptr + at_N, (peak_N + shift) / scale, mask=there_N)
+    if SECOND:
+        tl.store(z2_ptr + at_N, z2_N, mask=there_N)
+    if SUMS:
+        at_ND, there_ND = _block(sums_ptr + tl.cast(share, tl.int64) * N * D, first_query, N, BLOCK_N, D, tl.program_id(2), D2)
+        tl.store(at_ND, sums_ND, mask=there_ND)
+
+
+@triton.jit(do_not_specialize=["N", "R", "rows_of_share"])
+def nearest_kernel(
+    q_ptr, w_ptr, value_ptr, row_ptr, bound_ptr, N, R, rows_of_share,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """Each place in a block keeps its best row; the largest cosine that some place did not keep is told with them."""
+    share, first_query = tl.program_id(1), tl.program_id(0) * BLOCK_N
+    TYPE: tl.constexpr = q_ptr.dtype.element_ty
+    best_NS = tl.full((BLOCK_N, BLOCK_R), float("-inf"), tl.float32)
+    row_NS = tl.full((BLOCK_N, BLOCK_R), -1, tl.int32)
+    lost_N = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    first_row = share * rows_of_share
+    for row in range(first_row, tl.minimum(first_row + rows_of_share, R), BLOCK_R):
+        there_S = row + tl.arange(0, BLOCK_R) < R
+        dot_NS, square_S = _products(q_ptr, first_query, N, BLOCK_N, w_ptr, row, R, BLOCK_R, D, D2, C, PRECISION, TYPE)
+        inverse_S, beyond_S = tl.where(there_S, tl.rsqrt(square_S), 0.0), tl.where(there_S, 0.0, float("-inf"))
+        cosine_NS = dot_NS * inverse_S[None, :] + beyond_S[None, :]
+        lost_N = tl.maximum(lost_N, tl.max(tl.minimum(cosine_NS, best_NS), 1))
+        row_NS = tl.where(cosine_NS > best_NS, (row + tl.arange(0, BLOCK_R))[None, :], row_NS)
+        best_NS = tl.maximum(best_NS, cosine_NS)
+    query_N = first_query + tl.arange(0, BLOCK_N)
+    at_N, there_N = share * N + query_N, query_N < N
+    for t in tl.static_range(T):
+        value_N = tl.max(best_NS, 1)
+        row_N = tl.min(tl.where(best_NS == value_N[:, None], row_NS, 2147483647), 1)
+        tl.store(value_ptr + at_N * T + t, value_N, mask=there_N)
+        tl.store(row_ptr + at_N * T + t, row_N, mask=there_N)
+        best_NS = tl.where(row_NS == row_N[:, None], float("-inf"), best_NS)
+    tl.store(bound_ptr + at_N, tl.maximum(lost_N, tl.max(best_NS, 1)), mask=there_N)
+
+
+@triton.jit(do_not_specialize=["N", "R"])
+def update_kernel(
+    q_ptr, positive_ptr, log_sum_ptr, weight_ptr, w_ptr, v_ptr, N, R, inverse_tau, scale, pull, push, lr, momentum, weight_decay,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):  # fmt: skip
+    first_row = tl.program_id(0) * BLOCK_R
+    row_S = first_row + tl.arange(0, BLOCK_R)
+    w_SD = _load(w_ptr, first_row, R, BLOCK_R, D, 0, D2)
+    inverse_S = tl.where(row_S < R, tl.rsqrt(tl.sum(w_SD * w_SD, 1)), 0.0)
+    TYPE: tl.constexpr = q_ptr.dtype.element_ty
+    toward_SD = tl.zeros((BLOCK_R, D2), tl.float32)
+    for query in range(0, N, BLOCK_N):
+        query_N = query + tl.arange(0, BLOCK_N)
+        there_N = query_N < N
+        log_sum_N = tl.load(log_sum_ptr + query_N, mask=there_N, other=float("inf"))  # so p is 0 beyond the last
+        weight_N = tl.load(weight_ptr + query_N, mask=there_N, other=0.0)
+        positive_N = tl.load(positive_ptr + query_N, mask=there_N, other=-1)
+        q_ND = _load(q_ptr, query, N, BLOCK_N, D, 0, D2)
+        dot_SN, _ = _products(w_ptr, first_row, R, BLOCK_R, q_ptr, query, N, BLOCK_N, D, D2, C, PRECISION, TYPE)
+        p_SN = tl.exp2(dot_SN * (inverse_S * scale)[:, None] - log_sum_N[None, :])
+        move_SN = tl.where(
+            row_S[:, None] == positive_N[None, :], (pull * weight_N)[None, :] * (1 - p_SN), (push * weight_N)[None, :] * p_SN
+        )
+        toward_SD = tl.dot(move_SN.to(TYPE), q_ND, toward_SD, input_precision=PRECISION)
+    # A zero that the compiler does not know: else it keeps the addresses from before the loop in registers all through it.
+    # The barriers keep it from reading everything at once, for the same reason.
+    zero = tl.program_id(2)
+    w_at_SD, there_SD = _block(w_ptr, first_row, R, BLOCK_R, D, zero, D2)
+    v_at_SD, _ = _block(v_ptr, first_row, R, BLOCK_R, D, zero, D2)
+    tl.debug_barrier()
+    w_SD = tl.load(w_at_SD, mask=there_SD, other=0.0)
+    # sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
+    along_S = tl.sum(toward_SD * w_SD, 1) * inverse_S * inverse_S
+    descent_SD = (toward_SD - along_S[:, None] * w_SD) * (inverse_S * inverse_tau)[:, None] - weight_decay * w_SD
+    tl.debug_barrier()
+    v_SD = momentum * tl.load(v_at_SD, mask=there_SD, other=0.0) - descent_SD
+    tl.store(v_at_SD, v_SD, mask=there_SD)
+    tl.debug_barrier()
+    w_SD = tl.load(w_at_SD, mask=there_SD, other=0.0) - lr * v_SD
+    if NORMALISE:
+        w_SD *= tl.rsqrt(tl.sum(w_SD * w_SD, 1))[:, None]
+    tl.store(w_at_SD, w_SD, mask=there_SD)
+
+
+# On the host.
+
+
+def constants(name: str, D: int, *, low: bool, hopper: bool) -> tuple[dict, dict]:
+    """What a kernel is compiled for, and how it is launched."""
+    D2 = max(16, triton.next_power_of_2(D))
+    block_n, block_r, warps, stages = SIZES[name, low][2 * hopper + (D2 > 128)]
+    shape = {"D": D, "D2": D2, "BLOCK_N": block_n, "BLOCK_R": block_r, "C": D2 if low else min(CHUNK, D2)}
+    return shape | {"PRECISION": "ieee" if low else "tf32x3"}, {"num_warps": warps, "num_stages": stages}
+
+
+def _launch(name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, low: bool, **flags) -> list[Tensor]:
+    """Start a kernel over blocks of queries and shares of rows; returns its outputs of every share.
+
+    Args:
+        outputs: type and shape, after [P, N], of each.
+    """
+    N, (R, D) = len(q_ND), w_RD.shape
+    fixed, options = constants(name, D, low=low, hopper=_is_hopper(w_RD.device))
+    blocks, row_blocks, processors = triton.cdiv(N, fixed["BLOCK_N"]), triton.cdiv(R, fixed["BLOCK_R"]), _processors(w_RD.device)
+    # As many shares as leave the fewest processors idle in the last turn.
+    shares = min(range(1, min(row_blocks, max(4, processors // blocks)) + 1), key=lambda P: triton.cdiv(blocks * P, processors) / P)
+    rows = triton.cdiv(row_blocks, shares) * fixed["BLOCK_R"]
+    shares = triton.cdiv(R, rows)
+    made = [torch.empty(shares, N, *shape, dtype=dtype, device=w_RD.device) for dtype, shape in outputs]
+    with torch.cuda.device_of(w_RD):
+        KERNELS[name][blocks, shares](_factors(q_ND, low), w_RD, *made, N, R, rows, *arguments, **fixed, **flags, **options)
+    return made
+
+
+def forward(
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool = False
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """As fused.forward."""
+    z, z2, peak, sums = _launch(
+        "forward", q_GD, w_RD,
+        [(torch.float64, ()), (torch.float64, ()), (torch.float32, ()), (torch.float32, (w_RD.shape[1],) if with_sums else ())],
+        [LOG2_E / taus[0], LOG2_E * shifts[0], LOG2_E / taus[-1], LOG2_E * shifts[-1]], low, SECOND=len(taus) > 1, SUMS=with_sums,
+    )  # fmt: skip
+    return [z.sum(0), z2.sum(0)][: len(taus)], peak.amax(0), sums.sum(0) if with_sums else None
+
+
+def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As fused.nearest, but the last value of each key is only a bound: no row that is not among the others has a larger cosine.
+
+    The bank is searched in bfloat16, whatever the run's precision. What rounding may have hidden is searched in float32, so the
+    values are float32's.
+    """
+    row_GT, bound_G = _candidates(k_GD, w_RD, low=True)
+    value_GT, row_GT = _in_order(k_GD, w_RD, row_GT)
+    bound_G += ROUNDING
+    error = (k_GD.shape[1] + 8) * torch.finfo(torch.float32).eps
+    unsure = (bound_G >= value_GT[:, 0] - 2 * error).nonzero()[:, 0]
+    if len(unsure):
+        some_GT, bound_G[unsure] = _candidates(k_GD[unsure], w_RD, low=False)
+        value_GT[unsure], row_GT[unsure] = _in_order(k_GD[unsure], w_RD, some_GT)
+    return torch.cat([value_GT, bound_G[:, None]], 1), torch.cat([row_GT, row_GT[:, :1]], 1), torch.full_like(bound_G, error)
+
+
+def _candidates(k_GD: Tensor, w_RD: Tensor, *, low: bool) -> tuple[Tensor, Tensor]:
+    """Rows of large cosines, [G, T] (-1: none), and the largest cosine of all others, [G]."""
+    value, row, bound = _launch(
+        "nearest", k_GD, w_RD, [(torch.float32, (TOP,)), (torch.int32, (TOP,)), (torch.float32, ())], [], low, T=TOP
+    )
+    value_GA, order_GA = value.transpose(0, 1).flatten(1).sort(dim=1, descending=True, stable=True)
+    row_GA = row.transpose(0, 1).flatten(1).gather(1, order_GA).long()
+    bound_G = bound.amax(0)
+    return row_GA[:, :TOP], bound_G if len(value) == 1 else torch.maximum(bound_G, value_GA[:, TOP])
+
+
+def _in_order(k_GD: Tensor, w_RD: Tensor, row_GT: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates by their cosines in float32, best first, equal ones by row."""
+    row_GT = row_GT.sort(dim=1).values
+    w_GTD = w_RD[row_GT.clamp(min=0)]
+    value_GT = (k_GD[:, None] * w_GTD).sum(2) / w_GTD.norm(dim=2)
+    value_GT, order_GT = value_GT.masked_fill_(row_GT < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return value_GT, row_GT.gather(1, order_GT)
+
+
+def update(
+    w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
+    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, low: bool = False,
+) -> None:  # fmt: skip
+    """As fused.update."""
+    assert w_RD.is_contiguous() and velocity_RD.is_contiguous()
+    R, D = w_RD.shape
+    fixed, options = constants("update", D, low=low, hopper=_is_hopper(w_RD.device))
+    with torch.cuda.device_of(w_RD):  # floats, as a kernel is compiled anew for integers
+        update_kernel[triton.cdiv(R, fixed["BLOCK_R"]),](
+            _factors(q_ND, low), positive_N.clamp(-1, R).int(), log_sum_N * LOG2_E, weight_N.contiguous(), w_RD, velocity_RD,
+            len(q_ND), R, 1 / tau, LOG2_E / tau, *map(float, (pull, push, lr, momentum, weight_decay)), NORMALISE=normalise,
+            **fixed, **options,
+        )  # fmt: skip
+
+
+KERNELS = {"forward": forward_kernel, "nearest": nearest_kernel, "update": update_kernel}
+
+
+def _factors(q_ND: Tensor, low: bool) -> Tensor:
+    return (q_ND.bfloat16() if low else q_ND).contiguous()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def trial(device: torch.device, D: int) -> None:
+    """Run every kernel once and compare it with the equations in float64.
+
+    Raises:
+        ValueError: wider than the kernels are made for.
+        ArithmeticError: they give something else here.
+        Exception: whatever compiler and driver raise.
+    """
+    if D > WIDEST:
+        raise ValueError(f"they are made for widths up to {WIDEST}; got {D}")
+    N, R, tau, bank_tau, settings = 70, 300, 0.3, 0.2, {"lr": 3.0, "momentum": 0.9}
+    generator = torch.Generator().manual_seed(0)
+    q, k, w, v = (F.normalize(torch.randn(rows, D, generator=generator), dim=1).to(device) for rows in (N, N, R, R))
+    w, v, positive, weight = 2 * w, v / 100, torch.arange(N, device=device) * 5 % 11, torch.full((N,), 1 / N, device=device)
+    m, exact_q = w.double() / 2, q.double()
+    e = (exact_q @ m.T / tau).exp()
+    second = (exact_q @ m.T / bank_tau).exp().sum(1)
+    gradient = eq.bank_gradient(exact_q, w.double(), positive, bank_tau)
+    moved = eq.bank_update(w.double(), v.double(), gradient, reading="paper", **settings)
+    expected = [e.sum(1), second, (exact_q @ m.T).amax(1), e @ m, (k.double() @ m.T).amax(1), *moved]
+    for low, tolerance in ((True, 0.1), (False, 1e-4)):
+        z, peak, sums = forward(q, w, [tau, bank_tau], [0.0, 0.0], with_sums=True, low=low)
+        nearest_m = m[nearest(k, w)[1][:, 0]]
+        new_w, new_v = w.clone(), v.clone()
+        update(
+            new_w, new_v, q, positive, second.log().float(), weight,
+            tau=bank_tau, pull=1.0, push=1.0, weight_decay=0.0, normalise=True, low=low, **settings,
+        )  # fmt: skip
+        for got, exact in zip([*z, peak, sums, (k * nearest_m).sum(1), new_w, new_v], expected, strict=True):
+            off = ((got - exact).norm() / exact.norm()).item()
+            if not off < tolerance:
+                raise ArithmeticError(f"a result of theirs is off by {off:.1e} of its size in {'bfloat16' if low else 'float32'}")

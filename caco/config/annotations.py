@@ -1,0 +1,179 @@
+"""Whether a plain value from YAML fits a type annotation that was read, not run."""
+
+import ast
+import builtins
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from caco.config.signatures import Module, Signature, lookup, signature
+
+# int is accepted for float, bool for neither: `true` where a number belongs is a mistake.
+SCALARS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "Path": (str,),
+    "PathLike": (str,),
+    "bytes": (),
+    "None": (type(None),),
+}
+LISTS = {"list", "List", "Sequence", "Iterable", "Collection", "Set", "set", "frozenset"}
+DICTS = {"dict", "Dict", "Mapping", "MutableMapping"}
+
+
+def alternatives(annotation: ast.expr, module: Module) -> list[tuple[Module, ast.expr]]:
+    """The members of a union, aliases resolved, each with the module that its names belong to."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return alternatives(ast.parse(annotation.value, mode="eval").body, module)
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return alternatives(annotation.left, module) + alternatives(annotation.right, module)
+    if isinstance(annotation, ast.Subscript):
+        head = _word(annotation.value)
+        if head == "Optional":
+            return [*alternatives(annotation.slice, module), (module, ast.Constant(None))]
+        if head == "Union":
+            return [pair for item in _items(annotation.slice) for pair in alternatives(item, module)]
+        if head in ("Annotated", "Final"):
+            return alternatives(_items(annotation.slice)[0], module)
+    known = {*SCALARS, *LISTS, *DICTS, "tuple", "Tuple", "Any", "object"}
+    if isinstance(annotation, ast.Name) and annotation.id not in known:
+        found = lookup(module, annotation.id)
+        if found and not isinstance(found[1], (ast.ClassDef, ast.FunctionDef)):
+            return alternatives(found[1].value, found[0])  # type: ignore[attr-defined]
+    return [(module, annotation)]
+
+
+def is_plain(annotation: ast.expr | None, module: Module) -> bool:
+    """Whether YAML can hold it: else (a network, parameters, a device) the program supplies it."""
+    members = [] if annotation is None else alternatives(annotation, module)
+    return bool(members) and all(_is_plain(item, where) for where, item in members)
+
+
+def _is_plain(annotation: ast.expr, module: Module) -> bool:
+    kind = _word(_head(annotation))
+    items = _items(annotation.slice) if isinstance(annotation, ast.Subscript) else []
+    if kind in LISTS or kind in DICTS or kind in ("tuple", "Tuple"):
+        return all(_is_ellipsis(item) or is_plain(item, module) for item in items)
+    return kind in ("Literal", "Any", "object") or kind in SCALARS
+
+
+def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: str) -> list[str]:
+    """Why `value` at `path` does not fit, one line per place; empty if it does."""
+    if annotation is None or (isinstance(value, dict) and "_target_" in value):
+        return []
+    members = alternatives(annotation, module)
+    attempts = [_mismatch(value, item, where, path) for where, item in members]
+    if any(not attempt for attempt in attempts):
+        return []
+    # The member that got deepest knows best what is wrong: `views.0.blur`, not "expected list[View] | None".
+    inner = [attempt for attempt in attempts if attempt and not attempt[0].startswith(f"{path}: ")]
+    if inner:
+        return inner[0]
+    choices = [item for _, member in members for item in _literals(member)]
+    near = difflib.get_close_matches(str(value), [str(item) for item in choices], n=1)
+    hint = f"; did you mean {near[0]}?" if near and isinstance(value, str) else ""
+    expected = " or ".join(_show(member) for _, member in members)
+    return [f"{path}: expected {expected}, got {value!r:.80}{_kind(value)}{hint}"]
+
+
+def argument_mismatches(
+    given: dict[str, Any], taken: Signature, path: str, owner: str, supplied: Collection[str] = ()
+) -> list[str]:
+    """Why a mapping does not fit a signature: unknown names, missing ones, wrong types.
+
+    Args:
+        supplied: plain arguments that the program gives all the same, as the width of the network before.
+    """
+    found = []
+    for name, value in given.items():
+        here = f"{path}.{name}"
+        if name in supplied:
+            found.append(f"{here}: the program sets it, it cannot be chosen")
+        elif name in taken.parameters:
+            found += mismatches(value, taken.parameters[name].annotation, taken.module, here)
+        elif not taken.open:
+            names = [key for key, item in taken.parameters.items() if is_plain(item.annotation, taken.module)]
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(names) or 'nothing'}"
+            found.append(f"{here}: {owner} takes no such argument{hint}")
+    for name, parameter in taken.parameters.items():
+        if parameter.required and name not in {*given, *supplied} and is_plain(parameter.annotation, taken.module):
+            found.append(f"{path}.{name}: {owner} needs it, expected {_show(parameter.annotation)}, got nothing")
+    return found
+
+
+def _mismatch(value: Any, annotation: ast.expr, module: Module, path: str) -> list[str]:
+    """mismatches for one member of a union."""
+    wrong = [f"{path}: does not fit"]
+    kind = _word(_head(annotation))
+    items = _items(annotation.slice) if isinstance(annotation, ast.Subscript) else []
+    if kind in ("Any", "object"):
+        return []
+    if kind in SCALARS:
+        fits = isinstance(value, SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool))
+        return [] if fits else wrong
+    if kind == "Literal":
+        return [] if any(value == item and type(value) is type(item) for item in _literals(annotation)) else wrong
+    if kind in LISTS or kind in ("tuple", "Tuple"):
+        if not isinstance(value, list):
+            return wrong
+        if kind in LISTS or not items or _is_ellipsis(items[-1]):
+            items = items[:1] * len(value)
+        elif len(items) != len(value):
+            return wrong
+        return [
+            line
+            for number, (member, item) in enumerate(zip(value, items, strict=False))
+            for line in mismatches(member, item, module, f"{path}.{number}")
+        ]
+    if kind in DICTS:
+        if not isinstance(value, dict):
+            return wrong
+        if len(items) < 2:
+            return []
+        return [line for key, item in value.items() for line in mismatches(item, items[1], module, f"{path}.{key}")]
+    found = lookup(module, kind) if isinstance(annotation, ast.Name) else None
+    if found is None:
+        return []  # cannot be read, so nothing is claimed
+    taken = signature(*found)
+    if not isinstance(value, dict) or taken is None:
+        return wrong
+    return argument_mismatches(value, taken, path, kind)
+
+
+def _head(annotation: ast.expr) -> ast.expr:
+    return annotation.value if isinstance(annotation, ast.Subscript) else annotation
+
+
+def _word(node: ast.expr) -> str:
+    """`list`, `typing.Optional` -> "Optional", `None` -> "None"."""
+    if isinstance(node, ast.Constant) and node.value is None:
+        return "None"
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def _items(node: ast.expr) -> list[ast.expr]:
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+def _is_ellipsis(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is ...
+
+
+def _literals(annotation: ast.expr) -> list[Any]:
+    if not isinstance(annotation, ast.Subscript) or _word(annotation.value) != "Literal":
+        return []
+    return [item.value for item in _items(annotation.slice) if isinstance(item, ast.Constant)]
+
+
+def _show(annotation: ast.expr | None) -> str:
+    if annotation is None:
+        return "a value"
+    return " | ".join(map(str, _literals(annotation))) or ast.unparse(annotation)
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return "" if value is None or not hasattr(builtins, name) else f" ({name})"

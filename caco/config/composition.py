@@ -1,0 +1,78 @@
+"""How the configuration is composed, and how a component is built from its part.
+
+Imports neither torch nor a component, so that `--help` and every refusal come at once.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from caco.config.schema import EvaluateRoot, ExportRoot, Root
+from caco.installed import is_installed
+from caco.runs.identity import file_digest, run_name
+
+# Beside the package in a checkout, inside it in a wheel (pyproject.toml maps the one to the other).
+CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
+
+
+def register() -> None:
+    """Tell Hydra the schemas and OmegaConf the resolvers: a run's directory, and what is in a file."""
+    ConfigStore.instance().store("schema", Root)
+    ConfigStore.instance().store("evaluate_schema", EvaluateRoot)
+    ConfigStore.instance().store("export_schema", ExportRoot)
+    ConfigStore.instance().store("of_the_run", {})  # caco/config/pretrained.py replaces it by what a run recorded
+    ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
+    OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
+    OmegaConf.register_new_resolver("installed_tracking", installed_tracking, replace=True)
+
+
+def installed_tracking() -> str:
+    """The option of `tracking` where none is chosen: without MLflow the ledger alone, which can be sent to it later."""
+    return "mlflow" if is_installed("mlflow") else "ledger"
+
+
+register()
+
+
+def compose(overrides: list[str], name: str = "config") -> DictConfig:
+    """The configuration of a command line, with Hydra's own part under `hydra`.
+
+    Args:
+        name: of the root in conf/.
+    Raises:
+        Hydra's and OmegaConf's own errors; caco.config.refusals.explain puts them in words.
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose(name, list(overrides), return_hydra_config=True)
+
+
+def job_config(cfg: DictConfig) -> DictConfig:
+    """cfg without Hydra's own part."""
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
+def build(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
+    """Call a component's `_target_` with its other keys and what only the program can supply.
+
+    Args:
+        part: mapping with `_target_`, a dotted path; parts inside it that have one too are built first.
+        supplied: arguments that no YAML holds, such as a module or parameters.
+    """
+    arguments = OmegaConf.to_container(part, resolve=True) if isinstance(part, DictConfig) else dict(part)
+    module, _, name = arguments.pop("_target_").rpartition(".")
+    arguments = {key: _build_inner(value) for key, value in arguments.items()}
+    return getattr(importlib.import_module(module), name)(**arguments, **supplied)
+
+
+def _build_inner(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_build_inner(item) for item in value]
+    if isinstance(value, dict):
+        return build(value) if "_target_" in value else {key: _build_inner(item) for key, item in value.items()}
+    return value

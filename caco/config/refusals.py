@@ -1,0 +1,127 @@
+"""Hydra's and OmegaConf's composition errors in plain words: what was given, what there is, what comes nearest."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from caco.config.annotations import is_plain
+from caco.config.composition import CONF, compose
+from caco.config.schema import ROOTS
+from caco.config.signatures import find
+from caco.config.validation import SUPPLIED
+from caco.installed import command_to_install, is_installed
+from caco.runs.identity import plain
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+_OF_MLFLOW = ("tracking.uri", "tracking.experiment", "tracking.feed_seconds", "tracking.finish_seconds", "tracking.model")
+
+
+def groups() -> dict[str, list[str]]:
+    """Every config group and its options, as they lie in conf/."""
+    return {
+        path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in sorted(CONF.iterdir()) if path.is_dir()
+    }
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """"; did you mean a, b?" or nothing."""
+    known = sorted(set(known))
+    # Lower case, because 12m should find 12M.
+    lowered = {name.lower(): name for name in known}
+    if word.lower() in lowered:
+        return f"; did you mean {lowered[word.lower()]}?"
+    close = [lowered[name] for name in difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.6)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def explain(error: Exception, overrides: Sequence[str], root: str = "config") -> str:
+    """One or two lines on why the command line `overrides` does not compose with the root conf/<root>.yaml."""
+    if isinstance(error, OverrideParseException):
+        why = next(line for line in str(error).splitlines() if not line.startswith("Error parsing override"))
+        return f"{error.override or 'the command line'} cannot be read ({why}); expected key=value"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _explain_option(error.missing_cfg_file)
+    given = re.search(r"Could not override '([^'@]+)", str(error))
+    if given:
+        return _explain_key(given.group(1), overrides, root, in_defaults_list="defaults list" in str(error))
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, ValidationError) and cause.full_key:
+        return _explain_type(cause)
+    for override in overrides:  # Hydra takes no number and no null for the name of an option, and does not say whose
+        group, _, option = override.partition("=")
+        if group in groups() and re.fullmatch(r"[\d.-]*|null|true|false", option, re.IGNORECASE):
+            size = f"; for another size bank.size={option}" if group == "bank" and option.isdigit() else ""
+            return f"{override}: {group} is one of {', '.join(groups()[group])}{size}"
+    lines = [line.strip() for line in str(error if str(error) else cause).splitlines() if line.strip()]
+    return " ".join(lines)
+
+
+def _explain_option(missing: str) -> str:
+    group, _, option = missing.rpartition("/")
+    options = groups().get(group, [])
+    listed = f" There are: {', '.join(options)}." if options else ""
+    return f"{group}={option}: no such option{nearest(option, options) or '.'}{listed}"
+
+
+def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_list: bool) -> str:
+    if key == "pn":
+        return (
+            "pn belongs to method=caco: it chooses the positives and negatives of that method alone (Table VII). "
+            "Leave pn out or choose method=caco"
+        )
+    if in_defaults_list:
+        return f"{key}: no such group in this configuration{nearest(key, groups())}"
+    cfg = _compose_without(key, overrides, root)
+    known = [*_names(plain(cfg)), *groups()] if cfg is not None else [*ROOTS[root].__dataclass_fields__, *groups()]
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if cfg is not None and parent else None
+    if isinstance(node, DictConfig):
+        signature = find(node.get("_target_") or "")
+        taken = signature.parameters.get(name) if signature else None
+        if taken and is_plain(taken.annotation, signature.module) and name not in SUPPLIED.get(parent, ()):
+            value = next(item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}="))
+            return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
+        if key in _OF_MLFLOW and not is_installed("mlflow"):
+            return f"{key}: belongs to tracking=mlflow, and MLflow is not installed; to have it: {command_to_install('mlflow')}"
+        near = nearest(name, [str(item) for item in node])
+        return f"{key}: no such key{near or nearest(key, known)} {parent} has: {', '.join(map(str, node))}"
+    if parent and cfg is not None and parent in ROOTS[root].__dataclass_fields__:
+        return f"{key}: this setting has no {parent} (it is {node!r:.40})"
+    return f"{key}: no such key{nearest(key, known) or '. `--help` lists all'}"
+
+
+def _explain_type(error: ValidationError) -> str:
+    """OmegaConf's own type error, for a key of the typed root."""
+    key = str(error.full_key)
+    got = re.search(r"Value '(.*)' (?:of type|is not a valid|\()", str(error), re.DOTALL)
+    expected = re.search(r"(?:could not be converted to|is not a valid) (\w+)", str(error))
+    if not got or not expected:
+        return f"{key}: {str(error).splitlines()[0]}"
+    words = {"Integer": "int", "Float": "float", "String": "str"}
+    return f"{key}: expected {words.get(expected.group(1), expected.group(1))}, got {got.group(1)!r}"
+
+
+def _compose_without(key: str, overrides: Sequence[str], root: str) -> DictConfig | None:
+    """The configuration that the other overrides make, to look for what the user may have meant; None if none."""
+    others = [item for item in overrides if item.lstrip("+~").partition("=")[0] != key]
+    try:
+        return compose(others, root)
+    except COMPOSITION_ERRORS:
+        return None
+
+
+def _names(node: Any, prefix: str = "") -> list[str]:
+    """Every dotted name in the tree, inner ones too."""
+    if not isinstance(node, dict):
+        return []
+    return [
+        name
+        for key, value in node.items()
+        for name in (f"{prefix}{key}", *_names(value, f"{prefix}{key}."))
+        if not name.endswith("_target_")
+    ]

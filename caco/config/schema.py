@@ -1,0 +1,122 @@
+"""The roots of the configuration: the name and the type of every setting that is not a component's own."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class Schedule:
+    warmup_epochs: float = MISSING
+    final_fraction: float = MISSING
+    unit: str = MISSING
+    final_weight_decay: float | None = MISSING
+    clip_gradient_norm: float | None = MISSING
+
+
+@dataclass
+class WarmStart:
+    steps: int | None = MISSING
+    passes: int | None = MISSING
+
+
+@dataclass
+class BankLearning:
+    lr: float = MISSING
+    lr_reference_batch: int | None = MISSING
+    final_lr: float | None = MISSING
+    push: float = MISSING
+    reading: str = MISSING
+    initialisation: str = MISSING
+    filling_passes: int | None = MISSING
+
+
+@dataclass
+class Checkpoint:
+    every_epochs: int = MISSING
+    every_steps: int | None = MISSING
+    keep: int = MISSING
+    milestone_epochs: list[int] = MISSING
+
+
+@dataclass
+class Root:
+    """Types only: the values and what they mean are in conf/config.yaml.
+
+    A component (Any here) is checked against the signature of its `_target_` by caco/config/validation.py.
+    """
+
+    name: str = MISSING
+    batch: int = MISSING
+    epochs: int = MISSING
+    max_steps: int | None = MISSING
+    accumulate: int | None = MISSING
+    seed: int = MISSING
+    precision: str = MISSING
+    compile: bool = MISSING
+    device: str = MISSING
+    weights: str | None = MISSING
+    format: str | None = MISSING
+    weights_digest: str | None = MISSING
+    schedule: Schedule = field(default_factory=Schedule)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    bank_learning: BankLearning = field(default_factory=BankLearning)
+    log_every_steps: int = MISSING
+    eval_every_epochs: int = MISSING
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    profile: bool = MISSING
+    anomaly: bool = MISSING
+    method: Any = MISSING
+    bank: Any = MISSING
+    backbone: Any = MISSING
+    projector: Any = MISSING
+    optimizer: Any = MISSING
+    augmentation: Any = MISSING
+    data: Any = MISSING
+    loader: Any = MISSING
+    eval: dict[str, Any] = field(default_factory=dict)
+    tracking: Any = MISSING
+    launcher: Any = MISSING
+
+
+@dataclass
+class EvaluateRoot:
+    """As Root, of conf/evaluate.yaml."""
+
+    name: str = MISSING
+    run: str | None = MISSING
+    weights: str | None = MISSING
+    format: str | None = MISSING
+    weights_digest: str | None = MISSING
+    to: str | None = MISSING
+    cache: str | None = MISSING
+    baselines: bool = MISSING
+    overlap: str = MISSING
+    seed: int = MISSING
+    batch: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    backbone: Any = MISSING
+    augmentation: Any = MISSING
+    data: Any = MISSING
+    loader: Any = MISSING
+    eval: dict[str, Any] = field(default_factory=dict)
+    tracking: Any = MISSING
+
+
+@dataclass
+class ExportRoot:
+    """As Root, of conf/export.yaml."""
+
+    run: str | None = MISSING
+    weights: str | None = MISSING
+    format: str | None = MISSING
+    weights_digest: str | None = MISSING
+    to: str | None = MISSING
+    layouts: list[str] = MISSING
+    backbone: Any = MISSING
+    augmentation: Any = MISSING
+
+
+ROOTS = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}

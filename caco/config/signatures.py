@@ -1,0 +1,186 @@
+"""What a `_target_` takes, read from its source: importing it would import torch, seconds before a slip is told.
+
+A name is looked up as Python would (imports, re-exports, aliases, base classes followed), by parsing, not by running.
+Where that ends, at a C extension say, nothing is claimed and nothing refused.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+MAX_HOPS = 12  # re-exports followed before giving up; also ends import circles
+
+
+@dataclass(frozen=True)
+class Parameter:
+    annotation: ast.expr | None
+    required: bool
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A callable's parameters by name; `open` if it takes others too (**kwargs, or a base that cannot be read)."""
+
+    parameters: dict[str, Parameter]
+    open: bool
+    module: "Module"
+
+
+class Module:
+    """The names that a source file defines at its top level."""
+
+    def __init__(self, name: str, path: Path):
+        self.name = name
+        self.is_package = path.name == "__init__.py"
+        self.nodes: dict[str, ast.stmt] = {}
+        self.imports: dict[str, tuple[str, str]] = {}  # local name -> (module, name there)
+        self.stars: list[str] = []
+        self._collect(ast.parse(path.read_text(encoding="utf-8")).body)
+
+    def _collect(self, body: list[ast.stmt]) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                self.nodes[node.name] = node
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.nodes[node.targets[0].id] = node
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+                self.nodes[node.target.id] = node
+            elif type(node).__name__ == "TypeAlias":  # `type A = ...`, Python 3.12
+                self.nodes[node.name.id] = node  # type: ignore[attr-defined]
+            elif isinstance(node, ast.ImportFrom):
+                source = self._absolute(node)
+                for alias in node.names:
+                    if alias.name == "*":
+                        self.stars.append(source)
+                    else:
+                        self.imports[alias.asname or alias.name] = (source, alias.name)
+            elif isinstance(node, (ast.If, ast.Try, ast.With)):
+                for field in ("body", "orelse", "finalbody"):
+                    self._collect(getattr(node, field, []))
+
+    def _absolute(self, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        parts = self.name.split(".")
+        kept = parts[: len(parts) - node.level + self.is_package]
+        return ".".join([*kept, *([node.module] if node.module else [])])
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> Module | None:
+    """The module's parsed source; None where there is none to read. Parents are found, not imported."""
+    spec: ModuleSpec | None = None
+    search = None
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        full = ".".join(parts[:length])
+        specs = (finder.find_spec(full, search) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        spec = next(filter(None, specs), None)
+        if spec is None:
+            return None
+        search = spec.submodule_search_locations
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    return Module(name, Path(spec.origin))
+
+
+def lookup(module: Module, name: str, hops: int = MAX_HOPS) -> tuple[Module, ast.stmt] | None:
+    """Where `name`, as seen in `module`, is defined."""
+    if hops == 0:
+        return None
+    if name in module.nodes:
+        node = module.nodes[name]
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id != name:
+            return lookup(module, node.value.id, hops - 1) or (module, node)
+        return module, node
+    sources = [module.imports[name]] if name in module.imports else [(star, name) for star in module.stars]
+    for source, original in sources:
+        there = load(source)
+        found = lookup(there, original, hops - 1) if there else None
+        if found:
+            return found
+    return None
+
+
+@lru_cache(maxsize=None)
+def find(target: str) -> Signature | None:
+    """The signature of the dotted path `target`; None where its source cannot be read or found."""
+    module_name, _, name = target.rpartition(".")
+    module = load(module_name) if module_name else None
+    found = lookup(module, name) if module else None
+    return signature(*found) if found else None
+
+
+def signature(module: Module, node: ast.stmt) -> Signature | None:
+    """What calling a function or a class takes; for a TypedDict its keys."""
+    if isinstance(node, ast.FunctionDef):
+        return _of_function(module, node)
+    if not isinstance(node, ast.ClassDef):
+        return None
+    init = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
+    if init is not None:
+        return _of_function(module, init, skip=1)
+    inherited: dict[str, Parameter] = {}
+    is_open = False
+    fields = _is_dataclass(node)
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in ("TypedDict", "NamedTuple"):
+            fields = True
+            continue
+        found = lookup(module, base.id) if isinstance(base, ast.Name) else None
+        there = signature(*found) if found else None
+        if there is None:
+            is_open = is_open or not (isinstance(base, ast.Name) and base.id in ("object", "Protocol"))
+        else:
+            inherited |= there.parameters
+            is_open = is_open or there.open
+            fields = fields or (found is not None and isinstance(found[1], ast.ClassDef) and is_typed_dict(*found))
+    return Signature(inherited | dict(_fields(node)) if fields else inherited, is_open, module)
+
+
+def is_typed_dict(module: Module, node: ast.ClassDef) -> bool:
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id == "TypedDict":
+            return True
+        found = lookup(module, base.id) if isinstance(base, ast.Name) else None
+        if found and isinstance(found[1], ast.ClassDef) and is_typed_dict(found[0], found[1]):
+            return True
+    return False
+
+
+def _of_function(module: Module, node: ast.FunctionDef, *, skip: int = 0) -> Signature:
+    positional = [*node.args.posonlyargs, *node.args.args]
+    first_default = len(positional) - len(node.args.defaults)
+    parameters = {
+        arg.arg: Parameter(arg.annotation, required=index < first_default) for index, arg in enumerate(positional)
+    }
+    for name in list(parameters)[:skip]:
+        del parameters[name]
+    for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+        parameters[arg.arg] = Parameter(arg.annotation, required=default is None)
+    return Signature(parameters, node.args.kwarg is not None, module)
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    names = [item.func if isinstance(item, ast.Call) else item for item in node.decorator_list]
+    return any(getattr(item, "id", getattr(item, "attr", "")) == "dataclass" for item in names)
+
+
+def _fields(node: ast.ClassDef) -> Iterator[tuple[str, Parameter]]:
+    """The fields of a dataclass or the keys of a TypedDict."""
+    total = not any(item.arg == "total" and getattr(item.value, "value", True) is False for item in node.keywords)
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            annotation, required = item.annotation, item.value is None and total
+            wrapper = getattr(annotation.value, "id", "") if isinstance(annotation, ast.Subscript) else ""
+            if wrapper == "ClassVar":
+                continue
+            if wrapper in ("NotRequired", "Required") and isinstance(annotation, ast.Subscript):
+                annotation, required = annotation.slice, wrapper == "Required"
+            if isinstance(item.value, ast.Call):  # field(...)
+                required = not any(word.arg in ("default", "default_factory") for word in item.value.keywords)
+            yield item.target.id, Parameter(annotation, required)

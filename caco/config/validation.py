@@ -1,0 +1,244 @@
+"""Every refusal that needs neither torch nor data, made before either is touched.
+
+The root is typed by its schema; each component's keys are bound to the signature of its `_target_`; plain values are
+checked against each other; and a choice on the command line that something later undoes is refused, not ignored.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from caco.config import signatures
+from caco.config.annotations import argument_mismatches
+from caco.config.composition import CONF
+from caco.config.schema import Root
+from caco.errors import UserError
+from caco.installed import command_to_install, is_installed
+from caco.runs.identity import file_digest, flat, plain
+
+COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
+FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/nn/weights.py
+EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
+SUPPLIED = {"projector": ("in_dim",)}  # plain values that no YAML gives, because another component decides them
+
+
+def check(
+    cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None, root: type = Root
+) -> None:
+    """Refuse what cannot be run.
+
+    Args:
+        cfg: composed; Hydra's own part is ignored.
+        overrides: the command line, to tell the user which of it would have no effect.
+        choices: group -> option, from Hydra.
+        root: the schema that cfg was composed with.
+
+    Raises:
+        UserError: one line per problem, each with the key, what was expected and what was got.
+    """
+    try:
+        missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
+        tree = plain(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    if missing:
+        raise UserError("\n".join(f"{key}: must be given, as {key}=..." for key in missing))
+    problems = _shape(tree, root)
+    if not problems:
+        values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
+        problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _shape(tree: dict[str, Any], root: type) -> list[str]:
+    """The root has its keys and no others, and a component in each place for one."""
+    known = list(root.__dataclass_fields__)
+    problems = []
+    for key in tree.keys() - set(known):
+        near = difflib.get_close_matches(key, known, n=1)
+        problems.append(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+    problems += [f"{key}: is missing" for key in known if key not in tree]
+    for key in COMPONENTS:
+        if key in tree and not (isinstance(tree[key], dict) and "_target_" in tree[key]):
+            problems.append(f"{key}: expected a component with a _target_, got {tree[key]!r:.60}")
+    if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
+        problems.append(f"bank: this setting has none, got {tree['bank']!r:.60}")
+    if tree.get("launcher") is not None and not (isinstance(tree["launcher"], dict) and "_target_" in tree["launcher"]):
+        problems.append(f"launcher: expected none, local or slurm, got {tree['launcher']!r:.60}")
+    evaluators = tree.get("eval", {} if "eval" not in known else None)
+    if not isinstance(evaluators, dict):
+        problems.append(f"eval: expected evaluators by name, as eval=[knn,probe], got {evaluators!r:.60}")
+    else:
+        for name, part in evaluators.items():
+            if not (isinstance(part, dict) and "_target_" in part):
+                problems.append(f"eval.{name}: expected an evaluator with a _target_, got {part!r:.60}")
+    return problems
+
+
+def _root(tree: dict[str, Any]) -> list[str]:
+    """Plain values: sense, not taste. What depends on the data is checked where the data are known."""
+    problems, demand = _demands(tree)
+    schedule, checkpoint, warm_start = tree["schedule"], tree["checkpoint"], tree["warm_start"]
+    demand("name", re.fullmatch(r"\w[\w.+-]*", tree["name"]) is not None, "letters, digits and ._+- (a folder's name)")
+    demand("batch", tree["batch"] >= 2, "at least 2 images")
+    demand("epochs", tree["epochs"] >= 1, "at least 1")
+    demand("max_steps", tree["max_steps"] is None or tree["max_steps"] >= 1, "null or at least 1")
+    demand("accumulate", tree["accumulate"] is None or tree["accumulate"] >= 1, "null or at least 1")
+    demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
+    demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
+    demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+    _weights(tree, demand)
+    demand("schedule.warmup_epochs", schedule["warmup_epochs"] >= 0, "0 or more")
+    demand("schedule.final_fraction", 0 <= schedule["final_fraction"] <= 1, "0 to 1")
+    demand("warm_start.steps", warm_start["steps"] is None or warm_start["steps"] >= 0, "null, or 0 or more")
+    demand("warm_start.passes", warm_start["passes"] is None or warm_start["passes"] >= 0, "null, or 0 or more")
+    if None not in warm_start.values():
+        problems.append(
+            "warm_start: expected steps or passes, got both, {steps} and {passes}; set one of them to null".format(**warm_start)
+        )
+    elif warm_start["passes"] and tree["bank"] is None:
+        problems.append(
+            f"warm_start.passes: they go over the rows of a bank, and this setting has none, got {warm_start['passes']}; "
+            "say warm_start.steps=N"
+        )
+    demand("schedule.unit", schedule["unit"] in ("step", "epoch"), "step or epoch")
+    demand("log_every_steps", tree["log_every_steps"] >= 1, "at least 1")
+    demand("eval_every_epochs", tree["eval_every_epochs"] >= 1, "at least 1")
+    demand("checkpoint.every_epochs", checkpoint["every_epochs"] >= 1, "at least 1")
+    every_steps = checkpoint["every_steps"]
+    demand("checkpoint.every_steps", every_steps is None or every_steps >= 1, "null or at least 1")
+    demand("checkpoint.keep", checkpoint["keep"] >= 1, "at least 1")
+    demand("checkpoint.milestone_epochs", all(epoch >= 1 for epoch in checkpoint["milestone_epochs"]), "epochs from 1")
+    return problems
+
+
+def _demands(tree: dict[str, Any]) -> tuple[list[str], Callable[[str, bool, str], None]]:
+    """A list of problems, and `demand(key, holds, expected)`, which adds one to it."""
+    problems: list[str] = []
+
+    def demand(key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            got = tree
+            for part in key.split("."):
+                got = got[part]
+            problems.append(f"{key}: expected {expected}, got {got!r}")
+
+    return problems, demand
+
+
+def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> None:
+    weights = tree["weights"]
+    demand("weights", weights is None or Path(weights).expanduser().is_file(), "a file that is there")
+    demand("weights_digest", tree["weights_digest"] == file_digest(weights), "it not to be set; weights=FILE does")
+    if weights is None:
+        demand("format", tree["format"] is None, "null, as there is no weights=FILE")
+    else:
+        demand("format", tree["format"] in FORMATS, f"one of {', '.join(FORMATS)}, that of weights={weights}")
+
+
+def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
+    """Plain values of conf/evaluate.yaml and conf/export.yaml."""
+    problems, demand = _demands(tree)
+    if (tree["run"] is None) == (tree["weights"] is None):
+        got = "both" if tree["run"] else "neither"
+        problems.append(f"expected run=RUN or weights=FILE, got {got}")
+    _weights(tree, demand)
+    if "layouts" in tree:
+        demand("to", tree["to"] is not None, "a folder to write to, as to=FOLDER")
+        demand("layouts", bool(tree["layouts"]) and set(tree["layouts"]) <= set(EXPORTS), f"some of {', '.join(EXPORTS)}")
+    else:
+        demand("batch", tree["batch"] >= 1, "at least 1 image")
+        demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
+        demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
+        demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+        demand("overlap", tree["overlap"] in ("refuse", "allow"), "refuse or allow")
+        demand("eval", bool(tree["eval"]), "at least one evaluator, as eval=[knn,linear]")
+    return problems
+
+
+def _components(node: Any, path: str = "") -> list[str]:
+    """Every `_target_` in the tree exists and takes what is set beside it."""
+    if isinstance(node, list):
+        return [line for number, item in enumerate(node) for line in _components(item, f"{path}.{number}")]
+    if not isinstance(node, dict):
+        return []
+    problems = _component(node, path) if "_target_" in node else []
+    for key, value in node.items():
+        problems += _components(value, f"{path}.{key}" if path else str(key))
+    return problems
+
+
+def _component(part: dict[str, Any], path: str) -> list[str]:
+    target = part["_target_"]
+    if not isinstance(target, str) or "." not in target:
+        return [f"{path}._target_: expected a dotted path to a class or function, got {target!r}"]
+    module_name, _, name = target.rpartition(".")
+    module = signatures.load(module_name)
+    if module is None:
+        if signatures.load(module_name.partition(".")[0]) is None:
+            return [f"{path}._target_: {target} is not installed here"]
+        return [f"{path}._target_: no module {module_name} that can be read, for {target}"]
+    if signatures.lookup(module, name) is None:
+        near = difflib.get_close_matches(name, [*module.nodes, *module.imports], n=1)
+        return [f"{path}._target_: no {name} in {module_name}" + (f"; did you mean {near[0]}?" if near else "")]
+    taken = signatures.find(target)
+    given = {key: value for key, value in part.items() if key != "_target_"}
+    return argument_mismatches(given, taken, path, name, SUPPLIED.get(path, ())) if taken else []
+
+
+def _not_installed(tree: dict[str, Any]) -> list[str]:
+    """MLflow: where it is not, nothing chooses it unless it is named (caco/config/composition.py: installed_tracking)."""
+    if tree.get("tracking", {}).get("_target_") != "caco.tracking.mlflow.MLflowTracker" or is_installed("mlflow"):
+        return []
+    return [
+        f"tracking=mlflow: MLflow is not installed; to have it: {command_to_install('mlflow')}; or leave tracking out: "
+        "the ledger keeps everything, and python -m caco.tracking.sync can send it later"
+    ]
+
+
+def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
+    """What the command line asks for and the composed configuration does not do."""
+    problems = []
+    if "pn" in choices and choices.get("method") not in ("caco", "caco_small"):
+        problems.append(f"pn={choices['pn']}: belongs to method=caco, and the method is {choices.get('method')}")
+    leaves = flat(tree)
+    assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
+    presets = [item for item in overrides if item.startswith("preset=")]
+    learning = [name for name in assigned if name.startswith("bank_learning.") and name != "bank_learning.filling_passes"]
+    if learning and "lr" not in (tree.get("bank") or {}):
+        problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
+    for override in overrides:
+        group, _, value = override.lstrip("+").partition("=")
+        for option in value.strip("[]").split(","):
+            file = CONF / group / f"{option.strip()}.yaml"
+            if group == "preset" or not file.is_file():
+                continue
+            if group == "bank" and tree.get("bank") is None:
+                without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
+                problems.append(f"{override}: {without} has no bank")
+                continue
+            for key, asked in _settings(group, file):
+                by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
+                # A method's wishes for the root (its warm-up, say) are there to be changed by a preset.
+                of_component = key.split(".")[0] in (*COMPONENTS, "bank", "eval")
+                if of_component and not by_hand and leaves.get(key) != asked and "${" not in str(asked):
+                    undone_by = presets[-1] if presets else "a later group"
+                    problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={asked}")
+    return problems
+
+
+def _settings(group: str, file: Path) -> list[tuple[str, Any]]:
+    """The dotted keys that an option's file sets, and their values."""
+    text = file.read_text(encoding="utf-8")
+    header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
+    package = header.group(1) if header else group
+    prefix = "" if package == "_global_" else f"{package}."
+    content = OmegaConf.to_container(OmegaConf.create(text))
+    settings = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
+    return [(f"{prefix}{key}", value) for key, value in flat(settings).items()]

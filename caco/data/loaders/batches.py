@@ -1,0 +1,129 @@
+"""What every loader makes batches with: which images, whose random numbers, by the compiled views, in what memory."""
+
+import hashlib
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from caco.data.sets.sources import Source
+from caco.data.views import native
+from caco.data.views.augmentation import Views
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images.
+
+    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source. label: int64
+    [B], -1 unlabelled.
+    """
+
+    views: list[torch.Tensor]
+    index: torch.Tensor
+    label: torch.Tensor
+
+    def parts(self, count: int) -> "Iterator[Batch]":
+        """The batch cut into so many equal ones."""
+        for views, index, label in zip(
+            zip(*(view.chunk(count) for view in self.views), strict=True), self.index.chunk(count), self.label.chunk(count), strict=True
+        ):
+            yield Batch(list(views), index, label)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as any."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
+class Order:
+    """Keys (epoch, indices) of one rank's part of each batch, so that workers need no state."""
+
+    def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int):
+        self.num_images, self.batch, self.seed = num_images, batch, seed
+        self.size = batch // world
+        self.part = slice(rank * batch // world, (rank + 1) * batch // world)
+        self.epoch, self.start_step, self.chosen = 0, 0, None  # set before each iteration
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch - self.start_step
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        order = self.chosen
+        if order is None:
+            order = np.random.default_rng(mixed_seed(self.seed, self.epoch)).permutation(self.num_images)
+        for step in range(self.start_step, self.num_images // self.batch):
+            yield self.epoch, order[step * self.batch : (step + 1) * self.batch][self.part]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32.
+
+    stand_ins: (index of an unreadable image, index of the one in its place) pairs.
+    """
+
+    views: list[torch.Tensor]
+    index: torch.Tensor
+    label: torch.Tensor
+    stand_ins: list[tuple[int, int]] = field(default_factory=list)
+
+    def pin_memory(self) -> "Pixels":  # DataLoader calls it by this name
+        views = [view.pin_memory() for view in self.views]
+        return Pixels(views, self.index.pin_memory(), self.label.pin_memory(), self.stand_ins)
+
+
+def pixels(made: list[torch.Tensor], source: Source, indices: np.ndarray, taken: np.ndarray) -> Pixels:
+    """A batch of the images `taken`, which differ from `indices` where one had to stand in."""
+    labels = np.full(len(taken), -1) if source.labels is None else source.labels[taken]
+    stand_ins = [(int(index), int(other)) for index, other in zip(indices, taken, strict=True) if index != other]
+    return Pixels(made, torch.from_numpy(taken.copy()), torch.from_numpy(labels), stand_ins)
+
+
+def those_after(index: int, count: int) -> Iterator[int]:
+    """The images that may stand in for an unreadable one, in order."""
+    return ((index + step) % count for step in range(1, count))
+
+
+class Compiled:
+    """All views of a batch in one compiled call, in memory that is used again; floats for a CPU, bytes for a GPU."""
+
+    def __init__(self, views: Views, device: torch.device, num_threads: int):
+        self.sizes, self.settings, self.num_threads = views.sizes, views.settings(), num_threads
+        # A GPU is sent a quarter of the bytes and normalises there; on a CPU this call does it in passing.
+        self._dtype = torch.float32 if device.type == "cpu" else torch.uint8
+        self._memory = _Memory(device)
+
+    def __call__(self, rows: np.ndarray, samples: np.ndarray, stream: int) -> tuple[list[torch.Tensor], np.ndarray]:
+        """A tensor [B, H, W, 3] a view, and bool [B]: which images could not be decoded."""
+        made = [self._memory.take((len(rows), size, size, 3), self._dtype) for size in self.sizes]
+        out = [view.numpy() for view in made]
+        return made, native.make_views(self.settings, rows, samples, stream, out, num_threads=self.num_threads)
+
+
+class _Memory:
+    """Tensors whose memory is used again once nobody holds them any more: fresh pages cost more than what is done here."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self._device.type == "cuda":
+            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps it until its copy to the GPU is done
+        size = math.prod(shape) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else _aligned(size)
+        handed_out = memory.view()  # dies with the last tensor that shares it
+        weakref.finalize(handed_out, free.append, memory).atexit = False
+        return torch.from_numpy(handed_out).view(dtype).view(shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Bytes that begin a cache line: whole lines are written past the caches."""
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]

@@ -1,0 +1,106 @@
+"""A loader bound to data: batches on their device whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
+
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+import numpy as np
+import torch
+
+from caco.data.loaders.batches import Batch, Order, Pixels
+from caco.data.loaders.workers import begin
+from caco.data.sets.sources import Source, UnreadableImage
+from caco.data.views.augmentation import Views
+from caco.errors import UserError
+
+
+class BoundLoader:
+    """What a loader's `bind` returns: `epoch` iterates, `close` ends the workers."""
+
+    def __init__(
+        self,
+        maker: Callable[[Order], Iterable[Pixels]],
+        source: Source,
+        views: Views,
+        *,
+        batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+    ):
+        assert 0 <= rank < world
+        if batch < 1 or batch % world:
+            raise UserError(
+                f"batch: expected a positive multiple of the {world} processes that share it, got {batch}. "
+                f"Try batch={max(world, batch // world * world)}."
+            )
+        if len(source) < batch:
+            raise UserError(
+                f"batch: expected at most the {len(source)} images of {source.name}, got {batch}. "
+                "Lower batch or give more images."
+            )
+        self.steps_per_epoch = len(source) // batch
+        self._views, self._device = views, device
+        self._order = Order(len(source), batch=batch, seed=seed, rank=rank, world=world)
+        self._loader = maker(self._order)
+        self._stand_ins: dict[int, int] = {}
+        self._running = device_batches(iter(()), views, device, {})
+
+    def epoch(self, epoch: int, start_step: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
+
+        One at a time: the iterator of an earlier call ends when a later one begins.
+
+        Args:
+            order: positions of images, int64, in place of the epoch's own permutation; at least as many as an epoch takes.
+        """
+        if order is not None and (len(order) < self.steps_per_epoch * self._order.batch or order.min() < 0 or order.max() >= self._order.num_images):
+            raise ValueError(
+                f"order: expected at least {self.steps_per_epoch * self._order.batch} positions below {self._order.num_images}, got "
+                f"{len(order)} of {order.min()} to {order.max()}"
+            )
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step: expected 0..{self.steps_per_epoch}, got {start_step}")
+        assert self._loader is not None, "the loader is closed"
+        self._running.close()
+        self._order.epoch, self._order.start_step, self._order.chosen = epoch, start_step, order
+        self._running = device_batches(begin(self._loader), self._views, self._device, self._stand_ins)
+        return self._running
+
+    def close(self) -> None:
+        """End the workers."""
+        self._running.close()
+        self._loader = None  # the last reference to DataLoader's iterator, whose deletion ends them
+
+
+def device_batches(
+    made: Iterator[Pixels | UnreadableImage], views: Views, device: torch.device, stand_ins: dict[int, int]
+) -> Generator[Batch, None, None]:
+    try:
+        for one in made:
+            if isinstance(one, UnreadableImage):
+                raise UnreadableImage(str(one))
+            for index, other in one.stand_ins:
+                if index not in stand_ins:
+                    stand_ins[index] = other
+                    print(
+                        f"caco: image {index} cannot be read; image {other} stands in for it ({len(stand_ins)} such so far)",
+                        file=sys.stderr,
+                    )
+            yield Batch(
+                [views.normalise(view.to(device, non_blocking=True)) for view in one.views],
+                one.index.to(device, non_blocking=True),
+                one.label.to(device, non_blocking=True),
+            )
+    finally:
+        # An exception's traceback keeps this frame. With DataLoader's iterator in it, that would be left to the garbage
+        # collector, where it fails to tell its workers to end and waits five seconds for each.
+        del made
+
+
+def check_settings(prefetch: int, corrupt: str) -> None:
+    """Raises ValueError for what no loader takes."""
+    if prefetch < 1:
+        raise UserError(f"prefetch: expected at least 1 batch, got {prefetch}")
+    if corrupt not in ("fail", "skip"):
+        raise UserError(f"corrupt: expected fail or skip, got {corrupt!r}")

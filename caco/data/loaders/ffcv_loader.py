@@ -1,0 +1,107 @@
+"""The loader that reads a .beton through FFCV, and the one that takes it where it can."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+
+from caco import instructions
+from caco.data.loaders.batches import Order, Pixels
+from caco.data.loaders.bound import BoundLoader, check_settings
+from caco.data.loaders.torch_loader import TorchLoader
+from caco.data.sets.beton import BetonImages
+from caco.data.sets.sources import Source
+from caco.data.views import native
+from caco.data.views.augmentation import Views
+from caco.errors import UserError
+from caco.installed import command_to_install, is_installed
+
+
+class FFCVLoader:
+    """Settings of FFCV's loader over a .beton; `bind` gives it data. The same batches as `TorchLoader`'s, to the bit.
+
+    Each JPEG is decoded once for all of its views, inside FFCV's pipeline (caco/data/loaders/ffcv_pipeline.py).
+
+    Args:
+        num_workers: threads that decode and make views.
+        prefetch, corrupt: as of `TorchLoader`.
+    Raises:
+        ValueError: no thread, no batch ahead, another word for `corrupt`.
+    """
+
+    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+        if num_workers < 1:
+            raise UserError(f"num_workers: expected at least 1 with loader=ffcv, got {num_workers}")
+        check_settings(prefetch, corrupt)
+        self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
+
+    def bind(
+        self,
+        source: Source,
+        views: Views,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> "BoundLoader":
+        """As `TorchLoader.bind`.
+
+        Raises:
+            ValueError: also: the data are no .beton; FFCV or a compiled part is missing here.
+        """
+        if (missing := what_ffcv_lacks(source)) is not None:
+            raise UserError(f"loader=ffcv: {missing}; loader=auto and loader=torch do without")
+        from caco.data.loaders.ffcv_pipeline import FFCVBatches
+
+        device = torch.device(device)
+
+        def maker(order: Order) -> Iterable[Pixels]:
+            return FFCVBatches(source, views, seed, order, self.num_workers, self.prefetch, self.corrupt, device)
+
+        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device)
+
+
+class AutoLoader:
+    """FFCV where the data are a .beton and FFCV is installed, else what torch has; the batches are the same.
+
+    Args:
+        num_workers, prefetch, corrupt: as of `TorchLoader`.
+    """
+
+    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+        self._torch = TorchLoader(num_workers=num_workers, prefetch=prefetch, corrupt=corrupt)
+        self._settings = {"num_workers": max(1, num_workers), "prefetch": prefetch, "corrupt": corrupt}
+
+    def bind(self, source: Source, views: Views, *, rank: int = 0, **options: Any) -> "BoundLoader":
+        """As `TorchLoader.bind`; rank 0 says what was chosen."""
+        missing = what_ffcv_lacks(source)
+        if rank == 0:
+            print(f"caco: views by {_chosen(source, missing)}", file=sys.stderr)
+        loader = self._torch if missing is not None else FFCVLoader(**self._settings)
+        return loader.bind(source, views, rank=rank, **options)
+
+
+def _chosen(source: Source, missing: str | None) -> str:
+    if missing is None:
+        return "FFCV, compiled"
+    how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "the compiled views"
+    if source.arrays is not None:
+        return f"{how} of images in memory"
+    return f"torch's DataLoader and {how}" + (f"; no FFCV: {missing}" if isinstance(source, BetonImages) else "")
+
+
+def what_ffcv_lacks(source: Source) -> str | None:
+    """Why FFCV cannot serve these data here, or None if it can."""
+    if not isinstance(source, BetonImages):
+        return "reads a .beton (data=beton), which python -m caco.write makes of any data"
+    if native.library() is None:
+        do = f"unset {instructions.VARIABLE}" if instructions.LEVEL == "torch" else "install a C++ compiler, then caco again"
+        return f"needs the compiled views, which {native.why_not()}: {do}"
+    if native.turbojpeg() is None:
+        return "needs libturbojpeg (Debian: libturbojpeg0)"
+    if not is_installed("ffcv"):
+        return f"needs FFCV: {command_to_install('ffcv')} (Debian: with libopencv-dev, libturbojpeg0-dev and pkg-config)"
+    return None

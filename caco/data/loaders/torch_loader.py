@@ -1,0 +1,143 @@
+"""The loader that needs no more than torch: compiled views of images in memory, or workers that read files."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from caco.data.loaders.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
+from caco.data.loaders.bound import BoundLoader, check_settings
+from caco.data.loaders.workers import data_loader
+from caco.data.sets.sources import Source, UnreadableImage
+from caco.data.views import native
+from caco.data.views.augmentation import Views
+from caco.errors import UserError
+
+
+class TorchLoader:
+    """Settings of a loader that needs no more than torch; `bind` gives them data.
+
+    Images in memory become views in one compiled call a batch, by threads; image files, and all images where nothing was
+    compiled, in the forked workers of a torch DataLoader. The bits are the same.
+
+    Args:
+        num_workers: threads or processes that make views; 0 makes them where and when the training asks for them.
+        prefetch: batches that are prepared ahead (by each process, where there are processes).
+        corrupt: an image that cannot be read ends the run (fail), or the next one that can stands in for it (skip).
+    Raises:
+        ValueError: a negative number of workers, no batch ahead, another word for `corrupt`.
+    """
+
+    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+        if num_workers < 0:
+            raise UserError(f"num_workers: expected 0 or more, got {num_workers}")
+        check_settings(prefetch, corrupt)
+        self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
+
+    def bind(
+        self,
+        source: Source,
+        views: Views,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> "BoundLoader":
+        """One rank's part of every global batch of `batch` images, on `device`.
+
+        Raises:
+            ValueError: fewer images than one batch; a batch that the ranks cannot share evenly.
+        """
+        device = torch.device(device)
+
+        def maker(order: Order) -> Iterable[Pixels]:
+            if source.arrays is not None and native.library() is not None:
+                return InMemory(source, views, seed, order, self.num_workers, self.prefetch, device)
+            return data_loader(
+                ViewMaker(source, views, seed, self.corrupt),
+                order,
+                self.num_workers,
+                prefetch_factor=self.prefetch if self.num_workers else None,
+                persistent_workers=self.num_workers > 0,
+                pin_memory=device.type == "cuda",
+            )
+
+        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device)
+
+
+class ViewMaker:
+    """The dataset: (epoch, indices) to the pixels of all views."""
+
+    def __init__(self, source: Source, views: Views, seed: int, corrupt: str):
+        self.source, self.views, self.seed, self.corrupt = source, views, seed, corrupt
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Pixels | UnreadableImage:
+        epoch, indices = key
+        try:
+            read = [self._read(index) for index in indices.tolist()]
+        except UnreadableImage as error:
+            return error  # raised by the process that trains: a worker's exception would arrive as a page of traceback
+        made = self.views.batch_pixels([image for _, image in read], indices, mixed_seed(self.seed, epoch))
+        taken = np.array([index for index, _ in read])
+        return pixels([torch.from_numpy(view) for view in made], self.source, indices, taken)
+
+    def _read(self, index: int) -> tuple[int, np.ndarray]:
+        try:
+            return index, np.asarray(self.source.image(index))
+        except UnreadableImage:
+            if self.corrupt == "fail":
+                raise
+        for candidate in those_after(index, len(self.source)):
+            with contextlib.suppress(UnreadableImage):
+                return candidate, np.asarray(self.source.image(candidate))
+        raise UnreadableImage(f"{self.source.name}: expected an image that can be read, got none")
+
+
+class InMemory:
+    """Batches of images in memory, each made by one compiled call, `ahead` of them before they are asked for."""
+
+    def __init__(
+        self, source: Source, views: Views, seed: int, keys: Iterable, num_workers: int, ahead: int, device: torch.device
+    ):
+        self.source, self.seed, self.keys = source, seed, keys
+        self.ahead = ahead if num_workers else 0
+        self.make_views = Compiled(views, device, max(1, num_workers))
+        images = source.arrays
+        mapped = isinstance(images, np.ndarray) and not images.flags.c_contiguous  # STL-10's, in an order of its own
+        self.table = None if mapped else native.table(images)
+
+    def __iter__(self) -> Iterator[Pixels]:
+        return _ahead(self.make, self.keys, self.ahead)
+
+    def make(self, key: tuple[int, np.ndarray]) -> Pixels:
+        epoch, indices = key
+        if self.table is None:
+            images = np.ascontiguousarray(self.source.arrays[indices])
+        rows = native.table(images) if self.table is None else self.table[indices]
+        made, _ = self.make_views(rows, indices, mixed_seed(self.seed, epoch))
+        return pixels(made, self.source, indices, indices)
+
+
+def _ahead(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """make(key) of each key in order, by one thread that is `ahead` of the caller; what it raises is raised here."""
+    if ahead == 0:
+        yield from map(make, keys)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque = deque()
+        try:
+            for key in keys:
+                waiting.append(thread.submit(make, key))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

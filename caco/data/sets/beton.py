@@ -1,0 +1,246 @@
+"""FFCV's file format, .beton: one file of images, read by mapping it; reading and writing need no FFCV.
+
+A header, the fields' names, one record an image (its kind, size and place, and its label), the images in pages, a table
+of all places. What `python -m caco.write` writes, FFCV's own loader reads; and the other way round.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from caco.data.sets.folders import existing_root, limited, reduced
+from caco.data.sets.sources import Splits, UnreadableImage
+from caco.data.views import native
+from caco.errors import FileError, UserError
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_at", "<u8")], align=True
+)
+FIELD = np.dtype([("type", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])  # not aligned inside
+RECORD = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
+PLACE = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
+VERSION, INTEGER_FIELD, IMAGE_FIELD, JPEG, RAW = 2, 1, 2, 0, 1
+_UNLABELLED = -1
+
+
+class BetonImages:
+    """The images of a .beton that holds an `image` field of RGB images and an integer `label`.
+
+    Args:
+        at: positions in the file of this part's images; None takes all.
+    Raises:
+        ValueError: another format, other fields, or a file that ends before its images do.
+    """
+
+    arrays = None
+
+    def __init__(self, file: Path, *, name: str, at: np.ndarray | None = None):
+        self.file, self.name = Path(file), name
+        self._bytes, records, self._sizes = _read(self.file)
+        self.at = np.arange(len(records)) if at is None else at
+        self.records = records
+        sidecar = _sidecar(self.file)
+        self._checksum = sidecar.get("checksum")
+        if "bytes" in sidecar and sidecar["bytes"] != len(self._bytes):
+            raise UserError(
+                f"{self.file}: expected the {sidecar['bytes']} bytes that {sidecar_path(self.file).name} names, got "
+                f"{len(self._bytes)}. Write it again with python -m caco.write."
+            )
+        labels = records["label"][self.at]
+        self.labels = labels.astype(np.int64) if len(labels) and labels.min() > _UNLABELLED else None
+        self.classes = sidecar.get("classes")
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """The images at these positions as the compiled views take them."""
+        at = self.at[indices]
+        made, images = np.empty(len(at), native.IMAGE), self.records["image"][at]
+        made["data"] = self._bytes.ctypes.data + images["place"]
+        made["bytes"] = np.where(images["mode"] == JPEG, self._sizes[at], 0)
+        made["height"], made["width"] = images["height"], images["width"]
+        return made
+
+    def image(self, index: int) -> Image.Image:
+        at = self.at[index]
+        record = self.records["image"][at]
+        content = self._bytes[int(record["place"]) :][: self._sizes[at]]
+        if record["mode"] == RAW:
+            return Image.fromarray(content.reshape(record["height"], record["width"], 3))
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                if image.size != (record["width"], record["height"]):
+                    raise ValueError(f"expected {record['width']} x {record['height']} pixels, got {image.size}")
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError):
+            raise self.unreadable(index) from None
+
+    def unreadable(self, index: int) -> UnreadableImage:
+        """The error that names an image."""
+        return UnreadableImage(
+            f"{self.file}: expected images that can be decoded, got a corrupt JPEG as number {self.at[index]}. "
+            "Write the file again, or let another image stand in for it: loader.corrupt=skip."
+        )
+
+    def part(self, indices: np.ndarray, name: str) -> "BetonImages":
+        made = object.__new__(BetonImages)
+        made.__dict__.update(self.__dict__)
+        made.name, made.at = name, self.at[indices]
+        made.labels = None if self.labels is None else self.labels[indices]
+        return made
+
+    def digest(self) -> str:
+        state = hashlib.blake2b(digest_size=8)
+        # Without a sidecar: all but the pixels, reading which may take as long as an epoch.
+        state.update((self._checksum or "").encode() or self.records.tobytes() + self._sizes.tobytes())
+        state.update(self.at.astype("<i8").tobytes())
+        return state.hexdigest()
+
+
+def beton(*, root: str | None, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0) -> Splits:
+    """What `python -m caco.write ... out=ROOT` wrote: train.beton, and where there are such test.beton, pretrain.beton.
+
+    Arguments as of `caco.data.sets.folders.folder`.
+    """
+    top = existing_root(root, example="data=beton")
+    if not (top / "train.beton").is_file():
+        raise FileError(
+            f"data=beton: expected {top / 'train.beton'}, got no such file; python -m caco.write ... out={top} writes it"
+        )
+    made = {
+        split: BetonImages(top / f"{split}.beton", name=f"{top.name}/{split}")
+        for split in ("train", "test", "pretrain")
+        if (top / f"{split}.beton").is_file()
+    }
+    pretrain = made.get("pretrain")
+    splits = reduced(
+        made["train"],
+        made.get("test"),
+        name=top.name,
+        limit=limit if pretrain is None else None,
+        validation_fraction=validation_fraction,
+        seed=seed,
+    )
+    if pretrain is None:
+        return splits
+    return Splits(limited(pretrain, limit, seed=seed), splits.train, splits.test)
+
+
+def write(
+    file: Path,
+    images: Iterable[tuple[int, int, int, bytes]],
+    labels: np.ndarray | None,
+    num_images: int,
+    facts: dict[str, Any],
+    *,
+    page_size: int = 2**23,
+) -> None:
+    """Write a .beton and its sidecar, aside and then in their place.
+
+    Args:
+        images: (JPEG or RAW, height, width, content), in order.
+        labels: int64 [num_images] or None.
+        facts: what else the sidecar is to hold.
+    Raises:
+        ValueError: an image larger than a page.
+    """
+    records = np.zeros(num_images, RECORD)
+    records["label"] = _UNLABELLED if labels is None else labels
+    places = np.zeros(num_images, PLACE)
+    fields = np.zeros(2, FIELD)
+    for field, kind, name in zip(fields, (IMAGE_FIELD, INTEGER_FIELD), (b"image", b"label"), strict=True):
+        field["type"] = kind
+        field["name"][: len(name)] = np.frombuffer(name, np.uint8)
+    aside = file.with_name(f".{file.name}.part")
+    try:
+        with open(aside, "wb") as out:
+            begin = HEADER.itemsize + fields.nbytes + records.nbytes
+            place = -(-begin // page_size) * page_size
+            for i, (mode, height, width, content) in enumerate(images):
+                if len(content) > page_size:
+                    raise UserError(f"image {i}: expected at most {page_size} bytes, got {len(content)}: lower max_resolution")
+                if place // page_size != (place + len(content) - 1) // page_size:  # FFCV reads by pages
+                    place = -(-place // page_size) * page_size
+                records["image"][i] = (mode, width, height, place)
+                places[i] = (i, place, len(content))
+                out.seek(place)
+                out.write(content)
+                place += len(content)
+            table_at = -(-place // page_size) * page_size
+            out.seek(table_at)
+            out.write(places.tobytes())
+            out.seek(0)
+            header = np.array((VERSION, len(fields), page_size, num_images, table_at), HEADER)
+            out.write(header.tobytes() + fields.tobytes() + records.tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+        with open(aside, "rb") as written:
+            checksum = hashlib.file_digest(written, "sha256").hexdigest()
+        facts = {"images": num_images, "labelled": labels is not None, **facts, "bytes": os.path.getsize(aside), "checksum": checksum}
+        sidecar_path(file).unlink(missing_ok=True)  # of an older file: it must not vouch for this one
+        os.replace(aside, file)
+        note = sidecar_path(file).with_name(f".{sidecar_path(file).name}.part")
+        note.write_text(json.dumps(facts, indent=1) + "\n")
+        os.replace(note, sidecar_path(file))
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sidecar_path(file: Path) -> Path:
+    """Where counts, class names and checksum of a .beton stand."""
+    return file.with_suffix(".json")
+
+
+def _sidecar(file: Path) -> dict[str, Any]:
+    path = sidecar_path(file)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mapped bytes, the records, and each image's size in bytes."""
+
+    def wrong(got: str) -> ValueError:
+        return ValueError(f"{file}: expected a .beton with the fields image (RGB) and label (integer), got {got}")
+
+    content = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+    content = content.view(np.ndarray)
+    if len(content) < HEADER.itemsize + 2 * FIELD.itemsize:
+        raise wrong(f"{len(content)} bytes")
+    header = content[: HEADER.itemsize].view(HEADER)[0]
+    if header["version"] != VERSION or header["num_fields"] != 2:
+        raise wrong(f"version {header['version']} with {header['num_fields']} fields")
+    fields = content[HEADER.itemsize :][: 2 * FIELD.itemsize].view(FIELD)
+    found = [(int(field["type"]), bytes(field["name"]).rstrip(b"\0")) for field in fields]
+    if found != [(IMAGE_FIELD, b"image"), (INTEGER_FIELD, b"label")]:
+        raise wrong(", ".join(f"{name.decode(errors='replace')} (type {kind})" for kind, name in found))
+    count, table_at = int(header["num_samples"]), int(header["table_at"])
+    begin = HEADER.itemsize + 2 * FIELD.itemsize
+    short = ValueError(
+        f"{file}: expected a complete .beton of {count} images, got one that ends after {len(content)} bytes. "
+        "Copy it, or write it, again."
+    )
+    if table_at == 0 or len(content) < max(table_at + count * PLACE.itemsize, begin + count * RECORD.itemsize):
+        raise short
+    records = content[begin : begin + count * RECORD.itemsize].view(RECORD)
+    places = content[table_at : table_at + count * PLACE.itemsize].view(PLACE)
+    order = np.argsort(places["place"], kind="stable")
+    at = order[np.searchsorted(places["place"][order], records["image"]["place"]).clip(max=max(0, count - 1))]
+    sizes = places["size"][at].astype(np.int64)
+    raw = records["image"]["mode"] == RAW
+    pixels = 3 * records["image"]["height"].astype(np.int64) * records["image"]["width"]
+    if (
+        (places["place"][at] != records["image"]["place"]).any()
+        or (places["place"] + places["size"] > len(content)).any()
+        or (sizes[raw] != pixels[raw]).any()
+    ):
+        raise short
+    return content, records, sizes

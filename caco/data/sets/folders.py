@@ -1,0 +1,303 @@
+"""The sets that caco reads from disk or carries: each function returns `Splits`."""
+
+import difflib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
+from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose
+from caco.errors import FileError, UserError
+
+
+def digits(
+    *, size: int = 16, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+) -> Splits:
+    """scikit-learn's digits: 1,797 real scans of 8 x 8 pixels, inside its wheel; 1,400 to train on, 397 to test.
+
+    Args:
+        size: pixels to which the scans are enlarged (bicubic), once.
+        seed: of the split, stratified by class.
+        limit, validation_fraction: see `folder`.
+    """
+    from sklearn.datasets import load_digits
+
+    if size < 8:
+        raise UserError(f"data.size: expected at least the scans' own 8 pixels, got {size}")
+    scans = load_digits()
+    gray = np.round(scans.images * (255 / 16)).astype(np.uint8)
+    images = np.stack(
+        [np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")) for scan in gray]
+    )
+    every = ImagesInMemory(images, name="digits", labels=scans.target, classes=[str(digit) for digit in range(10)])
+    chosen = choose(every.labels, 397, len(every), seed=seed, balanced=False)
+    train = every.part(np.setdiff1d(np.arange(len(every)), chosen), "digits/train")
+    test = every.part(chosen, "digits/test")
+    return reduced(train, test, name="digits", limit=limit, validation_fraction=validation_fraction, seed=seed)
+
+
+def folder(
+    *,
+    root: str | None,
+    name: str = "folder",
+    labelled_root: str | None = None,
+    class_list: str | None = None,
+    limit: int | None = None,
+    validation_fraction: float | None = None,
+    seed: int = 0,
+    in_memory_mb: int = 256,
+) -> Splits:
+    """Any folder of images, labelled by class folders or not.
+
+    Layouts of `root`: train/ and test/ (or val/) of class folders; class folders alone; images alone (unlabelled).
+    Where test/ and val/ both hold class folders, test/ is taken.
+
+    Args:
+        labelled_root: pre-train on all images below `root`, whatever their folders, and evaluate on this labelled folder.
+        class_list: text file, a class folder's name a line: only these classes.
+        limit: number of training images, drawn equally from the classes.
+        validation_fraction: hold out this share of the training images and evaluate on it in place of the test images,
+            to tune a recipe without ever looking at those. Drawn before `limit`, so that it stays the same for all limits.
+        seed: of both draws.
+        in_memory_mb: keep a split's decoded images in memory if they take no more than this; 0 never does.
+    Raises:
+        FileError: no root given, or nothing there.
+        ValueError: no image, an image that cannot be read, a class that is unknown.
+    """
+    top = existing_root(root, example=f"data={name}")
+    if labelled_root is None:
+        train, test = _read_layout(top, name, class_list)
+        return _finish(train, test, name, limit, validation_fraction, seed, in_memory_mb)
+    unlabelled = unlabelled_images(top / "train" if (top / "train").is_dir() else top, f"{name}/unlabelled")
+    unlabelled = limited(unlabelled, limit, seed=seed)
+    train, test = _read_layout(existing_root(labelled_root, example=f"data={name}"), f"{name}/labelled", class_list)
+    if train.labels is None:
+        raise UserError(f"data.labelled_root: expected class folders below {labelled_root}, got images without labels")
+    labelled = _finish(train, test, f"{name}/labelled", None, validation_fraction, seed, in_memory_mb)
+    return Splits(unlabelled.in_memory(in_memory_mb), labelled.train, labelled.test)
+
+
+def cifar10_jpeg75(
+    *, root: str | None, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+) -> Splits:
+    """CIFAR-10 re-encoded as JPEG (quality 75, 4:2:0), unpacked: train/ and test/ of class folders. Not CIFAR-10.
+
+    Arguments as of `folder`.
+    """
+    return folder(
+        root=root, name="cifar10-jpeg75", limit=limit, validation_fraction=validation_fraction, seed=seed, in_memory_mb=256
+    )
+
+
+def imagenet(
+    *,
+    root: str | None,
+    class_list: str | None = None,
+    limit: int | None = None,
+    validation_fraction: float | None = None,
+    seed: int = 0,
+) -> Splits:
+    """ImageNet (ILSVRC 2012): train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; 1,281,167 and 50,000 images.
+
+    Arguments as of `folder`.
+    """
+    names = None if class_list is None else _read_class_list(class_list)
+    return _imagenet(existing_root(root, example="data=imagenet"), "imagenet", names, limit, validation_fraction, seed)
+
+
+def imagenet100(
+    *, root: str | None, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+) -> Splits:
+    """The 100 ImageNet classes of CMC (arXiv 1906.05849), read from a copy of ImageNet; 5,000 validation images.
+
+    Arguments as of `folder`.
+    """
+    top = existing_root(root, example="data=imagenet100")
+    return _imagenet(top, "imagenet100", list(IMAGENET100_CLASSES), limit, validation_fraction, seed)
+
+
+def tiny_imagenet(
+    *,
+    root: str | None,
+    limit: int | None = None,
+    validation_fraction: float | None = None,
+    seed: int = 0,
+    in_memory_mb: int = 2048,
+) -> Splits:
+    """Tiny-ImageNet as unpacked: train/<wnid>/images/*.JPEG, val/images/ with val_annotations.txt; 64 px, 200 classes.
+
+    100,000 and 10,000 images; its test/ has no labels and is not read. Arguments as of `folder`.
+    """
+    top = existing_root(root, example="data=tiny_imagenet")
+    train = class_folders(_expect_folder(top / "train"), "tiny-imagenet/train")
+    annotations = top / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        raise FileError(f"expected the validation labels in {annotations}, got no such file: unpack the set again")
+    rows = sorted(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip())
+    _check_known(sorted({wnid for _, wnid in rows}), train.classes, where=str(annotations))
+    number = {wnid: i for i, wnid in enumerate(train.classes)}
+    test = ImageFiles(
+        top / "val" / "images",
+        [file for file, _ in rows],
+        name="tiny-imagenet/val",
+        labels=np.array([number[wnid] for _, wnid in rows]),
+        classes=train.classes,
+    )
+    return _finish(train, test, "tiny-imagenet", limit, validation_fraction, seed, in_memory_mb)
+
+
+def existing_root(root: str | None, *, example: str) -> Path:
+    """The root as a path, or two lines that say how to give one."""
+    got = "got none" if root is None else f"got {root}, which is not a folder"
+    if root is None or not Path(root).expanduser().is_dir():
+        raise FileError(
+            f"{example} needs images: expected data.root=PATH, a folder on this machine, {got}.\n"
+            "Without any data, preset=demo learns from scikit-learn's digits, which need none."
+        )
+    return Path(root).expanduser()
+
+
+def class_folders(top: Path, name: str, classes: list[str] | None = None) -> ImageFiles:
+    """All images below each class folder of `top`, labelled by it, in sorted order.
+
+    Args:
+        classes: only these folders, in this order of labels; None takes all, sorted.
+    Raises:
+        ValueError: a class folder that is not there (with near matches) or holds no image.
+    """
+    found = _subfolders(top)
+    if classes is None:
+        classes = found
+    else:
+        _check_known(classes, found, where=str(top))
+    files, labels = [], []
+    for label, folder_name in enumerate(classes):
+        here = _images_below(top / folder_name)
+        if not here:
+            raise UserError(f"{top / folder_name}: expected images ({', '.join(EXTENSIONS)}), got none in this class folder")
+        files += [f"{folder_name}/{file}" for file in here]
+        labels += [label] * len(here)
+    return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes))
+
+
+def unlabelled_images(top: Path, name: str) -> ImageFiles:
+    """All images below `top`, in sorted order, without labels."""
+    files = _images_below(top)
+    if not files:
+        raise UserError(f"{top}: expected images ({', '.join(EXTENSIONS)}) in it or in class folders, got none")
+    return ImageFiles(top, files, name=name)
+
+
+def reduced(
+    train: Source, test: Source | None, *, name: str, limit: int | None, validation_fraction: float | None, seed: int
+) -> Splits:
+    """Splits that pre-train on `train`, after a share is held out in place of `test` and the rest is cut to `limit`."""
+    if validation_fraction is not None:
+        count = round(validation_fraction * len(train))
+        if not 0 < validation_fraction < 1 or not 0 < count < len(train):
+            raise UserError(
+                f"data.validation_fraction: expected a share in (0, 1) of the {len(train)} images, got {validation_fraction}"
+            )
+        held_out = choose(train.labels, count, len(train), seed=seed, balanced=False)
+        test = train.part(held_out, f"{name}/validation")
+        train = train.part(np.setdiff1d(np.arange(len(train)), held_out), train.name)
+    train = limited(train, limit, seed=seed)
+    return Splits(train, train if train.labels is not None else None, test)
+
+
+def limited(source: Source, limit: int | None, *, seed: int) -> Source:
+    """`limit` of the images, equally from the classes; all of them for None."""
+    if limit is None:
+        return source
+    if not 1 <= limit <= len(source):
+        raise UserError(f"data.limit: expected a number of images in 1..{len(source)}, got {limit}")
+    return source.part(choose(source.labels, limit, len(source), seed=seed, balanced=True), source.name)
+
+
+def _finish(
+    train: ImageFiles,
+    test: ImageFiles | None,
+    name: str,
+    limit: int | None,
+    validation_fraction: float | None,
+    seed: int,
+    in_memory_mb: int,
+) -> Splits:
+    splits = reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
+    train = splits.pretrain.in_memory(in_memory_mb)
+    test = None if splits.test is None else splits.test.in_memory(in_memory_mb)
+    return Splits(train, train if train.labels is not None else None, test)
+
+
+def _imagenet(
+    top: Path, name: str, classes: list[str] | None, limit: int | None, validation_fraction: float | None, seed: int
+) -> Splits:
+    train = class_folders(_expect_folder(top / "train"), f"{name}/train", classes)
+    validation = _expect_folder(top / "val")
+    if not _subfolders(validation):
+        raise UserError(f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first")
+    test = class_folders(validation, f"{name}/val", train.classes)
+    return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
+
+
+def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFiles, ImageFiles | None]:
+    classes = None if class_list is None else _read_class_list(class_list)
+    split = (top / "train").is_dir()
+    below = top / "train" if split else top
+    train_name = f"{name}/train" if split else name
+    if not _subfolders(below):
+        if classes is not None:
+            raise UserError(f"data.class_list: expected class folders in {below}, got images without labels")
+        return unlabelled_images(below, train_name), None
+    train = class_folders(below, train_name, classes)
+    for held_out in ("test", "val") if split else ():
+        if (top / held_out).is_dir() and _subfolders(top / held_out):
+            there = _subfolders(top / held_out)
+            if classes is None:
+                _check_known(there, train.classes, where=str(below))
+            return train, class_folders(top / held_out, f"{name}/{held_out}", train.classes)
+    return train, None
+
+
+def _read_class_list(path: str) -> list[str]:
+    if not Path(path).is_file():
+        raise FileError(f"data.class_list: expected a text file with a class folder's name a line, got {path}")
+    names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"data.class_list: expected distinct names, one a line, got {len(names)} with repeats in {path}")
+    return names
+
+
+def _check_known(names: list[str], known: list[str], *, where: str) -> None:
+    unknown = [name for name in names if name not in set(known)]
+    if not unknown:
+        return
+    near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown[:3]}
+    shown = ", ".join(f"{name!r}" + (f" (near: {match[0]!r})" if match else "") for name, match in near.items())
+    raise UserError(
+        f"{where}: expected all of {len(names)} classes among the {len(known)} there, got {len(unknown)} unknown: {shown}"
+        + (", ..." if len(unknown) > 3 else "")
+    )
+
+
+def _expect_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise FileError(f"expected a folder {path}, got none: data.root must hold it")
+    return path
+
+
+def _subfolders(top: Path) -> list[str]:
+    with os.scandir(top) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images_below(top: Path) -> list[str]:
+    found = []
+    for folder_path, subfolders, files in os.walk(top, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        below = os.path.relpath(folder_path, top)
+        kept = (file for file in files if file.lower().endswith(EXTENSIONS) and not file.startswith("."))
+        found += [file if below == "." else f"{below}/{file}" for file in kept]
+    return sorted(found)

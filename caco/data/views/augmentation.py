@@ -1,0 +1,319 @@
+"""Augmented views of one image, as the published recipes draw them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageFilter, ImageOps
+
+from caco.data.views import native
+from caco.errors import UserError
+
+# Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
+# one setting (say blur_p) leaves all other draws of the same seed as they were. (views.cpp has the same places.)
+_CROP_TRIES = 10
+_CROP = slice(0, 2 * _CROP_TRIES)
+_CROP_TOP, _CROP_LEFT, _JITTER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP, _ANGLE, _SHIFT_X, _SHIFT_Y = range(20, 31)
+_ORDER = slice(31, 35)
+_FACTOR = slice(35, 39)
+_NUM_UNIFORMS = 39
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order.
+
+    Written with Pillow, as the published code is, and held to torchvision's results by the tests. This is what a view
+    is; views.cpp makes the same bits several times faster, and is held to this.
+
+    Args:
+        count: how many views of this kind.
+        size: pixels; None takes the size of the `Views`.
+        scale, ratio: share of the area and aspect ratio of the random crop, each a [low, high] pair.
+        rotate: degrees, drawn in +-rotate. shift: share of the side, drawn in +-shift.
+        jitter: strengths of brightness, contrast, saturation, hue, applied in random order with probability `jitter_p`.
+        blur: standard deviation in pixels, drawn in this range with probability `blur_p`.
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    count: int = 1
+    size: int | None = None
+    scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    rotate: float = 0.0
+    shift: float = 0.0
+    jitter: list[float] = field(default_factory=lambda: [0.4, 0.4, 0.4, 0.1])
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    blur: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    blur_p: float = 0.0
+    solarize_p: float = 0.0
+    flip_p: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"view count: expected at least 1, got {self.count}")
+        if self.size is not None:
+            _check_size("view size", self.size)
+        _check_range("view scale", self.scale, above_zero=True, up_to=1.0)
+        _check_range("view ratio", self.ratio, above_zero=True, up_to=math.inf)
+        _check_range("view blur", self.blur, above_zero=False, up_to=math.inf)
+        if self.interpolation not in _RESAMPLING:
+            raise UserError(f"view interpolation: expected one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}")
+        if not 0 <= self.rotate <= 180:
+            raise UserError(f"view rotate: expected degrees in 0..180, got {self.rotate}")
+        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise UserError(
+                "view jitter: expected [brightness, contrast, saturation, hue], none negative, hue up to 0.5, "
+                f"got {self.jitter}"
+            )
+        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p", "shift"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"view {name}: expected a value in 0..1, got {getattr(self, name)}")
+
+    def draw(self, image: Image.Image, size: int, u: Sequence[float]) -> Image.Image:
+        """The view, size x size, that these random numbers (see `uniforms`) make of an image."""
+        box = crop_box(image.width, image.height, self.scale, self.ratio, u[_CROP], u[_CROP_TOP], u[_CROP_LEFT])
+        image = _resize(image.crop(box), size, size, self.interpolation)
+        if self.rotate or self.shift:
+            image = _rotate_and_shift(
+                image,
+                degrees=_between(-self.rotate, self.rotate, u[_ANGLE]),
+                right=_between(-self.shift, self.shift, u[_SHIFT_X]) * size,
+                down=_between(-self.shift, self.shift, u[_SHIFT_Y]) * size,
+            )
+        if u[_JITTER] < self.jitter_p:
+            image = _jitter(image, self.jitter, u[_ORDER], u[_FACTOR])
+        if u[_GRAY] < self.gray_p:
+            image = image.convert("L").convert("RGB")
+        if u[_BLUR] < self.blur_p:
+            image = image.filter(ImageFilter.GaussianBlur(_between(*self.blur, u[_SIGMA])))
+        if u[_SOLARIZE] < self.solarize_p:
+            image = ImageOps.solarize(image, 128)
+        if u[_FLIP] < self.flip_p:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+
+class Views:
+    """All views that a recipe takes of an image, and the plain one that evaluations take.
+
+    Args:
+        size: pixels of the plain view, and of every view that names none.
+        views: the kinds of view by any name, in order; a kind of count n gives n views in a row.
+        plain_crop: share of the shorter side that the plain view keeps (224 of 256: 0.875).
+        plain_interpolation: by which the plain view is resized.
+        mean, std: of each channel, for pixels in 0..1.
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        views: dict[str, View],
+        mean: list[float],
+        std: list[float],
+        plain_crop: float = 0.875,
+        plain_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    ):
+        _check_size("size", size)
+        if not views:
+            raise UserError("views: expected at least one kind of view, got none")
+        if not 0 < plain_crop <= 1:
+            raise UserError(f"plain_crop: expected a share in (0, 1], got {plain_crop}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise UserError(f"mean and std: expected three values each, std above 0, got {list(mean)} and {list(std)}")
+        if plain_interpolation not in _RESAMPLING:
+            raise UserError(f"plain_interpolation: expected one of {', '.join(_RESAMPLING)}, got {plain_interpolation!r}")
+        self.size = size
+        self.plain_crop, self.plain_interpolation = plain_crop, plain_interpolation
+        self.mean, self.std = list(mean), list(std)
+        # A YAML's views arrive as mappings: a named kind of view is a value of the command line, a `_target_` is not.
+        kinds = [view if isinstance(view, View) else View(**view) for view in views.values()]
+        self._views = [view for view in kinds for _ in range(view.count)]
+        self.sizes = [view.size or size for view in self._views]
+        self.num_views = len(self._views)
+        self._scale = 1 / (255 * torch.tensor(list(std)))
+        self._offset = -torch.tensor(list(mean)) / torch.tensor(list(std))
+
+    def view(self, image: Image.Image, v: int, u: Sequence[float]) -> torch.Tensor:
+        """View v, normalised, float32 [3, H, W]."""
+        return self.normalise(torch.from_numpy(self.view_pixels(image, v, u))[None])[0]
+
+    def plain(self, image: Image.Image) -> torch.Tensor:
+        """The view for evaluation: shorter side resized, centre cropped, normalised, float32 [3, H, W]."""
+        return self.normalise(torch.from_numpy(self.plain_pixels(image))[None])[0]
+
+    def view_pixels(self, image: Image.Image, v: int, u: Sequence[float]) -> np.ndarray:
+        """View v before normalisation, uint8 [H, W, 3]."""
+        return np.array(self._views[v].draw(image, self.sizes[v], u))
+
+    def batch_pixels(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int) -> list[np.ndarray]:
+        """All views of some images (uint8 [h, w, 3] each) before normalisation: a view's are uint8 [B, H, W, 3].
+
+        Args:
+            samples, stream: what the random numbers depend on, see `uniforms`.
+        """
+        made = [np.empty((len(images), size, size, 3), np.uint8) for size in self.sizes]
+        if native.library() is not None:
+            images = [np.ascontiguousarray(image) for image in images]
+            native.make_views(self.settings(), native.table(images), samples, stream, made)
+            return made
+        for v in range(self.num_views):
+            for row, (image, u) in enumerate(zip(images, uniforms(stream, samples, v).tolist(), strict=True)):
+                made[v][row] = self.view_pixels(Image.fromarray(image), v, u)
+        return made
+
+    def plain_batch(self, images: np.ndarray, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled."""
+        made = np.empty((len(images), self.size, self.size, 3), np.uint8)
+        settings = native.settings([(View(), self.size)], self._scale, self._offset)
+        shorter = round(self.size / self.plain_crop)
+        unreadable = native.make_views(
+            settings, images, np.zeros(len(images)), 0, [made], plain=shorter, num_threads=num_threads
+        )
+        return made, unreadable
+
+    def settings(self) -> native.Settings:
+        """All views' settings as the compiled views take them."""
+        return native.settings(list(zip(self._views, self.sizes, strict=True)), self._scale, self._offset)
+
+    def plain_pixels(self, image: Image.Image) -> np.ndarray:
+        """The plain view before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
+        short = round(self.size / self.plain_crop)
+        width, height = (short * side // min(image.size) for side in image.size)
+        if (width, height) != image.size:
+            image = _resize(image, width, height, self.plain_interpolation)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        return np.array(image.crop((left, top, left + self.size, top + self.size)))
+
+    def normalise(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last strides, on the pixels' device; floats are done."""
+        if pixels_BHWC.is_floating_point():
+            return pixels_BHWC.permute(0, 3, 1, 2)
+        scale, offset = self._scale.to(pixels_BHWC.device), self._offset.to(pixels_BHWC.device)
+        return pixels_BHWC.float().mul_(scale).add_(offset).permute(0, 3, 1, 2)
+
+
+def uniforms(stream: int, samples: np.ndarray, v: int) -> np.ndarray:
+    """The random numbers in [0, 1) of view v of some samples, float64 [B, 39]: SplitMix64, started from the three.
+
+    Of (stream, sample, view) alone, whichever numbers were drawn before: so any process may make any view.
+
+    Args:
+        stream: 64 bits, different for each seed and epoch.
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    step = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64
+        start = _mix(np.uint64(stream) + step * (np.asarray(samples).astype(np.uint64) + np.uint64(1)))
+        start = _mix(start + step * np.uint64(v + 1))
+        bits = _mix(start[:, None] + step * np.arange(1, _NUM_UNIFORMS + 1, dtype=np.uint64))
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def crop_box(
+    width: int,
+    height: int,
+    scale: list[float],
+    ratio: list[float],
+    u_tries: list[float],
+    u_top: float,
+    u_left: float,
+) -> tuple[int, int, int, int]:
+    """A random box (left, upper, right, lower): area uniform in `scale`, log of the aspect ratio uniform.
+
+    The first of ten tries that fits inside the image counts; if none does, the largest centred box of an allowed ratio.
+    Source: torchvision's RandomResizedCrop, after arXiv 1409.4842.
+    """
+    low, high = ratio
+    for u_area, u_ratio in zip(u_tries[::2], u_tries[1::2], strict=True):
+        area = width * height * _between(*scale, u_area)
+        aspect = math.exp(_between(math.log(low), math.log(high), u_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(u_left * (width - w + 1)), int(u_top * (height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * high)))
+    h = min(height, max(1, round(width / low)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> Image.Image:
+    """Across, then down, rounded between: what Pillow does at once, except that from 13 on it turns the order for some."""
+    how = _RESAMPLING[interpolation]
+    return image.resize((width, image.height), how).resize((width, height), how)
+
+
+def _jitter(
+    image: Image.Image, strengths: list[float], u_order: list[float], u_factor: list[float]
+) -> Image.Image:
+    """Brightness, contrast, saturation by factors in 1 +- strength, hue by a shift in +- strength, in the order drawn."""
+    for op in sorted(range(4), key=u_order.__getitem__):
+        strength = strengths[op]
+        if strength == 0:
+            continue
+        if op == 3:
+            image = turn_hue(image, _between(-strength, strength, u_factor[op]))
+        else:
+            enhance = (change_brightness, change_contrast, change_saturation)[op]
+            image = enhance(image, _between(max(0.0, 1 - strength), 1 + strength, u_factor[op]))
+    return image
+
+
+# The four below are Pillow's ImageEnhance and torchvision's adjust_hue (the tests hold them equal) without their detours.
+def change_brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Towards black (0), away from it (above 1)."""
+    return Image.blend(Image.new("RGB", image.size), image, factor)
+
+
+def change_contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Towards (0), away from (above 1) the mean grey of the image."""
+    mean = int(np.asarray(image.convert("L")).mean() + 0.5)
+    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
+
+
+def change_saturation(image: Image.Image, factor: float) -> Image.Image:
+    """Towards (0), away from (above 1) its grayscale."""
+    return Image.blend(image.convert("L").convert("RGB"), image, factor)
+
+
+def turn_hue(image: Image.Image, turns: float) -> Image.Image:
+    """The hue turned by this share of the circle, in -0.5..0.5."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = ImageChops.add_modulo(hue, Image.new("L", image.size, int(turns * 255) % 256))
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def _rotate_and_shift(image: Image.Image, *, degrees: float, right: float, down: float) -> Image.Image:
+    return image.rotate(degrees, Image.Resampling.BILINEAR, translate=(right, down))
+
+
+def _between(low: float, high: float, u: float) -> float:
+    return low + (high - low) * u
+
+
+def _check_size(name: str, size: int) -> None:
+    if size < 1:
+        raise UserError(f"{name}: expected a positive number of pixels, got {size}")
+
+
+def _check_range(name: str, pair: list[float], *, above_zero: bool, up_to: float) -> None:
+    if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= up_to or (above_zero and pair[0] == 0):
+        raise UserError(f"{name}: expected [low, high] within {'(' if above_zero else '['}0, {up_to:g}], got {pair}")

@@ -1,0 +1,303 @@
+"""From a checked configuration to a Trainer or an evaluation: the only place where components meet their settings."""
+
+import copy
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from caco import distributed
+from caco.config.composition import build
+from caco.config.pretrained import CHECKPOINT, Place
+from caco.data.loaders.images import Images
+from caco.data.sets.overlap import refuse_overlap
+from caco.engine.optimizers import Optimisation, Schedule
+from caco.engine.preemption import Stop, Stopped
+from caco.engine.progress import beginning, ending
+from caco.engine.trainer import Trainer
+from caco.errors import UserError
+from caco.evals.evaluation import Evaluation
+from caco.evals.pixels import RawPixels
+from caco.evals.record import Record, say_sometimes
+from caco.launch import labels
+from caco.nn import weights
+from caco.nn.backbones import feature_width
+from caco.nn.heads import Encoder
+from caco.nn.norm import over_all_ranks
+from caco.runs import directory
+from caco.runs.checkpoint import Checkpoints
+from caco.runs.files import read_json, write_json
+from caco.runs.identity import flat, run_hash
+from caco.schedules import RunShape
+
+
+def pick_device(name: str) -> torch.device:
+    """auto takes CUDA where there is one.
+
+    Raises:
+        ValueError: cuda was asked for and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
+        # Modulo: some clusters show each process its own GPU alone, as number 0.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device(name)
+
+
+def build_encoder(cfg: DictConfig) -> Encoder:
+    """Backbone and projector, random weights from torch's generator."""
+    backbone = build(cfg.backbone)
+    return Encoder(backbone=backbone, projector=build(cfg.projector, in_dim=feature_width(backbone)))
+
+
+def build_method(cfg: DictConfig) -> torch.nn.Module:
+    """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
+    torch.manual_seed(cfg.seed)
+    encoder = build_encoder(cfg)
+    bank = {} if cfg.bank is None else {"bank": build(cfg.bank)}
+    return build(cfg.method, encoder=encoder, **bank)
+
+
+def final_backbone(cfg: DictConfig, method: torch.nn.Module) -> torch.nn.Module:
+    """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no other rank."""
+    backbone = build(cfg.backbone)
+    backbone.load_state_dict(method.backbone.state_dict())
+    return backbone.eval()
+
+
+def refuse_different_steps(step: int | None, run_dir: Path) -> None:
+    """A collective: every rank reads the run's checkpoints itself, and a file may be late or damaged on one machine alone.
+
+    Args:
+        step: of the checkpoint that this rank has loaded, or None.
+    Raises:
+        UserError: another rank has loaded another; the steps are named by rank.
+    """
+    steps = distributed.all_objects(step)
+    if len(set(steps)) > 1:
+        loaded = ", ".join(f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps))
+        raise UserError(
+            f"every rank must load the same checkpoint; got {loaded}. Nothing was changed: see to it that all machines can read "
+            f"the same files in {run_dir / 'checkpoints'}, then start the same command again"
+        )
+
+
+def train(
+    cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: labels.Label | None = None
+) -> dict[str, float]:
+    """Build everything, go on from the newest checkpoint if there is one, train, and write summary.json.
+
+    Data come first, so that what is missing or too small is said before any model is built.
+    """
+    label = label or labels.Label(run_dir.name, {})
+    device = pick_device(cfg.device)
+    distributed.start(device)
+    main = distributed.is_main()
+    config_hash = run_hash(cfg)
+    hashes = distributed.all_objects(config_hash)
+    if len(set(hashes)) > 1:
+        raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
+    tracker = build(cfg.tracking)
+    splits, views = build(cfg.data), build(cfg.augmentation)
+    data_digest = distributed.shared_object(splits.pretrain.digest() if main else None)
+
+    def bind_loader():
+        return build(cfg.loader).bind(
+            splits.pretrain, views, batch=cfg.batch, seed=cfg.seed, rank=distributed.rank(), world=distributed.world(), device=device
+        )
+
+    loader = bind_loader()
+    images = Images(
+        splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device, rank=distributed.rank(),
+        world=distributed.world(),
+    )  # fmt: skip
+    evaluation = Evaluation(
+        {name: build(node) for name, node in cfg.eval.items()},
+        splits,
+        views,
+        batch=max(1, min(cfg.batch, 512)),
+        device=device,
+        precision=cfg.precision,
+        seed=cfg.seed,
+        loader=build(cfg.loader),
+    )
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
+    newest = checkpoints.load_newest()
+    refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
+    method = build_method(cfg)
+    if cfg.weights is not None and newest is None:
+        told = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
+        if main:
+            print(f"caco: {told}", file=sys.stderr)
+    method = over_all_ranks(method, device).to(device=device, memory_format=torch.channels_last)
+    if cfg.compile:
+        method.encoder.compile()
+    schedule = dict(cfg.schedule)
+    run = RunShape(cfg.epochs, loader.steps_per_epoch, cfg.batch, schedule.pop("unit"))
+    trainer = Trainer(
+        method=method,
+        loader=loader,
+        images=images,
+        optimisation=Optimisation(build(cfg.optimizer, groups=method.parameter_groups()), Schedule(**schedule), run),
+        run=run,
+        evaluation=evaluation,
+        tracker=tracker,
+        checkpoints=checkpoints,
+        device=device,
+        seed=cfg.seed,
+        config_hash=config_hash,
+        data_digest=data_digest,
+        max_steps=cfg.max_steps,
+        accumulate=cfg.accumulate,
+        precision=cfg.precision,
+        log_every_steps=cfg.log_every_steps,
+        eval_every_epochs=cfg.eval_every_epochs,
+        save_every_epochs=cfg.checkpoint.every_epochs,
+        save_every_steps=cfg.checkpoint.every_steps,
+        milestone_epochs=list(cfg.checkpoint.milestone_epochs),
+        anomaly=cfg.anomaly,
+        profile_to=run_dir if cfg.profile else None,
+        stop=stop,
+    )
+    if newest is not None:
+        state, path = newest
+        trainer.load_state_dict(state)
+        if main:
+            print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
+        if trainer.step == trainer.total_steps and (run_dir / "summary.json").exists():
+            loader.close()
+            images.close()
+            distributed.stop()
+            return read_json(run_dir / "summary.json")
+
+    status = "FAILED"
+    summary: dict = {}
+    started = time.monotonic()
+    if main:
+        told = beginning(
+            data=splits.pretrain.name, num_train=len(splits.pretrain), num_test=len(splits.test or ()) if cfg.eval else 0,
+            choices=label.choices, bank_rows=0 if cfg.bank is None else cfg.bank.size, batch=cfg.batch, epochs=cfg.epochs,
+            warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
+            processes=distributed.world(), device=device.type, run_dir=run_dir,
+        )  # fmt: skip
+        print(told, file=sys.stderr)
+        environment = directory.write_environment(run_dir)  # again: now PyTorch is here to say which GPUs and instructions it has
+        tracker.start(
+            run_dir,
+            params={**label.choices, **flat(cfg)},
+            tags={**environment, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
+            run_name=label.name,
+            state=newest[0]["tracker"] if newest else None,
+            sweep=label.sweep,
+        )
+    try:
+        metrics = trainer.fit()
+        about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        summary = {**metrics, "processes": distributed.world(), **about}
+        if main:
+            tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
+            write_json(run_dir / "summary.json", summary)
+            told = ending(
+                summary, seconds=time.monotonic() - started, run_dir=run_dir, evaluators=list(label.choices.get("eval") or [])
+            )
+            print(told, file=sys.stderr)
+        status = "FINISHED"
+    except (KeyboardInterrupt, Stopped):
+        status = "KILLED"
+        raise
+    finally:
+        if main:
+            tracker.finish(status, summary)
+        loader.close()
+        images.close()
+        distributed.stop()
+    return summary
+
+
+def load_pretrained(cfg: DictConfig, place: Place | None, backbone: torch.nn.Module) -> tuple[Path, int]:
+    """Give a backbone the weights that run=, the newest checkpoint that can be read, or weights= names.
+
+    Returns:
+        the file, and the step at which it was saved (0: not one of our runs).
+    Raises:
+        ValueError: no file can be read, or it is of another architecture; the keys are named.
+    """
+    if place is None:
+        path = Path(cfg.weights).expanduser()
+        weights.load_backbone(path, cfg.format, backbone)
+        return path, 0
+    if place.checkpoint is not None:
+        path = place.checkpoint
+    else:
+        state, path = Checkpoints(place.run_dir / "checkpoints").load_newest()
+        refuse_different_steps(state["step"], place.run_dir)
+    weights.load_backbone(path, "caco", backbone)
+    return path, int(CHECKPOINT.fullmatch(path.name)[1])
+
+
+def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[str, float]:
+    """Run the evaluators that have not given their results yet; each result is written as soon as it is there.
+
+    Args:
+        place: the run that is evaluated; None for weights=.
+        results_dir: where results go: the run's directory, or another.
+    Returns:
+        every result by name; baselines as untrained/NAME and pixels/NAME.
+    """
+    device = pick_device(cfg.device)
+    distributed.start(device)
+    torch.manual_seed(cfg.seed)
+    backbone = build(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
+    encoders = {"": backbone}
+    if cfg.baselines:
+        encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size)}
+    path, step = load_pretrained(cfg, place, backbone)
+    splits, views = build(cfg.data), build(cfg.augmentation)
+    if cfg.overlap == "refuse" and distributed.is_main():
+        refuse_overlap(splits)
+    evaluation = Evaluation(
+        {name: build(node) for name, node in cfg.eval.items()},
+        splits,
+        views,
+        batch=cfg.batch,
+        device=device,
+        precision=cfg.precision,
+        seed=cfg.seed,
+        loader=build(cfg.loader),
+        folder=results_dir / "evaluations",
+        cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
+        overlap=cfg.overlap,
+        say=say_sometimes(distributed.is_main()),
+    )
+    record = Record(
+        results_dir, cfg, tracker=build(cfg.tracking), step=step, path=path, is_run=place is not None and cfg.to is None
+    )
+    status = None
+    try:
+        if distributed.is_main():
+            status = record.open()
+        for prefix, encoder in encoders.items():
+            encoder.to(device=device, memory_format=torch.channels_last).eval()
+            todo = None
+            if distributed.is_main():
+                made_from = {name: record.made_from(name, evaluation, encoder) for name in cfg.eval}
+                todo = [name for name in cfg.eval if not record.known(prefix, name, made_from[name])]
+            todo = distributed.shared_object(todo)
+            begun = time.monotonic()
+            for name, values in evaluation.each(encoder, todo):
+                if distributed.is_main():
+                    record.add(prefix, name, made_from[name], values, seconds=time.monotonic() - begun)
+                begun = time.monotonic()
+    finally:
+        if status is not None:
+            record.close(status)
+        distributed.stop()
+    if record.results:
+        print(record.table())
+    return record.results

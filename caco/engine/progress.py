@@ -1,0 +1,104 @@
+"""What a person sees of a run: how it begins and ends, and while it trains a bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def beginning(
+    *, data: str, num_train: int, num_test: int, choices: Mapping[str, str], bank_rows: int, batch: int, warm_start_steps: int,
+    epochs: int, steps_per_epoch: int, processes: int, device: str, run_dir: Path,
+) -> str:  # fmt: skip
+    """What is about to run, for how long, and where its results will be."""
+    parts = [f"{group} {choices[group]}" for group in ("method", "pn", "backbone", "augmentation") if choices.get(group)]
+    bank = f", a bank of {bank_rows:,} rows" if bank_rows else ""
+    warm_start = f"{warm_start_steps:,} steps of warm start, then " if warm_start_steps else ""
+    tested = f", {num_test:,} images to evaluate with" if num_test else ""
+    where = device if processes == 1 else f"{processes} processes, {device}"
+    return (
+        f"caco: data:    {data}, {num_train:,} images to learn from without their labels{tested}\n"
+        f"caco: method:  {', '.join(parts)}{bank}\n"
+        f"caco: length:  {warm_start}{epochs:,} epochs of {steps_per_epoch:,} steps, {batch:,} images a step, on {where}\n"
+        f"caco: results: {run_dir}"
+    )
+
+
+def ending(summary: Mapping[str, float], *, seconds: float, run_dir: Path, evaluators: list[str]) -> str:
+    """That a run is finished, its results, and a command to go on with."""
+    results = ", ".join(f"{name} {value:.2f}" for name, value in summary.items() if name.endswith("_top1"))
+    lines = [f"caco: finished in {clock(seconds)}: {run_dir}" + (f" ({results})" if results else "")]
+    if evaluators:
+        command = f"python -m caco.evaluate run={run_dir} eval=[{','.join(evaluators)}] baselines=true"
+        lines += ["caco: next, beside the untrained network and raw pixels:", f"caco:   {command}"]
+    return "\n".join(lines)
+
+
+def clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+class Progress:
+    """Steps done, images per second, time left.
+
+    Args:
+        total: steps of the run; done: steps that an earlier process made.
+        batch: images a step, over all ranks.
+        enabled: rank 0 alone speaks.
+    """
+
+    def __init__(self, *, total: int, done: int, batch: int, enabled: bool):
+        self.total, self.batch, self.enabled = total, batch, enabled
+        self.first, self.started = done, time.monotonic()
+        self.next_line = self.started + 1
+        self.paused = 0.0
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if enabled and terminal else None
+
+    def seconds_of_training(self) -> float:
+        """Of this process so far, evaluation excluded."""
+        return time.monotonic() - self.started - self.paused
+
+    def images_per_second(self, step: int) -> float:
+        """Mean over this process so far, evaluation excluded."""
+        return (step - self.first) * self.batch / max(self.seconds_of_training(), 1e-9)
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Evaluation inside does not count as training time."""
+        since = time.monotonic()
+        yield
+        self.paused += time.monotonic() - since
+
+    def step(self, step: int, where: str, loss: float | None) -> None:
+        """`step` steps are done; `where` says in words where in the run that is. `loss` is given where it is known already."""
+        if self.bar is not None:
+            self.bar.update(1)
+            if loss is not None:
+                self.bar.set_postfix_str(
+                    f"{where}, loss {loss:.3f}, {self.images_per_second(step):.0f} images/s", refresh=False
+                )
+        elif self.enabled and loss is not None and time.monotonic() >= self.next_line:
+            rate = self.images_per_second(step)
+            left = (self.total - step) * self.batch / rate
+            self.say(f"step {step}/{self.total} ({where}): loss {loss:.4f}, {rate:.0f} images/s, {clock(left)} left")
+            # Lines come ever more rarely, so that a long run's log stays readable.
+            self.next_line = time.monotonic() + min(max(5.0, self.elapsed() / 20), 300.0)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif self.enabled:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

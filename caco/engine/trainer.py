@@ -1,0 +1,388 @@
+"""The training loop, to be read from top to bottom.
+
+A step, in order: rates, before_step, forward, backward, finite check, optimiser, after_step, log, save, evaluate.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from caco import distributed
+from caco.banks.scoring import UnusableError
+from caco.data.loaders.batches import Batch
+from caco.data.loaders.images import Images
+from caco.engine.optimizers import Optimisation
+from caco.engine.preemption import Stop, Stopped
+from caco.engine.progress import Progress, clock
+from caco.errors import UserError
+from caco.methods.base import Method, Now, Outputs, Phase
+from caco.runs.checkpoint import Checkpoints
+from caco.schedules import RunShape
+
+
+class NonFiniteLossError(UserError):
+    """The loss is NaN or infinite; nothing was updated with it."""
+
+
+class Trainer:
+    """Runs a method over a loader; owns the step counter, the rates, precision, cadence and the run's state.
+
+    Steps are numbered from 0 over the whole run. Those of a method's earlier phases (a warm start) come first; epoch 0 follows them.
+
+    Args:
+        method, loader, optimisation, images, evaluation, tracker, checkpoints: the parts.
+        run: epochs, steps of an epoch, global batch.
+        seed: of what draws random numbers in the model.
+        config_hash, data_digest: what a checkpoint must share to be gone on from.
+        max_steps: stop after so many steps (earlier phases included), or None.
+        accumulate: forward and backward passes that a batch is cut into, to fit a small memory; None is 1. The gradients,
+            the positives and the bank's motion are those of the whole batch; BatchNorm sees the parts.
+        precision: "bf16" runs the encoders under autocast; embeddings, bank and parameters stay float32.
+        log_every_steps, eval_every_epochs, save_every_epochs, save_every_steps, milestone_epochs: cadence.
+        anomaly: torch's detection of the operation that made a NaN; slow.
+        profile_to: a folder for a torch profiler trace of a few steps, or None.
+        stop: says when this process was told to stop.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: Method,
+        loader: Any,
+        images: Images,
+        optimisation: Optimisation,
+        run: RunShape,
+        evaluation: Any,
+        tracker: Any,
+        checkpoints: Checkpoints,
+        device: torch.device,
+        seed: int,
+        config_hash: str,
+        data_digest: str,
+        max_steps: int | None = None,
+        accumulate: int | None = None,
+        precision: Literal["bf16", "fp32"] = "bf16",
+        log_every_steps: int = 10,
+        eval_every_epochs: int = 1,
+        save_every_epochs: int = 1,
+        save_every_steps: int | None = None,
+        milestone_epochs: list[int] = (),
+        anomaly: bool = False,
+        profile_to: Path | None = None,
+        stop: Stop | None = None,
+    ):
+        self.method, self.loader, self.images, self.optimisation, self.run = method, loader, images, optimisation, run
+        self.evaluation, self.tracker, self.checkpoints = evaluation, tracker, checkpoints
+        self.device, self.config_hash, self.data_digest = device, config_hash, data_digest
+        self.precision, self.anomaly, self.profile_to = precision, anomaly, profile_to
+        self.stop = stop or Stop()
+        self.log_every_steps, self.eval_every_epochs = log_every_steps, eval_every_epochs
+        self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
+        self.milestone_epochs = set(milestone_epochs)
+
+        self.accumulate = accumulate or 1
+        own = run.batch // distributed.world()
+        if own % self.accumulate or own // self.accumulate < 2:
+            raise UserError(
+                f"accumulate: expected a divisor of the {own} images of a process that leaves at least 2 in each part; "
+                f"got {accumulate}"
+            )
+        if self.accumulate > 1 and method.needs.whole_batch:
+            raise UserError(
+                "accumulate: this method's negatives are the batch's other images, and a part of a batch has fewer of "
+                f"them; expected null, got {accumulate}"
+            )
+        self.phases, self.tables = method.phases(run), method.schedules(run)
+        self._check_phases()
+        self.first_step = [sum(phase.steps or 0 for phase in self.phases[:number]) for number in range(len(self.phases))]
+        self.training_starts = self.first_step[-1]
+        self.total_steps = self.training_starts + run.steps
+        if max_steps is not None:
+            self.total_steps = min(self.total_steps, max_steps)
+
+        self.step = 0
+        self.epoch_sums: dict[str, torch.Tensor] = {}
+        self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
+        self.evaluation_due: Literal["epoch", "end"] | None = "epoch"  # saved before it is made, and so made when a run goes on
+        self.has_warned = False
+        self.time = {"steps": 0, "seconds": 0.0}  # how many steps have been timed, and how long they took; in all processes
+        torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout and the like, from here on
+
+    # Where a step lies.
+
+    def _check_phases(self) -> None:
+        """What a method says of its run fits together, or nothing starts."""
+        *earlier, last = self.phases
+        assert last.steps is None and all(phase.steps for phase in earlier), "the training is the last phase"
+        for phase in earlier:
+            assert phase.values.keys() == self.tables.keys(), f"{phase.name}: one value of each schedule"
+        for name, table in self.tables.items():
+            assert len(table) == self.run.steps, f"{name}: one number for each step of the training"
+
+    def phase(self, step: int) -> Phase:
+        return self.phases[max(number for number, first in enumerate(self.first_step) if first <= step)]
+
+    def now(self, step: int) -> Now:
+        """Where step number `step` lies, counted from 0, and its values."""
+        phase = self.phase(step)
+        in_phase = step - self.first_step[self.phases.index(phase)]
+        if phase.steps is not None:
+            return Now(step, phase.name, in_phase, in_phase + 1 == phase.steps, None, None, phase.values)
+        epoch, in_epoch = divmod(in_phase, self.run.steps_per_epoch)
+        values = {name: table[in_phase] for name, table in self.tables.items()}
+        return Now(step, phase.name, in_phase, in_phase + 1 == self.run.steps, epoch, in_epoch, values)
+
+    def described(self, now: Now) -> str:
+        """In words."""
+        if now.epoch is None:
+            return f"{now.phase}, step {now.step_in_phase + 1} of {self.phase(now.step).steps}"
+        return f"epoch {now.epoch + 1} of {self.run.epochs}, step {now.step_in_epoch + 1} of {self.run.steps_per_epoch}"
+
+    def batches(self) -> Iterator[tuple[Now, Batch]]:
+        """From the current step to the end of the run."""
+        step = self.step
+        while step < self.total_steps:
+            now = self.now(step)
+            if now.epoch is None:
+                # Orders and augmentations that no epoch has: the loader's negative numbers.
+                passes, first = divmod(step, self.run.steps_per_epoch)
+                epoch, order, end = -1 - passes, None, self.training_starts
+            else:
+                epoch, first, end = now.epoch, now.step_in_epoch, self.total_steps
+                if first == 0:
+                    self.method.before_epoch(now, self.images)
+                order = self.method.order(epoch)
+            end = min(end, self.total_steps, step - first + self.run.steps_per_epoch)
+            for batch in self.loader.epoch(epoch, first, order):
+                yield self.now(step), batch
+                step += 1
+                if step == end:
+                    break
+
+    # The loop.
+
+    def fit(self) -> dict[str, float]:
+        """Train from the current step to the end; returns the final metrics.
+
+        Raises:
+            NonFiniteLossError: before anything is updated with it; the last checkpoint stays good.
+            Stopped: some rank was told to stop; all have ended the same step and saved.
+        """
+        progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
+        before = self.time
+        self.evaluate_if_due(progress)
+        with contextlib.closing(progress), self._instruments() as profiler:
+            for now, batch in self.batches():
+                self.optimisation.prepare(now, None if now.epoch is not None else self.phase(now.step).lr_factor)
+                self.method.train()
+                self.method.before_step(now, self.images)
+                where = f"step {now.step + 1} ({self.described(now)})"
+                try:
+                    outputs = self._forward_and_backward(batch, now)
+                except UnusableError as error:
+                    raise NonFiniteLossError(f"{error}; at {where}; the last checkpoint is good") from error
+                values = self._averaged(outputs)
+                stopping = values.pop("stop").item() > 0  # some rank was told to: all end with this step
+                # Every rank sees the same mean, so all stop together, and nothing has been updated yet.
+                if not math.isfinite(loss := values["loss"].item()):
+                    raise NonFiniteLossError(
+                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good; try a lower "
+                        "optimizer.lr, or precision=fp32"
+                    )
+                distributed.mean_gradients(self.optimisation.parameters)
+                self.optimisation.step(now)
+                self.method.after_step(now)
+                if now.last_of_phase:
+                    self.method.after_phase(now)
+                self.step += 1
+                self.time = {
+                    "steps": before["steps"] + self.step - progress.first,
+                    "seconds": before["seconds"] + progress.seconds_of_training(),
+                }
+                if profiler is not None:
+                    profiler.step()
+
+                self._log(now, values, progress)
+                last = self.step == self.total_steps
+                epoch_over = now.epoch is not None and now.step_in_epoch + 1 == self.run.steps_per_epoch
+                phase_over = now.epoch is None and now.last_of_phase
+                if epoch_over:
+                    self._log_epoch(now.epoch, progress)
+                if phase_over:
+                    progress.say(f"{now.phase.capitalize()} finished: {now.step_in_phase + 1} steps. Training starts with epoch 1.")
+                    self.epoch_sums.clear()
+                if last or phase_over or (epoch_over and (now.epoch + 1) % self.eval_every_epochs == 0):
+                    self.evaluation_due = "end" if last else "epoch"
+                milestone = epoch_over and now.epoch + 1 in self.milestone_epochs
+                if (
+                    last
+                    or stopping
+                    or phase_over
+                    or milestone
+                    or (epoch_over and (now.epoch + 1) % self.save_every_epochs == 0)
+                    or (self.save_every_steps and self.step % self.save_every_steps == 0)
+                ):
+                    self.save(milestone=milestone)
+                if stopping and not last:
+                    raise Stopped(f"after step {self.step} of {self.total_steps}", self.stop.signum)
+                self.evaluate_if_due(progress)
+        # Of all processes that made the run: the last one may have found no step left to make.
+        timed = self.time["steps"] > 0
+        return {
+            **self.latest,
+            "steps": self.step,
+            "epochs": self.epochs_done(),
+            **({"images_per_second": self.time["steps"] * self.run.batch / self.time["seconds"]} if timed else {}),
+        }
+
+    def epochs_done(self) -> float:
+        return max(0, self.step - self.training_starts) / self.run.steps_per_epoch
+
+    def _forward_and_backward(self, batch: Batch, now: Now) -> Outputs:
+        """The batch's loss and metrics; gradients are left in the parameters and asked of the bank."""
+        parts: list[Outputs] = []
+        for part in batch.parts(self.accumulate):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                outputs = self.method(part, now)
+            (outputs.loss / self.accumulate).backward()
+            parts.append(Outputs(outputs.loss.detach(), outputs.metrics))
+        loss = torch.stack([part.loss for part in parts]).mean()
+        return Outputs(loss, {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics})
+
+    def _averaged(self, outputs: Outputs) -> dict[str, torch.Tensor]:
+        """Loss and metrics as means over the ranks, and "stop", the part of them told to stop, in one message."""
+        names = ["loss", *outputs.metrics, "stop"]
+        stop = torch.tensor(float(self.stop.requested()), dtype=torch.float64, device=self.device)
+        together = torch.stack([outputs.loss.detach().double(), *(v.double() for v in outputs.metrics.values()), stop])
+        return dict(zip(names, distributed.sum_(together) / distributed.world(), strict=True))
+
+    @contextlib.contextmanager
+    def _instruments(self):
+        with contextlib.ExitStack() as stack:
+            if self.anomaly:
+                stack.enter_context(torch.autograd.set_detect_anomaly(True))
+            profiler = None
+            if self.profile_to is not None and distributed.is_main():
+                profiler = torch.profiler.profile(
+                    schedule=torch.profiler.schedule(wait=2, warmup=2, active=6, repeat=1),
+                    on_trace_ready=lambda p: p.export_chrome_trace(str(self.profile_to / "trace.json")),
+                )
+                stack.enter_context(profiler)
+            yield profiler
+
+    # What is written down.
+
+    def _record(self, row: dict[str, float], kind: str) -> None:
+        if distributed.is_main():
+            self.tracker.log(self.step, row, kind=kind)
+
+    def _log(self, now: Now, values: dict[str, torch.Tensor], progress: Progress) -> None:
+        for name, value in values.items():
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+        self.epoch_sums["count"] = self.epoch_sums.get("count", 0.0) + torch.ones((), dtype=torch.float64)
+        is_due = (now.step + 1) % self.log_every_steps == 0 or self.step == self.total_steps
+        progress.step(self.step, self.described(now), values["loss"].item() if is_due or progress.bar is None else None)
+        if is_due:
+            row = {
+                **({} if now.epoch is None else {"epoch": now.epoch}),
+                **{name: value.item() for name, value in values.items()},
+                "lr": self.optimisation.lr,
+                **now.values,
+                "images_per_second": progress.images_per_second(self.step),
+            }
+            self._record(row, "train" if now.epoch is not None else now.phase.replace(" ", "_"))
+
+    def _log_epoch(self, epoch: int, progress: Progress) -> None:
+        count = self.epoch_sums.pop("count").item()
+        row = {name: value.item() / count for name, value in self.epoch_sums.items()} | self.method.statistics()
+        self.epoch_sums.clear()
+        self.latest |= row
+        self._record({"epoch": epoch, **row}, "epoch")
+        if not self.has_warned and (warning := self.method.warning(row)):
+            self.has_warned = True
+            progress.say(f"caco: warning: after epoch {epoch + 1} of {self.run.epochs}: {warning}")
+            self._record({"epoch": epoch, "message": warning}, "warning")
+
+    def evaluate_if_due(self, progress: Progress) -> None:
+        """Evaluate the backbone; percent, 0-100. A collective: some evaluators train on all ranks."""
+        if self.evaluation_due is None:
+            return
+        with progress.pause():
+            results = self.evaluation.run(self.method.backbone, self.evaluation_due)
+        self.evaluation_due = None
+        if not results:
+            return
+        self.latest |= results
+        # Right after a phase before the training, such as a warm start.
+        ended = next((p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None)
+        self._record({"epochs": self.epochs_done(), **({"phase": ended.name} if ended else {}), **results}, "eval")
+        after = f"the {ended.name}" if ended else f"{self.epochs_done():g} of {self.run.epochs} epochs"
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+        progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
+
+    # The run's state.
+
+    def _place(self) -> list[str | int | None]:
+        """Phase, step in it, epoch, step in it."""
+        now = self.now(min(self.step, self.training_starts + self.run.steps - 1))
+        return [now.phase, now.step_in_phase, now.epoch, now.step_in_epoch]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on. A collective: the bank's shards are gathered."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "version": 1,
+            "config_hash": self.config_hash,
+            "data_digest": self.data_digest,
+            "step": self.step,
+            "place": self._place(),  # follows from the step, written for people
+            "evaluation_due": self.evaluation_due,
+            "has_warned": self.has_warned,
+            "time": dict(self.time),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimisation.optimizer.state_dict(),
+            "epoch_sums": dict(self.epoch_sums),
+            "latest": dict(self.latest),
+            "random": distributed.all_objects(random),
+            "tracker": self.tracker.state_dict() if distributed.is_main() else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of this run.
+
+        Raises:
+            ValueError: the checkpoint is of another configuration, or of other data.
+        """
+        if state["config_hash"] != self.config_hash:
+            raise UserError(
+                f"expected a checkpoint of configuration {self.config_hash}; got one of {state['config_hash']}"
+            )
+        if state["data_digest"] != self.data_digest:
+            raise UserError(
+                f"expected a checkpoint made with these data (digest {self.data_digest}); got one made with others "
+                f"({state['data_digest']}): point data.root to those, or choose another hydra.run.dir"
+            )
+        self.step = state["step"]
+        assert state["place"] == self._place(), "the same data and configuration give the same steps"
+        self.evaluation_due, self.has_warned = state["evaluation_due"], state["has_warned"]
+        self.time = dict(state.get("time", self.time))  # an older checkpoint does not say
+        self.method.load_state_dict(state["method"])
+        self.optimisation.optimizer.load_state_dict(state["optimizer"])
+        self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])
+        if len(state["random"]) == distributed.world():  # else ranks came or went, and no state fits
+            random = state["random"][distributed.rank()]
+            torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def save(self, *, milestone: bool = False) -> None:
+        state = self.state_dict()
+        if distributed.is_main():
+            self.checkpoints.save(state, self.step, milestone=milestone)
+        distributed.barrier()

@@ -1,0 +1,143 @@
+"""What an evaluation leaves behind: a file for each result, rows in the ledger, the summary."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from caco.evals.evaluation import Evaluation
+from caco.evals.features import key_of
+from caco.runs.directory import command
+from caco.runs.environment import environment
+from caco.runs.files import read_json, write_json
+from caco.runs.identity import flat, is_neutral, plain
+from caco.tracking.ledger import Ledger
+from caco.tracking.sync import last_status
+
+BASELINES = ("untrained/", "pixels/")
+
+
+class Record:
+    """The results of one evaluation command in a directory.
+
+    evaluations/NAME-KEY.json holds what an evaluator gave, and of what; its key says of what, so the same question is
+    answered from there. Ledger, MLflow and summary.json get the same numbers by name, those of other data than the run's
+    as DATA/NAME, of the baselines as untrained/NAME and pixels/NAME.
+
+    Args:
+        results_dir: where they go.
+        cfg: of the evaluation.
+        tracker: as in training.
+        step: of the checkpoint.
+        path: the file that is evaluated.
+        is_run: whether results_dir is the run's own directory.
+    """
+
+    def __init__(self, results_dir: Path, cfg: DictConfig, *, tracker: Any, step: int, path: Path, is_run: bool) -> None:
+        self.dir, self.cfg, self.tracker, self.step, self.path = results_dir, cfg, tracker, step, path
+        self.is_run = is_run
+        self.results: dict[str, float] = {}
+        self._environment = environment()
+
+    def open(self) -> str:
+        """Open the ledger behind its last row; returns the status that the run had."""
+        about = read_json(self.dir / "tracking.json")
+        status = last_status(self.dir)[0] if about else "FINISHED"
+        ledger = Ledger(self.dir / "ledger.jsonl")
+        self._rows = ledger.rows()
+        self.tracker.start(
+            self.dir,
+            params=about.get("params", flat(self.cfg)),
+            tags=about.get("tags", {**self._environment, "weights": str(self.path)}),
+            run_name=about.get("run_name", self.dir.name),
+            state={"rows": len(ledger), "mlflow_run_id": "", "sent": 0},
+        )
+        return "FINISHED" if status == "RUNNING" else status
+
+    def close(self, status: str) -> None:
+        self.tracker.finish(status, read_json(self.dir / "summary.json"))
+
+    def made_from(self, name: str, evaluation: Evaluation, encoder: nn.Module) -> dict[str, Any]:
+        """All that decides an evaluator's numbers, as plain values."""
+        store, evaluator = evaluation.store, evaluation.evaluators[name]
+        splits, views = store.splits, store.views
+        sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
+        return {
+            "evaluator": {k: v for k, v in plain(self.cfg)["eval"][name].items() if not is_neutral(f"eval.{name}.{k}")},
+            "inputs": evaluator.inputs() if hasattr(evaluator, "inputs") else [],
+            "encoder": store.digest_of(encoder),
+            "images": {split: source and source.digest() for split, source in sources.items()},
+            "augmentation": plain(self.cfg)["augmentation"],
+            "plain_view": [views.size, views.plain_crop, views.plain_interpolation],
+            "precision": store.precision,
+            "seed": self.cfg.seed,
+        }
+
+    def known(self, prefix: str, name: str, made_from: dict[str, Any]) -> bool:
+        """Whether this question was answered before; the answer then counts as one of this command's results."""
+        values = read_json(self._file(name, made_from)).get("results")
+        if values is None:
+            return False
+        self._take(prefix, values)
+        return True
+
+    def add(self, prefix: str, name: str, made_from: dict[str, Any], values: dict[str, float], *, seconds: float) -> None:
+        """Write one evaluator's results down; what this returns from survives a kill."""
+        file = self._file(name, made_from)
+        file.parent.mkdir(exist_ok=True)
+        about = {"weights": str(self.path), "step": self.step, "baseline": prefix.rstrip("/") or None, "seconds": seconds}
+        of = {"time": time.time(), "command": command(), "environment": self._environment}
+        write_json(file, {"results": values, **about, "made_from": made_from, **of})
+        self._take(prefix, values)
+
+    def _take(self, prefix: str, values: dict[str, float]) -> None:
+        named = {f"{prefix}{self._of_other_data()}{key}": value for key, value in values.items()}
+        self.results |= named
+        if not any(row["step"] == self.step and named.items() <= row.items() for row in self._rows):
+            self.tracker.log(self.step, named, kind="eval")
+        summary = self.dir / "summary.json"
+        # An unfinished run has no summary yet, and an earlier checkpoint's results are not its final ones.
+        if not self.is_run or (summary.exists() and read_json(summary).get("steps") == self.step):
+            write_json(summary, {**read_json(summary), **named})
+
+    def _of_other_data(self) -> str:
+        recorded = self.dir / "config.yaml"
+        if not self.is_run or not recorded.is_file():
+            return ""
+        theirs, ours = plain(OmegaConf.load(recorded))["data"], plain(self.cfg)["data"]
+        same = {key: value for key, value in theirs.items() if key != "root"}
+        return "" if same == {key: value for key, value in ours.items() if key != "root"} else f"{self._data_name()}/"
+
+    def _data_name(self) -> str:
+        return plain(self.cfg)["data"]["_target_"].rpartition(".")[2]
+
+    def _file(self, name: str, made_from: dict[str, Any]) -> Path:
+        return self.dir / "evaluations" / f"{name}-{key_of(made_from)}.json"
+
+    def table(self) -> str:
+        """The results, a line each, beside those of the baselines where there are any."""
+        names = [name for name in self.results if not name.startswith(BASELINES)]
+        columns = {"": "trained"} | {b: b.rstrip("/") for b in BASELINES if any(r.startswith(b) for r in self.results)}
+        width = max(map(len, names))
+        lines = [" " * width + "".join(f"{title:>12}" for title in columns.values())] if len(columns) > 1 else []
+        for name in names:
+            values = [self.results.get(f"{prefix}{name}") for prefix in columns]
+            lines.append(f"{name:<{width}}" + "".join(f"{'' if v is None else f'{v:.6g}':>12}" for v in values))
+        return "\n".join(lines)
+
+
+def say_sometimes(enabled: bool, *, seconds: float = 5.0) -> Callable[..., None]:
+    """say(text, passing=False) for stderr: a passing line only if none was said for some seconds."""
+    last = [0.0]
+
+    def say(text: str, passing: bool = False) -> None:
+        now = time.monotonic()
+        if enabled and not (passing and now - last[0] < seconds):
+            last[0] = now
+            print(f"caco: {text}", file=sys.stderr, flush=True)
+
+    return say

@@ -1,0 +1,153 @@
+"""A sweep from submission to end: what is done is skipped, what runs is followed, what is left is submitted.
+
+All that is known of a job between two commands lies in its run directory: summary.json (done), job.json (where it was
+submitted), failure.txt (why it failed).
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from caco.config import composition
+from caco.errors import SweepFailed
+from caco.launch.jobs import Job
+from caco.launch.local import Local
+from caco.launch.slurm import ENDED, Slurm
+from caco.launch.snapshot import snapshot
+from caco.runs import directory
+from caco.runs.files import read_json, write_json
+
+
+class SubmititLauncher(Launcher):
+    """What Hydra hands a sweep's jobs to under launcher=slurm and launcher=local.
+
+    In place of hydra-submitit-launcher, of which nothing would be left: there a job that raises is COMPLETED, the sweep
+    ends with the first failure, and queued jobs compose what the checkout's conf/ says when they start.
+    """
+
+    __module__ = "hydra_plugins.caco_launcher"  # Hydra takes launchers from its own package only
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """One Job per list of overrides; returns when all have ended.
+
+        Raises:
+            UserError: the cluster cannot run this.
+            SweepFailed: some have failed.
+        """
+        composed = [self.context.config_loader.load_sweep_config(self.config, list(item)) for item in job_overrides]
+        launcher = composition.build(self.config.launcher)
+        jobs = []
+        for cfg in composed:
+            launcher.check(cfg)
+            run_dir = Path(cfg.hydra.sweep.dir).absolute() / cfg.hydra.sweep.subdir
+            jobs.append(Job(tuple(o for o in cfg.hydra.overrides.task if not _of_launcher(o)), run_dir))
+        folder = Path(self.config.hydra.sweep.dir).absolute()
+        follow(launcher, jobs, folder)
+        return [_returned(job) for job in jobs]
+
+
+def _of_launcher(override: str) -> bool:
+    return override.lstrip("+~").partition("=")[0].partition(".")[0] == "launcher"
+
+
+def _returned(job: Job) -> JobReturn:
+    done = JobReturn(overrides=list(job.overrides), status=JobStatus.COMPLETED, working_dir=str(job.run_dir))
+    done.return_value = directory.objective(read_json(job.run_dir / "summary.json"))
+    return done
+
+
+def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
+    """Submit what is neither done nor in the queue, and say what happens to each job until all have ended.
+
+    Args:
+        folder: of the sweep; holds the jobs' logs and the code that they run.
+    Raises:
+        SweepFailed: some have failed.
+    """
+    waiting, active = [], {}
+    for job in jobs:
+        submitted = read_json(job.run_dir / "job.json")
+        if (job.run_dir / "summary.json").exists():
+            _say(job, "is done already")
+        elif submitted and _is_active(launcher, submitted["id"]):
+            active[submitted["id"]] = job
+            _say(job, f"is job {submitted['id']} already, submitted at {submitted['at']}")
+        else:
+            waiting.append(job)
+    code = snapshot(folder / ".code") if waiting else None
+    told: dict[str, str] = {}
+    pause_s = 0.5
+    try:
+        while waiting or active:
+            room = launcher.parallel - len(active) if launcher.needs_refill else len(waiting)
+            starting, waiting = waiting[:room], waiting[room:]
+            if starting:
+                assert code is not None
+                for job, id in zip(starting, launcher.submit(starting, folder / ".jobs", code), strict=True):
+                    job.run_dir.mkdir(parents=True, exist_ok=True)
+                    (job.run_dir / "failure.txt").unlink(missing_ok=True)
+                    log = launcher.log(folder / ".jobs", id)
+                    at = time.strftime("%Y-%m-%d %H:%M:%S")
+                    write_json(job.run_dir / "job.json", {"id": id, "at": at, "log": str(log), "code": str(code)})
+                    active[id] = job
+            for id, state in launcher.states(list(active)).items():
+                if told.get(id) != state:
+                    _say(active[id], f"job {id} {state}")
+                    told[id] = state
+                    pause_s = 0.5
+                if state in ENDED or state == "ENDED":
+                    active.pop(id)
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.3, 15.0)
+    except KeyboardInterrupt:
+        if launcher.needs_refill:
+            raise
+        ids = " ".join(active)
+        print(f"\ncaco: the jobs go on; the same command follows them again, scancel {ids} ends them", file=sys.stderr)
+        sys.exit(130)
+    _wait_for_results(jobs)
+    failed = [job for job in jobs if not (job.run_dir / "summary.json").exists()]
+    if failed:
+        raise SweepFailed(_report(jobs, failed, told))
+
+
+def _is_active(launcher: Slurm | Local, id: str) -> bool:
+    state = launcher.states([id])[id]
+    return state not in ENDED and state != "ENDED"
+
+
+def _wait_for_results(jobs: list[Job], *, seconds: float = 5.0) -> None:
+    """A shared file system may show a file later than SLURM shows the end of the job that wrote it."""
+    end = time.monotonic() + seconds
+    results = ("summary.json", "failure.txt")
+    while time.monotonic() < end and not all(any((job.run_dir / r).exists() for r in results) for job in jobs):
+        time.sleep(0.2)
+
+
+def _say(job: Job, what: str) -> None:
+    print(f"caco: {job.run_dir.parent.name}/{job.run_dir.name}: {what}", file=sys.stderr)
+
+
+def _report(jobs: list[Job], failed: list[Job], told: dict[str, str]) -> str:
+    lines = [f"{len(failed)} of {len(jobs)} jobs have failed:"]
+    for job in failed:
+        submitted = read_json(job.run_dir / "job.json")
+        failure = job.run_dir / "failure.txt"
+        if failure.exists():
+            why = failure.read_text().strip().splitlines()[-1]
+        else:
+            why = f"ended as {told.get(submitted['id'], 'GONE')}, without a word"
+        lines += [f"  {job.run_dir}", f"    {why}", f"    log: {submitted['log']}"]
+    lines.append("The same command again submits these and no others. One of them here, in this process:")
+    lines.append(f"  python -m caco.train {shlex.join(failed[0].overrides)} hydra.run.dir={failed[0].run_dir}")
+    return "\n".join(lines)

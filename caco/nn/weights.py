@@ -1,0 +1,197 @@
+"""Weights from elsewhere: our own checkpoints, the released CaCo, AdCo and MoCo ones, torchvision's and timm's.
+
+Whatever the layout, its tensors are first given our own names, those of a method's state_dict; then all go one way.
+torchvision, timm and the released checkpoints name a ResNet's layers alike, so its names need no table.
+"""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from caco.errors import UserError
+from caco.runs import checkpoint
+
+OURS, RELEASED, PLAIN = "a checkpoint of this program", "encoder_q, encoder_k", "one network"
+LAYOUTS = {
+    "caco": (OURS, RELEASED),
+    "adco": (RELEASED,),
+    "moco": (RELEASED,),
+    "torchvision": (PLAIN,),
+    "timm": (PLAIN,),
+}
+CLASSIFIERS = ("fc.", "head.", "classifier.")  # of torchvision's and timm's models, left out where the backbone has none
+OWN_OF_A_RUN = ("rows.velocity", "rows.uses")  # the bank's momentum and statistics: a new run starts its own
+
+
+def initialise(method: nn.Module, path: Path | str, format: str) -> str:
+    """Give a freshly built method the weights of a file, and say what it got.
+
+    The backbone must fit. The projector, the momentum twin, the bank and what else a method has are taken where the
+    file holds them in the same shapes, and stay as they were where not; a twin that the file lacks becomes a copy of
+    the encoder. The bank is taken only with its projector, and not if the run fills it with keys anyway.
+
+    Args:
+        method: its `encoder` has `backbone` and `projector`; `twin` and `bank` may be None.
+        path, format: as in `read`.
+    Raises:
+        ValueError: as in `load_backbone`.
+    """
+    named = read(path, format)
+    encoder, twin, bank = method.encoder, getattr(method, "twin", None), getattr(method, "bank", None)
+    _fill_backbone(encoder.backbone, named, path)
+    loaded, fresh = ["backbone"], []
+
+    def take(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> bool:
+        fits = not any(_mismatches(module, tensors))
+        if fits:
+            module.load_state_dict(tensors, strict=False)
+        (loaded if fits else fresh).append(name)
+        return fits
+
+    has_projector = take("projector", encoder.projector, _below(named, "encoder.projector."))
+    for name, module in method.named_children():  # a predictor, for example
+        if name not in ("encoder", "twin", "bank") and module.state_dict():
+            take(name, module, _below(named, f"{name}."))
+    if twin is not None:
+        theirs = _below(named, "twin.encoder.")
+        if not has_projector:
+            theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith("projector.")}
+            theirs |= {f"projector.{name}": tensor for name, tensor in encoder.projector.state_dict().items()}
+        if any(_mismatches(twin.encoder, theirs)):
+            twin.encoder.load_state_dict(encoder.state_dict())
+            loaded.append("twin (a copy of the encoder)")
+        else:
+            twin.encoder.load_state_dict(theirs, strict=False)
+            loaded.append("twin")
+    if bank is not None:
+        rows = {name: tensor for name, tensor in _below(named, "bank.").items() if name not in OWN_OF_A_RUN}
+        whole = (bank.size, bank.rows.weight.shape[1])  # of all ranks' shards
+        if has_projector and not method.fills_bank and "rows.weight" in rows and rows["rows.weight"].shape == whole:
+            bank.load_state_dict(rows, strict=False)
+            loaded.append("bank")
+        else:
+            fresh.append("bank")
+    told = f"weights of {path} ({format}): {', '.join(loaded)}"
+    return told + (f"; as initialised: {', '.join(fresh)}" if fresh else "")
+
+
+def load_backbone(path: Path | str, format: str, backbone: nn.Module) -> None:
+    """Give a backbone the weights of a file; of an encoder and its momentum twin, the encoder's.
+
+    Raises:
+        ValueError: as in `read`; or the file's network has another architecture.
+    """
+    _fill_backbone(backbone, read(path, format), path)
+
+
+def read(path: Path | str, format: str) -> dict[str, Tensor]:
+    """The tensors of a file under the names of a method's state_dict, on the CPU. Nothing in the file is run.
+
+    Args:
+        path: a file of torch.save, or .safetensors.
+        format: caco (our checkpoints and the authors'), adco, moco, torchvision or timm.
+    Raises:
+        ValueError: no such file or format; the file is damaged, holds more than data, or looks like another format.
+    """
+    if format not in LAYOUTS:
+        raise UserError(f"format: expected one of {', '.join(LAYOUTS)}; got {format!r}")
+    content = _content(Path(path))
+    layout, named = _in_our_names(content)
+    if not named:
+        shown = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"weights={path}: expected a network's state_dict; got {shown or 'nothing'}")
+    if layout not in LAYOUTS[format]:
+        others = " or ".join(f"format={name}" for name, layouts in LAYOUTS.items() if layout in layouts)
+        raise UserError(f"weights={path}: its keys look like {others} ({layout}); got format={format}")
+    return named
+
+
+def _content(path: Path) -> object:
+    if not path.is_file():
+        raise UserError(f"weights={path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):
+            return checkpoint.load(path)
+        return torch.load(path, map_location="cpu", weights_only=True)  # as torch wrote before 1.6
+    except Exception as error:  # a damaged file leads torch's reader into errors of any type
+        # Not torch's own words: they go on to recommend loading it with the code in it.
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        why = f"it asks for {code[1]}" if code else f"it is of another kind, or damaged: {type(error).__name__}"
+        raise UserError(
+            f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; {why}"
+        ) from error
+
+
+def _in_our_names(content: object) -> tuple[str, dict[str, Tensor]]:
+    """A file's layout, and its tensors as a method's state_dict has them."""
+    if not isinstance(content, dict):
+        return PLAIN, {}
+    method = _tensors(content.get("method"))
+    if any(name.startswith("encoder.backbone.") for name in method):
+        return OURS, method
+    # Released pre-training and timm's training wrap the network as state_dict, torchvision's reference training as
+    # model; DistributedDataParallel prefixes its names.
+    inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    state = {name.removeprefix("module."): tensor for name, tensor in _tensors(inner).items()}
+    if not any(name.startswith("encoder_q.") for name in state):
+        return PLAIN, {f"encoder.backbone.{name}": tensor for name, tensor in state.items()}
+    named = {}
+    for theirs, ours in (("encoder_q.", "encoder."), ("encoder_k.", "twin.encoder.")):
+        for name, tensor in _below(state, theirs).items():
+            # The projector stands where a ResNet has its classifier: fc.0, fc.2, ... or, in MoCo v1, one layer alone.
+            head = re.fullmatch(r"fc\.(?:(\d+)\.)?(\w+)", name)
+            named[ours + (f"projector.{head[1] or 0}.{head[2]}" if head else f"backbone.{name}")] = tensor
+    columns = {**state, **_tensors(content.get("Memory_Bank"))}
+    for bank in ("W", "queue"):  # of CaCo and AdCo; of MoCo. Rows are columns there.
+        if bank in columns:
+            named["bank.rows.weight"] = columns[bank].T
+    if "queue_ptr" in state:
+        named["bank.next_row"] = state["queue_ptr"].reshape(())
+    return RELEASED, named
+
+
+def _tensors(state: object) -> dict[str, Tensor]:
+    items = state.items() if isinstance(state, dict) else ()
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _mismatches(module: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Names that are missing, unexpected, of another shape."""
+    own = module.state_dict()
+    # Files of before 2018 do not count BatchNorm's batches, and nothing that we have reads the count.
+    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    return missing, unexpected, shapes
+
+
+def _fill_backbone(backbone: nn.Module, named: dict[str, Tensor], path: Path | str) -> None:
+    tensors = _below(named, "encoder.backbone.")
+    own = backbone.state_dict()
+    tensors = {name: value for name, value in tensors.items() if name in own or not name.startswith(CLASSIFIERS)}
+    missing, unexpected, shapes = _mismatches(backbone, tensors)
+    if missing or unexpected or shapes:
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        lines = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in kinds.items()
+            if names
+        ]
+        raise UserError(f"weights={path}: another architecture than the backbone's; keys: {'; '.join(lines)}")
+    backbone.load_state_dict(tensors, strict=False)

@@ -1,0 +1,84 @@
+"""What a run ran on: code, versions, machine. For environment.json and for MLflow's tags; imports no torch."""
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from caco import instructions
+from caco.runs.files import read_json
+
+_PACKAGES = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "hydra": "hydra-core", "mlflow": "mlflow"}
+_PACKAGES |= {"ffcv": "ffcv", "numpy": "numpy"}
+SOURCE = "source.json"  # beside the package in a copy made for a job, which has no Git (caco/launch/snapshot.py)
+
+
+def environment() -> dict[str, str]:
+    """Git SHA and state of caco's source, versions, machine, SLURM job; "unknown" for what cannot be found out.
+
+    GPUs and PyTorch's instructions are named only once torch is imported: importing it for this would cost seconds.
+    """
+    here = Path(__file__).parent
+    # Installed into a virtual environment, caco may lie inside some other repository, whose SHA says nothing.
+    is_ours = _output("git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name) is not None
+    sha = _output("git", "-C", str(here), "rev-parse", "HEAD") if is_ours else None
+    changes = _output("git", "-C", str(here), "status", "--porcelain") if is_ours else None
+    found = {
+        "git_sha": sha or "unknown",
+        "git_dirty": "unknown" if not sha or changes is None else str(bool(changes)).lower(),
+        **read_json(here.parents[1] / SOURCE),
+        "python": platform.python_version(),
+        **{name: _version(package) for name, package in _PACKAGES.items()},
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu": _after_colon(Path("/proc/cpuinfo"), "model name") or platform.machine() or "unknown",
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        **instructions.record(),
+        "memory_gib": _memory_gib(),
+        "gpus": _gpus(),
+    }
+    # The number that squeue shows; a job of an array has its own and the array's.
+    job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    if all(job):
+        found["slurm_job_id"] = "_".join(job)
+    elif "SLURM_JOB_ID" in os.environ:
+        found["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
+    return found
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or no repository: an installed package has neither
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _after_colon(path: Path, key: str) -> str:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _memory_gib() -> str:
+    kilobytes = _after_colon(Path("/proc/meminfo"), "MemTotal").split()
+    return f"{int(kilobytes[0]) / 2**20:.1f}" if kilobytes else "unknown"
+
+
+def _gpus() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return "none"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

@@ -1,0 +1,148 @@
+"""What makes a run itself: everything in the resolved configuration that can change a number.
+
+What cannot (where the data lie, how many workers read them, how often something is logged or saved, who is told) is recorded, not
+hashed: so a run moved to another machine stays the same run.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# A pattern covers the key itself and all below it.
+NEUTRAL_KEYS = (
+    "name",
+    "weights",  # weights_digest is what counts
+    "warm_start",  # what comes of it is under method
+    "bank_learning",  # what comes of it is under bank
+    "log_every_steps",
+    "eval_every_epochs",
+    "checkpoint",
+    "profile",
+    "anomaly",
+    "data.root",
+    "data.download",
+    "data.labelled_root",
+    "data.in_memory_mb",
+    "eval.transfer.root",
+    "loader._target_",  # every loader makes the same batches
+    "loader.num_workers",
+    "loader.prefetch",
+    "tracking",
+    "launcher",
+    "hydra",
+)
+# Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
+NOTHING_IF_NULL = (
+    "accumulate", "format", "weights_digest", "bank.final_lr", "method.warm_start_steps", "method.warm_start_passes",
+    "schedule.final_weight_decay", "schedule.clip_gradient_norm",
+)  # fmt: skip
+
+
+def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """cfg as dicts, lists and scalars, interpolations resolved, without Hydra's own part; `???` stays a string."""
+    if not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    # Key by key: hydra.run.dir asks for the hash while it is being resolved, so `hydra` must not be touched.
+    job = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.to_container(job, resolve=True)  # type: ignore[return-value]
+
+
+def flat(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of cfg by dotted name, as `bank.size`; a list's items by number, as `augmentation.views.0.blur`.
+
+    Empty lists and dicts are leaves, or their disappearance would not show.
+    """
+    leaves: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        children = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in items]
+        if children:
+            for name, value in children:
+                visit(name, value)
+        elif prefix:
+            leaves[prefix] = node
+
+    visit("", plain(cfg))
+    return leaves
+
+
+def is_neutral(key: str) -> bool:
+    """Whether the dotted key cannot change a number."""
+    return any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL_KEYS)
+
+
+def identity(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The flat leaves that can change a number; 1.0 and 1 are one value."""
+    return {
+        key: _canonical(value)
+        for key, value in sorted(flat(cfg).items())
+        if not is_neutral(key) and not (value is None and key in NOTHING_IF_NULL)
+    }
+
+
+def _canonical(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def run_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
+    """Ten hexadecimal digits of the identity."""
+    return hashlib.sha256(json.dumps(identity(cfg)).encode()).hexdigest()[:10]
+
+
+def file_digest(path: str | None) -> str | None:
+    """Sixteen hexadecimal digits of a file's content; None where there is no file."""
+    file = None if path is None else Path(path).expanduser().absolute()
+    if file is None or not file.is_file():
+        return None
+    status = file.stat()
+    return _digest(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=None)
+def _digest(file: Path, size: int, changed_ns: int) -> str:
+    """Read once a process, as long as the file stays as it is: a configuration is resolved many times."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+
+
+def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
+    """What a command line changed, as one readable word that is safe in a path, a shell and a Hydra override.
+
+    `["pn=positive", "bank=12M", "data.root=/d"]` -> "bank-12M_pn-positive"; neutral settings are left out, the order in
+    which they were given too; nothing changed -> "default".
+    """
+    kept = []
+    for override in sorted(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        if not is_neutral(key_of(override)):
+            kept.append(re.sub(r"[^A-Za-z0-9.+]+", "-", f"{key}={value}").strip("-"))
+    return "_".join(kept)[:limit].rstrip("-_.") or "default"
+
+
+def run_name(cfg: DictConfig) -> str:
+    """The last part of a run's directory: what was overridden and the identity's hash. cfg holds Hydra's part too."""
+    return f"{short_name(cfg.hydra.overrides.task)}-{run_hash(cfg)}"
+
+
+def key_of(override: str) -> str:
+    """The dotted key of an override; of hydra/sweeper=optuna hydra.sweeper."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """One line per key that two identities do not share."""
+    absent = "(absent)"
+    return [
+        f"{key}: there {theirs.get(key, absent)}, here {ours.get(key, absent)}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key, absent) != ours.get(key, absent)
+    ]
+
+

@@ -1,0 +1,188 @@
+"""Write a data set as .beton files, which loader=ffcv (and any loader) reads: python -m caco.write
+
+  python -m caco.write data=imagenet data.root=/path/to/imagenet out=/fast/disk/imagenet
+  python -m caco.write data=folder data.root=/path/to/photos out=photos max_resolution=500
+  python -m caco.train data=beton data.root=photos backbone=resnet18 batch=256
+
+Options, besides data=... and data.KEY=... as of caco.train:
+
+  out=FOLDER          where train.beton, test.beton and their sidecars (.json) go
+  mode=jpeg           jpeg | raw (pixels: larger, and nothing to decode)
+  quality=null        of JPEGs; null keeps JPEG files as they are, to the byte, and encodes all else with 90
+  max_resolution=null shrink images whose longer side is longer than this
+  num_workers=null    processes; null takes one a core
+"""
+
+import io
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from caco import errors
+from caco.data.sets import beton
+from caco.data.sets.sources import ImageFiles, Source, Splits, UnreadableImage
+from caco.errors import UserError
+
+DEFAULT_QUALITY = 90
+
+
+def write_splits(
+    splits: Splits,
+    out: Path,
+    *,
+    mode: str = "jpeg",
+    quality: int | None = None,
+    max_resolution: int | None = None,
+    num_workers: int | None = None,
+) -> list[Path]:
+    """Each split's .beton in the folder `out`; returns their paths.
+
+    Raises:
+        ValueError: a value out of its range, an image that cannot be read.
+    """
+    if mode not in ("jpeg", "raw"):
+        raise UserError(f"mode: expected jpeg or raw, got {mode!r}")
+    if quality is not None and (mode == "raw" or not 1 <= quality <= 100):
+        raise UserError(f"quality: expected 1..100 with mode=jpeg, got {quality} with mode={mode}")
+    if max_resolution is not None and max_resolution < 1:
+        raise UserError(f"max_resolution: expected a positive number of pixels, got {max_resolution}")
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"num_workers: expected at least 1, got {num_workers}")
+    out.mkdir(parents=True, exist_ok=True)
+    parts = {"train": splits.train or splits.pretrain, "test": splits.test}
+    if splits.train is not None and splits.pretrain is not splits.train:
+        parts["pretrain"] = splits.pretrain
+    written = []
+    for split, source in parts.items():
+        if source is None:
+            continue
+        file = out / f"{split}.beton"
+        facts = {"name": source.name, "classes": source.classes, "digest_of_source": source.digest()}
+        facts |= {"mode": mode, "quality": quality, "max_resolution": max_resolution}
+        encoded = _encoded(_Encoder(source, mode, quality, max_resolution), num_workers or os.cpu_count() or 1)
+        with tqdm(total=len(source), desc=split, unit=" images", disable=not sys.stderr.isatty()) as bar:
+            beton.write(file, _counted(encoded, bar), source.labels, len(source), facts)
+        written.append(file)
+    return written
+
+
+class _Encoder:
+    """An index to (mode, height, width, content), or to the error that the image is."""
+
+    def __init__(self, source: Source, mode: str, quality: int | None, max_resolution: int | None):
+        self.source, self.mode, self.quality, self.max_resolution = source, mode, quality, max_resolution
+
+    def __call__(self, index: int) -> tuple[int, int, int, bytes] | UnreadableImage:
+        try:
+            image = self.source.image(index)
+        except UnreadableImage as error:
+            return error
+        longest = max(image.size)
+        fits = self.max_resolution is None or longest <= self.max_resolution
+        if not fits:
+            width, height = (max(1, side * self.max_resolution // longest) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        if self.mode == "raw":
+            return beton.RAW, image.height, image.width, image.tobytes()
+        if fits and self.quality is None and isinstance(self.source, ImageFiles):
+            content = self.source.path(index).read_bytes()
+            with Image.open(io.BytesIO(content)) as original:
+                if original.format == "JPEG" and original.mode in ("RGB", "L"):
+                    return beton.JPEG, image.height, image.width, content
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", quality=self.quality or DEFAULT_QUALITY)
+        return beton.JPEG, image.height, image.width, encoded.getvalue()
+
+
+_encoder: _Encoder | None = None  # of a worker, which is forked: the source is not copied
+_CHUNK = 16
+
+
+def _encode(start: int) -> list[tuple[int, int, int, bytes] | UnreadableImage]:
+    return [_encoder(index) for index in range(start, min(start + _CHUNK, len(_encoder.source)))]
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _encoded(encoder: _Encoder, num_workers: int) -> Iterator[tuple[int, int, int, bytes]]:
+    """All images encoded, in order; no more of them at a time than a few for each process."""
+    global _encoder
+    _encoder = encoder
+    waiting: deque = deque()
+
+    def finished() -> Iterator[tuple[int, int, int, bytes]]:
+        for made in waiting.popleft().result():
+            if isinstance(made, UnreadableImage):
+                raise UnreadableImage(str(made))
+            yield made
+
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(num_workers, fork, _leave_interrupts_to_parent) as pool:
+        try:
+            for start in range(0, len(encoder.source), _CHUNK):
+                waiting.append(pool.submit(_encode, start))
+                if len(waiting) > 4 * num_workers:
+                    yield from finished()
+            while waiting:
+                yield from finished()
+        except BrokenProcessPool as error:
+            raise UserError("a process that encoded images was ended from outside, perhaps for want of memory") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _counted(items: Iterator[Any], bar: tqdm) -> Iterator[Any]:
+    for item in items:
+        yield item
+        bar.update()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    from caco.config.composition import build, compose
+    from caco.config.refusals import COMPOSITION_ERRORS, explain
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    options: dict[str, Any] = {"out": None, "mode": "jpeg", "quality": None, "max_resolution": None, "num_workers": None}
+    with errors.told(interrupted="nothing half-made is left"):
+        overrides = []
+        for argument in arguments:
+            key, _, value = argument.partition("=")
+            if key in options:
+                number = key not in ("out", "mode")
+                if number and value != "null" and not value.isdigit():
+                    raise UserError(f"{key}: expected a number or null, got {value!r}")
+                options[key] = (None if value == "null" else int(value)) if number else value
+            elif key == "data" or key.startswith("data."):
+                overrides.append(argument)
+            else:
+                raise UserError(f"{argument}: expected data=..., data.KEY=... or one of {', '.join(options)}")
+        out = options.pop("out")
+        if not out:
+            raise UserError("expected out=FOLDER, where the files go, got none")
+        try:
+            cfg = compose(["eval=[]", "tracking=ledger", *overrides])
+        except COMPOSITION_ERRORS as error:
+            raise UserError(explain(error, overrides)) from error
+        for file in write_splits(build(cfg.data), Path(out).expanduser(), **options):
+            facts = beton._sidecar(file)
+            print(f"caco: wrote {file}: {facts['images']} images, {facts['bytes'] / 1e6:.1f} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""What a command line composes to, and what is refused before torch is imported."""
+
+import copy
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from caco.config import composition, refusals, validation
+from caco.config.composition import CONF, build, compose
+from caco.errors import UserError
+from caco.runs.identity import plain
+from caco.train import check_command
+
+OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*/*.yaml"))
+
+
+def composed(*overrides: str) -> dict:
+    return plain(compose(list(overrides)))
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        check_command(list(overrides), multirun=False)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return compose([])
+
+
+def refusal_of_value(whole, override: str) -> str:
+    """As refusal, without composing the rest again, which takes most of the time."""
+    cfg = copy.deepcopy(whole)
+    key, _, value = override.partition("=")
+    try:
+        OmegaConf.update(cfg, key, yaml.safe_load(value))
+        validation.check(cfg)
+    except OmegaConfBaseException as error:
+        return refusals.explain(error, [override])
+    except UserError as error:
+        return str(error)
+    pytest.fail(f"accepted {override}")
+
+
+def accept(*overrides: str) -> None:
+    check_command(list(overrides), multirun=False)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_passes_the_checks(option):
+    accept("=".join(option.rsplit("/", 1)))
+
+
+def test_every_folder_of_conf_is_a_group_of_the_root():
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    chosen = {key for entry in defaults if isinstance(entry, dict) for key in entry}
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} - {"pn"} <= chosen
+
+
+@pytest.mark.parametrize("preset", refusals.groups()["preset"])
+@pytest.mark.parametrize("pn", ["none", "positive"])  # no bank, and one that learns nothing: the ones that differ most
+def test_every_preset_goes_with_every_setting(preset, pn):
+    accept(f"preset={preset}", f"pn={pn}", "eval=[]")
+
+
+@pytest.mark.parametrize("method", refusals.groups()["method"])
+def test_the_demo_goes_with_every_method(method):
+    accept("preset=demo", f"method={method}")
+
+
+@pytest.mark.parametrize("other", ["debug", "profile"])
+def test_debug_and_profile_go_on_top_of_a_preset(other):
+    cfg = composed(f"preset=[demo,{other}]")
+    assert cfg["data"]["_target_"].endswith("digits")
+    assert cfg["anomaly"] if other == "debug" else cfg["profile"]
+
+
+def test_bare_command_is_the_papers_recipe():
+    cfg = composed()
+    assert (cfg["batch"], cfg["epochs"], cfg["bank"]["size"]) == (1024, 200, 65536)
+    assert (cfg["backbone"]["name"], cfg["backbone"]["cifar_stem"]) == ("resnet50", False)
+    assert cfg["data"]["_target_"] == "caco.data.sets.folders.imagenet"
+    assert cfg["optimizer"]["_target_"] == "caco.engine.optimizers.lars"
+    assert (cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]) == (0.3, 1.5e-6)
+    unused = {"final_weight_decay": None, "clip_gradient_norm": None}
+    assert cfg["schedule"] == {"warmup_epochs": 10, "final_fraction": 0.01, "unit": "step", **unused}
+    assert (cfg["bank"]["pull"], cfg["bank"]["push"], cfg["bank"]["lr"]) == (1, 1, 3.0)
+    assert cfg["method"]["temperature"] == 0.08
+
+
+def test_last_row_of_table_vi_is_two_overrides():
+    cfg = composed("bank=12M", "batch=4096")
+    assert (cfg["bank"]["size"], cfg["batch"], cfg["optimizer"]["batch"]) == (98304, 4096, 4096)
+
+
+@pytest.mark.parametrize("name, size", [("1M", 8192), ("2M", 16384), ("4M", 32768), ("8M", 65536), ("12M", 98304)])
+def test_a_bank_is_named_by_its_size_in_the_paper(name, size):
+    assert composed(f"bank={name}")["bank"]["size"] == size
+
+
+def test_any_other_bank_size_is_a_number():
+    assert composed("bank.size=1000")["bank"]["size"] == 1000
+
+
+def test_pn_sets_positives_negatives_and_the_bank():
+    assert composed("pn=none")["bank"] is None
+    negative = composed("pn=negative")["bank"]
+    assert (negative["pull"], negative["push"]) == (0, 1)
+    assert composed("pn=positive")["bank"]["_target_"].endswith("FifoBank")
+
+
+def test_preset_beats_the_root_and_the_command_line_beats_the_preset():
+    assert composed("preset=demo")["batch"] != composed()["batch"]
+    cfg = composed("preset=demo", "batch=32", "bank=1M", "pn=negative", "data=folder", "data.root=/images")
+    assert (cfg["batch"], cfg["bank"]["size"], cfg["bank"]["pull"]) == (32, 8192, 0)
+    assert cfg["data"]["_target_"] == "caco.data.sets.folders.folder"
+
+
+def test_evaluators_are_chosen_as_a_list():
+    assert list(composed("eval=[knn,probe]")["eval"]) == ["knn", "probe"]
+    assert list(composed("eval=probe")["eval"]) == ["probe"]
+    assert composed("eval=[]")["eval"] == {}
+    accept("preset=demo", "eval=[]")
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["bach=64"], "bach: no such key; did you mean batch?"),
+        (["optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean lr?"),
+        (["schedule.warmup_epoch=1"], "did you mean warmup_epochs"),
+        (["optimiser.lr=1"], "did you mean optimizer.lr"),
+        (["bank=12m"], "bank=12m: no such option; did you mean 12M? There are: 12M, 1M"),
+        (["backbone=resnet5"], "did you mean resnet50"),
+        (["preset=dmo"], "did you mean demo"),
+        (["eval=[knn,prob]"], "eval=prob: no such option; did you mean probe?"),
+        (["bank=512"], "for another size bank.size=512"),
+        (["+batchh=3"], "batchh: no such key; did you mean batch?"),
+        (["+optimizer.momentun=0.5"], "lars takes no such argument; did you mean momentum?"),
+        (["+augmentation.views.first.blurr_p=0.5"], "View takes no such argument; did you mean blur_p?"),
+        (["bank.reading=papr"], "did you mean paper?"),
+        (["backbone._target_=caco.nn.backbones.timm_bakbone"], "did you mean timm_backbone?"),
+        (["backbone._target_=timmm.create_model"], "timmm.create_model is not installed"),
+    ],
+)
+def test_unknown_keys_and_options_are_refused_with_what_comes_near(overrides, expected):
+    assert expected in refusal(*overrides)
+
+
+# (override, where, expected, got)
+WRONG_TYPES = [
+    ("batch=abc", "batch", "int", "'abc'"),
+    ("batch=1.5", "batch", "int", "'1.5'"),
+    ("compile=maybe", "compile", "bool", "'maybe'"),
+    ("schedule.warmup_epochs=long", "schedule.warmup_epochs", "float", "'long'"),
+    ("checkpoint.milestone_epochs=[a]", "checkpoint.milestone_epochs[0]", "int", "'a'"),
+    ("backbone.cifar_stem=1", "backbone.cifar_stem", "bool", "1 (int)"),
+    ("projector.layers=2.0", "projector.layers", "int", "2.0 (float)"),
+    ("optimizer.lr=high", "optimizer.lr", "float", "'high' (str)"),
+    ("optimizer.lr=null", "optimizer.lr", "float", "None"),
+    ("bank.warmup_epochs=true", "bank.warmup_epochs", "float", "True (bool)"),
+    ("bank.size=many", "bank.size", "int", "'many' (str)"),
+    ("data.root=[a,b]", "data.root", "str or None", "['a', 'b'] (list)"),
+    ("loader.num_workers=two", "loader.num_workers", "int", "'two' (str)"),
+    ("eval.knn.k=1.5", "eval.knn.k", "int", "1.5 (float)"),
+    ("eval.knn.when=never", "eval.knn.when", "epoch | end", "'never' (str)"),
+    ("augmentation.size=big", "augmentation.size", "int", "'big' (str)"),
+    ("augmentation.views.first.blur_p=x", "augmentation.views.first.blur_p", "float", "'x' (str)"),
+    ("augmentation.views.second.scale=0.3", "augmentation.views.second.scale", "list[float]", "0.3 (float)"),
+    ("augmentation.mean=[0,zero,0]", "augmentation.mean.1", "float", "'zero' (str)"),
+    ("tracking.feed_seconds=fast", "tracking.feed_seconds", "float", "'fast' (str)"),
+]
+
+
+@pytest.mark.parametrize("override, where, expected, got", WRONG_TYPES)
+def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where, expected, got, whole):
+    assert f"{where}: expected {expected}, got {got}" in refusal_of_value(whole, override)
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("batch=1", "at least 2"),
+        ("epochs=0", "at least 1"),
+        ("max_steps=0", "null or at least 1"),
+        ("seed=-1", "0 to 2**32 - 1"),
+        ("name=a/b", "letters, digits"),
+        ("name=..", "letters, digits"),
+        ("precision=fp16", "bf16 or fp32"),
+        ("device=gpu", "auto, cpu or cuda"),
+        ("schedule.unit=steps", "step or epoch"),
+        ("schedule.warmup_epochs=-1", "0 or more"),
+        ("schedule.final_fraction=2", "0 to 1"),
+        ("log_every_steps=0", "at least 1"),
+        ("eval_every_epochs=0", "at least 1"),
+        ("checkpoint.keep=0", "at least 1"),
+        ("checkpoint.every_epochs=0", "at least 1"),
+        ("checkpoint.every_steps=0", "null or at least 1"),
+        ("checkpoint.milestone_epochs=[0]", "epochs from 1"),
+    ],
+)
+def test_senseless_values_of_the_root_are_refused(override, expected, whole):
+    assert f"{override.partition('=')[0]}: expected {expected}" in refusal_of_value(whole, override)
+
+
+def test_all_problems_of_the_tree_are_told_at_once():
+    assert len(refusal("optimizer.lr=high", "eval.knn.k=1.5", "batch=1").splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["pn=none", "bank=12M"], "bank=12M: pn=none has no bank"),
+        (["pn=none", "bank.size=100"], "bank.size: this setting has no bank"),
+        (["pn=none", "+bank.size=100"], "bank: this setting has none"),
+    ],
+)
+def test_a_bank_for_a_setting_without_one_is_refused_not_ignored(overrides, expected):
+    assert expected in refusal(*overrides)
+
+
+@pytest.fixture
+def own_conf(tmp_path, monkeypatch):
+    """A copy of conf/ to add to."""
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    for module in (composition, refusals, validation):
+        monkeypatch.setattr(module, "CONF", conf)
+    return conf
+
+
+def test_a_choice_that_something_later_undoes_is_refused_not_ignored(own_conf):
+    (own_conf / "preset" / "selfish.yaml").write_text("# @package _global_\nbank:\n  size: 77\n")
+    said = "bank=12M: preset=selfish sets bank.size=77 instead; say bank.size=98304"
+    assert refusal("preset=selfish", "bank=12M") == said
+    accept("preset=selfish", "bank=12M", "bank.size=98304")
+    accept("preset=selfish")
+
+
+def test_pn_belongs_to_caco(own_conf):
+    recipe = composed()
+    other = {"method": recipe["method"], "bank": recipe["bank"]}
+    (own_conf / "method" / "other.yaml").write_text("# @package _global_\n" + yaml.safe_dump(other))
+    accept("method=other")
+    assert "pn belongs to method=caco" in refusal("method=other", "pn=positive")
+    assert "belongs to method=caco, and the method is other" in refusal("method=other", "+pn=positive")
+
+
+def test_what_must_be_given_is_named(whole):
+    assert refusal_of_value(whole, "data.root=???") == "data.root: must be given, as data.root=..."
+
+
+@pytest.mark.parametrize("part", ["backbone", "batch", "epochs"])
+def test_a_deleted_part_is_missed(part):
+    assert part in refusal(f"~{part}")
+
+
+@pytest.mark.parametrize("override", ["batch", "batch=[1", "batch=1,2", "data.root=${nope}", "=3", "eval=null"])
+def test_a_command_line_that_makes_no_sense_is_one_readable_refusal(override):
+    assert "Traceback" not in refusal(override) and len(refusal(override).splitlines()) == 1
+
+
+def test_every_job_of_a_sweep_is_checked_before_the_first_starts():
+    with pytest.raises(UserError, match="no such option; did you mean 12M"):
+        check_command(["bank=4M,8M,12N", "pn=both,negative"], multirun=True)
+    with pytest.raises(UserError, match="batch: expected at least 2"):
+        check_command(["batch=64,1"], multirun=True)
+    check_command(["bank=4M,8M", "seed=0,1"], multirun=True)
+
+
+def test_refusals_come_without_torch():
+    cases = [[override] for override, *_ in WRONG_TYPES[::5]]
+    cases += [["bach=3"], ["bank=12N"], ["batch=1"], ["pn=none", "bank=1M"]]
+    code = f"""
+        import sys
+        from caco.train import check_command, help_text
+        from caco.errors import UserError
+        for overrides in {cases!r}:
+            try:
+                check_command(overrides, multirun=False)
+            except UserError:
+                continue
+            sys.exit(f"accepted {{overrides}}")
+        check_command([], multirun=False)
+        help_text([])
+        heavy = sorted({{"torch", "torchvision", "timm", "mlflow", "sklearn", "submitit"}} & set(sys.modules))
+        sys.exit(f"imported {{heavy}}" if heavy else 0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_build_calls_the_target_with_its_keys_and_what_the_program_supplies():
+    part = OmegaConf.create({"_target_": "datetime.timedelta", "hours": 2})
+    assert build(part, minutes=30).total_seconds() == 9000
+
+
+def test_build_builds_inner_parts_first():
+    inner = {"_target_": "datetime.timedelta", "hours": 1}
+    assert build({"_target_": "builtins.dict", "a": inner, "b": [inner]})["b"][0].total_seconds() == 3600
+
+
+def test_a_warm_start_is_set_in_one_place_and_its_former_name_is_still_read():
+    method = composed("warm_start.steps=7")["method"]
+    assert (method["warm_start_steps"], method["warm_start_passes"]) == (7, None)
+    assert composed("bank_learning.filling_passes=3")["method"]["warm_start_passes"] == 3
+    assert composed("pn=positive", "bank_learning.filling_passes=3")["method"]["warm_start_passes"] == 3
+    assert composed("bank_learning.final_lr=0.03")["bank"]["final_lr"] == 0.03
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["warm_start.steps=1", "warm_start.passes=2"], "warm_start: expected steps or passes, got both, 1 and 2; set one of them to null"),
+        (["pn=none", "warm_start.passes=2"], "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2"),
+        (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
+        (["pn=positive", "bank_learning.final_lr=0"], "bank_learning: nothing learns in this setting's bank"),
+    ],
+)
+def test_a_warm_start_or_a_final_rate_without_a_meaning_is_refused(overrides, expected):
+    assert expected in refusal(*overrides)

@@ -1,0 +1,70 @@
+"""A run that is told to stop ends its step, saves, and goes on later to the same bits."""
+
+import re
+import signal
+
+import pytest
+from interrupted import signal_in_step, train_told_to_stop, train_with_rank_1_told_to_stop
+from processes import Process, caco_train, ranks
+from test_trainer import assert_same, final, record
+from tiny import BANK, TINY, compose, train
+
+from caco.engine import assembly
+from caco.engine.preemption import SIGNALS, Stop, Stopped
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody stops."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    train(run_dir)
+    return run_dir
+
+
+# Steps 0 and 1 fill the bank. A signal during a step is seen by the next one's message.
+@pytest.mark.parametrize("step, signum", [(0, signal.SIGTERM), (1, signal.SIGUSR2), (6, signal.SIGTERM)])
+def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(tmp_path, monkeypatch, whole, step, signum):
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, step, signum)
+        told = f"stopped by {signal.Signals(signum).name} after step {step + 2} of 12, which is saved"
+        with pytest.raises(Stopped, match=told), Stop() as stop:
+            assembly.train(compose(), tmp_path / "stopped", stop=stop)
+    assert final(tmp_path / "stopped")["step"] == step + 2
+    train(tmp_path / "stopped")
+    assert_same(final(whole), final(tmp_path / "stopped"))
+    assert record(whole) == record(tmp_path / "stopped")
+
+
+def test_a_run_told_to_stop_in_its_last_step_is_simply_done(tmp_path, monkeypatch):
+    signal_in_step(monkeypatch, 11, signal.SIGTERM)
+    with Stop() as stop:
+        assert assembly.train(compose(), tmp_path, stop=stop)["steps"] == 12
+    assert stop.requested()
+
+
+def test_the_signals_are_as_before_afterwards():
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    with Stop():
+        assert all(signal.getsignal(signum) != handler for signum, handler in zip(SIGNALS, before, strict=True))
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+
+
+def test_a_killed_command_says_how_to_go_on_and_does(tmp_path, whole):
+    """`kill`, to every process of the run as a scheduler does it, loader workers included."""
+    command = [*TINY, *BANK, "loader.num_workers=1", f"hydra.run.dir={tmp_path}"]
+    code, _, errors = Process(train_told_to_stop, 3, *command, session=True).end()
+    assert code == 128 + signal.SIGTERM, errors
+    told = r"caco: stopped by SIGTERM after step \d+ of 12, which is saved; the same command goes on from there\n"
+    assert re.fullmatch(told, errors.splitlines(keepends=True)[-1]), errors
+    code, _, errors = Process(caco_train, *command).end()
+    assert code == 0 and "caco: going on from" in errors
+    assert_same(final(whole)["method"], final(tmp_path)["method"])
+    assert record(whole) == record(tmp_path)
+
+
+def test_the_ranks_stop_at_the_same_step_when_one_is_told_to(tmp_path):
+    codes, outputs = ranks(2, train_with_rank_1_told_to_stop, 4, *TINY, *BANK, f"hydra.run.dir={tmp_path}")
+    assert codes == [128 + signal.SIGTERM, 128 + signal.SIGUSR2], outputs[0][1][-3000:]
+    state = final(tmp_path)
+    assert state["step"] == 6 and len(state["random"]) == 2
+    assert "stopped by a signal to another rank after step 6 of 12" in outputs[0][1]

@@ -1,0 +1,100 @@
+"""Jobs as processes of this machine, and what needs no cluster; tests/slurm has the rest."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import BANK, TINY, compose
+
+from caco import instructions, train
+from caco.installed import command_to_install
+from caco.launch.jobs import _environment, _hours
+from caco.launch.local import Local
+from caco.launch.snapshot import snapshot
+from caco.runs.environment import environment
+
+ROOT = Path(train.__file__).parents[1]
+LOCAL = {"gpus_per_job": 0, "tasks_per_job": None, "parallel": 1, "setup": []}
+
+
+def caco(*overrides, cwd, **environment):
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-P", "-m", "caco.train", *overrides]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tmp_path):
+    sweep = ["-m", *TINY, *BANK, "launcher=local", "launcher.parallel=2", "batch=64,2048", "hydra.sweep.subdir=b${batch}"]
+    first = caco(*sweep, cwd=tmp_path)
+    assert first.returncode == 1, first.stderr
+    assert "caco: 1 of 2 jobs have failed:\n" in first.stderr
+    assert "got 2048. Lower batch or give more images." in first.stderr
+    run = tmp_path / "runs" / "caco" / "b64"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 12
+    about = json.loads((run / "tracking.json").read_text())
+    assert (about["run_name"], about["sweep"]["jobs"], about["sweep"]["keys"]) == ("batch=64", 2, ["batch"])
+    written = (run / "ledger.jsonl").stat().st_mtime_ns
+    again = caco(*sweep, cwd=tmp_path)
+    assert "caco/b64: is done already" in again.stderr and again.returncode == 1
+    assert (run / "ledger.jsonl").stat().st_mtime_ns == written
+
+
+def test_without_submitit_the_launcher_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['submitit'] = None\n")
+    done = caco("launcher=local", "data=digits", cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    told = f"caco: launcher: needs submitit, which is not installed; {command_to_install('slurm')}\n"
+    assert (done.returncode, done.stderr) == (2, told)
+
+
+def test_without_slurm_the_launcher_says_so(tmp_path):
+    done = caco("launcher=slurm", "data=digits", "launcher.gpus_per_node=1", cwd=tmp_path, PATH="/nowhere")
+    assert done.returncode == 2 and "launcher=slurm needs SLURM's commands" in done.stderr
+
+
+@pytest.mark.parametrize("key, value", [("parallel", 0), ("gpus_per_job", -1), ("tasks_per_job", 0)])
+def test_numbers_without_sense_are_refused(key, value):
+    with pytest.raises(ValueError, match=f"launcher.{key}: expected .*, got {value}"):
+        Local(**LOCAL | {key: value})
+
+
+def test_what_this_machine_or_the_ranks_cannot_do_is_refused():
+    import torch
+
+    cfg = compose("batch=64", "bank.size=128", "device=auto")
+    with pytest.raises(ValueError, match="batch: expected a multiple of the 3 processes of a job, got 64"):
+        Local(**LOCAL | {"tasks_per_job": 3}).check(cfg)
+    with pytest.raises(ValueError, match="bank.size: expected a multiple of the 64 processes of a job, got 100"):
+        Local(**LOCAL | {"tasks_per_job": 64}).check(compose("bank.size=100"))
+    here = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=f"launcher.gpus_per_job: expected at most {here}, as this machine has, got {here + 1}"):
+        Local(**LOCAL | {"gpus_per_job": here + 1, "tasks_per_job": 1}).check(cfg)
+
+
+@pytest.mark.parametrize(
+    "limit, hours", [("1:00:00", 1), ("2-12:00:00", 60), ("30:00", 0.5), ("infinite", math.inf), ("n/a", math.inf)]
+)
+def test_time_limits_are_read_as_slurm_writes_them(limit, hours):
+    assert _hours(limit) == hours
+
+
+@pytest.mark.parametrize("level", ["plain", "torch", None])
+def test_jobs_are_told_which_instructions_to_use(level, monkeypatch, tmp_path):
+    monkeypatch.setattr(instructions, "LEVEL", level)
+    assert _environment(tmp_path).get("CACO_INSTRUCTIONS") == level
+
+
+def test_a_snapshot_is_the_code_and_knows_its_commit(tmp_path):
+    code = snapshot(tmp_path)
+    assert snapshot(tmp_path) == code, "the same code is copied once"
+    names = {path.relative_to(code).as_posix() for path in code.rglob("*.*") if path.is_file()}
+    assert {"caco/engine/trainer.py", "caco/data/views/augmentation.py", "conf/config.yaml", "conf/bank/8M.yaml", "source.json"} <= names
+    loaded = "import caco.config.composition as c, caco.runs.environment as e; print(c.CONF, e.environment()['git_sha'])"
+    shown = subprocess.run(
+        [sys.executable, "-c", loaded], cwd=code, env=os.environ | {"PYTHONPATH": str(code)}, capture_output=True, text=True
+    ).stdout.split()
+    assert shown == [str(code / "conf"), environment()["git_sha"]]
