@@ -48,16 +48,19 @@ def cosine(run: RunShape, start: float, end: float) -> Table:
     return [end - (end - start) * 0.5 * (1 + math.cos(math.pi * t / total)) for t in ticks]
 
 
-def warmup_and_cosine(run: RunShape, highest: float, final: float, warmup_epochs: float) -> Table:
-    """highest * (t + 1) / W in the warm-up's W units, then a half cosine from `highest` to `final`.
+def warmup_and_cosine(run: RunShape, highest: float, final: float, warmup_epochs: float, start: float | None = None) -> Table:
+    """A line from `start` times `highest` to `highest` in the warm-up's W units, both ends included, then a half cosine to `final`.
 
-    `final` equal to `highest` keeps the number constant after the warm-up. A warm-up may be longer than the run.
+    `start` None is 1 / W, which makes the line highest * (t + 1) / W. `final` equal to `highest` keeps the number constant after
+    the warm-up. A warm-up may be longer than the run.
     """
     ticks, per_epoch = run.ticks()
     warmup = warmup_epochs * per_epoch
     rest = max(run.epochs * per_epoch - warmup, 1)
 
     def value(t: int) -> float:
+        if t < warmup and start is not None:
+            return highest * min(1.0, start + (1 - start) * t / max(warmup - 1, 1))
         if t < warmup:
             return highest * min(1.0, (t + 1) / max(warmup, 1))
         return final + (highest - final) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / rest))

@@ -95,7 +95,13 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
     _weights(tree, demand)
     demand("schedule.warmup_epochs", schedule["warmup_epochs"] >= 0, "0 or more")
-    demand("schedule.final_fraction", 0 <= schedule["final_fraction"] <= 1, "0 to 1")
+    demand("schedule.warmup_start", 0 <= (schedule["warmup_start"] or 0) <= 1, "null, or 0 to 1")
+    demand("schedule.final_fraction", 0 <= (schedule["final_fraction"] or 0) <= 1, "0 to 1, or null")
+    demand("schedule.final_lr", (schedule["final_lr"] or 0) >= 0, "null, or 0 or more")
+    if (schedule["final_fraction"] is None) == (schedule["final_lr"] is None):
+        problems.append(
+            "schedule: expected final_fraction or final_lr, and the other null; got {final_fraction} and {final_lr}".format(**schedule)
+        )
     demand("warm_start.steps", warm_start["steps"] is None or warm_start["steps"] >= 0, "null, or 0 or more")
     demand("warm_start.passes", warm_start["passes"] is None or warm_start["passes"] >= 0, "null, or 0 or more")
     if None not in warm_start.values():

@@ -19,7 +19,7 @@ def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclu
     """
     parts = []
     for group in groups:
-        own = {"rate": group.rate, "frozen_steps": group.frozen_steps}
+        own = {"rate": group.rate, "frozen_steps": group.frozen_steps, "frozen_epochs": group.frozen_epochs}
         excluded = [p for p in group.parameters if exclude_one_dimensional and p.ndim <= 1]
         decaying = [p for p in group.parameters if not (exclude_one_dimensional and p.ndim <= 1)]
         parts.append({"params": decaying, "weight_decay": weight_decay if group.decay else 0.0, **own})
@@ -78,60 +78,121 @@ def adamw(
     return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=tuple(betas))
 
 
+class LARC(torch.optim.Optimizer):
+    """Layer-wise adaptive rates for every parameter, biases and BatchNorm included, then SGD with momentum.
+
+    g' = trust |p| / (|g| + wd |p| + 1e-8) (g + wd p) where neither norm is 0, else g' = g, without decay;
+    v <- momentum v + g', p <- p - lr v. A parameter without gradient stays, and so does its v.
+
+    LARS (norm of the sum below, no parameter of one dimension) is another optimiser.
+
+    Source: NVIDIA apex's LARC with clip=False, as SwAV (arXiv 2006.09882) and SimSiam's linear evaluation take it.
+    """
+
+    def __init__(self, params: Any, *, lr: float, momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 1e-3):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                p_norm, g_norm, decay = p.norm(), p.grad.norm(), group["weight_decay"]
+                trust = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + 1e-8)
+                scaled = torch.where((p_norm != 0) & (g_norm != 0), trust * (p.grad + decay * p), p.grad)
+                state = self.state[p]
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"].mul_(group["momentum"]).add_(scaled)
+                else:
+                    state["momentum_buffer"] = scaled
+                p.sub_(group["lr"] * state["momentum_buffer"])
+
+
+def larc(
+    groups: list[ParameterGroup],
+    *,
+    batch: int,
+    lr: float = 0.3,
+    reference_batch: int | None = 256,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-6,
+    trust_coefficient: float = 1e-3,
+) -> torch.optim.Optimizer:
+    """LARC, see there; decay on every parameter. The rate is lr * batch / reference_batch."""
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
+    rate = scaled_lr(lr, batch, reference_batch)
+    return LARC(parts, lr=rate, momentum=momentum, trust_coefficient=trust_coefficient)
+
+
 class Schedule:
     """Settings of what changes over the run in an optimiser of any kind.
 
     Args:
         warmup_epochs: of the learning rate.
-        final_fraction: of the learning rate, at the end; 0.01 in the paper.
+        warmup_start: fraction of the learning rate at the first tick; the warm-up's last has the whole (SwAV, DINO). None: 1 / W.
+        final_fraction: of the learning rate, at the end; 0.01 in the paper. None where `final_lr` says it.
+        final_lr: the learning rate at the end by itself, whatever the batch makes of the peak (DINO).
         final_weight_decay: at the end of a cosine from the optimiser's; None keeps that (DINO goes from 0.04 to 0.4).
         clip_gradient_norm: the gradient's largest norm over all parameters together; None does not clip.
+        clip_each_gradient_norm: the largest norm of each parameter's gradient by itself (DINO).
     """
 
     def __init__(
         self,
         *,
         warmup_epochs: float = 10,
-        final_fraction: float = 0.01,
+        warmup_start: float | None = None,
+        final_fraction: float | None = 0.01,
+        final_lr: float | None = None,
         final_weight_decay: float | None = None,
         clip_gradient_norm: float | None = None,
+        clip_each_gradient_norm: float | None = None,
     ):
-        if warmup_epochs < 0 or not 0 <= final_fraction <= 1:
+        if warmup_epochs < 0 or not 0 <= (final_fraction or 0) <= 1 or not 0 <= (warmup_start or 0) <= 1:
             raise UserError(
-                "schedule needs warmup_epochs >= 0 and final_fraction in [0, 1]; got "
-                f"warmup_epochs={warmup_epochs}, final_fraction={final_fraction}"
+                "schedule needs warmup_epochs >= 0, and warmup_start and final_fraction in [0, 1] or null; got "
+                f"warmup_epochs={warmup_epochs}, warmup_start={warmup_start}, final_fraction={final_fraction}"
             )
-        if (final_weight_decay or 0) < 0 or (clip_gradient_norm is not None and clip_gradient_norm <= 0):
+        if (final_fraction is None) == (final_lr is None) or (final_lr or 0) < 0:
             raise UserError(
-                "schedule needs final_weight_decay >= 0 and clip_gradient_norm > 0, or null; got "
-                f"final_weight_decay={final_weight_decay}, clip_gradient_norm={clip_gradient_norm}"
+                "schedule needs final_fraction or final_lr, of 0 or more, and the other null; got "
+                f"final_fraction={final_fraction}, final_lr={final_lr}"
             )
-        self.warmup_epochs, self.final_fraction = warmup_epochs, final_fraction
-        self.final_weight_decay, self.clip_gradient_norm = final_weight_decay, clip_gradient_norm
+        clips = {"clip_gradient_norm": clip_gradient_norm, "clip_each_gradient_norm": clip_each_gradient_norm}
+        if (final_weight_decay or 0) < 0 or any(clip is not None and clip <= 0 for clip in clips.values()):
+            raise UserError(
+                "schedule needs final_weight_decay >= 0 and clip_gradient_norm and clip_each_gradient_norm > 0, or null; got "
+                f"final_weight_decay={final_weight_decay}, " + ", ".join(f"{name}={clip}" for name, clip in clips.items())
+            )
+        self.warmup_epochs, self.warmup_start = warmup_epochs, warmup_start
+        self.final_fraction, self.final_lr = final_fraction, final_lr
+        self.final_weight_decay = final_weight_decay
+        self.clip_gradient_norm, self.clip_each_gradient_norm = clip_gradient_norm, clip_each_gradient_norm
 
-    def learning_rate(self, run: RunShape) -> Table:
-        """Factor on the base rate: (t + 1) / W in the warm-up's W ticks, then a cosine to `final_fraction`."""
+    def learning_rate(self, run: RunShape, base_lr: float = 1.0) -> Table:
+        """Factor on the base rate: a line up to 1 in the warm-up's W ticks, then a cosine to the end's fraction of it."""
         if self.warmup_epochs >= run.epochs:
             raise UserError(
                 f"schedule.warmup_epochs must be below epochs, {run.epochs}; got {self.warmup_epochs} "
                 "(a short run needs a shorter warm-up: schedule.warmup_epochs=0)"
             )
-        return warmup_and_cosine(run, 1.0, self.final_fraction, self.warmup_epochs)
+        final = self.final_fraction if self.final_lr is None else self.final_lr / base_lr
+        return warmup_and_cosine(run, 1.0, final, self.warmup_epochs, self.warmup_start)
 
 
 class Optimisation:
     """torch's optimiser, and the rates and decays that it has at each step of the training.
 
     Args:
-        optimizer: of `lars`, `sgd` or `adamw`.
+        optimizer: of `lars`, `larc`, `sgd` or `adamw`.
         schedule: see there.
         run: how long the training is.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, run: RunShape):
-        self.optimizer, self.clip_gradient_norm = optimizer, schedule.clip_gradient_norm
-        self.lr_factor = schedule.learning_rate(run)
+        self.optimizer = optimizer
+        self.clip_gradient_norm, self.clip_each_gradient_norm = schedule.clip_gradient_norm, schedule.clip_each_gradient_norm
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.lr_factor = schedule.learning_rate(run, self.base_lr[0])
         decays = [group["weight_decay"] for group in optimizer.param_groups]
         final = schedule.final_weight_decay
         self.weight_decay = None if final is None else [cosine(run, decay, final) if decay else None for decay in decays]
@@ -162,9 +223,12 @@ class Optimisation:
     def step(self, now: Now) -> None:
         """Move the parameters along their gradients, which are the mean over the ranks, and drop these."""
         for group in self.optimizer.param_groups:
-            if now.step < group["frozen_steps"]:
+            if now.step < group["frozen_steps"] or (0 if now.epoch is None else now.epoch) < group["frozen_epochs"]:
                 for p in group["params"]:
                     p.grad = None
+        if self.clip_each_gradient_norm is not None:
+            for p in self.parameters:
+                torch.nn.utils.clip_grad_norm_(p, self.clip_each_gradient_norm)
         if self.clip_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_gradient_norm)
         self.optimizer.step()

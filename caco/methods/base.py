@@ -107,12 +107,14 @@ class ParameterGroup:
         rate: a factor on the scheduled learning rate; or the name of a schedule whose value takes the place of its factor.
         decay: whether weight decay applies (where the optimiser excludes biases and norms, to the others).
         frozen_steps: at the run's start, in which they do not move.
+        frozen_epochs: so, in epochs of the training (DINO's last layer).
     """
 
     parameters: list[nn.Parameter]
     rate: float | str = 1.0
     decay: bool = True
     frozen_steps: int = 0
+    frozen_epochs: int = 0
 
 
 class Method(nn.Module):

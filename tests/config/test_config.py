@@ -89,7 +89,7 @@ def test_bare_command_is_the_papers_recipe():
     assert cfg["data"]["_target_"] == "caco.data.sets.folders.imagenet"
     assert cfg["optimizer"]["_target_"] == "caco.engine.optimizers.lars"
     assert (cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]) == (0.3, 1.5e-6)
-    unused = {"final_weight_decay": None, "clip_gradient_norm": None}
+    unused = dict.fromkeys(("warmup_start", "final_lr", "final_weight_decay", "clip_gradient_norm", "clip_each_gradient_norm"))
     assert cfg["schedule"] == {"warmup_epochs": 10, "final_fraction": 0.01, "unit": "step", **unused}
     assert (cfg["bank"]["pull"], cfg["bank"]["push"], cfg["bank"]["lr"]) == (1, 1, 3.0)
     assert cfg["method"]["temperature"] == 0.08
@@ -197,7 +197,9 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
         ("device=gpu", "auto, cpu or cuda"),
         ("schedule.unit=steps", "step or epoch"),
         ("schedule.warmup_epochs=-1", "0 or more"),
-        ("schedule.final_fraction=2", "0 to 1"),
+        ("schedule.final_fraction=2", "0 to 1, or null"),
+        ("schedule.warmup_start=2", "null, or 0 to 1"),
+        ("schedule.final_lr=-1", "null, or 0 or more"),
         ("log_every_steps=0", "at least 1"),
         ("eval_every_epochs=0", "at least 1"),
         ("checkpoint.keep=0", "at least 1"),
@@ -208,6 +210,11 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
 )
 def test_senseless_values_of_the_root_are_refused(override, expected, whole):
     assert f"{override.partition('=')[0]}: expected {expected}" in refusal_of_value(whole, override)
+
+
+def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
+    assert "schedule: expected final_fraction or final_lr, and the other null; got 0.01 and 0.1" in refusal("schedule.final_lr=0.1")
+    accept("schedule.final_lr=0.1", "schedule.final_fraction=null")
 
 
 def test_all_problems_of_the_tree_are_told_at_once():

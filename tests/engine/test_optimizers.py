@@ -51,6 +51,29 @@ def test_or_goes_down_to_its_final_rate_by_a_cosine():
     assert by_epoch[:6] == pytest.approx([3.0] * 5 + [1.5 * (1 + math.cos(math.pi / 4))])
 
 
+def test_a_warm_up_from_a_fraction_has_both_ends_and_the_cosine_begins_with_the_whole_rate():
+    """SwAV's and DINO's: linspace(start, peak, W), then final + (peak - final)(1 + cos(pi t / T)) / 2 for t = 0 ... T - 1."""
+    swav = Schedule(warmup_epochs=2, warmup_start=0.0625, final_fraction=0.001).learning_rate(RunShape(10, 5, 64))
+    assert swav[:10] == pytest.approx([0.0625 + 0.9375 * t / 9 for t in range(10)])
+    assert swav[9] == swav[10] == 1.0
+    assert swav[-1] == pytest.approx(0.001 + 0.999 * (1 + math.cos(math.pi * 39 / 40)) / 2) and swav[-1] > 0.001
+    assert Schedule(warmup_epochs=1, warmup_start=0.0).learning_rate(RunShape(2, 3, 64))[:4] == pytest.approx([0, 0.5, 1, 1])
+
+
+def test_a_final_rate_is_the_same_at_every_batch():
+    for batch in (64, 1024):
+        optimizer = optimizers.sgd([ParameterGroup(list(model().parameters()))], batch=batch, lr=0.3)
+        optimisation = Optimisation(optimizer, Schedule(warmup_epochs=0, final_fraction=None, final_lr=0.001), RunShape(2, 5, batch))
+        optimisation.prepare(now(5), None)
+        assert optimisation.lr == pytest.approx((0.3 * batch / 256 + 0.001) / 2)
+
+
+@pytest.mark.parametrize("both", [{"final_fraction": 0.1, "final_lr": 0.1}, {"final_fraction": None}])
+def test_one_final_rate_is_given(both):
+    with pytest.raises(ValueError, match="schedule needs final_fraction or final_lr"):
+        Schedule(**both)
+
+
 def test_a_warm_up_that_ends_within_an_epoch_never_exceeds_the_rate():
     assert max(Schedule(warmup_epochs=2.5).learning_rate(RunShape(10, 5, 64, "epoch"))) == 1.0
 
@@ -93,12 +116,47 @@ def test_lars_by_hand():
         assert torch.allclose(p, expected, atol=1e-9)
 
 
+def test_larc_by_hand():
+    """Two steps of every parameter, biases and BatchNorm too: the sum of norms below, and momentum over the scaled gradients."""
+    p, bias, new = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6], [[0.0, 0.0]]))
+    optimizer = optimizers.larc([ParameterGroup([p, bias, new])], batch=256, lr=0.5, weight_decay=0.1, momentum=0.9, trust_coefficient=0.01)
+    p.grad, bias.grad, new.grad = (torch.tensor(values, dtype=torch.float64) for values in ([[0.0, 2.0]], [-0.2], [[1.0, 2.0]]))
+    optimizer.step()
+    # |p| 5, |g| 2: 0.01 * 5 / (2 + 0.5) = 0.02 of g + wd p = [0.3, 2.4]
+    assert torch.allclose(p, torch.tensor([[3 - 0.5 * 0.02 * 0.3, 4 - 0.5 * 0.02 * 2.4]], dtype=torch.float64), atol=1e-9, rtol=0)
+    # |p| 0.6, |g| 0.2: 0.01 * 0.6 / (0.2 + 0.06) of -0.2 + 0.06
+    trust = 0.006 / 0.26
+    assert bias.item() == pytest.approx(0.6 - 0.5 * trust * -0.14, abs=1e-8)
+    assert new.tolist() == [[-0.5, -1.0]], "a parameter of norm 0 takes the plain gradient"
+    at, moved = p.detach().clone(), bias.item()
+    p.grad, bias.grad, new.grad = torch.zeros_like(p), torch.tensor([0.1], dtype=torch.float64), None
+    optimizer.step()
+    # A gradient of norm 0 is not scaled and brings no decay: what moves p is 0.9 of the last step.
+    assert torch.allclose(p, at - 0.5 * 0.9 * torch.tensor([[0.02 * 0.3, 0.02 * 2.4]], dtype=torch.float64), atol=1e-9, rtol=0)
+    velocity = 0.9 * trust * -0.14 + 0.01 * moved / (0.1 + 0.1 * moved) * (0.1 + 0.1 * moved)
+    assert bias.item() == pytest.approx(moved - 0.5 * velocity, abs=1e-8)
+    assert new.tolist() == [[-0.5, -1.0]], "without a gradient nothing moves, whatever its momentum"
+
+
+def test_larc_and_lars_differ_by_more_than_rounding():
+    """With a decay that counts: sum of norms against timm's on weights alone; a bias is scaled by the one and not by the other."""
+    moved = {}
+    for factory in (optimizers.larc, optimizers.lars):
+        net = model()
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        before = net[0].bias.detach().clone()
+        factory([ParameterGroup(list(net.parameters()))], batch=256, lr=0.5, weight_decay=0.1).step()
+        moved[factory] = (net[0].bias - before).norm().item()
+    assert moved[optimizers.larc] < 0.01 * moved[optimizers.lars]
+
+
 def test_adamw_decays_no_parameter_of_one_dimension():
     groups = optimizers.adamw([ParameterGroup(list(model().parameters()))], batch=256).param_groups
     assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [(0.05, {2}), (0.0, {1})]
 
 
-@pytest.mark.parametrize("factory", [optimizers.lars, optimizers.sgd, optimizers.adamw])
+@pytest.mark.parametrize("factory", [optimizers.lars, optimizers.larc, optimizers.sgd, optimizers.adamw])
 def test_a_rate_that_is_not_positive_is_refused(factory):
     with pytest.raises(ValueError, match="optimizer.lr must be positive; got 0"):
         factory([ParameterGroup(list(model().parameters()))], batch=64, lr=0.0)
@@ -134,3 +192,28 @@ def test_gradients_are_clipped_to_their_norm_over_all_parameters():
     optimisation.step(now(0))
     for p, old in zip(parameters, before, strict=True):
         assert torch.allclose(p, old - 3.0 * 0.5 / norm, atol=1e-5)
+
+
+def test_each_gradient_is_clipped_to_its_own_norm():
+    """DINO's: 3 / (norm + 1e-6) of each parameter whose gradient is longer; the others stay."""
+    parameters = list(model().parameters())
+    before = [p.detach().clone() for p in parameters]
+    for p, size in zip(parameters, (3.0, 0.01, 2.0, 0.02, 1.0), strict=True):
+        p.grad = torch.full_like(p, size)
+    gradients = [p.grad.clone() for p in parameters]
+    optimizer = optimizers.sgd([ParameterGroup(parameters)], batch=256, lr=1.0, momentum=0.0, weight_decay=0.0)
+    Optimisation(optimizer, Schedule(warmup_epochs=0, clip_each_gradient_norm=0.5), RunShape(1, 1, 64)).step(now(0))
+    for p, old, g in zip(parameters, before, gradients, strict=True):
+        assert torch.allclose(p, old - g * min(1.0, 0.5 / (g.norm() + 1e-6)), atol=1e-9)
+    assert min(g.norm() for g in gradients) < 0.5 < max(g.norm() for g in gradients)
+
+
+def test_a_group_frozen_for_an_epoch_moves_with_the_first_step_of_the_second():
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [ParameterGroup([first]), ParameterGroup([second], frozen_epochs=1)]
+    optimizer = optimizers.adamw(groups, batch=256, lr=0.1, weight_decay=0.5)
+    optimisation = Optimisation(optimizer, Schedule(warmup_epochs=0), RunShape(2, 3, 64))
+    for step in range(4):
+        first.grad, second.grad = torch.ones(2), torch.ones(2)
+        optimisation.step(Now(step, "training", step, False, *divmod(step, 3), {}))
+        assert (second == 1).all() == (step < 3) and (first != 1).all(), "neither gradient nor decay"
