@@ -10,6 +10,7 @@ from omegaconf import MISSING
 class Schedule:
     warmup_epochs: float = MISSING
     warmup_start: float | None = MISSING
+    warmup_end: str = MISSING
     final_fraction: float | None = MISSING
     final_lr: float | None = MISSING
     unit: str = MISSING

@@ -96,6 +96,7 @@ def _root(tree: dict[str, Any]) -> list[str]:
     _weights(tree, demand)
     demand("schedule.warmup_epochs", schedule["warmup_epochs"] >= 0, "0 or more")
     demand("schedule.warmup_start", 0 <= (schedule["warmup_start"] or 0) <= 1, "null, or 0 to 1")
+    demand("schedule.warmup_end", schedule["warmup_end"] in ("last", "next"), "last or next")
     demand("schedule.final_fraction", 0 <= (schedule["final_fraction"] or 0) <= 1, "0 to 1, or null")
     demand("schedule.final_lr", (schedule["final_lr"] or 0) >= 0, "null, or 0 or more")
     if (schedule["final_fraction"] is None) == (schedule["final_lr"] is None):
@@ -217,6 +218,9 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
     learning = [name for name in assigned if name.startswith("bank_learning.") and name != "bank_learning.filling_passes"]
+    warmed = [name for name in assigned if name.startswith("warm_start.")]
+    if warmed and "warm_start_steps" not in tree["method"]:
+        problems.append(f"{warmed[0]}: method={choices.get('method')} has no warm start; expected it not to be set")
     if learning and "lr" not in (tree.get("bank") or {}):
         problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
     for override in overrides:

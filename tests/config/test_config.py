@@ -90,7 +90,7 @@ def test_bare_command_is_the_papers_recipe():
     assert cfg["optimizer"]["_target_"] == "caco.engine.optimizers.lars"
     assert (cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]) == (0.3, 1.5e-6)
     unused = dict.fromkeys(("warmup_start", "final_lr", "final_weight_decay", "clip_gradient_norm", "clip_each_gradient_norm"))
-    assert cfg["schedule"] == {"warmup_epochs": 10, "final_fraction": 0.01, "unit": "step", **unused}
+    assert cfg["schedule"] == {"warmup_epochs": 10, "warmup_end": "last", "final_fraction": 0.01, "unit": "step", **unused}
     assert (cfg["bank"]["pull"], cfg["bank"]["push"], cfg["bank"]["lr"]) == (1, 1, 3.0)
     assert cfg["method"]["temperature"] == 0.08
 
@@ -199,6 +199,7 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
         ("schedule.warmup_epochs=-1", "0 or more"),
         ("schedule.final_fraction=2", "0 to 1, or null"),
         ("schedule.warmup_start=2", "null, or 0 to 1"),
+        ("schedule.warmup_end=first", "last or next"),
         ("schedule.final_lr=-1", "null, or 0 or more"),
         ("log_every_steps=0", "at least 1"),
         ("eval_every_epochs=0", "at least 1"),

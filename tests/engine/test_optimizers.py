@@ -60,6 +60,14 @@ def test_a_warm_up_from_a_fraction_has_both_ends_and_the_cosine_begins_with_the_
     assert Schedule(warmup_epochs=1, warmup_start=0.0).learning_rate(RunShape(2, 3, 64))[:4] == pytest.approx([0, 0.5, 1, 1])
 
 
+def test_a_warm_up_from_0_that_the_next_step_ends():
+    """BYOL, MoCo v3, Barlow Twins, VICReg: lr t / W, then a cosine over the rest to 0 or to 1/1000."""
+    factor = Schedule(warmup_epochs=2, warmup_start=0.0, warmup_end="next", final_fraction=0.001).learning_rate(RunShape(10, 5, 64))
+    assert factor[:11] == pytest.approx([t / 10 for t in range(11)], abs=1e-15) and factor[0] == 0.0
+    assert factor[30] == pytest.approx(0.001 + 0.999 / 2)
+    assert factor[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)) * 0.999 + 0.001)
+
+
 def test_a_final_rate_is_the_same_at_every_batch():
     for batch in (64, 1024):
         optimizer = optimizers.sgd([ParameterGroup(list(model().parameters()))], batch=batch, lr=0.3)
@@ -98,6 +106,26 @@ def test_base_rates_scale_with_the_batch():
 
 
 def test_lars_by_hand():
+    """Two steps. Weights: trust |p| / |g + wd p| times g + wd p. Biases and BatchNorm: g alone. Momentum over what is scaled."""
+    p, bias, new = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6], [[0.0, 0.0]]))
+    groups = [ParameterGroup([p, bias, new])]
+    optimizer = optimizers.lars(groups, batch=256, lr=0.5, weight_decay=0.1, momentum=0.9, trust_coefficient=0.01)
+    p.grad, bias.grad, new.grad = (torch.tensor(values, dtype=torch.float64) for values in ([[0.0, 2.0]], [-0.2], [[1.0, 2.0]]))
+    optimizer.step()
+    first = 0.01 * 5 / math.hypot(0.3, 2.4) * torch.tensor([[0.3, 2.4]], dtype=torch.float64)  # g + wd p = [0.3, 2.4]
+    at = torch.tensor([[3.0, 4.0]], dtype=torch.float64) - 0.5 * first
+    assert torch.allclose(p, at, atol=1e-15)
+    assert bias.item() == pytest.approx(0.6 + 0.5 * 0.2, abs=1e-15)
+    assert new.tolist() == [[-0.5, -1.0]], "a parameter of norm 0 takes the plain gradient"
+    p.grad, bias.grad, new.grad = torch.zeros_like(p), torch.tensor([0.1], dtype=torch.float64), None
+    optimizer.step()
+    # Without a gradient of the loss g + wd p is wd p: trust |p| / (wd |p|) of it, 0.01 p.
+    assert torch.allclose(p, at - 0.5 * (0.9 * first + 0.01 * at), atol=1e-15)
+    assert bias.item() == pytest.approx(0.7 - 0.5 * (0.9 * -0.2 + 0.1), abs=1e-15)
+    assert new.tolist() == [[-0.5, -1.0]], "without a gradient nothing moves, whatever its momentum"
+
+
+def test_timm_s_lars_by_hand():
     """Weights: lr * trust * |p| / (|g| + wd |p|) times (g + wd p). Biases and BatchNorm: plain lr * g, no decay."""
     net = model()
     parameters = list(net.parameters())
@@ -105,7 +133,7 @@ def test_lars_by_hand():
     generator = torch.Generator().manual_seed(1)
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    optimizer = optimizers.lars([ParameterGroup(parameters)], batch=256, lr=0.5, weight_decay=0.1, momentum=0.9)
+    optimizer = optimizers.lars_timm([ParameterGroup(parameters)], batch=256, lr=0.5, weight_decay=0.1, momentum=0.9)
     optimizer.step()
     for p, old in zip(parameters, before, strict=True):
         if p.ndim > 1:
@@ -114,6 +142,26 @@ def test_lars_by_hand():
         else:
             expected = old - 0.5 * p.grad
         assert torch.allclose(p, expected, atol=1e-9)
+
+
+def test_lars_goes_on_from_its_state_to_the_same_bits():
+    def moved(steps, state=None, at=None):
+        net = model()
+        if at is not None:
+            net.load_state_dict(at)
+        optimizer = optimizers.lars([ParameterGroup(list(net.parameters()))], batch=256)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for step in steps:
+            for number, p in enumerate(net.parameters()):
+                p.grad = torch.full_like(p, 0.1 * step + number)
+            optimizer.step()
+        return net.state_dict(), optimizer.state_dict()
+
+    whole, _ = moved(range(4))
+    at, state = moved(range(2))
+    again, _ = moved(range(2, 4), state, at)
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def test_larc_by_hand():
@@ -154,9 +202,11 @@ def test_larc_and_lars_differ_by_more_than_rounding():
 def test_adamw_decays_no_parameter_of_one_dimension():
     groups = optimizers.adamw([ParameterGroup(list(model().parameters()))], batch=256).param_groups
     assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [(0.05, {2}), (0.0, {1})]
+    (all_decay,) = optimizers.adamw([ParameterGroup(list(model().parameters()))], batch=256, decay_one_dimensional=True).param_groups
+    assert (all_decay["weight_decay"], len(all_decay["params"])) == (0.05, 5), "MoCo v3's decays norms and biases too"
 
 
-@pytest.mark.parametrize("factory", [optimizers.lars, optimizers.larc, optimizers.sgd, optimizers.adamw])
+@pytest.mark.parametrize("factory", [optimizers.lars, optimizers.lars_timm, optimizers.larc, optimizers.sgd, optimizers.adamw])
 def test_a_rate_that_is_not_positive_is_refused(factory):
     with pytest.raises(ValueError, match="optimizer.lr must be positive; got 0"):
         factory([ParameterGroup(list(model().parameters()))], batch=64, lr=0.0)
