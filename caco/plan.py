@@ -27,7 +27,7 @@ from caco.config import composition, refusals, validation
 from caco.config.composition import build
 from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
-from caco.methods.base import Method
+from caco.methods.base import Costs, Method
 from caco.runs.identity import plain
 from caco.schedules import RunShape
 
@@ -103,7 +103,8 @@ def plan(
     bank_bytes = size // world * row_bytes
     # One block of scores and its copies; the stream of queries and the sums of all ranks' queries.
     workspace = (3 * scoring.BLOCK_ELEMENTS * 4 if size else 0) + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"])
-    activations = here * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * here * columns * one["terms"]
+    logits = columns * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
+    activations = here * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * here * logits
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
     sent = _sent(one, cfg.batch, dim, world) if world > 1 else 0.0
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
@@ -144,6 +145,7 @@ def _counted(text: str) -> tuple[dict[str, float], Method]:
     bank = None if cfg.bank is None else build(cfg.bank)
     method = build(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
+    others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
     for child in others:
         child.to("meta")
     groups = method.parameter_groups()
@@ -164,7 +166,6 @@ def _counted(text: str) -> tuple[dict[str, float], Method]:
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
     # Autocast keeps a bf16 copy of the weights until the backward pass is over.
     copies = weight_bytes // 2 if cfg.precision == "bf16" else 0
-    norms = [m for part in (encoder, *others) for m in part.modules() if isinstance(m, _BatchNorm)]
     figures = {
         "flops": flops,
         "activation_bytes": activation_bytes,
@@ -180,7 +181,9 @@ def _counted(text: str) -> tuple[dict[str, float], Method]:
         "key_gathers": costs.gathers,
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and "velocity" in dict(bank.rows.named_buffers()),
-        "norm_sums": sum(norm.num_features for norm in norms) * (4 * len(costs.encoded) + 2 * len(costs.followed)),
+        "norm_sums": _norm_sums(costs, sizes, encoder, others),
+        "scores": costs.prototypes * len(costs.encoded),
+        "summed_bytes": costs.summed_bytes,
     }
     return figures, method
 
@@ -206,6 +209,19 @@ def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision:
     return forward / 2, both / 2, sum(size for key, size in kept.items() if key not in own) / 2
 
 
+def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module]) -> int:
+    """How many numbers the BatchNorm layers sum over the ranks: means and variances, and their gradients."""
+
+    def features(*parts: nn.Module) -> int:
+        return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, _BatchNorm))
+
+    backbone, total = features(encoder.backbone), 0
+    for views, numbers in ((costs.encoded, 4), (costs.followed, 2)):
+        passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
+        total += numbers * (backbone * passes[0] + (features(encoder, *others) - backbone) * passes[1])
+    return total
+
+
 def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
     """Bytes that one rank sends in a step: all-gathers pass a part on to each other rank, all-reduces go round twice.
 
@@ -217,7 +233,7 @@ def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
     lookup = part * 8 + ring * batch * 4 * dim
     keys = one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
     return (
-        ring * (one["gradient_bytes"] + 4 * one["norm_sums"])
+        ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
         + one["bank_terms"] * term
         + one["scans"] * scan
         + one["lookups"] * lookup

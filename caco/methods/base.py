@@ -81,6 +81,9 @@ class Costs:
         bank_terms: of these over the bank's rows; searches, lookups: passes of all keys over the bank for a row, and for its vector.
         columns_per_image: of a term, for each image of the global batch, beyond the bank's.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
+        prototypes: columns of the scores that each encoded view has.
+        summed_bytes: of what the ranks add up besides gradients and BatchNorm.
+        together: whether the views of one size go through the backbone at once, and all through the projector.
     """
 
     encoded: list[int]
@@ -92,6 +95,9 @@ class Costs:
     columns_per_image: int = 0
     gathers: int = 0
     gathers_with_gradient: int = 0
+    prototypes: int = 0
+    summed_bytes: int = 0
+    together: bool = False
 
 
 class Outputs(NamedTuple):

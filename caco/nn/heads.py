@@ -8,9 +8,16 @@ from torch import Tensor, nn
 
 from caco.errors import UserError
 
+ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
+INITIALISATIONS = {  # of a linear layer: spread and cut of a truncated normal
+    "torch": None,
+    "truncated_normal_0.02": lambda layer: (0.02, 2.0),
+    "truncated_normal_fan_in": lambda layer: (layer.in_features**-0.5, 2 * layer.in_features**-0.5),
+}
+
 
 class Projector(nn.Sequential):
-    """A multilayer perceptron: linear layers, (BatchNorm and) ReLU between them. Projectors are of this class, and predictors.
+    """A multilayer perceptron: linear layers, (BatchNorm and) an activation between them. Predictors are of this class too.
 
     The paper's projector is 2048-2048-2048-256 with BatchNorm and without biases; AdCo's and MoCo v2's 2048-2048-128 has biases
     and no BatchNorm.
@@ -25,8 +32,9 @@ class Projector(nn.Sequential):
         last_affine: whether that one has a scale and a shift (not in SimSiam and MoCo v3).
         bias: biases in the linear layers.
         last_bias: a bias in the last one; None for what `bias` says.
-        initialisation: of the linear layers: torch's, or "truncated_normal" of spread 1/sqrt(inputs), cut at twice that, and biases
-            of 0 (BYOL, whose library does so).
+        activation: between the layers.
+        initialisation: of the linear layers: torch's; "truncated_normal_0.02": that spread, cut at 2, and biases of 0 (DINO);
+            "truncated_normal_fan_in": a spread of 1/sqrt(inputs), cut at twice that, and biases of 0 (BYOL).
     """
 
     def __init__(
@@ -41,8 +49,12 @@ class Projector(nn.Sequential):
         last_affine: bool = True,
         bias: bool = False,
         last_bias: bool | None = None,
-        initialisation: Literal["torch", "truncated_normal"] = "torch",
+        activation: Literal["relu", "gelu"] = "relu",
+        initialisation: Literal["torch", "truncated_normal_0.02", "truncated_normal_fan_in"] = "torch",
     ):
+        for name, chosen, known in (("activation", activation, ACTIVATIONS), ("initialisation", initialisation, INITIALISATIONS)):
+            if chosen not in known:
+                raise UserError(f"projector.{name}: expected one of {', '.join(known)}, got {chosen!r}")
         if min(in_dim, hidden_dim, dim, layers) < 1:
             raise UserError(
                 "projector widths and layers must be at least 1; got "
@@ -52,39 +64,48 @@ class Projector(nn.Sequential):
             raise UserError("projector.last_affine=false is of the last BatchNorm, and last_batch_norm=false leaves that out")
         widths = [in_dim] + [hidden_dim] * (layers - 1) + [dim]
         biases = [bias] * (layers - 1) + [bias if last_bias is None else last_bias]
+        law = INITIALISATIONS[initialisation]
         modules: list[nn.Module] = []
         for (narrow, wide), with_bias in zip(itertools.pairwise(widths), biases, strict=True):
             if modules:
-                modules += ([nn.BatchNorm1d(narrow)] if batch_norm else []) + [nn.ReLU(inplace=True)]
-            modules.append(nn.Linear(narrow, wide, bias=with_bias))
+                modules += ([nn.BatchNorm1d(narrow)] if batch_norm else []) + [ACTIVATIONS[activation]()]
+            layer = nn.Linear(narrow, wide, bias=with_bias)
+            if law is not None:
+                spread, cut = law(layer)
+                nn.init.trunc_normal_(layer.weight, std=spread, a=-cut, b=cut)
+                if with_bias:
+                    nn.init.zeros_(layer.bias)
+            modules.append(layer)
         if last_batch_norm:
             modules.append(nn.BatchNorm1d(dim, affine=last_affine))
         super().__init__(*modules)
-        if initialisation == "truncated_normal":
-            for layer in self:
-                if isinstance(layer, nn.Linear):
-                    spread = layer.in_features**-0.5
-                    nn.init.trunc_normal_(layer.weight, std=spread, a=-2 * spread, b=2 * spread)
-                    if layer.bias is not None:
-                        nn.init.zeros_(layer.bias)
         self.dim = dim
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """What a head gives under autocast is of eight bits of mantissa, which similarities at tau 0.08 do not survive."""
+    """What a head gives under autocast has bf16's eight bits of mantissa, which similarities at tau 0.08 do not survive."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Encoder(nn.Module):
     """Backbone, then projector, then the unit sphere. Images [B, 3, H, W] to float32 embeddings [B, D].
 
-    `unit=False` stops before the sphere, at what the projector gives: a predictor takes that, and losses of its covariance.
+    `unit=False` stops before the sphere, at what the projector gives: predictors take that, and losses of its covariance.
+
+    Several views at once, a list of [B, 3, H, W], give [V * B, D]: neighbours of one size go through the backbone together and all
+    through the projector. So BatchNorm's statistics are of a size there and of all views here, as in SwAV's and DINO's code.
     """
 
     def __init__(self, *, backbone: nn.Module, projector: nn.Module):
         super().__init__()
         self.backbone, self.projector = backbone, projector
 
-    def forward(self, images: Tensor, unit: bool = True) -> Tensor:
-        embedding = at_least_float32(self.projector(self.backbone(images)))
+    def forward(self, images: Tensor | list[Tensor], unit: bool = True) -> Tensor:
+        embedding = at_least_float32(self.projector(self._features(images)))
         return nn.functional.normalize(embedding, dim=1) if unit else embedding
+
+    def _features(self, images: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(images, Tensor):
+            return self.backbone(images)
+        by_size = itertools.groupby(images, key=lambda view: view.shape[-1])
+        return torch.cat([self.backbone(torch.cat(list(views))) for _, views in by_size])

@@ -81,7 +81,7 @@ def biases_of(head):
 
 
 def test_heads_with_biases_in_some_layers_and_a_last_batchnorm_without_scale():
-    byol = Projector(in_dim=8, hidden_dim=16, dim=4, layers=2, bias=True, last_bias=False, initialisation="truncated_normal")
+    byol = Projector(in_dim=8, hidden_dim=16, dim=4, layers=2, bias=True, last_bias=False, initialisation="truncated_normal_fan_in")
     assert biases_of(byol) == [True, False] and (byol[0].bias == 0).all()
     assert 0 < byol[0].weight.abs().max() <= 2 / 8**0.5, "cut at twice the spread, 1 / sqrt(inputs)"
     predictor = Projector(in_dim=8, hidden_dim=16, dim=4, layers=2, last_bias=True)
