@@ -98,11 +98,12 @@ def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> d
     """What timm reads beside model.safetensors."""
     views = about["augmentation"]
     size = node.get("image_size") or views["size"]
+    heads = {"num_heads": node["num_heads"]} if "num_heads" in node else {}
     return {
         "architecture": node["name"],
         "num_classes": 0,
         "num_features": backbone.num_features,
-        "model_args": {"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {},
+        "model_args": heads | ({"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {}),
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [3, size, size],

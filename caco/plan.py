@@ -97,14 +97,14 @@ def plan(
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     bank_flops = unit * size * (4 * one["bank_terms"] if one["learnable"] else 2 * one["bank_terms"])
     bank_flops += unit * size * one["scans"]
-    model_flops = one["flops"] * cfg.batch + 3 * unit * columns * one["terms"]
+    model_flops = one["flops"] * cfg.batch + 3 * unit * (columns * one["terms"] + dim * one["matrices"])
 
     row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight, velocity; uses
     bank_bytes = size // world * row_bytes
     # One block of scores and its copies; the stream of queries and the sums of all ranks' queries.
     workspace = (3 * scoring.BLOCK_ELEMENTS * 4 if size else 0) + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"])
     logits = columns * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
-    activations = here * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * here * logits
+    activations = here * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (here * logits + dim * dim * one["matrices"])
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
     sent = _sent(one, cfg.batch, dim, world) if world > 1 else 0.0
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
@@ -183,6 +183,7 @@ def _counted(text: str) -> tuple[dict[str, float], Method]:
         "learnable": bank is not None and "velocity" in dict(bank.rows.named_buffers()),
         "norm_sums": _norm_sums(costs, sizes, encoder, others),
         "scores": costs.prototypes * len(costs.encoded),
+        "matrices": costs.matrices,
         "summed_bytes": costs.summed_bytes,
     }
     return figures, method

@@ -82,6 +82,7 @@ class Costs:
         columns_per_image: of a term, for each image of the global batch, beyond the bank's.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
         prototypes: columns of the scores that each encoded view has.
+        matrices: of products of all images' embeddings, D x D, that the loss takes.
         summed_bytes: of what the ranks add up besides gradients and BatchNorm.
         together: whether the views of one size go through the backbone at once, and all through the projector.
     """
@@ -96,6 +97,7 @@ class Costs:
     gathers: int = 0
     gathers_with_gradient: int = 0
     prototypes: int = 0
+    matrices: int = 0
     summed_bytes: int = 0
     together: bool = False
 

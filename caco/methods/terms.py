@@ -1,6 +1,9 @@
 """Which view of an image is compared with which other, and how much each comparison counts."""
 
+import itertools
 from typing import Literal, NamedTuple
+
+from caco.errors import UserError
 
 
 class Term(NamedTuple):
@@ -26,5 +29,17 @@ def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Li
 
 def terms_of(sizes: list[int], *, symmetric: bool = True, reduction: Literal["sum", "mean"]) -> list[Term]:
     """The terms of views of these sizes in pixels; the large ones come first."""
+    return pair_terms(*_large_and_small(sizes), symmetric=symmetric, reduction=reduction)
+
+
+def pairs_of(sizes: list[int]) -> list[tuple[int, int]]:
+    """Each pair of views once of which at least one is large, for losses that take two views alike."""
+    num_large, num_small = _large_and_small(sizes)
+    return [(a, b) for a, b in itertools.combinations(range(num_large + num_small), 2) if a < num_large]
+
+
+def _large_and_small(sizes: list[int]) -> tuple[int, int]:
+    if len(sizes) < 2:
+        raise UserError(f"this method compares views of an image: expected at least 2 of them, got {len(sizes)}")
     num_large = sum(size == sizes[0] for size in sizes)
-    return pair_terms(num_large, len(sizes) - num_large, symmetric=symmetric, reduction=reduction)
+    return num_large, len(sizes) - num_large
