@@ -19,7 +19,7 @@ from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape
 
 GLOBAL_BATCH, STEPS = 16, 3
-WITHOUT_BANK = {"pn=none", "method=simclr"}
+WITHOUT_BANK = {"pn=none", "method=simclr", "method=swav", "method=dino"}
 
 
 def start() -> None:
@@ -112,11 +112,14 @@ def in_float64() -> None:
     """
     spread = assembly.over_all_ranks
 
+    def in_double(images):
+        return images.double() if isinstance(images, torch.Tensor) else [view.double() for view in images]
+
     def doubled(method, device):
         method = spread(method, device).double()
         for module in method.modules():
             if isinstance(module, Encoder):
-                module.register_forward_pre_hook(lambda module, images: (images[0].double(),))
+                module.register_forward_pre_hook(lambda module, images: (in_double(images[0]),))
         return method
 
     assembly.over_all_ranks = doubled

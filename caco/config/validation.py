@@ -223,6 +223,8 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
         problems.append(f"{warmed[0]}: method={choices.get('method')} has no warm start; expected it not to be set")
     if learning and "lr" not in (tree.get("bank") or {}):
         problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
+    if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:
+        problems.append(f"warm_start: method={choices.get('method')} has none; leave it out")
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):
