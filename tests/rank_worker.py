@@ -10,6 +10,7 @@ from processes import PATIENCE_S, caco_train
 from tiny import batch_of, compose, now
 
 from caco import distributed
+from caco.config.composition import CONF
 from caco.engine import assembly as assembly
 from caco.engine import trainer
 from caco.engine.assembly import build, build_method
@@ -19,7 +20,7 @@ from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape
 
 GLOBAL_BATCH, STEPS = 16, 3
-WITHOUT_BANK = {"pn=none", "method=simclr", "method=swav", "method=dino"}
+WITHOUT_BANK = {"pn=none"} | {f"method={path.stem}" for path in (CONF / "method").glob("*.yaml") if "\nbank: null" in path.read_text()}
 
 
 def start() -> None:

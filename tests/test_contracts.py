@@ -8,7 +8,7 @@ from tiny import FEW_PROTOTYPES, batch_of, compose, now, train
 from caco.config.composition import CONF
 from caco.engine.assembly import build_method
 
-WITH_OTHER_NUMBERS = ("caco_small", "dino_vit")  # CaCo and DINO
+WITH_OTHER_NUMBERS = ("caco_small", "dino_vit", "mocov3_vit")  # CaCo, DINO and MoCo v3
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem not in WITH_OTHER_NUMBERS)
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 # A method chooses its own projector, optimiser and views; a test needs small ones.

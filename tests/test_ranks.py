@@ -24,12 +24,12 @@ SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
 OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, [])]) for m in METHODS if m != "caco"}
 CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
-CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino"))]
+CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
 CASES += [" ".join([OF_METHOD["swav"], *MULTICROP, QUEUE[0].replace("128", "32"), QUEUE[1]])]  # two of rank_worker's batches
 # Of four, every method, but of CaCo's settings only CaCo itself.
 OF_FOUR = [case for case in CASES if case == "pn=both" or not case.startswith(("pn=", "bank."))]
-# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over prototypes.
-FAST = ["pn=both", OF_METHOD["mocov2"], OF_METHOD["simclr"], CASES[-1]]
+# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over prototypes, covariances.
+FAST = ["pn=both", OF_METHOD["mocov2"], OF_METHOD["simclr"], CASES[-1], OF_METHOD["vicreg"]]
 QUIET = ["eval=[]" if override == "eval=[knn]" else override for override in TINY] + BANK
 EXACT = [*QUIET, *EVERY]  # what is trained in float64 is not evaluated
 FLOAT64 = 1e-7  # of losses, rows and velocities after a dozen steps; see rank_worker.in_float64

@@ -218,9 +218,6 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
     learning = [name for name in assigned if name.startswith("bank_learning.") and name != "bank_learning.filling_passes"]
-    warmed = [name for name in assigned if name.startswith("warm_start.")]
-    if warmed and "warm_start_steps" not in tree["method"]:
-        problems.append(f"{warmed[0]}: method={choices.get('method')} has no warm start; expected it not to be set")
     if learning and "lr" not in (tree.get("bank") or {}):
         problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
     if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:

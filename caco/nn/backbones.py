@@ -61,8 +61,11 @@ def mocov3_vit(*, name: str, num_heads: int = 12, image_size: int = 224, frozen_
     if not name.startswith("vit_"):
         raise UserError(f"backbone.name must be a ViT of timm's; got {name!r}")
     options = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True, "num_heads": num_heads, "weight_init": "moco"}
-    model = timm.create_model(name, pretrained=False, **options)
-    if model.num_prefix_tokens != 1 or model.pos_embed is None or model.no_embed_class:
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+    except AssertionError as error:  # timm's way to refuse
+        raise UserError(f"backbone: timm makes no {name} with num_heads={num_heads} and image_size={image_size}: {error}") from error
+    if not model.has_class_token or model.num_prefix_tokens != 1 or model.pos_embed is None or model.no_embed_class:
         raise UserError(f"backbone.name must be a ViT with one class token and position embeddings; got {name!r}")
     projection = model.patch_embed.proj
     inputs = projection.weight[0].numel()  # 3 p^2

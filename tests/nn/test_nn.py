@@ -20,6 +20,11 @@ def test_resnet50_is_torchvision_s_resnet50():
     assert (ours.layer1[0].bn3.weight == 1).all(), "no residual branch starts at zero"
 
 
+def test_blocks_may_start_as_the_identity():
+    model = timm_backbone(name="resnet50", zero_init_last=True)
+    assert all((block.bn3.weight == 0).all() for stage in (model.layer1, model.layer4) for block in stage)
+
+
 def test_the_two_resnets_compute_the_same():
     import torchvision
 
@@ -54,6 +59,7 @@ def test_a_vit_takes_crops_of_two_sizes():
     [
         (lambda: timm_backbone(name="resnet5"), "'resnet5'; near: .*resnet50"),
         (lambda: timm_backbone(name="vit_tiny_patch16_224", cifar_stem=True), "cifar_stem is for ResNets"),
+        (lambda: timm_backbone(name="vit_tiny_patch16_224", zero_init_last=True), "zero_init_last is for ResNets"),
         (lambda: small_resnet(width=7), "even width.*got width=7"),
         (lambda: small_resnet(blocks=[1, 1]), r"4 stages; got width=16, blocks=\[1, 1\]"),
         (lambda: small_resnet(stem_stride=4), "must be 1 or 2; got 4"),
