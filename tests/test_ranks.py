@@ -207,7 +207,7 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
     assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
 
 
-PLANNED = ["pn=both", "pn=positive", "pn=none", *(OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino")), CASES[-1]]
+PLANNED = ["pn=both", "pn=positive", "pn=none", *(OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg")), CASES[-1]]
 
 
 @pytest.fixture(scope="module")
