@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from caco.errors import UserError
 
 
+
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 
 
