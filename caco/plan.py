@@ -190,24 +190,29 @@ def _counted(text: str) -> tuple[dict[str, float], Method]:
 
 
 def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: str) -> tuple[float, float, float]:
-    """Of one image of `size` pixels: operations forward, operations forward and backward, bytes kept for backward."""
+    """Of one image of `size` pixels: operations of the encoder forward, of it and what follows it forward and backward, bytes kept for
+    backward."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     run = copy.deepcopy(encoder).to(dtype)
-    held = []  # meta tensors, so holding them costs nothing and keeps their storages apart
-    images = torch.empty(2, 3, size, size, device="meta", dtype=dtype)  # BatchNorm needs more than one
-    with FlopCounterMode(display=False) as counter:
+
+    def forward(images: int) -> tuple[torch.Tensor, int]:
+        """The output, and the bytes of all that is kept for backward: of weights and what is made of them, and of the images."""
+        held = []  # meta tensors, so holding them costs nothing and keeps their storages apart
         with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
-            out = run(images)
+            out = run(torch.empty(images, 3, size, size, device="meta", dtype=dtype))
+            encoder_flops.append(counter.get_total_flops())
             for other in others:
                 out = other(out)
-        forward = counter.get_total_flops()
+        return out, sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}.values())
+
+    encoder_flops: list[int] = []
+    with FlopCounterMode(display=False) as counter:
+        out, of_two = forward(2)  # BatchNorm needs more than one
         out.sum().backward()
         both = counter.get_total_flops()
     for parameter, copied in zip(encoder.parameters(), run.parameters(), strict=True):
         parameter.grad = torch.empty_like(parameter) if copied.grad is not None else None
-    own = {p.untyped_storage()._cdata for p in run.parameters()}
-    kept = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}
-    return forward / 2, both / 2, sum(size for key, size in kept.items() if key not in own) / 2
+    return encoder_flops[0] / 2, both / 2, forward(3)[1] - of_two
 
 
 def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module]) -> int:
@@ -217,9 +222,9 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
         return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, _BatchNorm))
 
     backbone, total = features(encoder.backbone), 0
-    for views, numbers in ((costs.encoded, 4), (costs.followed, 2)):
+    for views, numbers, heads in ((costs.encoded, 4, others), (costs.followed, 2, [])):  # a twin has no predictor
         passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
-        total += numbers * (backbone * passes[0] + (features(encoder, *others) - backbone) * passes[1])
+        total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])
     return total
 
 

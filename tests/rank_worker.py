@@ -181,3 +181,19 @@ def train_with_a_late_file_on_rank_1(*overrides):
     late = int(os.environ["RANK"])
     Checkpoints._files = lambda self, kind="": files(self, kind)[: 2 - late]
     caco_train(*overrides)
+
+
+def scores_of_all_ranks():
+    return 0.9 * torch.rand(10, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def write_balanced(path):
+    """SwAV's codes of ten images, of which each rank has its part."""
+    from caco.methods.assignments import balanced
+
+    start()
+    part = len(scores_of_all_ranks()) // distributed.world()
+    codes = distributed.gather(balanced(distributed.own(scores_of_all_ranks(), part), epsilon=0.05, iterations=3))
+    if distributed.is_main():
+        torch.save(codes, path)
+    distributed.stop()

@@ -3,6 +3,8 @@
 Shapes: B embeddings, D their width, K prototypes.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,5 +60,7 @@ def _as_linear(dim: int, number: int) -> Tensor:
 
 
 def _scores(z_BD: Tensor, weight_KD: Tensor) -> Tensor:
-    with torch.autocast(z_BD.device.type, enabled=False):  # a softmax at temperature 0.04 does not survive bf16's eight bits
+    """Without autocast: a softmax at temperature 0.04 does not survive bf16's eight bits."""
+    kind = z_BD.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():  # none for caco.plan's tensors
         return F.linear(z_BD, weight_KD)
