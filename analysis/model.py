@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from analysis import style
 from caco.banks.rows import TWIN_COSINE
 from caco.banks.scoring import unit_rows
+from caco.config import folders
 from caco.config.composition import build
 from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source, Splits, choose
@@ -62,6 +63,7 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
         listed = "".join(f"\n  {name}" for name in dict.fromkeys(made[-8:]))
         raise UserError(f"{run_dir}: expected a run's directory, got none." + (f" There are:{listed}" if made else ""))
     cfg = OmegaConf.load(run_dir / "config.yaml")
+    folders.use_recorded(cfg.get("config_dir"))
     if data_root is not None:
         cfg.data.root = data_root
     newest = Checkpoints(run_dir / "checkpoints").load_newest()

@@ -11,6 +11,7 @@ it prints is the picture's path.
 
 import argparse
 import shlex
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from caco import errors
-from caco.config import composition, refusals
+from caco.config import composition, folders, refusals
 from caco.errors import UserError
 from caco.installed import command_to_install
 from caco.tracking.ledger import read_rows
@@ -64,9 +65,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, metavar="FILE", help="by default picture.png in the run's directory")
     parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
     parser.add_argument("--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)")
-    arguments = parser.parse_args()
     with errors.told():
-        print(make(arguments))
+        print(make(parser.parse_args(folders.take(sys.argv[1:]))))
 
 
 def make(arguments: argparse.Namespace) -> Path:
