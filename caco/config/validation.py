@@ -67,7 +67,10 @@ def _shape(tree: dict[str, Any], root: type) -> list[str]:
         if key in tree and not (isinstance(tree[key], dict) and "_target_" in tree[key]):
             problems.append(f"{key}: expected a component with a _target_, got {tree[key]!r:.60}")
     if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
-        problems.append(f"bank: this setting has none, got {tree['bank']!r:.60}")
+        problems.append(
+            f"bank: this setting has none, got {tree['bank']!r:.60}; a method without one says bank: null in its file, as "
+            "conf/method/simclr.yaml does"
+        )
     if tree.get("launcher") is not None and not (isinstance(tree["launcher"], dict) and "_target_" in tree["launcher"]):
         problems.append(f"launcher: expected none, local or slurm, got {tree['launcher']!r:.60}")
     evaluators = tree.get("eval", {} if "eval" not in known else None)
@@ -236,8 +239,8 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
 def _composes_pn(method: str | None) -> bool:
     """Whether the method's option has the group pn among its defaults."""
     file = folders.option_file("method", str(method))
-    defaults = OmegaConf.load(file).get("defaults") if file else None
-    return any("/pn" in item for item in defaults or () if isinstance(item, DictConfig))
+    defaults = OmegaConf.load(file).get("defaults") or () if file else ()
+    return any("/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults)
 
 
 def _settings(group: str, file: Path) -> list[tuple[str, Any]]:
