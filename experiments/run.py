@@ -307,7 +307,8 @@ def _main(arguments: argparse.Namespace) -> int:
         why = reason.read_text().strip().splitlines()[-1] if reason.exists() else "did not finish"
         say(f"{run.name} has failed: {why}\n  {run.directory}; the same command with --retry tries it again")
     number = table.id.removeprefix("table")
-    say(f"{len(runs) - len(failed)} of {len(runs)} done; python -m analysis.table {number} --scale {scale.id} shows them")
+    words = shlex.join([number if number.isdigit() else table.id, "--scale", scale.id, *folders.flag()])
+    say(f"{len(runs) - len(failed)} of {len(runs)} done; python -m analysis.table {words} shows them")
     return 1 if failed else 0
 
 

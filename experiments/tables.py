@@ -255,7 +255,7 @@ class Experiment:
 
     def command(self, seed: int | str | None = None) -> str:
         """What a user types to have it run, with a seed or several, as 0,1."""
-        words = ["python -m experiments.run", self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
+        words = ["python -m experiments.run", *folders.flag(), self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
         words += [f"seed={seed}"] if seed is not None else []
         words += ["data.root=PATH"] if "root" in self.cfg.data and self.cfg.data.root is None else []
         return " ".join(words)

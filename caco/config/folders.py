@@ -7,6 +7,7 @@ import path is one, too, and forked and spawned processes inherit that.
 
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def use(*folders: str | Path) -> None:
     """Look into these folders besides conf/, the first of them first, and no longer into others.
 
     Raises:
-        UserError: one is not there, or a file in it has a name that is taken, so that it would never be read.
+        UserError: one is not there, or something in it would be ignored: a file whose name is taken, a # @package further down.
     """
     chosen = [Path(folder).expanduser().absolute() for folder in folders]
     for folder in chosen:
@@ -72,7 +73,7 @@ def use(*folders: str | Path) -> None:
             raise FileError(f"--config-dir: expected a folder, got {folder}, which is not there")
     _forget()
     for folder in chosen:
-        _refuse_taken_names(folder, chosen)
+        _refuse_what_would_be_ignored(folder, chosen)
     _own[:] = chosen
     if chosen:
         Plugins.instance().register(_SearchPath)
@@ -188,11 +189,15 @@ def _modules(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(paths) if path.stem.isidentifier() and not path.stem.startswith("__")}
 
 
-def _refuse_taken_names(folder: Path, ours: Sequence[Path]) -> None:
+def _refuse_what_would_be_ignored(folder: Path, ours: Sequence[Path]) -> None:
     for file in files(folder):
         known = CONF / file.relative_to(folder)
-        if file.suffix == ".yaml" and known.is_file() and not known.samefile(file):
+        if file.suffix != ".yaml":
+            continue
+        if known.is_file() and not known.samefile(file):
             raise UserError(f"{file}: caco has {known.relative_to(CONF)} already and would take its own; give yours another name")
+        if re.search(r"\A(?!\s*#\s*@)[\s\S]*^\s*#\s*@package\b", file.read_text(encoding="utf-8"), re.MULTILINE):
+            raise UserError(f"{file}: # @package has to be its first line; further down it is a mere comment")
     for name, path in _modules(folder).items():
         spec = signatures.find_spec(name)
         # A mere folder elsewhere has no origin, and gives way to a module.
