@@ -168,7 +168,7 @@ caco: pre-train with cooperative-adversarial contrastive learning.
   python -m caco.train -m bank=4M,8M seed=0,1,2     a sweep of six runs
 
 The same command again resumes its run. `--cfg job` prints the whole configuration and starts nothing, `--config-dir DIR` adds
-options and components of your own (README: "Your own"), `--hydra-help` lists Hydra's own flags.
+options and components of your own (README: "Your own method, ..."), `--hydra-help` lists Hydra's own flags.
 
 Groups, chosen by group=option:
 
