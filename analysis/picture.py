@@ -85,7 +85,7 @@ def make(arguments: argparse.Namespace) -> Path:
     trained = model.load(run_dir, arguments.data_root)
     curve = curve_of(read_rows(run_dir / "ledger.jsonl")[0], len(trained.splits.pretrain) // trained.cfg.batch)
     pixels = None if curve is None else model.pixels_knn(trained)
-    rows = None if trained.method.bank is None else model.bank_rows(trained, num_images=arguments.images)
+    rows = None if trained.bank is None else model.bank_rows(trained, num_images=arguments.images)
     if curve is None and rows is None:
         raise UserError(f"{run_dir}: expected a bank or an evaluation by k-NN to draw, got a run with neither")
     path = arguments.to or run_dir / "picture.png"
@@ -266,7 +266,7 @@ def rows_note(trained: "Trained", rows: "BankRows") -> str:
     """How the rows were found, and how well they stand for the others."""
     every = "all " if len(rows.images) == len(trained.splits.pretrain) else ""
     note = (
-        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {trained.method.bank.size:,} "
+        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {trained.bank.size:,} "
         f"rows. Shown: of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and "
         "in turn the one farthest from those taken."
     )

@@ -4,7 +4,7 @@
   python -m caco.write data=folder data.root=/path/to/photos out=photos max_resolution=500
   python -m caco.train data=beton data.root=photos backbone=resnet18 batch=256
 
-Options, besides data=... and data.KEY=... as of caco.train:
+Options, besides data=..., data.KEY=... and --config-dir DIR as of caco.train:
 
   out=FOLDER          where train.beton, test.beton and their sidecars (.json) go
   mode=jpeg           jpeg | raw (pixels: larger, and nothing to decode)

@@ -259,6 +259,17 @@ def test_without_the_folder_a_refusal_says_how_to_name_it(monkeypatch, capsys):
     assert "mine.Flat is not installed here; a file of your own is found in the folder that --config-dir names" in capsys.readouterr().err
 
 
+def test_the_folder_may_be_the_one_that_one_works_in(monkeypatch, capsys):
+    monkeypatch.chdir("own")
+    monkeypatch.syspath_prepend(Path.cwd())  # as python -m does
+    path = list(sys.path)
+    assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 0
+    Path("code.py").touch()
+    assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 2
+    assert "code.py: Python would import its own by the name code" in capsys.readouterr().err
+    assert sys.path == path
+
+
 def test_a_folder_that_holds_runs_and_images_too_is_used_without_them(tmp_path):
     own = tmp_path / "own"
     for name in ("parts/__init__.py", "parts/deep/er.py", "parts/deep/__pycache__/er.py", "runs/caco/one/config.yaml", "images/a/1.png", ".git/x.yaml"):

@@ -191,17 +191,18 @@ def _modules(folder: Path) -> dict[str, Path]:
 
 def _refuse_what_would_be_ignored(folder: Path, ours: Sequence[Path]) -> None:
     for file in files(folder):
-        known = CONF / file.relative_to(folder)
         if file.suffix != ".yaml":
             continue
+        known = CONF / file.relative_to(folder)
         if known.is_file() and not known.samefile(file):
             raise UserError(f"{file}: caco has {known.relative_to(CONF)} already and would take its own; give yours another name")
         if re.search(r"\A(?!\s*#\s*@)[\s\S]*^\s*#\s*@package\b", file.read_text(encoding="utf-8"), re.MULTILINE):
             raise UserError(f"{file}: # @package has to be its first line; further down it is a mere comment")
     for name, path in _modules(folder).items():
         spec = signatures.find_spec(name)
-        # A mere folder elsewhere has no origin, and gives way to a module.
-        elsewhere = spec and spec.origin and not any(Path(spec.origin).resolve().is_relative_to(own.resolve()) for own in ours)
-        if elsewhere or name in sys.stdlib_module_names:
-            whose = "its own" if name in sys.stdlib_module_names else spec.origin
-            raise UserError(f"{path}: Python would import {whose} by the name {name}; give yours another one")
+        origin = None if spec is None else spec.origin  # a mere folder elsewhere has none, and gives way to a module
+        if name in sys.stdlib_module_names:
+            origin = "its own"
+        elif origin is None or any(Path(origin).resolve().is_relative_to(one.resolve()) for one in ours):
+            continue
+        raise UserError(f"{path}: Python would import {origin} by the name {name}; give yours another one")
