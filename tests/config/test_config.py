@@ -251,6 +251,13 @@ def test_a_choice_that_something_later_undoes_is_refused_not_ignored(own_conf):
     accept("preset=selfish")
 
 
+def test_a_method_s_rate_gives_way_to_a_preset_s_but_not_to_silence():
+    accept("preset=demo", "method=byol")
+    assert composed("preset=demo", "method=byol")["optimizer"]["lr"] == composed("preset=demo")["optimizer"]["lr"]
+    assert "optimizer=sgd: a later group sets optimizer.lr=0.2 instead; say optimizer.lr=0.03" in refusal("method=byol", "optimizer=sgd")
+    accept("method=byol", "optimizer=sgd", "optimizer.lr=0.03", "optimizer.weight_decay=1e-4")
+
+
 def test_pn_belongs_to_caco(own_conf):
     recipe = composed()
     other = {"method": recipe["method"], "bank": recipe["bank"]}
@@ -328,6 +335,7 @@ def test_a_warm_start_is_set_in_one_place_and_its_former_name_is_still_read():
         (["warm_start.steps=1", "warm_start.passes=2"], "warm_start: expected steps or passes, got both, 1 and 2; set one of them to null"),
         (["pn=none", "warm_start.passes=2"], "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2"),
         (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
+        (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has none; leave it out"),
         (["pn=positive", "bank_learning.final_lr=0"], "bank_learning: nothing learns in this setting's bank"),
     ],
 )
