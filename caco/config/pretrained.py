@@ -8,13 +8,13 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from caco.config import composition, refusals, schema, validation
 from caco.errors import UserError
 from caco.installed import is_installed
+from caco.runs import renamed
 from caco.runs.files import read_json
-from caco.runs.identity import plain
 
 CHECKPOINT = re.compile(r"step_(\d{9})\.pt")
 DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto"}
@@ -107,6 +107,7 @@ def _chosen(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _recorded(run_dir: Path, root: type, chosen: dict[str, Any]) -> dict[str, Any]:
     """The parts of a run's configuration that this root has too and that the command line does not choose anew."""
-    tree = plain(OmegaConf.load(run_dir / "config.yaml"))
-    taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed")
+    tree = renamed.read_config(run_dir)
+    tree["batch"] = max(1, min(tree["batch"], 512))  # as in training: then features, and what is counted on them, are the same
+    taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed", "batch")
     return {key: tree[key] for key in taken if key in root.__dataclass_fields__ and key in tree and key not in chosen}
