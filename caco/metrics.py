@@ -13,7 +13,7 @@ that name stands in the name. What belongs to the run and not to the evaluator (
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # The recipes as conf/eval/*.yaml has them.
@@ -37,6 +37,7 @@ TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5,
 GEOMETRY = {"images": 2048}
 
 KNN = "caco.evals.knn.KNN"
+BASELINES = ("untrained/", "pixels/")  # of an evaluation: what it gave stands as untrained/NAME
 
 
 def knn(*, k: int = 20, temperature: float = 0.2, fraction: float = 1.0, **_: Any) -> str:
@@ -123,6 +124,11 @@ def objective(summary: Mapping[str, Any], evaluators: Mapping[str, Mapping[str, 
     """What a search (Optuna) maximises, of what the run itself measured: k-NN accuracy, else a probe's, else nothing."""
     probes = (f"{probe(**node)}_top1" for node in evaluators.values() if node["_target_"] == "caco.evals.probe.Probe")
     return next((summary[name] for name in (knn_metric(evaluators), *probes) if name in summary), None)
+
+
+def accuracies(names: Iterable[str]) -> list[str]:
+    """Of these the top-1 accuracies of a run's own backbone on its own data, sorted."""
+    return sorted({name for name in names if name.endswith("_top1") and "/" not in name})
 
 
 def is_percent(metric: str) -> bool:

@@ -29,7 +29,6 @@ class BankLearning:
     push: float = MISSING
     reading: str = MISSING
     initialisation: str = MISSING
-    filling_passes: int | None = MISSING
 
 
 @dataclass

@@ -19,6 +19,7 @@ from caco.config.composition import CONF
 from caco.config.schema import Root
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
+from caco.runs import renamed
 from caco.runs.identity import file_digest, flat, plain
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
@@ -178,6 +179,8 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     target = part["_target_"]
     if not isinstance(target, str) or "." not in target:
         return [f"{path}._target_: expected a dotted path to a class or function, got {target!r}"]
+    if (new := renamed.target(target)) != target:
+        return [f"{path}._target_: {target} is called {new} now"]
     module_name, _, name = target.rpartition(".")
     module = signatures.load(module_name)
     if module is None:
@@ -210,7 +213,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
-    learning = [name for name in assigned if name.startswith("bank_learning.") and name != "bank_learning.filling_passes"]
+    learning = [name for name in assigned if name.startswith("bank_learning.")]
     if learning and "lr" not in (tree.get("bank") or {}):
         problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
     for override in overrides:

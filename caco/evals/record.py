@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from caco import metrics
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import key_of
 from caco.runs import renamed
@@ -19,8 +20,6 @@ from caco.runs.identity import flat, is_neutral, plain
 from caco.tracking import recorded
 from caco.tracking.ledger import Ledger
 from caco.tracking.sync import last_status
-
-BASELINES = ("untrained/", "pixels/")
 
 
 class Record:
@@ -136,8 +135,8 @@ class Record:
 
     def table(self) -> str:
         """The results, a line each, beside those of the baselines where there are any."""
-        names = [name for name in self.results if not name.startswith(BASELINES)]
-        columns = {"": "trained"} | {b: b.rstrip("/") for b in BASELINES if any(r.startswith(b) for r in self.results)}
+        names = [name for name in self.results if not name.startswith(metrics.BASELINES)]
+        columns = {"": "trained"} | {b: b.rstrip("/") for b in metrics.BASELINES if any(r.startswith(b) for r in self.results)}
         width = max(map(len, names))
         lines = [" " * width + "".join(f"{title:>12}" for title in columns.values())] if len(columns) > 1 else []
         for name in names:

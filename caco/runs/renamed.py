@@ -71,8 +71,6 @@ NAMED_SINCE = {"caco.methods.nnclr.NNCLR": {"warm_start_temperature": 0.2}}
 ROW_KINDS = {"filling": "warm_start"}
 ROW_VALUES = {"momentum": "twin_momentum"}  # of the rows of kind train and filling
 
-BASELINES = ("untrained", "pixels")  # of an evaluation: its results are called BASELINE/NAME
-
 
 def _former_protocols(evaluator: Mapping[str, Any]) -> list[str]:
     """What a06a4e7 called the protocols of an evaluator, in the order of `metrics.protocols`: k-NN was knn, whatever its k."""
@@ -145,13 +143,6 @@ def _with_lists(node: Any) -> Any:
     return {key: _with_lists(value) for key, value in node.items()}
 
 
-def params(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat leaves by today's names, also where values are text and chosen options stand among them (tracking.json)."""
-    options = {name: value for name, value in recorded.items() if any(other.startswith(f"{name}.") for other in recorded)}
-    rest = {name: value for name, value in recorded.items() if name not in options}
-    return {**options, **flat(config(nested(rest)))}
-
-
 def read_config(run_dir: Path) -> dict[str, Any]:
     """What config.yaml says, by today's names; {} where there is none."""
     return config(_recorded_config(run_dir))
@@ -191,6 +182,13 @@ class Names:
         files = sorted((run_dir / "evaluations").glob("*.json"))
         return cls(_recorded_config(run_dir), [one for one in map(read_json, files) if "made_from" in one])
 
+    @staticmethod
+    def params(recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """What tracking.json has: the leaves as text, and among them the options that were chosen."""
+        options = {name: value for name, value in recorded.items() if any(other.startswith(f"{name}.") for other in recorded)}
+        rest = {name: value for name, value in recorded.items() if name not in options}
+        return {**options, **flat(config(nested(rest)))}
+
     def row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the ledger."""
         if row["kind"] == "eval":
@@ -228,8 +226,8 @@ class Names:
                 for name, value in values.items():
                     prefix = name.removesuffix(old)
                     is_its = name.endswith(old) and (prefix == "" or prefix.endswith("/")) and value == one["results"][old]
-                    first = prefix.partition("/")[0]
-                    if is_its and one["step"] == step and one["baseline"] == (first if first in BASELINES else None):
+                    baseline = next((of.rstrip("/") for of in metrics.BASELINES if prefix.startswith(of)), None)
+                    if is_its and one["step"] == step and one["baseline"] == baseline:
                         found[name] = prefix + new
         return found
 

@@ -142,6 +142,7 @@ class Feed:
 
         self._lock.enter_context(sending(self.run_dir, wait_s=0))
         self.mark = Watermark.load(self.run_dir)
+        self._names = self.mark.todays_names(self.run_dir)
         about = read_json(self.run_dir / "tracking.json")
         self._client, self._experiment_id = connect(self.uri, self.experiment)
         run = self._find()
@@ -159,7 +160,7 @@ class Feed:
         self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
         # A parameter is logged once: MLflow refuses another value, and cadence or paths may differ after a resume.
-        params = {_name(k): v[:_MAX_PARAM_CHARS] for k, v in about.get("params", {}).items()}
+        params = {_name(k): v[:_MAX_PARAM_CHARS] for k, v in self._names.params(about.get("params", {})).items()}
         params = [Param(k, v) for k, v in params.items() if k not in run.data.params]
         for part in _chunks(params, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, params=part, synchronous=True)
@@ -240,7 +241,7 @@ class Feed:
     def send(self) -> int:
         """Send the ledger's rows that MLflow does not have; returns how many there were."""
         rows, end = read_rows(self.run_dir / "ledger.jsonl", self._offset)
-        rows, self._skip = rows[self._skip :], 0
+        rows, self._skip = [self._names.row(row) for row in rows[self._skip :]], 0
         for part in _chunks(rows, _ROWS_PER_BATCH):
             self.mark.attempted = self.mark.sent + len(part)
             self.mark.save(self.run_dir)
@@ -290,6 +291,7 @@ class Feed:
         rows = read_rows(self.run_dir / "ledger.jsonl")[0]
         # The last row's time, so that ending twice sends the same points.
         step, time = (rows[-1]["step"], milliseconds(rows[-1])) if rows else (0, 0)
+        summary = self._names.summary(summary, rows)
         numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and is_finite(v)}
         self._log([Metric(_name(f"final/{k}"), float(v), time, step) for k, v in numbers.items()])
         if summary:

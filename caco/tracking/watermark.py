@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from caco.runs.files import locked, read_json, write_json
+from caco.runs.renamed import Names
 
 Point = tuple[str, int, str]  # kind, step, name of the value
 
@@ -31,6 +32,7 @@ class Watermark:
     system_sent: int = 0  # rows of system.jsonl
     files: dict[str, str] = dataclasses.field(default_factory=dict)  # artifacts, and which state of each MLflow has
     model_id: str = ""
+    by_todays_names: bool = False  # what was sent
     # Points that were rolled back after they had been sent (None) or perhaps sent (their time in ms, and value).
     rolled_back: dict[Point, tuple[int, float] | None] = dataclasses.field(default_factory=dict)
 
@@ -47,6 +49,14 @@ class Watermark:
         content = dataclasses.asdict(self)
         content["rolled_back"] = [[*point, old] for point, old in self.rolled_back.items()]
         write_json(_path(run_dir), content)
+
+    def todays_names(self, run_dir: Path) -> Names:
+        """How the run is read. One that an earlier version has sent by its own names is sent once more, by today's."""
+        names = Names.of(run_dir)
+        if names.is_old and not self.by_todays_names:
+            self.sent = self.attempted = 0
+        self.by_todays_names = True
+        return names
 
     def restart(self) -> None:
         """Forget the run: MLflow has nothing."""

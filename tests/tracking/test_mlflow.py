@@ -46,8 +46,8 @@ def test_a_run_is_found_by_config_name_and_holds_what_was_logged(look, tmp_path)
     for step, value in enumerate(values):
         tracker.log(step, {"loss": value, "note": "text stays in the ledger"})
     tracker.log(4, {"loss": 7.0}, kind="epoch")
-    tracker.log(4, {"knn_top1": 91.5}, kind="eval")
-    tracker.finish("FINISHED", {"knn_top1": 91.5, "steps": 5, "note": "x"})
+    tracker.log(4, {"knn20_top1": 91.5}, kind="eval")
+    tracker.finish("FINISHED", {"knn20_top1": 91.5, "steps": 5, "note": "x"})
 
     (run,) = look.runs("params.`bank.size` = '8192' and params.pn = 'both' and params.compile = 'false'")
     assert look.runs("params.`bank.size` = '4096'") == []
@@ -57,8 +57,8 @@ def test_a_run_is_found_by_config_name_and_holds_what_was_logged(look, tmp_path)
     assert run.data.tags["mlflow.source.git.commit"] == "abc"
     assert look.points("train/loss") == list(enumerate(values))
     assert look.points("epoch/loss") == [(4, 7.0)]
-    assert look.points("eval/knn_top1") == [(4, 91.5)]
-    assert look.points("final/knn_top1") == [(4, 91.5)]
+    assert look.points("eval/knn20_top1") == [(4, 91.5)]
+    assert look.points("final/knn20_top1") == [(4, 91.5)]
     assert look.points("final/steps") == [(4, 5.0)]
     assert look.artifacts() == ["config.yaml", "summary.json"]
     history = look.client.get_metric_history(run.info.run_id, "train/loss")
