@@ -166,8 +166,8 @@ def draw(trained: "Trained", curve: Curve | None, pixels: float | None, rows: "B
 
     if curve is not None:
         test = trained.splits.test
-        words(MARGIN, 0.18, "k-NN accuracy", fontsize=13, weight="bold", color=INK)
-        words(MARGIN, 0.44, f"{curve.metric} of {len(test):,} images of {test.name}, in percent", fontsize=9, color=FAINT)
+        words(MARGIN, 0.18, f"{metrics.title(curve.metric)} accuracy", fontsize=13, weight="bold", color=INK)
+        words(MARGIN, 0.44, f"of {len(test):,} images of {test.name}, in percent", fontsize=9, color=FAINT)
         axes = panel(MARGIN + TICKS, foot + BELOW, curve_width - TICKS - LABELS, body - ABOVE - BELOW)
         draw_curve(axes, curve, pixels, start="at the start" if trained.cfg.get("weights") else "untrained")
     if rows is not None:

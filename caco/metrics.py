@@ -137,9 +137,9 @@ def is_percent(metric: str) -> bool:
 
 
 def title(metric: str) -> str:
-    """As a heading: knn20_20pct_top1 -> k-NN 20, 20 %; probe_top1 -> probe; others as they are."""
+    """As a heading: knn20_20pct_top1 -> k-NN (20 of 20 %); probe_top1 -> probe; others as they are."""
     found = re.fullmatch(r"knn(\d+)(?:_([\d.]+)pct)?(?:_t([\d.e-]+))?_top1", metric)
     if found is None:
         return metric.removesuffix("_top1")
     k, share, temperature = found.groups()
-    return f"k-NN {k}" + (f", {share} %" if share else "") + (f", t {temperature}" if temperature else "")
+    return f"k-NN ({k}" + (f" of {share} %" if share else "") + (f", t {temperature}" if temperature else "") + ")"

@@ -99,7 +99,7 @@ def config(recorded: Mapping[str, Any]) -> dict[str, Any]:
         _move(tree, old, new)
     if tree == recorded:
         return tree
-    method, bank = tree.get("method") or {}, recorded.get("bank") or {}
+    method, bank = (part if isinstance(part, dict) else {} for part in (tree.get("method"), recorded.get("bank")))
     for key, value in NAMED_SINCE.get(method.get("_target_", ""), {}).items():
         method.setdefault(key, value)
     # One pass was the default, and is what null means today; a bank of random rows had a number of passes and made none.
@@ -214,9 +214,11 @@ class Names:
         for name, value in summary.items():
             if name not in trained or values[trained[name]] != value:
                 values.setdefault(evaluated.get(name, name), value)
-        if self.is_old and "config_hash" in values:
-            values["config_hash"] = run_hash(self.config)
-        return values
+        return self.with_hash(values)
+
+    def with_hash(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A summary, or tracking.json's tags, with the hash that the configuration has today."""
+        return {**values, "config_hash": run_hash(self.config)} if self.is_old and "config_hash" in values else dict(values)
 
     def _of_evaluations(self, values: Mapping[str, Any], step: int | None) -> dict[str, str]:
         """Old name -> new of those values that an evaluation afterwards gave."""

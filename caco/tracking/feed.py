@@ -142,7 +142,6 @@ class Feed:
 
         self._lock.enter_context(sending(self.run_dir, wait_s=0))
         self.mark = Watermark.load(self.run_dir)
-        self._names = self.mark.todays_names(self.run_dir)
         about = read_json(self.run_dir / "tracking.json")
         self._client, self._experiment_id = connect(self.uri, self.experiment)
         run = self._find()
@@ -157,6 +156,7 @@ class Feed:
             self._client.update_run(run.info.run_id, status="RUNNING", name=about.get("run_name"))
         self.mark.run_id, self.mark.closed = run.info.run_id, ""
         self.mark.uri, self.mark.experiment = self.uri, self.experiment
+        self._names = self.mark.todays_names(self.run_dir)
         self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
         # A parameter is logged once: MLflow refuses another value, and cadence or paths may differ after a resume.
@@ -164,7 +164,7 @@ class Feed:
         params = [Param(k, v) for k, v in params.items() if k not in run.data.params]
         for part in _chunks(params, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, params=part, synchronous=True)
-        tags = dict(about.get("tags", {}))
+        tags = self._names.with_hash(about.get("tags", {}))
         tags["caco.run_dir"] = str(self.run_dir.absolute())
         tags["mlflow.source.name"] = "caco.train"
         if "git_sha" in tags:

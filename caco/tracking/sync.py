@@ -97,7 +97,7 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
     num_rows = len(Ledger(run_dir / "ledger.jsonl"))
     is_complete = mark.sent == num_rows and mark.system_sent == len(Ledger(run_dir / "system.jsonl"))
     is_complete = is_complete and not new_files(run_dir, mark) and not has_new_model(run_dir, mark)
-    is_complete = is_complete and (mark.by_todays_names or not renamed.is_old(run_dir))
+    is_complete = is_complete and (mark.has_todays_names or not renamed.is_old(run_dir))
     if mark.closed == status and is_complete and mark.uri == uri:
         return f"complete ({status}, {num_rows} rows)"
     name = read_json(run_dir / "tracking.json")["params"].get("name")

@@ -10,6 +10,7 @@ from caco.runs.files import locked, read_json, write_json
 from caco.runs.renamed import Names
 
 Point = tuple[str, int, str]  # kind, step, name of the value
+_NAMES = "names of metrics"
 
 
 @dataclasses.dataclass
@@ -32,7 +33,6 @@ class Watermark:
     system_sent: int = 0  # rows of system.jsonl
     files: dict[str, str] = dataclasses.field(default_factory=dict)  # artifacts, and which state of each MLflow has
     model_id: str = ""
-    by_todays_names: bool = False  # what was sent
     # Points that were rolled back after they had been sent (None) or perhaps sent (their time in ms, and value).
     rolled_back: dict[Point, tuple[int, float] | None] = dataclasses.field(default_factory=dict)
 
@@ -53,10 +53,14 @@ class Watermark:
     def todays_names(self, run_dir: Path) -> Names:
         """How the run is read. One that an earlier version has sent by its own names is sent once more, by today's."""
         names = Names.of(run_dir)
-        if names.is_old and not self.by_todays_names:
+        if names.is_old and not self.has_todays_names:
             self.sent = self.attempted = 0
-        self.by_todays_names = True
+        self.files[_NAMES] = "today's"  # here, where the version that made the run does not mind it
         return names
+
+    @property
+    def has_todays_names(self) -> bool:
+        return _NAMES in self.files
 
     def restart(self) -> None:
         """Forget the run: MLflow has nothing."""

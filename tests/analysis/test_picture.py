@@ -286,7 +286,7 @@ def test_a_run_without_a_bank_is_its_curve_beside_untrained_and_raw_pixels(tmp_p
         "untrained": pytest.approx(evaluated[0]["knn20_20pct_top1"], abs=0.05),
         "trained": pytest.approx(evaluated[-1]["knn20_20pct_top1"], abs=0.05),
     }
-    assert f"knn20_20pct_top1 of {len(splits.test)} images of digits/test, in percent" in [text.get_text() for text in figure.texts]
+    assert f"of {len(splits.test)} images of digits/test, in percent" in [text.get_text() for text in figure.texts]
 
 
 @pytest.mark.parametrize("levels", [[92.7, 93.7, 98.7], [97.9, 98.0, 98.0], [10.0, 10.1, 50.0]])
