@@ -98,7 +98,7 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
     if target == "caco.evals.finetune.FineTune":
         name, lists = settings.pop("name", "finetune"), settings.pop("lists", None)
         fractions, epochs = settings.pop("fractions", [1.0]), settings.pop("epochs", [30])
-        shares = zip(fractions, epochs, strict=True)
+        shares = zip(fractions, epochs, strict=False)  # FineTune refuses lists of other lengths
         return [fine_tuned(name=name, fraction=part, epochs=count, listed=lists is not None, **settings) for part, count in shares]
     named = {
         KNN: knn,

@@ -97,6 +97,56 @@ def test_the_numbers_are_those_of_the_checkpoints_backbone_the_first_weights_and
         assert read_json(run_dir / "summary.json")[f"{prefix}knn20_20pct_top1"] == pytest.approx(expected["knn20_20pct_top1"], abs=0.26), prefix
 
 
+@pytest.fixture(scope="module")
+def monitored(tmp_path_factory) -> Path:
+    """As `finished`, with the paper's monitor, k-NN over 20 % of each class, measured by training."""
+    run_dir = tmp_path_factory.mktemp("runs") / "monitored"
+    overrides = [*TRAINING, "eval=[knn]"]
+    train(run_dir, *overrides)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(compose(*overrides), resolve=True))
+    return run_dir
+
+
+@pytest.fixture
+def knn_run(tmp_path, monitored) -> Path:
+    return Path(shutil.copytree(monitored, tmp_path / "monitored"))
+
+
+def test_the_same_protocol_gives_training_s_number_by_training_s_name_and_another_one_by_its_own(here, knn_run):
+    before, rows = read_json(knn_run / "summary.json"), evals(knn_run)
+    assert here(f"run={knn_run}", "eval=[knn]") == 0
+    assert (read_json(knn_run / "summary.json"), evals(knn_run)) == (before, rows)
+    (kept,) = (knn_run / "evaluations").glob("knn-*.json")
+    assert read_json(kept)["results"] == {"knn20_20pct_top1": before["knn20_20pct_top1"]}
+    assert here(f"run={knn_run}", "eval=[knn_all]") == 0
+    after = read_json(knn_run / "summary.json")
+    assert after == {**before, "knn20_top1": after["knn20_top1"]} and evals(knn_run)[:-1] == rows
+
+
+def test_another_number_of_the_same_name_never_replaces_training_s(here, knn_run, capsys):
+    before, rows = read_json(knn_run / "summary.json"), evals(knn_run)
+    for _ in range(2):  # measured; and answered from its file
+        assert here(f"run={knn_run}", "eval=[knn]", "seed=1") == 0
+        assert (read_json(knn_run / "summary.json"), evals(knn_run)) == (before, rows)
+        (kept,) = (knn_run / "evaluations").glob("knn-*.json")
+        (number,) = read_json(kept)["results"].values()
+        assert number != before["knn20_20pct_top1"], "else this shows nothing"
+        out, err = capsys.readouterr()
+        assert out.split() == ["knn20_20pct_top1", f"{number:.6g}"]
+        assert err == (
+            f"caco: knn20_20pct_top1: training measured {before['knn20_20pct_top1']:.6g}, which stays; the {number:.6g} of this "
+            f"evaluation is in {kept} alone\n"
+        )
+
+
+def test_of_two_evaluations_of_one_name_the_newer_counts(here, knn_run):
+    numbers = []
+    for seed in (0, 1):
+        assert here(f"run={knn_run}", "eval=[knn]", "eval.knn.fraction=0.05", f"seed={seed}") == 0
+        numbers.append(read_json(knn_run / "summary.json")["knn20_5pct_top1"])
+    assert numbers[0] != numbers[1] and [row["knn20_5pct_top1"] for row in evals(knn_run)[-2:]] == numbers
+
+
 def test_nothing_is_done_twice_and_a_cut_command_goes_on(here, run_dir, monkeypatch, capsys):
     done = []
     original = Evaluation.each

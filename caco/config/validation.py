@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from caco import metrics
 from caco.config import signatures
 from caco.config.annotations import argument_mismatches
 from caco.config.composition import CONF
@@ -53,6 +54,7 @@ def check(
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
         problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
+        problems = problems or _of_one_name(tree.get("eval", {}))
     if problems:
         raise UserError("\n".join(problems))
 
@@ -193,6 +195,17 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     taken = signatures.find(target)
     given = {key: value for key, value in part.items() if key != "_target_"}
     return argument_mismatches(given, taken, path, name, SUPPLIED.get(path, ())) if taken else []
+
+
+def _of_one_name(evaluators: dict[str, Any]) -> list[str]:
+    """Two evaluators whose results would have the same names."""
+    first: dict[str, str] = {}
+    given = [(name, protocol) for name, node in evaluators.items() for protocol in metrics.protocols(node)]
+    return [
+        f"eval.{name}: its results would be called {protocol}, as those of eval.{first[protocol]} are: leave one of them out, or give it other settings"
+        for name, protocol in given
+        if first.setdefault(protocol, name) != name
+    ]
 
 
 def _not_installed(tree: dict[str, Any]) -> list[str]:

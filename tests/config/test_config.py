@@ -315,6 +315,15 @@ def test_a_warm_start_is_set_in_one_place():
     assert composed("bank_learning.final_lr=0.03")["bank"]["final_lr"] == 0.03
 
 
+def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_starts(whole):
+    cfg = copy.deepcopy(whole)
+    cfg.eval.again = {**cfg.eval.knn, "block": 64}
+    with pytest.raises(UserError, match=r"eval\.again: its results would be called knn20_20pct, as those of eval\.knn are"):
+        validation.check(cfg)
+    cfg.eval.again.k = 5
+    validation.check(cfg)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
