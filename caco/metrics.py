@@ -123,7 +123,7 @@ def knn_metric(evaluators: Mapping[str, Mapping[str, Any]]) -> str | None:
 def objective(summary: Mapping[str, Any], evaluators: Mapping[str, Mapping[str, Any]]) -> float | None:
     """What a search (Optuna) maximises, of what the run itself measured: k-NN accuracy, else a probe's, else nothing."""
     probes = (f"{probe(**node)}_top1" for node in evaluators.values() if node["_target_"] == "caco.evals.probe.Probe")
-    return next((summary[name] for name in (knn_metric(evaluators), *probes) if name in summary), None)
+    return next((summary[name] for name in (knn_metric(evaluators), *probes) if name is not None and name in summary), None)
 
 
 def accuracies(names: Iterable[str]) -> list[str]:

@@ -229,7 +229,7 @@ def test_weights_from_elsewhere_get_a_folder_of_their_own(here, run_dir, tmp_pat
 
 def test_the_parts_that_the_run_recorded_are_taken_unless_chosen_anew(run_dir):
     cfg = pretrained.compose("evaluate", [f"run={run_dir}"])
-    assert (cfg.backbone.width, cfg.precision, cfg.loader.num_workers, cfg.data.size) == (8, "fp32", 0, 16)
+    assert (cfg.backbone.width, cfg.precision, cfg.loader.num_workers, cfg.data.size, cfg.batch) == (8, "fp32", 0, 16, 64)
     assert list(cfg.eval) == ["knn", "linear"]
     cfg = pretrained.compose("evaluate", [f"run={run_dir}", "data=folder", "data.root=/images", "precision=bf16", "seed=3"])
     assert "size" not in cfg.data and cfg.data.root == "/images" and (cfg.precision, cfg.seed) == ("bf16", 3)
