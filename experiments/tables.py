@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caco import metrics
-from caco.config import composition, refusals, schema, validation
+from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
 from caco.runs.identity import is_neutral, run_hash
 
@@ -101,26 +101,34 @@ class Scale:
 
     def evaluator_of(self, metric: str) -> str | None:
         """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if there is none."""
-        for file in sorted((composition.CONF / "eval").glob("*.yaml")):
-            text = file.read_text(encoding="utf-8")
-            package = text.partition("# @package ")[2].split()[0]  # eval.knn: also of knn_all
+        protocol = metrics.protocol_of(metric)
+        for option in folders.groups()["eval"]:
+            text = folders.option_file("eval", option).read_text(encoding="utf-8")
+            package = text.partition("# @package ")[2].partition("\n")[0].strip()  # eval.knn: also of knn_all
             own = [override for override in self.overrides if override.startswith(f"{package}.")]
             given = OmegaConf.from_dotlist([override.removeprefix(f"{package}.") for override in own])
-            if metrics.protocol_of(metric) in metrics.protocols(OmegaConf.merge(OmegaConf.create(text), given)):
-                return " ".join([f"eval=[{file.stem}]", *own])
+            known = metrics.protocols(OmegaConf.merge(OmegaConf.create(text), given))
+            if protocol in (known or [option]):  # one from elsewhere says nothing beforehand
+                return " ".join([f"eval=[{option}]", *own])
         return None
 
 
-def _names(folder: Path, pattern: str) -> list[str]:
-    return sorted(path.stem for path in folder.glob(pattern))
+def _files(pattern: str) -> dict[str, Path]:
+    """Files by name, ours and those of the user's own, which lie in DIR/experiments of --config-dir DIR."""
+    found: dict[str, Path] = {}
+    for folder in (HERE, *(own / "experiments" for own in folders.own())):
+        for path in sorted(folder.glob(pattern)):
+            if found.setdefault(path.stem, path) != path:
+                raise UserError(f"{path}: there is {found[path.stem]} already; give yours another name")
+    return dict(sorted(found.items()))
 
 
 def tables() -> list[str]:
-    return _names(HERE, "table*.yaml")
+    return list(_files("table*.yaml"))
 
 
 def scales() -> list[str]:
-    return _names(HERE / "scale", "*.yaml")
+    return list(_files("scale/*.yaml"))
 
 
 def _pick(kind: str, name: str, known: Sequence[str]) -> str:
@@ -148,7 +156,7 @@ def load_table(name: str) -> Table:
         UserError: there is none; its file is wrong.
     """
     name = _pick("table", f"table{name}" if name.isdigit() else name, tables())
-    path = HERE / f"{name}.yaml"
+    path = _files("table*.yaml")[name]
     table = _read(path, Table, id=name)
     _pick_in(path, "reference", table.reference, table.rows)
     for row in table.rows.values():
@@ -168,7 +176,7 @@ def load_scale(name: str) -> Scale:
     Raises:
         UserError: there is none; its file is wrong.
     """
-    path = HERE / "scale" / f"{_pick('scale', name, scales())}.yaml"
+    path = _files("scale/*.yaml")[_pick("scale", name, scales())]
     scale: Scale = _read(path, Scale, id=name)
     for key in {**scale.times, **scale.exactly}:
         _pick_in(path, "times, exactly", key, SCALED)
@@ -261,7 +269,7 @@ class Experiment:
 
     def command(self, seed: int | str | None = None) -> str:
         """What a user types to have it run, with a seed or several, as 0,1."""
-        words = ["python -m experiments.run", self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
+        words = ["python -m experiments.run", *folders.flag(), self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
         words += [f"seed={seed}"] if seed is not None else []
         words += ["data.root=PATH"] if "root" in self.cfg.data and self.cfg.data.root is None else []
         return " ".join(words)

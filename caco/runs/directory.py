@@ -23,9 +23,11 @@ from caco.runs.identity import differences, identity, plain, run_hash
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 
 
-def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
+def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Mapping[str, str] = {}) -> None:
     """Make run_dir this run's, for as long as this process lives, and write config.yaml and environment.json into it.
 
+    Args:
+        code: what it runs besides caco, for environment.json.
     Raises:
         ValueError: another process trains there now, or the directory holds a run of another identity, or of an earlier version.
     """
@@ -51,7 +53,7 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
     (run_dir / "failure.txt").unlink(missing_ok=True)
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
     if not (run_dir / "summary.json").exists():  # else it is done, and was where its record says
-        write_environment(run_dir)
+        write_environment(run_dir, code)
 
 
 def _version(run_dir: Path) -> str:
@@ -66,10 +68,10 @@ def _name_what_is_left_behind(run_dir: Path, cfg: DictConfig | Mapping[str, Any]
             print(f"caco: {other} is this run by {_version(other)} and cannot be gone on with: it starts anew in {run_dir}", file=sys.stderr)
 
 
-def write_environment(run_dir: Path) -> dict[str, str]:
-    """Write environment.json, what the run runs on and its command; returns the first."""
+def write_environment(run_dir: Path, code: Mapping[str, str] = {}) -> dict[str, str]:
+    """Write environment.json, what the run runs, what it runs on and its command; returns the first two."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    found = environment()
+    found = {**environment(), **code}
     write_json(run_dir / "environment.json", {**found, "command": command()})
     return found
 
