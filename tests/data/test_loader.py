@@ -419,7 +419,7 @@ def test_a_program_that_fails_with_a_loader_open_ends_at_once(repo_root: Path):
     script = """
 import numpy as np, torch
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1000.0
-from caco.data.loaders.bound import TorchLoader
+from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.sources import ImagesInMemory
 from caco.data.views.augmentation import View, Views
 views = Views(size=8, views={"both": View(count=2)}, mean=[0.5] * 3, std=[0.5] * 3)
