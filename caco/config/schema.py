@@ -59,6 +59,7 @@ class Root:
     weights: str | None = MISSING
     format: str | None = MISSING
     weights_digest: str | None = MISSING
+    config_dir: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     warm_start: WarmStart = field(default_factory=WarmStart)
     bank_learning: BankLearning = field(default_factory=BankLearning)

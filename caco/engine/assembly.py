@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from caco import distributed
+from caco.config import folders
 from caco.config.composition import build
 from caco.config.pretrained import CHECKPOINT, Place
 from caco.data.loaders.images import Images
@@ -187,7 +188,7 @@ def train(
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
         print(told, file=sys.stderr)
-        environment = directory.write_environment(run_dir)  # again: now PyTorch is here to say which GPUs and instructions it has
+        environment = directory.write_environment(run_dir, folders.record())  # again: now PyTorch is here to say which GPUs and instructions it has
         tracker.start(
             run_dir,
             params={**label.choices, **flat(cfg)},

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from caco.config import folders
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import key_of
 from caco.runs.directory import command
@@ -41,7 +42,7 @@ class Record:
         self.dir, self.cfg, self.tracker, self.step, self.path = results_dir, cfg, tracker, step, path
         self.is_run = is_run
         self.results: dict[str, float] = {}
-        self._environment = environment()
+        self._environment = environment() | folders.record()
 
     def open(self) -> str:
         """Open the ledger behind its last row; returns the status that the run had."""
@@ -64,10 +65,11 @@ class Record:
     def made_from(self, name: str, evaluation: Evaluation, encoder: nn.Module) -> dict[str, Any]:
         """All that decides an evaluator's numbers, as plain values."""
         store, evaluator = evaluation.store, evaluation.evaluators[name]
-        splits, views = store.splits, store.views
+        splits, views, node = store.splits, store.views, plain(self.cfg)["eval"][name]
         sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
         return {
-            "evaluator": {k: v for k, v in plain(self.cfg)["eval"][name].items() if not is_neutral(f"eval.{name}.{k}")},
+            "evaluator": {k: v for k, v in node.items() if not is_neutral(f"eval.{name}.{k}")}
+            | folders.code_of([node["_target_"]]),
             "inputs": evaluator.inputs() if hasattr(evaluator, "inputs") else [],
             "encoder": store.digest_of(encoder),
             "images": {split: source and source.digest() for split, source in sources.items()},

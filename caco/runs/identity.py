@@ -35,6 +35,7 @@ NEUTRAL_KEYS = (
     "loader.prefetch",
     "tracking",
     "launcher",
+    "config_dir",  # where it lies; of what is in it environment.json has the digests
     "hydra",
 )
 # Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
