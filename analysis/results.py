@@ -16,7 +16,7 @@ from scipy import stats
 
 from caco.errors import UserError
 from caco.runs.identity import differences, identity
-from caco.tracking.feed import first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
 from experiments import record
 from experiments.run import RECORDS
 from experiments.tables import Experiment, Scale, Table, experiments
