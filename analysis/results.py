@@ -19,7 +19,7 @@ from caco.config.schema import Root
 from caco.errors import UserError
 from caco.runs import renamed
 from caco.runs.identity import differences, identity, run_hash
-from caco.tracking.feed import first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
 from experiments import record
 from experiments.run import RECORDS
 from experiments.tables import Experiment, Scale, Table, experiments

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from caco.tracking.feed import Feed, first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.feed import Feed
 from caco.tracking.ledger import Ledger, LedgerTracker
+from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.watermark import Watermark
 
 _log = logging.getLogger(__name__)

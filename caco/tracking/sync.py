@@ -18,18 +18,9 @@ from typing import Any
 from caco.errors import UserError, told
 from caco.runs import renamed
 from caco.runs.files import process_start, read_json
-from caco.tracking.feed import (
-    Feed,
-    connect,
-    first_line,
-    has_new_model,
-    import_mlflow,
-    new_files,
-    refresh_sweep,
-    require_mlflow,
-    resolve_uri,
-)
+from caco.tracking.feed import Feed, has_new_model, new_files, refresh_sweep
 from caco.tracking.ledger import Ledger
+from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.watermark import Watermark
 
 _SILENT_HOURS = 24  # an evaluation may take hours without a row
