@@ -26,10 +26,17 @@ def register() -> None:
     ConfigStore.instance().store("evaluate_schema", EvaluateRoot)
     ConfigStore.instance().store("export_schema", ExportRoot)
     ConfigStore.instance().store("of_the_run", {})  # caco/config/pretrained.py replaces it by what a run recorded
+    ConfigStore.instance().store("bank_learning_taken_whole", bank_learning_taken_whole())
     ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
     OmegaConf.register_new_resolver("installed_tracking", installed_tracking, replace=True)
+
+
+def bank_learning_taken_whole() -> dict[str, str]:
+    """For conf/learned_bank.yaml: each setting of conf/config.yaml's bank_learning by its name, so that it is listed there alone."""
+    names = OmegaConf.load(CONF / "config.yaml").bank_learning
+    return {name: f"${{bank_learning.{name}}}" for name in names if name != "filling_passes"}  # which is the warm start's
 
 
 def installed_tracking() -> str:

@@ -210,9 +210,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
-    learning = [name for name in assigned if name.startswith("bank_learning.") and name != "bank_learning.filling_passes"]
-    if learning and "lr" not in (tree.get("bank") or {}):
-        problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
+    problems += _unlearned(tree, assigned)
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):
@@ -230,6 +228,19 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
                 if of_component and not by_hand and leaves.get(key) != asked and "${" not in str(asked):
                     undone_by = presets[-1] if presets else "a later group"
                     problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={asked}")
+    return problems
+
+
+def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
+    """Settings of bank_learning that do not come to this setting's bank, which conf/learned_bank.yaml gives them all."""
+    block, bank = tree.get("bank_learning", {}), tree.get("bank") or {}
+    problems = []
+    for name in assigned:
+        parent, _, key = name.partition(".")
+        if parent == "bank_learning" and key not in ("", "filling_passes", *bank):
+            there = ", ".join(name for name in block if name in bank)
+            expected = f"there are {there}" if there else "nothing learns in it; expected pn=both, pn=negative or method=adco"
+            problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
     return problems
 
 
