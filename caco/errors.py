@@ -32,7 +32,7 @@ def tell(error: Exception) -> None:
     """Show the message, once: a job of a sweep tells it before the sweep ends with the same error."""
     if not getattr(error, "is_told", False):
         print(f"caco: {error}", file=sys.stderr)
-        error.is_told = True
+        setattr(error, "is_told", True)
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ Imports neither torch nor a component, so that `--help` and every refusal come a
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -61,7 +62,7 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
 
 def job_config(cfg: DictConfig) -> DictConfig:
     """cfg without Hydra's own part."""
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def build(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
@@ -71,10 +72,16 @@ def build(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
         part: mapping with `_target_`, a dotted path; parts inside it that have one too are built first.
         supplied: arguments that no YAML holds, such as a module or parameters.
     """
-    arguments = OmegaConf.to_container(part, resolve=True) if isinstance(part, DictConfig) else dict(part)
-    module, _, name = arguments.pop("_target_").rpartition(".")
+    arguments = cast(dict[str, Any], OmegaConf.to_container(part, resolve=True)) if isinstance(part, DictConfig) else dict(part)
+    called = target({"_target_": arguments.pop("_target_")})
     arguments = {key: _build_inner(value) for key, value in arguments.items()}
-    return getattr(importlib.import_module(module), name)(**arguments, **supplied)
+    return called(**arguments, **supplied)
+
+
+def target(part: Mapping[str, Any] | DictConfig) -> Any:
+    """What a component's `_target_` names: a class or a function, imported."""
+    module, _, name = part["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _build_inner(value: Any) -> Any:

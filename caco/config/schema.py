@@ -108,4 +108,5 @@ class ExportRoot:
     augmentation: Any = MISSING
 
 
-ROOTS = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}
+AnyRoot = type[Root] | type[EvaluateRoot] | type[ExportRoot]
+ROOTS: dict[str, AnyRoot] = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}

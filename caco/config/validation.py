@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caco.config import signatures
 from caco.config.annotations import argument_mismatches
 from caco.config.composition import CONF
-from caco.config.schema import Root
+from caco.config.schema import AnyRoot, Root
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
 from caco.runs.identity import file_digest, flat, plain
@@ -28,7 +28,7 @@ SUPPLIED = {"projector": ("in_dim",)}  # plain values that no YAML gives, becaus
 
 
 def check(
-    cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None, root: type = Root
+    cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None, root: AnyRoot = Root
 ) -> None:
     """Refuse what cannot be run.
 
@@ -56,7 +56,7 @@ def check(
         raise UserError("\n".join(problems))
 
 
-def _shape(tree: dict[str, Any], root: type) -> list[str]:
+def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
     """The root has its keys and no others, and a component in each place for one."""
     known = list(root.__dataclass_fields__)
     problems = []
@@ -192,12 +192,20 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     return argument_mismatches(given, taken, path, name, SUPPLIED.get(path, ())) if taken else []
 
 
+def missing_package(tracking: Mapping[str, Any]) -> str | None:
+    """What is not installed here and the chosen tracker needs (caco/tracking/base.py: `package`); None where nothing is missing."""
+    package = signatures.declared(str(tracking.get("_target_")), "package")
+    return None if package is None or is_installed(package) else package
+
+
 def _not_installed(tree: dict[str, Any]) -> list[str]:
-    """MLflow: where it is not, nothing chooses it unless it is named (caco/config/composition.py: installed_tracking)."""
-    if tree.get("tracking", {}).get("_target_") != "caco.tracking.mlflow.MLflowTracker" or is_installed("mlflow"):
+    """Of the tracker; MLflow, where it is missing, is chosen by nobody who does not name it (composition.py: installed_tracking)."""
+    package = missing_package(tree.get("tracking", {}))
+    if package is None:
         return []
+    name, how = ("MLflow", command_to_install("mlflow")) if package == "mlflow" else (package, f"pip install {package}")
     return [
-        f"tracking=mlflow: MLflow is not installed; to have it: {command_to_install('mlflow')}; or leave tracking out: "
+        f"tracking={package}: {name} is not installed; to have it: {how}; or leave tracking out: "
         "the ledger keeps everything, and python -m caco.tracking.sync can send it later"
     ]
 
@@ -250,6 +258,6 @@ def _settings(group: str, file: Path) -> list[tuple[str, Any]]:
     header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
     package = header.group(1) if header else group
     prefix = "" if package == "_global_" else f"{package}."
-    content = OmegaConf.to_container(OmegaConf.create(text))
+    content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
     settings = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
     return [(f"{prefix}{key}", value) for key, value in flat(settings).items()]

@@ -1,17 +1,18 @@
 """Linear evaluation: a linear classifier on a frozen backbone, trained on crops and flips as the papers do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
 from caco.evals.features import FeatureStore
 
 
-class Linear:
+class Linear(Evaluator):
     """Test accuracy of the classifier after the LAST epoch: `<name>_top1` (and `_top5`), percent.
 
     Nothing is chosen on the test images: they are looked at once.
@@ -37,10 +38,10 @@ class Linear:
         larc: bool = True,
         trust_coefficient: float = 1e-3,
         schedule: Literal["cosine", "steps"] = "cosine",
-        milestones: list[int] = (),
+        milestones: Sequence[int] = (),
         decay: float = 0.1,
         unit: Literal["epoch", "step"] = "epoch",
-        scale: list[float] = (0.08, 1.0),
+        scale: Sequence[float] = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         when: Literal["epoch", "end"] = "end",
     ) -> None:
@@ -83,7 +84,7 @@ class Linear:
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<name>_top1`, percent) and, of more than five classes, (`<name>_top5`, percent)."""
         store = self._store
-        train = store.splits.train
+        train, _ = store.splits.labelled("linear evaluation")
         network = train_classifier(
             backbone,
             train,
@@ -94,5 +95,7 @@ class Linear:
             seed=self._seed,
             name=self.name,
         )
-        logits_NC = classify(network[1], store.features(backbone, "test"))
+        head = network[1]
+        assert isinstance(head, nn.Linear)
+        logits_NC = classify(head, store.features(backbone, "test"))
         yield from accuracies(logits_NC, self._test_labels, self.name)

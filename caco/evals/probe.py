@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore
 from caco.evals.logistic import fit, moments
 
 
-class Probe:
+class Probe(Evaluator):
     """Top-1 accuracy on the test set of a linear classifier of the training set's features: `probe_top1`, percent.
 
     Deterministic: one strength for all, no augmentation, nothing chosen on the test set.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from caco.evals.evaluation import Evaluation
@@ -14,7 +14,8 @@ from caco.evals.features import key_of
 from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import flat, is_neutral, plain
+from caco.runs.identity import flat, is_neutral, plain, recorded
+from caco.tracking.base import Tracker
 from caco.tracking.ledger import Ledger
 from caco.tracking.sync import last_status
 
@@ -37,7 +38,7 @@ class Record:
         is_run: whether results_dir is the run's own directory.
     """
 
-    def __init__(self, results_dir: Path, cfg: DictConfig, *, tracker: Any, step: int, path: Path, is_run: bool) -> None:
+    def __init__(self, results_dir: Path, cfg: DictConfig, *, tracker: Tracker, step: int, path: Path, is_run: bool) -> None:
         self.dir, self.cfg, self.tracker, self.step, self.path = results_dir, cfg, tracker, step, path
         self.is_run = is_run
         self.results: dict[str, float] = {}
@@ -54,7 +55,7 @@ class Record:
             params=about.get("params", flat(self.cfg)),
             tags=about.get("tags", {**self._environment, "weights": str(self.path)}),
             run_name=about.get("run_name", self.dir.name),
-            state={"rows": len(ledger), "mlflow_run_id": "", "sent": 0},
+            state={"rows": len(ledger)},
         )
         return "FINISHED" if status == "RUNNING" else status
 
@@ -68,7 +69,7 @@ class Record:
         sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
         return {
             "evaluator": {k: v for k, v in plain(self.cfg)["eval"][name].items() if not is_neutral(f"eval.{name}.{k}")},
-            "inputs": evaluator.inputs() if hasattr(evaluator, "inputs") else [],
+            "inputs": evaluator.inputs(),
             "encoder": store.digest_of(encoder),
             "images": {split: source and source.digest() for split, source in sources.items()},
             "augmentation": plain(self.cfg)["augmentation"],
@@ -105,10 +106,10 @@ class Record:
             write_json(summary, {**read_json(summary), **named})
 
     def _of_other_data(self) -> str:
-        recorded = self.dir / "config.yaml"
-        if not self.is_run or not recorded.is_file():
+        config = self.dir / "config.yaml"
+        if not self.is_run or not config.is_file():
             return ""
-        theirs, ours = plain(OmegaConf.load(recorded))["data"], plain(self.cfg)["data"]
+        theirs, ours = plain(recorded(config))["data"], plain(self.cfg)["data"]
         same = {key: value for key, value in theirs.items() if key != "root"}
         return "" if same == {key: value for key, value in ours.items() if key != "root"} else f"{self._data_name()}/"
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from caco.errors import UserError
 from caco.runs.environment import environment
 from caco.runs.files import write_json
-from caco.runs.identity import differences, identity, plain
+from caco.runs.identity import differences, identity, plain, recorded
 
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 
@@ -32,7 +32,7 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
     hold(run_dir)
     record = run_dir / "config.yaml"
     if record.exists():
-        changed = differences(identity(OmegaConf.load(record)), identity(cfg))
+        changed = differences(identity(recorded(record)), identity(cfg))
         if changed:
             shown = "\n".join(f"  {line}" for line in changed[:20])
             more = f"\n  and {len(changed) - 20} more" if len(changed) > 20 else ""

@@ -49,8 +49,15 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(cfg, DictConfig):
         return dict(cfg)
     # Key by key: hydra.run.dir asks for the hash while it is being resolved, so `hydra` must not be touched.
-    job = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    job = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return OmegaConf.to_container(job, resolve=True)  # type: ignore[return-value]
+
+
+def recorded(config: Path) -> DictConfig:
+    """The configuration that a run's config.yaml holds."""
+    cfg = OmegaConf.load(config)
+    assert isinstance(cfg, DictConfig), config
+    return cfg
 
 
 def flat(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
