@@ -20,6 +20,7 @@ from pathlib import Path
 from analysis.results import Found
 from analysis.table import add_sources, found_for, read_results
 from caco import errors
+from caco.config import folders
 from caco.config.refusals import nearest
 from caco.errors import UserError
 from caco.installed import command_to_install
@@ -46,8 +47,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the images that are drawn, and of t-SNE")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     parser.add_argument("--no-mlflow", action="store_true", help="do not log it to the MLflow runs that it shows")
-    arguments = parser.parse_args()
     with errors.told():
+        arguments = parser.parse_args(folders.take(sys.argv[1:]))
         paths, places = make(arguments)
         if not arguments.no_mlflow:
             from analysis.style import log_to_mlflow

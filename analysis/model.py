@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from analysis import style
 from caco.banks.rows import TWIN_COSINE
 from caco.banks.scoring import unit_rows
+from caco.config import folders
 from caco.config.composition import build
 from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source, Splits, choose
@@ -39,6 +40,11 @@ class Trained:
     step: int
 
     @property
+    def bank(self) -> Any:
+        """None where the method has none."""
+        return getattr(self.method, "bank", None)
+
+    @property
     def key_encoder(self) -> torch.nn.Module:
         """What embeds the keys, which choose rows (Eq. 11): the momentum twin, or the encoder where there is none."""
         return self.method.encoder if self.method.twin is None else self.method.twin.encoder
@@ -62,6 +68,7 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
         listed = "".join(f"\n  {name}" for name in dict.fromkeys(made[-8:]))
         raise UserError(f"{run_dir}: expected a run's directory, got none." + (f" There are:{listed}" if made else ""))
     cfg = OmegaConf.load(run_dir / "config.yaml")
+    folders.use_recorded(cfg.get("config_dir"))
     if data_root is not None:
         cfg.data.root = data_root
     newest = Checkpoints(run_dir / "checkpoints").load_newest()
@@ -84,7 +91,7 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     hardest, and some drawn from all rows.
     """
     trained = load(run_dir, data_root)
-    method, bank = trained.method, trained.method.bank
+    method, bank = trained.method, trained.bank
     if bank is None:
         raise UserError(f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative")
     train, test = trained.splits.labelled("Figure 3")
@@ -230,7 +237,7 @@ def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_ima
         count: rows, at most: of near-duplicates one is taken.
         num_images: embedded, at most: of a larger set so many are drawn, equally from the classes.
     """
-    images, bank = trained.splits.pretrain, trained.method.bank
+    images, bank = trained.splits.pretrain, trained.bank
     if num_images < len(images):
         images = images.part(choose(images.labels, num_images, len(images), seed=0, balanced=True), images.name)
     num_nearest = min(num_nearest, len(images))

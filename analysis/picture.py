@@ -11,6 +11,7 @@ it prints is the picture's path.
 
 import argparse
 import shlex
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from caco import errors
-from caco.config import composition, refusals
+from caco.config import composition, folders, refusals
 from caco.errors import UserError
 from caco.installed import command_to_install
 from caco.tracking.ledger import read_rows
@@ -64,9 +65,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, metavar="FILE", help="by default picture.png in the run's directory")
     parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
     parser.add_argument("--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)")
-    arguments = parser.parse_args()
     with errors.told():
-        print(make(arguments))
+        print(make(parser.parse_args(folders.take(sys.argv[1:]))))
 
 
 def make(arguments: argparse.Namespace) -> Path:
@@ -85,7 +85,7 @@ def make(arguments: argparse.Namespace) -> Path:
     trained = model.load(run_dir, arguments.data_root)
     curve = curve_of(read_rows(run_dir / "ledger.jsonl")[0], len(trained.splits.pretrain) // trained.cfg.batch)
     pixels = None if curve is None else model.pixels_knn(trained)
-    rows = None if trained.method.bank is None else model.bank_rows(trained, num_images=arguments.images)
+    rows = None if trained.bank is None else model.bank_rows(trained, num_images=arguments.images)
     if curve is None and rows is None:
         raise UserError(f"{run_dir}: expected a bank or an evaluation by k-NN to draw, got a run with neither")
     path = arguments.to or run_dir / "picture.png"
@@ -266,7 +266,7 @@ def rows_note(trained: "Trained", rows: "BankRows") -> str:
     """How the rows were found, and how well they stand for the others."""
     every = "all " if len(rows.images) == len(trained.splits.pretrain) else ""
     note = (
-        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {trained.method.bank.size:,} "
+        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {trained.bank.size:,} "
         f"rows. Shown: of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and "
         "in turn the one farthest from those taken."
     )

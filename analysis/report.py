@@ -7,6 +7,7 @@
 
 import argparse
 import base64
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from analysis.figure import OF_RESULTS, draw, of_a_run
 from analysis.results import NAMES, UNITS, Result
 from analysis.table import Sheet, add_sources, read_results
 from caco import errors
+from caco.config import folders
 from caco.errors import UserError
 from experiments import record
 from experiments.tables import load_scale, load_table, tables
@@ -44,8 +46,8 @@ def main() -> None:
     parser.add_argument("--data-root", metavar="PATH", help="where those runs' images are now")
     add_sources(parser)
     parser.add_argument("--out", type=Path, help="the page; by default SCALE.html or SWEEP.html")
-    arguments = parser.parse_args()
     with errors.told():
+        arguments = parser.parse_args(folders.take(sys.argv[1:]))
         page = of_sweep(arguments) if arguments.sweep else of_scale(arguments)
         out = arguments.out or Path(f"{arguments.scale or arguments.sweep.resolve().name}.html")
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from analysis import results
 from analysis.results import NAMES, UNITS, Found, Gain, Result, Spread
 from caco import errors
+from caco.config import folders
 from caco.errors import UserError
 from experiments.tables import Scale, Table, load_scale, load_table, scales
 
@@ -356,8 +357,8 @@ def main() -> None:
     parser.add_argument("--rows", help="these rows of the table alone, as none,both")
     parser.add_argument("--format", choices=FORMATS, default="text")
     add_sources(parser)
-    arguments = parser.parse_args()
     with errors.told():
+        arguments = parser.parse_args(folders.take(sys.argv[1:]))
         print(_main(arguments))
 
 

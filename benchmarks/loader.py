@@ -204,7 +204,7 @@ def decode(source: Any, workers: int) -> Contender:
 FIRST_BATCH = """
 import sys, time, torch
 from caco.config.composition import build, compose
-from caco.data.loaders.bound import FFCVLoader
+from caco.data.loaders.ffcv_loader import FFCVLoader
 cfg = compose(["data=beton", "data.root=" + sys.argv[1]])
 views, source = build(cfg.augmentation), build(cfg.data).pretrain
 started = time.perf_counter()

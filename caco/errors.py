@@ -35,6 +35,21 @@ def tell(error: Exception) -> None:
         setattr(error, "is_told", True)
 
 
+def require_contract(key: str, part: object, contract: type) -> None:
+    """Refuse a part that lacks a member of its contract (a Protocol), before it is used: mypy sees none that comes from elsewhere.
+
+    Raises:
+        UserError: what is missing, and what to derive from.
+    """
+    declared = {*contract.__annotations__, *(name for name in vars(contract) if not name.startswith("_"))}
+    missing = sorted(name for name in declared if not hasattr(part, name))
+    if missing:
+        raise UserError(
+            f"{key}: {type(part).__name__} has no {', '.join(missing)}; derive it from {contract.__module__}.{contract.__name__}, which says "
+            "what that is and has defaults for all that not every one needs"
+        )
+
+
 @contextlib.contextmanager
 def told(*, interrupted: str = "") -> Iterator[None]:
     """Around a command: a UserError is shown in its own words and ends the process with exit code 2, Ctrl-C with 130.

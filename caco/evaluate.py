@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from caco import errors
-from caco.config import pretrained
+from caco.config import folders, pretrained
 from caco.config.refusals import groups
 from caco.errors import UserError
 from caco.runs import directory
@@ -27,7 +27,8 @@ caco: evaluate a trained backbone.
 
 Results go into the run's ledger, summary.json and MLflow run, and into its folder evaluations/; with weights=, into a
 folder of their own (to=FOLDER). The same command again goes on where it stopped, and does nothing twice.
-`--cfg` prints the whole configuration and starts nothing.
+`--cfg` prints the whole configuration and starts nothing. A run's own components are found where it had them, or in the folder
+that `--config-dir DIR` names, as other components of your own.
 
 Groups, chosen by group=option:
 
@@ -44,15 +45,15 @@ def main() -> None:
 def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Callable[[DictConfig], None]) -> None:
     """The command line of a root in conf/: help, configuration, or `act` on what was composed and checked; exit code 2 on a
     refusal."""
-    overrides = sys.argv[1:]
-    flags = [item for item in overrides if item.startswith("-")]
     with errors.told(interrupted="the same command goes on with what is left to do"):
+        overrides = folders.take(sys.argv[1:])
+        flags = [item for item in overrides if item.startswith("-")]
         if {"-h", "--help"} & set(flags) or not overrides:
             listed = "\n".join(f"  {group}: {', '.join(options)}" for group, options in groups().items() if group in of_command)
             print(help_text.format(groups=listed), end="")
             return
         if set(flags) - {"--cfg"}:
-            raise UserError(f"{', '.join(flags)}: expected key=value, --cfg or --help")
+            raise UserError(f"{', '.join(flags)}: expected key=value, --config-dir DIR, --cfg or --help")
         cfg = pretrained.compose(name, [item for item in overrides if item not in ("--cfg", "job")])
         if flags:
             print(OmegaConf.to_yaml(OmegaConf.create(plain(cfg))), end="")

@@ -65,7 +65,7 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    is_plain = node.get("name") is not None and not node.get("cifar_stem")
+    is_plain = node["_target_"] == "caco.nn.backbones.timm_backbone" and not node.get("cifar_stem")
     for layout in layouts:
         if layout == "timm" and not is_plain:
             raise UserError("layouts: timm has no model with this backbone's stem; expected safetensors alone, got timm")

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from caco import errors
 from caco.banks import scoring
 from caco.banks.base import Bank
-from caco.config import composition, refusals, validation
+from caco.config import composition, folders, refusals, validation
 from caco.config.composition import build
 from caco.data.sets.sources import num_images_of
 from caco.engine.assembly import build_encoder, pick_device
@@ -232,7 +232,7 @@ def _images(cfg: DictConfig) -> int:
         held_out = data.get("validation_fraction") or 0.0
         known = round(known * (1 - held_out))
         return min(known, data.get("limit") or known)
-    if data.get("root") is None:
+    if "root" in data and data.root is None:
         raise UserError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
     return len(build(data).pretrain)
 
@@ -315,7 +315,7 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
 
 
 USAGE = """\
-usage: python -m caco.plan [overrides as for caco.train] [world=N] [images=N] [tflops=X] [bank_tflops=X] [gbytes_per_s=X] [measure=true]
+usage: python -m caco.plan [--config-dir DIR] [overrides as for caco.train] [world=N] [images=N] [tflops=X] [bank_tflops=X] [gbytes_per_s=X] [measure=true]
 
   world         devices, 1
   images        in the training split, where the data set does not say
@@ -329,7 +329,7 @@ def _main(arguments: list[str]) -> str:
     own: dict[str, Any] = {"world": 1, "images": None}
     overrides = []
     measured = False
-    for argument in arguments:
+    for argument in folders.take(arguments):
         key, _, value = argument.partition("=")
         if key == "measure":
             if value not in ("true", "false"):

@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from caco import errors
-from caco.config import composition, refusals, signatures, validation
+from caco.config import composition, folders, refusals, signatures, validation
 from caco.engine.preemption import Stop, Stopped, leave
 from caco.errors import SweepFailed, UserError
 from caco.installed import command_to_install, is_installed
@@ -50,7 +50,7 @@ def job(cfg: DictConfig) -> float | None:
     try:
         check(cfg, hydra_cfg, run_dir)
         if directory.is_first_rank():
-            directory.open_run(run_dir, cfg)
+            directory.open_run(run_dir, cfg, folders.record())
         opened = True
         return run(cfg, run_dir)
     except Exception as error:
@@ -168,8 +168,8 @@ caco: pre-train with cooperative-adversarial contrastive learning.
   python -m caco.train bank=12M batch=4096          the last row of Table VI
   python -m caco.train -m bank=4M,8M seed=0,1,2     a sweep of six runs
 
-The same command again resumes its run. `--cfg job` prints the whole configuration and starts nothing, `--hydra-help`
-lists Hydra's own flags.
+The same command again resumes its run. `--cfg job` prints the whole configuration and starts nothing, `--config-dir DIR` adds
+options and components of your own (README: "Your own method, ..."), `--hydra-help` lists Hydra's own flags.
 
 Groups, chosen by group=option:
 
@@ -190,9 +190,9 @@ def help_text(overrides: list[str]) -> str:
 def main() -> None:
     """The console script: Hydra's command line, with refusals in plain words and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them its own way
-    args = get_args_parser().parse_args()
+    args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
-    elsewhere = args.config_name or args.config_path or args.config_dir or args.experimental_rerun
+    elsewhere = args.config_name or args.config_path or args.experimental_rerun
     try:
         if args.help:
             print(help_text(args.overrides), end="")
@@ -204,7 +204,7 @@ def main() -> None:
                 name_sweep(args.overrides, num_jobs)
         if launched:
             if elsewhere:
-                raise UserError("launcher: a job composes conf/ alone; take launcher=none or no other folder")
+                raise UserError("launcher: a job composes the root conf/config.yaml; take launcher=none or no other root")
             offer_launcher()
         hydra.main(config_path=str(composition.CONF), config_name="config", version_base="1.3")(job)()
     except refusals.COMPOSITION_ERRORS as error:

@@ -4,7 +4,7 @@
   python -m caco.write data=folder data.root=/path/to/photos out=photos max_resolution=500
   python -m caco.train data=beton data.root=photos backbone=resnet18 batch=256
 
-Options, besides data=... and data.KEY=... as of caco.train:
+Options, besides data=..., data.KEY=... and --config-dir DIR as of caco.train:
 
   out=FOLDER          where train.beton, test.beton and their sidecars (.json) go
   mode=jpeg           jpeg | raw (pixels: larger, and nothing to decode)
@@ -153,6 +153,7 @@ def _counted(items: Iterator[Any], bar: tqdm) -> Iterator[Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    from caco.config import folders
     from caco.config.composition import build, compose
     from caco.config.refusals import COMPOSITION_ERRORS, explain
 
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     options: dict[str, Any] = {"out": None, "mode": "jpeg", "quality": None, "max_resolution": None, "num_workers": None}
     with errors.told(interrupted="nothing half-made is left"):
         overrides = []
-        for argument in arguments:
+        for argument in folders.take(arguments):
             key, _, value = argument.partition("=")
             if key in options:
                 number = key not in ("out", "mode")

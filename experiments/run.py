@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from caco import errors, train
-from caco.config import composition
+from caco.config import composition, folders
 from caco.config.refusals import nearest
 from caco.engine.progress import clock
 from caco.errors import SweepFailed, UserError
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        return shlex.join(["python", "-m", "caco.train", *self.overrides])
+        return shlex.join(["python", "-m", "caco.train", *folders.flag(), *self.overrides])
 
     def label(self) -> None:
         """Make the directory and write down what the run is for, unless it was begun for another table's row."""
@@ -136,7 +136,7 @@ def train_here(runs: Sequence[Run]) -> list[Run]:
 def _train(overrides: list[str]) -> int | str | None:
     """caco.train's exit code, as if it had been typed; a bug shows its traceback and counts as 1."""
     before = sys.argv
-    sys.argv = [train.__file__, *overrides]
+    sys.argv = [train.__file__, *folders.flag(), *overrides]
     try:
         train.main()
     except SystemExit as end:
@@ -248,11 +248,14 @@ def show(runs: Sequence[Run], world: int) -> None:
         print(f"# {costs[run.experiment.name]}\n{run.command}")
 
 
+@errors.told()
 def main() -> None:
+    words = folders.take(sys.argv[1:])
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"scales: {', '.join(scales())}. What they are: experiments/scale/*.yaml; the tables: experiments/table*.yaml.",
+        epilog=f"scales: {', '.join(scales())}. What they are: experiments/scale/*.yaml; the tables: experiments/table*.yaml. "
+        "--config-dir DIR adds options and components of your own, and tables and scales in DIR/experiments.",
     )
     parser.add_argument("table", help="table1 ... table7")
     parser.add_argument(
@@ -262,9 +265,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="list every run's state, command and cost; start nothing")
     parser.add_argument("--retry", action="store_true", help="also what has failed before")
-    arguments = parser.parse_args()
-    with errors.told():
-        sys.exit(_main(arguments))
+    sys.exit(_main(parser.parse_args(words)))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -306,7 +307,8 @@ def _main(arguments: argparse.Namespace) -> int:
         why = reason.read_text().strip().splitlines()[-1] if reason.exists() else "did not finish"
         say(f"{run.name} has failed: {why}\n  {run.directory}; the same command with --retry tries it again")
     number = table.id.removeprefix("table")
-    say(f"{len(runs) - len(failed)} of {len(runs)} done; python -m analysis.table {number} --scale {scale.id} shows them")
+    words = shlex.join([number if number.isdigit() else table.id, "--scale", scale.id, *folders.flag()])
+    say(f"{len(runs) - len(failed)} of {len(runs)} done; python -m analysis.table {words} shows them")
     return 1 if failed else 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from caco.config import composition, refusals, schema, validation
+from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
 from caco.runs.identity import is_neutral, run_hash
 
@@ -99,16 +99,22 @@ class Scale:
     controls: dict[str, str] = field(default_factory=dict)
 
 
-def _names(folder: Path, pattern: str) -> list[str]:
-    return sorted(path.stem for path in folder.glob(pattern))
+def _files(pattern: str) -> dict[str, Path]:
+    """Files by name, ours and those of the user's own, which lie in DIR/experiments of --config-dir DIR."""
+    found: dict[str, Path] = {}
+    for folder in (HERE, *(own / "experiments" for own in folders.own())):
+        for path in sorted(folder.glob(pattern)):
+            if found.setdefault(path.stem, path) != path:
+                raise UserError(f"{path}: there is {found[path.stem]} already; give yours another name")
+    return dict(sorted(found.items()))
 
 
 def tables() -> list[str]:
-    return _names(HERE, "table*.yaml")
+    return list(_files("table*.yaml"))
 
 
 def scales() -> list[str]:
-    return _names(HERE / "scale", "*.yaml")
+    return list(_files("scale/*.yaml"))
 
 
 def _pick(kind: str, name: str, known: Sequence[str]) -> str:
@@ -136,7 +142,7 @@ def load_table(name: str) -> Table:
         UserError: there is none; its file is wrong.
     """
     name = _pick("table", f"table{name}" if name.isdigit() else name, tables())
-    path = HERE / f"{name}.yaml"
+    path = _files("table*.yaml")[name]
     table = _read(path, Table, id=name)
     _pick_in(path, "reference", table.reference, table.rows)
     for row in table.rows.values():
@@ -156,7 +162,7 @@ def load_scale(name: str) -> Scale:
     Raises:
         UserError: there is none; its file is wrong.
     """
-    path = HERE / "scale" / f"{_pick('scale', name, scales())}.yaml"
+    path = _files("scale/*.yaml")[_pick("scale", name, scales())]
     scale: Scale = _read(path, Scale, id=name)
     for key in {**scale.times, **scale.exactly}:
         _pick_in(path, "times, exactly", key, SCALED)
@@ -249,7 +255,7 @@ class Experiment:
 
     def command(self, seed: int | str | None = None) -> str:
         """What a user types to have it run, with a seed or several, as 0,1."""
-        words = ["python -m experiments.run", self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
+        words = ["python -m experiments.run", *folders.flag(), self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
         words += [f"seed={seed}"] if seed is not None else []
         words += ["data.root=PATH"] if "root" in self.cfg.data and self.cfg.data.root is None else []
         return " ".join(words)

@@ -6,9 +6,10 @@ import sys
 from unittest.mock import patch
 
 import numpy as np
+
+from caco import instructions  # isort: skip  # before torch
 import torch
 
-from caco import instructions  # before torch
 from caco.banks.kernels import fused
 from caco.data.views import native
 from caco.data.views.augmentation import View, Views

@@ -218,7 +218,8 @@ def test_a_mistake_is_refused_with_what_was_expected(run_dir, overrides, expecte
 def test_refusals_and_help_come_without_torch(run_dir):
     code = f"""
         import sys
-        from caco import evaluate, export, pretrained
+        from caco import evaluate, export
+        from caco.config import pretrained
         for overrides in (["run=nowhere"], ["run={run_dir}", "eval=[linaer]"], ["run={run_dir}", "eval.knn.k=x"]):
             try:
                 pretrained.compose("evaluate", overrides)
@@ -268,7 +269,7 @@ def test_test_images_that_were_trained_on_are_refused_unless_told(here, run_dir,
 
 
 def test_a_run_that_another_process_trains_is_left_alone(run_dir, tmp_path):
-    hold = f"import sys, time; from caco import runs; from pathlib import Path; runs.hold(Path({str(run_dir)!r})); print(1, flush=True); time.sleep(600)"
+    hold = f"import sys, time; from caco.runs.directory import hold; from pathlib import Path; hold(Path({str(run_dir)!r})); print(1, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         command = [sys.executable, "-m", "caco.evaluate", f"run={run_dir}", "eval=[knn]"]

@@ -6,6 +6,7 @@ from tiny import compose, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from caco import plan
+from caco.config import composition
 from caco.engine import assembly
 
 
@@ -96,7 +97,7 @@ def test_time_is_operations_over_speed_and_bytes_over_bandwidth():
 
 def test_the_paper_s_run_without_its_data():
     """ResNet-50 at 224 px is 4.09 G multiply-adds; two queries forward and backward, two keys forward."""
-    cfg = plan.config.job_config(plan.config.compose(["batch=4096", "bank=12M"]))
+    cfg = composition.job_config(composition.compose(["batch=4096", "bank=12M"]))
     planned = plan.plan(cfg, world=32)
     assert planned["steps"] == 24 + 200 * (1_281_167 // 4096)
     assert planned["model_flops_per_step"] == pytest.approx(4096 * 2 * 4 * 2 * 4.1e9, rel=0.02)

@@ -14,7 +14,9 @@ import yaml
 from caco.banks.base import Bank
 from caco.config.composition import CONF, target
 from caco.data.loaders.bound import Loader
+from caco.data.sets.beton import BetonImages
 from caco.data.sets.sources import Source
+from caco.errors import UserError, require_contract
 from caco.evals.base import Evaluator
 from caco.methods.base import Method
 from caco.methods.sources import Negatives, Positives
@@ -44,20 +46,26 @@ def offered(group: str) -> set[type]:
 @pytest.mark.parametrize("group", IN_CONF)
 def test_what_conf_offers_declares_its_contract(group):
     """By its bases, so that mypy compares the two."""
-    assert offered(group) and [one for one in offered(group) if not issubclass(one, IN_CONF[group])] == []
+    assert offered(group) and [one for one in offered(group) if IN_CONF[group] not in one.__mro__] == []
 
 
-def test_a_part_that_lacks_a_member_is_refused_where_it_is_made():
-    class Half(Evaluator):
-        def build(self, store, *, seed): ...
+def test_a_part_that_lacks_a_member_is_refused_before_anything_is_computed():
+    class Half:
+        when = "end"
 
-    with pytest.raises(TypeError, match="abstract method"):
-        Half()
+        def run(self, backbone):
+            yield "half", 0.5
+
+    with pytest.raises(UserError, match="^eval.half: Half has no build, inputs, on_all_ranks; derive it from caco.evals.base.Evaluator, "):
+        require_contract("eval.half", Half(), Evaluator)
+    whole = type("Whole", (Half, Evaluator), {"build": lambda self, store, *, seed: None})()
+    require_contract("eval.whole", whole, Evaluator)
+    assert (whole.on_all_ranks, whole.inputs()) == (False, [])
 
 
 def kinds_asked(path: Path, names: set[str]) -> list[str]:
     """Where a file asks whether a value is of one of these classes, or writes one's name out, as to compare it with a configuration's."""
-    found = []
+    found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         asked: set[str] = set()
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
@@ -68,20 +76,22 @@ def kinds_asked(path: Path, names: set[str]) -> list[str]:
             asked = words(node.value)
         elif isinstance(node, ast.Constant) and re.fullmatch(r"[\w.]*\.\w+", str(node.value)):
             asked = {str(node.value).rpartition(".")[2]}
-        found += [f"{path.name}:{node.lineno}: {name}" for name in sorted(asked & names)]
-    return found
+        found += [(node.lineno, name) for name in asked & names] if isinstance(node, ast.expr) else []
+    return [f"{path.name}:{line}: {name}" for line, name in sorted(found)]
 
 
 def words(*nodes: ast.expr) -> set[str]:
-    return {getattr(one, "id", getattr(one, "attr", "")) for node in nodes for one in ast.walk(node)}
+    """Names and attributes, but not those of torch.nn, whose Linear is a layer."""
+    found = [one for node in nodes for one in ast.walk(node) if getattr(getattr(one, "value", None), "id", "") != "nn"]
+    return {getattr(one, "id", getattr(one, "attr", "")) for one in found}
 
 
 def test_nobody_asks_what_kind_of_part_something_is(repo_root):
     """What it needs, costs and can do stands in its contract; so a part from elsewhere is as good as one of these."""
     for group in IN_CONF:
-        offered(group)  # imports them
+        offered(group)  # imports what conf/ names
     names = {one.__name__ for contract in CONTRACTS for one in family(contract) if one.__module__.startswith("caco.")}
-    assert {"LearnableBank", "BetonImages", "BankRow", "KNN", "MLflowTracker", "Contrastive", "AutoLoader"} <= names
+    assert {"LearnableBank", BetonImages.__name__, "BankRow", "KNN", "MLflowTracker", "Contrastive", "AutoLoader"} <= names
     files = [file for part in ("caco", "experiments", "analysis", "benchmarks", "hydra_plugins") for file in (repo_root / part).rglob("*.py")]
     assert [line for file in files for line in kinds_asked(file, names)] == []
 

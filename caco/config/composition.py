@@ -5,20 +5,20 @@ Imports neither torch nor a component, so that `--help` and every refusal come a
 
 import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from yaml import MarkedYAMLError
 
+from caco.config import folders
+from caco.config.folders import CONF
 from caco.config.schema import EvaluateRoot, ExportRoot, Root
+from caco.errors import UserError
 from caco.installed import is_installed
 from caco.runs.identity import file_digest, run_name
-
-# Beside the package in a checkout, inside it in a wheel (pyproject.toml maps the one to the other).
-CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
 
 
 def register() -> None:
@@ -31,6 +31,7 @@ def register() -> None:
     ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
+    OmegaConf.register_new_resolver("config_dir", folders.config_dir, replace=True)
     OmegaConf.register_new_resolver("installed_tracking", installed_tracking, replace=True)
 
 
@@ -54,10 +55,15 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
     Args:
         name: of the root in conf/.
     Raises:
+        UserError: a file is no YAML; names the file and the line.
         Hydra's and OmegaConf's own errors; caco.config.refusals.explain puts them in words.
     """
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose(name, list(overrides), return_hydra_config=True)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra_compose(name, list(overrides), return_hydra_config=True)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise UserError(f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else str(error)) from error
 
 
 def job_config(cfg: DictConfig) -> DictConfig:

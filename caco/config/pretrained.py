@@ -10,10 +10,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from caco.config import composition, refusals, schema, validation
+from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
 from caco.runs.files import read_json
-from caco.runs.identity import plain, recorded
+from caco.runs.identity import plain, read_config
 
 CHECKPOINT = re.compile(r"step_(\d{9})\.pt")
 DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto"}
@@ -66,6 +66,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration conf/<name>.yaml of a command line, with what the run recorded where nothing else was chosen.
 
+    The folder of the user's own that the run recorded is looked into from then on.
+
     Args:
         name: "evaluate" or "export".
     Raises:
@@ -106,6 +108,7 @@ def _chosen(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _recorded(run_dir: Path, root: schema.AnyRoot, chosen: dict[str, Any]) -> dict[str, Any]:
     """The parts of a run's configuration that this root has too and that the command line does not choose anew."""
-    tree = plain(recorded(run_dir / "config.yaml"))
+    tree = plain(read_config(run_dir / "config.yaml"))
+    folders.use_recorded(tree.get("config_dir"))
     taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed")
     return {key: tree[key] for key in taken if key in root.__dataclass_fields__ and key in tree and key not in chosen}

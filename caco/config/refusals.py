@@ -9,8 +9,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from caco.config import folders
 from caco.config.annotations import is_plain
-from caco.config.composition import CONF, compose
+from caco.config.composition import compose
+from caco.config.folders import groups
 from caco.config.schema import ROOTS
 from caco.config.signatures import find
 from caco.config.validation import SUPPLIED
@@ -19,13 +21,6 @@ from caco.runs.identity import plain
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 _OF_MLFLOW = ("tracking.uri", "tracking.experiment", "tracking.feed_seconds", "tracking.finish_seconds", "tracking.model")
-
-
-def groups() -> dict[str, list[str]]:
-    """Every config group and its options, as they lie in conf/."""
-    return {
-        path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in sorted(CONF.iterdir()) if path.is_dir()
-    }
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -65,7 +60,7 @@ def _explain_option(missing: str) -> str:
     group, _, option = missing.rpartition("/")
     options = groups().get(group, [])
     listed = f" There are: {', '.join(options)}." if options else ""
-    return f"{group}={option}: no such option{nearest(option, options) or '.'}{listed}"
+    return f"{group}={option}: no such option{nearest(option, options) or '.'}{listed}{folders.misplaced(group, option)}"
 
 
 def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_list: bool) -> str:

@@ -48,6 +48,7 @@ class Root:
     weights: str | None = MISSING
     format: str | None = MISSING
     weights_digest: str | None = MISSING
+    config_dir: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     warm_start: WarmStart = field(default_factory=WarmStart)
     bank_learning: dict[str, Any] = field(default_factory=dict)  # what it holds are the bank's settings, checked there

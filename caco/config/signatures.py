@@ -6,12 +6,14 @@ Where that ends, at a C extension say, nothing is claimed and nothing refused.
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+
+from caco.errors import UserError
 
 MAX_HOPS = 12  # re-exports followed before giving up; also ends import circles
 
@@ -40,7 +42,11 @@ class Module:
         self.nodes: dict[str, ast.stmt] = {}
         self.imports: dict[str, tuple[str, str]] = {}  # local name -> (module, name there)
         self.stars: list[str] = []
-        self._collect(ast.parse(path.read_text(encoding="utf-8")).body)
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except SyntaxError as error:
+            raise UserError(f"{path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}") from error
+        self._collect(tree.body)
 
     def _collect(self, body: list[ast.stmt]) -> None:
         for node in body:
@@ -71,16 +77,25 @@ class Module:
         return ".".join([*kept, *([node.module] if node.module else [])])
 
 
+def find_spec(name: str, search: Sequence[str] | None = None) -> ModuleSpec | None:
+    """Where Python would import a module from, whatever it has imported; `search` is its parent's path."""
+    specs = (finder.find_spec(name, search) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    return next(filter(None, specs), None)
+
+
 @lru_cache(maxsize=None)
 def load(name: str) -> Module | None:
-    """The module's parsed source; None where there is none to read. Parents are found, not imported."""
+    """The module's parsed source; None where there is none to read. Parents are found, not imported.
+
+    Raises:
+        UserError: it is no Python; names the file and the line.
+    """
     spec: ModuleSpec | None = None
     search = None
     parts = name.split(".")
     for length in range(1, len(parts) + 1):
         full = ".".join(parts[:length])
-        specs = (finder.find_spec(full, search) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-        spec = next(filter(None, specs), None)
+        spec = find_spec(full, search)
         if spec is None:
             return None
         search = spec.submodule_search_locations
@@ -114,6 +129,12 @@ def find(target: str) -> Signature | None:
     module = load(module_name) if module_name else None
     found = lookup(module, name) if module else None
     return signature(*found) if found else None
+
+
+def forget() -> None:
+    """Read every file anew: one may have been edited, or another come before it on the import path."""
+    load.cache_clear()
+    find.cache_clear()
 
 
 def signature(module: Module, node: ast.stmt) -> Signature | None:

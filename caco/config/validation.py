@@ -13,13 +13,12 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from caco.config import signatures
+from caco.config import folders, signatures
 from caco.config.annotations import argument_mismatches
-from caco.config.composition import CONF
 from caco.config.schema import AnyRoot, Root
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
-from caco.runs.identity import file_digest, flat, plain
+from caco.runs.identity import file_digest, flat, plain, read_config
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
 FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/nn/weights.py
@@ -68,7 +67,10 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
         if key in tree and not (isinstance(tree[key], dict) and "_target_" in tree[key]):
             problems.append(f"{key}: expected a component with a _target_, got {tree[key]!r:.60}")
     if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
-        problems.append(f"bank: this setting has none, got {tree['bank']!r:.60}")
+        problems.append(
+            f"bank: this setting has none, got {tree['bank']!r:.60}; a method without one says bank: null in its file, as "
+            "conf/method/simclr.yaml does"
+        )
     if tree.get("launcher") is not None and not (isinstance(tree["launcher"], dict) and "_target_" in tree["launcher"]):
         problems.append(f"launcher: expected none, local or slurm, got {tree['launcher']!r:.60}")
     evaluators = tree.get("eval", {} if "eval" not in known else None)
@@ -84,6 +86,7 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
 def _root(tree: dict[str, Any]) -> list[str]:
     """Plain values: sense, not taste. What depends on the data is checked where the data are known."""
     problems, demand = _demands(tree)
+    demand("config_dir", tree["config_dir"] == folders.config_dir(), "it not to be set; --config-dir DIR does")
     schedule, checkpoint, warm_start = tree["schedule"], tree["checkpoint"], tree["warm_start"]
     demand("name", re.fullmatch(r"\w[\w.+-]*", tree["name"]) is not None, "letters, digits and ._+- (a folder's name)")
     demand("batch", tree["batch"] >= 2, "at least 2 images")
@@ -182,7 +185,7 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     module = signatures.load(module_name)
     if module is None:
         if signatures.load(module_name.partition(".")[0]) is None:
-            return [f"{path}._target_: {target} is not installed here"]
+            return [f"{path}._target_: {target} is not installed here{folders.lacks(module_name)}"]
         return [f"{path}._target_: no module {module_name} that can be read, for {target}"]
     if signatures.lookup(module, name) is None:
         near = difflib.get_close_matches(name, [*module.nodes, *module.imports], n=1)
@@ -213,7 +216,7 @@ def _not_installed(tree: dict[str, Any]) -> list[str]:
 def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
     """What the command line asks for and the composed configuration does not do."""
     problems = []
-    if "pn" in choices and choices.get("method") not in ("caco", "caco_small"):
+    if "pn" in choices and not _composes_pn(choices.get("method")):
         problems.append(f"pn={choices['pn']}: belongs to method=caco, and the method is {choices.get('method')}")
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
@@ -222,8 +225,8 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):
-            file = CONF / group / f"{option.strip()}.yaml"
-            if group == "preset" or not file.is_file():
+            file = folders.option_file(group, option.strip())
+            if group == "preset" or file is None:
                 continue
             if group == "bank" and tree.get("bank") is None:
                 without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
@@ -250,6 +253,13 @@ def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
             expected = f"there are {there}" if there else "nothing learns in it; expected pn=both, pn=negative or method=adco"
             problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
     return problems
+
+
+def _composes_pn(method: str | None) -> bool:
+    """Whether the method's option has the group pn among its defaults."""
+    file = folders.option_file("method", str(method))
+    defaults = read_config(file).get("defaults") or () if file else ()
+    return any("/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults)
 
 
 def _settings(group: str, file: Path) -> list[tuple[str, Any]]:

@@ -10,18 +10,20 @@ import torch
 from omegaconf import DictConfig
 
 from caco import distributed
+from caco.banks.base import Bank
+from caco.config import folders
 from caco.config.composition import build
 from caco.config.pretrained import CHECKPOINT, Place
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
 from caco.data.sets.overlap import refuse_overlap
-from caco.data.sets.sources import Splits
+from caco.data.sets.sources import Source, Splits
 from caco.data.views.augmentation import Views
 from caco.engine.optimizers import Optimisation, Schedule
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import beginning, ending
 from caco.engine.trainer import Trainer
-from caco.errors import UserError
+from caco.errors import UserError, require_contract
 from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
 from caco.evals.record import Record, say_sometimes
@@ -65,8 +67,25 @@ def build_method(cfg: DictConfig) -> Method:
     """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
     torch.manual_seed(cfg.seed)
     encoder = build_encoder(cfg)
-    bank = {} if cfg.bank is None else {"bank": build(cfg.bank)}
-    return build(cfg.method, encoder=encoder, **bank)
+    if cfg.bank is None:
+        return build(cfg.method, encoder=encoder)
+    bank = build(cfg.bank)
+    require_contract("bank", bank, Bank)
+    return build(cfg.method, encoder=encoder, bank=bank)
+
+
+def build_tracker(cfg: DictConfig) -> Tracker:
+    tracker = build(cfg.tracking)
+    require_contract("tracking", tracker, Tracker)
+    return tracker
+
+
+def build_splits(cfg: DictConfig) -> Splits:
+    splits = build(cfg.data)
+    for name in ("pretrain", "train", "test"):
+        if (source := getattr(splits, name)) is not None:
+            require_contract(f"data: {name}", source, Source)
+    return splits
 
 
 def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
@@ -108,8 +127,8 @@ def train(
     hashes = distributed.all_objects(config_hash)
     if len(set(hashes)) > 1:
         raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
-    tracker: Tracker = build(cfg.tracking)
-    splits: Splits = build(cfg.data)
+    tracker = build_tracker(cfg)
+    splits = build_splits(cfg)
     views: Views = build(cfg.augmentation)
     data_digest = distributed.shared_object(splits.pretrain.digest() if main else None)
 
@@ -194,7 +213,7 @@ def train(
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
         print(told, file=sys.stderr)
-        environment = directory.write_environment(run_dir)  # again: now PyTorch is here to say which GPUs and instructions it has
+        environment = directory.write_environment(run_dir, folders.record())  # again: now PyTorch is here to say which GPUs and instructions it has
         tracker.start(
             run_dir,
             params={**label.choices, **flat(cfg)},
@@ -269,7 +288,7 @@ def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[st
     if cfg.baselines:
         encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size)}
     path, step = load_pretrained(cfg, place, backbone)
-    splits: Splits = build(cfg.data)
+    splits = build_splits(cfg)
     views: Views = build(cfg.augmentation)
     if cfg.overlap == "refuse" and distributed.is_main():
         refuse_overlap(splits)
@@ -288,7 +307,7 @@ def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[st
         say=say_sometimes(distributed.is_main()),
     )
     record = Record(
-        results_dir, cfg, tracker=build(cfg.tracking), step=step, path=path, is_run=place is not None and cfg.to is None
+        results_dir, cfg, tracker=build_tracker(cfg), step=step, path=path, is_run=place is not None and cfg.to is None
     )
     status = None
     try:

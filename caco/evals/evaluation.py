@@ -11,7 +11,7 @@ from caco import distributed
 from caco.data.loaders.bound import Loader
 from caco.data.sets.sources import Splits
 from caco.data.views.augmentation import Views
-from caco.errors import UserError
+from caco.errors import UserError, require_contract
 from caco.evals.base import Evaluator, When
 from caco.evals.features import FeatureStore, Precision
 
@@ -59,6 +59,7 @@ class Evaluation:
             say=say,
         )
         for name, evaluator in evaluators.items():
+            require_contract(f"eval.{name}", evaluator, Evaluator)
             try:
                 evaluator.build(self.store, seed=seed)
             except UserError as error:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from caco.config import folders
 from caco.data.loaders.bound import Loader
 from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
@@ -92,8 +93,9 @@ def full_float32() -> Iterator[None]:
 
 
 def network_digest(network: nn.Module) -> str:
-    """Sixteen hexadecimal digits of what a network computes: its structure and every parameter and buffer."""
-    state = hashlib.sha256(repr(network).encode())
+    """Sixteen hexadecimal digits of what a network computes: its structure, every parameter and buffer, and code of the user's own."""
+    code = folders.code_of({type(module).__module__ for module in network.modules()})
+    state = hashlib.sha256(f"{network!r}{code or ''}".encode())
     for name, tensor in network.state_dict().items():
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -9,12 +9,13 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from caco.config import folders
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import key_of
 from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import flat, is_neutral, plain, recorded
+from caco.runs.identity import flat, is_neutral, plain, read_config
 from caco.tracking.base import Tracker
 from caco.tracking.ledger import Ledger
 from caco.tracking.sync import last_status
@@ -42,7 +43,7 @@ class Record:
         self.dir, self.cfg, self.tracker, self.step, self.path = results_dir, cfg, tracker, step, path
         self.is_run = is_run
         self.results: dict[str, float] = {}
-        self._environment = environment()
+        self._environment = environment() | folders.record()
 
     def open(self) -> str:
         """Open the ledger behind its last row; returns the status that the run had."""
@@ -65,10 +66,11 @@ class Record:
     def made_from(self, name: str, evaluation: Evaluation, encoder: nn.Module) -> dict[str, Any]:
         """All that decides an evaluator's numbers, as plain values."""
         store, evaluator = evaluation.store, evaluation.evaluators[name]
-        splits, views = store.splits, store.views
+        splits, views, node = store.splits, store.views, plain(self.cfg)["eval"][name]
         sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
         return {
-            "evaluator": {k: v for k, v in plain(self.cfg)["eval"][name].items() if not is_neutral(f"eval.{name}.{k}")},
+            "evaluator": {k: v for k, v in node.items() if not is_neutral(f"eval.{name}.{k}")}
+            | folders.code_of([node["_target_"]]),
             "inputs": evaluator.inputs(),
             "encoder": store.digest_of(encoder),
             "images": {split: source and source.digest() for split, source in sources.items()},
@@ -109,7 +111,7 @@ class Record:
         config = self.dir / "config.yaml"
         if not self.is_run or not config.is_file():
             return ""
-        theirs, ours = plain(recorded(config))["data"], plain(self.cfg)["data"]
+        theirs, ours = plain(read_config(config))["data"], plain(self.cfg)["data"]
         same = {key: value for key, value in theirs.items() if key != "root"}
         return "" if same == {key: value for key, value in ours.items() if key != "root"} else f"{self._data_name()}/"
 

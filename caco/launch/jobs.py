@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from caco import instructions
 from caco.errors import UserError
 from caco.launch.labels import SWEEP
+from caco.launch.snapshot import OWN
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Job:
     def __call__(self) -> None:
         _export_ranks()
         quoted = str(self.run_dir).replace("\\", "\\\\").replace("'", "\\'")
-        sys.argv = ["caco-train", *self.overrides, f"hydra.run.dir='{quoted}'"]
+        own = Path(__file__).parents[2] / OWN  # of the copy of the code that this is
+        flag = ["--config-dir", str(own)] if own.is_dir() else []
+        sys.argv = ["caco-train", *flag, *self.overrides, f"hydra.run.dir='{quoted}'"]
         runpy.run_module("caco.train", run_name="__main__")
 
     def checkpoint(self) -> Any:
@@ -52,9 +55,9 @@ def environment_of_jobs(code: Path) -> dict[str, str]:
     And knows its sweep and its instructions, also where sbatch hands no environment on.
     """
     level = {} if instructions.LEVEL is None else {instructions.VARIABLE: instructions.LEVEL}
-    inherited = os.environ.get("PYTHONPATH")
-    path = f"{code}{os.pathsep}{inherited}" if inherited else str(code)
-    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", SWEEP: os.environ.get(SWEEP, "null"), **level}
+    # The copy of the user's own folder, too, comes before what is there otherwise, that folder itself perhaps.
+    path = [str(code), str(code / OWN) if (code / OWN).is_dir() else "", os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1", SWEEP: os.environ.get(SWEEP, "null"), **level}
 
 
 def demand(key: str, got: Any, holds: bool, expected: str) -> None:

@@ -5,19 +5,26 @@ import os
 import shutil
 from pathlib import Path
 
-from caco.config.composition import CONF
+from caco.config import folders
+from caco.config.folders import CONF
 from caco.runs.environment import SOURCE, environment
 from caco.runs.files import write_json
 
+OWN = "config_dir"  # the folder of the user's own, in a copy
+
 
 def snapshot(folder: Path) -> Path:
-    """Copy caco and conf into a folder of `folder`, named by content and commit; what Python's path must begin with.
+    """Copy caco, conf and the folder of --config-dir into a folder of `folder`, named by content and commit; Python's path must begin
+    with that.
 
     The copy has no Git: its source.json says which commit it is, and whether with changes (caco/runs/environment.py).
     """
     package = Path(__file__).parents[1]
     parts = {package: "caco"} if CONF.is_relative_to(package) else {package: "caco", CONF: "conf"}
     files = {f"{name}/{path.relative_to(part)}": path for part, name in parts.items() for path in _files(part)}
+    own = folders.config_dir()
+    if own is not None:
+        files |= {f"{OWN}/{path.relative_to(own)}": path for path in folders.files(Path(own))}
     known = environment()
     source = {key: known[key] for key in ("git_sha", "git_dirty")}
     content = hashlib.sha256(repr(source).encode())

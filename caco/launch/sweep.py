@@ -15,7 +15,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from caco.config import composition
+from caco.config import composition, folders
 from caco.errors import SweepFailed
 from caco.launch.jobs import Job
 from caco.launch.local import Local
@@ -149,5 +149,6 @@ def _report(jobs: list[Job], failed: list[Job], told: dict[str, str]) -> str:
             why = f"ended as {told.get(submitted['id'], 'GONE')}, without a word"
         lines += [f"  {job.run_dir}", f"    {why}", f"    log: {submitted['log']}"]
     lines.append("The same command again submits these and no others. One of them here, in this process:")
-    lines.append(f"  python -m caco.train {shlex.join(failed[0].overrides)} hydra.run.dir={failed[0].run_dir}")
+    words = [*folders.flag(), *failed[0].overrides]
+    lines.append(f"  python -m caco.train {shlex.join(words)} hydra.run.dir={failed[0].run_dir}")
     return "\n".join(lines)

@@ -16,14 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from caco.errors import UserError
 from caco.runs.environment import environment
 from caco.runs.files import write_json
-from caco.runs.identity import differences, identity, plain, recorded
+from caco.runs.identity import differences, identity, plain, read_config
 
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 
 
-def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
+def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Mapping[str, str] = {}) -> None:
     """Make run_dir this run's, for as long as this process lives, and write config.yaml and environment.json into it.
 
+    Args:
+        code: what it runs besides caco, for environment.json.
     Raises:
         ValueError: another process trains there now, or the directory holds a run of another identity.
     """
@@ -32,7 +34,7 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
     hold(run_dir)
     record = run_dir / "config.yaml"
     if record.exists():
-        changed = differences(identity(recorded(record)), identity(cfg))
+        changed = differences(identity(read_config(record)), identity(cfg))
         if changed:
             shown = "\n".join(f"  {line}" for line in changed[:20])
             more = f"\n  and {len(changed) - 20} more" if len(changed) > 20 else ""
@@ -42,13 +44,13 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any]) -> None:
     (run_dir / "failure.txt").unlink(missing_ok=True)
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
     if not (run_dir / "summary.json").exists():  # else it is done, and was where its record says
-        write_environment(run_dir)
+        write_environment(run_dir, code)
 
 
-def write_environment(run_dir: Path) -> dict[str, str]:
-    """Write environment.json, what the run runs on and its command; returns the first."""
+def write_environment(run_dir: Path, code: Mapping[str, str] = {}) -> dict[str, str]:
+    """Write environment.json, what the run runs, what it runs on and its command; returns the first two."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    found = environment()
+    found = {**environment(), **code}
     write_json(run_dir / "environment.json", {**found, "command": command()})
     return found
 

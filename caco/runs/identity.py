@@ -35,6 +35,7 @@ NEUTRAL_KEYS = (
     "loader.prefetch",
     "tracking",
     "launcher",
+    "config_dir",  # where it lies; of what is in it environment.json has the digests
     "hydra",
 )
 # Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
@@ -53,10 +54,10 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return OmegaConf.to_container(job, resolve=True)  # type: ignore[return-value]
 
 
-def recorded(config: Path) -> DictConfig:
-    """The configuration that a run's config.yaml holds."""
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig), config
+def read_config(file: Path) -> DictConfig:
+    """A YAML file of keys and values, such as a run's config.yaml."""
+    cfg = OmegaConf.load(file)
+    assert isinstance(cfg, DictConfig), f"{file}: expected keys"
     return cfg
 
 

@@ -11,7 +11,8 @@ from typing import Any
 def save_model(backbone: Any, run_dir: Path) -> Path:
     """Write `backbone`, a torch module from images [B, 3, H, W] to features [B, D], to run_dir/model, as a whole or not at all.
 
-    `mlflow.pytorch.load_model` gives it back as a module that can be trained on; it needs timm, not caco.
+    `mlflow.pytorch.load_model` gives it back as a module that can be trained on; it needs timm, not caco; and of a backbone
+    of the user's own the file that it is in, on Python's path.
     """
     target, aside = run_dir / "model", run_dir / f".model.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)

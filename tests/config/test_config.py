@@ -1,7 +1,6 @@
 """What a command line composes to, and what is refused before torch is imported."""
 
 import copy
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from caco.config import composition, refusals, validation
+from caco.config import folders, refusals, validation
 from caco.config.composition import CONF, build, compose
 from caco.errors import UserError
 from caco.runs.identity import plain
@@ -227,13 +226,13 @@ def test_a_bank_for_a_setting_without_one_is_refused_not_ignored(overrides, expe
 
 
 @pytest.fixture
-def own_conf(tmp_path, monkeypatch):
-    """A copy of conf/ to add to."""
-    conf = tmp_path / "conf"
-    shutil.copytree(CONF, conf)
-    for module in (composition, refusals, validation):
-        monkeypatch.setattr(module, "CONF", conf)
-    return conf
+def own_conf(tmp_path):
+    """A folder of options that are added to those of conf/."""
+    for group in ("method", "preset"):
+        (tmp_path / group).mkdir()
+    folders.use(tmp_path)
+    yield tmp_path
+    folders.use()
 
 
 def test_a_choice_that_something_later_undoes_is_refused_not_ignored(own_conf):

@@ -170,7 +170,7 @@ def test_what_cannot_be_meant_is_refused(in_memory, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             write_splits(in_memory, tmp_path, **settings)
-    with pytest.raises(FileError, match=r"expected .*train\.beton, got no such file; python -m caco\.data\.write"):
+    with pytest.raises(FileError, match=r"expected .*train\.beton, got no such file; python -m caco\.write"):
         beton(root=str(tmp_path))
 
 

@@ -12,7 +12,8 @@ from tiny import BANK, TINY, compose
 
 from caco import instructions, train
 from caco.installed import command_to_install
-from caco.launch.jobs import _environment, _hours
+from caco.launch.jobs import environment_of_jobs
+from caco.launch.slurm import _hours
 from caco.launch.local import Local
 from caco.launch.snapshot import snapshot
 from caco.runs.environment import environment
@@ -85,7 +86,7 @@ def test_time_limits_are_read_as_slurm_writes_them(limit, hours):
 @pytest.mark.parametrize("level", ["plain", "torch", None])
 def test_jobs_are_told_which_instructions_to_use(level, monkeypatch, tmp_path):
     monkeypatch.setattr(instructions, "LEVEL", level)
-    assert _environment(tmp_path).get("CACO_INSTRUCTIONS") == level
+    assert environment_of_jobs(tmp_path).get("CACO_INSTRUCTIONS") == level
 
 
 def test_a_snapshot_is_the_code_and_knows_its_commit(tmp_path):

@@ -1,7 +1,9 @@
 """The Trainer runs any method that keeps the contract, and a run of it goes on to the same bits from the middle."""
 
+import re
+import shlex
 import sys
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,10 @@ from test_contracts import MULTICROP
 from test_trainer import assert_same, final, record
 from tiny import compose
 
+import caco.train
 from caco.banks.fifo import FifoBank
+from caco.config import folders
 from caco.engine.assembly import train
-from caco.methods import base, sources
-from caco.nn.twin import MomentumTwin
-from caco.schedules import cosine
 
 STEPS = 30  # an epoch is 21
 SETTINGS = {
@@ -132,30 +133,39 @@ def test_a_method_whose_batch_must_stay_whole_is_not_cut(tmp_path):
         train(configured(toys.Toy, "accumulate=2"), tmp_path)
 
 
-def printed(repo_root, first_line):
-    """The README's block of Python that begins with this line."""
-    text = (repo_root / "README.md").read_text(encoding="utf-8")
-    return text[text.index("```python\n" + first_line) + len("```python\n") :].partition("```")[0]
+@pytest.fixture
+def printed(repo_root, tmp_path, monkeypatch):
+    """The README's files under mine/, written here; and its commands that use them."""
+    section = (repo_root / "README.md").read_text(encoding="utf-8").partition("## Your own method")[2].partition("\n## ")[0]
+    for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL):
+        file = tmp_path / re.search(r"^# (mine/.*)$", block, re.MULTILINE)[1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    yield [shlex.split(line) for line in re.findall(r"^\$ python -m caco.train (.*)$", section, re.MULTILINE)]
+    folders.use()
 
 
-def test_the_readme_s_method_trains_as_printed(repo_root, tmp_path, monkeypatch):
-    module = types.ModuleType("printed_method")
-    names = {"Method": base.Method, "Outputs": base.Outputs, "MomentumTwin": MomentumTwin, "cosine": cosine}
-    vars(module).update(names | {"nn": torch.nn, "F": torch.nn.functional, "torch": torch})
-    exec(printed(repo_root, "class Predicting(Method):"), vars(module))
-    monkeypatch.setitem(sys.modules, "printed_method", module)
-    cfg = configured(toys.Toy, "max_steps=4")
-    cfg.method = {"_target_": "printed_method.Predicting"}
-    train(cfg, tmp_path)
-    rows = [row for row in record(tmp_path) if row["kind"] == "train"]
-    assert len({row["loss"] for row in rows}) == 4 and rows[0]["twin_momentum"] == 0.99
+def typed(monkeypatch, *words):
+    """A training as it is typed, with the ledger alone; returns the rows of its training steps."""
+    monkeypatch.setattr(sys, "argv", ["caco-train", *words, "tracking=ledger", "eval=[]", "hydra.run.dir=run"])
+    caco.train.main()
+    return [row for row in record(Path("run")) if row["kind"] == "train"]
 
 
-def test_the_readme_s_source_chooses_as_printed(repo_root):
-    module = {"torch": torch, "Positives": sources.Positives, "Positive": sources.Positive}
-    exec(printed(repo_root, "class Halfway(Positives):"), module)
+def test_the_readme_s_method_trains_as_printed(printed, monkeypatch):
+    rows = typed(monkeypatch, *printed[0])
+    assert printed[0][-1] == "method=predicting"
+    assert len({row["loss"] for row in rows}) == len(rows) >= 4 and rows[0]["twin_momentum"] == 0.99
+
+
+def test_the_readme_s_source_trains_and_chooses_as_printed(printed, monkeypatch):
+    assert printed[1][-1] == "pn=halfway" and len(typed(monkeypatch, *printed[1])) >= 4
+    from halfway import Halfway  # found through the folder
+
     bank = FifoBank(size=16, dim=8, seed=0)
     k = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     nearest = bank.rows.weight[(k @ bank.rows.weight.T).argmax(1)].detach()
     expected = torch.nn.functional.normalize(k + nearest, dim=1)
-    assert torch.allclose(module["Halfway"]()(k, bank).vector_BD, expected, atol=1e-6)
+    assert torch.allclose(Halfway()(k, bank).vector_BD, expected, atol=1e-6)

@@ -197,7 +197,7 @@ def test_differences_tell_absent_from_null():
 
 HOLD = """
     import sys, time
-    from caco.runs.identity import open_run
+    from caco.runs.directory import open_run
     open_run(sys.argv[1], {"seed": 0})
     if len(sys.argv) > 2:  # a child that outlives its parent, as a loader worker may
         import os

@@ -149,17 +149,19 @@ def copy_of_the_code(tmp_path_factory):
     return folder
 
 
-NAMES = "name=alone,requeued,killed"
+NAMES = ["name=alone,requeued,killed", "pn=halfway"]
 
 
 @pytest.fixture(scope="module")
 def interrupted(slurm, tmp_path_factory, copy_of_the_code):
-    """One run, three times under three names: left alone, requeued, killed; the code is edited meanwhile."""
+    """One run, three times under three names: left alone, requeued, killed; the code is edited meanwhile, the user's own too."""
     folder = tmp_path_factory.mktemp("interrupted")
-    with Sweep(folder, NAMES, code=copy_of_the_code, held="requeued,killed") as sweep:
+    shutil.copytree(ROOT / "tests" / "own", folder / "own")
+    with Sweep(folder, *NAMES, "--config-dir", "own", code=copy_of_the_code, held="requeued,killed") as sweep:
         sweep.wait_until_held("runs/killed")
         # From here on the checkout is of no use: what goes on must be the code as it was submitted.
-        (copy_of_the_code / "caco" / "trainer.py").write_text("raise RuntimeError('edited after the submission')\n")
+        for file in (copy_of_the_code / "caco" / "engine" / "trainer.py", folder / "own" / "mine.py"):
+            file.write_text(f"raise RuntimeError('edited after the submission')\n{file.read_text()}")
         kill_processes_of(sweep.job("runs/killed"))
         sweep.wait_until_held("runs/requeued")
         shown("scontrol", "requeue", sweep.job("runs/requeued"))
@@ -222,7 +224,7 @@ def test_a_copy_of_the_code_is_recorded_by_the_commit_that_it_says(interrupted):
 @pytest.mark.long
 def test_the_same_sweep_again_has_nothing_to_do(interrupted):
     first, _ = interrupted
-    code, errors = swept(first.folder, NAMES)
+    code, errors = swept(first.folder, *NAMES, "--config-dir", "own")
     assert code == 0 and errors.count("is done already") == 3
     assert not shown("squeue", "--noheader")
 
