@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis import style
 from analysis.results import Found, Spread, heading
 from caco import metrics
+from caco.config.signatures import declared
 from caco.errors import UserError
 from experiments.tables import Scale, Table
 
@@ -104,7 +105,7 @@ def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool
 
     def fits(row: Found) -> bool:
         has = bool(row.by_seed) and bool(series(row, "max_probability"))
-        return has and (chosen or row.experiment.cfg.method.positives._target_.endswith(".BankRow"))
+        return has and (chosen or declared(row.experiment.cfg.method.positives._target_, "bank_rows"))
 
     rows = _need([row for row in found if row.experiment.why_not is None], "max_probability and a bank's positives", fits)
     figure, (top, bottom) = _figure(style.COLUMN, 3.9, 2, 1, sharex=True)

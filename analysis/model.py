@@ -104,7 +104,7 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
         m_KD = unit_rows(bank.rows.weight)[0].float()
         positive_T = nearest(k_TD, m_KD, k=1)[1][:, 0]
         cosine_K1, image_K1 = nearest(m_KD, images_ND, k=1)
-        tau = getattr(bank, "temperature", None) or method.temperature
+        tau = bank.temperature or method.temperature
         p_QK = torch.softmax(k_TD[chosen] @ m_KD.T / tau, dim=1)
         hard, drawn = 4, 3
         order_QR = p_QK.topk(1 + hard, dim=1).indices

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     files = []
 
-    def written(name: str, write) -> None:
+    def written(name: str, write: Callable[[Path], object]) -> None:
         aside = folder / f".{name}.partial"
         write(aside)
         aside.replace(folder / name)

@@ -132,7 +132,7 @@ def test_mlflow_and_the_dashboard_get_todays_names(command):
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     from analysis import table
     from caco.tracking import dashboard, sync
-    from caco.tracking.feed import import_mlflow
+    from caco.tracking.store import import_mlflow
 
     import_mlflow()
     from mlflow import MlflowClient

@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 
 from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
-from caco.installed import is_installed
 from caco.runs import renamed
 from caco.runs.files import read_json
 
@@ -76,20 +75,20 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     """
     try:
         chosen = _chosen(overrides)
-        recorded: dict[str, Any] = {}
+        of_the_run: dict[str, Any] = {}
         extra: list[str] = []
         own = schema.ROOTS[name].__dataclass_fields__
         if chosen.get("run") not in (None, "null"):
-            recorded = _recorded(locate(chosen["run"]).run_dir, schema.ROOTS[name], chosen)
-            if recorded.get("tracking", {}).get("_target_") == "caco.tracking.mlflow.MLflowTracker" and not is_installed("mlflow"):
-                del recorded["tracking"]  # of a run from another machine
+            of_the_run = _recorded(locate(chosen["run"]).run_dir, schema.ROOTS[name], chosen)
+            if validation.missing_package(of_the_run.get("tracking", {})) is not None:
+                del of_the_run["tracking"]  # of a run from another machine
         else:
             groups = {group: option for group, option in DEFAULTS_WITHOUT_A_RUN.items() if group not in chosen}
             extra = [f"{group}={option}" for group, option in groups.items() if group in own]
-        if "tracking" in own and "tracking" not in recorded and "tracking" not in chosen:
+        if "tracking" in own and "tracking" not in of_the_run and "tracking" not in chosen:
             extra.append(f"tracking={composition.installed_tracking()}")
         # As a config of its own, before the groups: what the command line chooses replaces what the run recorded.
-        ConfigStore.instance().store("of_the_run", recorded)
+        ConfigStore.instance().store("of_the_run", of_the_run)
         cfg = composition.compose([*extra, *overrides], name)
         validation.check(composition.job_config(cfg), overrides=overrides, root=schema.ROOTS[name])
         return composition.job_config(cfg)
@@ -107,7 +106,7 @@ def _chosen(overrides: Sequence[str]) -> dict[str, Any]:
     return {item.key_or_group: str(item.value()) for item in parsed}
 
 
-def _recorded(run_dir: Path, root: type, chosen: dict[str, Any]) -> dict[str, Any]:
+def _recorded(run_dir: Path, root: schema.AnyRoot, chosen: dict[str, Any]) -> dict[str, Any]:
     """The parts of a run's configuration that this root has too and that the command line does not choose anew."""
     tree = renamed.read_config(run_dir)
     folders.use_recorded(tree.get("config_dir"))

@@ -81,7 +81,7 @@ def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_l
     if isinstance(node, DictConfig):
         signature = find(node.get("_target_") or "")
         taken = signature.parameters.get(name) if signature else None
-        if taken and is_plain(taken.annotation, signature.module) and name not in SUPPLIED.get(parent, ()):
+        if signature and taken and is_plain(taken.annotation, signature.module) and name not in SUPPLIED.get(parent, ()):
             value = next(item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}="))
             return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
         if key in _OF_MLFLOW and not is_installed("mlflow"):

@@ -22,16 +22,6 @@ class WarmStart:
 
 
 @dataclass
-class BankLearning:
-    lr: float = MISSING
-    lr_reference_batch: int | None = MISSING
-    final_lr: float | None = MISSING
-    push: float = MISSING
-    reading: str = MISSING
-    initialisation: str = MISSING
-
-
-@dataclass
 class Checkpoint:
     every_epochs: int = MISSING
     every_steps: int | None = MISSING
@@ -61,7 +51,7 @@ class Root:
     config_dir: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     warm_start: WarmStart = field(default_factory=WarmStart)
-    bank_learning: BankLearning = field(default_factory=BankLearning)
+    bank_learning: dict[str, Any] = field(default_factory=dict)  # what it holds are the bank's settings, checked there
     log_every_steps: int = MISSING
     eval_every_epochs: int = MISSING
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -119,4 +109,5 @@ class ExportRoot:
     augmentation: Any = MISSING
 
 
-ROOTS = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}
+AnyRoot = type[Root] | type[EvaluateRoot] | type[ExportRoot]
+ROOTS: dict[str, AnyRoot] = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}

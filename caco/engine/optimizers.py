@@ -1,5 +1,6 @@
 """Optimisers from libraries on the paper's parameter groups, and what a step does with them: rates, clipping, freezing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm.optim
@@ -70,12 +71,13 @@ def adamw(
     batch: int,
     lr: float = 1e-3,
     reference_batch: int | None = 256,
-    betas: list[float] = (0.9, 0.999),
+    betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.05,
 ) -> torch.optim.Optimizer:
     """AdamW, for ViTs; parameters of one dimension do not decay. The rate is lr * batch / reference_batch."""
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
-    return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=tuple(betas))
+    first, second = betas
+    return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=(first, second))
 
 
 class Schedule:
@@ -156,8 +158,9 @@ class Optimisation:
         for number, group in enumerate(self.optimizer.param_groups):
             own = now[group["rate"]] if isinstance(group["rate"], str) else factor * group["rate"]
             group["lr"] = self.base_lr[number] * own
-            if self.weight_decay is not None and self.weight_decay[number] is not None:
-                group["weight_decay"] = self.weight_decay[number][training_step]
+            decays = None if self.weight_decay is None else self.weight_decay[number]
+            if decays is not None:
+                group["weight_decay"] = decays[training_step]
 
     def step(self, now: Now) -> None:
         """Move the parameters along their gradients, which are the mean over the ranks, and drop these."""

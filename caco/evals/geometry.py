@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from caco import metrics
 from caco.data.sets.sources import choose
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, extract, full_float32
 
 
@@ -47,7 +48,7 @@ def rank_me(x_ND: Tensor) -> float:
     return math.exp(-(share_R * share_R.log()).sum().item())
 
 
-class Geometry:
+class Geometry(Evaluator):
     """Label-free numbers of the features of some of the images that were pre-trained on.
 
     geometry/alignment (two augmented views), geometry/uniformity, geometry/rank_me (of D), geometry/rank_share (rank_me / D),

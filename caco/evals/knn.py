@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from caco import metrics
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, full_float32
 
 _LAST_INDEX = 2**32 - 1
@@ -106,7 +107,7 @@ def balanced_share(labels: np.ndarray, *, fraction: float, seed: int) -> np.ndar
     return np.sort(np.concatenate(chosen))
 
 
-class KNN:
+class KNN(Evaluator):
     """k-NN top-1 accuracy on the test set with (a share of) the training set as the feature bank, percent:
     `knn20_top1`, `knn20_20pct_top1`, ... (caco/metrics.py).
 

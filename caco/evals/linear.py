@@ -1,6 +1,6 @@
 """Linear evaluation: a linear classifier on a frozen backbone, trained on crops and flips as the papers do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -8,11 +8,12 @@ from torch import nn
 
 from caco import metrics
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
 from caco.evals.features import FeatureStore
 
 
-class Linear:
+class Linear(Evaluator):
     """Test accuracy of the classifier after the LAST epoch: `<protocol>_top1` (and `_top5`), percent.
 
     Nothing is chosen on the test images: they are looked at once.
@@ -39,10 +40,10 @@ class Linear:
         larc: bool = True,
         trust_coefficient: float = 1e-3,
         schedule: Literal["cosine", "steps"] = "cosine",
-        milestones: list[int] = (),
+        milestones: Sequence[int] = (),
         decay: float = 0.1,
         unit: Literal["epoch", "step"] = "epoch",
-        scale: list[float] = (0.08, 1.0),
+        scale: Sequence[float] = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         when: Literal["epoch", "end"] = "end",
     ) -> None:
@@ -86,7 +87,7 @@ class Linear:
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>_top1`, percent) and, of more than five classes, (`<protocol>_top5`, percent)."""
         store = self._store
-        train = store.splits.train
+        train, _ = store.splits.labelled("linear evaluation")
         network = train_classifier(
             backbone,
             train,
@@ -97,5 +98,7 @@ class Linear:
             seed=self._seed,
             name=self.protocol,
         )
-        logits_NC = classify(network[1], store.features(backbone, "test"))
+        head = network[1]
+        assert isinstance(head, nn.Linear)
+        logits_NC = classify(head, store.features(backbone, "test"))
         yield from accuracies(logits_NC, self._test_labels, self.protocol)

@@ -11,11 +11,12 @@ from torch import nn
 
 from caco import metrics
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore
 from caco.evals.logistic import fit, moments
 
 
-class Probe:
+class Probe(Evaluator):
     """Top-1 accuracy on the test set of a linear classifier of the training set's features: `probe_top1`, percent
     (another l2 stands in the name: caco/metrics.py).
 

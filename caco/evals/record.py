@@ -19,6 +19,7 @@ from caco.runs.environment import environment
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import flat, is_neutral, plain
 from caco.tracking import recorded
+from caco.tracking.base import Tracker
 from caco.tracking.ledger import Ledger
 from caco.tracking.sync import last_status
 
@@ -40,7 +41,7 @@ class Record:
         is_run: whether results_dir is the run's own directory.
     """
 
-    def __init__(self, results_dir: Path, cfg: DictConfig, *, tracker: Any, step: int, path: Path, is_run: bool) -> None:
+    def __init__(self, results_dir: Path, cfg: DictConfig, *, tracker: Tracker, step: int, path: Path, is_run: bool) -> None:
         self.dir, self.cfg, self.tracker, self.step, self.path = results_dir, cfg, tracker, step, path
         self.is_run = is_run
         self.results: dict[str, float] = {}
@@ -61,7 +62,7 @@ class Record:
             params=about.get("params", flat(self.cfg)),
             tags=about.get("tags", {**self._environment, "weights": str(self.path)}),
             run_name=about.get("run_name", self.dir.name),
-            state={"rows": len(ledger), "mlflow_run_id": "", "sent": 0},
+            state={"rows": len(ledger)},
         )
         return "FINISHED" if status == "RUNNING" else status
 
@@ -76,7 +77,7 @@ class Record:
         return {
             "evaluator": {k: v for k, v in node.items() if not is_neutral(f"eval.{name}.{k}")}
             | folders.code_of([node["_target_"]]),
-            "inputs": evaluator.inputs() if hasattr(evaluator, "inputs") else [],
+            "inputs": evaluator.inputs(),
             "encoder": store.digest_of(encoder),
             "images": {split: source and source.digest() for split, source in sources.items()},
             "augmentation": plain(self.cfg)["augmentation"],

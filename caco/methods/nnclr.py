@@ -4,9 +4,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco import distributed
+from caco.banks.base import Bank
 from caco.methods.base import Outputs
 from caco.methods.contrastive import Contrastive, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
+from caco.nn.heads import Encoder
 
 
 class NNCLR(Contrastive):
@@ -25,8 +27,8 @@ class NNCLR(Contrastive):
     def __init__(
         self,
         *,
-        encoder: nn.Module,
-        bank: nn.Module,
+        encoder: Encoder,
+        bank: Bank,
         predictor_hidden_dim: int = 4096,
         temperature: float = 0.1,
         warm_start_temperature: float = 0.2,
@@ -56,12 +58,12 @@ class NNCLR(Contrastive):
     def loss(self, views: list[Tensor]) -> Outputs:
         """Loss of one batch of views, each [B, 3, H, W]; the large ones come first."""
         z, _, _, terms = self.encode(views)
-        p = [F.normalize(self.predictor(z_BD).to(z_BD.dtype), dim=1) for z_BD in z]  # float32 under autocast too
-        everyone = [distributed.gather_with_gradient(p_BD) for p_BD in p]
-        neighbours = self.positives_of([z_BD.detach() for z_BD in z], terms)
+        p = {v: F.normalize(self.predictor(z_BD).to(z_BD.dtype), dim=1) for v, z_BD in z.items()}  # float32 under autocast too
+        everyone = {v: distributed.gather_with_gradient(p_BD) for v, p_BD in p.items()}
+        neighbours = self.positives_of({v: z_BD.detach() for v, z_BD in z.items()}, terms)
         # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
         score = contrast(
-            [neighbours[term.key].vector_BD for term in terms], [everyone[term.query] for term in terms],
+            [vector_BD for term in terms if (vector_BD := neighbours[term.key].vector_BD) is not None], [everyone[term.query] for term in terms],
             [Positive(p[term.query]) for term in terms], self.negatives, None, self.temperature,
         )  # fmt: skip
         self.keys.append([distributed.gather(z[0])])

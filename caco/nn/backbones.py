@@ -1,5 +1,7 @@
 """Backbones from timm: images in, pooled features out. Each has `num_features`, the width of what it gives."""
 
+from collections.abc import Sequence
+
 import timm
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from caco.errors import UserError
 
 
-def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float = 0.0, image_size: int | None = None):
+def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float = 0.0, image_size: int | None = None) -> nn.Module:
     """A timm model without its classifier, randomly initialised.
 
     Args:
@@ -36,7 +38,7 @@ def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float 
     return model
 
 
-def small_resnet(*, width: int = 16, blocks: list[int] = (1, 1, 1, 1), stem_stride: int = 1):
+def small_resnet(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1) -> nn.Module:
     """A ResNet of basic blocks for images of 16 to 32 pixels on a CPU; its features are 8 * width wide.
 
     Args:

@@ -53,9 +53,14 @@ class Projector(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Backbone, then projector, then the unit sphere. Images [B, 3, H, W] to float32 embeddings [B, D]."""
+    """Backbone, then projector, then the unit sphere. Images [B, 3, H, W] to float32 embeddings [B, D].
 
-    def __init__(self, *, backbone: nn.Module, projector: nn.Module):
+    Args:
+        backbone: has `num_features`, the width of its output.
+        projector: or another head that says by `dim` how wide its output is.
+    """
+
+    def __init__(self, *, backbone: nn.Module, projector: Projector):
         super().__init__()
         self.backbone, self.projector = backbone, projector
 

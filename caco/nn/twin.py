@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class MomentumTwin(nn.Module):
@@ -23,5 +23,5 @@ class MomentumTwin(nn.Module):
         torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
 
     @torch.no_grad()
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.encoder(images)

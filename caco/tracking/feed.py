@@ -71,8 +71,8 @@ class Feed:
         self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
         # A parameter is logged once: MLflow refuses another value, and cadence or paths may differ after a resume.
-        params = {_name(k): v[:_MAX_PARAM_CHARS] for k, v in self._names.params(about.get("params", {})).items()}
-        params = [Param(k, v) for k, v in params.items() if k not in run.data.params]
+        named = {_name(k): v[:_MAX_PARAM_CHARS] for k, v in self._names.params(about.get("params", {})).items()}
+        params = [Param(k, v) for k, v in named.items() if k not in run.data.params]
         for part in _chunks(params, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, params=part, synchronous=True)
         tags = self._names.with_hash(about.get("tags", {}))
@@ -80,8 +80,8 @@ class Feed:
         tags["mlflow.source.name"] = "caco.train"
         if "git_sha" in tags:
             tags["mlflow.source.git.commit"] = tags["git_sha"]  # the dashboard has a place for it
-        tags = [RunTag(_name(k), v[:_MAX_TAG_CHARS]) for k, v in tags.items()]
-        for part in _chunks(tags, _MAX_PARAMS):
+        run_tags = [RunTag(_name(k), v[:_MAX_TAG_CHARS]) for k, v in tags.items()]
+        for part in _chunks(run_tags, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, tags=part, synchronous=True)
         self._data_set(run, about)
         self._published(run, about)
@@ -248,8 +248,8 @@ class Feed:
 def new_files(run_dir: Path, mark: Watermark) -> dict[str, str]:
     """The artifacts of a run directory that MLflow lacks, and the state of each: configuration, environment, figures."""
     paths = [run_dir / "config.yaml", run_dir / "environment.json", *sorted((run_dir / "figures").glob("[!.]*"))]
-    states = {p.relative_to(run_dir).as_posix(): p.stat() for p in paths if p.is_file()}
-    states = {name: f"{status.st_size} bytes of {status.st_mtime_ns}" for name, status in states.items()}
+    found = {p.relative_to(run_dir).as_posix(): p.stat() for p in paths if p.is_file()}
+    states = {name: f"{status.st_size} bytes of {status.st_mtime_ns}" for name, status in found.items()}
     return {name: state for name, state in states.items() if mark.files.get(name) != state}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import uuid
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def roll_back(run_dir: Path, rows: list[dict[str, Any]], num_rows: int, *, wait_
             watermark.save(run_dir)
 
 
-def sending(run_dir: Path, *, wait_s: float):
+def sending(run_dir: Path, *, wait_s: float) -> AbstractContextManager[None]:
     """The lock of those who send this run to MLflow."""
     return locked(Path(run_dir) / "mlflow.lock", wait_s=wait_s)
 

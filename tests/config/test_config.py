@@ -329,7 +329,9 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
         (["warm_start.steps=1", "warm_start.passes=2"], "warm_start: expected steps or passes, got both, 1 and 2; set one of them to null"),
         (["pn=none", "warm_start.passes=2"], "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2"),
         (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
-        (["pn=positive", "bank_learning.final_lr=0"], "bank_learning: nothing learns in this setting's bank"),
+        (["pn=positive", "bank_learning.final_lr=0"], "bank_learning.final_lr: this setting's bank takes no final_lr: nothing learns in it"),
+        (["+bank_learning.wobble=1"], "bank_learning.wobble: this setting's bank takes no wobble: there are lr, lr_reference_batch, "),
+        (["pn=negative", "bank_learning.lr=fast"], "bank.lr: expected float, got 'fast'"),
     ],
 )
 def test_a_warm_start_or_a_final_rate_without_a_meaning_is_refused(overrides, expected):
