@@ -23,7 +23,6 @@ from caco.config import composition
 from caco.data.loaders.batches import Batch
 from caco.engine.assembly import build, build_method, pick_device
 from caco.methods.base import TRAINING, Now
-from caco.methods.sources import BankRow
 
 DEFAULT = ["backbone=small_resnet", "augmentation=cifar", "projector.hidden_dim=256", "batch=256", "bank=8M"]
 TINY = [*DEFAULT, "backbone.width=8", "projector.hidden_dim=16", "batch=8", "bank.size=64"]
@@ -54,7 +53,7 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         torch.randn(cfg.batch, 3, size, size, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
         for size in build(cfg.augmentation).sizes
     ]
-    comparable = type(method.positives) is BankRow and len(views) == 2
+    comparable = method.positives.bank_rows and len(views) == 2
     published = Published(method.bank.rows.weight.detach()) if comparable else None
 
     def autocast():
@@ -63,7 +62,7 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     def pure_model() -> None:
         with autocast():
             q, _, _, _ = method.encode(views)
-        sum(view.sum() for view in q if view is not None).backward()
+        sum(view.sum() for view in q.values()).backward()
         method.zero_grad()
 
     index = torch.arange(cfg.batch, device=device)

@@ -5,6 +5,8 @@ Every function is an identity where there is one process, so no caller asks how 
 
 import datetime
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +61,9 @@ def wait_for_main() -> None:
     if world() == 1:
         return
     if _patient is None:
-        _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        made = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        assert isinstance(made, dist.ProcessGroup), "every rank is in it"
+        _patient = made
     dist.barrier(group=_patient)
 
 
@@ -155,7 +159,7 @@ def own(x: Tensor, part: int) -> Tensor:
 
 
 @torch.no_grad()
-def mean_gradients(parameters) -> None:
+def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over the ranks, in one flat message.
 
     After the backward pass rather than during it: one visible line in the loop, and an encoder may run several times.
@@ -170,7 +174,7 @@ def mean_gradients(parameters) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def shared_object(value):
+def shared_object(value: Any) -> Any:
     """Rank 0's value on every rank; small picklable things only."""
     if world() == 1:
         return value
@@ -179,7 +183,7 @@ def shared_object(value):
     return box[0]
 
 
-def all_objects(value) -> list:
+def all_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order; small picklable things only."""
     if world() == 1:
         return [value]

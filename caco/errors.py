@@ -32,7 +32,22 @@ def tell(error: Exception) -> None:
     """Show the message, once: a job of a sweep tells it before the sweep ends with the same error."""
     if not getattr(error, "is_told", False):
         print(f"caco: {error}", file=sys.stderr)
-        error.is_told = True
+        setattr(error, "is_told", True)
+
+
+def require_contract(key: str, part: object, contract: type) -> None:
+    """Refuse a part that lacks a member of its contract (a Protocol), before it is used: mypy sees none that comes from elsewhere.
+
+    Raises:
+        UserError: what is missing, and what to derive from.
+    """
+    declared = {*contract.__annotations__, *(name for name in vars(contract) if not name.startswith("_"))}
+    missing = sorted(name for name in declared if not hasattr(part, name))
+    if missing:
+        raise UserError(
+            f"{key}: {type(part).__name__} has no {', '.join(missing)}; derive it from {contract.__module__}.{contract.__name__}, which says "
+            "what that is and has defaults for all that not every one needs"
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,9 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 VARIABLE = "CACO_INSTRUCTIONS"
 LEVELS = ("plain", "avx2", "avx512", "amx")  # each has all that the ones before it have
@@ -88,7 +90,7 @@ def _asked() -> str | None:
     return level
 
 
-def _shown(otherwise, kind, error, trace) -> None:
+def _shown(otherwise: Callable[..., None], kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As sys.excepthook."""
     if kind is not Refused:
         otherwise(kind, error, trace)

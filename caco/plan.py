@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,8 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from caco import errors
 from caco.banks import scoring
+from caco.banks.base import Bank
 from caco.config import composition, folders, refusals, validation
 from caco.config.composition import build
+from caco.data.sets.sources import num_images_of
 from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
 from caco.methods.base import Costs, Method
@@ -33,15 +36,6 @@ from caco.schedules import RunShape
 
 # Assumptions, nobody's measurement: tflops=, gbytes_per_s= and measure=true replace them.
 _DEFAULTS = {"tflops": 60.0, "gbytes_per_s": 10.0}
-IMAGES = {  # in the training split, of the sets that have one size
-    "caco.data.sets.folders.imagenet": 1_281_167,
-    "caco.data.sets.folders.tiny_imagenet": 100_000,
-    "caco.data.sets.folders.cifar10_jpeg75": 50_000,
-    "caco.data.sets.folders.digits": 1_400,
-    "caco.data.sets.downloaded.cifar10": 50_000,
-    "caco.data.sets.downloaded.cifar100": 50_000,
-    "caco.data.sets.downloaded.stl10": 100_000,
-}
 ROWS = (8192, 65_536, 98_304, 1 << 20, 10_000_000, 100_000_000)  # of the table of bank sizes
 
 
@@ -83,11 +77,11 @@ def plan(
     count = _images(cfg) if images is None else images
     if count < cfg.batch:
         raise UserError(f"batch: expected at most the {count} images, got {cfg.batch}")
-    one, method = _counted(_parts(cfg))
+    one, method, bank = _counted(_parts(cfg))
 
     per_epoch = count // cfg.batch
-    if cfg.bank is not None:
-        method.bank.size = size  # counted with few rows; how long a phase is depends on how many there are
+    if bank is not None:
+        bank.size = size  # counted with few rows; how long a phase is depends on how many there are
     warm_start = sum(phase.steps or 0 for phase in method.phases(RunShape(cfg.epochs, per_epoch, cfg.batch, cfg.schedule.unit)))
     steps = warm_start + cfg.epochs * per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
@@ -137,13 +131,13 @@ def _parts(cfg: DictConfig) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _counted(text: str) -> tuple[dict[str, float], Method]:
-    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward. And the method."""
+def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
+    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward. And what was built."""
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
         encoder = build_encoder(cfg)
-    bank = None if cfg.bank is None else build(cfg.bank)
-    method = build(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
+    bank: Bank | None = None if cfg.bank is None else build(cfg.bank)
+    method: Method = build(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
     others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
     for child in others:
@@ -180,13 +174,13 @@ def _counted(text: str) -> tuple[dict[str, float], Method]:
         "in_batch_columns": costs.columns_per_image,
         "key_gathers": costs.gathers,
         "key_gradients": costs.gathers_with_gradient,
-        "learnable": bank is not None and "velocity" in dict(bank.rows.named_buffers()),
+        "learnable": bank is not None and bank.rows.learnable,
         "norm_sums": _norm_sums(costs, sizes, encoder, others),
         "scores": costs.prototypes * len(costs.encoded),
         "matrices": costs.matrices,
         "summed_bytes": costs.summed_bytes,
     }
-    return figures, method
+    return figures, method, bank
 
 
 def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: str) -> tuple[float, float, float]:
@@ -197,8 +191,13 @@ def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision:
 
     def forward(images: int) -> tuple[torch.Tensor, int]:
         """The output, and the bytes of all that is kept for backward: of weights and what is made of them, and of the images."""
-        held = []  # meta tensors, so holding them costs nothing and keeps their storages apart
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+        held: list[torch.Tensor] = []  # meta tensors, so holding them costs nothing and keeps their storages apart
+
+        def hold(x: torch.Tensor) -> torch.Tensor:
+            held.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
             out = run(torch.empty(images, 3, size, size, device="meta", dtype=dtype))
             encoder_flops.append(counter.get_total_flops())
             for other in others:
@@ -221,7 +220,7 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
     def features(*parts: nn.Module) -> int:
         return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, _BatchNorm))
 
-    backbone, total = features(encoder.backbone), 0
+    backbone, total = features(encoder.get_submodule("backbone")), 0
     for views, numbers, heads in ((costs.encoded, 4, others), (costs.followed, 2, [])):  # a twin has no predictor
         passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
         total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])
@@ -250,7 +249,7 @@ def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
 def _images(cfg: DictConfig) -> int:
     """Images of the training split: known, or counted where the data lie."""
     data = cfg.data
-    known = IMAGES.get(data["_target_"])
+    known = num_images_of(composition.target(data))
     if known is not None and data.get("class_list") is None:
         held_out = data.get("validation_fraction") or 0.0
         known = round(known * (1 - held_out))
@@ -268,7 +267,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
         rows: of the bank that as many queries as the run's batch (up to 1024) are scored against.
     """
     device = pick_device(cfg.device)
-    encoder = build_encoder(cfg).to(device=device, memory_format=torch.channels_last).train()
+    encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
     size = build(cfg.augmentation).sizes[0]
     view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
@@ -290,7 +289,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
         bank.score(q_BD, bank.rows.most_probable(q_BD.detach()), temperature=0.1).loss_B.mean().backward()
         bank.update(lr=0.0, keys_GD=q_BD.detach())
 
-    products = 5 if "velocity" in dict(bank.rows.named_buffers()) else 3
+    products = 5 if bank.rows.learnable else 3
     speeds["bank_tflops"] = products * 2 * queries * rows * cfg.projector.dim / _seconds(score, device, runs) / 1e12
     return speeds
 
@@ -349,7 +348,8 @@ _NUMBERS = {"world": int, "images": int, "tflops": float, "bank_tflops": float, 
 
 
 def _main(arguments: list[str]) -> str:
-    own, overrides = {"world": 1, "images": None}, []
+    own: dict[str, Any] = {"world": 1, "images": None}
+    overrides = []
     measured = False
     for argument in folders.take(arguments):
         key, _, value = argument.partition("=")

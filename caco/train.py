@@ -14,6 +14,7 @@ import hydra
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,8 +22,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from caco import errors
-from caco.config import composition, folders, refusals, validation
+from caco import errors, metrics
+from caco.config import composition, folders, refusals, signatures, validation
 from caco.engine.preemption import Stop, Stopped, leave
 from caco.errors import SweepFailed, UserError
 from caco.installed import command_to_install, is_installed
@@ -36,7 +37,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float | None:
         with Stop() as stop:
             from caco.engine.assembly import train  # here and not above: it imports torch
 
-            return directory.objective(train(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get())))
+            return metrics.objective(train(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get())), cfg.eval)
     except Stopped as stopped:
         leave(stopped, is_first_rank=directory.is_first_rank())
 
@@ -64,7 +65,7 @@ def job(cfg: DictConfig) -> float | None:
         sys.exit(2)
 
 
-def check(cfg: DictConfig, hydra_cfg: DictConfig, run_dir: Path) -> None:
+def check(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) -> None:
     """Refuse what cannot be run, as validation.check does; and say it where MLflow is missing but was not asked for."""
     overrides = list(hydra_cfg.overrides.task)
     validation.check(cfg, overrides=overrides, choices=dict(hydra_cfg.runtime.choices))
@@ -80,7 +81,7 @@ def say_if_mlflow_is_missing(cfg: DictConfig, overrides: list[str], folder: Path
         folder: the run's directory, or one that holds it.
     """
     named = any(item.lstrip("+~").partition("=")[0] == "tracking" for item in overrides)
-    falls_back = cfg.tracking._target_ == "caco.tracking.ledger.LedgerTracker" and not is_installed("mlflow")
+    falls_back = not is_installed("mlflow") and signatures.declared(cfg.tracking._target_, "package") is None
     if falls_back and not named and directory.is_first_rank():
         say_once(
             f"MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {_shown(folder)}` sends "

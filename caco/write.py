@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from caco import errors
 from caco.data.sets import beton
-from caco.data.sets.sources import ImageFiles, Source, Splits, UnreadableImage
+from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.errors import UserError
 
 DEFAULT_QUALITY = 90
@@ -67,7 +67,7 @@ def write_splits(
         if source is None:
             continue
         file = out / f"{split}.beton"
-        facts = {"name": source.name, "classes": source.classes, "digest_of_source": source.digest()}
+        facts: dict[str, Any] = {"name": source.name, "classes": source.classes, "digest_of_source": source.digest()}
         facts |= {"mode": mode, "quality": quality, "max_resolution": max_resolution}
         encoded = _encoded(_Encoder(source, mode, quality, max_resolution), num_workers or os.cpu_count() or 1)
         with tqdm(total=len(source), desc=split, unit=" images", disable=not sys.stderr.isatty()) as bar:
@@ -87,15 +87,16 @@ class _Encoder:
             image = self.source.image(index)
         except UnreadableImage as error:
             return error
-        longest = max(image.size)
-        fits = self.max_resolution is None or longest <= self.max_resolution
-        if not fits:
-            width, height = (max(1, side * self.max_resolution // longest) for side in image.size)
+        longest, most = max(image.size), self.max_resolution
+        fits = most is None or longest <= most
+        if most is not None and not fits:
+            width, height = (max(1, side * most // longest) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if self.mode == "raw":
             return beton.RAW, image.height, image.width, image.tobytes()
-        if fits and self.quality is None and isinstance(self.source, ImageFiles):
-            content = self.source.path(index).read_bytes()
+        file = self.source.path(index)
+        if fits and self.quality is None and file is not None:
+            content = file.read_bytes()
             with Image.open(io.BytesIO(content)) as original:
                 if original.format == "JPEG" and original.mode in ("RGB", "L"):
                     return beton.JPEG, image.height, image.width, content
@@ -109,6 +110,7 @@ _CHUNK = 16
 
 
 def _encode(start: int) -> list[tuple[int, int, int, bytes] | UnreadableImage]:
+    assert _encoder is not None, "forked from a process that has set it"
     return [_encoder(index) for index in range(start, min(start + _CHUNK, len(_encoder.source)))]
 
 

@@ -144,7 +144,7 @@ def test_a_second_folder_adds_to_the_run_s_own(monkeypatch, run_dir, capsys, tmp
     (tmp_path / "later" / "eval").mkdir(parents=True)
     (tmp_path / "later" / "eval" / "width.yaml").write_text("# @package eval.width\n_target_: width.Width\n")
     (tmp_path / "later" / "width.py").write_text(
-        "class Width:\n    when = 'end'\n    def build(self, store, *, seed): pass\n"
+        "from caco.evals.base import Evaluator\nclass Width(Evaluator):\n    when = 'end'\n    def build(self, store, *, seed): pass\n"
         "    def run(self, backbone): yield 'width', float(backbone.num_features)\n"
     )
     assert typed(monkeypatch, evaluate, "run=run", "--config-dir", "later", "eval=[width,spread]") == 0

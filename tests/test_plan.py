@@ -26,8 +26,8 @@ def test_operations_are_torch_s_count(overrides):
     views = [torch.randn(8, 3, size, size) for size in assembly.build(cfg.augmentation).sizes]
     with FlopCounterMode(display=False) as counter:
         q, _, _, _ = method.encode(views)
-        q = [method.predictor(z) for z in q] if hasattr(method, "predictor") else q
-        sum(view.sum() for view in q).backward()
+        q = {v: method.predictor(z) for v, z in q.items()} if overrides else q
+        sum(view.sum() for view in q.values()).backward()
     planned = plan.plan(cfg)
     in_batch = 3 * 2 * 8 * 8 * 8 * 2 if overrides else 0
     assert planned["model_flops_per_step"] - in_batch == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from caco.banks import scoring
+from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen
 from caco.schedules import RunShape, Table, constant
 
 
-class FifoBank(nn.Module):
+class FifoBank(nn.Module, Bank):
     """The last K keys, as negatives (MoCo v2) or as a place to look for neighbours (NNCLR).
 
     Keys enter in `update`, after the step that they were computed in, so no key is ever its own negative.
@@ -21,6 +22,8 @@ class FifoBank(nn.Module):
 
     filled_by_keys = True
     default_warm_start_passes = 0  # it fills itself as it goes, as published
+
+    next_row: Tensor  # int64, where the next key goes
 
     def __init__(self, *, size: int, dim: int, seed: int):
         super().__init__()

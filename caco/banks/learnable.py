@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from caco.banks import scoring
+from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
 from caco.errors import UserError
 from caco.schedules import RunShape, Table, warmup_and_cosine
 
 
-class LearnableBank(nn.Module):
+class LearnableBank(nn.Module, Bank):
     """K rows that take a cooperative-adversarial gradient step with every optimiser step.
 
     Args:

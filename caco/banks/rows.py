@@ -1,5 +1,7 @@
 """What every bank has: rows, this rank's shard of them, and statistics of their use."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,9 @@ class Rows(nn.Module):
         learnable: whether the rows receive gradients.
     """
 
+    uses: Tensor  # int64 [R], how often each of this rank's rows was chosen since the last `statistics`
+    velocity: Tensor  # [R, D], of rows that learn; others have none
+
     def __init__(self, *, size: int, dim: int, seed: int, learnable: bool):
         super().__init__()
         if size < 2:
@@ -62,21 +67,21 @@ class Rows(nn.Module):
         told = distributed.all_objects((size, dim, seed))
         if len(set(told)) > 1:
             raise UserError(f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, told))}")
-        self.size = size
+        self.size, self.learnable = size, learnable
         self.first, self.last = distributed.shard(size)
         self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed), requires_grad=learnable)
         self.register_buffer("uses", torch.zeros(self.last - self.first, dtype=torch.int64))
         if learnable:
             self.register_buffer("velocity", torch.zeros_like(self.weight))
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The whole bank on rank 0, so that a checkpoint does not depend on the number of ranks. A collective."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("weight", "uses", "velocity"):
             if prefix + name in destination:
                 destination[prefix + name] = distributed.gather_on_main(destination[prefix + name])
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("weight", "uses", "velocity"):
             if prefix + name in state_dict:
                 state_dict[prefix + name] = state_dict[prefix + name][self.first : self.last]

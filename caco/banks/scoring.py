@@ -11,6 +11,7 @@ Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows 
 N the queries of all terms of a step.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ class Asked(NamedTuple):
         assert len({asked[-2:] for asked in several}) == 1
         if len(several) == 1:
             return several[0]
-        return cls(*(torch.cat(parts) for parts in zip(*(asked[:-2] for asked in several), strict=True)), *several[0][-2:])
+        q, positive, log_sum, weight = (torch.cat(parts) for parts in zip(*(asked[:4] for asked in several), strict=True))
+        return cls(q, positive, log_sum, weight, several[0].tau, several[0].low)
 
 
 def low_precision(device: torch.device) -> bool:
@@ -152,7 +154,7 @@ def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 # The loss.
 
 
-def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float]) -> list[float] | list[Tensor]:
+def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float]) -> Sequence[float | Tensor]:
     """What to subtract from the logits so that their exponentials can be summed: one number, or one a query.
 
     A cosine is at least -1, so a row of the whole range between -1/tau and 1/tau must stay above zero; at temperatures
@@ -168,7 +170,7 @@ def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float]) -> list[float] | list
 
 
 def _sums(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float] | list[Tensor], *, with_sums: bool, low: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, low: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """As fused.forward, in blocks of PyTorch."""
     if fused.serves(q_GD, w_RD) and not isinstance(shifts[0], Tensor):
@@ -188,7 +190,7 @@ def _sums(
             elif shift:
                 e_GS -= shift
             z[number] += e_GS.exp_().sum(1)
-            if number == 0 and with_sums:
+            if number == 0 and sums_GD is not None:
                 sums_GD.addmm_(e_GS, m_SD)
     return z, peak_G * taus[-1], sums_GD
 

@@ -4,7 +4,8 @@ Imports neither torch nor a component, so that `--help` and every refusal come a
 """
 
 import importlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -26,11 +27,18 @@ def register() -> None:
     ConfigStore.instance().store("evaluate_schema", EvaluateRoot)
     ConfigStore.instance().store("export_schema", ExportRoot)
     ConfigStore.instance().store("of_the_run", {})  # caco/config/pretrained.py replaces it by what a run recorded
+    ConfigStore.instance().store("bank_learning_taken_whole", bank_learning_taken_whole())
     ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
     OmegaConf.register_new_resolver("config_dir", folders.config_dir, replace=True)
     OmegaConf.register_new_resolver("installed_tracking", installed_tracking, replace=True)
+
+
+def bank_learning_taken_whole() -> dict[str, str]:
+    """For conf/learned_bank.yaml: each setting of conf/config.yaml's bank_learning by its name, so that it is listed there alone."""
+    names = OmegaConf.load(CONF / "config.yaml").bank_learning
+    return {name: f"${{bank_learning.{name}}}" for name in names}
 
 
 def installed_tracking() -> str:
@@ -60,7 +68,7 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
 
 def job_config(cfg: DictConfig) -> DictConfig:
     """cfg without Hydra's own part."""
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def build(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
@@ -70,10 +78,16 @@ def build(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
         part: mapping with `_target_`, a dotted path; parts inside it that have one too are built first.
         supplied: arguments that no YAML holds, such as a module or parameters.
     """
-    arguments = OmegaConf.to_container(part, resolve=True) if isinstance(part, DictConfig) else dict(part)
-    module, _, name = arguments.pop("_target_").rpartition(".")
+    arguments = cast(dict[str, Any], OmegaConf.to_container(part, resolve=True)) if isinstance(part, DictConfig) else dict(part)
+    called = target({"_target_": arguments.pop("_target_")})
     arguments = {key: _build_inner(value) for key, value in arguments.items()}
-    return getattr(importlib.import_module(module), name)(**arguments, **supplied)
+    return called(**arguments, **supplied)
+
+
+def target(part: Mapping[str, Any] | DictConfig) -> Any:
+    """What a component's `_target_` names: a class or a function, imported."""
+    module, _, name = part["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _build_inner(value: Any) -> Any:

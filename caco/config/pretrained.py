@@ -8,13 +8,12 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
-from caco.installed import is_installed
+from caco.runs import renamed
 from caco.runs.files import read_json
-from caco.runs.identity import plain
 
 CHECKPOINT = re.compile(r"step_(\d{9})\.pt")
 DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto"}
@@ -76,20 +75,20 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     """
     try:
         chosen = _chosen(overrides)
-        recorded: dict[str, Any] = {}
+        of_the_run: dict[str, Any] = {}
         extra: list[str] = []
         own = schema.ROOTS[name].__dataclass_fields__
         if chosen.get("run") not in (None, "null"):
-            recorded = _recorded(locate(chosen["run"]).run_dir, schema.ROOTS[name], chosen)
-            if recorded.get("tracking", {}).get("_target_") == "caco.tracking.mlflow.MLflowTracker" and not is_installed("mlflow"):
-                del recorded["tracking"]  # of a run from another machine
+            of_the_run = _recorded(locate(chosen["run"]).run_dir, schema.ROOTS[name], chosen)
+            if validation.missing_package(of_the_run.get("tracking", {})) is not None:
+                del of_the_run["tracking"]  # of a run from another machine
         else:
             groups = {group: option for group, option in DEFAULTS_WITHOUT_A_RUN.items() if group not in chosen}
             extra = [f"{group}={option}" for group, option in groups.items() if group in own]
-        if "tracking" in own and "tracking" not in recorded and "tracking" not in chosen:
+        if "tracking" in own and "tracking" not in of_the_run and "tracking" not in chosen:
             extra.append(f"tracking={composition.installed_tracking()}")
         # As a config of its own, before the groups: what the command line chooses replaces what the run recorded.
-        ConfigStore.instance().store("of_the_run", recorded)
+        ConfigStore.instance().store("of_the_run", of_the_run)
         cfg = composition.compose([*extra, *overrides], name)
         validation.check(composition.job_config(cfg), overrides=overrides, root=schema.ROOTS[name])
         return composition.job_config(cfg)
@@ -107,9 +106,10 @@ def _chosen(overrides: Sequence[str]) -> dict[str, Any]:
     return {item.key_or_group: str(item.value()) for item in parsed}
 
 
-def _recorded(run_dir: Path, root: type, chosen: dict[str, Any]) -> dict[str, Any]:
+def _recorded(run_dir: Path, root: schema.AnyRoot, chosen: dict[str, Any]) -> dict[str, Any]:
     """The parts of a run's configuration that this root has too and that the command line does not choose anew."""
-    tree = plain(OmegaConf.load(run_dir / "config.yaml"))
+    tree = renamed.read_config(run_dir)
     folders.use_recorded(tree.get("config_dir"))
-    taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed")
+    tree["batch"] = max(1, min(tree["batch"], 512))  # as in training: then features, and what is counted on them, are the same
+    taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed", "batch")
     return {key: tree[key] for key in taken if key in root.__dataclass_fields__ and key in tree and key not in chosen}

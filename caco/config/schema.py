@@ -26,17 +26,6 @@ class WarmStart:
 
 
 @dataclass
-class BankLearning:
-    lr: float = MISSING
-    lr_reference_batch: int | None = MISSING
-    final_lr: float | None = MISSING
-    push: float = MISSING
-    reading: str = MISSING
-    initialisation: str = MISSING
-    filling_passes: int | None = MISSING
-
-
-@dataclass
 class Checkpoint:
     every_epochs: int = MISSING
     every_steps: int | None = MISSING
@@ -66,7 +55,7 @@ class Root:
     config_dir: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     warm_start: WarmStart = field(default_factory=WarmStart)
-    bank_learning: BankLearning = field(default_factory=BankLearning)
+    bank_learning: dict[str, Any] = field(default_factory=dict)  # what it holds are the bank's settings, checked there
     log_every_steps: int = MISSING
     eval_every_epochs: int = MISSING
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -124,4 +113,5 @@ class ExportRoot:
     augmentation: Any = MISSING
 
 
-ROOTS = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}
+AnyRoot = type[Root] | type[EvaluateRoot] | type[ExportRoot]
+ROOTS: dict[str, AnyRoot] = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}

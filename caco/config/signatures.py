@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 from caco.errors import UserError
 
@@ -159,16 +160,39 @@ def signature(module: Module, node: ast.stmt) -> Signature | None:
         else:
             inherited |= there.parameters
             is_open = is_open or there.open
-            fields = fields or (found is not None and isinstance(found[1], ast.ClassDef) and is_typed_dict(*found))
+            fields = fields or (found is not None and is_typed_dict(*found))
     return Signature(inherited | dict(_fields(node)) if fields else inherited, is_open, module)
 
 
-def is_typed_dict(module: Module, node: ast.ClassDef) -> bool:
+def declared(target: str, name: str) -> Any:
+    """The plain value that the class of the dotted path `target`, or a base of it, gives a name of its own, as `package = "mlflow"`;
+    None where it gives none or cannot be read."""
+    module_name, _, class_name = target.rpartition(".")
+    module = load(module_name) if module_name else None
+    return _declared(lookup(module, class_name), name) if module else None
+
+
+def _declared(found: tuple[Module, ast.stmt] | None, name: str) -> Any:
+    module, node = found or (None, None)
+    if module is None or not isinstance(node, ast.ClassDef):
+        return None
+    for item in node.body:
+        if isinstance(item, ast.Assign | ast.AnnAssign):
+            targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return item.value.value if isinstance(item.value, ast.Constant) else None
+    bases = (_declared(lookup(module, base.id), name) for base in node.bases if isinstance(base, ast.Name))
+    return next((value for value in bases if value is not None), None)
+
+
+def is_typed_dict(module: Module, node: ast.stmt) -> bool:
+    if not isinstance(node, ast.ClassDef):
+        return False
     for base in node.bases:
         if isinstance(base, ast.Name) and base.id == "TypedDict":
             return True
         found = lookup(module, base.id) if isinstance(base, ast.Name) else None
-        if found and isinstance(found[1], ast.ClassDef) and is_typed_dict(found[0], found[1]):
+        if found and is_typed_dict(*found):
             return True
     return False
 

@@ -8,17 +8,19 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from caco import metrics
 from caco.config import folders, signatures
 from caco.config.annotations import argument_mismatches
-from caco.config.schema import Root
+from caco.config.schema import AnyRoot, Root
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
-from caco.runs.identity import file_digest, flat, plain
+from caco.runs import renamed
+from caco.runs.identity import file_digest, flat, plain, read_yaml
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
 FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/nn/weights.py
@@ -27,7 +29,7 @@ SUPPLIED = {"projector": ("in_dim",)}  # plain values that no YAML gives, becaus
 
 
 def check(
-    cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None, root: type = Root
+    cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None, root: AnyRoot = Root
 ) -> None:
     """Refuse what cannot be run.
 
@@ -51,11 +53,12 @@ def check(
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
         problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
+        problems = problems or _of_one_name(tree.get("eval", {}))
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _shape(tree: dict[str, Any], root: type) -> list[str]:
+def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
     """The root has its keys and no others, and a component in each place for one."""
     known = list(root.__dataclass_fields__)
     problems = []
@@ -188,6 +191,8 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     target = part["_target_"]
     if not isinstance(target, str) or "." not in target:
         return [f"{path}._target_: expected a dotted path to a class or function, got {target!r}"]
+    if (new := renamed.target(target)) != target:
+        return [f"{path}._target_: {target} is called {new} now"]
     module_name, _, name = target.rpartition(".")
     module = signatures.load(module_name)
     if module is None:
@@ -202,12 +207,31 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     return argument_mismatches(given, taken, path, name, SUPPLIED.get(path, ())) if taken else []
 
 
-def _not_installed(tree: dict[str, Any]) -> list[str]:
-    """MLflow: where it is not, nothing chooses it unless it is named (caco/config/composition.py: installed_tracking)."""
-    if tree.get("tracking", {}).get("_target_") != "caco.tracking.mlflow.MLflowTracker" or is_installed("mlflow"):
-        return []
+def _of_one_name(evaluators: dict[str, Any]) -> list[str]:
+    """Two evaluators whose results would have the same names."""
+    first: dict[str, str] = {}
+    given = [(name, protocol) for name, node in evaluators.items() for protocol in metrics.protocols(node)]
     return [
-        f"tracking=mlflow: MLflow is not installed; to have it: {command_to_install('mlflow')}; or leave tracking out: "
+        f"eval.{name}: its results would be called {protocol}, as those of eval.{first[protocol]} are: leave one of them out, or give it other settings"
+        for name, protocol in given
+        if first.setdefault(protocol, name) != name
+    ]
+
+
+def missing_package(tracking: Mapping[str, Any]) -> str | None:
+    """What is not installed here and the chosen tracker needs (caco/tracking/base.py: `package`); None where nothing is missing."""
+    package = signatures.declared(str(tracking.get("_target_")), "package")
+    return None if package is None or is_installed(package) else package
+
+
+def _not_installed(tree: dict[str, Any]) -> list[str]:
+    """Of the tracker; MLflow, where it is missing, is chosen by nobody who does not name it (composition.py: installed_tracking)."""
+    package = missing_package(tree.get("tracking", {}))
+    if package is None:
+        return []
+    name, how = ("MLflow", command_to_install("mlflow")) if package == "mlflow" else (package, f"pip install {package}")
+    return [
+        f"tracking={package}: {name} is not installed; to have it: {how}; or leave tracking out: "
         "the ledger keeps everything, and python -m caco.tracking.sync can send it later"
     ]
 
@@ -220,11 +244,9 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
-    learning = [name for name in assigned if name.startswith("bank_learning.") and name != "bank_learning.filling_passes"]
-    if learning and "lr" not in (tree.get("bank") or {}):
-        problems.append("bank_learning: nothing learns in this setting's bank; expected pn=both, pn=negative or method=adco")
     if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:
         problems.append(f"warm_start: method={choices.get('method')} has none; leave it out")
+    problems += _unlearned(tree, assigned)
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):
@@ -245,10 +267,23 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     return problems
 
 
+def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
+    """Settings of bank_learning that do not come to this setting's bank, which conf/learned_bank.yaml gives them all."""
+    block, bank = tree.get("bank_learning", {}), tree.get("bank") or {}
+    problems = []
+    for name in assigned:
+        parent, _, key = name.partition(".")
+        if parent == "bank_learning" and key not in ("", *bank):
+            there = ", ".join(name for name in block if name in bank)
+            expected = f"there are {there}" if there else "nothing learns in it; expected pn=both, pn=negative or method=adco"
+            problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
+    return problems
+
+
 def _composes_pn(method: str | None) -> bool:
     """Whether the method's option has the group pn among its defaults."""
     file = folders.option_file("method", str(method))
-    defaults = OmegaConf.load(file).get("defaults") or () if file else ()
+    defaults = read_yaml(file).get("defaults") or () if file else ()
     return any("/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults)
 
 
@@ -258,6 +293,6 @@ def _settings(group: str, file: Path) -> list[tuple[str, Any]]:
     header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
     package = header.group(1) if header else group
     prefix = "" if package == "_global_" else f"{package}."
-    content = OmegaConf.to_container(OmegaConf.create(text))
+    content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
     settings = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
     return [(f"{prefix}{key}", value) for key, value in flat(settings).items()]

@@ -10,20 +10,25 @@ import torch
 from omegaconf import DictConfig
 
 from caco import distributed
+from caco.banks.base import Bank
 from caco.config import folders
 from caco.config.composition import build
 from caco.config.pretrained import CHECKPOINT, Place
+from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
 from caco.data.sets.overlap import refuse_overlap
+from caco.data.sets.sources import Source, Splits
+from caco.data.views.augmentation import Views
 from caco.engine.optimizers import Optimisation, Schedule
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import beginning, ending
 from caco.engine.trainer import Trainer
-from caco.errors import UserError
+from caco.errors import UserError, require_contract
 from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
 from caco.evals.record import Record, say_sometimes
 from caco.launch import labels
+from caco.methods.base import Method
 from caco.nn import weights
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
@@ -33,6 +38,7 @@ from caco.runs.checkpoint import Checkpoints
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import flat, run_hash
 from caco.schedules import RunShape
+from caco.tracking.base import Tracker
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,15 +63,32 @@ def build_encoder(cfg: DictConfig) -> Encoder:
     return Encoder(backbone=backbone, projector=build(cfg.projector, in_dim=feature_width(backbone)))
 
 
-def build_method(cfg: DictConfig) -> torch.nn.Module:
+def build_method(cfg: DictConfig) -> Method:
     """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
     torch.manual_seed(cfg.seed)
     encoder = build_encoder(cfg)
-    bank = {} if cfg.bank is None else {"bank": build(cfg.bank)}
-    return build(cfg.method, encoder=encoder, **bank)
+    if cfg.bank is None:
+        return build(cfg.method, encoder=encoder)
+    bank = build(cfg.bank)
+    require_contract("bank", bank, Bank)
+    return build(cfg.method, encoder=encoder, bank=bank)
 
 
-def final_backbone(cfg: DictConfig, method: torch.nn.Module) -> torch.nn.Module:
+def build_tracker(cfg: DictConfig) -> Tracker:
+    tracker = build(cfg.tracking)
+    require_contract("tracking", tracker, Tracker)
+    return tracker
+
+
+def build_splits(cfg: DictConfig) -> Splits:
+    splits = build(cfg.data)
+    for name in ("pretrain", "train", "test"):
+        if (source := getattr(splits, name)) is not None:
+            require_contract(f"data: {name}", source, Source)
+    return splits
+
+
+def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
     """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no other rank."""
     backbone = build(cfg.backbone)
     backbone.load_state_dict(method.backbone.state_dict())
@@ -104,12 +127,14 @@ def train(
     hashes = distributed.all_objects(config_hash)
     if len(set(hashes)) > 1:
         raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
-    tracker = build(cfg.tracking)
-    splits, views = build(cfg.data), build(cfg.augmentation)
+    tracker = build_tracker(cfg)
+    splits = build_splits(cfg)
+    views: Views = build(cfg.augmentation)
     data_digest = distributed.shared_object(splits.pretrain.digest() if main else None)
 
-    def bind_loader():
-        return build(cfg.loader).bind(
+    def bind_loader() -> BoundLoader:
+        loader: Loader = build(cfg.loader)
+        return loader.bind(
             splits.pretrain, views, batch=cfg.batch, seed=cfg.seed, rank=distributed.rank(), world=distributed.world(), device=device
         )
 
@@ -136,9 +161,9 @@ def train(
         told = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
         if main:
             print(f"caco: {told}", file=sys.stderr)
-    method = over_all_ranks(method, device).to(device=device, memory_format=torch.channels_last)
+    method = over_all_ranks(method, device).to(device).to(memory_format=torch.channels_last)
     if cfg.compile:
-        method.encoder.compile()
+        method.get_submodule("encoder").compile()
     schedule = dict(cfg.schedule)
     run = RunShape(cfg.epochs, loader.steps_per_epoch, cfg.batch, schedule.pop("unit"))
     trainer = Trainer(
@@ -236,10 +261,14 @@ def load_pretrained(cfg: DictConfig, place: Place | None, backbone: torch.nn.Mod
     if place.checkpoint is not None:
         path = place.checkpoint
     else:
-        state, path = Checkpoints(place.run_dir / "checkpoints").load_newest()
+        newest = Checkpoints(place.run_dir / "checkpoints").load_newest()
+        assert newest is not None, "`locate` has found one"
+        state, path = newest
         refuse_different_steps(state["step"], place.run_dir)
     weights.load_backbone(path, "caco", backbone)
-    return path, int(CHECKPOINT.fullmatch(path.name)[1])
+    name = CHECKPOINT.fullmatch(path.name)
+    assert name is not None, "`locate` takes no other file"
+    return path, int(name[1])
 
 
 def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[str, float]:
@@ -255,11 +284,12 @@ def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[st
     distributed.start(device)
     torch.manual_seed(cfg.seed)
     backbone = build(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
-    encoders = {"": backbone}
+    encoders: dict[str, torch.nn.Module] = {"": backbone}
     if cfg.baselines:
         encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size)}
     path, step = load_pretrained(cfg, place, backbone)
-    splits, views = build(cfg.data), build(cfg.augmentation)
+    splits = build_splits(cfg)
+    views: Views = build(cfg.augmentation)
     if cfg.overlap == "refuse" and distributed.is_main():
         refuse_overlap(splits)
     evaluation = Evaluation(
@@ -277,14 +307,14 @@ def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[st
         say=say_sometimes(distributed.is_main()),
     )
     record = Record(
-        results_dir, cfg, tracker=build(cfg.tracking), step=step, path=path, is_run=place is not None and cfg.to is None
+        results_dir, cfg, tracker=build_tracker(cfg), step=step, path=path, is_run=place is not None and cfg.to is None
     )
     status = None
     try:
         if distributed.is_main():
             status = record.open()
         for prefix, encoder in encoders.items():
-            encoder.to(device=device, memory_format=torch.channels_last).eval()
+            encoder.to(device).to(memory_format=torch.channels_last).eval()
             todo = None
             if distributed.is_main():
                 made_from = {name: record.made_from(name, evaluation, encoder) for name in cfg.eval}

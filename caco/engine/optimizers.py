@@ -1,5 +1,6 @@
 """Optimisers from libraries on the paper's parameter groups, and what a step does with them: rates, clipping, freezing."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import timm.optim
@@ -33,15 +34,15 @@ class LayerWise(torch.optim.Optimizer):
     def __init__(self, params: Any, *, lr: float, momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 1e-3):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient})
 
-    def scaled(self, p: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
-        """g', a new tensor."""
+    def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
+        """g' of a parameter and its gradient, a new tensor."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # nothing here computes a loss anew
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                scaled = self.scaled(p, decay=group["weight_decay"], trust_coefficient=group["trust_coefficient"])
+                scaled = self.scaled(p, p.grad, decay=group["weight_decay"], trust_coefficient=group["trust_coefficient"])
                 state = self.state[p]
                 if "momentum_buffer" in state:
                     state["momentum_buffer"].mul_(group["momentum"]).add_(scaled)
@@ -59,10 +60,10 @@ class LARS(LayerWise):
     has |g| + wd |p| below, LARC takes every parameter.
     """
 
-    def scaled(self, p: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
+    def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
         if p.ndim <= 1:
-            return p.grad.clone()
-        decayed = p.grad + decay * p
+            return g.clone()
+        decayed = g + decay * p
         p_norm, norm = p.norm(), decayed.norm()
         return decayed * torch.where((p_norm > 0) & (norm > 0), trust_coefficient * p_norm / norm, 1.0)
 
@@ -126,7 +127,7 @@ def adamw(
     batch: int,
     lr: float = 1e-3,
     reference_batch: int | None = 256,
-    betas: list[float] = (0.9, 0.999),
+    betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.05,
     decay_one_dimensional: bool = False,
 ) -> torch.optim.Optimizer:
@@ -135,7 +136,8 @@ def adamw(
     decay_one_dimensional: whether biases and norms decay too (MoCo v3).
     """
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=not decay_one_dimensional)
-    return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=tuple(betas))
+    first, second = betas
+    return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=(first, second))
 
 
 class LARC(LayerWise):
@@ -146,10 +148,10 @@ class LARC(LayerWise):
     Source: NVIDIA apex's LARC with clip=False, as SwAV (arXiv 2006.09882) and SimSiam's linear evaluation take it.
     """
 
-    def scaled(self, p: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
-        p_norm, g_norm = p.norm(), p.grad.norm()
+    def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
+        p_norm, g_norm = p.norm(), g.norm()
         trust = trust_coefficient * p_norm / (g_norm + decay * p_norm + 1e-8)
-        return torch.where((p_norm != 0) & (g_norm != 0), trust * (p.grad + decay * p), p.grad)
+        return torch.where((p_norm != 0) & (g_norm != 0), trust * (g + decay * p), g)
 
 
 def larc(
@@ -225,7 +227,7 @@ class Schedule:
                 f"schedule.warmup_epochs must be below epochs, {run.epochs}; got {self.warmup_epochs} "
                 "(a short run needs a shorter warm-up: schedule.warmup_epochs=0)"
             )
-        final = self.final_fraction if self.final_lr is None else self.final_lr / base_lr
+        final = self.final_lr / base_lr if self.final_lr is not None else self.final_fraction or 0.0
         return warmup_and_cosine(run, 1.0, final, self.warmup_epochs, start=self.warmup_start, end=self.warmup_end)
 
 
@@ -267,8 +269,9 @@ class Optimisation:
         for number, group in enumerate(self.optimizer.param_groups):
             own = now[group["rate"]] if isinstance(group["rate"], str) else factor * group["rate"]
             group["lr"] = self.base_lr[number] * own
-            if self.weight_decay is not None and self.weight_decay[number] is not None:
-                group["weight_decay"] = self.weight_decay[number][training_step]
+            decays = None if self.weight_decay is None else self.weight_decay[number]
+            if decays is not None:
+                group["weight_decay"] = decays[training_step]
 
     def step(self, now: Now) -> None:
         """Move the parameters along their gradients, which are the mean over the ranks, and drop these."""

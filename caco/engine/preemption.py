@@ -8,9 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Stopped(Exception):
@@ -27,7 +30,7 @@ class Stop:
 
     def __init__(self):
         self.signum: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def requested(self) -> bool:
         """Whether this process was told to stop; the ranks of a run agree among themselves."""
@@ -37,7 +40,7 @@ class Stop:
         self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 

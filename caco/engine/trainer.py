@@ -5,23 +5,27 @@ A step, in order: rates, before_step, forward, backward, finite check, optimiser
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from caco import distributed
 from caco.banks.scoring import UnusableError
 from caco.data.loaders.batches import Batch
+from caco.data.loaders.bound import BoundLoader
 from caco.data.loaders.images import Images
 from caco.engine.optimizers import Optimisation
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import Progress, clock
 from caco.errors import UserError
+from caco.evals.evaluation import Evaluation
 from caco.methods.base import Method, Now, Outputs, Phase
 from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape
+from caco.tracking.base import Row, Tracker
 
 
 class NonFiniteLossError(UserError):
@@ -52,12 +56,12 @@ class Trainer:
         self,
         *,
         method: Method,
-        loader: Any,
+        loader: BoundLoader,
         images: Images,
         optimisation: Optimisation,
         run: RunShape,
-        evaluation: Any,
-        tracker: Any,
+        evaluation: Evaluation,
+        tracker: Tracker,
         checkpoints: Checkpoints,
         device: torch.device,
         seed: int,
@@ -70,7 +74,7 @@ class Trainer:
         eval_every_epochs: int = 1,
         save_every_epochs: int = 1,
         save_every_steps: int | None = None,
-        milestone_epochs: list[int] = (),
+        milestone_epochs: Sequence[int] = (),
         anomaly: bool = False,
         profile_to: Path | None = None,
         stop: Stop | None = None,
@@ -138,7 +142,7 @@ class Trainer:
 
     def described(self, now: Now) -> str:
         """In words."""
-        if now.epoch is None:
+        if now.epoch is None or now.step_in_epoch is None:
             return f"{now.phase}, step {now.step_in_phase + 1} of {self.phase(now.step).steps}"
         return f"epoch {now.epoch + 1} of {self.run.epochs}, step {now.step_in_epoch + 1} of {self.run.steps_per_epoch}"
 
@@ -147,10 +151,11 @@ class Trainer:
         step = self.step
         while step < self.total_steps:
             now = self.now(step)
-            if now.epoch is None:
+            order: np.ndarray | None = None
+            if now.epoch is None or now.step_in_epoch is None:
                 # Orders and augmentations that no epoch has: the loader's negative numbers.
                 passes, first = divmod(step, self.run.steps_per_epoch)
-                epoch, order, end = -1 - passes, None, self.training_starts
+                epoch, end = -1 - passes, self.training_starts
             else:
                 epoch, first, end = now.epoch, now.step_in_epoch, self.total_steps
                 if first == 0:
@@ -208,22 +213,22 @@ class Trainer:
 
                 self._log(now, values, progress)
                 last = self.step == self.total_steps
-                epoch_over = now.epoch is not None and now.step_in_epoch + 1 == self.run.steps_per_epoch
+                ended = now.epoch if now.step_in_epoch == self.run.steps_per_epoch - 1 else None  # an epoch, with this step
                 phase_over = now.epoch is None and now.last_of_phase
-                if epoch_over:
-                    self._log_epoch(now.epoch, progress)
+                if ended is not None:
+                    self._log_epoch(ended, progress)
                 if phase_over:
                     progress.say(f"{now.phase.capitalize()} finished: {now.step_in_phase + 1} steps. Training starts with epoch 1.")
                     self.epoch_sums.clear()
-                if last or phase_over or (epoch_over and (now.epoch + 1) % self.eval_every_epochs == 0):
+                if last or phase_over or (ended is not None and (ended + 1) % self.eval_every_epochs == 0):
                     self.evaluation_due = "end" if last else "epoch"
-                milestone = epoch_over and now.epoch + 1 in self.milestone_epochs
+                milestone = ended is not None and ended + 1 in self.milestone_epochs
                 if (
                     last
                     or stopping
                     or phase_over
                     or milestone
-                    or (epoch_over and (now.epoch + 1) % self.save_every_epochs == 0)
+                    or (ended is not None and (ended + 1) % self.save_every_epochs == 0)
                     or (self.save_every_steps and self.step % self.save_every_steps == 0)
                 ):
                     self.save(milestone=milestone)
@@ -266,17 +271,17 @@ class Trainer:
             if self.anomaly:
                 stack.enter_context(torch.autograd.set_detect_anomaly(True))
             profiler = None
-            if self.profile_to is not None and distributed.is_main():
+            if (folder := self.profile_to) is not None and distributed.is_main():
                 profiler = torch.profiler.profile(
                     schedule=torch.profiler.schedule(wait=2, warmup=2, active=6, repeat=1),
-                    on_trace_ready=lambda p: p.export_chrome_trace(str(self.profile_to / "trace.json")),
+                    on_trace_ready=lambda p: p.export_chrome_trace(str(folder / "trace.json")),
                 )
                 stack.enter_context(profiler)
             yield profiler
 
     # What is written down.
 
-    def _record(self, row: dict[str, float], kind: str) -> None:
+    def _record(self, row: Row, kind: str) -> None:
         if distributed.is_main():
             self.tracker.log(self.step, row, kind=kind)
 

@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import timm.optim
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.data.loaders.batches import mixed_seed
+from caco.data.loaders.bound import BoundLoader
 from caco.data.sets.sources import Source
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
@@ -69,11 +70,15 @@ class Recipe:
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         rate = scaled_lr(self.lr, self.batch, self.reference_batch)
-        settings = {"lr": rate, "momentum": self.momentum, "weight_decay": self.weight_decay}
         if self.larc:
             # timm's Lars, made to adapt also without decay, is apex's LARC(clip=False) around SGD.
-            return timm.optim.Lars(parameters, **settings, trust_coeff=self.trust_coefficient, always_adapt=True)
-        return torch.optim.SGD(parameters, **settings, nesterov=self.nesterov)
+            return timm.optim.Lars(
+                parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay,
+                trust_coeff=self.trust_coefficient, always_adapt=True,
+            )  # fmt: skip
+        return torch.optim.SGD(
+            parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
+        )
 
     def lr_factors(self, steps_per_epoch: int) -> list[float]:
         """Factor on the rate, one number a step."""
@@ -129,7 +134,7 @@ def train_classifier(
     if not frozen:
         backbone = over_all_ranks(copy.deepcopy(backbone), device).requires_grad_(True)
     head = new_head(width_of(backbone, store), num_classes, seed=seed)
-    network = nn.Sequential(backbone, head).to(device=device, memory_format=torch.channels_last)
+    network = nn.Sequential(backbone, head).to(device).to(memory_format=torch.channels_last)
     learning = head if frozen else network
     parameters = list(learning.parameters())
     optimizer = recipe.optimizer(parameters)
@@ -169,7 +174,7 @@ def _epoch(
     network: nn.Sequential,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    loader: Any,
+    loader: BoundLoader,
     epoch: int,
     factors: list[float],
     store: FeatureStore,

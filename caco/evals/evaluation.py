@@ -2,26 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from caco import distributed
+from caco.data.loaders.bound import Loader
 from caco.data.sets.sources import Splits
 from caco.data.views.augmentation import Views
-from caco.errors import UserError
+from caco.errors import UserError, require_contract
+from caco.evals.base import Evaluator, When
 from caco.evals.features import FeatureStore, Precision
 
 
 class Evaluation:
     """Builds each evaluator once and then runs them on whatever the backbone has become.
 
-    An evaluator has `when`, `build(store, *, seed)` and `run(backbone)`, which yields (name, value) pairs. One that
-    trains has `on_all_ranks = True`; the others run on rank 0 alone.
-
     Args:
-        evaluators: by their config name (`eval.<name>`); may be empty.
+        evaluators: by their config name (`eval.<name>`); may be empty. What they are asked, and when: caco/evals/base.py.
         splits, views, batch, device, precision, num_workers, loader, folder, cache, overlap, say: see FeatureStore.
         seed: of the evaluators' own draws.
     Raises:
@@ -30,7 +29,7 @@ class Evaluation:
 
     def __init__(
         self,
-        evaluators: dict[str, Any],
+        evaluators: dict[str, Evaluator],
         splits: Splits,
         views: Views,
         *,
@@ -39,7 +38,7 @@ class Evaluation:
         precision: Precision,
         seed: int,
         num_workers: int = 0,
-        loader: Any = None,
+        loader: Loader | None = None,
         folder: Path | None = None,
         cache: Path | None = None,
         overlap: Literal["refuse", "allow"] = "refuse",
@@ -60,12 +59,13 @@ class Evaluation:
             say=say,
         )
         for name, evaluator in evaluators.items():
+            require_contract(f"eval.{name}", evaluator, Evaluator)
             try:
                 evaluator.build(self.store, seed=seed)
             except UserError as error:
                 raise UserError(f"eval.{name}: {error}") from error
 
-    def run(self, backbone: nn.Module, when: Literal["epoch", "end"]) -> dict[str, float]:
+    def run(self, backbone: nn.Module, when: When) -> dict[str, float]:
         """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was.
 
         A collective; ranks other than 0 get none.
@@ -90,8 +90,7 @@ class Evaluation:
             for name in names:
                 before(name)
                 evaluator = self.evaluators[name]
-                on_all_ranks = getattr(evaluator, "on_all_ranks", False)
-                values = dict(evaluator.run(backbone)) if on_all_ranks or distributed.is_main() else {}
+                values = dict(evaluator.run(backbone)) if evaluator.on_all_ranks or distributed.is_main() else {}
                 distributed.wait_for_main()
                 yield name, values if distributed.is_main() else {}
         finally:

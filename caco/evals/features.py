@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from caco.config import folders
+from caco.data.loaders.bound import Loader
 from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
-from caco.data.sets.sources import Source, Splits
+from caco.data.sets.sources import Source, Splits, labels_of
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 from caco.runs.files import locked, read_json, write_json
@@ -37,13 +38,12 @@ def extract(
         ValueError: unknown precision, no batches, an output that is not [b, D], a feature that is not finite.
     """
     features, labels = [], []
-    for_each_batch(
-        backbone,
-        batches,
-        lambda features_bD, labels_b: (features.append(features_bD.float()), labels.append(labels_b)),
-        device=device,
-        precision=precision,
-    )
+
+    def take(features_bD: Tensor, labels_b: Tensor) -> None:
+        features.append(features_bD.float())
+        labels.append(labels_b)
+
+    for_each_batch(backbone, batches, take, device=device, precision=precision)
     if not features:
         raise ValueError("features: expected at least one batch of images, got none")
     return torch.cat(features), torch.cat(labels)
@@ -160,7 +160,7 @@ class FeatureFiles:
                 if file.tell() == 0:
                     dtype = str(features_bD.dtype).removeprefix("torch.")
                     write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
-                file.write(features_bD.contiguous().view(torch.uint8).numpy())
+                file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
 
             if done < num_images:
                 make(done, take)
@@ -200,7 +200,7 @@ class FeatureStore:
         precision: Precision,
         num_workers: int = 0,
         cache_bytes: int = 2**30,
-        loader: Any = None,
+        loader: Loader | None = None,
         folder: Path | None = None,
         cache: Path | None = None,
         overlap: Literal["refuse", "allow"] = "refuse",
@@ -211,10 +211,10 @@ class FeatureStore:
         self.splits = splits
         self.views, self.batch, self.device, self.precision = views, batch, torch.device(device), precision
         self.num_workers, self.cache_bytes = num_workers, cache_bytes
-        self.loader = loader if loader is not None else TorchLoader(num_workers=num_workers)
+        self.loader: Loader = loader if loader is not None else TorchLoader(num_workers=num_workers)
         self.folder = None if folder is None else Path(folder)
         self.overlap, self.say = overlap, say
-        self._files = None if folder is None else FeatureFiles(cache or self.folder / "features")
+        self._files = None if folder is None else FeatureFiles(cache or Path(folder) / "features")
         self._digests: dict[int, str] = {}
         self._images: dict[str, Tensor] = {}
         self._labels: dict[str, Tensor] = {}
@@ -229,7 +229,7 @@ class FeatureStore:
         """
         train, test = self.splits.labelled(purpose)
         require_classes(train, test)
-        return train.labels, test.labels
+        return labels_of(train), labels_of(test)
 
     def features(self, backbone: nn.Module, split: Literal["train", "test"], indices: np.ndarray | None = None) -> Tensor:
         """Features [n, D] of these images (None: all) of a split, on the CPU; those not yet known are computed.
@@ -240,17 +240,16 @@ class FeatureStore:
         if self._files is not None:
             return self.of(backbone, source if indices is None else source.part(indices, source.name), self.views)
         num_images = len(source)
-        everything = indices is None
-        indices = np.arange(num_images) if everything else indices
+        wanted = np.arange(num_images) if indices is None else indices
         done = self._done.setdefault(split, np.zeros(num_images, dtype=bool))
-        todo = indices[~done[indices]]
+        todo = wanted[~done[wanted]]
         if len(todo):
             new, _ = extract(backbone, self._batches(split, todo), device=self.device, precision=self.precision)
             if split not in self._features:
                 self._features[split] = torch.empty(num_images, new.shape[1])
             self._features[split][torch.from_numpy(todo)] = new
             done[todo] = True
-        return self._features[split] if everything else self._features[split][torch.from_numpy(indices)]
+        return self._features[split] if indices is None else self._features[split][torch.from_numpy(indices)]
 
     def of(self, backbone: nn.Module, source: Source, views: Views) -> Tensor:
         """Features [N, D] of the plain views of any images, on the CPU; from a file where features are kept on disk."""
@@ -305,7 +304,7 @@ def require_classes(train: Source, test: Source) -> None:
     Raises:
         ValueError: one is not; it is named.
     """
-    unseen = np.setdiff1d(test.labels, train.labels)
+    unseen = np.setdiff1d(labels_of(test), labels_of(train))
     if len(unseen):
         names = [test.classes[c] if test.classes else str(c) for c in unseen]
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

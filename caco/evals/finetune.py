@@ -1,6 +1,6 @@
 """Fine-tuning the whole network on all labels or on a few per cent of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -9,22 +9,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from caco import distributed
+from caco import distributed, metrics
 from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, train_classifier
 from caco.evals.features import FeatureStore, extract
 from caco.evals.knn import balanced_share
 
 
-class FineTune:
-    """Test accuracy after fine-tuning a copy of the backbone: `<name>_top1`, or `<name>_<percent>_top1` of several shares.
+class FineTune(Evaluator):
+    """Test accuracy after fine-tuning a copy of the backbone: `finetune_top1`, or `semi_<percent>_top1` of a share of
+    the labels; what is changed of the recipe stands in the name (caco/metrics.py).
 
     Source: SimCLR (arXiv 2002.05709), Appendix B.5, for 1 % and 10 % of the labels.
 
     Args:
-        name: of its results.
+        name: semi, finetune, or one of your own.
         fractions: shares of each training class whose labels are used, each drawn by the seed, at least one image a class.
         lists: instead of a draw, a text file for each share: names of image files, one a line (SimCLR publishes those of
             ImageNet: google-research/simclr, imagenet_subsets/1percent.txt and 10percent.txt).
@@ -40,9 +42,9 @@ class FineTune:
         self,
         *,
         name: str = "finetune",
-        fractions: list[float] = (1.0,),
+        fractions: Sequence[float] = (1.0,),
         lists: list[str] | None = None,
-        epochs: list[int] = (30,),
+        epochs: Sequence[int] = (30,),
         batch: int = 1024,
         lr: float = 0.05,
         reference_batch: int | None = 256,
@@ -50,7 +52,7 @@ class FineTune:
         nesterov: bool = True,
         weight_decay: float = 0.0,
         unit: Literal["epoch", "step"] = "step",
-        scale: list[float] = (0.08, 1.0),
+        scale: Sequence[float] = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         when: Literal["epoch", "end"] = "end",
     ) -> None:
@@ -63,7 +65,7 @@ class FineTune:
                 f"{name}: expected an entry of epochs (and of lists) for each of the {len(fractions)} fractions, got "
                 f"{list(epochs)} and {lists}"
             )
-        self.name, self.fractions, self.lists, self.when = name, list(fractions), lists, when
+        self.fractions, self.lists, self.when = list(fractions), lists, when
         self.recipes = [
             Recipe(
                 epochs=count,
@@ -79,6 +81,10 @@ class FineTune:
             )
             for count in epochs
         ]
+        self.protocols = [
+            metrics.fine_tuned(name=name, fraction=fraction, listed=lists is not None, **vars(recipe))
+            for fraction, recipe in zip(fractions, self.recipes, strict=True)
+        ]
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Draws the images whose labels are used, or finds those of the lists.
@@ -87,7 +93,7 @@ class FineTune:
             ValueError: no labels; a list that is not there, or names an image that is not.
         """
         labels, test_labels = store.labels("fine-tuning")
-        train = store.splits.train
+        train, _ = store.splits.labelled("fine-tuning")
         self._store, self._seed = store, seed
         self._test_labels = torch.from_numpy(test_labels)
         self._num_classes = int(labels.max()) + 1
@@ -97,11 +103,10 @@ class FineTune:
         ]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (name, percent) for each share."""
+        """Yields (`<protocol>_top1`, percent), and `<protocol>_top5` of more than five classes, for each share."""
         store = self._store
-        train, test = store.splits.train, store.splits.test
-        for fraction, share, recipe in zip(self.fractions, self._shares, self.recipes, strict=True):
-            name = self.name if len(self.fractions) == 1 else f"{self.name}_{100 * fraction:g}"
+        train, test = store.splits.labelled("fine-tuning")
+        for name, share, recipe in zip(self.protocols, self._shares, self.recipes, strict=True):
             some = train.part(share, train.name)
             world = distributed.world()
             network = train_classifier(
@@ -128,9 +133,9 @@ def listed(source: Source, path: str) -> np.ndarray:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"lists: expected a text file of image files' names, got {path}, which is not there")
-    if not hasattr(source, "path"):
+    position = {file_of_image.name: i for i in range(len(source)) if (file_of_image := source.path(i)) is not None}
+    if not position:
         raise UserError(f"lists: expected images in files, got {source.name}, whose images have no names; leave lists=null")
-    position = {source.path(i).name: i for i in range(len(source))}
     names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     unknown = [name for name in names if name not in position]
     if unknown or not names or len(set(names)) < len(names):

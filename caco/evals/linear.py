@@ -1,23 +1,26 @@
 """Linear evaluation: a linear classifier on a frozen backbone, trained on crops and flips as the papers do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
+from caco import metrics
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
 from caco.evals.features import FeatureStore
 
 
-class Linear:
-    """Test accuracy of the classifier after the LAST epoch: `<name>_top1` (and `_top5`), percent.
+class Linear(Evaluator):
+    """Test accuracy of the classifier after the LAST epoch: `<protocol>_top1` (and `_top5`), percent.
 
     Nothing is chosen on the test images: they are looked at once.
 
     Args:
-        name: of its results, so that several recipes can be run together.
+        name: of the recipe: linear, linear_lightly or linear_moco, whose changes stand in the names of the results
+            (linear_batch-256_top1: caco/metrics.py), or one of your own.
         epochs ... interpolation: see Recipe.
         when: "epoch" (while training, and at its end) or "end".
     """
@@ -37,16 +40,16 @@ class Linear:
         larc: bool = True,
         trust_coefficient: float = 1e-3,
         schedule: Literal["cosine", "steps"] = "cosine",
-        milestones: list[int] = (),
+        milestones: Sequence[int] = (),
         decay: float = 0.1,
         unit: Literal["epoch", "step"] = "epoch",
-        scale: list[float] = (0.08, 1.0),
+        scale: Sequence[float] = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):
             raise UserError(f"{name} when: expected epoch or end, got {when!r}")
-        self.name, self.when = name, when
+        self.when = when
         self.recipe = Recipe(
             epochs=epochs,
             batch=batch,
@@ -63,6 +66,7 @@ class Linear:
             scale=list(scale),
             interpolation=interpolation,
         )
+        self.protocol = metrics.linear(name=name, **vars(self.recipe))
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Looks whether the images suffice.
@@ -81,9 +85,9 @@ class Linear:
         self._num_classes = int(labels.max()) + 1
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<name>_top1`, percent) and, of more than five classes, (`<name>_top5`, percent)."""
+        """Yields (`<protocol>_top1`, percent) and, of more than five classes, (`<protocol>_top5`, percent)."""
         store = self._store
-        train = store.splits.train
+        train, _ = store.splits.labelled("linear evaluation")
         network = train_classifier(
             backbone,
             train,
@@ -92,7 +96,9 @@ class Linear:
             num_classes=self._num_classes,
             frozen=True,
             seed=self._seed,
-            name=self.name,
+            name=self.protocol,
         )
-        logits_NC = classify(network[1], store.features(backbone, "test"))
-        yield from accuracies(logits_NC, self._test_labels, self.name)
+        head = network[1]
+        assert isinstance(head, nn.Linear)
+        logits_NC = classify(head, store.features(backbone, "test"))
+        yield from accuracies(logits_NC, self._test_labels, self.protocol)

@@ -4,7 +4,8 @@ Shapes: N images, C classes.
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,13 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
+from caco import metrics
 from caco.data.sets.overlap import refuse_shared
-from caco.data.sets.sources import Source
+from caco.data.sets.sources import Source, labels_of
 from caco.data.sets.transfer import MissingSet, TransferSet, load
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
+from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, require_classes
 from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
 
@@ -26,9 +29,9 @@ PUBLISHED = (
 )  # fmt: skip
 
 
-class Transfer:
-    """Each set's metric on its test images: `transfer/<set>_<metric>`, percent; also the strength that was chosen and the
-    gradient's largest entry at the optimum.
+class Transfer(Evaluator):
+    """Each set's metric on its test images: `<protocol>/<set>_<metric>`, percent; also the strength that was chosen and the
+    gradient's largest entry at the optimum. The protocol is `transfer`, what is changed of it stands in its name (caco/metrics.py).
 
     Protocol of SimCLR (arXiv 2002.05709, B.8) and BYOL (arXiv 2006.07733, D.1): features of the frozen backbone, shorter
     side resized (bicubic), centre crop, no augmentation; L2-regularised multinomial logistic regression by L-BFGS; 45
@@ -49,7 +52,7 @@ class Transfer:
         self,
         *,
         root: str | None = None,
-        sets: list[str] = PUBLISHED,
+        sets: Sequence[str] = PUBLISHED,
         size: int = 224,
         num_strengths: int = 45,
         weakest: float = 1e-6,
@@ -70,6 +73,9 @@ class Transfer:
         self.root, self.sets, self.size, self.when = root, list(sets), size, when
         self.strengths = strengths(num_strengths, weakest, strongest)
         self.max_iterations, self.tolerance = max_iterations, tolerance
+        self.protocol = metrics.transfer(
+            size=size, num_strengths=num_strengths, weakest=weakest, strongest=strongest, max_iterations=max_iterations, tolerance=tolerance
+        )
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Finds the sets; says what is missing.
@@ -110,47 +116,49 @@ class Transfer:
         return [[s.name, s.train.digest(), s.validation.digest(), s.test.digest()] for s in self._found]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`transfer/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest entry)."""
+        """Yields (`<protocol>/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest entry)."""
         for one in self._found:
             yield from self._one(backbone, one)
 
     def _one(self, backbone: nn.Module, one: TransferSet) -> Iterator[tuple[str, float]]:
         store = self._store
         train, validation = self._features(backbone, one.train), self._features(backbone, one.validation)
-        num_classes = one.train.labels.shape[1] if one.metric == "map11" else int(one.train.labels.max()) + 1
-        settings = {"num_classes": num_classes, "max_iterations": self.max_iterations, "tolerance": self.tolerance}
+        known = labels_of(one.train)
+        num_classes = known.shape[1] if one.metric == "map11" else int(known.max()) + 1
+        fit = partial(fit_on_axes, num_classes=num_classes, max_iterations=self.max_iterations, tolerance=self.tolerance)
 
         axes, labels = Axes.of(train), _labels(one.train, store)
         z_NR, z_validation_NR = axes.turn(train), axes.turn(validation)
         weight, best, chosen, start = None, -1.0, 0.0, None
         for strength in self.strengths:
-            weight = fit_on_axes(axes, z_NR, labels, strength=strength, start=weight, **settings)
+            weight = fit(axes, z_NR, labels, strength=strength, start=weight)
             logits_NC = torch.addmm(weight[1], z_validation_NR, weight[0]).cpu()
-            value = dict(score(logits_NC, one.validation.labels, one.metric))[one.metric]
+            value = dict(score(logits_NC, labels_of(one.validation), one.metric))[one.metric]
             if value > best:
                 best, chosen, start = value, strength, axes.back(*weight)
-            store.say(f"transfer/{one.name}: strength {strength:.1e}, validation {value:.2f}", passing=True)
+            store.say(f"{self.protocol}/{one.name}: strength {strength:.1e}, validation {value:.2f}", passing=True)
         del z_NR, z_validation_NR
 
         everything, labels = torch.cat([train, validation]), torch.cat([labels, _labels(one.validation, store)])
         axes = Axes.of(everything)
-        weight = fit_on_axes(axes, axes.turn(everything), labels, strength=chosen, start=axes.start(*start), **settings)
+        assert start is not None, "at least one strength was tried"
+        weight = fit(axes, axes.turn(everything), labels, strength=chosen, start=axes.start(*start))
         weight_DC, bias_C = axes.back(*weight)
         l2 = chosen / len(everything)
         _, grad_DC, grad_C = objective(weight_DC, bias_C, everything.double(), labels, l2=l2)
         test = self._features(backbone, one.test)
         logits_NC = torch.cat([torch.addmm(bias_C, x.double(), weight_DC).cpu() for x in test.split(8192)])
-        for metric, value in score(logits_NC, one.test.labels, one.metric):
-            yield f"transfer/{one.name}_{metric}", value
-        yield f"transfer/{one.name}_strength", chosen
-        yield f"transfer/{one.name}_gradient", largest(grad_DC, grad_C)
+        for metric, value in score(logits_NC, labels_of(one.test), one.metric):
+            yield f"{self.protocol}/{one.name}_{metric}", value
+        yield f"{self.protocol}/{one.name}_strength", chosen
+        yield f"{self.protocol}/{one.name}_gradient", largest(grad_DC, grad_C)
 
     def _features(self, backbone: nn.Module, source: Source) -> Tensor:
         return self._store.of(backbone, source, self._views).to(self._store.device)
 
 
 def _labels(source: Source, store: FeatureStore) -> Tensor:
-    return torch.from_numpy(source.labels).to(store.device)
+    return torch.from_numpy(labels_of(source)).to(store.device)
 
 
 def score(logits_NC: Tensor, labels: np.ndarray, metric: str) -> Iterator[tuple[str, float]]:

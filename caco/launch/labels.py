@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra.conf import HydraConf
 
 from caco.runs.identity import is_neutral, key_of
 
@@ -27,7 +27,7 @@ class Label:
     sweep: dict[str, Any] | None = None
 
 
-def label(hydra_cfg: DictConfig) -> Label:
+def label(hydra_cfg: HydraConf) -> Label:
     """Of a run that Hydra has composed; `hydra_cfg` is Hydra's own part."""
     overrides = list(hydra_cfg.overrides.task)
     sweep = json.loads(os.environ.get(SWEEP, "null"))

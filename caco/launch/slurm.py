@@ -73,7 +73,8 @@ class Slurm:
         demand("signal_minutes", signal_minutes, 0 < signal_minutes <= hours * 30, "at most half of launcher.hours")
         demand("parallel", parallel, parallel >= 1, "at least 1")
         self.partition, self.ranks, self.cpus = partition, nodes * tasks, tasks * (cpus_per_task or 1)
-        self.asked = {"hours": hours, "gpus_per_node": gpus_per_node, "nodes": nodes}
+        self.gpus_per_node = gpus_per_node
+        self.asked: dict[str, float] = {"hours": hours, "gpus_per_node": gpus_per_node, "nodes": nodes}
         self.parallel, self.setup, self.max_timeouts, self.max_crashes = parallel, setup, max_timeouts, max_crashes
         wanted = {
             "partition": partition,
@@ -104,7 +105,7 @@ class Slurm:
             raise UserError(
                 "launcher=slurm needs SLURM's commands, sbatch and others: run this on a login node, or take launcher=local"
             )
-        check_ranks(cfg, self.ranks, self.asked["gpus_per_node"])
+        check_ranks(cfg, self.ranks, self.gpus_per_node)
         # Partition (* is the default one), its time limit, GPUs and so on a node, nodes, CPUs a node; a line for each kind.
         listed = [line.split("|") for line in _slurm("sinfo", "--noheader", "--format=%P|%l|%G|%D|%c").stdout.splitlines()]
         names = {line[0].rstrip("*") for line in listed}

@@ -12,6 +12,7 @@ from caco.errors import UserError
 from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup
 from caco.methods.terms import pairs_of
+from caco.nn.heads import Encoder
 
 
 class BarlowTwins(Method):
@@ -36,7 +37,7 @@ class BarlowTwins(Method):
     def __init__(
         self,
         *,
-        encoder: nn.Module,
+        encoder: Encoder,
         off_diagonal_weight: float = 0.0051,
         loss_scale: float = 1.0,
         one_dimensional_rate: float = 0.024,
@@ -51,7 +52,7 @@ class BarlowTwins(Method):
         self.off_diagonal_weight, self.loss_scale, self.one_dimensional_rate = off_diagonal_weight, loss_scale, one_dimensional_rate
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
         return self.encoder.backbone
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -166,6 +166,10 @@ class Method(nn.Module):
     def after_phase(self, now: Now) -> None:
         """After the last step of a phase: the twin becomes a copy at the end of a warm start."""
 
+    def overwritten(self) -> set[str]:
+        """Parts, by the names of children, that the run fills before it uses what they hold: weights from elsewhere leave them out."""
+        return set()
+
     def statistics(self) -> dict[str, float]:
         """Once an epoch, of what has happened since the last call. A collective."""
         return {}

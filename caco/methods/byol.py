@@ -3,7 +3,8 @@
 Shapes: B this rank's images, D width of the embedding.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,8 +13,8 @@ from caco.data.loaders.batches import Batch
 from caco.errors import UserError
 from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Now, Outputs
-from caco.methods.terms import Term, terms_of
-from caco.nn.heads import Projector, at_least_float32
+from caco.methods.terms import Term, terms_of, weighted_sum
+from caco.nn.heads import Encoder, Projector, at_least_float32
 from caco.nn.twin import MomentumTwin
 from caco.schedules import RunShape, Table, cosine
 
@@ -39,7 +40,7 @@ class BYOL(Method):
     def __init__(
         self,
         *,
-        encoder: nn.Module,
+        encoder: Encoder,
         predictor_hidden_dim: int = 4096,
         predictor_initialisation: Literal["torch", "truncated_normal_fan_in"] = "truncated_normal_fan_in",
         momentum: float = 0.996,
@@ -59,7 +60,7 @@ class BYOL(Method):
         self.momentum, self.final_momentum, self.reduction = momentum, final_momentum, reduction
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
         return self.encoder.backbone
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
@@ -75,13 +76,12 @@ class BYOL(Method):
         p = [_unit(self.predictor(z_BD)) for z_BD in z]
         aims = {key: _unit(self.twin(batch.views[key], unit=False)) for key in sorted({term.key for term in terms})}
         distances = [(p[term.query] - aims[term.key]).square().sum(1).mean() for term in terms]
-        loss = sum(term.weight * distance for term, distance in zip(terms, distances, strict=True))
-        return Outputs(loss, {"embedding_spread": diagnostics.spread(z[0])})
+        return Outputs(weighted_sum(terms, distances), {"embedding_spread": diagnostics.spread(z[0])})
 
     def after_step(self, now: Now) -> None:
         self.twin.update(self.encoder, now["twin_momentum"])
 
-    def warning(self, statistics) -> str | None:
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
         return diagnostics.collapse(statistics, "a twin that follows more slowly (method.momentum), a longer warm-up, a lower optimizer.lr")
 
     def costs(self, sizes: list[int]) -> Costs:

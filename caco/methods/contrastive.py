@@ -3,13 +3,15 @@
 Shapes: B this rank's images, G all ranks' images, D width of the embedding, V views.
 """
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco import distributed
+from caco.banks.base import Bank
 from caco.banks.scoring import Score
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
@@ -17,6 +19,7 @@ from caco.errors import UserError
 from caco.methods.base import TRAINING, Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
 from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives
 from caco.methods.terms import Term, terms_of
+from caco.nn.heads import Encoder
 from caco.nn.twin import MomentumTwin
 from caco.schedules import RunShape, Table, cosine
 
@@ -25,7 +28,7 @@ WARM_START = "warm start"
 
 def warm_start_steps(steps: int | None, passes: int | None, bank_size: int, batch: int) -> int:
     """Steps of a warm start that is `steps` long, or as long as the keys of so large a batch take to go over the rows `passes` times."""
-    return steps if steps is not None else passes * -(-bank_size // batch)
+    return steps if steps is not None else (passes or 0) * -(-bank_size // batch)
 
 
 def weighted(score: Score, terms: list[Term]) -> Tensor:
@@ -34,7 +37,14 @@ def weighted(score: Score, terms: list[Term]) -> Tensor:
 
 
 def contrast(
-    q: list[Tensor], k: list[Tensor], positives: list[Positive], negatives, bank, temperature: float, *, learn: bool = True
+    q: list[Tensor],
+    k: list[Tensor],
+    positives: list[Positive],
+    negatives: Negatives,
+    bank: Bank | None,
+    temperature: float,
+    *,
+    learn: bool = True,
 ) -> Score:
     """Losses of each term's queries against one positive each and a source of negatives; the bank's rows are streamed once for all.
 
@@ -44,14 +54,18 @@ def contrast(
     Returns:
         Score of [T, B] each, for T terms.
     """
-    extra = [_columns(*term, negatives) for term in zip(q, k, positives, strict=True)]
-    extra_NE = None if extra[0] is None else torch.cat(extra)
+    extra = [columns_BE for term in zip(q, k, positives, strict=True) if (columns_BE := _columns(*term, negatives)) is not None]
+    extra_NE = torch.cat(extra) if extra else None
     if negatives.bank_rows:
-        rows = [positive.row_B for positive in positives]
-        if rows[0] is None:  # the first extra column, which comes right after the bank's rows
-            rows = [torch.full((len(q_BD),), bank.size, device=q_BD.device) for q_BD in q]
+        assert bank is not None, "the bank's rows are negatives"
+        # A positive that is no row is the first extra column, which comes right after the bank's rows.
+        rows = [
+            torch.full((len(q_BD),), bank.size, device=q_BD.device) if positive.row_B is None else positive.row_B
+            for q_BD, positive in zip(q, positives, strict=True)
+        ]
         score = bank.score(torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE, learn=learn)
     else:
+        assert extra_NE is not None, "a positive that is no row, and negatives that are none"
         logits_NE = extra_NE / temperature
         first_N = torch.zeros(len(logits_NE), dtype=torch.int64, device=logits_NE.device)
         loss_N = F.cross_entropy(logits_NE, first_N, reduction="none")
@@ -59,12 +73,16 @@ def contrast(
     return Score(*(of_all.unflatten(0, (len(q), -1)) for of_all in score))
 
 
-def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives) -> Tensor | None:
+def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives: Negatives) -> Tensor | None:
     """Cosines beyond the bank's rows, [B, E]: of a positive that is none of these, and of other images."""
     columns = [] if positive.vector_BD is None else [(q_BD * positive.vector_BD).sum(1, keepdim=True)]
     others = negatives(q_BD, k_GD)
     columns += [] if others is None else [others]
     return torch.cat(columns, 1) if columns else None
+
+
+def _by_view(of_all: Tensor | None, num_views: int) -> Sequence[Tensor | None]:
+    return [None] * num_views if of_all is None else of_all.chunk(num_views)
 
 
 class Contrastive(Method):
@@ -87,8 +105,8 @@ class Contrastive(Method):
     def __init__(
         self,
         *,
-        encoder: nn.Module,
-        bank: nn.Module | None = None,
+        encoder: Encoder,
+        bank: Bank | None = None,
         positives: Positives,
         negatives: Negatives,
         temperature: float = 0.08,
@@ -129,7 +147,8 @@ class Contrastive(Method):
             )
         if warm_start_passes is None and warm_start_steps is None:
             warm_start_passes = 0 if bank is None else bank.default_warm_start_passes
-        self.encoder, self.bank = encoder, bank
+        self.encoder: Encoder = encoder
+        self.bank: Bank | None = bank
         self.twin = MomentumTwin(encoder) if momentum is not None else None
         self.positives, self.negatives = positives, negatives
         self.temperature, self.warm_start_temperature = temperature, warm_start_temperature
@@ -138,14 +157,12 @@ class Contrastive(Method):
         self.symmetric, self.reduction = symmetric, reduction
         self.keys: list[list[Tensor]] = []  # of the step in progress, by part of the batch and view, for the bank's update
 
-    @property
-    def backbone(self) -> nn.Module:
-        return self.encoder.backbone
+        in_warm_start = bool(warm_start_steps or warm_start_passes) and not self._rows_are_filled
+        self.needs = Needs(whole_batch=in_warm_start or negatives.columns_per_image > 0)
 
     @property
-    def needs(self) -> Needs:
-        in_warm_start = bool(self.num_warm_start_steps or self.warm_start_passes) and not self._rows_are_filled
-        return Needs(whole_batch=in_warm_start or self.negatives.columns_per_image > 0)
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+        return self.encoder.backbone
 
     def phases(self, run: RunShape) -> list[Phase]:
         """A warm start where there is one, at the full rate, and the training."""
@@ -158,7 +175,7 @@ class Contrastive(Method):
     def schedules(self, run: RunShape) -> dict[str, Table]:
         """The twin's m, and the bank's rate."""
         tables = {}
-        if self.twin is not None:
+        if self.momentum is not None:
             tables["twin_momentum"] = cosine(run, self.momentum, self.final_momentum)
         if self.bank is not None:
             tables["bank_lr"] = self.bank.rates(run)
@@ -210,17 +227,17 @@ class Contrastive(Method):
             gathers_with_gradient=len(chosen) if self.twin is None else 0,
         )
 
-    def encode(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Term]]:
-        """Queries of every view that queries, keys of the large views (own and gathered), and the terms of the loss."""
+    def encode(self, views: list[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor], list[Term]]:
+        """Queries of every view that queries, keys of the views that are chosen (own and gathered), and the terms of the loss."""
         terms = self.terms([view.shape[-1] for view in views])
-        querying, chosen = {term.query for term in terms}, {term.key for term in terms}
-        q = [self.encoder(view) if v in querying else None for v, view in enumerate(views)]
+        querying, chosen = sorted({term.query for term in terms}), sorted({term.key for term in terms})
+        q = {v: self.encoder(views[v]) for v in querying}
         if self.twin is not None:
-            k = [self.twin(views[v]) if v in chosen else None for v in range(1 + max(chosen))]
-            all_k = [None if key is None else distributed.gather(key) for key in k]
+            k = {v: self.twin(views[v]) for v in chosen}
+            all_k = {v: distributed.gather(key) for v, key in k.items()}
         else:
-            k = [self.encoder(views[v]) if q[v] is None else q[v] for v in range(1 + max(chosen))]
-            all_k = [distributed.gather_with_gradient(key) for key in k]
+            k = {v: q[v] if v in q else self.encoder(views[v]) for v in chosen}
+            all_k = {v: distributed.gather_with_gradient(key) for v, key in k.items()}
         return q, k, all_k, terms
 
     def loss(self, views: list[Tensor]) -> Outputs:
@@ -235,12 +252,12 @@ class Contrastive(Method):
         metrics = {"positive_probability": (-score.loss_B.detach()).exp().mean(), "max_probability": score.max_probability_B.mean()}
         return Outputs(weighted(score, terms), metrics)
 
-    def positives_of(self, k: list[Tensor], terms: list[Term]) -> dict[int, Positive]:
+    def positives_of(self, k: Mapping[int, Tensor], terms: list[Term]) -> dict[int, Positive]:
         """Of each view whose keys choose, [B] or [B, D]; a bank is searched once for all."""
         views = sorted({term.key for term in terms})
         together = self.positives(torch.cat([k[v] for v in views]), self.bank)
-        parts = [[None] * len(views) if of_all is None else of_all.chunk(len(views)) for of_all in together]
-        return {v: Positive(*part) for v, part in zip(views, zip(*parts, strict=True), strict=True)}
+        vectors, rows = _by_view(together.vector_BD, len(views)), _by_view(together.row_B, len(views))
+        return {v: Positive(vector, row) for v, vector, row in zip(views, vectors, rows, strict=True)}
 
     def _step_keys(self) -> Tensor:
         """The step's keys by view, rank and image, into however many parts the batch was cut."""
@@ -263,6 +280,9 @@ class Contrastive(Method):
         """Whether the warm start leaves none of the rows that the bank had before it."""
         return self._rows_are_filled and bool(self.num_warm_start_steps or self.warm_start_passes)
 
+    def overwritten(self) -> set[str]:
+        return {"bank"} if self.fills_bank else set()
+
     def warm_start_steps(self, batch: int) -> int:
         """Steps before epoch 0 at a global batch."""
         return warm_start_steps(self.num_warm_start_steps, self.warm_start_passes, 0 if self.bank is None else self.bank.size, batch)
@@ -284,7 +304,7 @@ class Contrastive(Method):
         self.keys.append([k_GD.detach()])
         return Outputs(score.loss_B.mean(), {})
 
-    def warning(self, statistics: dict[str, float]) -> str | None:
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
         """What these statistics of an epoch say of a bank that has collapsed, and what helps; None where nothing is wrong."""
         named = {name.removeprefix("bank/"): value for name, value in statistics.items() if name.startswith("bank/")}
         wrong = self.bank.warning(named) if self.bank is not None else None

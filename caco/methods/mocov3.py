@@ -15,8 +15,8 @@ from caco.data.loaders.images import Images
 from caco.errors import UserError
 from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
-from caco.methods.terms import Term, terms_of
-from caco.nn.heads import Projector, at_least_float32
+from caco.methods.terms import Term, terms_of, weighted_sum
+from caco.nn.heads import Encoder, Projector, at_least_float32
 from caco.nn.twin import MomentumTwin
 from caco.schedules import RunShape, Table, cosine
 
@@ -41,7 +41,7 @@ class MoCoV3(Method):
     def __init__(
         self,
         *,
-        encoder: nn.Module,
+        encoder: Encoder,
         temperature: float = 1.0,
         predictor_hidden_dim: int = 4096,
         predictor_last_batch_norm: bool = False,
@@ -63,7 +63,7 @@ class MoCoV3(Method):
         self.temperature, self.momentum, self.final_momentum, self.reduction = temperature, momentum, final_momentum, reduction
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
         return self.encoder.backbone
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
@@ -82,7 +82,7 @@ class MoCoV3(Method):
         q = [F.normalize(at_least_float32(self.predictor(z_BD)), dim=1) for z_BD in z]
         keys = {key: distributed.gather(self.twin(batch.views[key])) for key in sorted({term.key for term in terms})}
         losses = [self._loss(q[term.query], keys[term.key]) for term in terms]
-        loss = 2 * self.temperature * sum(term.weight * loss_B.mean() for term, loss_B in zip(terms, losses, strict=True))
+        loss = 2 * self.temperature * weighted_sum(terms, [loss_B.mean() for loss_B in losses])
         probability = (-torch.stack(losses).detach()).exp().mean()
         return Outputs(loss, {"positive_probability": probability, "embedding_spread": diagnostics.spread(z[0])})
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from caco import distributed
+from caco.banks.base import Bank
 from caco.methods.base import Costs, Outputs
 from caco.methods.contrastive import Contrastive, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
-from caco.nn.heads import Projector, at_least_float32
+from caco.nn.heads import Encoder, Projector, at_least_float32
 
 
 class NNCLR(Contrastive):
@@ -28,8 +29,8 @@ class NNCLR(Contrastive):
     def __init__(
         self,
         *,
-        encoder: nn.Module,
-        bank: nn.Module,
+        encoder: Encoder,
+        bank: Bank,
         predictor_hidden_dim: int = 4096,
         temperature: float = 0.1,
         warm_start_temperature: float = 0.2,
@@ -58,10 +59,10 @@ class NNCLR(Contrastive):
         p = [F.normalize(at_least_float32(self.predictor(x_BD)), dim=1) for x_BD in projected]
         z = [F.normalize(x_BD.detach(), dim=1) for x_BD in projected]
         everyone = [distributed.gather_with_gradient(p_BD) for p_BD in p]
-        neighbours = self.positives_of(z, terms)
+        neighbours = self.positives_of(dict(enumerate(z)), terms)
         # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
         score = contrast(
-            [neighbours[term.key].vector_BD for term in terms], [everyone[term.query] for term in terms],
+            [vector_BD for term in terms if (vector_BD := neighbours[term.key].vector_BD) is not None], [everyone[term.query] for term in terms],
             [Positive(p[term.query]) for term in terms], self.negatives, None, self.temperature,
         )  # fmt: skip
         self.keys.append([distributed.gather(z[0])])

@@ -3,7 +3,8 @@
 Shapes: B this rank's images, D width of the embedding.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn import functional as F
@@ -11,8 +12,8 @@ from torch.nn import functional as F
 from caco.data.loaders.batches import Batch
 from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
-from caco.methods.terms import Term, terms_of
-from caco.nn.heads import Projector, at_least_float32
+from caco.methods.terms import Term, terms_of, weighted_sum
+from caco.nn.heads import Encoder, Projector, at_least_float32
 from caco.schedules import RunShape, Table, constant
 
 
@@ -33,7 +34,7 @@ class SimSiam(Method):
     def __init__(
         self,
         *,
-        encoder: nn.Module,
+        encoder: Encoder,
         predictor_hidden_dim: int = 512,
         constant_predictor_rate: bool = True,
         reduction: Literal["sum", "mean"] = "mean",
@@ -45,7 +46,7 @@ class SimSiam(Method):
         self.constant_predictor_rate, self.reduction = constant_predictor_rate, reduction
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
         return self.encoder.backbone
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
@@ -67,10 +68,9 @@ class SimSiam(Method):
         p = [at_least_float32(self.predictor(z_BD)) for z_BD in z]
         terms = self.terms([view.shape[-1] for view in batch.views])
         cosines = [F.cosine_similarity(p[term.query], z[term.key].detach(), dim=1, eps=1e-8).mean() for term in terms]
-        loss = -sum(term.weight * cosine for term, cosine in zip(terms, cosines, strict=True))
-        return Outputs(loss, {"embedding_spread": diagnostics.spread(z[0])})
+        return Outputs(-weighted_sum(terms, cosines), {"embedding_spread": diagnostics.spread(z[0])})
 
-    def warning(self, statistics) -> str | None:
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
         return diagnostics.collapse(statistics, "BatchNorm at the projector's end (projector.last_batch_norm=true), a lower optimizer.lr")
 
     def costs(self, sizes: list[int]) -> Costs:

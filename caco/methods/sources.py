@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from caco import distributed
+from caco.banks.base import Bank
 
 
 class Positive(NamedTuple):
@@ -30,7 +31,7 @@ class Positives:
     needs_bank = bank_rows = False
     searches = lookups = 0
 
-    def __call__(self, k_BD: Tensor, bank) -> Positive:
+    def __call__(self, k_BD: Tensor, bank: Bank | None) -> Positive:
         raise NotImplementedError
 
 
@@ -51,7 +52,7 @@ class Negatives:
 class OtherView(Positives):
     """The key of the image's other view (SimCLR, MoCo, AdCo)."""
 
-    def __call__(self, k_BD: Tensor, bank) -> Positive:
+    def __call__(self, k_BD: Tensor, bank: Bank | None) -> Positive:
         return Positive(vector_BD=k_BD)
 
 
@@ -64,7 +65,8 @@ class NearestKey(Positives):
     needs_bank = True
     searches = lookups = 1
 
-    def __call__(self, k_BD: Tensor, bank) -> Positive:
+    def __call__(self, k_BD: Tensor, bank: Bank | None) -> Positive:
+        assert bank is not None, "needs_bank"
         return Positive(vector_BD=bank.rows.lookup(bank.rows.most_probable(k_BD)))
 
 
@@ -74,7 +76,8 @@ class BankRow(Positives):
     needs_bank = bank_rows = True
     searches = 1
 
-    def __call__(self, k_BD: Tensor, bank) -> Positive:
+    def __call__(self, k_BD: Tensor, bank: Bank | None) -> Positive:
+        assert bank is not None, "needs_bank"
         return Positive(row_B=bank.rows.most_probable(k_BD))
 
 

@@ -1,7 +1,11 @@
 """Which view of an image is compared with which other, and how much each comparison counts."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from caco.errors import UserError
 
@@ -30,6 +34,11 @@ def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Li
 def terms_of(sizes: list[int], *, symmetric: bool = True, reduction: Literal["sum", "mean"]) -> list[Term]:
     """The terms of views of these sizes in pixels; the large ones come first."""
     return pair_terms(*_large_and_small(sizes), symmetric=symmetric, reduction=reduction)
+
+
+def weighted_sum(terms: list[Term], values: Sequence[Tensor]) -> Tensor:
+    """Of each term's scalar."""
+    return torch.stack([term.weight * value for term, value in zip(terms, values, strict=True)]).sum()
 
 
 def pairs_of(sizes: list[int]) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from caco.methods import diagnostics
 from caco.methods.barlow import off_diagonal
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.methods.terms import pairs_of
+from caco.nn.heads import Encoder
 
 
 class VICReg(Method):
@@ -33,7 +34,7 @@ class VICReg(Method):
     needs = Needs(whole_batch=True)
 
     def __init__(
-        self, *, encoder: nn.Module, invariance_weight: float = 25.0, variance_weight: float = 25.0, covariance_weight: float = 1.0
+        self, *, encoder: Encoder, invariance_weight: float = 25.0, variance_weight: float = 25.0, covariance_weight: float = 1.0
     ):
         super().__init__()
         self.weights = {"invariance": invariance_weight, "variance": variance_weight, "covariance": covariance_weight}
@@ -42,7 +43,7 @@ class VICReg(Method):
         self.encoder = encoder
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
         return self.encoder.backbone
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
@@ -56,7 +57,7 @@ class VICReg(Method):
             "variance": torch.stack([F.relu(1 - sd_D).mean() for sd_D in deviations]).mean(),
             "covariance": 2 * torch.stack([off_diagonal(cov_DD).square().sum() / len(cov_DD) for cov_DD in covariances]).mean(),
         }
-        loss = sum(self.weights[name] * term for name, term in terms.items())
+        loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return Outputs(loss, {name: term.detach() for name, term in terms.items()} | {"embedding_spread": diagnostics.spread(x[0])})
 
     def costs(self, sizes: list[int]) -> Costs:

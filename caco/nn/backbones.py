@@ -1,5 +1,7 @@
 """Backbones from timm: images in, pooled features out. Each has `num_features`, the width of what it gives."""
 
+from collections.abc import Sequence
+
 import timm
 import torch
 from timm.models.resnet import BasicBlock, ResNet
@@ -15,7 +17,7 @@ def timm_backbone(
     drop_path_rate: float = 0.0,
     image_size: int | None = None,
     zero_init_last: bool = False,
-):
+) -> nn.Module:
     """A timm model without its classifier, randomly initialised.
 
     Args:
@@ -45,7 +47,7 @@ def timm_backbone(
     return model
 
 
-def mocov3_vit(*, name: str, num_heads: int = 12, image_size: int = 224, frozen_patches: bool = True):
+def mocov3_vit(*, name: str, num_heads: int = 12, image_size: int = 224, frozen_patches: bool = True) -> nn.Module:
     """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the projection of the patches
     stays as it was drawn. Its feature is that of the class token.
 
@@ -89,7 +91,7 @@ def sines_and_cosines(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], 1)
 
 
-def small_resnet(*, width: int = 16, blocks: list[int] = (1, 1, 1, 1), stem_stride: int = 1):
+def small_resnet(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1) -> nn.Module:
     """A ResNet of basic blocks for images of 16 to 32 pixels on a CPU; its features are 8 * width wide.
 
     Args:

@@ -94,9 +94,13 @@ class Encoder(nn.Module):
 
     Several views at once, a list of [B, 3, H, W], give [V * B, D]: neighbours of one size go through the backbone together and all
     through the projector. So BatchNorm's statistics are of a size there and of all views here, as in SwAV's and DINO's code.
+
+    Args:
+        backbone: has `num_features`, the width of its output.
+        projector: or another head that says by `dim` how wide its output is.
     """
 
-    def __init__(self, *, backbone: nn.Module, projector: nn.Module):
+    def __init__(self, *, backbone: nn.Module, projector: Projector):
         super().__init__()
         self.backbone, self.projector = backbone, projector
 

@@ -1,5 +1,7 @@
 """BatchNorm over the batch of all ranks. torch's SyncBatchNorm does it on CUDA and refuses CPU tensors."""
 
+from typing import TypeVar, cast
+
 import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
@@ -7,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from caco import distributed
 from caco.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class AllRanksBatchNorm(_BatchNorm):
@@ -16,6 +20,13 @@ class AllRanksBatchNorm(_BatchNorm):
         replaced: the layer whose place this one takes: it has that one's parameters and statistics, and, as timm's
             BatchNormAct2d does, it goes on to that one's drop-out and activation.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+    drop: nn.Module
+    act: nn.Module
 
     def __init__(self, replaced: _BatchNorm):
         super().__init__(replaced.num_features, replaced.eps, replaced.momentum, replaced.affine)
@@ -53,7 +64,7 @@ class AllRanksBatchNorm(_BatchNorm):
 _KNOWN = {_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, AllRanksBatchNorm.forward}
 
 
-def over_all_ranks(module: nn.Module, device: torch.device) -> nn.Module:
+def over_all_ranks(module: M, device: torch.device) -> M:
     """Replace every BatchNorm inside by one over all ranks; with one process nothing changes.
 
     Raises:
@@ -68,7 +79,7 @@ def over_all_ranks(module: nn.Module, device: torch.device) -> nn.Module:
                 f"{distributed.world()} processes, got {type(layer).__name__}: train in one process, or choose another backbone"
             )
     # timm's and not torch's, which would replace a BatchNormAct2d by a layer without its activation.
-    return convert_sync_batchnorm(module) if device.type == "cuda" else _replaced(module)
+    return convert_sync_batchnorm(module) if device.type == "cuda" else cast(M, _replaced(module))
 
 
 def _replaced(module: nn.Module) -> nn.Module:

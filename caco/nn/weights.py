@@ -7,7 +7,9 @@ torchvision, timm and the released checkpoints name a ResNet's layers alike, so 
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import safetensors
 import safetensors.torch
@@ -30,23 +32,35 @@ STUDENT, EVALUATED = "encoder.backbone.", "evaluated."  # in our names: the back
 OWN_OF_A_RUN = ("rows.velocity", "rows.uses")  # the bank's momentum and statistics: a new run starts its own
 
 
-def initialise(method: nn.Module, path: Path | str, format: str) -> str:
+class Initialised(Protocol):
+    """A method, as `initialise` needs it: its parts by the names that they have in its state_dict, `encoder` one of them."""
+
+    @property
+    def backbone(self) -> nn.Module: ...
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+    def overwritten(self) -> set[str]: ...
+
+
+def initialise(method: Initialised, path: Path | str, format: str) -> str:
     """Give a freshly built method the weights of a file, and say what it got.
 
     The backbone must fit. The projector, the momentum twin, the bank and what else a method has are taken where the
     file holds them in the same shapes, and stay as they were where not; a twin that the file lacks becomes a copy of
-    the encoder. The bank is taken only with its projector, and not if the run fills it with keys anyway.
+    the encoder. The bank is taken only with its projector; what the run fills anyway is left out.
 
     Args:
-        method: its `encoder` has `backbone` and `projector`; `twin` and `bank` may be None.
         path, format: as in `read`.
     Raises:
         ValueError: as in `load_backbone`.
     """
     named = read(path, format)
-    encoder, twin, bank = method.encoder, getattr(method, "twin", None), getattr(method, "bank", None)
-    _fill_backbone(encoder.backbone, _below(named, STUDENT), path)
-    loaded, fresh = ["backbone"], []
+    parts = dict(method.named_children())
+    encoder, twin, bank = parts.pop("encoder"), parts.pop("twin", None), parts.pop("bank", None)
+    projector = encoder.get_submodule("projector")
+    _fill_backbone(encoder.get_submodule("backbone"), _below(named, STUDENT), path)
+    loaded, fresh = ["backbone"], list[str]()
 
     def take(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> bool:
         fits = not any(_mismatches(module, tensors))
@@ -55,25 +69,26 @@ def initialise(method: nn.Module, path: Path | str, format: str) -> str:
         (loaded if fits else fresh).append(name)
         return fits
 
-    has_projector = take("projector", encoder.projector, _below(named, "encoder.projector."))
-    for name, module in method.named_children():  # a predictor, for example
-        if name not in ("encoder", "twin", "bank") and module.state_dict():
+    has_projector = take("projector", projector, _below(named, "encoder.projector."))
+    for name, module in parts.items():  # a predictor, for example
+        if name not in method.overwritten() and module.state_dict():
             take(name, module, _below(named, f"{name}."))
     if twin is not None:
+        of_twin = twin.get_submodule("encoder")
         theirs = _below(named, "twin.encoder.")
         if not has_projector:
             theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith("projector.")}
-            theirs |= {f"projector.{name}": tensor for name, tensor in encoder.projector.state_dict().items()}
-        if any(_mismatches(twin.encoder, theirs)):
-            twin.encoder.load_state_dict(encoder.state_dict())
+            theirs |= {f"projector.{name}": tensor for name, tensor in projector.state_dict().items()}
+        if any(_mismatches(of_twin, theirs)):
+            of_twin.load_state_dict(encoder.state_dict())
             loaded.append("twin (a copy of the encoder)")
         else:
-            twin.encoder.load_state_dict(theirs, strict=False)
+            of_twin.load_state_dict(theirs, strict=False)
             loaded.append("twin")
     if bank is not None:
         rows = {name: tensor for name, tensor in _below(named, "bank.").items() if name not in OWN_OF_A_RUN}
-        whole = (bank.size, bank.rows.weight.shape[1])  # of all ranks' shards
-        if has_projector and not method.fills_bank and "rows.weight" in rows and rows["rows.weight"].shape == whole:
+        whole = (getattr(bank, "size"), bank.get_parameter("rows.weight").shape[1])  # of all ranks' shards
+        if has_projector and "bank" not in method.overwritten() and "rows.weight" in rows and rows["rows.weight"].shape == whole:
             bank.load_state_dict(rows, strict=False)
             loaded.append("bank")
         else:

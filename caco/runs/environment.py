@@ -41,9 +41,9 @@ def environment() -> dict[str, str]:
         "gpus": _gpus(),
     }
     # The number that squeue shows; a job of an array has its own and the array's.
-    job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    if all(job):
-        found["slurm_job_id"] = "_".join(job)
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        found["slurm_job_id"] = f"{array}_{task}"
     elif "SLURM_JOB_ID" in os.environ:
         found["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
     return found

@@ -50,8 +50,15 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(cfg, DictConfig):
         return dict(cfg)
     # Key by key: hydra.run.dir asks for the hash while it is being resolved, so `hydra` must not be touched.
-    job = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    job = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return OmegaConf.to_container(job, resolve=True)  # type: ignore[return-value]
+
+
+def read_yaml(file: Path) -> DictConfig:
+    """A YAML file of keys and values, such as a run's config.yaml."""
+    cfg = OmegaConf.load(file)
+    assert isinstance(cfg, DictConfig), f"{file}: expected keys"
+    return cfg
 
 
 def flat(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

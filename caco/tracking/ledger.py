@@ -9,11 +9,15 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caco.errors import FileError, UserError
 from caco.runs.files import process_start, read_json, write_json
 from caco.tracking import watermark
+from caco.tracking.base import Row, Tracker
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +77,7 @@ class Ledger:
         self._num_rows = 0
         self._size = 0
 
-    def append(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
+    def append(self, kind: str, step: int, values: Row) -> None:
         """Add one row.
 
         Raises:
@@ -149,7 +153,7 @@ class Ledger:
         return self._fd
 
 
-class LedgerTracker:
+class LedgerTracker(Tracker):
     """Tracks a run in its directory alone; `python -m caco.tracking.sync` can send it to MLflow at any time.
 
     Files: ledger.jsonl (the record), system.jsonl (what the machine did), tracking.json (name, parameters, tags, process,
@@ -215,7 +219,7 @@ class LedgerTracker:
             self._sampler = Sampler(Ledger(run_dir / "system.jsonl"), self._system_seconds)
             self._sampler.start()
 
-    def log(self, step: int, values: dict[str, float | int | str], kind: str = "train") -> None:
+    def log(self, step: int, values: Row, kind: str = "train") -> None:
         """Add one row to the ledger; raises OSError, with its path, when the disk is full."""
         assert self._ledger is not None, "start() first"
         self._ledger.append(kind, step, values)
@@ -224,9 +228,9 @@ class LedgerTracker:
         """What a checkpoint keeps; the rows it counts are on the disk when this returns."""
         assert self._ledger is not None, "start() first"
         self._ledger.sync()
-        return {"rows": len(self._ledger), "mlflow_run_id": "", "sent": 0}
+        return {"rows": len(self._ledger)}
 
-    def log_model(self, make_backbone: Callable[[], Any]) -> None:
+    def log_model(self, make_backbone: "Callable[[], nn.Module]") -> None:
         """Nothing: without MLflow the weights are in the checkpoints alone."""
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:

@@ -4,16 +4,21 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from caco.tracking.feed import Feed, first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.base import Row, Tracker
+from caco.tracking.feed import Feed
 from caco.tracking.ledger import Ledger, LedgerTracker
+from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.watermark import Watermark
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _log = logging.getLogger(__name__)
 
 
-class MLflowTracker:
+class MLflowTracker(Tracker):
     """Tracks a run in its ledger, and in one MLflow run that a thread feeds from the ledger.
 
     log() writes to the ledger and never waits for MLflow. A server that is down, slow or dies costs one warning; what
@@ -32,6 +37,8 @@ class MLflowTracker:
         UserError: mlflow is not installed.
         ValueError: `uri` is neither a database nor a server.
     """
+
+    package = "mlflow"
 
     def __init__(
         self,
@@ -66,7 +73,7 @@ class MLflowTracker:
         """As LedgerTracker.start(); the MLflow run of this directory, or of the checkpoint's `state`, goes on."""
         import_mlflow()
         run_dir = Path(run_dir)
-        if state and state["mlflow_run_id"] and not Watermark.load(run_dir).run_id:
+        if state and state.get("mlflow_run_id") and not Watermark.load(run_dir).run_id:
             # The side file is gone: only the checkpoint knows the run, and later rows may have been sent, too.
             num_rows = len(Ledger(run_dir / "ledger.jsonl"))
             Watermark(run_id=state["mlflow_run_id"], sent=state["sent"], attempted=num_rows).save(run_dir)
@@ -78,7 +85,7 @@ class MLflowTracker:
             self._feeder.attempt()
         self._feeder.start()
 
-    def log(self, step: int, values: dict[str, float | int | str], kind: str = "train") -> None:
+    def log(self, step: int, values: Row, kind: str = "train") -> None:
         """Add one row to the ledger; raises OSError, with its path, when the disk is full, and nothing for MLflow."""
         self._ledger.log(step, values, kind)
 
@@ -89,7 +96,7 @@ class MLflowTracker:
         mark = self._feeder.feed.mark
         return {**state, "mlflow_run_id": mark.run_id, "sent": min(mark.sent, state["rows"])}
 
-    def log_model(self, make_backbone: Callable[[], Any]) -> None:
+    def log_model(self, make_backbone: "Callable[[], nn.Module]") -> None:
         """Keep what it makes, a torch module in eval mode, as the run's model; finish() sends it. One warning where it cannot."""
         if not self.model:
             return

@@ -321,12 +321,21 @@ def test_build_builds_inner_parts_first():
     assert build({"_target_": "builtins.dict", "a": inner, "b": [inner]})["b"][0].total_seconds() == 3600
 
 
-def test_a_warm_start_is_set_in_one_place_and_its_former_name_is_still_read():
+def test_a_warm_start_is_set_in_one_place():
     method = composed("warm_start.steps=7")["method"]
     assert (method["warm_start_steps"], method["warm_start_passes"]) == (7, None)
-    assert composed("bank_learning.filling_passes=3")["method"]["warm_start_passes"] == 3
-    assert composed("pn=positive", "bank_learning.filling_passes=3")["method"]["warm_start_passes"] == 3
+    assert composed("warm_start.passes=3")["method"]["warm_start_passes"] == 3
+    assert composed("pn=positive", "warm_start.passes=3")["method"]["warm_start_passes"] == 3
     assert composed("bank_learning.final_lr=0.03")["bank"]["final_lr"] == 0.03
+
+
+def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_starts(whole):
+    cfg = copy.deepcopy(whole)
+    OmegaConf.update(cfg, "eval.again", {**cfg.eval.knn, "block": 64}, force_add=True)
+    with pytest.raises(UserError, match=r"eval\.again: its results would be called knn20_20pct, as those of eval\.knn are"):
+        validation.check(cfg)
+    cfg.eval.again.k = 5
+    validation.check(cfg)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +345,9 @@ def test_a_warm_start_is_set_in_one_place_and_its_former_name_is_still_read():
         (["pn=none", "warm_start.passes=2"], "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2"),
         (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
         (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has none; leave it out"),
-        (["pn=positive", "bank_learning.final_lr=0"], "bank_learning: nothing learns in this setting's bank"),
+        (["pn=positive", "bank_learning.final_lr=0"], "bank_learning.final_lr: this setting's bank takes no final_lr: nothing learns in it"),
+        (["+bank_learning.wobble=1"], "bank_learning.wobble: this setting's bank takes no wobble: there are lr, lr_reference_batch, "),
+        (["pn=negative", "bank_learning.lr=fast"], "bank.lr: expected float, got 'fast'"),
     ],
 )
 def test_a_warm_start_or_a_final_rate_without_a_meaning_is_refused(overrides, expected):

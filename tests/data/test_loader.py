@@ -24,7 +24,7 @@ from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.beton import BetonImages
 from caco.data.sets.folders import folder
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.sources import ImagesInMemory, Source, Splits
 from caco.data.views import native
 from caco.data.views.augmentation import View, Views
 from caco.errors import FileError
@@ -447,7 +447,7 @@ def test_closing_inside_an_epoch_ends_the_workers(not_compiled, noise_source, tw
     assert list(running) == []
 
 
-class Threads:
+class Threads(Source):
     """A source whose every pixel is the number of torch's threads where it is read."""
 
     name, labels, classes = "threads", None, None
@@ -457,6 +457,12 @@ class Threads:
 
     def image(self, index: int) -> Image.Image:
         return Image.new("RGB", (8, 8), (torch.get_num_threads(),) * 3)
+
+    def part(self, indices, name):
+        return self
+
+    def digest(self):
+        return self.name
 
 
 def test_workers_use_one_thread():

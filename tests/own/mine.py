@@ -6,7 +6,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from caco.data.sets.sources import Splits
+from caco.data.sets.sources import Source, Splits
+from caco.evals.base import Evaluator
 from caco.methods.base import Method, Needs, Outputs
 from caco.methods.sources import Positive, Positives
 
@@ -39,7 +40,7 @@ class Halfway(Positives):
         return Positive(vector_BD=F.normalize(k_BD + bank.rows.lookup(bank.rows.most_probable(k_BD)), dim=1))
 
 
-class Spread:
+class Spread(Evaluator):
     """How far the test images' features lie apart."""
 
     def __init__(self, *, when: str = "epoch"):
@@ -52,10 +53,9 @@ class Spread:
         yield "spread", self.store.features(backbone, "test").std(0).mean().item()
 
 
-class Stripes:
+class Stripes(Source):
     """Noisy stripes in one of four directions, drawn when they are asked for; the label is the direction."""
 
-    arrays = None
     classes = ["-", "/", "|", "\\"]
 
     def __init__(self, index: np.ndarray, *, name: str, size: int):

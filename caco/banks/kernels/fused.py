@@ -15,6 +15,7 @@ import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def or_on_cuda(work: Callable) -> Callable:
     """The pass of the same name in triton_kernels.py, for tensors that lie on a card."""
 
     @functools.wraps(work)
-    def chosen(x: Tensor, *arguments, **options):
+    def chosen(x: Tensor, *arguments: Any, **options: Any) -> Any:
         if x.is_cuda:
             return getattr(on_cuda(x.device, x.shape[1]), work.__name__)(x, *arguments, **options)
         return work(x, *arguments, **options)
@@ -113,7 +114,9 @@ def forward(
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines are within a
     bound of the exact ones, [G]; rows further than twice that behind the best may be left out (-1)."""
-    shape = len(k_GD), library().caco_top(instructions.number())
+    kernel = library()
+    assert kernel is not None, "see `serves`"
+    shape = len(k_GD), kernel.caco_top(instructions.number())
     value_GT, row_GT, error_G = torch.empty(shape), torch.empty(shape, dtype=torch.int64), torch.empty(len(k_GD))
     _call("caco_nearest", k_GD.contiguous(), len(k_GD), w_RD, len(w_RD), w_RD.shape[1], value_GT, row_GT, error_G)
     return value_GT, row_GT, error_G

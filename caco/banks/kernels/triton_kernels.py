@@ -325,6 +325,7 @@ def trial(device: torch.device, D: int) -> None:
     expected = [e.sum(1), second, (exact_q @ m.T).amax(1), e @ m, (k.double() @ m.T).amax(1), *moved]
     for low, tolerance in ((True, 0.1), (False, 1e-4)):
         z, peak, sums = forward(q, w, [tau, bank_tau], [0.0, 0.0], with_sums=True, low=low)
+        assert sums is not None
         nearest_m = m[nearest(k, w)[1][:, 0]]
         new_w, new_v = w.clone(), v.clone()
         update(

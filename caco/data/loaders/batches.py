@@ -46,7 +46,8 @@ class Order:
         self.num_images, self.batch, self.seed = num_images, batch, seed
         self.size = batch // world
         self.part = slice(rank * batch // world, (rank + 1) * batch // world)
-        self.epoch, self.start_step, self.chosen = 0, 0, None  # set before each iteration
+        self.epoch, self.start_step = 0, 0  # set before each iteration, as is
+        self.chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.num_images // self.batch - self.start_step

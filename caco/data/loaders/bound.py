@@ -1,7 +1,9 @@
 """A loader bound to data: batches on their device whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
 
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,13 +14,37 @@ from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 
+Made = Pixels | UnreadableImage  # a batch, or why there is none
+
+
+class Loader(Protocol):
+    """Settings of a loader, whose `bind` gives them data; every loader makes the same batches, to the bit."""
+
+    @abstractmethod
+    def bind(
+        self,
+        source: Source,
+        views: Views,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> "BoundLoader":
+        """One rank's part of every global batch of `batch` images, on `device`.
+
+        Raises:
+            UserError: fewer images than one batch; a batch that the ranks cannot share evenly.
+        """
+
 
 class BoundLoader:
     """What a loader's `bind` returns: `epoch` iterates, `close` ends the workers."""
 
     def __init__(
         self,
-        maker: Callable[[Order], Iterable[Pixels]],
+        maker: Callable[[Order], Iterable[Made]],
         source: Source,
         views: Views,
         *,
@@ -42,7 +68,7 @@ class BoundLoader:
         self.steps_per_epoch = len(source) // batch
         self._views, self._device = views, device
         self._order = Order(len(source), batch=batch, seed=seed, rank=rank, world=world)
-        self._loader = maker(self._order)
+        self._loader: Iterable[Made] | None = maker(self._order)
         self._stand_ins: dict[int, int] = {}
         self._running = device_batches(iter(()), views, device, {})
 
@@ -74,7 +100,7 @@ class BoundLoader:
 
 
 def device_batches(
-    made: Iterator[Pixels | UnreadableImage], views: Views, device: torch.device, stand_ins: dict[int, int]
+    made: Iterator[Made], views: Views, device: torch.device, stand_ins: dict[int, int]
 ) -> Generator[Batch, None, None]:
     try:
         for one in made:

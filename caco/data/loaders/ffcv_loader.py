@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 
 from caco import instructions
-from caco.data.loaders.batches import Order, Pixels
-from caco.data.loaders.bound import BoundLoader, check_settings
+from caco.data.loaders.batches import Order
+from caco.data.loaders.bound import BoundLoader, Loader, Made, check_settings
 from caco.data.loaders.torch_loader import TorchLoader
-from caco.data.sets.beton import BetonImages
 from caco.data.sets.sources import Source
 from caco.data.views import native
 from caco.data.views.augmentation import Views
@@ -18,7 +17,7 @@ from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
 
 
-class FFCVLoader:
+class FFCVLoader(Loader):
     """Settings of FFCV's loader over a .beton; `bind` gives it data. The same batches as `TorchLoader`'s, to the bit.
 
     Each JPEG is decoded once for all of its views, inside FFCV's pipeline (caco/data/loaders/ffcv_pipeline.py).
@@ -46,25 +45,26 @@ class FFCVLoader:
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
-    ) -> "BoundLoader":
+    ) -> BoundLoader:
         """As `TorchLoader.bind`.
 
         Raises:
             ValueError: also: the data are no .beton; FFCV or a compiled part is missing here.
         """
-        if (missing := what_ffcv_lacks(source)) is not None:
+        packed = source.packed
+        if (missing := what_ffcv_lacks(source)) is not None or packed is None:
             raise UserError(f"loader=ffcv: {missing}; loader=auto and loader=torch do without")
         from caco.data.loaders.ffcv_pipeline import FFCVBatches
 
         device = torch.device(device)
 
-        def maker(order: Order) -> Iterable[Pixels]:
-            return FFCVBatches(source, views, seed, order, self.num_workers, self.prefetch, self.corrupt, device)
+        def maker(order: Order) -> Iterable[Made]:
+            return FFCVBatches(source, packed, views, seed, order, self.num_workers, self.prefetch, self.corrupt, device)
 
         return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device)
 
 
-class AutoLoader:
+class AutoLoader(Loader):
     """FFCV where the data are a .beton and FFCV is installed, else what torch has; the batches are the same.
 
     Args:
@@ -73,14 +73,14 @@ class AutoLoader:
 
     def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
         self._torch = TorchLoader(num_workers=num_workers, prefetch=prefetch, corrupt=corrupt)
-        self._settings = {"num_workers": max(1, num_workers), "prefetch": prefetch, "corrupt": corrupt}
+        self._ffcv = FFCVLoader(num_workers=max(1, num_workers), prefetch=prefetch, corrupt=corrupt)
 
-    def bind(self, source: Source, views: Views, *, rank: int = 0, **options: Any) -> "BoundLoader":
+    def bind(self, source: Source, views: Views, *, rank: int = 0, **options: Any) -> BoundLoader:
         """As `TorchLoader.bind`; rank 0 says what was chosen."""
         missing = what_ffcv_lacks(source)
         if rank == 0:
             print(f"caco: views by {_chosen(source, missing)}", file=sys.stderr)
-        loader = self._torch if missing is not None else FFCVLoader(**self._settings)
+        loader = self._torch if missing is not None else self._ffcv
         return loader.bind(source, views, rank=rank, **options)
 
 
@@ -90,12 +90,12 @@ def _chosen(source: Source, missing: str | None) -> str:
     how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "the compiled views"
     if source.arrays is not None:
         return f"{how} of images in memory"
-    return f"torch's DataLoader and {how}" + (f"; no FFCV: {missing}" if isinstance(source, BetonImages) else "")
+    return f"torch's DataLoader and {how}" + (f"; no FFCV: {missing}" if source.packed is not None else "")
 
 
 def what_ffcv_lacks(source: Source) -> str | None:
     """Why FFCV cannot serve these data here, or None if it can."""
-    if not isinstance(source, BetonImages):
+    if source.packed is None:
         return "reads a .beton (data=beton), which python -m caco.write makes of any data"
     if native.library() is None:
         do = f"unset {instructions.VARIABLE}" if instructions.LEVEL == "torch" else "install a C++ compiler, then caco again"

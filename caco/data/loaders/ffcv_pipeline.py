@@ -6,10 +6,10 @@ FFCV compiles its pipelines with numba, 12 seconds a process. Ours is one call o
 plain Python and nothing is compiled. FFCV's other traps are met where they lie: see the comments.
 """
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from queue import Empty
+from typing import Any
 from unittest.mock import patch
 
 import numba
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from caco.data.loaders.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
-from caco.data.sets.beton import RAW, BetonImages
-from caco.data.sets.sources import UnreadableImage
+from caco.data.sets.beton import RAW
+from caco.data.sets.sources import Packed, Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.errors import FileError
@@ -49,11 +49,12 @@ from ffcv.traversal_order.base import TraversalOrder  # noqa: E402
 
 
 class FFCVBatches:
-    """Batches of a .beton by ffcv.Loader; iterate once for what `order` then says."""
+    """Batches of a set's .beton by ffcv.Loader; iterate once for what `order` then says."""
 
     def __init__(
         self,
-        source: BetonImages,
+        source: Source,
+        packed: Packed,
         views: Views,
         seed: int,
         order: Order,
@@ -62,12 +63,12 @@ class FFCVBatches:
         corrupt: str,
         device: torch.device,
     ):
-        self._file = source.file
-        self._operation = DecodeIntoViews(source, seed, corrupt, Compiled(views, device, num_workers))
-        self._traversal = _Traversal(source, order)
+        self._file = packed.file
+        self._operation = DecodeIntoViews(source, packed, seed, corrupt, Compiled(views, device, num_workers))
+        self._traversal = _Traversal(packed, len(source), order)
         with patch.object(Compiler, "is_enabled", False), patch.object(ffcv.loader.loader, "OSCacheManager", _MappedFile):
             self._loader = Loader(
-                str(source.file),
+                str(packed.file),
                 batch_size=order.size,
                 # FFCV hands this number to torch.set_num_threads, here and in each of its threads.
                 num_workers=torch.get_num_threads(),
@@ -83,7 +84,7 @@ class FFCVBatches:
         self._operation.begin(self._traversal.begin())
         if len(self._traversal.keys) == 0:
             return
-        running = iter(self._loader)  # a thread that makes batches, and a queue
+        running = iter(self._loader)  # FFCV's EpochIterator: a thread that makes batches, and a queue
         try:
             while (made := _next(running)) is not None:
                 yield made
@@ -126,7 +127,7 @@ class _MappedFile(OSCacheManager):
         self.context = OSCacheContext(self)
 
 
-def _next(running: threading.Thread) -> Pixels | UnreadableImage | None:
+def _next(running: Any) -> Pixels | UnreadableImage | None:
     """The next batch; where FFCV's own `next` would wait for ever for a thread that has died, an error."""
     while True:
         alive = running.is_alive()  # asked before the queue: what it put there last is not overlooked
@@ -144,7 +145,7 @@ def _next(running: threading.Thread) -> Pixels | UnreadableImage | None:
         return made
 
 
-def _end(running: threading.Thread, operation: "DecodeIntoViews") -> None:
+def _end(running: Any, operation: "DecodeIntoViews") -> None:
     """End FFCV's thread before anything else begins; it waits for room in its queue, or makes a batch."""
     operation.ended = True
     running.terminate_event.set()
@@ -159,18 +160,18 @@ def _end(running: threading.Thread, operation: "DecodeIntoViews") -> None:
 class _Traversal(TraversalOrder):
     """Which images come, as positions in the file. FFCV calls it with the loader, as if it were a class."""
 
-    def __init__(self, source: BetonImages, order: Order):
-        self.source, self.order = source, order
+    def __init__(self, packed: Packed, num_images: int, order: Order):
+        self.packed, self.order = packed, order
         self.keys: list[tuple[int, np.ndarray]] = []
         # FFCV takes the number of batches of an epoch from the first traversal.
-        self._positions = np.zeros(len(source) // order.batch * order.size, np.int64)
+        self._positions = np.zeros(num_images // order.batch * order.size, np.int64)
 
     def __call__(self, loader: Loader) -> "_Traversal":
         return self
 
     def begin(self) -> list[tuple[int, np.ndarray]]:
         self.keys = list(self.order)
-        self._positions = self.source.at[np.concatenate([indices for _, indices in self.keys])] if self.keys else []
+        self._positions = self.packed.at[np.concatenate([indices for _, indices in self.keys])] if self.keys else []
         return self.keys
 
     def sample_order(self, epoch: int) -> np.ndarray:
@@ -184,9 +185,9 @@ class DecodeIntoViews(Operation):
     What goes wrong is handed on in the place of the batch: an exception in FFCV's thread would leave the other waiting.
     """
 
-    def __init__(self, source: BetonImages, seed: int, corrupt: str, make_views: Compiled):
+    def __init__(self, source: Source, packed: Packed, seed: int, corrupt: str, make_views: Compiled):
         super().__init__()
-        self.source, self.seed, self.corrupt, self.make_views = source, seed, corrupt, make_views
+        self.source, self.packed, self.seed, self.corrupt, self.make_views = source, packed, seed, corrupt, make_views
         self.ended = False
         self._keys: Iterator[tuple[int, np.ndarray]] = iter(())
 
@@ -210,21 +211,21 @@ class DecodeIntoViews(Operation):
 
     def _decode(self, positions: np.ndarray, records: np.ndarray, storage: tuple) -> Pixels | UnreadableImage:
         epoch, indices = next(self._keys)
-        assert np.array_equal(positions, self.source.at[indices])
+        assert np.array_equal(positions, self.packed.at[indices])
         stream = mixed_seed(self.seed, epoch)
         made, unreadable = self.make_views(_rows(positions, records, storage), indices, stream)
         taken = indices.copy()
         for row in np.flatnonzero(unreadable):
             if self.corrupt == "fail":
-                return self.source.unreadable(indices[row])
+                return self.packed.unreadable(indices[row])
             for candidate in those_after(indices[row], len(self.source)):
-                rows = _rows(self.source.at[[candidate]], records, storage)
+                rows = _rows(self.packed.at[[candidate]], records, storage)
                 out = [view[row : row + 1].numpy() for view in made]
                 if not native.make_views(self.make_views.settings, rows, indices[[row]], stream, out)[0]:
                     taken[row] = candidate
                     break
             else:
-                return UnreadableImage(f"{self.source.file}: expected an image that can be read, got none")
+                return UnreadableImage(f"{self.packed.file}: expected an image that can be read, got none")
         return pixels(made, self.source, indices, taken)
 
 

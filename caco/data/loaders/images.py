@@ -1,12 +1,12 @@
 """Passes over the whole training set beside the training: for clusters, labels and memories that a method makes anew."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 from caco.data.loaders.batches import Batch
+from caco.data.loaders.bound import BoundLoader
 from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source
 from caco.data.views.augmentation import Views
@@ -24,11 +24,11 @@ class Images:
     """
 
     def __init__(
-        self, source: Source, views: Views, bind: Callable[[], Any], *, batch: int, device: torch.device, rank: int = 0, world: int = 1
+        self, source: Source, views: Views, bind: Callable[[], BoundLoader], *, batch: int, device: torch.device, rank: int = 0, world: int = 1
     ):
         self._source, self._views, self._bind, self._batch, self._device = source, views, bind, batch, device
         self._own = np.array_split(np.arange(len(source)), world)[rank]
-        self._loader: Any = None
+        self._loader: BoundLoader | None = None
 
     def __len__(self) -> int:
         return len(self._source)

@@ -8,7 +8,6 @@ import torch
 from caco.data.loaders.batches import Pixels, pixels
 from caco.data.loaders.bound import device_batches
 from caco.data.loaders.workers import begin, data_loader
-from caco.data.sets.beton import BetonImages
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
@@ -44,9 +43,10 @@ class PlainMaker:
         return pixels([torch.from_numpy(made)], self.source, indices, indices)
 
     def _make(self, indices: np.ndarray) -> np.ndarray:
-        if not isinstance(self.source, BetonImages) or native.library() is None or native.turbojpeg() is None:
+        packed = self.source.packed
+        if packed is None or native.library() is None or native.turbojpeg() is None:
             return np.stack([self.views.plain_pixels(self.source.image(index)) for index in indices.tolist()])
-        made, unreadable = self.views.plain_batch(self.source.rows(indices), num_threads=torch.get_num_threads())
+        made, unreadable = self.views.plain_batch(packed.rows(indices), num_threads=torch.get_num_threads())
         for row in np.flatnonzero(unreadable):
-            raise self.source.unreadable(indices[row])
+            raise packed.unreadable(indices[row])
         return made

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from caco.data.loaders.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
-from caco.data.loaders.bound import BoundLoader, check_settings
+from caco.data.loaders.bound import BoundLoader, Loader, Made, check_settings
 from caco.data.loaders.workers import data_loader
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
@@ -18,7 +18,7 @@ from caco.data.views.augmentation import Views
 from caco.errors import UserError
 
 
-class TorchLoader:
+class TorchLoader(Loader):
     """Settings of a loader that needs no more than torch; `bind` gives them data.
 
     Images in memory become views in one compiled call a batch, by threads; image files, and all images where nothing was
@@ -48,7 +48,7 @@ class TorchLoader:
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
-    ) -> "BoundLoader":
+    ) -> BoundLoader:
         """One rank's part of every global batch of `batch` images, on `device`.
 
         Raises:
@@ -56,7 +56,7 @@ class TorchLoader:
         """
         device = torch.device(device)
 
-        def maker(order: Order) -> Iterable[Pixels]:
+        def maker(order: Order) -> Iterable[Made]:
             if source.arrays is not None and native.library() is not None:
                 return InMemory(source, views, seed, order, self.num_workers, self.prefetch, device)
             return data_loader(
@@ -109,16 +109,18 @@ class InMemory:
         self.ahead = ahead if num_workers else 0
         self.make_views = Compiled(views, device, max(1, num_workers))
         images = source.arrays
-        mapped = isinstance(images, np.ndarray) and not images.flags.c_contiguous  # STL-10's, in an order of its own
-        self.table = None if mapped else native.table(images)
+        assert images is not None, "in memory"
+        # STL-10's are mapped in an order of their own: those of a batch are copied when it is made.
+        self.mapped = images if isinstance(images, np.ndarray) and not images.flags.c_contiguous else None
+        self.table = native.table(images) if self.mapped is None else None
 
     def __iter__(self) -> Iterator[Pixels]:
         return _ahead(self.make, self.keys, self.ahead)
 
     def make(self, key: tuple[int, np.ndarray]) -> Pixels:
         epoch, indices = key
-        if self.table is None:
-            images = np.ascontiguousarray(self.source.arrays[indices])
+        if self.mapped is not None:
+            images = np.ascontiguousarray(self.mapped[indices])  # has to live until the views are made
         rows = native.table(images) if self.table is None else self.table[indices]
         made, _ = self.make_views(rows, indices, mixed_seed(self.seed, epoch))
         return pixels(made, self.source, indices, indices)

@@ -31,7 +31,7 @@ def data_loader(maker: Any, keys: Iterable[Any], num_workers: int, **options: An
         )
 
 
-def begin(loader: DataLoader) -> Iterator[Any]:
+def begin(loader: Iterable[Any]) -> Iterator[Any]:
     # Workers are born with the signals blocked: one that came before `_start_worker` would end them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     try:

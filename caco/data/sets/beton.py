@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from caco.data.sets.folders import existing_root, limited, reduced
-from caco.data.sets.sources import Splits, UnreadableImage
+from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.data.views import native
 from caco.errors import FileError, UserError
 
@@ -31,7 +31,7 @@ VERSION, INTEGER_FIELD, IMAGE_FIELD, JPEG, RAW = 2, 1, 2, 0, 1
 _UNLABELLED = -1
 
 
-class BetonImages:
+class BetonImages(Source):
     """The images of a .beton that holds an `image` field of RGB images and an integer `label`.
 
     Args:
@@ -39,8 +39,6 @@ class BetonImages:
     Raises:
         ValueError: another format, other fields, or a file that ends before its images do.
     """
-
-    arrays = None
 
     def __init__(self, file: Path, *, name: str, at: np.ndarray | None = None):
         self.file, self.name = Path(file), name
@@ -61,8 +59,11 @@ class BetonImages:
     def __len__(self) -> int:
         return len(self.at)
 
+    @property
+    def packed(self) -> "BetonImages":
+        return self
+
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The images at these positions as the compiled views take them."""
         at = self.at[indices]
         made, images = np.empty(len(at), native.IMAGE), self.records["image"][at]
         made["data"] = self._bytes.ctypes.data + images["place"]
@@ -77,7 +78,7 @@ class BetonImages:
         if record["mode"] == RAW:
             return Image.fromarray(content.reshape(record["height"], record["width"], 3))
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content.data)) as image:
                 if image.size != (record["width"], record["height"]):
                     raise ValueError(f"expected {record['width']} x {record['height']} pixels, got {image.size}")
                 return image.convert("RGB")
@@ -85,7 +86,6 @@ class BetonImages:
             raise self.unreadable(index) from None
 
     def unreadable(self, index: int) -> UnreadableImage:
-        """The error that names an image."""
         return UnreadableImage(
             f"{self.file}: expected images that can be decoded, got a corrupt JPEG as number {self.at[index]}. "
             "Write the file again, or let another image stand in for it: loader.corrupt=skip."

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 
 from caco.data.sets.folders import limited, reduced
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.sources import ImagesInMemory, Splits, holds
 from caco.errors import FileError, UserError
 
 CONNECT_TIMEOUT_SECONDS = 20
 
 
+@holds(50_000)
 def cifar10(
     *,
     root: str | None,
@@ -38,6 +39,7 @@ def cifar10(
     return _cifar(CIFAR10, "cifar10", root, download, limit, validation_fraction, seed)
 
 
+@holds(50_000)
 def cifar100(
     *,
     root: str | None,
@@ -52,6 +54,7 @@ def cifar100(
     return _cifar(CIFAR100, "cifar100", root, download, limit, validation_fraction, seed)
 
 
+@holds(100_000)
 def stl10(
     *,
     root: str | None,
@@ -83,6 +86,7 @@ def stl10(
         return reduced(train, test, name="stl10", limit=limit, validation_fraction=validation_fraction, seed=seed)
     labelled = reduced(train, test, name="stl10", limit=None, validation_fraction=validation_fraction, seed=seed)
     # Mapped, not read: 2.8 GB that all processes of a machine share. An image lies in the file column by column.
+    assert root is not None, "_open has refused it"
     file = Path(root).expanduser() / STL10.base_folder / STL10.train_list[2][0]
     images = np.memmap(file, np.uint8, mode="r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
     unlabelled = ImagesInMemory(images, name="stl10/unlabeled")
@@ -118,7 +122,7 @@ def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[
     try:
         return list(read(root=top, download=False).items())
     except RuntimeError as error:
-        problem = error
+        problem: Exception = error
     if download:
         try:
             return list(_fetch(top, read).items())

@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
-from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose
+from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose, holds
 from caco.errors import FileError, UserError
 
 
+@holds(1_400)
 def digits(
     *, size: int = 16, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
 ) -> Splits:
@@ -71,14 +72,15 @@ def folder(
         train, test = _read_layout(top, name, class_list)
         return _finish(train, test, name, limit, validation_fraction, seed, in_memory_mb)
     unlabelled = unlabelled_images(top / "train" if (top / "train").is_dir() else top, f"{name}/unlabelled")
-    unlabelled = limited(unlabelled, limit, seed=seed)
+    pretrain = limited(unlabelled, limit, seed=seed)
     train, test = _read_layout(existing_root(labelled_root, example=f"data={name}"), f"{name}/labelled", class_list)
     if train.labels is None:
         raise UserError(f"data.labelled_root: expected class folders below {labelled_root}, got images without labels")
     labelled = _finish(train, test, f"{name}/labelled", None, validation_fraction, seed, in_memory_mb)
-    return Splits(unlabelled.in_memory(in_memory_mb), labelled.train, labelled.test)
+    return Splits(pretrain.in_memory(in_memory_mb), labelled.train, labelled.test)
 
 
+@holds(50_000)
 def cifar10_jpeg75(
     *, root: str | None, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
 ) -> Splits:
@@ -91,6 +93,7 @@ def cifar10_jpeg75(
     )
 
 
+@holds(1_281_167)
 def imagenet(
     *,
     root: str | None,
@@ -118,6 +121,7 @@ def imagenet100(
     return _imagenet(top, "imagenet100", list(IMAGENET100_CLASSES), limit, validation_fraction, seed)
 
 
+@holds(100_000)
 def tiny_imagenet(
     *,
     root: str | None,
@@ -136,8 +140,9 @@ def tiny_imagenet(
     if not annotations.is_file():
         raise FileError(f"expected the validation labels in {annotations}, got no such file: unpack the set again")
     rows = sorted(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip())
-    _check_known(sorted({wnid for _, wnid in rows}), train.classes, where=str(annotations))
-    number = {wnid: i for i, wnid in enumerate(train.classes)}
+    classes = train.classes or []
+    _check_known(sorted({wnid for _, wnid in rows}), classes, where=str(annotations))
+    number = {wnid: i for i, wnid in enumerate(classes)}
     test = ImageFiles(
         top / "val" / "images",
         [file for file, _ in rows],
@@ -226,9 +231,9 @@ def _finish(
     in_memory_mb: int,
 ) -> Splits:
     splits = reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
-    train = splits.pretrain.in_memory(in_memory_mb)
-    test = None if splits.test is None else splits.test.in_memory(in_memory_mb)
-    return Splits(train, train if train.labels is not None else None, test)
+    pretrain = splits.pretrain.in_memory(in_memory_mb)
+    held_out = None if splits.test is None else splits.test.in_memory(in_memory_mb)
+    return Splits(pretrain, pretrain if pretrain.labels is not None else None, held_out)
 
 
 def _imagenet(
@@ -256,7 +261,7 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
         if (top / held_out).is_dir() and _subfolders(top / held_out):
             there = _subfolders(top / held_out)
             if classes is None:
-                _check_known(there, train.classes, where=str(below))
+                _check_known(there, train.classes or [], where=str(below))
             return train, class_folders(top / held_out, f"{name}/{held_out}", train.classes)
     return train, None
 

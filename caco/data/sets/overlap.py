@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 
-from caco.data.sets.sources import ImageFiles, Source, Splits
+from caco.data.sets.sources import Source, Splits
 from caco.errors import UserError
 
 _HEAD_BYTES = 4096
@@ -17,7 +18,7 @@ def shared_images(train: Source, test: Source) -> list[tuple[int, int]]:
     Files are compared byte by byte: only those of equal size and beginning are read whole. Other images are compared by
     their pixels, so a file and its decoded copy are found, one re-encoded is not.
     """
-    if isinstance(train, ImageFiles) and isinstance(test, ImageFiles):
+    if _in_files(train) and _in_files(test):
         heads, theirs = _positions(train, range(len(train)), _head), _positions(test, range(len(test)), _head)
         both = heads.keys() & theirs.keys()
         found = _positions(train, sorted(i for head in both for i in heads[head]), _whole)
@@ -60,15 +61,25 @@ def _positions(source: Source, indices: Iterable[int], key: Callable[..., bytes]
     return found
 
 
-def _head(source: ImageFiles, index: int) -> bytes:
+def _in_files(source: Source) -> bool:
+    return len(source) > 0 and source.path(0) is not None
+
+
+def _path(source: Source, index: int) -> Path:
     path = source.path(index)
+    assert path is not None, "a file for every image, or for none"
+    return path
+
+
+def _head(source: Source, index: int) -> bytes:
+    path = _path(source, index)
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
     return hashlib.blake2b(b"%d\0" % path.stat().st_size + head, digest_size=16).digest()
 
 
-def _whole(source: ImageFiles, index: int) -> bytes:
-    return hashlib.blake2b(source.path(index).read_bytes(), digest_size=16).digest()
+def _whole(source: Source, index: int) -> bytes:
+    return hashlib.blake2b(_path(source, index).read_bytes(), digest_size=16).digest()
 
 
 def _pixels(source: Source, index: int) -> bytes:
@@ -77,6 +88,4 @@ def _pixels(source: Source, index: int) -> bytes:
 
 
 def _called(source: Source, index: int) -> str:
-    if isinstance(source, ImageFiles):
-        return str(source.path(index))
-    return f"image {index} of {source.name}"
+    return str(source.path(index) or f"image {index} of {source.name}")

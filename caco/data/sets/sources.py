@@ -3,10 +3,11 @@
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ParamSpec, Protocol
 
 import numpy as np
 from PIL import Image
@@ -16,28 +17,79 @@ from caco.errors import UserError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
 
-class Source(Protocol):
-    """A map-style set of images.
+P = ParamSpec("P")
+Arrays = Sequence[np.ndarray] | np.ndarray  # images as uint8 [H, W, 3], one by one or as [N, H, W, 3]
 
-    `labels` is int64 [N], or None for an unlabelled set; `classes[label]` is a class's name. `arrays` are all images as
-    uint8 [H, W, 3], one array or a sequence, or None where they are read from files one by one.
+
+class UnreadableImage(UserError):
+    """An image file that cannot be read; the message names it."""
+
+
+class Packed(Protocol):
+    """Images that lie encoded in one file mapped into memory, a .beton: compiled views and FFCV read them without Python.
+
+    file: the .beton. at: int64 [N], where in it each image of the set stands.
+    """
+
+    file: Path
+    at: np.ndarray
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Where the images at these positions of the set lie in memory: `native.IMAGE` [n], for the compiled views."""
+
+    def unreadable(self, index: int) -> UnreadableImage:
+        """The error that names an image of which the compiled code says that it cannot be decoded."""
+
+
+class Source(Protocol):
+    """A map-style set of images: the contract of whatever is trained on, evaluated on or written to a file.
+
+    A set of one's own derives from it, and has then no arrays, paths or file unless it says so. Loaders fork their workers and share
+    a set among them: nothing in it may change, and only `image` is called there. A set is asked what it can do, never what it is.
+
+    name: for people and the record. labels: int64 [N] (of VOC2007 [N, classes]); None where there are none. classes: classes[label]
+    is a class's name; None where nobody knows. arrays: all images where they are in memory: loaders then make
+    views of them without calling `image`.
     """
 
     name: str
     labels: np.ndarray | None
     classes: list[str] | None
-    arrays: Sequence[np.ndarray] | None
+    arrays: Arrays | None = None
 
-    def __len__(self) -> int: ...
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many images, N."""
 
+    @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """The image at a position, RGB."""
+        """The image at a position, RGB; the same one at each call.
 
+        Raises:
+            UnreadableImage: the loader then ends the run, or lets another image stand in for it.
+        """
+
+    @abstractmethod
     def part(self, indices: np.ndarray, name: str) -> "Source":
-        """The images at these positions, in their order, under a name of their own."""
+        """The images at these positions, in their order, under a name of their own: for limits, shares and validation images."""
 
+    @abstractmethod
     def digest(self) -> str:
-        """A short hash that changes when the images do: of paths and sizes, or of the pixels."""
+        """A short hash that changes when the images, their order or their labels do. A checkpoint is gone on from only with the same
+        one, and features on disk are found by it, so what does not change an image (a root, say) is not in it."""
+
+    def in_memory(self, max_mb: int) -> "Source":
+        """The same set with its images decoded once, where that can be done and takes no more than `max_mb`; else itself."""
+        return self
+
+    def path(self, index: int) -> Path | None:
+        """The file that holds the image and nothing else; None, for every image alike, where there are no such files."""
+        return None
+
+    @property
+    def packed(self) -> Packed | None:
+        """The images as they lie encoded in one file; None where they do not."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -61,18 +113,38 @@ class Splits:
                     f"with {self.pretrain.name}.\nGive data.labelled_root=PATH (train/ and test/ of class folders), hold some "
                     "labelled images out with data.validation_fraction=0.1, or evaluate nothing with eval=[]."
                 )
+        assert self.train is not None and self.test is not None
         return self.train, self.test
 
 
-class UnreadableImage(UserError):
-    """An image file that cannot be read; the message names it."""
+def labels_of(source: Source) -> np.ndarray:
+    """The labels of a set that is known to have them, from `Splits.labelled` say."""
+    assert source.labels is not None, f"{source.name}: labelled"
+    return source.labels
 
 
-class ImagesInMemory:
+def holds(num_images: int) -> Callable[[Callable[P, Splits]], Callable[P, Splits]]:
+    """Declares of a function that reads a published set how many images it gives to train on, for who plans without having it."""
+
+    def declare(read: Callable[P, Splits]) -> Callable[P, Splits]:
+        setattr(read, "num_images", num_images)
+        return read
+
+    return declare
+
+
+def num_images_of(read: Callable[..., Splits]) -> int | None:
+    """As `holds` declares it; None of a set that has no one size."""
+    return getattr(read, "num_images", None)
+
+
+class ImagesInMemory(Source):
     """Images as uint8 arrays [H, W, 3]; one array [N, H, W, 3] or any sequence of them."""
 
+    arrays: Arrays
+
     def __init__(
-        self, images: Sequence[np.ndarray], *, name: str, labels: np.ndarray | None = None, classes: list[str] | None = None
+        self, images: Arrays, *, name: str, labels: np.ndarray | None = None, classes: list[str] | None = None
     ):
         assert labels is None or len(labels) == len(images)
         self.arrays = images
@@ -94,12 +166,12 @@ class ImagesInMemory:
         state = hashlib.blake2b(digest_size=8)
         for image in self.arrays:
             state.update(repr(image.shape).encode())
-            state.update(np.ascontiguousarray(image))
+            state.update(np.ascontiguousarray(image).data)
         state.update(b"" if self.labels is None else self.labels.tobytes())
         return state.hexdigest()
 
 
-class ImageFiles:
+class ImageFiles(Source):
     """Image files below a root, read when asked for; with `in_memory`, decoded once."""
 
     def __init__(
@@ -110,7 +182,7 @@ class ImageFiles:
         name: str,
         labels: np.ndarray | None = None,
         classes: list[str] | None = None,
-        decoded: Sequence[np.ndarray] | None = None,
+        decoded: Arrays | None = None,
     ):
         assert labels is None or len(labels) == len(files)
         self.root = Path(root)
@@ -213,7 +285,7 @@ def _decoded_bytes(path: Path) -> int:
         return 0  # read_image will name it
 
 
-def _pick(images: Sequence[np.ndarray], indices: np.ndarray) -> Sequence[np.ndarray]:
+def _pick(images: Arrays, indices: np.ndarray) -> Arrays:
     if isinstance(images, np.ndarray):
         return images[indices]
     return [images[i] for i in indices]

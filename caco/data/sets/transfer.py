@@ -4,7 +4,7 @@ Labels: int64 [N] in [0, C); of VOC2007 int64 [N, 20], 1 present, 0 absent, -1 m
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -192,8 +192,9 @@ def caltech101(root: Path, seed: int) -> TransferSet:
     top = _there("caltech101", root / "caltech101" / "101_ObjectCategories", "Caltech101")
     every = class_folders(top, "caltech101")
     rng = np.random.default_rng(seed)
-    chosen = [rng.permutation(np.flatnonzero(every.labels == c))[:CALTECH_TRAINING_IMAGES] for c in range(len(every.classes))]
-    chosen = np.sort(np.concatenate(chosen))
+    classes = range(len(every.classes or ()))
+    of_each = [rng.permutation(np.flatnonzero(every.labels == c))[:CALTECH_TRAINING_IMAGES] for c in classes]
+    chosen = np.sort(np.concatenate(of_each))
     train = every.part(chosen, "caltech101/train")
     test = every.part(np.setdiff1d(np.arange(len(every)), chosen), "caltech101/test")
     return _with_held_out("caltech101", train, test, "mean_per_class", 0.2, seed)
@@ -246,7 +247,7 @@ def _file(name: str, path: Path) -> Path:
     return path
 
 
-def _files(root: Path, files: list[str], name: str, labels, classes: list[str]) -> ImageFiles:
+def _files(root: Path, files: list[str], name: str, labels: Sequence[int] | np.ndarray, classes: list[str]) -> ImageFiles:
     """Images in files that a published list names.
 
     Raises:

@@ -13,7 +13,7 @@ from caco.data.views import native
 from caco.errors import UserError
 
 # Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
-# one setting (say blur_p) leaves all other draws of the same seed as they were. (views.cpp has the same places.)
+# one setting (say blur_p) leaves all other draws of the same seed as they were. (random.h has the same places.)
 _CROP_TRIES = 10
 _CROP = slice(0, 2 * _CROP_TRIES)
 _CROP_TOP, _CROP_LEFT, _JITTER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP, _ANGLE, _SHIFT_X, _SHIFT_Y = range(20, 31)
@@ -94,7 +94,7 @@ class View:
         if u[_GRAY] < self.gray_p:
             image = image.convert("L").convert("RGB")
         if u[_BLUR] < self.blur_p:
-            image = image.filter(ImageFilter.GaussianBlur(_between(*self.blur, u[_SIGMA])))
+            image = image.filter(ImageFilter.GaussianBlur(_between(self.blur[0], self.blur[1], u[_SIGMA])))
         if u[_SOLARIZE] < self.solarize_p:
             image = ImageOps.solarize(image, 128)
         if u[_FLIP] < self.flip_p:
@@ -232,7 +232,7 @@ def crop_box(
     height: int,
     scale: list[float],
     ratio: list[float],
-    u_tries: list[float],
+    u_tries: Sequence[float],
     u_top: float,
     u_left: float,
 ) -> tuple[int, int, int, int]:
@@ -243,7 +243,7 @@ def crop_box(
     """
     low, high = ratio
     for u_area, u_ratio in zip(u_tries[::2], u_tries[1::2], strict=True):
-        area = width * height * _between(*scale, u_area)
+        area = width * height * _between(scale[0], scale[1], u_area)
         aspect = math.exp(_between(math.log(low), math.log(high), u_ratio))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -262,7 +262,7 @@ def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> 
 
 
 def _jitter(
-    image: Image.Image, strengths: list[float], u_order: list[float], u_factor: list[float]
+    image: Image.Image, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]
 ) -> Image.Image:
     """Brightness, contrast, saturation by factors in 1 +- strength, hue by a shift in +- strength, in the order drawn."""
     for op in sorted(range(4), key=u_order.__getitem__):
@@ -302,7 +302,7 @@ def turn_hue(image: Image.Image, turns: float) -> Image.Image:
 
 
 def _rotate_and_shift(image: Image.Image, *, degrees: float, right: float, down: float) -> Image.Image:
-    return image.rotate(degrees, Image.Resampling.BILINEAR, translate=(right, down))
+    return image.rotate(degrees, Image.Resampling.BILINEAR, translate=(right, down))  # type: ignore[arg-type] # Pillow takes floats
 
 
 def _between(low: float, high: float, u: float) -> float:

@@ -76,7 +76,7 @@ def turbojpeg() -> ctypes.Array | None:
         return None
     names = ("InitDecompress", "DecompressHeader3", "Decompress2", "GetErrorStr2", "GetErrorCode", "Destroy")
     made = (ctypes.c_void_p * len(names))(*(ctypes.cast(getattr(loaded, f"tj{name}"), ctypes.c_void_p) for name in names))
-    made.library = loaded
+    setattr(made, "library", loaded)  # for as long as its addresses are held
     return made
 
 
@@ -94,13 +94,13 @@ def settings(views: Sequence[tuple[Any, int]], scale: Any, offset: Any) -> Setti
     made = (_View * len(views))()
     for struct, (view, size) in zip(made, views, strict=True):
         struct.size, struct.bicubic = size, view.interpolation == "bicubic"
-        for name, kind in _View._fields_[2:]:
+        for name, kind, *_ in _View._fields_[2:]:
             value = getattr(view, name)
             setattr(struct, name, kind(*value) if isinstance(value, list) else value)
-    return Settings(made, np.float32(scale), np.float32(offset))
+    return Settings(made, np.asarray(scale, np.float32), np.asarray(offset, np.float32))
 
 
-def table(images: Sequence[np.ndarray]) -> np.ndarray:
+def table(images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Where these images lie; they must stay there. One array [N, h, w, 3] or a sequence of [h, w, 3], all uint8."""
     made = np.zeros(len(images), IMAGE)
     if isinstance(images, np.ndarray):
@@ -158,5 +158,7 @@ def make_views(
         turbojpeg=None if functions is None else ctypes.addressof(functions),
         unreadable=unreadable.ctypes.data,
     )
-    library().caco_make_views(ctypes.byref(job))  # lets go of the interpreter: other threads run on
+    loaded = library()
+    assert loaded is not None, "whoever calls this has asked"
+    loaded.caco_make_views(ctypes.byref(job))  # lets go of the interpreter: other threads run on
     return unreadable

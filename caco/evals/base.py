@@ -1,0 +1,47 @@
+"""The contract of an evaluator, and nothing else."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+from caco.evals.features import FeatureStore
+
+When = Literal["epoch", "end"]
+
+
+class Evaluator(Protocol):
+    """Measures a backbone: `build` once, then `run` as often as the backbone has become another.
+
+    An evaluator of one's own derives from it, sets `when` and defines `build` and `run`. Its constructor takes plain values, the keys of
+    its YAML. Who calls: caco/evals/evaluation.py, for the Trainer and for caco.evaluate.
+
+    when: "epoch" for every evaluation while training and the last one, "end" for the last one alone.
+    on_all_ranks: whether `run` is a collective, because it trains. The others run on rank 0, and the other ranks wait.
+    """
+
+    when: When
+    on_all_ranks: bool = False
+
+    @abstractmethod
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """On every rank, before anything is trained: take from the store what every `run` needs, and draw, by the seed alone.
+
+        Here is said what the images lack (labels, enough of them), not after hours of training.
+
+        Raises:
+            UserError: they do not suffice; the message says what to do, and `eval.<name>: ` is put before it.
+        """
+
+    @abstractmethod
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (name, number), accuracies in percent. A name is that of a column in the record and of no other evaluator.
+
+        Leaves the backbone's weights, modes and gradients and torch's random numbers as they were: training goes on with them.
+        """
+
+    def inputs(self) -> list[Any]:
+        """What the numbers depend on besides the constructor's arguments and the store's images, as plain values, after `build`: other
+        sets of images, by name and digest. For caco.evaluate, which makes no result twice."""
+        return []
