@@ -16,12 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from caco import errors
 from caco.errors import UserError
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import identity, run_hash
+from caco.runs.identity import identity, read_config, run_hash
 from caco.tracking.ledger import read_rows
 
 MACHINE = (
@@ -44,7 +42,7 @@ def _run(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / "summary.json").is_file():
         raise UserError(f"expected a finished run, with summary.json, in {run_dir}; start its command again to finish it")
     environment = read_json(run_dir / "environment.json")
-    cfg = OmegaConf.load(run_dir / "config.yaml")
+    cfg = read_config(run_dir / "config.yaml")
     rows, _ = read_rows(run_dir / "ledger.jsonl")
     label = read_json(run_dir / LABEL)
     return {

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
-from caco.runs.identity import is_neutral, run_hash
+from caco.runs.identity import is_neutral, read_config, run_hash
 
 HERE = Path(__file__).parent
 SCALED = ("epochs", "batch", "bank")
@@ -168,7 +168,7 @@ def load_scale(name: str) -> Scale:
         _pick_in(path, "times, exactly", key, SCALED)
     if scale.like is None:
         return scale
-    given = OmegaConf.load(path)
+    given = read_config(path)
     base = load_scale(scale.like)
     for key in Scale.__dataclass_fields__:
         if key not in given and key != "id":
@@ -217,10 +217,10 @@ class Experiment:
         sizes = {"epochs": self.sized("epochs"), "batch": self.sized("batch"), "bank.size": self.sized("bank")}
         parts = [
             f"name={self.scale.id}",
-            *self.row.run,
+            *(self.row.run or ()),
             *(f"{key}={size}" for key, size in sizes.items() if size is not None),
             *self.scale.overrides,
-            *(extra for override, extras in self.scale.where.items() if override in self.row.run for extra in extras),
+            *(extra for override, extras in self.scale.where.items() if override in (self.row.run or ()) for extra in extras),
             *self.further,
             f"seed={seed}",
         ]
