@@ -33,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -292,7 +292,7 @@ class Names:
         ignored: patterns of names that are not compared, after renaming.
     """
 
-    def __init__(self, renamed: list[tuple[str, str]] = (), ignored: list[str] = ()) -> None:
+    def __init__(self, renamed: Sequence[tuple[str, str]] = (), ignored: Sequence[str] = ()) -> None:
         self.renamed = [(re.compile(pattern), new) for pattern, new in renamed]
         self.ignored = [CLOCK, *map(re.compile, ignored)]
 
@@ -453,7 +453,7 @@ def compare(case: str, base: Run, head: Run) -> Result:
     rows = common(base.rows, head.rows, lambda key: f"row {key[0]} of step {key[1]}")
     for kind, step, number in sorted(rows, key=lambda key: key[1]):
         a, b = base.rows[kind, step, number], head.rows[kind, step, number]
-        shared = common(a, b, lambda name, kind=kind: f"{kind}: {name}")
+        shared = common(a, b, f"{kind}: {{}}".format)
         apart = [f"step {step}, {kind}: {name} {told_apart(a[name], b[name])}" for name in shared if not same(a[name], b[name])]
         result.differences += apart
         result.differing["rows"] = result.differing.get("rows", 0) + bool(apart)
