@@ -14,6 +14,13 @@ from setuptools.command.build_py import build_py
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread"]
 
 
+def native_part(name: str, **options) -> Extension:
+    """Made of all the C++ in the folder that it belongs to; it is compiled again when one of its headers changes."""
+    folder = Path(*name.split(".")[:-1])
+    sources, headers = (sorted(path.as_posix() for path in folder.glob(kind)) for kind in ("*.cpp", "*.h"))
+    return Extension(name, sources, depends=headers, language="c++", optional=True, extra_link_args=["-pthread"], **options)
+
+
 class WithConf(build_py):
     """A wheel carries conf/ as caco/conf; in a checkout it lies beside the package, where one reads it (caco/config/composition.py).
 
@@ -33,16 +40,11 @@ class WithConf(build_py):
 setup(
     cmdclass={"build_py": WithConf},
     ext_modules=[
-        Extension(
-            "caco.banks.kernels._kernel", ["caco/banks/kernels/kernel.cpp"],
-            depends=["caco/banks/kernels/kernel.h", "caco/banks/kernels/amx.h", "caco/banks/kernels/amx_tiles.h"], language="c++", optional=True,
-            extra_compile_args=FLAGS, extra_link_args=["-pthread"],
-        ),
-        Extension(
-            "caco.data.views._views", ["caco/data/views/views.cpp"], depends=["caco/data/views/jpeg.h"], language="c++", optional=True,
-            # a * b + c is never contracted: every machine makes the same bits. No value is infinite or undefined.
+        native_part("caco.banks.kernels._kernel", extra_compile_args=FLAGS),
+        # a * b + c is never contracted: every machine makes the same bits. No value is infinite or undefined.
+        native_part(
+            "caco.data.views._views",
             extra_compile_args=[*FLAGS, "-ffp-contract=off", "-ffinite-math-only", "-fno-signed-zeros"],
-            extra_link_args=["-pthread"],
         ),
     ],
-)  # fmt: skip
+)

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import style
-from analysis.results import NAMES, Found, Spread
+from analysis.results import Found, Spread, heading
+from caco import metrics
 from caco.config.signatures import declared
 from caco.errors import UserError
 from experiments.tables import Scale, Table
@@ -109,8 +110,9 @@ def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool
     rows = _need([row for row in found if row.experiment.why_not is None], "max_probability and a bank's positives", fits)
     figure, (top, bottom) = _figure(style.COLUMN, 3.9, 2, 1, sharex=True)
     data: Data = []
+    accuracy = _knn(rows)
     for number, row in enumerate(rows):
-        for axes, metric in ((top, "max_probability"), (bottom, "knn_top1")):
+        for axes, metric in ((top, "max_probability"), (bottom, accuracy)):
             points = series(row, metric)
             line(axes, number, row.experiment.row.label, points)
             data += data_of(row, metric, points)
@@ -121,7 +123,7 @@ def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool
         top.legend()
     top.set_yscale("log")
     top.set_ylabel("mean max. probability")
-    bottom.set_ylabel("k-NN accuracy, %")
+    bottom.set_ylabel(f"{heading(accuracy)} accuracy, %")
     epochs_axis(bottom)
     if len(rows) > 1:
         bottom.legend()
@@ -197,7 +199,7 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
             for row in rows
             for seed, value in row.values(metric).items()
         ]
-    for axes, title, ylabel in ((left, "the paper's: ImageNet", "top-1, %"), (right, "ours", f"{NAMES.get(metric, metric)}, %")):
+    for axes, title, ylabel in ((left, "the paper's: ImageNet", "top-1, %"), (right, "ours", f"{heading(metric)}, %")):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xticks(sorted({x for drawn in axes.lines for x in drawn.get_xdata()}), minor=False)
@@ -214,10 +216,10 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
 
 def compute(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool, x: str | None = None) -> tuple[Figure, Data]:
     """k-NN accuracy over what the training has cost so far."""
-    metric = "knn_top1"
     if x is None:
         x = "images" if importlib.util.find_spec("caco.plan") is None else "flops"
     able = [row for row in found if row.experiment.why_not is None]
+    metric = _knn(able)
     what = f"several values of {metric}" + (" and a known images_per_second" if x == "hours" else "")
     rows = _need(able, what, lambda row: len(series(row, metric)) > 1 and (x != "hours" or bool(row.values("train_hours"))))
     figure, axes = _figure(style.PAGE * 0.75, 3.2)
@@ -233,7 +235,7 @@ def compute(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool,
         line(axes, len(drawn) - 1, row.experiment.row.label, points, xs)
         data += [entry | {x: at[entry["epochs"]] * per_step} for entry in data_of(row, metric, points)]
     axes.set_xlabel(COMPUTE[x])
-    axes.set_ylabel(f"{NAMES[metric]} accuracy, %")
+    axes.set_ylabel(f"{heading(metric)} accuracy, %")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     _footnote(figure, scale, rows)
     return figure, data
@@ -251,6 +253,14 @@ def _cost_of_a_step(row: Found, x: str) -> float:
     from caco.plan import plan
 
     return plan(row.experiment.cfg, world=1)["flops_per_step"] / 1e15
+
+
+def _knn(rows: Sequence[Found]) -> str:
+    """What the rows of a scale call their k-NN accuracy: a scale evaluates all of them alike."""
+    name = metrics.knn_metric(rows[0].experiment.cfg.eval) if rows else None
+    if name is None:
+        raise UserError("no k-NN accuracy over training: this scale evaluates none; expected eval=[knn] or eval=[knn_all] among its overrides")
+    return name
 
 
 def _metric(scale: Scale, column: str) -> str:

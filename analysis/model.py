@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from analysis import style
+from caco import metrics
 from caco.banks.rows import TWIN_COSINE
 from caco.banks.scoring import unit_rows
 from caco.config import folders
@@ -20,9 +21,10 @@ from caco.engine.assembly import build_method
 from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import extract
-from caco.evals.knn import KNN, nearest
+from caco.evals.knn import nearest
 from caco.evals.pixels import RawPixels
 from caco.runs.checkpoint import Checkpoints
+from caco.runs.renamed import read_config
 
 Data = list[dict[str, Any]]
 SAME, OTHER = "#0072B2", "#D55E00"
@@ -67,7 +69,7 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
         made = sorted(str(path.parent.parent) for path in Path("runs").glob("*/*/checkpoints/step_*.pt"))
         listed = "".join(f"\n  {name}" for name in dict.fromkeys(made[-8:]))
         raise UserError(f"{run_dir}: expected a run's directory, got none." + (f" There are:{listed}" if made else ""))
-    cfg = OmegaConf.load(run_dir / "config.yaml")
+    cfg = OmegaConf.create(read_config(run_dir))
     folders.use_recorded(cfg.get("config_dir"))
     if data_root is not None:
         cfg.data.root = data_root
@@ -290,7 +292,7 @@ def most_common(label_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def pixels_knn(trained: Trained) -> float | None:
     """Raw pixels' k-NN accuracy in percent, by the run's own k-NN on the same images; None where it would take too long."""
-    (name, node), *_ = ((name, node) for name, node in trained.cfg.eval.items() if node._target_.endswith(f".{KNN.__name__}"))
+    (name, node), *_ = ((name, node) for name, node in trained.cfg.eval.items() if node._target_ == metrics.KNN)
     splits = trained.splits
     if node.fraction * len(splits.train) + len(splits.test) > MOST_PIXELS:
         return None
@@ -298,4 +300,5 @@ def pixels_knn(trained: Trained) -> float | None:
     evaluation = Evaluation(
         {name: build(node)}, splits, trained.views, batch=256, device="cpu", precision="fp32", seed=trained.cfg.seed
     )
-    return evaluation.run(RawPixels(trained.cfg.augmentation.size), "end")["knn_top1"]
+    (accuracy,) = evaluation.run(RawPixels(trained.cfg.augmentation.size), "end").values()
+    return accuracy

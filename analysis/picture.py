@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from caco import errors
+from caco import errors, metrics
 from caco.config import composition, folders, refusals
 from caco.errors import UserError
 from caco.installed import command_to_install
-from caco.tracking.ledger import read_rows
+from caco.tracking import recorded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,11 +46,13 @@ TRAINED, PIXELS, UNTRAINED, ODD = "#0072B2", "#C25400", "#707070", "#E0569B"
 class Curve:
     """k-NN accuracy over training, in percent.
 
+    metric: its name, which says how many neighbours of how many images.
     epochs: of each point; below 0 before epoch 0, as if the steps there were epochs too.
     steps_before: epoch 0, of a warm start or of filling the bank.
     starts_at_0: whether the first point is from before the first step.
     """
 
+    metric: str
     epochs: list[float]
     accuracy: list[float]
     steps_before: int
@@ -83,7 +85,8 @@ def make(arguments: argparse.Namespace) -> Path:
     from analysis import model  # here and not above: it imports torch
 
     trained = model.load(run_dir, arguments.data_root)
-    curve = curve_of(read_rows(run_dir / "ledger.jsonl")[0], len(trained.splits.pretrain) // trained.cfg.batch)
+    accuracy = metrics.knn_metric(trained.cfg.eval)
+    curve = curve_of(recorded.read(run_dir).rows, accuracy, len(trained.splits.pretrain) // trained.cfg.batch)
     pixels = None if curve is None else model.pixels_knn(trained)
     rows = None if trained.bank is None else model.bank_rows(trained, num_images=arguments.images)
     if curve is None and rows is None:
@@ -116,20 +119,21 @@ def directory(run: Sequence[str]) -> Path:
     return path
 
 
-def curve_of(ledger: Sequence[dict[str, Any]], steps_per_epoch: int) -> Curve | None:
+def curve_of(ledger: Sequence[dict[str, Any]], metric: str | None, steps_per_epoch: int) -> Curve | None:
     """What training wrote into its ledger; None where nothing was evaluated by k-NN.
 
     A row's "step" counts from the run's first step, its "epochs" from epoch 0.
     """
     # caco.evaluate, which adds rows after training, gives them no "epochs".
-    rows = [row for row in ledger if row["kind"] == "eval" and "knn_top1" in row and "epochs" in row]
-    if not rows:
+    rows = [row for row in ledger if row["kind"] == "eval" and metric in row and "epochs" in row]
+    if metric is None or not rows:
         return None
     before = [round(row["step"] - row["epochs"] * steps_per_epoch) for row in rows if row["epochs"] > 0]
     steps_before = before[0] if before else rows[-1]["step"]
     return Curve(
+        metric=metric,
         epochs=[(row["step"] - steps_before) / steps_per_epoch for row in rows],
-        accuracy=[row["knn_top1"] for row in rows],
+        accuracy=[row[metric] for row in rows],
         steps_before=steps_before,
         starts_at_0=rows[0]["step"] == 0,
     )
@@ -162,7 +166,7 @@ def draw(trained: "Trained", curve: Curve | None, pixels: float | None, rows: "B
 
     if curve is not None:
         test = trained.splits.test
-        words(MARGIN, 0.18, "k-NN accuracy", fontsize=13, weight="bold", color=INK)
+        words(MARGIN, 0.18, f"{metrics.title(curve.metric)} accuracy", fontsize=13, weight="bold", color=INK)
         words(MARGIN, 0.44, f"of {len(test):,} images of {test.name}, in percent", fontsize=9, color=FAINT)
         axes = panel(MARGIN + TICKS, foot + BELOW, curve_width - TICKS - LABELS, body - ABOVE - BELOW)
         draw_curve(axes, curve, pixels, start="at the start" if trained.cfg.get("weights") else "untrained")

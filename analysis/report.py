@@ -17,9 +17,9 @@ import jinja2
 
 from analysis import results, table
 from analysis.figure import OF_RESULTS, draw, of_a_run
-from analysis.results import NAMES, UNITS, Result
+from analysis.results import Result, heading
 from analysis.table import Sheet, add_sources, read_results
-from caco import errors
+from caco import errors, metrics
 from caco.config import folders
 from caco.errors import UserError
 from experiments import record
@@ -33,7 +33,7 @@ CAPTIONS = {
     "size": "Accuracy over the size of the bank",
     "compute": "Accuracy over what training has cost",
 }
-SUMMARY = ("knn_top1", "probe_top1", "linear_top1", "loss", "steps", "images_per_second")
+SUMMARY = ("loss", "steps", "images_per_second")  # after the accuracies
 
 
 def main() -> None:
@@ -114,17 +114,23 @@ def _runs_table(there: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """A line a run: the settings in which they differ, then the main metrics."""
     keys = sorted({key for r in there for key in r.config if len({str(q.config.get(key, "-")) for q in there}) > 1})
     shown = [key for key in keys if not key.endswith(("._target_", ".seed"))]
-    metrics = [metric for metric in SUMMARY if any(metric in result.summary for result in there)]
+    measured = _measured(there)
     rows = [
-        [result.name[-10:], *(str(result.config.get(key, "-")) for key in shown), *_values(result, metrics)]
+        [result.name[-10:], *(str(result.config.get(key, "-")) for key in shown), *_values(result, measured)]
         for result in sorted(there, key=lambda result: [str(result.config.get(key, "")) for key in shown])
     ]
-    return ["run", *shown, *(NAMES.get(metric, metric) for metric in metrics)], rows
+    return ["run", *shown, *map(heading, measured)], rows
 
 
-def _values(result: Result, metrics: Sequence[str]) -> list[str]:
-    values = [(metric, result.value(metric)) for metric in metrics]
-    return ["-" if value is None else table.number(value, percent=metric in UNITS) for metric, value in values]
+def _measured(there: Sequence[Result]) -> list[str]:
+    """The main metrics of these runs: top-1 accuracies by their names, and what is told of every run."""
+    found = {metric for result in there for metric in result.summary}
+    return metrics.accuracies(found) + [metric for metric in SUMMARY if metric in found]
+
+
+def _values(result: Result, measured: Sequence[str]) -> list[str]:
+    values = [(metric, result.value(metric)) for metric in measured]
+    return ["-" if value is None else table.number(value, percent=metrics.is_percent(metric)) for metric, value in values]
 
 
 def _figure(figures: list[dict[str, Any]], without: list[str], name: str, make: Any) -> None:
@@ -153,7 +159,7 @@ def render(
 ) -> str:
     """The page; every text is escaped."""
     runs = sorted(runs, key=lambda result: (result.name, result.seed))
-    metrics = [metric for metric in SUMMARY if any(metric in result.summary for result in runs)]
+    measured = _measured(runs)
     keys = sorted({key for result in runs for key in result.config})
     alike = {key for key in keys if len({str(result.config.get(key, "-")) for result in runs}) == 1}
     environment = jinja2.Environment(
@@ -172,12 +178,12 @@ def render(
         absent=(table.CITED, table.ELSEWHERE, "-"),
         figures=figures,
         without=without,
-        metrics=[NAMES.get(metric, metric) for metric in metrics],
+        metrics=list(map(heading, measured)),
         runs=[
             {
                 "name": result.name,
                 "seed": result.seed,
-                "run_values": _values(result, metrics),
+                "run_values": _values(result, measured),
                 "machine": table.machine(result.environment),
                 "code": table.code(result.environment),
                 "hash": result.hash,

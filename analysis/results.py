@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from caco import metrics
+from caco.config.schema import Root
 from caco.errors import UserError
-from caco.runs.identity import differences, identity
-from caco.tracking.feed import first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.runs import renamed
+from caco.runs.identity import differences, identity, run_hash
+from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
 from experiments import record
 from experiments.run import RECORDS
 from experiments.tables import Experiment, Scale, Table, experiments
 
-NAMES = {  # of what we measure, as a heading
-    "knn_top1": "k-NN",
-    "probe_top1": "probe",
-    "linear_top1": "linear",
-    "train_hours": "hours",
-    "device_hours_per_epoch": "device hours an epoch",
-}
-UNITS = {"knn_top1": "%", "probe_top1": "%", "linear_top1": "%"}
+HEADINGS = {"train_hours": "hours", "device_hours_per_epoch": "device hours an epoch"}  # of what follows from results
+
+
+def heading(metric: str) -> str:
+    return HEADINGS.get(metric) or metrics.title(metric)
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,13 @@ def device_hours_per_epoch(result: Result) -> float:
 
 
 def warm_start_steps(config: Mapping[str, Any]) -> int:
-    """Steps before epoch 0 of a run with this flat configuration; older ones call the passes `bank.filling_passes`."""
+    """Steps before epoch 0 of a run with this flat configuration."""
     if (steps := config.get("method.warm_start_steps")) is not None:
         return steps
-    passes = config.get("method.warm_start_passes", config.get("bank.filling_passes"))
-    if config.get("bank.initialisation") == "keys":
-        passes = 1 if passes is None else passes
-    else:
-        passes = 0 if "bank.filling_passes" in config else passes
-    return (passes or 0) * math.ceil(config.get("bank.size", 0) / config["batch"])
+    passes = config.get("method.warm_start_passes")
+    if passes is None:
+        passes = 1 if config.get("bank.initialisation") == "keys" else 0
+    return passes * math.ceil(config.get("bank.size", 0) / config["batch"])
 
 
 DERIVED: dict[str, Callable[[Result], float]] = {
@@ -181,24 +179,31 @@ def from_mlflow(uri: str, experiment: str, *, curves: bool = False) -> list[Resu
 
 
 def _of_mlflow(client: Any, run: Any, uri: str, curves: bool) -> Result:
-    metrics, tags, params = run.data.metrics, run.data.tags, run.data.params
-    summary = {name.removeprefix("final/"): value for name, value in metrics.items() if name.startswith("final/")}
+    values, tags = run.data.metrics, run.data.tags
+    summary = {name.removeprefix("final/"): value for name, value in values.items() if name.startswith("final/")}
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for name in metrics if curves else ():
+    for name in values if curves else ():
         kind, _, value_name = name.partition("/")
         if kind in ("epoch", "eval"):
             for point in client.get_metric_history(run.info.run_id, name):
                 row = rows.setdefault((kind, point.step), {"kind": kind, "step": point.step})
                 row[value_name] = point.value
+    curve = [rows[key] for key in sorted(rows, key=lambda key: (key[1], key[0]))]
+    # Among the parameters are the options that were chosen: of a component by its name, of pn and preset by a root of their own.
+    params = {key: _typed(value) for key, value in run.data.params.items() if key.partition(".")[0] in Root.__dataclass_fields__}
+    recorded = renamed.nested(params)
+    names = renamed.Names(recorded)
+    hash = tags["config_hash"]
     return Result(
         name=run.info.run_name,
-        hash=tags["config_hash"],
+        # Only of a configuration that arrived whole: MLflow cuts long values.
+        hash=run_hash(names.config) if names.is_old and run_hash(recorded) == hash else hash,
         seed=int(params["seed"]),
         command=tags.get("command", ""),
-        config=identity({key: _typed(value) for key, value in params.items()}),
+        config=identity(names.config),
         environment={key: tags[key] for key in record.MACHINE if key in tags},
-        summary=summary | {key: tags[key] for key in ("data", "data_digest") if key in tags},
-        curve=[rows[key] for key in sorted(rows, key=lambda key: (key[1], key[0]))],
+        summary=names.summary(summary, curve) | {key: tags[key] for key in ("data", "data_digest") if key in tags},
+        curve=[names.row(row) for row in curve],
         label={},
         source=uri,
         place=(uri, run.info.run_id),

@@ -64,7 +64,7 @@ def log_to_mlflow(paths: Iterable[Path], places: Iterable[tuple[str, str]]) -> i
     places = sorted(set(places))
     if not places:
         return 0
-    from caco.tracking.feed import first_line, import_mlflow
+    from caco.tracking.store import first_line, import_mlflow
 
     import_mlflow()
     from mlflow import MlflowClient

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from analysis import results
-from analysis.results import NAMES, UNITS, Found, Gain, Result, Spread
-from caco import errors
+from analysis.results import Found, Gain, Result, Spread, heading
+from caco import errors, metrics
 from caco.config import folders
 from caco.errors import UserError
 from experiments.tables import Scale, Table, load_scale, load_table, scales
@@ -75,12 +75,12 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
     measured = {column: scale.metrics.get(column, []) for column in table.columns}
     with_gains = len(table.columns) <= 2  # the paper's transfer table is wide enough without
     headers = ["setting", *({"bank": "rows"}.get(key, key) for key in sized)]
-    for heading in table.columns.values():
-        headers += [heading, gain_name] if with_gains else [heading]
+    for column in table.columns.values():
+        headers += [column, gain_name] if with_gains else [column]
     groups = [("", 1), ("recipe", len(sized)), ("the paper's", len(headers) - 1 - len(sized))]
-    for metrics in measured.values():
-        for metric in metrics:
-            headers += [NAMES.get(metric, metric), *([gain_name] if with_gains else []), *([] if ratio or not with_gains else ["p"])]
+    for ours in measured.values():
+        for metric in ours:
+            headers += [heading(metric), *([gain_name] if with_gains else []), *([] if ratio or not with_gains else ["p"])]
             headers += ["ours - paper's"] if scale.same_as_paper else []
     if any(measured.values()):
         groups.append((f"ours, scale {scale.id}", len(headers) + 1 - sum(size for _, size in groups)))
@@ -90,8 +90,8 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
         cells = [row.experiment.row.label, *(str(getattr(row.experiment.row, key) or "-") for key in sized)]
         for column in table.columns:
             cells += _published(table, row, column, ratio, with_gains)
-        for column, metrics in measured.items():
-            for metric in metrics:
+        for column, ours in measured.items():
+            for metric in ours:
                 cells += _ours(row, reference, metric, ratio, with_gains)
                 if scale.same_as_paper:
                     cells.append(_against_paper(row, column, metric))
@@ -120,7 +120,7 @@ def _ours(row: Found, reference: Found | None, metric: str, ratio: bool, with_ga
     blanks = (0 if not with_gains else 1 if ratio else 2) * ["-"]
     if why is not None:
         return [why, *blanks]
-    percent = metric in UNITS
+    percent = metrics.is_percent(metric)
     values = row.values(metric)
     cells = [spread(Spread.of(values.values()), percent=percent)]
     if not with_gains:
@@ -205,7 +205,7 @@ def _missing(scale: Scale, found: Sequence[Found], measured: dict[str, list[str]
             what = f"seed{'s' if len(row.missing) > 1 else ''} {', '.join(map(str, row.missing))}"
             seeds = ",".join(map(str, row.missing))
             lines.append(f"{row.experiment.row_id}, {what}: {row.experiment.command(seeds)}")
-        for metric in dict.fromkeys(metric for metrics in measured.values() for metric in metrics):
+        for metric in dict.fromkeys(metric for ours in measured.values() for metric in ours):
             for seed, result in row.by_seed.items():
                 if result.value(metric) is None and metric not in results.DERIVED:
                     lines.append(f"{row.experiment.row_id}, seed {seed}, {metric}: {_evaluation(scale, metric, result)}")
@@ -214,8 +214,7 @@ def _missing(scale: Scale, found: Sequence[Found], measured: dict[str, list[str]
 
 def _evaluation(scale: Scale, metric: str, result: Result) -> str:
     """The command that measures it after the training."""
-    evaluator = metric.partition("/")[0] if "/" in metric else metric.rpartition("_")[0]
-    return f"python -m caco.evaluate run=runs/{scale.id}/{result.name} eval=[{evaluator}]"
+    return f"python -m caco.evaluate run=runs/{scale.id}/{result.name} {scale.evaluator_of(metric) or f'(no eval= gives {metric})'}"
 
 
 # The formats.

@@ -29,7 +29,7 @@ from caco import instructions
 from caco.data.sets.sources import EXTENSIONS
 from caco.installed import command_to_install
 from caco.runs.environment import environment
-from caco.tracking.feed import resolve_uri
+from caco.tracking.store import resolve_uri
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from caco import metrics
 from caco.config import pretrained
 from caco.errors import UserError
 from caco.evaluate import run_command
 from caco.runs.directory import command
 from caco.runs.environment import environment
-from caco.runs.files import read_json
 from caco.runs.identity import plain
+from caco.tracking import recorded
 
 HELP = """\
 caco: export a trained backbone.
@@ -46,7 +47,7 @@ def _export(cfg: DictConfig) -> None:
 
     backbone = build(cfg.backbone)
     path, step = load_pretrained(cfg, place, backbone)
-    run = {} if place is None else {"run": place.run_dir.name, "step": step, "summary": read_json(place.run_dir / "summary.json")}
+    run = {} if place is None else {"run": place.run_dir.name, "step": step, "summary": recorded.read(place.run_dir).summary}
     about = {"weights": str(path), **run, "augmentation": plain(cfg)["augmentation"]}
     for file in export(backbone, plain(cfg)["backbone"], list(cfg.layouts), Path(cfg.to).expanduser(), about):
         print(file)
@@ -134,7 +135,7 @@ def detectron2_names(state: dict[str, Any]) -> dict[str, Any]:
 def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) -> str:
     """README.md: what the weights are, what they gave, how to load them."""
     views, summary = about["augmentation"], about.get("summary", {})
-    results = {k: v for k, v in summary.items() if isinstance(v, float) and re.search(r"top\d|mean_per_class|map11|ap_per_image", k)}
+    results = {k: v for k, v in summary.items() if isinstance(v, float) and metrics.is_percent(k)}
     table = "".join(f"| {name} | {value:.2f} |\n" for name, value in sorted(results.items()))
     usage = {
         "safetensors": 'safetensors.torch.load_file("model.safetensors")          # timm\'s names, no classifier',

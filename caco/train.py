@@ -22,7 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from caco import errors
+from caco import errors, metrics
 from caco.config import composition, folders, refusals, signatures, validation
 from caco.engine.preemption import Stop, Stopped, leave
 from caco.errors import SweepFailed, UserError
@@ -37,7 +37,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float | None:
         with Stop() as stop:
             from caco.engine.assembly import train  # here and not above: it imports torch
 
-            return directory.objective(train(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get())))
+            return metrics.objective(train(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get())), cfg.eval)
     except Stopped as stopped:
         leave(stopped, is_first_rank=directory.is_first_rank())
 

@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caco import instructions
+from caco import instructions, metrics
 from caco.runs.files import read_json
-from caco.tracking.ledger import read_rows
+from caco.tracking import recorded
 
 RECORD = Path(__file__).parent / "records" / "demo"
 SEEDS = (0, 1, 2, 3, 4)
 HELD_OUT = 0.2  # of the 1,400 training images: 280 to evaluate with, 1,120 to learn from
+
+ACCURACIES = (f"{metrics.knn()}_top1", f"{metrics.probe()}_top1")  # what preset=demo measures
 
 # On held-out images, in every cell; k-NN in percent.
 GOALS = {
@@ -83,20 +85,21 @@ class Cell:
 
 def read(run_dir: Path, level: str, seed: int, split: str) -> Cell:
     """The cell of a finished run."""
-    rows, _ = read_rows(run_dir / "ledger.jsonl")
-    summary, environment = read_json(run_dir / "summary.json"), read_json(run_dir / "environment.json")
+    run = recorded.read(run_dir)
+    knn, probe = ACCURACIES
+    environment = read_json(run_dir / "environment.json")
     kept = ("cpu", "cores", "torch", "python", "numpy", "git_sha", "git_dirty")
     return Cell(
         level=level,
         seed=seed,
         split=split,
-        knn=[(row.get("phase", row["epochs"]), row["knn_top1"]) for row in rows if row["kind"] == "eval" and "knn_top1" in row],
-        probe=summary["probe_top1"],
-        test=read_json(run_dir / "test" / "summary.json"),
-        rows_used=summary["bank/rows_used"],
-        near_duplicates=summary["bank/near_duplicates"],
-        warnings=[row["message"] for row in rows if row["kind"] == "warning"],
-        train_seconds=rows[-1]["time"] - rows[0]["time"],
+        knn=[(row.get("phase", row["epochs"]), row[knn]) for row in run.rows if row["kind"] == "eval" and knn in row],
+        probe=run.summary[probe],
+        test=recorded.read(run_dir / "test").summary,
+        rows_used=run.summary["bank/rows_used"],
+        near_duplicates=run.summary["bank/near_duplicates"],
+        warnings=[row["message"] for row in run.rows if row["kind"] == "warning"],
+        train_seconds=run.rows[-1]["time"] - run.rows[0]["time"],
         environment={key: environment[key] for key in environment if key in kept or key.startswith("instructions")},
     )
 
@@ -164,7 +167,7 @@ def table(cells: list[Cell]) -> str:
             f"| {cell.level} | {cell.seed} | {cell.knn_untrained:.1f} | {cell.knn_after_warm_start:.1f} "
             f"| {min(cell.knn_from_epoch(10)):.1f} | {cell.knn_end:.1f} | {cell.probe:.1f} | {cell.rows_used:.0f} "
             f"| {cell.near_duplicates:.0f} | {'; '.join(cell.missed(GOALS)) or 'none'} "
-            f"| {cell.test['knn_top1']:.1f} | {cell.test['probe_top1']:.1f} |"
+            f"| {cell.test[ACCURACIES[0]]:.1f} | {cell.test[ACCURACIES[1]]:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

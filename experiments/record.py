@@ -16,11 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from caco import errors
+from caco import errors, metrics
 from caco.errors import UserError
+from caco.runs import renamed
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import identity, read_config, run_hash
-from caco.tracking.ledger import read_rows
+from caco.runs.identity import identity, run_hash
+from caco.tracking import recorded
 
 MACHINE = (
     "cpu", "cores", "instructions", "instructions_bank", "instructions_views", "instructions_torch", "memory_gib", "gpus", "platform",
@@ -42,19 +43,18 @@ def _run(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / "summary.json").is_file():
         raise UserError(f"expected a finished run, with summary.json, in {run_dir}; start its command again to finish it")
     environment = read_json(run_dir / "environment.json")
-    cfg = read_config(run_dir / "config.yaml")
-    rows, _ = read_rows(run_dir / "ledger.jsonl")
+    run = recorded.read(run_dir)
     label = read_json(run_dir / LABEL)
     return {
         "name": run_dir.name,
         "command": environment["command"],
         **({"experiment": label} if label else {}),
-        "config_hash": run_hash(cfg),
-        "seed": cfg.seed,
-        "config": identity(cfg),
+        "config_hash": run_hash(run.config),
+        "seed": run.config["seed"],
+        "config": identity(run.config),
         "environment": {k: v for k, v in environment.items() if k in MACHINE},
-        "summary": read_json(run_dir / "summary.json"),
-        "curve": [{k: v for k, v in row.items() if k != "time"} for row in rows if row["kind"] in ("epoch", "eval")],
+        "summary": run.summary,
+        "curve": [{k: v for k, v in row.items() if k != "time"} for row in run.rows if row["kind"] in ("epoch", "eval")],
     }
 
 
@@ -73,7 +73,7 @@ def _without(mapping: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
-    """A record's runs, each whole.
+    """A record's runs, each whole and by today's names.
 
     Args:
         source: what to call the record.
@@ -90,7 +90,11 @@ def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
                     f"{source}: run {run['name']}: expected the configuration {run['config_hash']}, got {found}: the record "
                     "was changed by hand"
                 )
-            run["summary"], run["curve"], run["seed"]  # noqa: B018 - that they are there
+            run["seed"]  # noqa: B018 - that it is there
+            names = renamed.Names(renamed.nested(run["config"]))
+            run["config"], run["config_hash"] = identity(names.config), run_hash(names.config)
+            run["summary"] = names.summary(run["summary"], run["curve"])
+            run["curve"] = [names.row(row) for row in run["curve"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: expected a record, as python -m experiments.record makes it; got none ({error!r})") from error
     return runs
@@ -141,13 +145,15 @@ def numbers(run: dict[str, Any]) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """A Markdown table: a line a run."""
-    columns = ["knn_top1", "probe_top1", "loss", "max_probability", "bank/rows_used", "bank/near_duplicates", "bank/row_norm_mean"]
+    columns = metrics.accuracies(name for run in record["runs"] for name in run["summary"])
+    columns += ["loss", "max_probability", "bank/rows_used", "bank/near_duplicates", "bank/row_norm_mean"]
     words = [run["command"].split()[3:] for run in record["runs"]]
     everywhere = set.intersection(*map(set, words)) if len(words) > 1 else set()
     lines = ["| what differs | seed | k-NN before | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
     for run, overrides in zip(record["runs"], words, strict=True):
         differs = [word for word in overrides if word not in everywhere and not word.startswith("seed=")]
-        first = next((row["knn_top1"] for row in run["curve"] if "knn_top1" in row), None)
+        knn = metrics.knn_metric(renamed.nested({**record["config"], **run["config"]})["eval"])
+        first = next((row[knn] for row in run["curve"] if knn in row), None)
         shown = ["" if n is None else f"{n:.3f}" if abs(n) < 1 else f"{n:.1f}" for n in (first, *map(run["summary"].get, columns))]
         lines.append(f"| `{' '.join(differs) or 'as all'}` | {run['seed']} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

@@ -18,13 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from caco import errors, train
+from caco import errors, metrics, train
 from caco.config import composition, folders
 from caco.config.refusals import nearest
 from caco.engine.progress import clock
 from caco.errors import SweepFailed, UserError
 from caco.launch.jobs import Job
-from caco.runs.directory import objective
 from caco.runs.files import read_json, write_json
 from experiments import record
 from experiments.tables import HERE, Experiment, experiments, load_scale, load_table, scales
@@ -86,6 +85,10 @@ class Run:
 def runs_of(chosen: Sequence[Experiment], seeds: Sequence[int] | None) -> list[Run]:
     """The runs of these rows, each once: seed by seed, so that whole tables come first."""
     recorded = {run["config_hash"] for path in sorted(RECORDS.glob("*.json")) for run in record.read(path)}
+    # Of an earlier version's run the hash in the directory's name is another one; the record knows today's.
+    here = Path("runs") / chosen[0].scale.id
+    known = record.read(here / "record.json") if (here / "record.json").is_file() else []
+    recorded |= {run["config_hash"] for run in known if (here / run["name"] / "summary.json").is_file()}
     runs: dict[str, Run] = {}
     for seed in sorted({seed for experiment in chosen for seed in (seeds or experiment.seeds)}):
         for experiment in chosen:
@@ -124,7 +127,7 @@ def train_here(runs: Sequence[Run]) -> list[Run]:
             sys.exit(code)
         if code == 0:
             summary = read_json(run.directory / "summary.json")
-            result = objective(summary)
+            result = metrics.objective(summary, run.experiment.cfg.eval)
             shown = f": {result:.2f}" if result is not None else ""
             say(f"{run.name} is done in {clock(time.monotonic() - started)}{shown}")
             write_record(run.experiment.scale.id)

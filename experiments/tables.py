@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from caco import metrics
 from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
 from caco.runs.identity import is_neutral, read_config, run_hash
@@ -97,6 +98,19 @@ class Scale:
     metrics: dict[str, list[str]] = field(default_factory=dict)
     same_as_paper: bool = False
     controls: dict[str, str] = field(default_factory=dict)
+
+    def evaluator_of(self, metric: str) -> str | None:
+        """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if there is none."""
+        protocol = metrics.protocol_of(metric)
+        for option in folders.groups()["eval"]:
+            text = folders.option_file("eval", option).read_text(encoding="utf-8")
+            package = text.partition("# @package ")[2].partition("\n")[0].strip()  # eval.knn: also of knn_all
+            own = [override for override in self.overrides if override.startswith(f"{package}.")]
+            given = OmegaConf.from_dotlist([override.removeprefix(f"{package}.") for override in own])
+            known = metrics.protocols(OmegaConf.merge(OmegaConf.create(text), given))
+            if protocol in (known or [option]):  # one from elsewhere says nothing beforehand
+                return " ".join([f"eval=[{option}]", *own])
+        return None
 
 
 def _files(pattern: str) -> dict[str, Path]:

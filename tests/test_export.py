@@ -18,7 +18,7 @@ ABOUT = {
     "weights": "runs/x/checkpoints/step_000000006.pt",
     "run": "x",
     "step": 6,
-    "summary": {"knn_top1": 12.345, "loss": 3.0, "data": "digits/train"},
+    "summary": {"knn20_top1": 12.345, "loss": 3.0, "data": "digits/train"},
     "augmentation": {"size": 64, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "plain_crop": 0.9},
 }
 RESNET = {"_target_": "caco.nn.backbones.timm_backbone", "name": "resnet18", "cifar_stem": False}
@@ -101,7 +101,7 @@ def test_detectron2s_names_and_back(resnet, exported):
 def test_the_card_says_where_it_comes_from_what_it_gave_and_how_to_load_it(exported):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
-    for said in ("resnet18, pre-trained without labels", "run `x`, step 6", "| knn_top1 | 12.35 |", "digits/train", "local-dir:"):
+    for said in ("resnet18, pre-trained without labels", "run `x`, step 6", "| knn20_top1 | 12.35 |", "digits/train", "local-dir:"):
         assert said in card, said
     assert "MODEL.PIXEL_MEAN [102.0, 127.5, 153.0]" in card and "| loss" not in card
 

@@ -62,7 +62,7 @@ def test_the_dashboard_alone_needs_no_torch(made):
 
 def test_all_is_done_again_by_make_b_and_when_what_it_is_made_from_changes(made):
     assert made("demo")[0] == [TORCH, NEEDS, CACO] == made("-B", "demo")[0]
-    os.utime(made.folder / "caco" / "banks" / "kernel.h", (time.time() + 10,) * 2)
+    os.utime(made.folder / "caco" / "banks" / "kernels" / "kernel.h", (time.time() + 10,) * 2)
     assert CACO in made("demo")[0]
 
 

@@ -38,7 +38,7 @@ def register() -> None:
 def bank_learning_taken_whole() -> dict[str, str]:
     """For conf/learned_bank.yaml: each setting of conf/config.yaml's bank_learning by its name, so that it is listed there alone."""
     names = OmegaConf.load(CONF / "config.yaml").bank_learning
-    return {name: f"${{bank_learning.{name}}}" for name in names if name != "filling_passes"}  # which is the warm start's
+    return {name: f"${{bank_learning.{name}}}" for name in names}
 
 
 def installed_tracking() -> str:

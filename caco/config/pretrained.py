@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
+from caco.runs import renamed
 from caco.runs.files import read_json
-from caco.runs.identity import plain, read_config
 
 CHECKPOINT = re.compile(r"step_(\d{9})\.pt")
 DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto"}
@@ -108,7 +108,8 @@ def _chosen(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _recorded(run_dir: Path, root: schema.AnyRoot, chosen: dict[str, Any]) -> dict[str, Any]:
     """The parts of a run's configuration that this root has too and that the command line does not choose anew."""
-    tree = plain(read_config(run_dir / "config.yaml"))
+    tree = renamed.read_config(run_dir)
     folders.use_recorded(tree.get("config_dir"))
-    taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed")
+    tree["batch"] = max(1, min(tree["batch"], 512))  # as in training: then features, and what is counted on them, are the same
+    taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed", "batch")
     return {key: tree[key] for key in taken if key in root.__dataclass_fields__ and key in tree and key not in chosen}

@@ -17,6 +17,7 @@ from caco.config.schema import ROOTS
 from caco.config.signatures import find
 from caco.config.validation import SUPPLIED
 from caco.installed import command_to_install, is_installed
+from caco.runs import renamed
 from caco.runs.identity import plain
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
@@ -64,6 +65,8 @@ def _explain_option(missing: str) -> str:
 
 
 def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_list: bool) -> str:
+    if key in renamed.KEYS:
+        return f"{key}: is called {renamed.KEYS[key]} now"
     if key == "pn":
         return (
             "pn belongs to method=caco: it chooses the positives and negatives of that method alone (Table VII). "

@@ -13,12 +13,14 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from caco import metrics
 from caco.config import folders, signatures
 from caco.config.annotations import argument_mismatches
 from caco.config.schema import AnyRoot, Root
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
-from caco.runs.identity import file_digest, flat, plain, read_config
+from caco.runs import renamed
+from caco.runs.identity import file_digest, flat, plain, read_yaml
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
 FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/nn/weights.py
@@ -51,6 +53,7 @@ def check(
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
         problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
+        problems = problems or _of_one_name(tree.get("eval", {}))
     if problems:
         raise UserError("\n".join(problems))
 
@@ -181,6 +184,8 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     target = part["_target_"]
     if not isinstance(target, str) or "." not in target:
         return [f"{path}._target_: expected a dotted path to a class or function, got {target!r}"]
+    if (new := renamed.target(target)) != target:
+        return [f"{path}._target_: {target} is called {new} now"]
     module_name, _, name = target.rpartition(".")
     module = signatures.load(module_name)
     if module is None:
@@ -193,6 +198,17 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     taken = signatures.find(target)
     given = {key: value for key, value in part.items() if key != "_target_"}
     return argument_mismatches(given, taken, path, name, SUPPLIED.get(path, ())) if taken else []
+
+
+def _of_one_name(evaluators: dict[str, Any]) -> list[str]:
+    """Two evaluators whose results would have the same names."""
+    first: dict[str, str] = {}
+    given = [(name, protocol) for name, node in evaluators.items() for protocol in metrics.protocols(node)]
+    return [
+        f"eval.{name}: its results would be called {protocol}, as those of eval.{first[protocol]} are: leave one of them out, or give it other settings"
+        for name, protocol in given
+        if first.setdefault(protocol, name) != name
+    ]
 
 
 def missing_package(tracking: Mapping[str, Any]) -> str | None:
@@ -248,7 +264,7 @@ def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
     problems = []
     for name in assigned:
         parent, _, key = name.partition(".")
-        if parent == "bank_learning" and key not in ("", "filling_passes", *bank):
+        if parent == "bank_learning" and key not in ("", *bank):
             there = ", ".join(name for name in block if name in bank)
             expected = f"there are {there}" if there else "nothing learns in it; expected pn=both, pn=negative or method=adco"
             problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
@@ -258,7 +274,7 @@ def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
 def _composes_pn(method: str | None) -> bool:
     """Whether the method's option has the group pn among its defaults."""
     file = folders.option_file("method", str(method))
-    defaults = read_config(file).get("defaults") or () if file else ()
+    defaults = read_yaml(file).get("defaults") or () if file else ()
     return any("/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from caco import metrics
+
 
 def beginning(
     *, data: str, num_train: int, num_test: int, choices: Mapping[str, str], bank_rows: int, batch: int, warm_start_steps: int,
@@ -29,7 +31,7 @@ def beginning(
 
 def ending(summary: Mapping[str, float], *, seconds: float, run_dir: Path, evaluators: list[str]) -> str:
     """That a run is finished, its results, and a command to go on with."""
-    results = ", ".join(f"{name} {value:.2f}" for name, value in summary.items() if name.endswith("_top1"))
+    results = ", ".join(f"{name} {summary[name]:.2f}" for name in metrics.accuracies(summary))
     lines = [f"caco: finished in {clock(seconds)}: {run_dir}" + (f" ({results})" if results else "")]
     if evaluators:
         command = f"python -m caco.evaluate run={run_dir} eval=[{','.join(evaluators)}] baselines=true"

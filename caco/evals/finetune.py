@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from caco import distributed
+from caco import distributed, metrics
 from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source
 from caco.errors import UserError
@@ -20,12 +20,13 @@ from caco.evals.knn import balanced_share
 
 
 class FineTune(Evaluator):
-    """Test accuracy after fine-tuning a copy of the backbone: `<name>_top1`, or `<name>_<percent>_top1` of several shares.
+    """Test accuracy after fine-tuning a copy of the backbone: `finetune_top1`, or `semi_<percent>_top1` of a share of
+    the labels; what is changed of the recipe stands in the name (caco/metrics.py).
 
     Source: SimCLR (arXiv 2002.05709), Appendix B.5, for 1 % and 10 % of the labels.
 
     Args:
-        name: of its results.
+        name: semi, finetune, or one of your own.
         fractions: shares of each training class whose labels are used, each drawn by the seed, at least one image a class.
         lists: instead of a draw, a text file for each share: names of image files, one a line (SimCLR publishes those of
             ImageNet: google-research/simclr, imagenet_subsets/1percent.txt and 10percent.txt).
@@ -64,7 +65,7 @@ class FineTune(Evaluator):
                 f"{name}: expected an entry of epochs (and of lists) for each of the {len(fractions)} fractions, got "
                 f"{list(epochs)} and {lists}"
             )
-        self.name, self.fractions, self.lists, self.when = name, list(fractions), lists, when
+        self.fractions, self.lists, self.when = list(fractions), lists, when
         self.recipes = [
             Recipe(
                 epochs=count,
@@ -79,6 +80,10 @@ class FineTune(Evaluator):
                 interpolation=interpolation,
             )
             for count in epochs
+        ]
+        self.protocols = [
+            metrics.fine_tuned(name=name, fraction=fraction, listed=lists is not None, **vars(recipe))
+            for fraction, recipe in zip(fractions, self.recipes, strict=True)
         ]
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
@@ -98,11 +103,10 @@ class FineTune(Evaluator):
         ]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (name, percent) for each share."""
+        """Yields (`<protocol>_top1`, percent), and `<protocol>_top5` of more than five classes, for each share."""
         store = self._store
         train, test = store.splits.labelled("fine-tuning")
-        for fraction, share, recipe in zip(self.fractions, self._shares, self.recipes, strict=True):
-            name = self.name if len(self.fractions) == 1 else f"{self.name}_{100 * fraction:g}"
+        for name, share, recipe in zip(self.protocols, self._shares, self.recipes, strict=True):
             some = train.part(share, train.name)
             world = distributed.world()
             network = train_classifier(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from caco import metrics
 from caco.data.sets.sources import choose
 from caco.errors import UserError
 from caco.evals.base import Evaluator
@@ -53,7 +54,7 @@ class Geometry(Evaluator):
     geometry/alignment (two augmented views), geometry/uniformity, geometry/rank_me (of D), geometry/rank_share (rank_me / D),
     geometry/spread (mean over dimensions of the unit features' standard deviation, times sqrt(D): 1 where they are spread
     evenly, 0 where they coincide), geometry/mean_cosine (of different images: 1 where all point one way),
-    geometry/dead_dimensions (percent that hardly vary).
+    geometry/dead_dimensions (percent that hardly vary). Of another number of images: geometry_images-512/... (caco/metrics.py).
 
     Args:
         images: how many, drawn by the seed; all where there are fewer.
@@ -66,6 +67,7 @@ class Geometry(Evaluator):
         if when not in ("epoch", "end"):
             raise UserError(f"geometry when: expected epoch or end, got {when!r}")
         self.images, self.when = images, when
+        self.protocol = metrics.geometry(images=images)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Draws the images; needs no labels."""
@@ -75,7 +77,7 @@ class Geometry(Evaluator):
         self._source = source.part(chosen, source.name)
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (geometry/<name>, number)."""
+        """Yields (`<protocol>/<name>`, number)."""
         store = self._store
         x_ND = store.of(backbone, self._source, store.views).to(torch.float64)
         width = x_ND.shape[1]
@@ -85,13 +87,13 @@ class Geometry(Evaluator):
         num = len(unit_ND)
         rank = rank_me(x_ND)
         if store.views.num_views > 1:
-            yield "geometry/alignment", alignment(*self._two_views(backbone))
-        yield "geometry/uniformity", uniformity(x_ND)
-        yield "geometry/rank_me", rank
-        yield "geometry/rank_share", rank / width
-        yield "geometry/spread", std_D.mean().item() * math.sqrt(width)
-        yield "geometry/mean_cosine", ((num * mean_D.square().sum() - 1) / (num - 1)).item()
-        yield "geometry/dead_dimensions", 100 * (std_D < 1e-3 / math.sqrt(width)).double().mean().item()
+            yield f"{self.protocol}/alignment", alignment(*self._two_views(backbone))
+        yield f"{self.protocol}/uniformity", uniformity(x_ND)
+        yield f"{self.protocol}/rank_me", rank
+        yield f"{self.protocol}/rank_share", rank / width
+        yield f"{self.protocol}/spread", std_D.mean().item() * math.sqrt(width)
+        yield f"{self.protocol}/mean_cosine", ((num * mean_D.square().sum() - 1) / (num - 1)).item()
+        yield f"{self.protocol}/dead_dimensions", 100 * (std_D < 1e-3 / math.sqrt(width)).double().mean().item()
 
     def _two_views(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
         """Features of the first two views of the images, row by row of the same image."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from caco import metrics
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, full_float32
@@ -107,7 +108,8 @@ def balanced_share(labels: np.ndarray, *, fraction: float, seed: int) -> np.ndar
 
 
 class KNN(Evaluator):
-    """k-NN top-1 accuracy on the test set with (a share of) the training set as the feature bank: `knn_top1`, percent.
+    """k-NN top-1 accuracy on the test set with (a share of) the training set as the feature bank, percent:
+    `knn20_top1`, `knn20_20pct_top1`, ... (caco/metrics.py).
 
     Args:
         k: neighbours that vote.
@@ -135,6 +137,7 @@ class KNN(Evaluator):
         if when not in ("epoch", "end"):
             raise UserError(f"knn when: expected epoch or end, got {when!r}")
         self.k, self.temperature, self.fraction, self.block, self.when = k, temperature, fraction, block, when
+        self.protocol = metrics.knn(k=k, temperature=temperature, fraction=fraction)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Draws the bank's images.
@@ -152,7 +155,7 @@ class KNN(Evaluator):
         self._num_classes = int(labels.max()) + 1
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields ("knn_top1", percent)."""
+        """Yields (`<protocol>_top1`, percent)."""
         bank_ND = self._store.features(backbone, "train", self._bank)
         predicted = knn_predict(
             self._store.features(backbone, "test"),
@@ -164,4 +167,4 @@ class KNN(Evaluator):
             block=self.block,
             device=self._store.device,
         )
-        yield "knn_top1", 100 * (predicted == self._test_labels).double().mean().item()
+        yield f"{self.protocol}_top1", 100 * (predicted == self._test_labels).double().mean().item()

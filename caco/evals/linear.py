@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from caco import metrics
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
@@ -13,12 +14,13 @@ from caco.evals.features import FeatureStore
 
 
 class Linear(Evaluator):
-    """Test accuracy of the classifier after the LAST epoch: `<name>_top1` (and `_top5`), percent.
+    """Test accuracy of the classifier after the LAST epoch: `<protocol>_top1` (and `_top5`), percent.
 
     Nothing is chosen on the test images: they are looked at once.
 
     Args:
-        name: of its results, so that several recipes can be run together.
+        name: of the recipe: linear, linear_lightly or linear_moco, whose changes stand in the names of the results
+            (linear_batch-256_top1: caco/metrics.py), or one of your own.
         epochs ... interpolation: see Recipe.
         when: "epoch" (while training, and at its end) or "end".
     """
@@ -47,7 +49,7 @@ class Linear(Evaluator):
     ) -> None:
         if when not in ("epoch", "end"):
             raise UserError(f"{name} when: expected epoch or end, got {when!r}")
-        self.name, self.when = name, when
+        self.when = when
         self.recipe = Recipe(
             epochs=epochs,
             batch=batch,
@@ -64,6 +66,7 @@ class Linear(Evaluator):
             scale=list(scale),
             interpolation=interpolation,
         )
+        self.protocol = metrics.linear(name=name, **vars(self.recipe))
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Looks whether the images suffice.
@@ -82,7 +85,7 @@ class Linear(Evaluator):
         self._num_classes = int(labels.max()) + 1
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<name>_top1`, percent) and, of more than five classes, (`<name>_top5`, percent)."""
+        """Yields (`<protocol>_top1`, percent) and, of more than five classes, (`<protocol>_top5`, percent)."""
         store = self._store
         train, _ = store.splits.labelled("linear evaluation")
         network = train_classifier(
@@ -93,9 +96,9 @@ class Linear(Evaluator):
             num_classes=self._num_classes,
             frozen=True,
             seed=self._seed,
-            name=self.name,
+            name=self.protocol,
         )
         head = network[1]
         assert isinstance(head, nn.Linear)
         logits_NC = classify(head, store.features(backbone, "test"))
-        yield from accuracies(logits_NC, self._test_labels, self.name)
+        yield from accuracies(logits_NC, self._test_labels, self.protocol)

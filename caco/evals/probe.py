@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from caco import metrics
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore
@@ -16,7 +17,8 @@ from caco.evals.logistic import fit, moments
 
 
 class Probe(Evaluator):
-    """Top-1 accuracy on the test set of a linear classifier of the training set's features: `probe_top1`, percent.
+    """Top-1 accuracy on the test set of a linear classifier of the training set's features: `probe_top1`, percent
+    (another l2 stands in the name: caco/metrics.py).
 
     Deterministic: one strength for all, no augmentation, nothing chosen on the test set.
 
@@ -36,6 +38,7 @@ class Probe(Evaluator):
         if when not in ("epoch", "end"):
             raise UserError(f"probe when: expected epoch or end, got {when!r}")
         self.l2, self.max_iterations, self.when = l2, max_iterations, when
+        self.protocol = metrics.probe(l2=l2, max_iterations=max_iterations)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Takes the labels; nothing is drawn, so the seed is of no consequence.
@@ -49,7 +52,7 @@ class Probe(Evaluator):
         self._num_classes = int(labels.max()) + 1
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields ("probe_top1", percent)."""
+        """Yields (`<protocol>_top1`, percent)."""
         device = self._store.device
         x_ND = self._store.features(backbone, "train").to(device, torch.float32)
         mean_D, scale_D = moments(x_ND)
@@ -62,4 +65,4 @@ class Probe(Evaluator):
         )
         test_ND = (self._store.features(backbone, "test").to(device, torch.float32) - mean_D) / scale_D
         predicted = (test_ND @ weight_DC + bias_C).argmax(dim=1).cpu()
-        yield "probe_top1", 100 * (predicted == self._test_labels).double().mean().item()
+        yield f"{self.protocol}_top1", 100 * (predicted == self._test_labels).double().mean().item()

@@ -9,18 +9,19 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from caco import metrics
 from caco.config import folders
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import key_of
+from caco.runs import renamed
 from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import flat, is_neutral, plain, read_config
+from caco.runs.identity import flat, is_neutral, plain
+from caco.tracking import recorded
 from caco.tracking.base import Tracker
 from caco.tracking.ledger import Ledger
 from caco.tracking.sync import last_status
-
-BASELINES = ("untrained/", "pixels/")
 
 
 class Record:
@@ -28,7 +29,8 @@ class Record:
 
     evaluations/NAME-KEY.json holds what an evaluator gave, and of what; its key says of what, so the same question is
     answered from there. Ledger, MLflow and summary.json get the same numbers by name, those of other data than the run's
-    as DATA/NAME, of the baselines as untrained/NAME and pixels/NAME.
+    as DATA/NAME, of the baselines as untrained/NAME and pixels/NAME. What training measured at this step stays: where an
+    evaluation with the same protocol gives another number (another seed, precision, batch, ...), that one is in its file alone.
 
     Args:
         results_dir: where they go.
@@ -44,13 +46,17 @@ class Record:
         self.is_run = is_run
         self.results: dict[str, float] = {}
         self._environment = environment() | folders.record()
+        self._of_training: dict[str, Any] = {}
 
     def open(self) -> str:
         """Open the ledger behind its last row; returns the status that the run had."""
         about = read_json(self.dir / "tracking.json")
         status = last_status(self.dir)[0] if about else "FINISHED"
         ledger = Ledger(self.dir / "ledger.jsonl")
-        self._rows = ledger.rows()
+        self._rows = recorded.read(self.dir).rows
+        if self.is_run:  # only training's rows say how many epochs are over
+            measured = [row for row in self._rows if row["kind"] == "eval" and row["step"] == self.step and "epochs" in row]
+            self._of_training = {name: value for row in measured for name, value in row.items()}
         self.tracker.start(
             self.dir,
             params=about.get("params", flat(self.cfg)),
@@ -85,7 +91,7 @@ class Record:
         values = read_json(self._file(name, made_from)).get("results")
         if values is None:
             return False
-        self._take(prefix, values)
+        self._take(prefix, name, made_from, renamed.results(values, made_from["evaluator"]))
         return True
 
     def add(self, prefix: str, name: str, made_from: dict[str, Any], values: dict[str, float], *, seconds: float) -> None:
@@ -95,23 +101,32 @@ class Record:
         about = {"weights": str(self.path), "step": self.step, "baseline": prefix.rstrip("/") or None, "seconds": seconds}
         of = {"time": time.time(), "command": command(), "environment": self._environment}
         write_json(file, {"results": values, **about, "made_from": made_from, **of})
-        self._take(prefix, values)
+        self._take(prefix, name, made_from, values)
 
-    def _take(self, prefix: str, values: dict[str, float]) -> None:
+    def _take(self, prefix: str, name: str, made_from: dict[str, Any], values: dict[str, float]) -> None:
         named = {f"{prefix}{self._of_other_data()}{key}": value for key, value in values.items()}
         self.results |= named
-        if not any(row["step"] == self.step and named.items() <= row.items() for row in self._rows):
-            self.tracker.log(self.step, named, kind="eval")
+        for key in named.keys() & self._of_training.keys():
+            if named[key] != self._of_training[key]:
+                print(
+                    f"caco: {key}: training measured {self._of_training[key]:.6g}, which stays; the {named[key]:.6g} of this evaluation is "
+                    f"in {self._file(name, made_from)} alone",
+                    file=sys.stderr,
+                )
+        new = {key: value for key, value in named.items() if key not in self._of_training}
+        if not new:
+            return
+        if not any(row["step"] == self.step and new.items() <= row.items() for row in self._rows):
+            self.tracker.log(self.step, new, kind="eval")
         summary = self.dir / "summary.json"
         # An unfinished run has no summary yet, and an earlier checkpoint's results are not its final ones.
         if not self.is_run or (summary.exists() and read_json(summary).get("steps") == self.step):
-            write_json(summary, {**read_json(summary), **named})
+            write_json(summary, {**recorded.read(self.dir).summary, **new})
 
     def _of_other_data(self) -> str:
-        config = self.dir / "config.yaml"
-        if not self.is_run or not config.is_file():
+        if not self.is_run or not (self.dir / "config.yaml").is_file():
             return ""
-        theirs, ours = plain(read_config(config))["data"], plain(self.cfg)["data"]
+        theirs, ours = renamed.read_config(self.dir)["data"], plain(self.cfg)["data"]
         same = {key: value for key, value in theirs.items() if key != "root"}
         return "" if same == {key: value for key, value in ours.items() if key != "root"} else f"{self._data_name()}/"
 
@@ -123,8 +138,8 @@ class Record:
 
     def table(self) -> str:
         """The results, a line each, beside those of the baselines where there are any."""
-        names = [name for name in self.results if not name.startswith(BASELINES)]
-        columns = {"": "trained"} | {b: b.rstrip("/") for b in BASELINES if any(r.startswith(b) for r in self.results)}
+        names = [name for name in self.results if not name.startswith(metrics.BASELINES)]
+        columns = {"": "trained"} | {b: b.rstrip("/") for b in metrics.BASELINES if any(r.startswith(b) for r in self.results)}
         width = max(map(len, names))
         lines = [" " * width + "".join(f"{title:>12}" for title in columns.values())] if len(columns) > 1 else []
         for name in names:

@@ -14,6 +14,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
+from caco import metrics
 from caco.data.sets.overlap import refuse_shared
 from caco.data.sets.sources import Source, labels_of
 from caco.data.sets.transfer import MissingSet, TransferSet, load
@@ -29,8 +30,8 @@ PUBLISHED = (
 
 
 class Transfer(Evaluator):
-    """Each set's metric on its test images: `transfer/<set>_<metric>`, percent; also the strength that was chosen and the
-    gradient's largest entry at the optimum.
+    """Each set's metric on its test images: `<protocol>/<set>_<metric>`, percent; also the strength that was chosen and the
+    gradient's largest entry at the optimum. The protocol is `transfer`, what is changed of it stands in its name (caco/metrics.py).
 
     Protocol of SimCLR (arXiv 2002.05709, B.8) and BYOL (arXiv 2006.07733, D.1): features of the frozen backbone, shorter
     side resized (bicubic), centre crop, no augmentation; L2-regularised multinomial logistic regression by L-BFGS; 45
@@ -72,6 +73,9 @@ class Transfer(Evaluator):
         self.root, self.sets, self.size, self.when = root, list(sets), size, when
         self.strengths = strengths(num_strengths, weakest, strongest)
         self.max_iterations, self.tolerance = max_iterations, tolerance
+        self.protocol = metrics.transfer(
+            size=size, num_strengths=num_strengths, weakest=weakest, strongest=strongest, max_iterations=max_iterations, tolerance=tolerance
+        )
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Finds the sets; says what is missing.
@@ -112,7 +116,7 @@ class Transfer(Evaluator):
         return [[s.name, s.train.digest(), s.validation.digest(), s.test.digest()] for s in self._found]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`transfer/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest entry)."""
+        """Yields (`<protocol>/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest entry)."""
         for one in self._found:
             yield from self._one(backbone, one)
 
@@ -132,7 +136,7 @@ class Transfer(Evaluator):
             value = dict(score(logits_NC, labels_of(one.validation), one.metric))[one.metric]
             if value > best:
                 best, chosen, start = value, strength, axes.back(*weight)
-            store.say(f"transfer/{one.name}: strength {strength:.1e}, validation {value:.2f}", passing=True)
+            store.say(f"{self.protocol}/{one.name}: strength {strength:.1e}, validation {value:.2f}", passing=True)
         del z_NR, z_validation_NR
 
         everything, labels = torch.cat([train, validation]), torch.cat([labels, _labels(one.validation, store)])
@@ -145,9 +149,9 @@ class Transfer(Evaluator):
         test = self._features(backbone, one.test)
         logits_NC = torch.cat([torch.addmm(bias_C, x.double(), weight_DC).cpu() for x in test.split(8192)])
         for metric, value in score(logits_NC, labels_of(one.test), one.metric):
-            yield f"transfer/{one.name}_{metric}", value
-        yield f"transfer/{one.name}_strength", chosen
-        yield f"transfer/{one.name}_gradient", largest(grad_DC, grad_C)
+            yield f"{self.protocol}/{one.name}_{metric}", value
+        yield f"{self.protocol}/{one.name}_strength", chosen
+        yield f"{self.protocol}/{one.name}_gradient", largest(grad_DC, grad_C)
 
     def _features(self, backbone: nn.Module, source: Source) -> Tensor:
         return self._store.of(backbone, source, self._views).to(self._store.device)

@@ -15,14 +15,15 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from caco import metrics
 from caco.config import composition, folders
 from caco.errors import SweepFailed
 from caco.launch.jobs import Job
 from caco.launch.local import Local
 from caco.launch.slurm import ENDED, Slurm
 from caco.launch.snapshot import snapshot
-from caco.runs import directory
 from caco.runs.files import read_json, write_json
+from caco.tracking import recorded
 
 
 class SubmititLauncher(Launcher):
@@ -62,7 +63,8 @@ def _of_launcher(override: str) -> bool:
 
 def _returned(job: Job) -> JobReturn:
     done = JobReturn(overrides=list(job.overrides), status=JobStatus.COMPLETED, working_dir=str(job.run_dir))
-    done.return_value = directory.objective(read_json(job.run_dir / "summary.json"))
+    run = recorded.read(job.run_dir)
+    done.return_value = metrics.objective(run.summary, run.config.get("eval", {}))
     return done
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shlex
 import socket
@@ -14,9 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from caco.errors import UserError
+from caco.runs import renamed
 from caco.runs.environment import environment
-from caco.runs.files import write_json
-from caco.runs.identity import differences, identity, plain, read_config
+from caco.runs.files import read_json, write_json
+from caco.runs.identity import differences, identity, plain, read_yaml, run_hash
 
 _locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
 
@@ -27,24 +29,43 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Map
     Args:
         code: what it runs besides caco, for environment.json.
     Raises:
-        ValueError: another process trains there now, or the directory holds a run of another identity.
+        ValueError: another process trains there now, or the directory holds a run of another identity, or of an earlier version.
     """
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     hold(run_dir)
     record = run_dir / "config.yaml"
     if record.exists():
-        changed = differences(identity(read_config(record)), identity(cfg))
+        if renamed.is_old(run_dir):
+            raise UserError(
+                f"{run_dir} holds a run of {_version(run_dir)}, which this version shows, evaluates and exports but cannot go on with: "
+                "finish it with that version, or choose another hydra.run.dir to train anew"
+            )
+        changed = differences(identity(read_yaml(record)), identity(cfg))
         if changed:
             shown = "\n".join(f"  {line}" for line in changed[:20])
             more = f"\n  and {len(changed) - 20} more" if len(changed) > 20 else ""
             raise UserError(
                 f"{run_dir} holds another run; choose another hydra.run.dir. What differs:\n{shown}{more}"
             )
+    else:
+        _name_what_is_left_behind(run_dir, cfg)
     (run_dir / "failure.txt").unlink(missing_ok=True)
     _write(record, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
     if not (run_dir / "summary.json").exists():  # else it is done, and was where its record says
         write_environment(run_dir, code)
+
+
+def _version(run_dir: Path) -> str:
+    return f"an earlier version of caco (commit {read_json(run_dir / 'environment.json').get('git_sha', 'unknown')[:10]})"
+
+
+def _name_what_is_left_behind(run_dir: Path, cfg: DictConfig | Mapping[str, Any]) -> None:
+    """Say that an earlier version has begun this very run, beside it and with another hash in its name."""
+    words, _, _ = run_dir.name.rpartition("-")
+    for other in sorted(run_dir.parent.glob(f"{glob.escape(words)}-*")) if words else ():
+        if other != run_dir and renamed.is_old(other) and run_hash(renamed.read_config(other)) == run_hash(cfg):
+            print(f"caco: {other} is this run by {_version(other)} and cannot be gone on with: it starts anew in {run_dir}", file=sys.stderr)
 
 
 def write_environment(run_dir: Path, code: Mapping[str, str] = {}) -> dict[str, str]:
@@ -67,11 +88,6 @@ def record_failure(run_dir: Path, text: str) -> None:
     """Write failure.txt, unless another rank has: the first to fail is the cause, others lose their peer."""
     with contextlib.suppress(OSError), open(run_dir / "failure.txt", "x", encoding="utf-8") as file:
         file.write(text.rstrip() + "\n")
-
-
-def objective(summary: Mapping[str, Any]) -> float | None:
-    """What a search (Optuna) maximises: k-NN accuracy if it was evaluated, else a probe's, else nothing."""
-    return next((summary[name] for name in ("knn_top1", "probe_top1") if name in summary), None)
 
 
 def is_first_rank() -> bool:

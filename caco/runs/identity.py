@@ -54,7 +54,7 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return OmegaConf.to_container(job, resolve=True)  # type: ignore[return-value]
 
 
-def read_config(file: Path) -> DictConfig:
+def read_yaml(file: Path) -> DictConfig:
     """A YAML file of keys and values, such as a run's config.yaml."""
     cfg = OmegaConf.load(file)
     assert isinstance(cfg, DictConfig), f"{file}: expected keys"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from caco.errors import UserError, told
-from caco.tracking.feed import connect, first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.sync import find_runs, sync
 
 # What the runs table shows of the parameters if runs differ in it, in this order; then whatever else tells runs apart.

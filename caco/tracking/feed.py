@@ -1,24 +1,21 @@
-"""Feeds a run's ledger to MLflow, once each row. The only module that talks to MLflow; imports it when used."""
+"""Feeds a run's ledger to MLflow, once each row, and keeps the run of a sweep above its jobs'. Imports MLflow when used."""
 
 import contextlib
 import getpass
 import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from caco.errors import UserError
-from caco.installed import command_to_install, is_installed
 from caco.runs.files import locked, read_json
 from caco.tracking.ledger import read_rows
+from caco.tracking.store import connect, first_line
 from caco.tracking.watermark import Watermark, is_finite, milliseconds, points, sending
 
 _log = logging.getLogger(__name__)
 
-_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 _ROWS_PER_BATCH = 200
 # What MLflow takes: metrics and parameters a request, characters a value.
 _MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS = 1000, 100, 6000, 8000
@@ -26,92 +23,6 @@ _MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS = 1000, 100, 6000, 8
 _COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
 )  # fmt: skip
-
-# A dead server blocks a call for 247 s by default, and a hanging one for twice that.
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-
-
-def require_mlflow() -> None:
-    """Raises UserError, with what to do, where MLflow is not installed. Does not import it."""
-    if not is_installed("mlflow"):
-        raise UserError(f"MLflow is not installed; to have it: {command_to_install('mlflow')}")
-
-
-def resolve_uri(uri: str | None) -> str:
-    """Where to track: `uri`, else MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in the working directory.
-
-    Raises:
-        ValueError: neither a database nor a server (MLflow 3 refuses its old store of plain files).
-    """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    scheme, separator, _ = uri.partition("://")
-    if not separator or scheme.partition("+")[0] not in _SCHEMES or (scheme == "sqlite" and not _database(uri)):
-        raise UserError(
-            f"tracking.uri (or MLFLOW_TRACKING_URI): expected a server, http(s)://HOST:PORT, or a database, "
-            f"sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {uri!r}; a directory is no store"
-        )
-    database = _database(uri)
-    return f"sqlite:///{database}" if database else uri
-
-
-def _database(uri: str) -> Path | None:
-    """The file of an SQLite store, absolute: the working directory may change, the store may not."""
-    return Path(uri.partition(":///")[2]).absolute() if uri.startswith("sqlite:///") else None
-
-
-def import_mlflow() -> None:
-    """Import MLflow with bounds for a server that does not answer; what the user has set is left alone.
-
-    Call it in the main thread before any fork: a worker forked while another thread imports can wait for ever.
-    """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a new store tells of its every table
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations among MLflow's own dependencies
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-        import sqlalchemy.orm
-
-        sqlalchemy.orm.configure_mappers()  # else at the first use, with its warnings
-
-
-def connect(uri: str, experiment: str) -> tuple[Any, str]:
-    """A client, and the id of the experiment, which is created where there is none.
-
-    A fresh SQLite store is created under a lock: four processes that create one at once destroy it for good.
-    """
-    database = _database(uri)
-    if database is None:
-        # Behind a server, the server says where artifacts go; with a bare database nobody else does.
-        return _connect(uri, experiment, None if uri.startswith("http") else Path.cwd() / "mlruns")
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with locked(database.with_name(database.name + ".lock"), wait_s=120):
-        return _connect(uri, experiment, database.parent / "mlruns")
-
-
-def _connect(uri: str, experiment: str, artifacts: Path | None) -> tuple[Any, str]:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        try:
-            tags = {"mlflow.experimentKind": "custom_model_development"}  # else its page opens as one of a language model
-            where = artifacts and artifacts.as_uri()
-            return client, client.create_experiment(experiment, artifact_location=where, tags=tags)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(experiment)  # another job was faster
-    return client, found.experiment_id
 
 
 class Feed:
@@ -156,14 +67,15 @@ class Feed:
             self._client.update_run(run.info.run_id, status="RUNNING", name=about.get("run_name"))
         self.mark.run_id, self.mark.closed = run.info.run_id, ""
         self.mark.uri, self.mark.experiment = self.uri, self.experiment
+        self._names = self.mark.todays_names(self.run_dir)
         self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
         # A parameter is logged once: MLflow refuses another value, and cadence or paths may differ after a resume.
-        named = {_name(k): v[:_MAX_PARAM_CHARS] for k, v in about.get("params", {}).items()}
+        named = {_name(k): v[:_MAX_PARAM_CHARS] for k, v in self._names.params(about.get("params", {})).items()}
         params = [Param(k, v) for k, v in named.items() if k not in run.data.params]
         for part in _chunks(params, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, params=part, synchronous=True)
-        tags = dict(about.get("tags", {}))
+        tags = self._names.with_hash(about.get("tags", {}))
         tags["caco.run_dir"] = str(self.run_dir.absolute())
         tags["mlflow.source.name"] = "caco.train"
         if "git_sha" in tags:
@@ -205,10 +117,10 @@ class Feed:
         with _sweep_lock(self.run_dir):
             if not self.mark.parent_id:
                 name = sweep["name"].replace("'", "_")[:_MAX_TAG_CHARS]  # in a filter MLflow knows no escapes
-                same = f"tags.`caco.launch.sweep` = '{name}'"
+                same = f"tags.`caco.sweep` = '{name}'"
                 parent = next(iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None)
                 if parent is None:
-                    tags = {"caco.launch.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
+                    tags = {"caco.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
                     tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": "#000000"}
                     parent = self._client.create_run(self._experiment_id, run_name=sweep["title"], tags=tags)
                 self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)
@@ -240,7 +152,7 @@ class Feed:
     def send(self) -> int:
         """Send the ledger's rows that MLflow does not have; returns how many there were."""
         rows, end = read_rows(self.run_dir / "ledger.jsonl", self._offset)
-        rows, self._skip = rows[self._skip :], 0
+        rows, self._skip = [self._names.row(row) for row in rows[self._skip :]], 0
         for part in _chunks(rows, _ROWS_PER_BATCH):
             self.mark.attempted = self.mark.sent + len(part)
             self.mark.save(self.run_dir)
@@ -290,6 +202,7 @@ class Feed:
         rows = read_rows(self.run_dir / "ledger.jsonl")[0]
         # The last row's time, so that ending twice sends the same points.
         step, time = (rows[-1]["step"], milliseconds(rows[-1])) if rows else (0, 0)
+        summary = self._names.summary(summary, rows)
         numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and is_finite(v)}
         self._log([Metric(_name(f"final/{k}"), float(v), time, step) for k, v in numbers.items()])
         if summary:
@@ -381,11 +294,6 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return str(os.getuid())
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line of a bearable length."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _name(name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from caco.errors import UserError
-from caco.tracking.feed import first_line, import_mlflow
+from caco.tracking.store import first_line, import_mlflow
 from caco.tracking.sync import sync_run
 from caco.tracking.watermark import Watermark
 

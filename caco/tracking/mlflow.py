@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caco.tracking.base import Row, Tracker
-from caco.tracking.feed import Feed, first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.feed import Feed
 from caco.tracking.ledger import Ledger, LedgerTracker
+from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.watermark import Watermark
 
 if TYPE_CHECKING:

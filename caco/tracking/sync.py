@@ -16,19 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from caco.errors import UserError, told
+from caco.runs import renamed
 from caco.runs.files import process_start, read_json
-from caco.tracking.feed import (
-    Feed,
-    connect,
-    first_line,
-    has_new_model,
-    import_mlflow,
-    new_files,
-    refresh_sweep,
-    require_mlflow,
-    resolve_uri,
-)
+from caco.tracking.feed import Feed, has_new_model, new_files, refresh_sweep
 from caco.tracking.ledger import Ledger
+from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.watermark import Watermark
 
 _SILENT_HOURS = 24  # an evaluation may take hours without a row
@@ -96,6 +88,7 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
     num_rows = len(Ledger(run_dir / "ledger.jsonl"))
     is_complete = mark.sent == num_rows and mark.system_sent == len(Ledger(run_dir / "system.jsonl"))
     is_complete = is_complete and not new_files(run_dir, mark) and not has_new_model(run_dir, mark)
+    is_complete = is_complete and (mark.has_todays_names or not renamed.is_old(run_dir))
     if mark.closed == status and is_complete and mark.uri == uri:
         return f"complete ({status}, {num_rows} rows)"
     name = read_json(run_dir / "tracking.json")["params"].get("name")

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from caco.runs.files import locked, read_json, write_json
+from caco.runs.renamed import Names
 
 Point = tuple[str, int, str]  # kind, step, name of the value
+_NAMES = "names of metrics"
 
 
 @dataclasses.dataclass
@@ -48,6 +50,18 @@ class Watermark:
         content = dataclasses.asdict(self)
         content["rolled_back"] = [[*point, old] for point, old in self.rolled_back.items()]
         write_json(_path(run_dir), content)
+
+    def todays_names(self, run_dir: Path) -> Names:
+        """How the run is read. One that an earlier version has sent by its own names is sent once more, by today's."""
+        names = Names.of(run_dir)
+        if names.is_old and not self.has_todays_names:
+            self.sent = self.attempted = 0
+        self.files[_NAMES] = "today's"  # here, where the version that made the run does not mind it
+        return names
+
+    @property
+    def has_todays_names(self) -> bool:
+        return _NAMES in self.files
 
     def restart(self) -> None:
         """Forget the run: MLflow has nothing."""

@@ -46,7 +46,7 @@ def test_figure_4_shows_the_rows_whose_positives_are_learned(found, tmp_path):
     assert {row["row"] for row in data} == {"both"}
     values = {(row["metric"], row["epochs"], row["seed"]): float(row["value"]) for row in data}
     assert values["max_probability", "2.0", "1"] == pytest.approx(0.021)
-    assert values["knn_top1", "0.0", "0"] == 30.0 and values["knn_top1", "2.0", "1"] == 44.0
+    assert values["knn20_top1", "0.0", "0"] == 30.0 and values["knn20_top1", "2.0", "1"] == 44.0
 
 
 def test_a_line_is_the_mean_and_its_band_the_range_over_seeds(found):
@@ -100,7 +100,7 @@ def test_hours_come_from_the_runs_whose_rate_is_known(result):
     drawn, data = curves.compute(load_table("7"), SMOKE, find(load_table("7"), SMOKE, results), chosen=False, x="hours")
     assert max(entry["hours"] for entry in data) == pytest.approx(50 * 64 / 3600 / 3600)
     unknown = find(load_table("7"), SMOKE, results[:1])
-    with pytest.raises(UserError, match="no results with several values of knn_top1 and a known images_per_second"):
+    with pytest.raises(UserError, match="no results with several values of knn20_top1 and a known images_per_second"):
         curves.compute(load_table("7"), SMOKE, unknown, chosen=False, x="hours")
 
 

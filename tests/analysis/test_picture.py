@@ -226,7 +226,7 @@ def test_images_without_labels_are_shown_without_words_about_them(tmp_path, monk
 
 
 def row(step, epochs, knn, **more):
-    return {"kind": "eval", "step": step, "time": 0.0, "epochs": epochs, "knn_top1": knn, **more}
+    return {"kind": "eval", "step": step, "time": 0.0, "epochs": epochs, "knn20_top1": knn, **more}
 
 
 def test_what_came_before_epoch_0_is_left_of_it():
@@ -236,15 +236,15 @@ def test_what_came_before_epoch_0_is_left_of_it():
         row(40, 0.0, 60.0, phase="warm start"),
         row(60, 1.0, 70.0),
         row(80, 2.0, 80.0, probe_top1=90.0),
-        {"kind": "eval", "step": 80, "time": 0.0, "knn_top1": 81.0},  # by caco.evaluate, afterwards
+        {"kind": "eval", "step": 80, "time": 0.0, "knn20_top1": 81.0},  # by caco.evaluate, afterwards
     ]
-    curve = picture.curve_of(ledger, 20)
-    assert curve == picture.Curve([-2.0, 0.0, 1.0, 2.0], [50.0, 60.0, 70.0, 80.0], steps_before=40, starts_at_0=True)
+    curve = picture.curve_of(ledger, "knn20_top1", 20)
+    assert curve == picture.Curve("knn20_top1", [-2.0, 0.0, 1.0, 2.0], [50.0, 60.0, 70.0, 80.0], steps_before=40, starts_at_0=True)
     old = [entry for entry in ledger if "phase" not in entry]
-    assert picture.curve_of(old, 20) == picture.Curve([-2.0, 1.0, 2.0], [50.0, 70.0, 80.0], 40, True)
-    assert picture.curve_of(ledger[:3], 20) == picture.Curve([-2.0, 0.0], [50.0, 60.0], 40, True), "killed after its warm start"
-    assert picture.curve_of(ledger[:1], 20) == picture.Curve([0.0], [50.0], 0, True)
-    assert picture.curve_of(ledger[1:2], 20) is None
+    assert picture.curve_of(old, "knn20_top1", 20) == picture.Curve("knn20_top1", [-2.0, 1.0, 2.0], [50.0, 70.0, 80.0], 40, True)
+    assert picture.curve_of(ledger[:3], "knn20_top1", 20) == picture.Curve("knn20_top1", [-2.0, 0.0], [50.0, 60.0], 40, True), "killed after its warm start"
+    assert picture.curve_of(ledger[:1], "knn20_top1", 20) == picture.Curve("knn20_top1", [0.0], [50.0], 0, True)
+    assert picture.curve_of(ledger[1:2], "knn20_top1", 20) is None
 
 
 def test_a_runs_warm_start_is_shaded(run, monkeypatch):
@@ -267,7 +267,7 @@ def test_a_run_without_a_bank_is_its_curve_beside_untrained_and_raw_pixels(tmp_p
     figure = drawn(run_dir, monkeypatch)
     (axes,) = figure.axes
     evaluated = [entry for entry in read_rows(run_dir / "ledger.jsonl")[0] if entry["kind"] == "eval"]
-    assert list(axes.lines[0].get_ydata()) == [entry["knn_top1"] for entry in evaluated] and len(evaluated) == 2
+    assert list(axes.lines[0].get_ydata()) == [entry["knn20_20pct_top1"] for entry in evaluated] and len(evaluated) == 2
 
     cfg = OmegaConf.load(run_dir / "config.yaml")
     splits, views = build(cfg.data), build(cfg.augmentation)
@@ -283,8 +283,8 @@ def test_a_run_without_a_bank_is_its_curve_beside_untrained_and_raw_pixels(tmp_p
     levels = {text: float(value) for value, text in zip(texts(axes)[::2], texts(axes)[1::2], strict=True)}
     assert levels == {
         "raw pixels": pytest.approx(raw, abs=0.3),  # one of 397 images, where two classes have as many votes
-        "untrained": pytest.approx(evaluated[0]["knn_top1"], abs=0.05),
-        "trained": pytest.approx(evaluated[-1]["knn_top1"], abs=0.05),
+        "untrained": pytest.approx(evaluated[0]["knn20_20pct_top1"], abs=0.05),
+        "trained": pytest.approx(evaluated[-1]["knn20_20pct_top1"], abs=0.05),
     }
     assert f"of {len(splits.test)} images of digits/test, in percent" in [text.get_text() for text in figure.texts]
 

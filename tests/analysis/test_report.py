@@ -90,7 +90,7 @@ def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trai
     assert code == 0, errors
     page = whole(tmp_path / "page.html")
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert f"{summary['knn_top1']:.2f}" in page.cells and "one" in page.cells
+    assert f"{summary['knn20_20pct_top1']:.2f}" in page.cells and "one" in page.cells
     assert len(page.fetched) == 2  # figures 3 and 5
 
 

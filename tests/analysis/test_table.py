@@ -83,7 +83,7 @@ def test_of_a_run_whose_rate_is_unknown_so_are_the_hours(result, rate):
     if rate is None:
         del one.summary["images_per_second"]
     assert [one.value(metric) for metric in ("images_per_second", "train_hours", "device_hours_per_epoch")] == [None] * 3
-    assert one.value("knn_top1") == 50.0
+    assert one.value("knn20_top1") == 50.0
 
 
 # The table.
@@ -93,8 +93,8 @@ def test_the_papers_numbers_and_ours_stand_side_by_side(result):
     sheet = made([result(row, seed, knn=knn + seed) for row, knn in (("none", 40.0), ("both", 42.5)) for seed in (0, 1)])
     none, both = cells(sheet, "None"), cells(sheet, "Positive+Negative")
     assert (none["the paper's", "Top-1"], both["the paper's", "Top-1"], both["the paper's", "gain"]) == ("70.2", "71.3", "+1.1")
-    assert none["ours, scale smoke", "k-NN"] == "40.50 ± 0.71" and none["ours, scale smoke", "gain"] == "ref."
-    assert both["ours, scale smoke", "k-NN"] == "43.00 ± 0.71" and both["ours, scale smoke", "gain"] == "+2.50 ± 0.00"
+    assert none["ours, scale smoke", "k-NN (20)"] == "40.50 ± 0.71" and none["ours, scale smoke", "gain"] == "ref."
+    assert both["ours, scale smoke", "k-NN (20)"] == "43.00 ± 0.71" and both["ours, scale smoke", "gain"] == "+2.50 ± 0.00"
     assert both["ours, scale smoke", "n"] == "2"
     assert not any("paper's" in header for header in sheet.headers)
     assert any("not the paper's" in note for note in sheet.notes)
@@ -102,7 +102,7 @@ def test_the_papers_numbers_and_ours_stand_side_by_side(result):
 
 def test_what_is_missing_is_called_so_and_comes_with_its_command(result):
     sheet = made([result("none", 0, knn=40.0)])
-    assert cells(sheet, "Positive+Negative")["ours, scale smoke", "k-NN"] == "missing"
+    assert cells(sheet, "Positive+Negative")["ours, scale smoke", "k-NN (20)"] == "missing"
     assert "both, seeds 0, 1: python -m experiments.run table7 scale=smoke rows=both seed=0,1" in sheet.missing
     assert "none, seed 1: python -m experiments.run table7 scale=smoke rows=none seed=1" in sheet.missing
 
@@ -123,14 +123,14 @@ def test_seeds_beyond_those_asked_for_count(result):
 
 def test_a_run_that_was_made_for_another_table_counts_by_its_hash(result):
     other = result("both", 0, knn=40.0, label={"table": "table1", "row": "caco_1024", "scale": "smoke"})
-    assert cells(made([other]), "Positive+Negative")["ours, scale smoke", "k-NN"] == "40.00"
+    assert cells(made([other]), "Positive+Negative")["ours, scale smoke", "k-NN (20)"] == "40.00"
 
 
 def test_a_run_of_another_configuration_is_refused_with_what_differs(result):
     one = result("both", 0, knn=99.0)
     old = dataclasses.replace(one, hash="0000000000", config={**one.config, "batch": 32})
     sheet = made([old])
-    assert cells(sheet, "Positive+Negative")["ours, scale smoke", "k-NN"] == "missing"
+    assert cells(sheet, "Positive+Negative")["ours, scale smoke", "k-NN (20)"] == "missing"
     (line,) = [line for line in sheet.missing if "another configuration" in line]
     assert "ours.json" in line and "0000000000" in line and "batch: there 32, here 64" in line
 
@@ -158,8 +158,8 @@ def test_only_at_the_papers_own_scale_is_ours_subtracted_from_the_papers(table7,
 def test_methods_that_caco_lacks_are_cited():
     about = load_table("3")
     sheet = table.sheet(about, load_scale("mini"), find(about, load_scale("mini"), []))
-    assert cells(sheet, "DINO")["ours, scale mini", "k-NN"] == "cited"
-    assert cells(sheet, "CaCo")["ours, scale mini", "k-NN"] == "not at this scale"
+    assert cells(sheet, "DINO")["ours, scale mini", "k-NN (20)"] == "cited"
+    assert cells(sheet, "CaCo")["ours, scale mini", "k-NN (20)"] == "not at this scale"
     assert any("no multi-crop" in note for note in sheet.notes)
 
 
@@ -187,9 +187,9 @@ def test_every_format_holds_the_numbers(here, record_file):
     pipes = [line.count("|") for line in shown["markdown"].splitlines() if line.startswith("|")]
     assert len(pipes) == 2 + 4 and len(set(pipes)) == 1
     rows = list(csv.DictReader(io.StringIO(shown["csv"])))
-    (both,) = [row for row in rows if row["row"] == "both" and row["metric"] == "knn_top1"]
+    (both,) = [row for row in rows if row["row"] == "both" and row["metric"] == "knn20_top1"]
     assert (float(both["mean"]), both["n"], both["published"], float(both["gain"])) == (40.5, "2", "71.3", 0.0)
-    (negative,) = [row for row in rows if row["row"] == "negative" and row["metric"] == "knn_top1"]
+    (negative,) = [row for row in rows if row["row"] == "negative" and row["metric"] == "knn20_top1"]
     assert (negative["mean"], negative["state"], negative["missing_seeds"]) == ("", "missing", "0 1")
 
 

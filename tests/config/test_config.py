@@ -306,12 +306,21 @@ def test_build_builds_inner_parts_first():
     assert build({"_target_": "builtins.dict", "a": inner, "b": [inner]})["b"][0].total_seconds() == 3600
 
 
-def test_a_warm_start_is_set_in_one_place_and_its_former_name_is_still_read():
+def test_a_warm_start_is_set_in_one_place():
     method = composed("warm_start.steps=7")["method"]
     assert (method["warm_start_steps"], method["warm_start_passes"]) == (7, None)
-    assert composed("bank_learning.filling_passes=3")["method"]["warm_start_passes"] == 3
-    assert composed("pn=positive", "bank_learning.filling_passes=3")["method"]["warm_start_passes"] == 3
+    assert composed("warm_start.passes=3")["method"]["warm_start_passes"] == 3
+    assert composed("pn=positive", "warm_start.passes=3")["method"]["warm_start_passes"] == 3
     assert composed("bank_learning.final_lr=0.03")["bank"]["final_lr"] == 0.03
+
+
+def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_starts(whole):
+    cfg = copy.deepcopy(whole)
+    OmegaConf.update(cfg, "eval.again", {**cfg.eval.knn, "block": 64}, force_add=True)
+    with pytest.raises(UserError, match=r"eval\.again: its results would be called knn20_20pct, as those of eval\.knn are"):
+        validation.check(cfg)
+    cfg.eval.again.k = 5
+    validation.check(cfg)
 
 
 @pytest.mark.parametrize(

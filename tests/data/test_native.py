@@ -37,7 +37,7 @@ def compiled() -> None:
 
 @pytest.fixture(params=["plain", "avx2", "avx512"])
 def level(request, monkeypatch) -> None:
-    """Each for which views.cpp is compiled, if the processor has it."""
+    """Each for which the steps are compiled, if the processor has it."""
     monkeypatch.setattr(instructions, "LEVEL", request.param)
     if (serves := instructions.used(instructions.VIEWS)) != request.param:
         pytest.skip(f"needs compiled views that use {request.param}; here they are {serves}")

@@ -192,7 +192,7 @@ def test_the_record_has_what_the_run_did(tmp_path):
         assert name in epochs[0]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [5, 10, 15, 20, 25, 30, 35, 40, 44]
     assert summary["steps"] == 44 and summary["epochs"] == 2.0
-    assert 0 <= summary["knn_top1"] <= 100
+    assert 0 <= summary["knn20_20pct_top1"] <= 100
     assert summary["loss"] == epochs[-1]["loss"]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 

@@ -65,7 +65,7 @@ def test_linear_evaluation_learns_the_colours_and_leaves_the_backbone_as_it_was(
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    assert dict(linear.run(colours)) == {"linear_top1": 100.0}
+    assert dict(linear.run(colours)) == {"linear_epochs-6_batch-20_lr-4_larc-no_top1": 100.0}
     assert torch.equal(torch.rand(3), expected)
     assert [m.training for m in colours.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in colours.state_dict().items())
@@ -138,7 +138,7 @@ def test_a_batch_above_the_training_images_is_refused_before_anything_is_trained
 def test_a_loss_that_is_not_finite_ends_it_with_what_to_do(colours, store_of):
     linear = Linear(**{**QUICK, "lr": 4e39})
     linear.build(store_of(), seed=0)
-    with pytest.raises(UserError, match="linear: the loss became (nan|inf) in epoch"):
+    with pytest.raises(UserError, match=r"linear_.*: the loss became (nan|inf) in epoch"):
         list(linear.run(colours))
 
 
@@ -182,7 +182,7 @@ def test_shares_are_stratified_and_the_whole_network_learns_on_a_copy(colours, s
     assert [torch.tensor(labels[share]).bincount().tolist() for share in semi._shares] == [[3, 3, 3], [15, 15, 15]]
     before = copy.deepcopy(colours.state_dict())
     results = dict(semi.run(colours))
-    assert list(results) == ["semi_10_top1", "semi_50_top1"] and min(results.values()) > 90
+    assert list(results) == ["semi_10_batch-9_lr-8_epochs-12_top1", "semi_50_batch-9_lr-8_epochs-6_top1"] and min(results.values()) > 90
     assert all(torch.equal(value, before[name]) for name, value in colours.state_dict().items())
     store.forget()
     network = classifier.train_classifier(

@@ -170,7 +170,7 @@ def test_store_gives_the_rows_asked_for(backbone, views, splits):
 def test_a_round_sees_what_the_backbone_has_become(views, splits):
     colours = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
     round_ = evaluation({"knn": KNN(k=3), "probe": Probe()}, splits, views)
-    assert round_.run(colours, "end") == {"knn_top1": 100.0, "probe_top1": 100.0}
+    assert round_.run(colours, "end") == {"knn3_top1": 100.0, "probe_top1": 100.0}
 
     class Blind(nn.Module):
         """The same features for every image: four, so that of length 1 they are halves, and cosines 1 however one rounds."""
@@ -179,13 +179,13 @@ def test_a_round_sees_what_the_backbone_has_become(views, splits):
             return images.new_ones(len(images), 4)
 
     # All cosines tie: the bank's first rows, of classes 0, 1, 2, vote and class 0 wins; so does the probe's prior.
-    assert round_.run(Blind(), "end") == pytest.approx({"knn_top1": 800 / 23, "probe_top1": 800 / 23})
+    assert round_.run(Blind(), "end") == pytest.approx({"knn3_top1": 800 / 23, "probe_top1": 800 / 23})
 
 
 def test_the_probe_waits_for_the_end(backbone, views, splits):
     round_ = evaluation({"knn": KNN(k=3), "probe": Probe()}, splits, views)
-    assert list(round_.run(backbone, "epoch")) == ["knn_top1"]
-    assert list(round_.run(backbone, "end")) == ["knn_top1", "probe_top1"]
+    assert list(round_.run(backbone, "epoch")) == ["knn3_top1"]
+    assert list(round_.run(backbone, "end")) == ["knn3_top1", "probe_top1"]
     with pytest.raises(ValueError, match="expected epoch or end, got 'now'"):
         round_.run(backbone, "now")
 
@@ -213,8 +213,8 @@ def test_more_neighbours_than_the_bank_holds_are_refused_before_training(views, 
 
 
 def test_two_evaluators_of_one_name_are_refused(backbone, views, splits):
-    with pytest.raises(ValueError, match=r"eval\.again: another evaluator already gave knn_top1"):
-        evaluation({"knn": KNN(k=3), "again": KNN(k=5)}, splits, views).run(backbone, "epoch")
+    with pytest.raises(ValueError, match=r"eval\.again: another evaluator already gave knn3_top1"):
+        evaluation({"knn": KNN(k=3), "again": KNN(k=3, block=5)}, splits, views).run(backbone, "epoch")
 
 
 def test_the_option_is_the_papers_monitor():

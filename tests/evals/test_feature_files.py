@@ -72,7 +72,7 @@ def test_bf16_features_take_two_bytes_a_number_and_evaluators_read_them(tmp_path
     results = [
         Evaluation(evaluators, store.splits, store.views, **settings, folder=folder).run(Half(), "end") for folder in (None, tmp_path)
     ]
-    assert results[0] == results[1] == {"knn_top1": 100.0, "probe_top1": 100.0}
+    assert results[0] == results[1] == {"knn3_top1": 100.0, "probe_top1": 100.0}
 
 
 class Cut(BaseException):

@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from caco.config import composition, validation
-from experiments import compare
+from experiments.compare import __main__ as command
+from experiments.compare import differences, running
+from experiments.compare.cases import Case, cases_of, cut_settings, translated
+from experiments.compare.refusal import Refused
+from experiments.compare.trees import Side, build_native, check_out
 
 ROWS = [
     {"kind": "eval", "step": 0, "time": 1.0, "epochs": 0, "knn_top1": 50.0},
@@ -48,12 +52,12 @@ def result(tmp_path):
         (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         torch.save(state, folder / "checkpoints" / "step_000000003.pt")
         (folder / "summary.json").write_text(json.dumps(summary))
-        return compare.read_run(folder, names)
+        return differences.read_run(folder, names)
 
     def compared(*, rows=ROWS, state=STATE, summary=SUMMARY, renamed=(), ignored=()):
-        base = left("base", ROWS, STATE, SUMMARY, compare.Names(compare.renaming(list(renamed)), list(ignored)))
-        head = left("head", rows, state, summary, compare.Names(ignored=list(ignored)))
-        return compare.compare("case", base, head)
+        base = left("base", ROWS, STATE, SUMMARY, differences.Names(command.renaming(list(renamed)), list(ignored)))
+        head = left("head", rows, state, summary, differences.Names(ignored=list(ignored)))
+        return differences.compare("case", base, head)
 
     return compared
 
@@ -77,7 +81,7 @@ def test_one_unit_in_the_last_place_of_one_value_is_found_and_said(result):
     assert found.verdict == "differs"
     assert found.differences[0] == "step 1, warm_start: loss 4.5 | 4.50000048 (1 ulp of float32)"
     assert found.differing == {"rows": 3, "tensors": 0, "metrics": 0}
-    assert "differs: first step 1" in compare.table([found])
+    assert "differs: first step 1" in differences.table([found])
 
 
 def test_one_element_of_one_tensor_is_found_and_said(result):
@@ -100,12 +104,12 @@ def test_a_metric_of_the_summary_is_compared(result):
 
 
 def test_not_a_number_is_itself_and_zero_is_not_minus_zero():
-    assert compare.same(math.nan, math.nan) and compare.same(1, 1.0)
-    assert not compare.same(0.0, -0.0)
-    assert compare.distance(0.0, -0.0) == "the sign of zero"
-    assert compare.distance(0.1, math.nextafter(0.1, 1)) == "1 ulp of float64"
-    assert compare.distance(1.0, 2.0) == "relative 5.0e-01"
-    assert compare.distance(1.0, math.nan) == "not finite"
+    assert differences.same(math.nan, math.nan) and differences.same(1, 1.0)
+    assert not differences.same(0.0, -0.0)
+    assert differences.distance(0.0, -0.0) == "the sign of zero"
+    assert differences.distance(0.1, math.nextafter(0.1, 1)) == "1 ulp of float64"
+    assert differences.distance(1.0, 2.0) == "relative 5.0e-01"
+    assert differences.distance(1.0, math.nan) == "not finite"
 
 
 def test_a_renaming_in_ledger_checkpoint_and_summary_is_shown_to_be_equal(result, tmp_path):
@@ -126,7 +130,7 @@ def test_a_renaming_in_ledger_checkpoint_and_summary_is_shown_to_be_equal(result
         "tensor method.bank.rows.velocity", "summary: knn_top1",
     ]  # fmt: skip
     assert "tensor method.rows.weight" in found.only_head
-    assert "only in head:" in compare.table([found])
+    assert "only in head:" in differences.table([found])
 
 
 def test_what_is_ignored_is_not_compared_and_nothing_else_is_left_out(result):
@@ -145,12 +149,12 @@ def test_the_order_of_the_optimiser_s_parameters_is_no_difference_but_their_valu
 
 @pytest.mark.parametrize("rule", ["loss=", "=loss"])
 def test_a_rule_that_renames_nothing_is_refused(rule):
-    with pytest.raises(ValueError, match="--renamed: expected OLD=NEW"):
-        compare.renaming([rule])
+    with pytest.raises(Refused, match="--renamed: expected OLD=NEW"):
+        command.renaming([rule])
 
 
 def test_the_cases_are_every_file_of_methods_and_settings(repo_root):
-    cases = compare.cases_of(repo_root, 50)
+    cases = cases_of(repo_root, 50)
     for group in ("method", "pn", "optimizer", "projector"):
         for path in (repo_root / "conf" / group).glob("*.yaml"):
             assert f"{group}={path.stem}" in cases
@@ -160,14 +164,14 @@ def test_the_cases_are_every_file_of_methods_and_settings(repo_root):
 
 
 def test_a_commit_s_own_words_are_put_into_a_case_s_overrides():
-    told = compare.translated(["pn=both", "warm_start.passes=3"], ["warm_start.passes -> bank_learning.filling_passes", "seed=1"])
+    told = translated(["pn=both", "warm_start.passes=3"], ["warm_start.passes -> bank_learning.filling_passes", "seed=1"])
     assert told == ["pn=both", "bank_learning.filling_passes=3", "seed=1"]
 
 
 def test_every_case_is_one_that_caco_accepts(repo_root):
     """As caco.train checks a command, before anything is trained."""
-    for case in compare.cases_of(repo_root, 50).values():
-        cfg = composition.compose([*case.overrides, *compare.cut_settings(case, 50)])
+    for case in cases_of(repo_root, 50).values():
+        cfg = composition.compose([*case.overrides, *cut_settings(case, 50)])
         validation.check(cfg, overrides=list(cfg.hydra.overrides.task), choices=dict(cfg.hydra.runtime.choices))
 
 
@@ -185,11 +189,11 @@ for case in job["cases"]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_process_that_dies_costs_the_case_that_it_was_at_and_no_other(tmp_path, monkeypatch, ranks):
-    monkeypatch.setattr(compare, "WORKER", tmp_path / "worker.py")
-    compare.WORKER.write_text(CRASHES)
-    cases = [compare.Case(name, [], ranks=ranks) for name in ("first", "second", "third")]
-    side = compare.Side("base", "base", tmp_path, [])
-    outcomes = compare.run_side(side, cases, tmp_path / "runs", 4, threading.Event())
+    monkeypatch.setattr(running, "WORKER", tmp_path / "worker.py")
+    running.WORKER.write_text(CRASHES)
+    cases = [Case(name, [], ranks=ranks) for name in ("first", "second", "third")]
+    side = Side("base", "base", tmp_path, [])
+    outcomes = running.run_side(side, cases, tmp_path / "runs", 4, threading.Event())
     assert {name: outcome["error"] is None for name, outcome in outcomes.items()} == {"first": True, "second": False, "third": True}
     assert "9" in outcomes["second"]["error"]
 
@@ -204,7 +208,7 @@ def test_native_parts_are_compiled_once_for_the_same_sources(tmp_path):
         (trees[name] / "setup.py").write_text(
             f"open({str(tmp_path / 'calls')!r}, 'a').write('x')\nopen('part/_kernel.so', 'w').write(open('part/kernel.cpp').read())\n"
         )
-        assert compare.build_native(trees[name], tmp_path / "cache") == ["_kernel"]
+        assert build_native(trees[name], tmp_path / "cache") == ["_kernel"]
     assert (tmp_path / "calls").read_text() == "xx"
     assert [(tree / "part" / "_kernel.so").read_text() for tree in trees.values()] == ["1", "1", "2"]
 
@@ -212,8 +216,8 @@ def test_native_parts_are_compiled_once_for_the_same_sources(tmp_path):
 def test_native_parts_that_do_not_compile_are_said_with_the_compiler_s_words(tmp_path):
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "setup.py").write_text("raise SystemExit('no compiler')")
-    with pytest.raises(ValueError, match="--no-native compares without them\\):\nno compiler"):
-        compare.build_native(tmp_path / "tree", tmp_path / "cache")
+    with pytest.raises(Refused, match="--no-native compares without them\\):\nno compiler"):
+        build_native(tmp_path / "tree", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -226,8 +230,8 @@ def clone(tmp_path, repo_root):
         shutil.copytree(repo_root / name, clone / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (clone / ".gitignore").write_text("ignored\n")
     author = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
-    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "one"]):
-        subprocess.run(["git", "-C", clone, *command], check=True)
+    for arguments in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "one"]):
+        subprocess.run(["git", "-C", clone, *arguments], check=True)
     return clone
 
 
@@ -236,11 +240,11 @@ def test_the_working_tree_is_its_files_as_they_are_without_those_that_git_ignore
     (clone / "new").write_text("untracked")
     (clone / "conf" / "config.yaml").write_text("changed")
     (clone / "conf" / "evaluate.yaml").unlink()
-    assert compare.check_out(clone, None, tmp_path / "tree").endswith(", 3 files changed)")
+    assert check_out(clone, None, tmp_path / "tree").endswith(", 3 files changed)")
     assert not (tmp_path / "tree" / "ignored").exists() and not (tmp_path / "tree" / "conf" / "evaluate.yaml").exists()
     assert (tmp_path / "tree" / "new").read_text() == "untracked"
     assert (tmp_path / "tree" / "conf" / "config.yaml").read_text() == "changed"
-    compare.check_out(clone, "HEAD", tmp_path / "committed")
+    check_out(clone, "HEAD", tmp_path / "committed")
     assert (tmp_path / "committed" / "conf" / "evaluate.yaml").is_file() and not (tmp_path / "committed" / "new").exists()
 
 
@@ -251,11 +255,32 @@ def test_the_working_tree_is_its_files_as_they_are_without_those_that_git_ignore
         (["HEAD", "--cases", "no-such-case"], "expected at least one case .*, got none; there are: .*pn=both"),
         (["HEAD", "--steps", "1"], "--steps: expected at least 2, got 1"),
         (["HEAD", "--renamed", "loss="], "--renamed: expected OLD=NEW"),
+        (["HEAD", "--renamed", "no-such-file"], "--renamed: expected OLD=NEW or a file .*'no-such-file'"),
+        (["HEAD", "--renamed", r"loss=\1"], "--renamed: expected in NEW the groups of OLD"),
+        (["HEAD", "--cases", "("], "--cases: expected a regular expression, got '\\('"),
+        (["HEAD", "--ignore", "*"], "--ignore: expected a regular expression"),
+        (["HEAD", "--keep", "."], "--keep: expected an empty folder or none"),
+        (["HEAD", "--json", "no/such/folder.json"], "--json: expected a file in a folder that exists"),
     ],
 )
 def test_a_question_without_sense_is_refused_before_anything_runs(clone, capsys, arguments, message):
-    assert compare.main([*arguments, "--repository", str(clone), "--no-native"]) == 2
+    assert command.main([*arguments, "--repository", str(clone), "--no-native"]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_bug_is_no_refusal_and_keeps_its_traceback(clone, monkeypatch):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(command, "check_out", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        command.main(["HEAD", "--repository", str(clone)])
+
+
+def test_nothing_of_caco_is_imported(repo_root):
+    """It would be this commit's, where another one's is to be compared."""
+    for path in (repo_root / "experiments" / "compare").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) caco\b", path.read_text(), re.MULTILINE), path
 
 
 SMALL = ["--steps", "3", "--no-native", "--set", "batch=64", "eval=[]"]
@@ -271,7 +296,7 @@ def test_one_changed_number_is_found_where_it_matters_and_nowhere_else(clone, tm
     (clone / "conf" / "pn" / "positive.yaml").rename(clone / "conf" / "pn" / "queue.yaml")
     found = tmp_path / "found.json"
     chosen = ["--cases", r"^(pn=\w+|method=mocov2)$", "--without", "both"]
-    assert compare.main(["HEAD", "--repository", str(clone), *SMALL, *chosen, "--json", str(found)]) == 1
+    assert command.main(["HEAD", "--repository", str(clone), *SMALL, *chosen, "--json", str(found)]) == 1
     told = json.loads(found.read_text())
     cases = {case["case"]: case for case in told["cases"]}
     assert {name: case["verdict"] for name, case in cases.items()} == {
@@ -289,6 +314,6 @@ def test_one_changed_number_is_found_where_it_matters_and_nowhere_else(clone, tm
 @pytest.mark.long
 def test_a_commit_is_equal_to_itself_on_one_rank_and_two_and_when_it_is_cut(clone, capfd):
     chosen = ["--cases", "pn=both, (two ranks|cut)"]
-    assert compare.main(["HEAD", "HEAD", "--repository", str(clone), *SMALL, *chosen]) == 0
+    assert command.main(["HEAD", "HEAD", "--repository", str(clone), *SMALL, *chosen]) == 0
     out = capfd.readouterr().out
     assert out.count("  equal\n") == 2 and "3 steps a case" in out and out.rstrip().endswith("2 equal")

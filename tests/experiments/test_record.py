@@ -38,7 +38,7 @@ def test_a_record_holds_what_was_run_on_what_and_what_came_out(run_dirs, runs):
     assert first["summary"] == json.loads((run_dirs[0] / "summary.json").read_text())
     assert first["config"]["bank.size"] == 128 and "data.root" not in first["config"]
     assert first["environment"].keys() >= {"git_sha", "torch", "cpu", "gpus"}
-    assert [row["kind"] for row in first["curve"]][:1] == ["eval"] and first["curve"][-1]["knn_top1"] > 0
+    assert [row["kind"] for row in first["curve"]][:1] == ["eval"] and first["curve"][-1]["knn20_20pct_top1"] > 0
     assert first["experiment"] == {"table": "table7", "row": "both", "scale": "smoke"} and "experiment" not in runs[1]
     assert first["command"]
 
@@ -67,10 +67,10 @@ def test_merging_keeps_each_run_once_in_any_order(runs):
 
 def test_a_run_that_came_out_otherwise_elsewhere_is_told_and_the_first_is_kept(runs):
     other = copy.deepcopy(runs[0])
-    other["summary"]["knn_top1"] -= 1
+    other["summary"]["knn20_20pct_top1"] -= 1
     together, told = merge([runs, [other]])
     assert together == runs
-    assert len(told) == 1 and "knn_top1" in told[0]
+    assert len(told) == 1 and "knn20_20pct_top1" in told[0]
 
 
 def test_another_rate_is_no_other_result_and_a_later_evaluation_is_added(runs):

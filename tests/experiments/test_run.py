@@ -44,7 +44,7 @@ class Trainings:
         seed = next(o.partition("=")[2] for o in overrides if o.startswith("seed="))
         (folder / "config.yaml").write_text(f"seed: {seed}\nrow: {folder.name}\n")
         write_json(folder / "environment.json", {"command": shlex.join(overrides)})
-        write_json(folder / "summary.json", {"knn_top1": 90.0})
+        write_json(folder / "summary.json", {"knn20_top1": 90.0})
 
     @property
     def rows(self):
@@ -201,4 +201,4 @@ def test_trained_for_real_a_row_has_caco_trains_own_command_in_its_record(here, 
     assert here("table7", "scale=smoke", "rows=none", "seed=0") == 0
     (entry,) = record.read(tmp_path / "runs/smoke/record.json")
     assert entry["command"].startswith("python -m caco.train name=smoke method=caco pn=none ")
-    assert entry["summary"]["steps"] == 2 and entry["summary"]["processes"] == 1 and entry["summary"]["knn_top1"] > 10
+    assert entry["summary"]["steps"] == 2 and entry["summary"]["processes"] == 1 and entry["summary"]["knn20_top1"] > 10

@@ -13,8 +13,8 @@ from tiny import BANK, TINY, compose
 from caco import instructions, train
 from caco.installed import command_to_install
 from caco.launch.jobs import environment_of_jobs
-from caco.launch.slurm import _hours
 from caco.launch.local import Local
+from caco.launch.slurm import _hours
 from caco.launch.snapshot import snapshot
 from caco.runs.environment import environment
 

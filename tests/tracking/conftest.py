@@ -20,7 +20,7 @@ def no_settings_of_the_user(monkeypatch, tmp_path):
 def new_store(tmp_path_factory):
     """`new_store(folder)` is the URI of a new SQLite store: a copy of an empty one, which takes seconds to create."""
     pytest.importorskip("mlflow", reason="mlflow is not installed")
-    from caco.tracking.feed import connect, import_mlflow
+    from caco.tracking.store import connect, import_mlflow
 
     import_mlflow()
     base = tmp_path_factory.getbasetemp()

@@ -21,19 +21,19 @@ def test_the_table_shows_in_what_runs_differ_then_results_beside_the_papers():
     runs = [
         run("pn=both bank.lr=1", {**same, "pn": "both", "bank": "8M", "bank.lr": "1", "bank.push": "1.0"}, ["train/loss"]),
         run("pn=none bank.lr=3", {**same, "pn": "none", "bank": "8M", "bank.lr": "3", "bank.push": "0.0"},
-            ["eval/knn_top1", "eval/epochs", "eval/linear_top1", "paper/linear_top1", "final/steps"], slurm_job_id="1_0"),
+            ["eval/knn20_top1", "eval/epochs", "eval/linear_top1", "paper/linear_top1", "final/steps"], slurm_job_id="1_0"),
         run("the sweep", {}),
     ]  # fmt: skip
     assert dashboard.columns(runs) == [
         "params.`pn`", "params.`bank.lr`",
-        "metrics.`eval/knn_top1`", "metrics.`eval/linear_top1`", "metrics.`paper/linear_top1`", "metrics.`train/loss`",
+        "metrics.`eval/knn20_top1`", "metrics.`eval/linear_top1`", "metrics.`paper/linear_top1`", "metrics.`train/loss`",
         "tags.`slurm_job_id`", "attributes.`Dataset`",
     ]  # fmt: skip
 
 
 def test_the_best_run_comes_first_and_counters_have_no_charts():
-    view = dashboard.view([run("a", {"seed": "0"}, ["eval/knn_top1", "eval/epochs", "train/loss"])])
-    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`eval/knn_top1`", False)
+    view = dashboard.view([run("a", {"seed": "0"}, ["eval/knn20_top1", "eval/epochs", "train/loss"])])
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`eval/knn20_top1`", False)
     assert [(chart["metricKey"], chart["deleted"]) for chart in view["compareRunCharts"]] == [("eval/epochs", True)]
     assert dashboard.view([])["orderByKey"] == "attributes.start_time"
 
@@ -43,7 +43,7 @@ def test_opening_it_sends_what_mlflow_lacks_and_saves_the_view_in_each_experimen
     for seed in (0, 1):
         tracker = LedgerTracker(system_seconds=0)
         tracker.start(tmp_path / "runs" / f"{seed}", params={"name": "study", "seed": seed}, tags={}, run_name=f"seed={seed}", state=None)
-        tracker.log(1, {"knn_top1": 50.0 + seed}, kind="eval")
+        tracker.log(1, {"knn20_top1": 50.0 + seed}, kind="eval")
         tracker.finish("FINISHED", {})
     first = dashboard.update(tmp_path / "runs", uri, named=True)
     assert len(first) == 2 and all("sent 1 rows" in line for line in first)

@@ -182,7 +182,7 @@ def test_a_disk_without_space_raises_with_the_path_and_leaves_whole_rows(tmp_pat
 def test_a_run_restarted_from_a_checkpoint_rolls_back_the_rows_after_it(tmp_path):
     tracker = started(tmp_path)
     tracker.log(1, {"loss": 0.5})
-    tracker.log(1, {"knn_top1": 90.0}, kind="eval")
+    tracker.log(1, {"knn20_top1": 90.0}, kind="eval")
     state = tracker.state_dict()
     assert state == {"rows": 2}
     tracker.log(2, {"loss": 0.25})

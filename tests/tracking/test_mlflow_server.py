@@ -119,9 +119,9 @@ def sent(tracker):
 def test_all_arrives_through_http(wire, there, tmp_path):
     tracker = begin(wire, there.experiment, tmp_path, finish_seconds=240)
     log(tracker, 0, 600)
-    tracker.finish("FINISHED", {"knn_top1": 90.5})
+    tracker.finish("FINISHED", {"knn20_top1": 90.5})
     assert there.points("train/loss") == expected(600)
-    assert there.points("final/knn_top1") == [(599, 90.5)]
+    assert there.points("final/knn20_top1") == [(599, 90.5)]
     assert there.run().data.params == {"bank.size": "8192"}
     assert there.run().info.status == "FINISHED"
     through = type(there)(wire.uri, there.experiment)
@@ -189,13 +189,13 @@ def test_a_server_killed_during_a_run_loses_nothing_after_a_sync(server, wire, t
     os.killpg(server[2].pid, signal.SIGKILL)
     server[2].wait()
     assert log(tracker, 100, 400) < ONE_PERCENT
-    (tmp_path / "summary.json").write_text('{"knn_top1": 90.5}')
-    tracker.finish("FINISHED", {"knn_top1": 90.5})
+    (tmp_path / "summary.json").write_text('{"knn20_top1": 90.5}')
+    tracker.finish("FINISHED", {"knn20_top1": 90.5})
     assert there.points("train/loss") == expected(100)
     assert len(caplog.messages) == 2
     # Its database survived it; a sync to there goes on with the same run.
     assert main([str(tmp_path), "--uri", server[1]]) == 0
     assert main([str(tmp_path), "--uri", server[1]]) == 0
     assert there.points("train/loss") == expected(400)
-    assert there.points("final/knn_top1") == [(399, 90.5)]
+    assert there.points("final/knn20_top1") == [(399, 90.5)]
     assert there.run().info.status == "FINISHED"

@@ -27,7 +27,7 @@ def begin(look, run_dir, pn="both", state=None, sweep=SWEEP, **arguments):
 
 
 def parent(look):
-    (run,) = look.runs("tags.`caco.launch.sweep` LIKE '%'")
+    (run,) = look.runs("tags.`caco.sweep` LIKE '%'")
     return run
 
 
@@ -66,7 +66,7 @@ def test_jobs_of_another_sweep_and_lone_runs_are_not_its_children(look, tmp_path
     begin(look, tmp_path / "b", sweep=SWEEP | {"name": "it's another"}).finish("FINISHED", {})
     begin(look, tmp_path / "c", sweep=None).finish("FINISHED", {})
     begin(look, tmp_path / "d", sweep=SWEEP | {"name": "it's another"}).finish("FINISHED", {})
-    parents = look.runs("tags.`caco.launch.sweep` LIKE '%'")
+    parents = look.runs("tags.`caco.sweep` LIKE '%'")
     held = {run.info.run_id: run.data.tags.get("mlflow.parentRunId") for run in look.runs()}
     assert len(parents) == 2 and sorted(list(held.values()).count(run.info.run_id) for run in parents) == [1, 2]
     assert list(held.values()).count(None) == 3

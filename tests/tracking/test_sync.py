@@ -31,12 +31,12 @@ def test_a_run_tracked_without_mlflow_is_sent_whole_and_only_once(look, tmp_path
     for step in range(500):
         tracker.log(step, {"loss": step / 7})
     tracker.finish("FINISHED", {})
-    (tmp_path / "summary.json").write_text(json.dumps({"knn_top1": 91.5}))
+    (tmp_path / "summary.json").write_text(json.dumps({"knn20_top1": 91.5}))
     assert sync(look, tmp_path) == 0
     assert sync(look, tmp_path) == 0
     assert "sent 500 rows" in capsys.readouterr().out.splitlines()[0]
     assert look.points("train/loss") == [(step, step / 7) for step in range(500)]
-    assert look.points("final/knn_top1") == [(499, 91.5)]
+    assert look.points("final/knn20_top1") == [(499, 91.5)]
     assert look.run().data.params == {"bank.size": "8192", "seed": tmp_path.name}
     assert (look.run().info.status, look.run().info.run_name) == ("FINISHED", tmp_path.name)
     assert look.artifacts() == ["config.yaml", "summary.json"]

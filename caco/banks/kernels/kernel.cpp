@@ -4,177 +4,26 @@
 // exponentials while they are still in registers, and the sum that they weigh. Unit vectors bound a cosine by 1, so a
 // fixed shift takes the place of a running maximum. Called through ctypes by caco/banks/kernels/fused.py; float32.
 //
-// One binary serves every machine: kernel.h is compiled for plain vectors, for AVX2 with FMA and for AVX-512 ("wide" is the
-// tile of AVX-512 in AVX2's instructions, for tests), amx.h for AMX tiles, and the best that the processor has is taken when
-// it is called.
-
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
-
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
-#define HAS_AMX
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+// One binary serves every machine: the loops (loops.h) are compiled for plain vectors, for AVX2 with FMA and for AVX-512 (sets.h), the
+// passes on AMX tiles (amx_*.h) beside them, and the best that the processor has is taken when it is called.
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // some compilers' own intrinsics
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "amx_forward.h"
+#include "amx_nearest.h"
+#include "amx_update.h"
+#include "bank.h"
+#include "sets.h"
+
 namespace {
-
-constexpr int PANEL = 16;            // rows, or columns, that lie side by side in a packed panel
-constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every MR
-constexpr int TOP = 4;               // candidates kept for each key
-constexpr int64_t MOST_ROW_SHARES = 64;
-constexpr float LOG2_E = 1.44269504088896341f;
-
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// Rows in a block: its packed copies and a tile of scores share a core's second-level cache. A multiple of 16 and every MR.
-int64_t block_rows(int64_t D) { return D <= 128 ? 192 : 96; }
-
-struct Buffer {
-    explicit Buffer(int64_t count) : at(nullptr) {
-        if (count && posix_memalign((void**)&at, 64, count * sizeof(float))) throw std::bad_alloc();
-        if (count) memset(at, 0, count * sizeof(float));
-    }
-    ~Buffer() { free(at); }
-    Buffer(const Buffer&) = delete;
-    float& operator[](int64_t i) { return at[i]; }
-    float* at;
-};
-
-struct Forward {
-    const float *q, *w;  // q padded to whole tiles
-    int64_t D;
-    bool second;  // whether the bank has a temperature of its own
-    float inverse_tau, inverse_tau2, shift, shift2;
-};
-
-struct Update {
-    const float *q, *weighted;  // [padded, D]; times grad, in panels [d / 16][padded][16]
-    const float *log_sum, *grad;
-    const int64_t *first_of_row, *by_row;  // the queries whose positive is row j are by_row[first_of_row[j] ...]
-    float *w, *v;
-    int64_t R, D, padded;
-    float inverse_tau, pull, push, lr, momentum, weight_decay;
-    bool normalise;
-};
-
-// Put those of a row of scores that are good enough into the TOP best; equal scores stay in the order of their rows.
-void insert(const float* row, int64_t valid, int64_t first, float* values, int64_t* index) {
-    for (int64_t j = 0; j < valid; j++) {
-        int at = TOP;
-        while (at > 0 && row[j] > values[at - 1]) at--;
-        for (int to = TOP - 1; to > at; to--) values[to] = values[to - 1], index[to] = index[to - 1];
-        if (at < TOP) values[at] = row[j], index[at] = first + j;
-    }
-}
-
-template <typename Ints>
-inline bool any(const Ints& lanes) {
-    int64_t words[sizeof(Ints) / 8];
-    memcpy(words, &lanes, sizeof(Ints));
-    int64_t together = 0;
-    for (int64_t word : words) together |= word;
-    return together != 0;
-}
-
-#define TARGET
-#define V 4
-#define MR 3
-namespace plain {
-#include "kernel.h"
-}
-#undef TARGET
-#undef V
-#undef MR
-
-#if defined(__x86_64__)
-#define TARGET __attribute__((target("avx2,fma")))
-#define V 8
-#define MR 6
-namespace avx2 {
-#include "kernel.h"
-}
-#undef V
-#undef MR
-#define V 16
-#define MR 12
-namespace wide {
-#include "kernel.h"
-}
-#undef TARGET
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")))
-namespace avx512 {
-#include "kernel.h"
-}
-#undef TARGET
-#undef V
-#undef MR
-#endif
-
-// Run work(0), ..., work(count - 1) on some threads; they are gone when this returns, so a process may fork at any time.
-template <typename Work>
-bool in_parallel(int threads, int64_t count, Work work) {
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
-    auto loop = [&] {
-        try {
-            for (int64_t i; (i = next++) < count;) work(i);
-        } catch (const std::bad_alloc&) {
-            failed = true;
-        }
-    };
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads && t < count; t++) {
-        try {
-            others.emplace_back(loop);
-        } catch (const std::system_error&) {  // no more threads to be had: fewer do it
-            break;
-        }
-    }
-    loop();
-    for (auto& thread : others) thread.join();
-    return !failed;
-}
-
-// The `top` best of some shares of the rows, [share][padded][top], for each of G keys; equal ones by index.
-void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, int top,
-           float* values, int64_t* index) {
-    for (int64_t i = 0; i < G; i++) {
-        int64_t taken[MOST_ROW_SHARES] = {};
-        for (int t = 0; t < top; t++) {
-            int64_t from = 0, at = -1;
-            for (int64_t share = 0; share < shares; share++) {
-                if (taken[share] == top) continue;
-                const int64_t here = (share * padded + i) * top + taken[share];
-                if (at < 0 || best[here] > best[at] || (best[here] == best[at] && rows[here] < rows[at])) at = here, from = share;
-            }
-            values[i * top + t] = best[at], index[i * top + t] = rows[at];
-            taken[from]++;
-        }
-    }
-}
-
-// The rounding of a float32 sum of D products of unit vectors, at its very worst.
-float sum_error(int64_t D) { return (D + 8) * 1.1920929e-7f; }
-
-#if defined(HAS_AMX)
-namespace amx {
-#include "amx.h"
-}
-#endif
 
 enum Set { PLAIN, AVX2, AVX512, AMX, WIDE };  // as caco/instructions.py numbers them
 

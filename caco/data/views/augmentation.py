@@ -13,7 +13,7 @@ from caco.data.views import native
 from caco.errors import UserError
 
 # Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
-# one setting (say blur_p) leaves all other draws of the same seed as they were. (views.cpp has the same places.)
+# one setting (say blur_p) leaves all other draws of the same seed as they were. (random.h has the same places.)
 _CROP_TRIES = 10
 _CROP = slice(0, 2 * _CROP_TRIES)
 _CROP_TOP, _CROP_LEFT, _JITTER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP, _ANGLE, _SHIFT_X, _SHIFT_Y = range(20, 31)

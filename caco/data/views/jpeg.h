@@ -18,16 +18,10 @@
 #include <jpeglib.h>
 #endif
 
-namespace {
+#include "job.h"
 
-struct TurboJpeg {  // the library's functions, handed in: nothing is linked
-  void* (*start)();
-  int (*read_header)(void*, const uint8_t*, unsigned long, int* width, int* height, int* subsampling, int* colours);
-  int (*decompress)(void*, const uint8_t*, unsigned long, uint8_t* out, int width, int pitch, int height, int format, int flags);
-  const char* (*error)(void*);
-  int (*is_fatal)(void*);  // tjGetErrorCode
-  int (*stop)(void*);
-};
+namespace views {
+namespace {
 
 #ifdef LIBJPEG_TURBO_VERSION
 
@@ -139,3 +133,4 @@ class Decoder {
 };
 
 }  // namespace
+}  // namespace views

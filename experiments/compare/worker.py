@@ -1,9 +1,9 @@
 """One commit's part of experiments.compare: its cases, one after another, in one process, because torch takes seconds to import.
 
-Started by experiments/compare.py as `python -P experiments/compared.py JOB.json`, with the commit's files first on PYTHONPATH. It
-is of another commit than the code that it runs, so it knows no more of that than a user does: the command line of
-caco.train, conf/, and that a run keeps checkpoints/*.pt with the step in their names. Each case leaves FOLDER/run, what
-it said, and outcome-RANK.json.
+Started by experiments/compare/running.py as `python -P experiments/compare/worker.py JOB.json`, with the commit's files first on
+PYTHONPATH. It is of another commit than the code that it runs, so it knows no more of that than a user does: the command line of
+caco.train, conf/, and that a run keeps checkpoints/*.pt with the step in their names. Each case leaves FOLDER/run, what it said, and
+outcome-RANK.json.
 """
 
 import contextlib
@@ -93,9 +93,9 @@ def run(case: dict[str, Any], conf: Path, rank: int) -> None:
 
 def last_words(output: Path, error: BaseException) -> str:
     """Why a case failed, in a line or two: what caco said to the user, else the exception."""
-    told = [line for line in output.read_text(errors="replace").splitlines() if line.startswith("caco: ")]
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, SystemExit) and told:
-        return told[-1].removeprefix("caco: ")
+    lines = [line for line in output.read_text(errors="replace").splitlines() if line.startswith("caco: ")]
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, SystemExit) and lines:
+        return lines[-1].removeprefix("caco: ")
     return "".join(traceback.format_exception_only(error)).strip()
 
 
@@ -136,8 +136,8 @@ def main() -> None:
         aside.write_text(json.dumps(outcome))
         aside.rename(folder / f"outcome-{rank}.json")
         if rank == 0:
-            told = "failed" if failure else "done"
-            print(f"compare: {job['side']}: {case['name']}: {told}, {outcome['seconds']:.1f} s", file=sys.stderr, flush=True)
+            end = "failed" if failure else "done"
+            print(f"compare: {job['side']}: {case['name']}: {end}, {outcome['seconds']:.1f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

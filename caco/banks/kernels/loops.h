@@ -1,5 +1,22 @@
-// The bank's loops for one instruction set. kernel.cpp includes this several times, each time in a namespace of its own:
-// V floats fill a vector, a tile of scores is MR queries by 16 rows, TARGET is the attribute of every function.
+// The bank's loops for one instruction set, in a namespace that has its name. sets.h includes this once for each: V floats fill a
+// vector, a tile of scores is MR queries by 16 rows, TARGET is the attribute of every function.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "bank.h"
+
+#ifndef SET
+#define SET plain
+#define TARGET
+#define V 4
+#define MR 3
+#endif
+
+namespace {
+namespace SET {
 
 typedef float vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * V), aligned(4), may_alias));
@@ -245,3 +262,11 @@ TARGET static void update_block(const Update& u, int64_t start, float* transpose
         }
     for (int64_t j = 0; j < count; j++) move_row(u, start + j, inverse_norm[j], toward + j * wide);
 }
+
+}  // namespace SET
+}  // namespace
+
+#undef SET
+#undef TARGET
+#undef V
+#undef MR

@@ -1,0 +1,120 @@
+// What the passes of every instruction set share: what is asked of them, memory, threads, the candidates of a search.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int PANEL = 16;            // rows, or columns, that lie side by side in a packed panel
+constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every MR
+constexpr int TOP = 4;               // candidates kept for each key
+constexpr int64_t MOST_ROW_SHARES = 64;
+constexpr float LOG2_E = 1.44269504088896341f;
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Rows in a block: its packed copies and a tile of scores share a core's second-level cache. A multiple of 16 and every MR.
+int64_t block_rows(int64_t D) { return D <= 128 ? 192 : 96; }
+
+struct Buffer {
+    explicit Buffer(int64_t count) : at(nullptr) {
+        if (count && posix_memalign((void**)&at, 64, count * sizeof(float))) throw std::bad_alloc();
+        if (count) memset(at, 0, count * sizeof(float));
+    }
+    ~Buffer() { free(at); }
+    Buffer(const Buffer&) = delete;
+    float& operator[](int64_t i) { return at[i]; }
+    float* at;
+};
+
+struct Forward {
+    const float *q, *w;  // q padded to whole tiles
+    int64_t D;
+    bool second;  // whether the bank has a temperature of its own
+    float inverse_tau, inverse_tau2, shift, shift2;
+};
+
+struct Update {
+    const float *q, *weighted;  // [padded, D]; times grad, in panels [d / 16][padded][16]
+    const float *log_sum, *grad;
+    const int64_t *first_of_row, *by_row;  // the queries whose positive is row j are by_row[first_of_row[j] ...]
+    float *w, *v;
+    int64_t R, D, padded;
+    float inverse_tau, pull, push, lr, momentum, weight_decay;
+    bool normalise;
+};
+
+// Put those of a row of scores that are good enough into the TOP best; equal scores stay in the order of their rows.
+void insert(const float* row, int64_t valid, int64_t first, float* values, int64_t* index) {
+    for (int64_t j = 0; j < valid; j++) {
+        int at = TOP;
+        while (at > 0 && row[j] > values[at - 1]) at--;
+        for (int to = TOP - 1; to > at; to--) values[to] = values[to - 1], index[to] = index[to - 1];
+        if (at < TOP) values[at] = row[j], index[at] = first + j;
+    }
+}
+
+template <typename Ints>
+inline bool any(const Ints& lanes) {
+    int64_t words[sizeof(Ints) / 8];
+    memcpy(words, &lanes, sizeof(Ints));
+    int64_t together = 0;
+    for (int64_t word : words) together |= word;
+    return together != 0;
+}
+
+// Run work(0), ..., work(count - 1) on some threads; they are gone when this returns, so a process may fork at any time.
+template <typename Work>
+bool in_parallel(int threads, int64_t count, Work work) {
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    auto loop = [&] {
+        try {
+            for (int64_t i; (i = next++) < count;) work(i);
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+    };
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads && t < count; t++) {
+        try {
+            others.emplace_back(loop);
+        } catch (const std::system_error&) {  // no more threads to be had: fewer do it
+            break;
+        }
+    }
+    loop();
+    for (auto& thread : others) thread.join();
+    return !failed;
+}
+
+// The `top` best of some shares of the rows, [share][padded][top], for each of G keys; equal ones by index.
+void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, int top,
+           float* values, int64_t* index) {
+    for (int64_t i = 0; i < G; i++) {
+        int64_t taken[MOST_ROW_SHARES] = {};
+        for (int t = 0; t < top; t++) {
+            int64_t from = 0, at = -1;
+            for (int64_t share = 0; share < shares; share++) {
+                if (taken[share] == top) continue;
+                const int64_t here = (share * padded + i) * top + taken[share];
+                if (at < 0 || best[here] > best[at] || (best[here] == best[at] && rows[here] < rows[at])) at = here, from = share;
+            }
+            values[i * top + t] = best[at], index[i * top + t] = rows[at];
+            taken[from]++;
+        }
+    }
+}
+
+// The rounding of a float32 sum of D products of unit vectors, at its very worst.
+float sum_error(int64_t D) { return (D + 8) * 1.1920929e-7f; }
+
+}  // namespace

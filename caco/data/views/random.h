@@ -1,0 +1,52 @@
+// A view's random numbers, and the box of the image that they choose. A number depends on seed, image, view and its place, so that
+// a step that is turned on or off leaves all others as they were (caco/data/views/augmentation.py has the same places).
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "job.h"
+
+namespace views {
+namespace {
+
+constexpr int kTries = 10, kCropTop = 20, kCropLeft = 21, kJitter = 22, kGray = 23, kBlur = 24, kSigma = 25, kSolarize = 26,
+              kFlip = 27, kAngle = 28, kShiftX = 29, kShiftY = 30, kOrder = 31, kFactor = 35, kNumUniforms = 39;
+
+struct Box {
+  int left, top, width, height;
+};
+
+uint64_t mix(uint64_t z) {  // SplitMix64's
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+constexpr uint64_t kStep = 0x9E3779B97F4A7C15u;
+
+void draw_uniforms(uint64_t stream, int64_t sample, int view, double* u) {
+  uint64_t state = mix(mix(stream + kStep * uint64_t(sample + 1)) + kStep * uint64_t(view + 1));
+  for (int i = 0; i < kNumUniforms; i++) u[i] = double(mix(state += kStep) >> 11) * 0x1p-53;
+}
+
+double between(double low, double high, double u) { return low + (high - low) * u; }
+
+Box crop_box(const View& view, int width, int height, const double* u) {
+  const double low = std::log(view.ratio[0]), high = std::log(view.ratio[1]);
+  for (int i = 0; i < kTries; i++) {
+    const double area = double(width) * height * between(view.scale[0], view.scale[1], u[2 * i]);
+    const double aspect = std::exp(between(low, high, u[2 * i + 1]));
+    const double w = std::nearbyint(std::sqrt(area * aspect)), h = std::nearbyint(std::sqrt(area / aspect));
+    if (0 < w && w <= width && 0 < h && h <= height)
+      return {int(u[kCropLeft] * (width - w + 1)), int(u[kCropTop] * (height - h + 1)), int(w), int(h)};
+  }
+  const int w = std::min(width, std::max(1, int(std::nearbyint(height * view.ratio[1]))));
+  const int h = std::min(height, std::max(1, int(std::nearbyint(width / view.ratio[0]))));
+  return {(width - w) / 2, (height - h) / 2, w, h};
+}
+
+}  // namespace
+}  // namespace views

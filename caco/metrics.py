@@ -1,0 +1,145 @@
+"""What results are called: the name says the protocol, so that numbers of one name may be set beside each other.
+
+    knn20_top1             k-NN with 20 neighbours among all training images
+    knn20_20pct_top1       among 20 % of each class;  knn200_t0.1_top1: 200 neighbours, weight exp(cosine / 0.1)
+    linear_moco_top1       linear evaluation by MoCo's recipe
+    linear_batch-256_top1  by the paper's, but with batches of 256
+    semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
+    transfer/cifar10_top1, geometry/rank_me
+
+The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables, figures, run
+directories and searches ask here too, without torch. A setting that can change a number and is not the one of the recipe with
+that name stands in the name. What belongs to the run and not to the evaluator (precision, views, seed) does not.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# The recipes as conf/eval/*.yaml has them.
+PAPER = {
+    "epochs": 100, "batch": 4096, "lr": 0.025, "reference_batch": 256, "momentum": 0.9, "weight_decay": 0.0, "larc": True,
+    "trust_coefficient": 1e-3, "schedule": "cosine", "milestones": [], "decay": 0.1, "unit": "epoch", "scale": [0.08, 1.0],
+    "interpolation": "bilinear",
+}  # fmt: skip
+LINEAR = {
+    "linear": PAPER,
+    "linear_lightly": {**PAPER, "epochs": 90, "batch": 256, "lr": 0.1, "larc": False, "unit": "step"},
+    "linear_moco": {**PAPER, "batch": 256, "lr": 30.0, "larc": False, "schedule": "steps", "milestones": [60, 80]},
+}
+FINE_TUNING = {
+    "batch": 1024, "lr": 0.05, "reference_batch": 256, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0, "unit": "step",
+    "scale": [0.08, 1.0], "interpolation": "bilinear",
+}  # fmt: skip
+FINE_TUNING_EPOCHS = {0.01: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
+PROBE = {"l2": 1e-3, "max_iterations": 500}
+TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5, "max_iterations": 1000, "tolerance": 1e-5}
+GEOMETRY = {"images": 2048}
+
+KNN = "caco.evals.knn.KNN"
+BASELINES = ("untrained/", "pixels/")  # of an evaluation: what it gave stands as untrained/NAME
+
+
+def knn(*, k: int = 20, temperature: float = 0.2, fraction: float = 1.0, **_: Any) -> str:
+    """The protocol of a k-NN evaluation."""
+    share = "" if fraction == 1 else f"_{100 * fraction:g}pct"
+    return f"knn{k}{share}" + ("" if temperature == 0.2 else f"_t{temperature:g}")
+
+
+def probe(**settings: Any) -> str:
+    return _with_changes("probe", settings, PROBE)
+
+
+def linear(*, name: str = "linear", **recipe: Any) -> str:
+    """A name that no recipe here has is its user's, and says everything."""
+    return _with_changes(name, {**PAPER, **recipe}, LINEAR.get(name, {}))
+
+
+def fine_tuned(*, name: str, fraction: float, epochs: int, listed: bool, **recipe: Any) -> str:
+    """The protocol of one share of the labels.
+
+    Args:
+        listed: whether a list names the images; else they are drawn.
+    """
+    share = ("" if fraction == 1 else f"_{100 * fraction:g}") + ("_listed" if listed else "")
+    standard = {**FINE_TUNING, "epochs": FINE_TUNING_EPOCHS.get(fraction)} if name in ("semi", "finetune") else {}
+    return _with_changes(name + share, {**recipe, "epochs": epochs}, standard)
+
+
+def transfer(**settings: Any) -> str:
+    return _with_changes("transfer", settings, TRANSFER)
+
+
+def geometry(**settings: Any) -> str:
+    return _with_changes("geometry", settings, GEOMETRY)
+
+
+def _with_changes(name: str, settings: Mapping[str, Any], standard: Mapping[str, Any]) -> str:
+    changed = (key for key, value in standard.items() if key in settings and _plain(settings[key]) != value)
+    return "_".join([name, *(f"{key}-{_text(_plain(settings[key]))}" for key in changed)])
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float) else list(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(map(_text, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def protocols(evaluator: Mapping[str, Any]) -> list[str]:
+    """Those of an evaluator with this configuration; none of one that is not caco's own."""
+    settings = dict(evaluator)
+    target = settings.pop("_target_")
+    if target == "caco.evals.finetune.FineTune":
+        name, lists = settings.pop("name", "finetune"), settings.pop("lists", None)
+        fractions, epochs = settings.pop("fractions", [1.0]), settings.pop("epochs", [30])
+        shares = zip(fractions, epochs, strict=False)  # FineTune refuses lists of other lengths
+        return [fine_tuned(name=name, fraction=part, epochs=count, listed=lists is not None, **settings) for part, count in shares]
+    named = {
+        KNN: knn,
+        "caco.evals.probe.Probe": probe,
+        "caco.evals.linear.Linear": linear,
+        "caco.evals.transfer.Transfer": transfer,
+        "caco.evals.geometry.Geometry": geometry,
+    }
+    return [named[target](**settings)] if target in named else []
+
+
+def protocol_of(metric: str) -> str:
+    """linear_moco_top1 -> linear_moco, transfer/sun397_top1 -> transfer."""
+    return metric.partition("/")[0] if "/" in metric else metric.rpartition("_")[0]
+
+
+def knn_metric(evaluators: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The k-NN accuracy that a run with these evaluators logs, or None."""
+    return next((f"{knn(**node)}_top1" for node in evaluators.values() if node["_target_"] == KNN), None)
+
+
+def objective(summary: Mapping[str, Any], evaluators: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """What a search (Optuna) maximises, of what the run itself measured: k-NN accuracy, else a probe's, else nothing."""
+    probes = (f"{probe(**node)}_top1" for node in evaluators.values() if node["_target_"] == "caco.evals.probe.Probe")
+    return next((summary[name] for name in (knn_metric(evaluators), *probes) if name is not None and name in summary), None)
+
+
+def accuracies(names: Iterable[str]) -> list[str]:
+    """Of these the top-1 accuracies of a run's own backbone on its own data, sorted."""
+    return sorted({name for name in names if name.endswith("_top1") and "/" not in name})
+
+
+def is_percent(metric: str) -> bool:
+    """Whether it is an accuracy, or another share of what there is to be right about."""
+    return re.search(r"_(top\d+|mean_per_class|map11|ap_per_image)$", metric) is not None
+
+
+def title(metric: str) -> str:
+    """As a heading: knn20_20pct_top1 -> k-NN (20 of 20 %); probe_top1 -> probe; others as they are."""
+    found = re.fullmatch(r"knn(\d+)(?:_([\d.]+)pct)?(?:_t([\d.e-]+))?_top1", metric)
+    if found is None:
+        return metric.removesuffix("_top1")
+    k, share, temperature = found.groups()
+    return f"k-NN ({k}" + (f" of {share} %" if share else "") + (f", t {temperature}" if temperature else "") + ")"

@@ -1,0 +1,104 @@
+"""Where MLflow keeps runs, a database or a server: how it is named, reached and, once, made. Imports MLflow when used."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from caco.errors import UserError
+from caco.installed import command_to_install, is_installed
+from caco.runs.files import locked
+
+_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
+
+# A dead server blocks a call for 247 s by default, and a hanging one for twice that.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def require_mlflow() -> None:
+    """Raises UserError, with what to do, where MLflow is not installed. Does not import it."""
+    if not is_installed("mlflow"):
+        raise UserError(f"MLflow is not installed; to have it: {command_to_install('mlflow')}")
+
+
+def resolve_uri(uri: str | None) -> str:
+    """Where to track: `uri`, else MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in the working directory.
+
+    Raises:
+        UserError: neither a database nor a server (MLflow 3 refuses its old store of plain files).
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme, separator, _ = uri.partition("://")
+    if not separator or scheme.partition("+")[0] not in _SCHEMES or (scheme == "sqlite" and not _database(uri)):
+        raise UserError(
+            f"tracking.uri (or MLFLOW_TRACKING_URI): expected a server, http(s)://HOST:PORT, or a database, "
+            f"sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {uri!r}; a directory is no store"
+        )
+    database = _database(uri)
+    return f"sqlite:///{database}" if database else uri
+
+
+def _database(uri: str) -> Path | None:
+    """The file of an SQLite store, absolute: the working directory may change, the store may not."""
+    return Path(uri.partition(":///")[2]).absolute() if uri.startswith("sqlite:///") else None
+
+
+def import_mlflow() -> None:
+    """Import MLflow with bounds for a server that does not answer; what the user has set is left alone.
+
+    Call it in the main thread before any fork: a worker forked while another thread imports can wait for ever.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # a new store tells of its every table
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations among MLflow's own dependencies
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+        import sqlalchemy.orm
+
+        sqlalchemy.orm.configure_mappers()  # else at the first use, with its warnings
+
+
+def connect(uri: str, experiment: str) -> tuple[Any, str]:
+    """A client, and the id of the experiment, which is created where there is none.
+
+    A fresh SQLite store is created under a lock: four processes that create one at once destroy it for good.
+    """
+    database = _database(uri)
+    if database is None:
+        # Behind a server, the server says where artifacts go; with a bare database nobody else does.
+        return _connect(uri, experiment, None if uri.startswith("http") else Path.cwd() / "mlruns")
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with locked(database.with_name(database.name + ".lock"), wait_s=120):
+        return _connect(uri, experiment, database.parent / "mlruns")
+
+
+def _connect(uri: str, experiment: str, artifacts: Path | None) -> tuple[Any, str]:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        try:
+            tags = {"mlflow.experimentKind": "custom_model_development"}  # else its page opens as one of a language model
+            where = artifacts and artifacts.as_uri()
+            return client, client.create_experiment(experiment, artifact_location=where, tags=tags)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(experiment)  # another job was faster
+    return client, found.experiment_id
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line of a bearable length."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

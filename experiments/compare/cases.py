@@ -1,0 +1,83 @@
+"""What is run: small as tests/tiny.py is, with a value of every step and an evaluation after every epoch. Projector and optimiser are
+the method's own, narrow."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+BATCH, IMAGES = 64, 1400
+TINY = [
+    "data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "projector.hidden_dim=16", "projector.dim=8",
+    "schedule.warmup_epochs=0", f"batch={BATCH}", "precision=fp32", "device=cpu", "eval=[knn]", "eval_every_epochs=1",
+    "tracking=ledger", "loader.num_workers=0", "log_every_steps=1",
+]  # fmt: skip
+MULTICROP = ["+augmentation.views.small.count=2", "+augmentation.views.small.size=8"]
+SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, optimizer and projector give
+    "bank.reading=paper": ["bank.reading=paper"],
+    "bank.initialisation=random": ["bank.initialisation=random"],
+    "bank.final_lr=0.01": ["bank.lr=0.3", "bank.final_lr=0.01"],
+    "warm_start.passes=3": ["warm_start.passes=3"],
+    "schedule.unit=epoch": ["schedule.unit=epoch", "schedule.warmup_epochs=1"],
+    "precision=bf16": ["precision=bf16"],
+    "accumulate=4": ["accumulate=4"],
+    "augmentation=cifar": ["augmentation=cifar"],
+    "evaluators": [
+        "eval=[knn_all,probe,geometry,linear,semi]", "eval.linear.epochs=2", "eval.linear.batch=256", "eval.semi.epochs=[2,1]",
+    ],
+}  # fmt: skip
+ON_TWO_RANKS = ["pn=both", "pn=positive", "method=simclr", "method=nnclr", "method=adco multi-crop"]
+CUT_AND_RESUMED = ["pn=both"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A short run. `cut`: it is taken back to its middle and goes on from there."""
+
+    name: str
+    overrides: list[str]
+    ranks: int = 1
+    cut: bool = False
+
+
+def options(tree: Path, group: str) -> list[str]:
+    return sorted(path.stem for path in (tree / "conf" / group).glob("*.yaml"))
+
+
+def replaced(overrides: list[str], others: list[str]) -> list[str]:
+    """`others` behind `overrides`, less those that they set anew: caco refuses two choices of which one would be ignored."""
+    keys = {override.partition("=")[0] for override in others}
+    return [override for override in overrides if override.partition("=")[0] not in keys] + others
+
+
+def cases_of(tree: Path, steps: int) -> dict[str, Case]:
+    """Every case that a commit has, by name, in the words of this checkout."""
+    epochs = max(2, steps // (IMAGES // BATCH) + 1)
+    tiny = [*TINY, f"epochs={epochs}", f"max_steps={steps}"]
+    cases = {f"method={name}": Case(f"method={name}", [*tiny, f"method={name}"]) for name in options(tree, "method")}
+    cases |= {
+        f"{name} multi-crop": Case(f"{name} multi-crop", [*case.overrides, *MULTICROP]) for name, case in list(cases.items())
+    }
+    chosen = [f"{group}={name}" for group in ("pn", "optimizer", "projector") for name in options(tree, group)]
+    settings = {name: [name] for name in chosen} | SETTINGS
+    cases |= {name: Case(name, replaced(tiny, overrides)) for name, overrides in settings.items()}
+    for name in set(ON_TWO_RANKS) & set(cases):
+        cases[f"{name}, two ranks"] = Case(f"{name}, two ranks", cases[name].overrides, ranks=2)
+    for name in set(CUT_AND_RESUMED) & set(cases):
+        cases[f"{name}, cut and resumed"] = Case(f"{name}, cut and resumed", cases[name].overrides, cut=True)
+    return {name: cases[name] for name in sorted(cases, key=lambda name: (cases[name].ranks, name))}
+
+
+def translated(overrides: list[str], changes: list[str]) -> list[str]:
+    """A case's overrides as one side takes them: each change "OLD -> NEW" puts NEW where an override begins with OLD, any other is added."""
+    result = list(overrides)
+    for change in changes:
+        old, arrow, new = (part.strip() for part in change.partition("->"))
+        if arrow:
+            result = [re.sub(rf"^(\+*){re.escape(old)}", rf"\g<1>{new}", override) for override in result]
+        else:
+            result = replaced(result, [change])
+    return result
+
+
+def cut_settings(case: Case, steps: int) -> list[str]:
+    return [f"checkpoint.every_steps={steps // 2}", "checkpoint.keep=1000"] if case.cut else []

@@ -1,0 +1,144 @@
+"""The table of what was renamed: its new names are there, and through it old configurations and numbers are read as today's."""
+
+import json
+
+import pytest
+
+from caco.config import refusals, signatures, validation
+from caco.runs import renamed
+from caco.runs.identity import flat, run_hash
+from experiments.run import RECORDS
+from experiments.tables import experiments, load_scale, load_table, tables
+
+# What conf/ named at a06a4e7 and names otherwise now.
+THEN = [
+    *(f"caco.data.datasets.{name}" for name in ("cifar10_jpeg75", "digits", "folder", "imagenet", "imagenet100", "tiny_imagenet")),
+    *(f"caco.data.downloaded.{name}" for name in ("cifar10", "cifar100", "stl10")),
+    "caco.data.beton.beton",
+    *(f"caco.data.loader.{name}" for name in ("AutoLoader", "FFCVLoader", "TorchLoader")),
+    "caco.data.views.Views",
+    "caco.launchers.Local",
+    "caco.launchers.Slurm",
+    *(f"caco.optimizers.{name}" for name in ("adamw", "lars", "sgd")),
+]
+KNN = {"_target_": "caco.evals.knn.KNN", "k": 20, "temperature": 0.2, "fraction": 0.2, "block": 2048, "when": "epoch"}
+
+
+@pytest.mark.parametrize("target", THEN)
+def test_every_target_of_then_is_a_target_of_today(target):
+    assert signatures.find(renamed.target(target)) is not None
+    assert validation._component({"_target_": target}, "x") == [f"x._target_: {target} is called {renamed.target(target)} now"]
+
+
+def test_every_new_name_in_the_table_is_there_and_no_old_one_is():
+    for old, new in renamed.TARGETS.items():
+        module, _, name = new.rpartition(".")
+        assert signatures.load(new) or signatures.lookup(signatures.load(module), name), new
+        module, _, name = old.rpartition(".")
+        assert old == "caco.data.views" or not signatures.load(old), old  # a package of that name has a module augmentation
+
+
+@pytest.mark.parametrize("old, new", renamed.KEYS.items())
+def test_a_former_key_is_refused_by_its_new_name(old, new):
+    with pytest.raises(refusals.COMPOSITION_ERRORS) as error:
+        refusals.compose([f"{old}=3"])
+    assert refusals.explain(error.value, [f"{old}=3"]) == f"{old}: is called {new} now"
+
+
+def test_names_of_today_stay_as_they_are():
+    config = {"method": {"_target_": "caco.methods.nnclr.NNCLR", "warm_start_passes": 1}, "bank": {"initialisation": "random"}, "eval": {"knn": KNN}}
+    names = renamed.Names(config)
+    assert names.config == config and not names.is_old
+    row = {"kind": "train", "step": 1, "momentum": 0.9}  # some method's own
+    assert names.row(row) == row
+    summary = {"knn20_20pct_top1": 1.0, "linear_top1": 2.0, "config_hash": "x"}
+    assert names.summary(summary, []) == summary
+
+
+@pytest.mark.parametrize(
+    ("initialisation", "passes", "expected"), [("keys", 16, {"warm_start_passes": 16}), ("keys", 1, {}), ("random", 16, {})]
+)
+def test_the_passes_that_filled_a_bank_are_those_of_its_warm_start(initialisation, passes, expected):
+    then = {"method": {"filling_momentum": 0.9}, "bank": {"initialisation": initialisation, "filling_passes": passes}}
+    now = renamed.config(then)
+    assert now == {"method": {"warm_start_momentum": 0.9, **expected}, "bank": {"initialisation": initialisation}}
+    assert then["bank"]["filling_passes"] == passes, "what was given is left as it is"
+
+
+def test_leaves_make_the_configuration_that_they_are_of():
+    config = {"a": {"b": [1, {"c": None}], "d": []}, "e": {}, "f": [0.5, "x"]}
+    assert renamed.nested(flat(config)) == config
+
+
+def test_the_parameters_in_text_keep_the_options_that_were_chosen():
+    then = {"bank": "null", "method": "caco", "method._target_": "m.M", "method.filling_momentum": "0.9", "optimizer._target_": "caco.optimizers.sgd"}
+    assert renamed.Names.params(then) == {
+        "bank": "null", "method": "caco", "method._target_": "m.M", "method.warm_start_momentum": "0.9",
+        "optimizer._target_": "caco.engine.optimizers.sgd",
+    }  # fmt: skip
+
+
+def training(**values):
+    return {"kind": "eval", "step": 44, "epochs": 2.0, **values}
+
+
+def test_a_number_is_called_by_the_protocol_that_gave_it():
+    linear = {"_target_": "caco.evals.linear.Linear", "name": "linear", "batch": 256}
+    semi = {"_target_": "caco.evals.finetune.FineTune", "name": "semi", "fractions": [0.1], "epochs": [30]}
+    names = renamed.Names({"eval": {"knn": KNN, "linear": linear, "semi": semi}})
+    row = names.row(training(knn_top1=1.0, linear_top1=2.0, linear_top5=3.0, semi_top1=4.0, loss=5.0))
+    assert row == training(**{"knn20_20pct_top1": 1.0, "linear_batch-256_top1": 2.0, "linear_batch-256_top5": 3.0, "semi_10_top1": 4.0, "loss": 5.0})
+
+
+def test_what_an_evaluation_overwrote_in_the_summary_is_training_s_again():
+    rows = [training(knn_top1=30.0) | {"step": 20}, training(knn_top1=40.0), {"kind": "eval", "step": 44, "knn_top1": 50.0}]
+    summary = {"knn_top1": 50.0, "steps": 44}
+    one = {"results": {"knn_top1": 50.0}, "step": 44, "baseline": None, "made_from": {"evaluator": KNN | {"fraction": 1.0}}}
+    names = renamed.Names({"eval": {"knn": KNN}}, [one])
+    assert names.summary(summary, rows) == {"knn20_20pct_top1": 40.0, "knn20_top1": 50.0, "steps": 44}
+    assert names.row(rows[-1]) == {"kind": "eval", "step": 44, "knn20_top1": 50.0}
+    # Its file is gone: nobody knows the protocol any more, and the name says none.
+    names = renamed.Names({"eval": {"knn": KNN}})
+    assert names.summary(summary, rows) == {"knn20_20pct_top1": 40.0, "knn_top1": 50.0, "steps": 44}
+    assert names.row(rows[-1]) == rows[-1]
+    # The same protocol with another seed: training's number stays.
+    names = renamed.Names({"eval": {"knn": KNN}}, [one | {"made_from": {"evaluator": KNN}}])
+    assert names.summary(summary, rows) == {"knn20_20pct_top1": 40.0, "steps": 44}
+
+
+def test_baselines_and_other_data_keep_their_prefix():
+    knn_all = {"evaluator": KNN | {"fraction": 1.0}}
+    files = [{"results": {"knn_top1": v}, "step": 44, "baseline": of, "made_from": knn_all} for v, of in ((1.0, "pixels"), (2.0, None))]
+    names = renamed.Names({}, files)
+    assert names.row({"kind": "eval", "step": 44, "pixels/knn_top1": 1.0})["pixels/knn20_top1"] == 1.0
+    assert names.row({"kind": "eval", "step": 44, "digits/knn_top1": 2.0})["digits/knn20_top1"] == 2.0
+    other_step = {"kind": "eval", "step": 20, "digits/knn_top1": 2.0}
+    assert names.row(other_step) == other_step
+
+
+def shown_by(table, scale="mini"):
+    """hash -> row, of the configurations that a table's rows have today, with three seeds each."""
+    rows = [row for row in experiments(load_table(table), load_scale(scale)) if row.why_not is None]
+    return {row.hash(seed): row.row_id for row in rows for seed in (0, 1, 2)}
+
+
+def recorded(name="mini"):
+    """The runs of a committed record, as it stands in the file."""
+    content = json.loads((RECORDS / f"{name}.json").read_text())
+    return [run | {"config": {**content["config"], **run["config"]}} for run in content["runs"]]
+
+
+def test_the_committed_runs_of_table_7_are_those_that_it_asks_for_today():
+    today = shown_by("7")
+    runs = [run for run in recorded() if run["experiment"]["table"] == "table7"]
+    names = [renamed.Names(renamed.nested(run["config"])) for run in runs]
+    assert len(runs) == 12 and all(one.is_old for one in names)
+    assert [today[run_hash(one.config)] for one in names] == [run["experiment"]["row"] for run in runs]
+
+
+@pytest.mark.long
+def test_so_are_those_of_every_table():
+    today = {table: shown_by(table) for table in tables()}
+    for run in recorded():
+        config = renamed.Names(renamed.nested(run["config"])).config
+        assert today[run["experiment"]["table"]][run_hash(config)] == run["experiment"]["row"]
