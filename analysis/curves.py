@@ -1,7 +1,7 @@
 """Figures from results alone: curves over training, accuracy over the bank's size and over compute."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def steps(found: Found, metric: str) -> dict[float, float]:
 def line(axes: Axes, number: int, label: str, points: dict[float, dict[int, float]], xs: Sequence[float] | None = None) -> None:
     """The mean over seeds, and the range over them as a band."""
     xs = list(points) if xs is None else list(xs)
-    spreads = [Spread.of(by_seed.values()) for by_seed in points.values()]
+    spreads = [Spread.of_some(by_seed.values()) for by_seed in points.values()]
     look = style.look(number)
     every = max(1, len(xs) // 10)
     axes.plot(xs, [spread.mean for spread in spreads], label=label, markevery=every, **look)
@@ -80,7 +80,7 @@ def _figure(width: float, height: float, *shape: int, **options: Any) -> tuple[F
     return figure, figure.subplots(*shape, **options)
 
 
-def _need(found: Sequence[Found], what: str, holds) -> list[Found]:
+def _need(found: Sequence[Found], what: str, holds: Callable[[Found], Any]) -> list[Found]:
     chosen = [row for row in found if holds(row)]
     if not chosen:
         commands = [f"  {row.experiment.command()}" for row in found if row.experiment.why_not is None]
@@ -155,7 +155,7 @@ def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
             axes.set_ylim(min(low, 0.9), max(high, 1.1))  # rounding is no motion
     for axes in panels[1]:
         epochs_axis(axes)
-    handles, labels = {}, []
+    handles: dict[str, Any] = {}
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
@@ -179,7 +179,7 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
     data: Data = []
     for number, (name, rows) in enumerate(methods.items()):
         label = rows[0].experiment.row.label.split()[0]
-        rows = sorted(rows, key=lambda row: row.experiment.row.bank)
+        rows = sorted(rows, key=lambda row: row.experiment.row.bank or 0)
         left.plot(
             [row.experiment.row.bank for row in rows], [row.experiment.row.published[column] for row in rows],
             label=label, **style.look(number),
@@ -189,7 +189,7 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
             for row in rows
         ]
         rows = [row for row in rows if row.values(metric)]
-        spreads = [Spread.of(row.values(metric).values()) for row in rows]
+        spreads = [Spread.of_some(row.values(metric).values()) for row in rows]
         right.errorbar(
             [row.experiment.sized("bank") for row in rows], [spread.mean for spread in spreads],
             yerr=[spread.sd or float("nan") for spread in spreads], capsize=2, label=label, **style.look(number),

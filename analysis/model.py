@@ -11,18 +11,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from analysis import style
 from caco import metrics
+from caco.banks.base import Bank
 from caco.banks.rows import TWIN_COSINE
 from caco.banks.scoring import unit_rows
 from caco.config import folders
 from caco.config.composition import build
 from caco.data.loaders.plain import plain_batches
-from caco.data.sets.sources import Source, Splits, choose
+from caco.data.sets.sources import Source, Splits, choose, labels_of
 from caco.engine.assembly import build_method
 from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import extract
 from caco.evals.knn import nearest
 from caco.evals.pixels import RawPixels
+from caco.methods.base import Method
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.renamed import read_config
 
@@ -36,20 +38,21 @@ class Trained:
     """A run's method as its newest checkpoint has it, and the images that it saw."""
 
     cfg: DictConfig
-    method: torch.nn.Module
+    method: Method
     splits: Splits
     views: Any
     step: int
 
     @property
-    def bank(self) -> Any:
+    def bank(self) -> Bank | None:
         """None where the method has none."""
         return getattr(self.method, "bank", None)
 
     @property
     def key_encoder(self) -> torch.nn.Module:
         """What embeds the keys, which choose rows (Eq. 11): the momentum twin, or the encoder where there is none."""
-        return self.method.encoder if self.method.twin is None else self.method.twin.encoder
+        parts = dict(self.method.named_children())
+        return parts["twin"].get_submodule("encoder") if "twin" in parts else parts["encoder"]
 
     def outputs(self, network: torch.nn.Module, source: Source) -> torch.Tensor:
         """What a network makes of every image's plain view, [N, D] float32."""
@@ -97,14 +100,15 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     if bank is None:
         raise UserError(f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative")
     train, test = trained.splits.labelled("Figure 3")
+    train_labels, test_labels = labels_of(train), labels_of(test)
     generator = np.random.default_rng(seed)
-    chosen = _one_of_each_class(test.labels, queries, generator)
+    chosen = _one_of_each_class(test_labels, queries, generator)
     with torch.inference_mode():
         k_TD, images_ND = trained.outputs(trained.key_encoder, test), trained.outputs(trained.key_encoder, train)
         m_KD = unit_rows(bank.rows.weight)[0].float()
         positive_T = nearest(k_TD, m_KD, k=1)[1][:, 0]
         cosine_K1, image_K1 = nearest(m_KD, images_ND, k=1)
-        tau = bank.temperature or method.temperature
+        tau = bank.temperature or float(getattr(method, "temperature"))
         p_QK = torch.softmax(k_TD[chosen] @ m_KD.T / tau, dim=1)
         hard, drawn = 4, 3
         order_QR = p_QK.topk(1 + hard, dim=1).indices
@@ -115,27 +119,27 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     columns = ["query", "most probable:\npositive", *(f"negative,\nnext {i}" for i in range(1, hard + 1)), *["negative,\ndrawn"] * drawn]
     figure = Figure(figsize=(style.PAGE, 0.93 * len(chosen) + 0.55))
     axes = figure.subplots(len(chosen), len(columns), squeeze=False)
-    names = train.classes or [str(label) for label in range(int(train.labels.max()) + 1)]
+    names = train.classes or [str(label) for label in range(int(train_labels.max()) + 1)]
     data: Data = []
     for q, image in enumerate(chosen):
-        label = int(test.labels[image])
+        label = int(test_labels[image])
         _show(axes[q, 0], test.image(int(image)), names[label], "#000000", solid=True)
         for r in range(rows_QR.shape[1]):
             found = int(index_QR[q, r])
-            p, same = float(p_QK[q, rows_QR[q, r]]), int(train.labels[found]) == label
-            caption = f"{names[int(train.labels[found])]}\np {_small(p)}"
+            p, same = float(p_QK[q, rows_QR[q, r]]), int(train_labels[found]) == label
+            caption = f"{names[int(train_labels[found])]}\np {_small(p)}"
             _show(axes[q, r + 1], train.image(found), caption, SAME if same else OTHER, solid=same)
             kind = "positive" if r == 0 else "negative, next" if r <= hard else "negative, drawn"
             data.append(
                 {"query": int(image), "query_class": names[label], "kind": kind, "row": int(rows_QR[q, r]), "probability": p,
-                 "nearest_image": found, "class": names[int(train.labels[found])], "cosine": float(cosine_QR[q, r])}
+                 "nearest_image": found, "class": names[int(train_labels[found])], "cosine": float(cosine_QR[q, r])}
             )  # fmt: skip
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=6)
     # Of every test image, not only of those shown.
-    label_K = train.labels[image_K1[:, 0].numpy()]
-    share = np.mean(label_K[positive_T.numpy()] == test.labels)
-    chance = (np.bincount(label_K, minlength=len(names)) / bank.size)[test.labels].mean()
+    label_K = train_labels[image_K1[:, 0].numpy()]
+    share = np.mean(label_K[positive_T.numpy()] == test_labels)
+    chance = (np.bincount(label_K, minlength=len(names)) / bank.size)[test_labels].mean()
     style.footnote(
         figure,
         f"Rows of the bank, shown as the training image nearest to them. Solid blue: of the query's class; dashed orange: of "
@@ -177,14 +181,15 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
     _, test = trained.splits.labelled("Figure 5")
     chosen = choose(test.labels, min(images, len(test)), len(test), seed=seed, balanced=True)
     some = test.part(chosen, "some")
+    labels = labels_of(some)
     features_ND = torch.nn.functional.normalize(trained.outputs(trained.method.backbone, some), dim=1).numpy()
     perplexity = min(30.0, (len(chosen) - 1) / 3)
     placed = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features_ND)
     figure = Figure(figsize=(style.PAGE * 0.75, 3.6))
     axes = figure.subplots()
-    names = test.classes or [str(label) for label in range(int(test.labels.max()) + 1)]
-    for number, label in enumerate(np.unique(some.labels)):
-        here = placed[some.labels == label]
+    names = test.classes or [str(label) for label in range(int(labels_of(test).max()) + 1)]
+    for number, label in enumerate(np.unique(labels)):
+        here = placed[labels == label]
         look = {"color": style.CLASS_COLOURS[number % 10], "marker": "os^Dv"[number // 2 % 5]}
         axes.scatter(here[:, 0], here[:, 1], s=7, linewidths=0, alpha=0.8, label=names[int(label)], **look)
     axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2", aspect="equal")
@@ -198,7 +203,7 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
     )
     data = [
         {"image": int(image), "class": names[int(label)], "x": float(x), "y": float(y)}
-        for image, label, (x, y) in zip(chosen, some.labels, placed, strict=True)
+        for image, label, (x, y) in zip(chosen, labels, placed, strict=True)
     ]
     return figure, data
 
@@ -240,6 +245,7 @@ def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_ima
         num_images: embedded, at most: of a larger set so many are drawn, equally from the classes.
     """
     images, bank = trained.splits.pretrain, trained.bank
+    assert bank is not None, "whoever asks for its rows has looked"
     if num_images < len(images):
         images = images.part(choose(images.labels, num_images, len(images), seed=0, balanced=True), images.name)
     num_nearest = min(num_nearest, len(images))
@@ -294,7 +300,8 @@ def pixels_knn(trained: Trained) -> float | None:
     """Raw pixels' k-NN accuracy in percent, by the run's own k-NN on the same images; None where it would take too long."""
     (name, node), *_ = ((name, node) for name, node in trained.cfg.eval.items() if node._target_ == metrics.KNN)
     splits = trained.splits
-    if node.fraction * len(splits.train) + len(splits.test) > MOST_PIXELS:
+    train, test = splits.labelled("k-NN of raw pixels")
+    if node.fraction * len(train) + len(test) > MOST_PIXELS:
         return None
     # Nothing is multiplied to make these features, so no precision and no device changes them.
     evaluation = Evaluation(

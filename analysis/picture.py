@@ -165,7 +165,7 @@ def draw(trained: "Trained", curve: Curve | None, pixels: float | None, rows: "B
         figure.text(left / width, 1 - down / height, text, va="top", **look)
 
     if curve is not None:
-        test = trained.splits.test
+        _, test = trained.splits.labelled("the curve")
         words(MARGIN, 0.18, f"{metrics.title(curve.metric)} accuracy", fontsize=13, weight="bold", color=INK)
         words(MARGIN, 0.44, f"of {len(test):,} images of {test.name}, in percent", fontsize=9, color=FAINT)
         axes = panel(MARGIN + TICKS, foot + BELOW, curve_width - TICKS - LABELS, body - ABOVE - BELOW)
@@ -239,7 +239,8 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
     from analysis.model import most_common
 
     lines, tiles = rows.image_RN.shape
-    common_R, count_R = (None, None) if rows.label_RN is None else most_common(rows.label_RN)
+    label_RN = rows.label_RN
+    common_R, count_R = (None, None) if label_RN is None else most_common(label_RN)
     right = BEFORE + tiles * (TILE + GAP) + 0.05
     for r in range(lines):
         top = r * (TILE + GAP)
@@ -252,10 +253,10 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
             smooth = len(pixels) > TILE * DOTS_PER_INCH  # larger than its tile
             place = (left, left + TILE, top + TILE, top)
             axes.imshow(pixels, extent=place, interpolation="antialiased" if smooth else "nearest")
-            if common_R is not None and rows.label_RN[r, n] != common_R[r]:
+            if label_RN is not None and common_R is not None and label_RN[r, n] != common_R[r]:
                 axes.add_patch(Rectangle((left, top), TILE, TILE, fill=False, edgecolor=ODD, linewidth=2))
         cosines = f"cosine {rows.cosine_RN[r, 0]:.2f} to {rows.cosine_RN[r, -1]:.2f}"
-        if common_R is None:
+        if common_R is None or count_R is None:
             axes.text(right, middle, cosines, fontsize=8, color=FAINT, va="center")
             continue
         name = rows.images.classes[common_R[r]] if rows.images.classes else str(common_R[r])
@@ -269,8 +270,9 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
 def rows_note(trained: "Trained", rows: "BankRows") -> str:
     """How the rows were found, and how well they stand for the others."""
     every = "all " if len(rows.images) == len(trained.splits.pretrain) else ""
+    size = trained.cfg.bank.size
     note = (
-        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {trained.bank.size:,} "
+        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {size:,} "
         f"rows. Shown: of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and "
         "in turn the one farthest from those taken."
     )

@@ -66,17 +66,19 @@ def of_scale(arguments: argparse.Namespace) -> str:
     needed = f"scale {scale.id}: no results among {len(there)}; this makes some: python -m experiments.run table7 scale={scale.id}"
     if not there:
         raise UserError(needed)
-    sheets, figures, without, used = [], [], list(told), {}
+    sheets, without = [], list(told)
+    figures: list[dict[str, Any]] = []
+    used: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.tables.split(",") if arguments.tables else tables():
-            about = load_table(name)
-            found = results.find(about, scale, there)
+            of_paper = load_table(name)
+            found = results.find(of_paper, scale, there)
             if not any(row.by_seed for row in found) and not arguments.tables:
                 continue
             used |= {result.hash: result for row in found for result in row.by_seed.values()}
-            sheets.append({"id": about.id, "sheet": table.sheet(about, scale, found)})
+            sheets.append({"id": of_paper.id, "sheet": table.sheet(of_paper, scale, found)})
             for figure, of_table in OF_RESULTS.items():
-                if about.id == f"table{of_table}":
+                if of_paper.id == f"table{of_table}":
                     _figure(figures, without, figure, lambda figure=figure, found=found: draw(figure, found, Path(folder))[0])
         if not used:
             raise UserError(needed)

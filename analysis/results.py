@@ -273,6 +273,13 @@ class Spread:
     n: int
 
     @classmethod
+    def of_some(cls, values: Iterable[float]) -> "Spread":
+        """Of values of which there is at least one."""
+        spread = cls.of(values)
+        assert spread is not None, "at least one value"
+        return spread
+
+    @classmethod
     def of(cls, values: Iterable[float]) -> "Spread | None":
         """None of no values."""
         array = np.fromiter(values, dtype=float)
@@ -300,5 +307,5 @@ class Gain:
         spread = Spread.of(a / b if ratio else a - b for a, b in pairs)
         if spread is None:
             return None
-        tested = not ratio and spread.n > 1 and spread.sd > 1e-9 * max(1.0, abs(spread.mean))
+        tested = not ratio and spread.sd is not None and spread.sd > 1e-9 * max(1.0, abs(spread.mean))
         return cls(spread, float(stats.ttest_1samp([a - b for a, b in pairs], 0.0).pvalue) if tested else None)

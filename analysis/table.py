@@ -122,7 +122,7 @@ def _ours(row: Found, reference: Found | None, metric: str, ratio: bool, with_ga
         return [why, *blanks]
     percent = metrics.is_percent(metric)
     values = row.values(metric)
-    cells = [spread(Spread.of(values.values()), percent=percent)]
+    cells = [spread(Spread.of_some(values.values()), percent=percent)]
     if not with_gains:
         return cells
     if row is reference:
@@ -142,7 +142,7 @@ def _p(p: float | None) -> str:
 
 def _against_paper(row: Found, column: str, metric: str) -> str:
     published, values = row.experiment.row.published.get(column), row.values(metric)
-    return number(Spread.of(values.values()).mean - published, percent=True, signed=True) if values and published else "-"
+    return number(Spread.of_some(values.values()).mean - published, percent=True, signed=True) if values and published else "-"
 
 
 def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[str, list[str]]) -> list[str]:
@@ -326,7 +326,7 @@ def read_results(arguments: argparse.Namespace, scale: str, *, curves: bool = Fa
     return results.from_records(arguments.records or results.default_records(scale))
 
 
-def found_for(table: Table, scale: Scale, there: Sequence[Result], arguments: argparse.Namespace, rows=None) -> list[Found]:
+def found_for(table: Table, scale: Scale, there: Sequence[Result], arguments: argparse.Namespace, rows: Sequence[str] | None = None) -> list[Found]:
     """As results.find, where somebody named a source that must hold something.
 
     Raises:

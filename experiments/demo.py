@@ -76,7 +76,7 @@ class Cell:
         return self.knn[-1][1]
 
     def knn_from_epoch(self, epoch: int) -> list[float]:
-        return [value for epochs, value in self.knn if epochs != "warm start" and epochs >= epoch]
+        return [value for epochs, value in self.knn if not isinstance(epochs, str) and epochs >= epoch]
 
     def missed(self, goals: dict[str, Any]) -> list[str]:
         """The goals that this cell does not reach."""
@@ -176,7 +176,7 @@ def make_record(folder: Path, seeds: Iterable[int], jobs: int) -> int:
     """Every cell on held-out images; then, and only then, each encoder on the test images. The number of goals missed."""
     todo = [(level, seed) for level in levels() for seed in seeds]
     with ThreadPoolExecutor(jobs) as pool:
-        cells = list(pool.map(lambda cell: run(*cell, "held-out", folder=folder, threads=1), todo))
+        cells = list(pool.map(lambda cell: run(cell[0], cell[1], "held-out", folder=folder, threads=1), todo))
         cells = list(pool.map(lambda cell: look_at_test_images(cell, folder), cells))
     content = [{**vars(cell), "missed": cell.missed(GOALS)} for cell in cells]
     RECORD.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caco import metrics
 from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
-from caco.runs.identity import is_neutral, run_hash
+from caco.runs.identity import is_neutral, plain, read_yaml, run_hash
 
 HERE = Path(__file__).parent
 SCALED = ("epochs", "batch", "bank")
@@ -103,11 +103,13 @@ class Scale:
         """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if there is none."""
         protocol = metrics.protocol_of(metric)
         for option in folders.groups()["eval"]:
-            text = folders.option_file("eval", option).read_text(encoding="utf-8")
+            file = folders.option_file("eval", option)
+            assert file is not None, "`groups` lists files"
+            text = file.read_text(encoding="utf-8")
             package = text.partition("# @package ")[2].partition("\n")[0].strip()  # eval.knn: also of knn_all
             own = [override for override in self.overrides if override.startswith(f"{package}.")]
             given = OmegaConf.from_dotlist([override.removeprefix(f"{package}.") for override in own])
-            known = metrics.protocols(OmegaConf.merge(OmegaConf.create(text), given))
+            known = metrics.protocols(plain(DictConfig(OmegaConf.merge(OmegaConf.create(text), given))))
             if protocol in (known or [option]):  # one from elsewhere says nothing beforehand
                 return " ".join([f"eval=[{option}]", *own])
         return None
@@ -182,7 +184,7 @@ def load_scale(name: str) -> Scale:
         _pick_in(path, "times, exactly", key, SCALED)
     if scale.like is None:
         return scale
-    given = OmegaConf.load(path)
+    given = read_yaml(path)
     base = load_scale(scale.like)
     for key in Scale.__dataclass_fields__:
         if key not in given and key != "id":
@@ -231,10 +233,10 @@ class Experiment:
         sizes = {"epochs": self.sized("epochs"), "batch": self.sized("batch"), "bank.size": self.sized("bank")}
         parts = [
             f"name={self.scale.id}",
-            *self.row.run,
+            *(self.row.run or ()),
             *(f"{key}={size}" for key, size in sizes.items() if size is not None),
             *self.scale.overrides,
-            *(extra for override, extras in self.scale.where.items() if override in self.row.run for extra in extras),
+            *(extra for override, extras in self.scale.where.items() if override in (self.row.run or ()) for extra in extras),
             *self.further,
             f"seed={seed}",
         ]

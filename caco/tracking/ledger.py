@@ -19,6 +19,8 @@ from caco.tracking.base import Row, Tracker
 if TYPE_CHECKING:
     from torch import nn
 
+    from caco.tracking.system import Sampler
+
 _log = logging.getLogger(__name__)
 
 # JSON has no word for these. They are written as strings, and read back as the floats that they were.
@@ -169,7 +171,7 @@ class LedgerTracker(Tracker):
             raise UserError(f"tracking.system_seconds: expected 0 or more, got {system_seconds}")
         self._system_seconds, self._paper = system_seconds, dict(paper or {})
         self._ledger: Ledger | None = None
-        self._sampler: Any = None
+        self._sampler: Sampler | None = None
 
     def start(
         self,

@@ -6,7 +6,7 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Names:
         ignored: patterns of names that are not compared, after renaming.
     """
 
-    def __init__(self, renamed: list[tuple[str, str]] = (), ignored: list[str] = ()) -> None:
+    def __init__(self, renamed: Sequence[tuple[str, str]] = (), ignored: Sequence[str] = ()) -> None:
         self.renamed = [(re.compile(pattern), new) for pattern, new in renamed]
         self.ignored = [CLOCK, *map(re.compile, ignored)]
 
@@ -183,7 +183,7 @@ def compare(case: str, base: Run, head: Run) -> Result:
     rows = common(base.rows, head.rows, lambda key: f"row {key[0]} of step {key[1]}")
     for kind, step, number in sorted(rows, key=lambda key: key[1]):
         a, b = base.rows[kind, step, number], head.rows[kind, step, number]
-        shared = common(a, b, lambda name, kind=kind: f"{kind}: {name}")
+        shared = common(a, b, f"{kind}: {{}}".format)
         apart = [f"step {step}, {kind}: {name} {told_apart(a[name], b[name])}" for name in shared if not same(a[name], b[name])]
         result.differences += apart
         result.differing["rows"] = result.differing.get("rows", 0) + bool(apart)
