@@ -42,12 +42,13 @@ def main() -> None:
 
 
 def _export(cfg: DictConfig) -> None:
-    place = None if cfg.run is None else pretrained.locate(cfg.run)
-    from caco.engine.assembly import build, load_pretrained  # here and not above: it imports torch
+    location = None if cfg.run is None else pretrained.locate(cfg.run)
+    from caco.config.composition import instantiate
+    from caco.engine.assembly import load_pretrained  # here and not above: it imports torch
 
-    backbone = build(cfg.backbone)
-    path, step = load_pretrained(cfg, place, backbone)
-    run = {} if place is None else {"run": place.run_dir.name, "step": step, "summary": recorded.read(place.run_dir).summary}
+    backbone = instantiate(cfg.backbone)
+    path, step = load_pretrained(cfg, location, backbone)
+    run = {} if location is None else {"run": location.run_dir.name, "step": step, "summary": recorded.read(location.run_dir).summary}
     about = {"weights": str(path), **run, "augmentation": plain(cfg)["augmentation"]}
     for file in export(backbone, plain(cfg)["backbone"], list(cfg.layouts), Path(cfg.to).expanduser(), about):
         print(file)

@@ -26,7 +26,7 @@ from caco import errors
 from caco.banks import scoring
 from caco.banks.base import Bank
 from caco.config import composition, folders, refusals, validation
-from caco.config.composition import build
+from caco.config.composition import instantiate
 from caco.data.sets.sources import num_images_of
 from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
@@ -86,7 +86,7 @@ def plan(
     steps = warm_start + cfg.epochs * per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
-    here, dim = cfg.batch // world, cfg.projector.dim
+    images_per_device, dim = cfg.batch // world, cfg.projector.dim
     columns = one["in_batch_columns"] * cfg.batch
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     bank_flops = unit * size * (4 * one["bank_terms"] if one["learnable"] else 2 * one["bank_terms"])
@@ -98,7 +98,7 @@ def plan(
     # One block of scores and its copies; the stream of queries and the sums of all ranks' queries.
     workspace = (3 * scoring.BLOCK_ELEMENTS * 4 if size else 0) + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"])
     logits = columns * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
-    activations = here * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (here * logits + dim * dim * one["matrices"])
+    activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (images_per_device * logits + dim * dim * one["matrices"])
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
     sent = _sent(one, cfg.batch, dim, world) if world > 1 else 0.0
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
@@ -136,16 +136,16 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
         encoder = build_encoder(cfg)
-    bank: Bank | None = None if cfg.bank is None else build(cfg.bank)
-    method: Method = build(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
+    bank: Bank | None = None if cfg.bank is None else instantiate(cfg.bank)
+    method: Method = instantiate(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
     others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
     for child in others:
         child.to("meta")
     groups = method.parameter_groups()
     learning = [p for group in groups for p in group.parameters]
-    sizes = build(cfg.augmentation).sizes
-    optimizer = build(cfg.optimizer, groups=groups)
+    sizes = instantiate(cfg.augmentation).sizes
+    optimizer = instantiate(cfg.optimizer, groups=groups)
     weight_bytes = sum(p.nbytes for p in learning)
     twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
@@ -256,7 +256,7 @@ def _images(cfg: DictConfig) -> int:
         return min(known, data.get("limit") or known)
     if "root" in data and data.root is None:
         raise UserError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
-    return len(build(data).pretrain)
+    return len(instantiate(data).pretrain)
 
 
 def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int = 3) -> dict[str, float]:
@@ -268,7 +268,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     """
     device = pick_device(cfg.device)
     encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
-    size = build(cfg.augmentation).sizes[0]
+    size = instantiate(cfg.augmentation).sizes[0]
     view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def model() -> None:
@@ -281,7 +281,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     speeds = {"tflops": images * flops / _seconds(model, device, runs) / 1e12}
     if cfg.bank is None:
         return speeds
-    bank = build({**cfg.bank, "size": rows}).to(device)
+    bank = instantiate({**cfg.bank, "size": rows}).to(device)
     queries = min(cfg.batch, 1024)
     q_BD = nn.functional.normalize(torch.randn(queries, cfg.projector.dim, device=device), dim=1).requires_grad_()
 
@@ -377,7 +377,7 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):
         print(USAGE.format(**_DEFAULTS))
         return
-    with errors.told():
+    with errors.shown():
         try:
             print(_main(arguments))
         except refusals.COMPOSITION_ERRORS as error:

@@ -10,10 +10,10 @@ from processes import PATIENCE_S, caco_train
 from tiny import batch_of, compose, now
 
 from caco import distributed
-from caco.config.composition import CONF
+from caco.config.composition import CONF, instantiate
 from caco.engine import assembly as assembly
 from caco.engine import trainer
-from caco.engine.assembly import build, build_method
+from caco.engine.assembly import build_method
 from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
 from caco.runs.checkpoint import Checkpoints
@@ -30,7 +30,7 @@ def start() -> None:
 def views_of(cfg, step):
     """The global batch of a step, every view; multi-crop's small views where the configuration has them."""
     generator = torch.Generator().manual_seed(100 + step)
-    sizes = build(cfg.augmentation).sizes
+    sizes = instantiate(cfg.augmentation).sizes
     return [torch.randn(GLOBAL_BATCH, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
@@ -41,7 +41,7 @@ def steps(case):
     method = over_all_ranks(build_method(cfg), torch.device("cpu")).double().train()
     groups = method.parameter_groups()
     learning = [p for group in groups for p in group.parameters]
-    optimizer = build(cfg.optimizer, groups=groups)
+    optimizer = instantiate(cfg.optimizer, groups=groups)
     part = GLOBAL_BATCH // distributed.world()
     losses = []
     for step in range(STEPS):

@@ -49,10 +49,11 @@ def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
 
 
 def views_of(cfg, step):
-    from caco.engine.assembly import build
+    from caco.config.composition import instantiate
+
 
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(8, 3, size, size, generator=generator) for size in build(cfg.augmentation).sizes]
+    return [torch.randn(8, 3, size, size, generator=generator) for size in instantiate(cfg.augmentation).sizes]
 
 
 @pytest.mark.parametrize("case", PARAMETERS)

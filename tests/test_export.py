@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from caco import export
-from caco.config.composition import build, compose
+from caco.config.composition import compose, instantiate
 from caco.nn.backbones import mocov3_vit, small_resnet, timm_backbone
 from caco.nn.weights import load_backbone
 from caco.runs.identity import plain
@@ -108,7 +108,7 @@ def test_the_card_says_where_it_comes_from_what_it_gave_and_how_to_load_it(expor
 
 def test_a_vit_comes_back_through_timm(tmp_path):
     node = plain(compose(["backbone=vit_small"]))["backbone"] | {"name": "vit_tiny_patch16_224", "image_size": 32}
-    vit = build(node).eval()
+    vit = instantiate(node).eval()
     export.export(vit, node, ["timm"], tmp_path, ABOUT)
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(features(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images), features(vit, images))

@@ -45,9 +45,9 @@ def compose(*overrides: str, bank: bool = True) -> DictConfig:
 
 
 def train(run_dir: Path, *overrides: str, bank: bool = True) -> dict[str, float]:
-    from caco.engine.assembly import train
+    from caco.engine.assembly import run_training
 
-    return train(compose(*overrides, bank=bank), run_dir)
+    return run_training(compose(*overrides, bank=bank), run_dir)
 
 
 def now(phase: str = "training", step: int = 0, **values: float):

@@ -257,13 +257,13 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
                 without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
                 problems.append(f"{override}: {without} has no bank")
                 continue
-            for key, asked in _settings(group, file):
+            for key, wanted in _settings(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
                 # A method's wishes for the root and for other components (its warm-up, its rate) are there to be changed by a preset.
                 own_of_option = key.split(".")[0] in (("method", "bank") if group == "method" else (*COMPONENTS, "bank", "eval"))
-                if own_of_option and not by_hand and leaves.get(key) != asked and "${" not in str(asked):
+                if own_of_option and not by_hand and leaves.get(key) != wanted and "${" not in str(wanted):
                     undone_by = presets[-1] if presets else "a later group"
-                    problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={asked}")
+                    problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={wanted}")
     return problems
 
 

@@ -170,7 +170,7 @@ def larc(
     return LARC(parts, lr=rate, momentum=momentum, trust_coefficient=trust_coefficient)
 
 
-class Schedule:
+class OptimizerSchedule:
     """Settings of what changes over the run in an optimiser of any kind.
 
     Args:
@@ -240,7 +240,7 @@ class Optimisation:
         run: how long the training is.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, run: RunShape):
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: OptimizerSchedule, run: RunShape):
         self.optimizer = optimizer
         self.clip_gradient_norm, self.clip_each_gradient_norm = schedule.clip_gradient_norm, schedule.clip_each_gradient_norm
         self.base_lr = [group["lr"] for group in optimizer.param_groups]

@@ -93,8 +93,8 @@ def initialise(method: Initialised, path: Path | str, format: str) -> str:
             loaded.append("bank")
         else:
             fresh.append("bank")
-    told = f"weights of {path} ({format}): {', '.join(loaded)}"
-    return told + (f"; as initialised: {', '.join(fresh)}" if fresh else "")
+    message = f"weights of {path} ({format}): {', '.join(loaded)}"
+    return message + (f"; as initialised: {', '.join(fresh)}" if fresh else "")
 
 
 def load_backbone(path: Path | str, format: str, backbone: nn.Module) -> None:

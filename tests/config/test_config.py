@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caco.config import folders, refusals, validation
-from caco.config.composition import CONF, build, compose
+from caco.config.composition import CONF, compose, instantiate
 from caco.errors import UserError
 from caco.runs.identity import plain
 from caco.train import check_command
@@ -313,12 +313,12 @@ def test_refusals_come_without_torch():
 
 def test_build_calls_the_target_with_its_keys_and_what_the_program_supplies():
     part = OmegaConf.create({"_target_": "datetime.timedelta", "hours": 2})
-    assert build(part, minutes=30).total_seconds() == 9000
+    assert instantiate(part, minutes=30).total_seconds() == 9000
 
 
 def test_build_builds_inner_parts_first():
     inner = {"_target_": "datetime.timedelta", "hours": 1}
-    assert build({"_target_": "builtins.dict", "a": inner, "b": [inner]})["b"][0].total_seconds() == 3600
+    assert instantiate({"_target_": "builtins.dict", "a": inner, "b": [inner]})["b"][0].total_seconds() == 3600
 
 
 def test_a_warm_start_is_set_in_one_place():

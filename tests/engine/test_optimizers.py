@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from caco.engine import optimizers
-from caco.engine.optimizers import Optimisation, Schedule
+from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.methods.base import Now, ParameterGroup
 from caco.schedules import RunShape, cosine, warmup_and_cosine
 
@@ -19,7 +19,7 @@ def model():
 
 def test_the_paper_s_rate_by_hand_per_epoch():
     """The published code's steps: (e + 1) / 10 for ten epochs, then a cosine that would reach 1/100 at the end."""
-    factor = Schedule(warmup_epochs=10, final_fraction=0.01).learning_rate(RunShape(200, 3, 64, "epoch"))
+    factor = OptimizerSchedule(warmup_epochs=10, final_fraction=0.01).learning_rate(RunShape(200, 3, 64, "epoch"))
     assert len(factor) == 600
     assert factor[:6] == [0.1] * 3 + [0.2] * 3
     assert factor[27] == 1.0 and factor[30] == 1.0
@@ -28,8 +28,8 @@ def test_the_paper_s_rate_by_hand_per_epoch():
 
 
 def test_per_step_the_rate_changes_with_every_step_and_agrees_at_epoch_borders():
-    step = Schedule(warmup_epochs=2).learning_rate(RunShape(10, 5, 64))
-    epoch = Schedule(warmup_epochs=2).learning_rate(RunShape(10, 5, 64, "epoch"))
+    step = OptimizerSchedule(warmup_epochs=2).learning_rate(RunShape(10, 5, 64))
+    epoch = OptimizerSchedule(warmup_epochs=2).learning_rate(RunShape(10, 5, 64, "epoch"))
     assert step[0] == 0.1 and step[9] == 1.0
     assert step[2 * 5 :: 5] == pytest.approx(epoch[2 * 5 :: 5])
     assert all(a > b for a, b in zip(step[10:], step[11:], strict=False))
@@ -53,16 +53,16 @@ def test_or_goes_down_to_its_final_rate_by_a_cosine():
 
 def test_a_warm_up_from_a_fraction_has_both_ends_and_the_cosine_begins_with_the_whole_rate():
     """SwAV's and DINO's: linspace(start, peak, W), then final + (peak - final)(1 + cos(pi t / T)) / 2 for t = 0 ... T - 1."""
-    swav = Schedule(warmup_epochs=2, warmup_start=0.0625, final_fraction=0.001).learning_rate(RunShape(10, 5, 64))
+    swav = OptimizerSchedule(warmup_epochs=2, warmup_start=0.0625, final_fraction=0.001).learning_rate(RunShape(10, 5, 64))
     assert swav[:10] == pytest.approx([0.0625 + 0.9375 * t / 9 for t in range(10)])
     assert swav[9] == swav[10] == 1.0
     assert swav[-1] == pytest.approx(0.001 + 0.999 * (1 + math.cos(math.pi * 39 / 40)) / 2) and swav[-1] > 0.001
-    assert Schedule(warmup_epochs=1, warmup_start=0.0).learning_rate(RunShape(2, 3, 64))[:4] == pytest.approx([0, 0.5, 1, 1])
+    assert OptimizerSchedule(warmup_epochs=1, warmup_start=0.0).learning_rate(RunShape(2, 3, 64))[:4] == pytest.approx([0, 0.5, 1, 1])
 
 
 def test_a_warm_up_from_0_that_the_next_step_ends():
     """BYOL, MoCo v3, Barlow Twins, VICReg: lr t / W, then a cosine over the rest to 0 or to 1/1000."""
-    factor = Schedule(warmup_epochs=2, warmup_start=0.0, warmup_end="next", final_fraction=0.001).learning_rate(RunShape(10, 5, 64))
+    factor = OptimizerSchedule(warmup_epochs=2, warmup_start=0.0, warmup_end="next", final_fraction=0.001).learning_rate(RunShape(10, 5, 64))
     assert factor[:11] == pytest.approx([t / 10 for t in range(11)], abs=1e-15) and factor[0] == 0.0
     assert factor[30] == pytest.approx(0.001 + 0.999 / 2)
     assert factor[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)) * 0.999 + 0.001)
@@ -71,7 +71,7 @@ def test_a_warm_up_from_0_that_the_next_step_ends():
 def test_a_final_rate_is_the_same_at_every_batch():
     for batch in (64, 1024):
         optimizer = optimizers.sgd([ParameterGroup(list(model().parameters()))], batch=batch, lr=0.3)
-        optimisation = Optimisation(optimizer, Schedule(warmup_epochs=0, final_fraction=None, final_lr=0.001), RunShape(2, 5, batch))
+        optimisation = Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, final_fraction=None, final_lr=0.001), RunShape(2, 5, batch))
         optimisation.prepare(now(5), None)
         assert optimisation.lr == pytest.approx((0.3 * batch / 256 + 0.001) / 2)
 
@@ -79,11 +79,11 @@ def test_a_final_rate_is_the_same_at_every_batch():
 @pytest.mark.parametrize("both", [{"final_fraction": 0.1, "final_lr": 0.1}, {"final_fraction": None}])
 def test_one_final_rate_is_given(both):
     with pytest.raises(ValueError, match="schedule needs final_fraction or final_lr"):
-        Schedule(**both)
+        OptimizerSchedule(**both)
 
 
 def test_a_warm_up_that_ends_within_an_epoch_never_exceeds_the_rate():
-    assert max(Schedule(warmup_epochs=2.5).learning_rate(RunShape(10, 5, 64, "epoch"))) == 1.0
+    assert max(OptimizerSchedule(warmup_epochs=2.5).learning_rate(RunShape(10, 5, 64, "epoch"))) == 1.0
 
 
 def test_the_twin_s_momentum_goes_from_0_99_to_1_by_a_cosine():
@@ -95,7 +95,7 @@ def test_the_twin_s_momentum_goes_from_0_99_to_1_by_a_cosine():
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
     with pytest.raises(ValueError, match="must be below epochs, 5; got 10"):
-        Schedule(warmup_epochs=10).learning_rate(RunShape(5, 3, 64))
+        OptimizerSchedule(warmup_epochs=10).learning_rate(RunShape(5, 3, 64))
 
 
 def test_base_rates_scale_with_the_batch():
@@ -222,7 +222,7 @@ def test_a_step_takes_its_rate_and_decay_and_a_group_its_own():
     groups = [ParameterGroup(parameters[:1]), ParameterGroup(parameters[1:2], rate=0.5), ParameterGroup(parameters[2:], rate="head", decay=False)]
     optimizer = optimizers.adamw(groups, batch=256, lr=0.1, weight_decay=0.04)
     run = RunShape(4, 5, 64)
-    optimisation = Optimisation(optimizer, Schedule(warmup_epochs=0, final_fraction=0.0, final_weight_decay=0.4), run)
+    optimisation = Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, final_fraction=0.0, final_weight_decay=0.4), run)
     optimisation.prepare(now(10), None)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.025, 0.05, 0.05])
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.22, 0.0, 0.0, 0.0])
@@ -238,7 +238,7 @@ def test_gradients_are_clipped_to_their_norm_over_all_parameters():
         p.grad = torch.full_like(p, 3.0)
     norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
     optimizer = optimizers.sgd([ParameterGroup(parameters)], batch=256, lr=1.0, momentum=0.0, weight_decay=0.0)
-    optimisation = Optimisation(optimizer, Schedule(warmup_epochs=0, clip_gradient_norm=0.5), RunShape(1, 1, 64))
+    optimisation = Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, clip_gradient_norm=0.5), RunShape(1, 1, 64))
     optimisation.step(now(0))
     for p, old in zip(parameters, before, strict=True):
         assert torch.allclose(p, old - 3.0 * 0.5 / norm, atol=1e-5)
@@ -252,7 +252,7 @@ def test_each_gradient_is_clipped_to_its_own_norm():
         p.grad = torch.full_like(p, size)
     gradients = [p.grad.clone() for p in parameters]
     optimizer = optimizers.sgd([ParameterGroup(parameters)], batch=256, lr=1.0, momentum=0.0, weight_decay=0.0)
-    Optimisation(optimizer, Schedule(warmup_epochs=0, clip_each_gradient_norm=0.5), RunShape(1, 1, 64)).step(now(0))
+    Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, clip_each_gradient_norm=0.5), RunShape(1, 1, 64)).step(now(0))
     for p, old, g in zip(parameters, before, gradients, strict=True):
         assert torch.allclose(p, old - g * min(1.0, 0.5 / (g.norm() + 1e-6)), atol=1e-9)
     assert min(g.norm() for g in gradients) < 0.5 < max(g.norm() for g in gradients)
@@ -262,7 +262,7 @@ def test_a_group_frozen_for_an_epoch_moves_with_the_first_step_of_the_second():
     first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
     groups = [ParameterGroup([first]), ParameterGroup([second], frozen_epochs=1)]
     optimizer = optimizers.adamw(groups, batch=256, lr=0.1, weight_decay=0.5)
-    optimisation = Optimisation(optimizer, Schedule(warmup_epochs=0), RunShape(2, 3, 64))
+    optimisation = Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0), RunShape(2, 3, 64))
     for step in range(4):
         first.grad, second.grad = torch.ones(2), torch.ones(2)
         optimisation.step(Now(step, "training", step, False, *divmod(step, 3), {}))

@@ -4,7 +4,7 @@ import torch
 from tiny import batch_of
 from torch import nn
 
-from caco.engine.optimizers import Optimisation, Schedule
+from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.methods.base import Now
 from caco.nn.heads import Encoder, Projector
 from caco.schedules import RunShape
@@ -25,7 +25,7 @@ def views_of(step: int, batch: int) -> list[torch.Tensor]:
     return [torch.randn(batch, 3, side, side, generator=generator, dtype=torch.float64) for side in SIDES]
 
 
-def drive(method, optimizer, schedule: Schedule, run: RunShape, steps: int, after=lambda step: None) -> list[float]:
+def drive(method, optimizer, schedule: OptimizerSchedule, run: RunShape, steps: int, after=lambda step: None) -> list[float]:
     """The losses of so many steps; `after(step)` is called behind each."""
     optimisation, tables = Optimisation(optimizer, schedule, run), method.schedules(run)
     method.phases(run)

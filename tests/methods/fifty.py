@@ -10,7 +10,7 @@ from tiny import batch_of
 from torch import nn
 
 from caco import distributed
-from caco.engine.optimizers import Optimisation, Schedule
+from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.methods.base import Now
 from caco.nn.heads import Encoder, Projector
 from caco.schedules import RunShape
@@ -37,7 +37,7 @@ def views_of(step: int, count: int = 2) -> list[torch.Tensor]:
 def train(method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "step", **schedule) -> list[float]:
     """The losses of fifty steps, each made in the Trainer's order."""
     run = RunShape(epochs=10, steps_per_epoch=5, batch=B, unit=unit)
-    optimisation, tables = Optimisation(optimizer, Schedule(**schedule), run), method.schedules(run)
+    optimisation, tables = Optimisation(optimizer, OptimizerSchedule(**schedule), run), method.schedules(run)
     method.train()
     losses = []
     for step in range(STEPS):

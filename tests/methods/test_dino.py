@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from caco import equations
 from caco.config import composition
-from caco.config.composition import build
+from caco.config.composition import instantiate
 from caco.engine.assembly import build_method
-from caco.engine.optimizers import Schedule, adamw
+from caco.engine.optimizers import OptimizerSchedule, adamw
 from caco.methods.dino import DINO
 from caco.nn.backbones import timm_backbone
 from caco.nn.heads import Encoder, Projector
@@ -156,7 +156,7 @@ def test_fifty_steps_are_those_of_a_plain_loop():
 
     peak, low, decays, clip = 0.02, 1e-4, (0.04, 0.4), 0.03
     optimizer = adamw(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=decays[0])
-    schedule = Schedule(
+    schedule = OptimizerSchedule(
         warmup_epochs=2, warmup_start=0.0, final_fraction=None, final_lr=low, final_weight_decay=decays[1], clip_each_gradient_norm=clip
     )
     ours = drive(method, optimizer, schedule, RunShape(10, 5, B), 50, remember)
@@ -203,11 +203,11 @@ def test_fifty_steps_are_those_of_a_plain_loop():
 
 def test_its_head_starts_as_published():
     cfg = composition.job_config(composition.compose(["method=dino_vit"]))
-    projector = build(cfg.projector, in_dim=384)
+    projector = instantiate(cfg.projector, in_dim=384)
     assert [type(layer) for layer in projector] == [nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear]
     for layer in list(projector)[::2]:
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02) and (layer.bias == 0).all()
-    convnet = build(composition.compose(["method=dino"]).projector, in_dim=64)
+    convnet = instantiate(composition.compose(["method=dino"]).projector, in_dim=64)
     assert [type(layer) for layer in list(convnet)[:6]] == [nn.Linear, nn.BatchNorm1d, nn.GELU] * 2
     method = DINO(encoder=Encoder(backbone=nn.Flatten(), projector=projector), num_prototypes=9)
     z = F.normalize(torch.randn(3, 256), dim=1)
@@ -225,17 +225,17 @@ def test_its_head_starts_as_published():
 )
 def test_its_configurations_are_the_published_ones(name, peak, end, sizes, decay, temperatures):
     cfg = composition.job_config(composition.compose([f"method={name}", "batch=4080"]))
-    method = build({**cfg.method, "num_prototypes": 9}, encoder=tiny_encoder())
-    optimizer = build(cfg.optimizer, groups=method.parameter_groups())
+    method = instantiate({**cfg.method, "num_prototypes": 9}, encoder=tiny_encoder())
+    optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
     decays = {group["weight_decay"] for group in optimizer.param_groups if group["params"][0].ndim > 1}
     assert decays == {decay} and optimizer.param_groups[0]["lr"] == pytest.approx(peak)
-    assert build(cfg.augmentation).sizes == sizes
+    assert instantiate(cfg.augmentation).sizes == sizes
     views = cfg.augmentation.views
     assert [(view.blur_p, view.solarize_p, view.interpolation) for view in views.values()] == [
         (1.0, 0.0, "bicubic"), (0.1, 0.2, "bicubic"), (0.5, 0.0, "bicubic")
     ]  # fmt: skip
     run = RunShape(100, 2, 4080)
-    schedule = Schedule(**{key: value for key, value in cfg.schedule.items() if key != "unit"})
+    schedule = OptimizerSchedule(**{key: value for key, value in cfg.schedule.items() if key != "unit"})
     rates = [peak * factor for factor in schedule.learning_rate(run, peak)]
     assert (rates[0], rates[19], rates[20]) == pytest.approx((0, peak, peak))
     assert rates[-1] == pytest.approx(end + (peak - end) * (1 + math.cos(math.pi * 179 / 180)) / 2)
@@ -262,7 +262,7 @@ def test_evaluators_see_the_teacher_and_so_does_who_loads_a_checkpoint(tmp_path)
     state = final(tmp_path)["method"]
     assert final(tmp_path)["backbone"] == "twin.encoder.backbone"
     cfg = compose("method=dino", *small, bank=False)
-    backbone = build(cfg.backbone)
+    backbone = instantiate(cfg.backbone)
     load_backbone(next((tmp_path / "checkpoints").glob("*.pt")), "caco", backbone)
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, state[f"twin.encoder.backbone.{name}"])

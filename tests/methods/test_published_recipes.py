@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from caco.config import composition
-from caco.config.composition import build
+from caco.config.composition import instantiate
 from caco.engine.assembly import build_encoder
 from caco.runs.identity import plain
 
@@ -74,7 +74,7 @@ def test_it_is_the_published_one(name):
     assert tree["augmentation"] == others["augmentation"] and tree["bank"] is None
     with torch.device("meta"):
         encoder = build_encoder(cfg)
-        built = build(cfg.method, encoder=encoder)
+        built = instantiate(cfg.method, encoder=encoder)
     assert shown(encoder.projector) == projector
     assert predictor is None or shown(built.predictor) == predictor
     if "vit" not in name:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from caco import equations
 from caco.config import composition
-from caco.config.composition import build
-from caco.engine.optimizers import Schedule, larc
+from caco.config.composition import instantiate
+from caco.engine.optimizers import OptimizerSchedule, larc
 from caco.methods import assignments
 from caco.methods.swav import SwAV
 from caco.schedules import RunShape
@@ -174,7 +174,7 @@ def test_fifty_steps_are_those_of_a_plain_loop():
         frozen[step] = method.prototypes.weight.detach().clone()
 
     optimizer = larc(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=decay, trust_coefficient=0.02)
-    schedule = Schedule(warmup_epochs=1, warmup_start=0.5, final_fraction=None, final_lr=final)
+    schedule = OptimizerSchedule(warmup_epochs=1, warmup_start=0.5, final_fraction=None, final_lr=final)
     ours = drive(method, optimizer, schedule, RunShape(10, 5, B), 50, remember)
     for before, after in ((0, 6), (6, 7)):
         moved = not torch.allclose(frozen[before], frozen[after], atol=1e-12)
@@ -264,15 +264,15 @@ def test_a_queue_that_holds_no_batch_and_a_single_view_are_refused():
 
 def test_its_configuration_is_the_published_one():
     cfg = composition.job_config(composition.compose(["method=swav", "batch=4096"]))
-    method = build(cfg.method, encoder=tiny_encoder())
+    method = instantiate(cfg.method, encoder=tiny_encoder())
     groups = method.parameter_groups()
-    optimizer = build(cfg.optimizer, groups=groups)
+    optimizer = instantiate(cfg.optimizer, groups=groups)
     assert type(optimizer).__name__ == "LARC" and [group["frozen_steps"] for group in optimizer.param_groups] == [0, 313]
     assert all(group["weight_decay"] == 1e-6 and group["lr"] == pytest.approx(4.8) for group in optimizer.param_groups)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(method.parameters())), "biases and BatchNorm too"
     assert method.prototypes.weight.shape == (3000, D) and method.queue.shape[1] == 0
-    assert [type(layer) for layer in build(cfg.projector, in_dim=4)] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
-    assert build(cfg.augmentation).sizes == [224] * 2 + [96] * 6
+    assert [type(layer) for layer in instantiate(cfg.projector, in_dim=4)] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert instantiate(cfg.augmentation).sizes == [224] * 2 + [96] * 6
     schedule = {name: value for name, value in cfg.schedule.items() if name != "unit"}
-    rates = [4.8 * factor for factor in Schedule(**schedule).learning_rate(RunShape(800, 3, 4096))]
+    rates = [4.8 * factor for factor in OptimizerSchedule(**schedule).learning_rate(RunShape(800, 3, 4096))]
     assert (rates[0], rates[29], rates[30]) == pytest.approx((0.3, 4.8, 4.8)) and rates[-1] == pytest.approx(0.0048, abs=1e-5)
