@@ -70,11 +70,12 @@ def mocov3_vit(*, name: str, num_heads: int = 12, image_size: int = 224, frozen_
     if not model.has_class_token or model.num_prefix_tokens != 1 or model.pos_embed is None or model.no_embed_class:
         raise UserError(f"backbone.name must be a ViT with one class token and position embeddings; got {name!r}")
     projection = model.patch_embed.proj
-    inputs = projection.weight[0].numel()  # 3 p^2
+    rows, columns = model.patch_embed.grid_size
+    bound = (6 / (projection.weight[0].numel() + model.num_features)) ** 0.5  # 6 / (3 p^2 + D)
     with torch.no_grad():
         model.pos_embed.zero_()  # the class token's stays so
-        model.pos_embed[0, 1:] = sines_and_cosines(*model.patch_embed.grid_size, model.num_features)
-        nn.init.uniform_(projection.weight, -((6 / (inputs + model.num_features)) ** 0.5), (6 / (inputs + model.num_features)) ** 0.5)
+        model.pos_embed[0, 1:] = sines_and_cosines(rows, columns, model.num_features)
+        nn.init.uniform_(projection.weight, -bound, bound)
         nn.init.zeros_(projection.bias)
     model.pos_embed.requires_grad_(False)
     projection.requires_grad_(not frozen_patches)

@@ -1,6 +1,7 @@
 """Heads between a backbone's features and the embedding that the loss sees."""
 
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from caco.errors import UserError
 
-ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
-INITIALISATIONS = {  # of a linear layer: spread and cut of a truncated normal
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
+INITIALISATIONS: dict[str, Callable[[nn.Linear], tuple[float, float]] | None] = {  # of a linear layer: spread and cut of a truncated normal
     "torch": None,
     "truncated_normal_0.02": lambda layer: (0.02, 2.0),
     "truncated_normal_fan_in": lambda layer: (layer.in_features**-0.5, 2 * layer.in_features**-0.5),

@@ -98,7 +98,8 @@ def test_heads_with_biases_in_some_layers_and_a_last_batchnorm_without_scale():
 
 
 def test_embeddings_are_float32_under_autocast_and_unit_unless_a_predictor_takes_them():
-    encoder = Encoder(backbone=small_resnet(width=8), projector=Projector(in_dim=64, hidden_dim=8, dim=4))
+    torch.manual_seed(0)
+    encoder = Encoder(backbone=small_resnet(width=8), projector=Projector(in_dim=64, hidden_dim=32, dim=4))
     images = torch.randn(6, 3, 16, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embedding, projected = encoder(images), encoder(images, unit=False)
