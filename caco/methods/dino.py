@@ -3,6 +3,9 @@
 Shapes: B this rank's images, D width of the embedding, K prototypes, V views.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from timm.layers import DropPath
@@ -13,6 +16,7 @@ from caco.data.loaders.batches import Batch
 from caco.errors import UserError
 from caco.methods import assignments, diagnostics
 from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
+from caco.nn.heads import Encoder
 from caco.nn.prototypes import NormedPrototypes
 from caco.nn.twin import MomentumTwin
 from caco.schedules import RunShape, Table, cosine
@@ -40,10 +44,13 @@ class DINO(Method):
         centre_momentum: of c, which starts at 0.
     """
 
+    centre: Tensor
+    uses: Tensor
+
     def __init__(
         self,
         *,
-        encoder: nn.Module,
+        encoder: Encoder,
         num_prototypes: int = 65536,
         norm_last_layer: bool = True,
         last_layer_frozen_epochs: int = 1,
@@ -84,8 +91,10 @@ class DINO(Method):
         self.taught: list[Tensor] = []  # mean raw scores [K] of the step in progress, by part of the batch
 
     @property
-    def backbone(self) -> nn.Module:
-        return self.twin.encoder.backbone
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the teacher's; an attribute would be a second part of the state
+        backbone = self.twin.encoder.backbone
+        assert isinstance(backbone, nn.Module)
+        return backbone
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
         """The teacher's m, and its temperature by epoch."""
@@ -128,7 +137,7 @@ class DINO(Method):
         self.uses.zero_()
         return values
 
-    def warning(self, statistics) -> str | None:
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
         wrong = assignments.collapse(statistics)
         if wrong is None:
             return None

@@ -4,6 +4,8 @@ Shapes: B this rank's images, G all ranks', D width of the embedding, K prototyp
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from caco.data.loaders.images import Images
 from caco.errors import UserError
 from caco.methods import assignments, diagnostics
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
+from caco.nn.heads import Encoder
 from caco.nn.prototypes import Prototypes
 from caco.schedules import RunShape
 
@@ -38,11 +41,13 @@ class SwAV(Method):
     """
 
     needs = Needs(whole_batch=True)
+    queue: Tensor
+    uses: Tensor
 
     def __init__(
         self,
         *,
-        encoder: nn.Module,
+        encoder: Encoder,
         num_prototypes: int = 3000,
         temperature: float = 0.1,
         epsilon: float = 0.05,
@@ -72,7 +77,7 @@ class SwAV(Method):
         self.embeddings: list[Tensor] = []  # [B, D] of the step in progress, by assigned view, for the queue
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
         return self.encoder.backbone
 
     def phases(self, run: RunShape) -> list[Phase]:
@@ -135,7 +140,7 @@ class SwAV(Method):
         self.uses.zero_()
         return values
 
-    def warning(self, statistics) -> str | None:
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
         wrong = assignments.collapse(statistics)
         if wrong is None:
             return None
