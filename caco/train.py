@@ -95,8 +95,8 @@ def say_once(message: str) -> None:
 
 
 def _shown(folder: Path) -> str:
-    folder = Path.cwd()
-    return shlex.quote(str(folder.relative_to(folder) if folder.is_relative_to(folder) else folder))
+    current = Path.cwd()
+    return shlex.quote(str(folder.relative_to(current) if folder.is_relative_to(current) else folder))
 
 
 def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:

@@ -207,7 +207,7 @@ def test_help_and_refusals_list_own_options(monkeypatch, capsys):
 
 
 MISTAKES = {
-    ("method=agre",): "method=agre: no such option; did you mean agree? There are: adco, agree, caco, ",
+    ("method=agre",): "method=agre: no such option; did you mean agree? There are: adco, agree, ",
     ("method=agree", "method.temperatur=1"): "method.temperatur: no such key; did you mean temperature?",
     ("method=agree", "method.temperature=hot"): "method.temperature: expected float, got 'hot' (str)",
     ("backbone.depth=3",): "backbone.depth: no such key",

@@ -14,6 +14,7 @@ from tiny import compose, train
 
 from caco import evaluate
 from caco.config import pretrained
+from caco.config.composition import instantiate
 from caco.engine import assembly
 from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
@@ -85,14 +86,14 @@ def test_results_go_into_ledger_summary_and_files_beside_those_of_baselines(here
 def test_the_numbers_are_those_of_the_checkpoints_backbone_the_first_weights_and_the_pixels(here, run_dir):
     assert here(f"run={run_dir}", "eval=[knn]", "baselines=true") == 0
     cfg = compose(*TRAINING)
-    splits, views = assembly.build(cfg.data), assembly.build(cfg.augmentation)
+    splits, views = instantiate(cfg.data), instantiate(cfg.augmentation)
     untrained, trained = assembly.build_method(cfg).backbone, assembly.build_method(cfg).backbone
     method = assembly.build_method(cfg)
     method.load_state_dict(load(run_dir / "checkpoints" / "step_000000006.pt")["method"])
     trained.load_state_dict(method.backbone.state_dict())
     # To one image of 397: other batches are rounded otherwise, which may turn a vote.
     for prefix, backbone in (("", trained), ("untrained/", untrained), ("pixels/", torch.nn.Flatten())):
-        knn = {"knn": assembly.build(compose("eval=[knn]").eval.knn)}
+        knn = {"knn": instantiate(compose("eval=[knn]").eval.knn)}
         expected = Evaluation(knn, splits, views, batch=200, device="cpu", precision="fp32", seed=0).run(backbone, "end")
         assert read_json(run_dir / "summary.json")[f"{prefix}knn20_20pct_top1"] == pytest.approx(expected["knn20_20pct_top1"], abs=0.26), prefix
 

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from caco import plan
 from caco.config import composition
+from caco.config.composition import instantiate
 from caco.engine import assembly
 
 
@@ -23,7 +24,7 @@ def test_operations_are_torch_s_count(overrides):
     """The model's products, of one real step on real tensors; the bank's are by hand, below."""
     cfg = compose(*overrides, "batch=8")
     method = assembly.build_method(cfg).train()
-    views = [torch.randn(8, 3, size, size) for size in assembly.build(cfg.augmentation).sizes]
+    views = [torch.randn(8, 3, size, size) for size in instantiate(cfg.augmentation).sizes]
     with FlopCounterMode(display=False) as counter:
         q, _, _, _ = method.encode(views)
         q = {v: method.predictor(z) for v, z in q.items()} if overrides else q
@@ -38,7 +39,7 @@ def test_operations_of_a_whole_step_are_torch_s_count(method):
     narrow = [] if method in ("barlow", "vicreg") else ["method.predictor_hidden_dim=16"]
     cfg = compose(f"method={method}", "augmentation=digits", "projector=small", "projector.dim=8", "batch=8", *narrow, bank=False)
     built = assembly.build_method(cfg).train()
-    views = [torch.randn(8, 3, size, size) for size in assembly.build(cfg.augmentation).sizes]
+    views = [torch.randn(8, 3, size, size) for size in instantiate(cfg.augmentation).sizes]
     with FlopCounterMode(display=False) as counter:
         built(batch_of(views), now()).loss.backward()
     assert plan.plan(cfg)["model_flops_per_step"] == pytest.approx(counter.get_total_flops(), rel=0.01)

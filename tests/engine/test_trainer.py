@@ -10,6 +10,7 @@ from processes import Process, caco_train
 from tiny import BANK, TINY, batch_of, compose, now, train
 
 from caco.banks.kernels import fused
+from caco.config.composition import instantiate
 from caco.engine import assembly, trainer
 from caco.runs.checkpoint import load
 from caco.tracking.ledger import read_rows
@@ -227,8 +228,8 @@ def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
     cfg = compose("max_steps=3")
     method = assembly.build_method(cfg).train()
     method.load_state_dict(before["method"])
-    loader = assembly.build(cfg.loader).bind(
-        assembly.build(cfg.data).pretrain, assembly.build(cfg.augmentation), batch=64, seed=0, device="cpu"
+    loader = instantiate(cfg.loader).bind(
+        instantiate(cfg.data).pretrain, instantiate(cfg.augmentation), batch=64, seed=0, device="cpu"
     )
     views = [v.contiguous(memory_format=torch.channels_last) for v in next(iter(loader.epoch(0))).views]
     method.twin.update(method.encoder, 0.99)
@@ -296,7 +297,7 @@ def test_accumulated_runs_learn_and_go_on_to_the_same_bits(tmp_path, monkeypatch
     [
         (["accumulate=3"], "expected a divisor of the 64 images of a process .*; got 3"),
         (["accumulate=64"], "leaves at least 2 in each part; got 64"),
-        (["accumulate=2", "pn=none"], "negatives are the batch's other images.* expected null, got 2"),
+        (["accumulate=2", "pn=none"], "the images of a batch meet one another in this method's loss.* expected null, got 2"),
     ],
 )
 def test_batches_that_cannot_be_cut_are_refused(tmp_path, overrides, message):

@@ -201,7 +201,7 @@ def test_the_warm_start_writes_the_keys_in_order_and_then_copies_the_encoder_to_
     q, k = method.encoder(views[0]), method.twin(views[1])
     assert torch.allclose(loss, eq.info_nce(q, k, F.normalize(rows, dim=1), 0.2), atol=1e-12)
     loss.backward()
-    assert method.bank.asked == [], "rows are overwritten, not learned, while the bank fills"
+    assert method.bank.anchors == [], "rows are overwritten, not learned, while the bank fills"
     method.after_step(now("warm start", 0))
     assert torch.equal(method.bank.rows.weight, torch.cat([k, rows[B:]]))
     method.warm_start_loss(list(reversed(views)))
