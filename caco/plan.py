@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from caco import errors
@@ -28,6 +28,7 @@ from caco.config.composition import build
 from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
 from caco.methods.base import Method
+from caco.nn.norm import BATCH_NORMS
 from caco.runs.identity import plain
 from caco.schedules import RunShape
 
@@ -164,7 +165,7 @@ def _counted(text: str) -> tuple[dict[str, float], Method]:
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
     # Autocast keeps a bf16 copy of the weights until the backward pass is over.
     copies = weight_bytes // 2 if cfg.precision == "bf16" else 0
-    norms = [m for part in (encoder, *others) for m in part.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for part in (encoder, *others) for m in part.modules() if isinstance(m, BATCH_NORMS)]
     figures = {
         "flops": flops,
         "activation_bytes": activation_bytes,
@@ -201,8 +202,9 @@ def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision:
         both = counter.get_total_flops()
     for parameter, copied in zip(encoder.parameters(), run.parameters(), strict=True):
         parameter.grad = torch.empty_like(parameter) if copied.grad is not None else None
-    own = {p.untyped_storage()._cdata for p in run.parameters()}
-    kept = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}
+    # Equal for tensors that share their memory, which on meta has no address.
+    own = {StorageWeakRef(p.untyped_storage()) for p in run.parameters()}
+    kept = {StorageWeakRef(x.untyped_storage()): x.untyped_storage().nbytes() for x in held}
     return forward / 2, both / 2, sum(size for key, size in kept.items() if key not in own) / 2
 
 
