@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from caco import errors
@@ -31,6 +31,7 @@ from caco.data.sets.sources import num_images_of
 from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
 from caco.methods.base import Costs, Method
+from caco.nn.norm import BATCH_NORMS
 from caco.runs.identity import plain
 from caco.schedules import RunShape
 
@@ -202,7 +203,7 @@ def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision:
             encoder_flops.append(counter.get_total_flops())
             for other in others:
                 out = other(out)
-        return out, sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}.values())
+        return out, sum({StorageWeakRef(x.untyped_storage()): x.untyped_storage().nbytes() for x in held}.values())
 
     encoder_flops: list[int] = []
     with FlopCounterMode(display=False) as counter:
@@ -218,7 +219,7 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
     """How many numbers the BatchNorm layers sum over the ranks: means and variances, and their gradients."""
 
     def features(*parts: nn.Module) -> int:
-        return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, _BatchNorm))
+        return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, BATCH_NORMS))
 
     backbone, total = features(encoder.get_submodule("backbone")), 0
     for views, numbers, heads in ((costs.encoded, 4, others), (costs.followed, 2, [])):  # a twin has no predictor

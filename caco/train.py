@@ -4,6 +4,7 @@ Everything that can be refused without torch is refused before torch is imported
 """
 
 import functools
+import itertools
 import os
 import shlex
 import sys
@@ -12,8 +13,7 @@ from pathlib import Path
 
 import hydra
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import get_args_parser  # private, but the one that hydra.main reads the same command line with
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -111,7 +111,12 @@ def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
         parsed = parser.parse_overrides(overrides)
         if any(item.is_sweep_override() and not item.is_discrete_sweep() for item in parsed):
             return []
-        return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+        choices = {}  # of a key that is given twice the last ones, as in Hydra
+        for item in parsed:
+            key = item.get_key_element()
+            values = item.sweep_string_iterator() if item.is_sweep_override() else [item.get_value_element_as_str()]
+            choices[key] = [f"{key}={value}" for value in values]
+        return [list(job) for job in itertools.product(*choices.values())]
 
 
 def is_launched(overrides: list[str]) -> bool:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from caco import train
@@ -53,6 +54,24 @@ def test_cfg_job_prints_the_configuration_and_starts_nothing(tmp_path):
     assert "batch: 4096\n" in done.stdout and "size: 98304\n" in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert caco("--cfg", "job", "bach=3", cwd=tmp_path).stderr == "caco: bach: no such key; did you mean batch?\n"
+
+
+SWEEPS = [
+    ["seed=1,2", "bank=4M", "batch=64,128"],
+    ["seed=range(1,4)", "+name='a b','c,d'", "method.temperature=0.1,1e-3"],
+    ["~warm_start", "seed=1,2"],
+    ["eval=[knn],[knn,probe]", "seed=1", "seed=2,3"],
+    ["data.root=choice(/a,/b)", "compile=true"],
+]
+
+
+@pytest.mark.parametrize("overrides", SWEEPS)
+def test_the_jobs_that_are_checked_are_those_that_hydra_then_runs(overrides):
+    """Its sweeper says so in a private place; that one job more or less was checked would show nowhere else."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    expected = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)[0]
+    assert train.jobs(overrides, multirun=True) == expected and len(expected) > 1
 
 
 @pytest.fixture

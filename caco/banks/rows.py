@@ -43,6 +43,19 @@ def many_near_duplicates(statistics: dict[str, float]) -> str | None:
     return f"{percent:.0f} % of the rows have another row within a cosine of {TWIN_COSINE}, so the rows have run into one another"
 
 
+def _gather_rows(rows: "Rows", state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """The whole bank on rank 0, so that a checkpoint does not depend on the number of ranks. A collective."""
+    for name in ("weight", "uses", "velocity"):
+        if prefix + name in state:
+            state[prefix + name] = distributed.gather_on_main(state[prefix + name])
+
+
+def _take_shard(rows: "Rows", state: dict[str, Any], prefix: str, *_: object) -> None:
+    for name in ("weight", "uses", "velocity"):
+        if prefix + name in state:
+            state[prefix + name] = state[prefix + name][rows.first : rows.last]
+
+
 class Rows(nn.Module):
     """`size` vectors of width `dim`, shared out evenly over the ranks, and how often each was chosen as a positive.
 
@@ -73,19 +86,8 @@ class Rows(nn.Module):
         self.register_buffer("uses", torch.zeros(self.last - self.first, dtype=torch.int64))
         if learnable:
             self.register_buffer("velocity", torch.zeros_like(self.weight))
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The whole bank on rank 0, so that a checkpoint does not depend on the number of ranks. A collective."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("weight", "uses", "velocity"):
-            if prefix + name in destination:
-                destination[prefix + name] = distributed.gather_on_main(destination[prefix + name])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("weight", "uses", "velocity"):
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = state_dict[prefix + name][self.first : self.last]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.register_state_dict_post_hook(_gather_rows)
+        self.register_load_state_dict_pre_hook(_take_shard)
 
     def most_probable(self, k_BD: Tensor) -> Tensor:
         """Index of each key's nearest row (Eq. 11), int64 [B]; counted in the statistics of use when training."""

@@ -1,20 +1,21 @@
 """BatchNorm over the batch of all ranks. torch's SyncBatchNorm does it on CUDA and refuses CPU tensors."""
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from caco import distributed
 from caco.errors import UserError
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # timm's layers derive from these
 M = TypeVar("M", bound=nn.Module)
 
 
-class AllRanksBatchNorm(_BatchNorm):
-    """BatchNorm with statistics over all ranks, for CPU processes; the gradient flows through the statistics.
+
+class AllRanksBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of any [B, C, ...] with statistics over all ranks, for CPU processes; the gradient flows through the statistics.
 
     Args:
         replaced: the layer whose place this one takes: it has that one's parameters and statistics, and, as timm's
@@ -28,7 +29,7 @@ class AllRanksBatchNorm(_BatchNorm):
     drop: nn.Module
     act: nn.Module
 
-    def __init__(self, replaced: _BatchNorm):
+    def __init__(self, replaced: Any):
         super().__init__(replaced.num_features, replaced.eps, replaced.momentum, replaced.affine)
         self.weight, self.bias = replaced.weight, replaced.bias  # the twin's stay without gradient
         for name in ("drop", "act"):
@@ -36,11 +37,11 @@ class AllRanksBatchNorm(_BatchNorm):
         self.to(replaced.running_mean).load_state_dict(replaced.state_dict())
         self.train(replaced.training)
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        pass  # any [B, C, ...]
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(self._over_all_ranks(x) if self.training else super().forward(x)))
+        return self.act(self.drop(self._over_all_ranks(x) if self.training else self._as_learned(x)))
+
+    def _as_learned(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     def _over_all_ranks(self, x: Tensor) -> Tensor:
         over = [0, *range(2, x.ndim)]
@@ -61,7 +62,7 @@ class AllRanksBatchNorm(_BatchNorm):
 
 
 # What the layers that we can replace compute: normalisation alone, or with drop-out and activation after it.
-_KNOWN = {_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, AllRanksBatchNorm.forward}
+_KNOWN = {layer.forward for layer in (*BATCH_NORMS, BatchNormAct2d, AllRanksBatchNorm)}
 
 
 def over_all_ranks(module: M, device: torch.device) -> M:
@@ -73,7 +74,7 @@ def over_all_ranks(module: M, device: torch.device) -> M:
     if distributed.world() == 1:
         return module
     for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and type(layer).forward not in _KNOWN:
+        if isinstance(layer, BATCH_NORMS) and type(layer).forward not in _KNOWN:
             raise UserError(
                 f"{name}: expected layers of torch's BatchNorm or timm's BatchNormAct2d, whose statistics can be taken over "
                 f"{distributed.world()} processes, got {type(layer).__name__}: train in one process, or choose another backbone"
@@ -85,7 +86,7 @@ def over_all_ranks(module: M, device: torch.device) -> M:
 def _replaced(module: nn.Module) -> nn.Module:
     if isinstance(module, AllRanksBatchNorm):
         return module
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BATCH_NORMS):
         return AllRanksBatchNorm(module)
     for name, child in module.named_children():
         setattr(module, name, _replaced(child))

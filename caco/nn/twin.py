@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MomentumTwin(nn.Module):
@@ -31,7 +32,8 @@ class MomentumTwin(nn.Module):
     @torch.no_grad()
     def update(self, encoder: nn.Module, momentum: float) -> None:
         """One step towards `encoder`; momentum 0 copies its parameters."""
-        torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
+        step = get_ema_multi_avg_fn(momentum)  # all tensors at once
+        step(list(self.encoder.parameters()), list(encoder.parameters()), None)
 
     @torch.no_grad()
     def forward(self, images: Tensor, **how: bool) -> Tensor:

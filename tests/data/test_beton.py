@@ -19,7 +19,7 @@ from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.errors import FileError, UserError
 from caco.write import write_splits
 
-ffcv_pipeline = pytest.importorskip("caco.data.loaders.ffcv_pipeline", reason="needs FFCV", exc_type=ImportError)
+ffcv_internals = pytest.importorskip("caco.data.loaders.ffcv_internals", reason="needs FFCV", exc_type=ImportError)
 import numba  # noqa: E402
 
 
@@ -81,8 +81,8 @@ def test_images_are_shrunk_to_the_maximum_resolution(tmp_path, write_images):
 def test_ffcv_reads_what_we_write(in_memory, tmp_path, monkeypatch):
     """Through its own decoders, which need images of one size."""
     write_splits(in_memory, tmp_path, mode="raw", num_workers=1)
-    monkeypatch.setattr(ffcv_pipeline.Compiler, "is_enabled", False)
-    loader = ffcv_pipeline.Loader(str(tmp_path / "train.beton"), batch_size=10, num_workers=1, drop_last=False)
+    monkeypatch.setattr(ffcv_internals.Compiler, "is_enabled", False)
+    loader = ffcv_internals.Loader(str(tmp_path / "train.beton"), batch_size=10, num_workers=1, drop_last=False)
     images, labels = zip(*((images.clone(), labels.clone()) for images, labels in loader), strict=True)
     assert np.array_equal(np.concatenate(images), in_memory.train.arrays)
     assert np.array_equal(np.concatenate(labels)[:, 0], in_memory.train.labels)
@@ -94,8 +94,8 @@ def test_ffcvs_pipelines_leave_numbas_types_as_they_are(in_memory, two_views, tm
     write_splits(in_memory, tmp_path, mode="raw", num_workers=1)
     with contextlib.closing(FFCVLoader(num_workers=1).bind(beton(root=str(tmp_path)).train, two_views, batch=8, seed=0)):
         assert numba.uint8[::1] in filed and numba.uint8[::1].mutable
-    monkeypatch.setattr(ffcv_pipeline.Compiler, "is_enabled", False)
-    ffcv_pipeline.Loader(str(tmp_path / "train.beton"), batch_size=10, num_workers=1)
+    monkeypatch.setattr(ffcv_internals.Compiler, "is_enabled", False)
+    ffcv_internals.Loader(str(tmp_path / "train.beton"), batch_size=10, num_workers=1)
     assert numba.uint8[::1] in filed and numba.uint8[::1].mutable
 
 

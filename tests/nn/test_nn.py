@@ -131,6 +131,9 @@ def test_the_twin_follows_parameters_only():
     before = twin.encoder[0].weight.clone()
     twin.update(encoder, 0.9)
     assert torch.allclose(twin.encoder[0].weight, 0.9 * before + 0.1 * encoder[0].weight)
+    assert torch.equal(twin.encoder[0].weight, before.lerp(encoder[0].weight, 1 - 0.9)), (
+        "torch.optim.swa_utils averages in another way: a run that goes on would not come to the bits of one that was never stopped"
+    )
     assert (twin.encoder[1].running_mean == 0).all(), "BatchNorm's statistics are the twin's own"
     twin.update(encoder, 1.0)
     assert torch.allclose(twin.encoder[0].weight, 0.9 * before + 0.1 * encoder[0].weight)

@@ -6,14 +6,12 @@ import math
 import socket
 import statistics
 import time
-from pathlib import Path
 
 import pytest
 
 from caco.tracking.ledger import Ledger
 from caco.tracking.mlflow import MLflowTracker
 
-ROOT = Path(__file__).parents[2]
 PARAMS = {"bank.size": 8192, "pn": "both", "compile": False, "max_steps": None}
 
 

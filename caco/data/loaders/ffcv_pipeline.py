@@ -1,51 +1,29 @@
 """FFCV's loader with one operation of ours: decode each JPEG once and make all of its views.
 
-Importing this imports ffcv, numba and OpenCV, which takes seconds; only loader=ffcv does.
-
-FFCV compiles its pipelines with numba, 12 seconds a process. Ours is one call of compiled code a batch, so it is run as
-plain Python and nothing is compiled. FFCV's other traps are met where they lie: see the comments.
+Importing this imports ffcv, numba and OpenCV, which takes seconds; only loader=ffcv does. What FFCV does not promise to keep as it
+is stands in ffcv_internals.py.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from queue import Empty
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Iterator
 
-import numba
-import numba.typed
 import numpy as np
 import torch
 
 from caco.data.loaders.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
+from caco.data.loaders.ffcv_internals import (
+    Loader,
+    Operation,
+    PipelineSpec,
+    TraversalOrder,
+    end,
+    next_item,
+    uncompiled,
+)
 from caco.data.sets.beton import RAW
 from caco.data.sets.sources import Packed, Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.errors import FileError
-
-
-def _import_ffcv() -> None:
-    """Import ffcv without what its import does to a process: one thread for torch, and five seconds of compiling."""
-    threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
-    numba.typed.Dict = dict  # for a table of two entries, whose methods numba would compile
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # distutils
-            import ffcv.loader  # noqa: F401
-    finally:
-        numba.typed.Dict = typed_dict
-        torch.set_num_threads(threads)
-
-
-_import_ffcv()
-import ffcv.loader.loader  # noqa: E402
-from ffcv.loader import Loader  # noqa: E402
-from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager  # noqa: E402
-from ffcv.pipeline import PipelineSpec  # noqa: E402
-from ffcv.pipeline.compiler import Compiler  # noqa: E402
-from ffcv.pipeline.operation import Operation  # noqa: E402
-from ffcv.traversal_order.base import TraversalOrder  # noqa: E402
 
 
 class FFCVBatches:
@@ -66,7 +44,7 @@ class FFCVBatches:
         self._file = packed.file
         self._operation = DecodeIntoViews(source, packed, seed, corrupt, Compiled(views, device, num_workers))
         self._traversal = _Traversal(packed, len(source), order)
-        with patch.object(Compiler, "is_enabled", False), patch.object(ffcv.loader.loader, "OSCacheManager", _MappedFile):
+        with uncompiled():
             self._loader = Loader(
                 str(packed.file),
                 batch_size=order.size,
@@ -86,75 +64,13 @@ class FFCVBatches:
             return
         running = iter(self._loader)  # FFCV's EpochIterator: a thread that makes batches, and a queue
         try:
-            while (made := _next(running)) is not None:
+            while (made := next_item(running)) is not None:
+                if isinstance(made, Exception) and not isinstance(made, UnreadableImage):
+                    raise made
                 yield made
         finally:
-            _end(running, self._operation)
-
-
-def _state_type(manager: OSCacheManager) -> numba.types.Tuple:
-    """Of (the file's bytes, where images lie in it, how long they are), as FFCV means it.
-
-    FFCV's own sets `mutable` of numba.uint8[::1], and numba has one such type for all: what it compiled for it before is no longer
-    found under it, which it tells, with a traceback for each function, when they are deleted.
-    """
-    bytes_, numbers = numba.types.Array(numba.uint8, 1, "C", readonly=True), numba.uint64[::1]
-    return numba.types.Tuple([bytes_, numbers, numbers])
-
-
-def _compile_reader(manager: OSCacheManager) -> Callable:
-    """As FFCV's, for that type."""
-    state_type = manager.state_type
-
-    def read(place, state):
-        content, places, sizes = state
-        return content[place : place + sizes[np.searchsorted(places, place)]]
-
-    return Compiler.compile(read, state_type[0](numba.uint64, state_type))
-
-
-# Of the class, so that FFCV's own pipelines, compiled beside ours, are spared too.
-OSCacheManager.state_type, OSCacheManager.compile_reader = property(_state_type), _compile_reader
-
-
-class _MappedFile(OSCacheManager):
-    """FFCV's, without its tables of pages, which a mapped file does not need: for ImageNet they take seconds to fill."""
-
-    def __init__(self, reader):
-        self.reader = reader
-        order = np.argsort(reader.alloc_table["ptr"])
-        self.ptrs, self.sizes = reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
-        self.context = OSCacheContext(self)
-
-
-def _next(running: Any) -> Pixels | UnreadableImage | None:
-    """The next batch; where FFCV's own `next` would wait for ever for a thread that has died, an error."""
-    while True:
-        alive = running.is_alive()  # asked before the queue: what it put there last is not overlooked
-        try:
-            item = running.output_queue.get(timeout=0.5)
-        except Empty:
-            if not alive:
-                raise RuntimeError("FFCV's thread has ended without a batch; its own message is above") from None
-            continue
-        if item is None:
-            return None
-        (made,) = item[1]
-        if isinstance(made, Exception) and not isinstance(made, UnreadableImage):
-            raise made
-        return made
-
-
-def _end(running: Any, operation: "DecodeIntoViews") -> None:
-    """End FFCV's thread before anything else begins; it waits for room in its queue, or makes a batch."""
-    operation.ended = True
-    running.terminate_event.set()
-    while running.is_alive():
-        try:
-            running.output_queue.get_nowait()
-        except Empty:
-            running.join(0.01)
-    running.close()
+            self._operation.ended = True
+            end(running)
 
 
 class _Traversal(TraversalOrder):
