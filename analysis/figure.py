@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the images that are drawn, and of t-SNE")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     parser.add_argument("--no-mlflow", action="store_true", help="do not log it to the MLflow runs that it shows")
-    with errors.told():
+    with errors.shown():
         arguments = parser.parse_args(folders.take(sys.argv[1:]))
         paths, places = make(arguments)
         if not arguments.no_mlflow:
@@ -76,10 +76,10 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
     if arguments.scale is None:
         raise UserError(f"figure {name}: expected --scale, the scale whose results it shows")
     table, scale = load_table(arguments.table or OF_RESULTS[name]), load_scale(arguments.scale)
-    there, told = read_results(arguments, scale.id, curves=True)
-    for line in told:
+    results, messages = read_results(arguments, scale.id, curves=True)
+    for line in messages:
         print(f"caco: {line}", file=sys.stderr)
-    found = found_for(table, scale, there, arguments, arguments.rows.split(",") if arguments.rows else None)
+    found = found_for(table, scale, results, arguments, arguments.rows.split(",") if arguments.rows else None)
     return draw(name, found, arguments.out, chosen=arguments.rows is not None, x=arguments.x)
 
 
@@ -94,11 +94,11 @@ def draw(name: str, found: Sequence[Found], out: Path, *, chosen: bool = False, 
     paths = style.save(figure, data, out, f"{scale.id}-{table.id}-figure-{name}")
     shown = {entry["row"] for entry in data if "row" in entry}
     places = [
-        result.place
+        result.mlflow_run
         for row in found
         if row.experiment.row_id in shown
         for result in row.by_seed.values()
-        if result.place is not None
+        if result.mlflow_run is not None
     ]
     return paths, places
 

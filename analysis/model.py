@@ -15,7 +15,7 @@ from caco.banks.base import Bank
 from caco.banks.rows import TWIN_COSINE
 from caco.banks.scoring import unit_rows
 from caco.config import folders
-from caco.config.composition import build
+from caco.config.composition import instantiate
 from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source, Splits, choose, labels_of
 from caco.engine.assembly import build_method
@@ -79,13 +79,13 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
     newest = Checkpoints(run_dir / "checkpoints").load_newest()
     if newest is None:
         raise UserError(f"{run_dir}: has no checkpoint; start its command again to train it")
-    splits = build(cfg.data)
+    splits = instantiate(cfg.data)
     digest = splits.pretrain.digest()
     if digest != newest[0]["data_digest"]:
         raise UserError(f"{run_dir}: expected the images that it was trained on ({newest[0]['data_digest']}), got others ({digest})")
     method = build_method(cfg)
     method.load_state_dict(newest[0]["method"])
-    return Trained(cfg, method.eval(), splits, build(cfg.augmentation), newest[0]["step"])
+    return Trained(cfg, method.eval(), splits, instantiate(cfg.augmentation), newest[0]["step"])
 
 
 def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -> tuple[Figure, Data]:
@@ -189,9 +189,9 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
     axes = figure.subplots()
     names = test.classes or [str(label) for label in range(int(labels_of(test).max()) + 1)]
     for number, label in enumerate(np.unique(labels)):
-        here = placed[labels == label]
+        of_class = placed[labels == label]
         look = {"color": style.CLASS_COLOURS[number % 10], "marker": "os^Dv"[number // 2 % 5]}
-        axes.scatter(here[:, 0], here[:, 1], s=7, linewidths=0, alpha=0.8, label=names[int(label)], **look)
+        axes.scatter(of_class[:, 0], of_class[:, 1], s=7, linewidths=0, alpha=0.8, label=names[int(label)], **look)
     axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2", aspect="equal")
     axes.grid(visible=False)
     if len(names) <= 20:
@@ -305,7 +305,7 @@ def pixels_knn(trained: Trained) -> float | None:
         return None
     # Nothing is multiplied to make these features, so no precision and no device changes them.
     evaluation = Evaluation(
-        {name: build(node)}, splits, trained.views, batch=256, device="cpu", precision="fp32", seed=trained.cfg.seed
+        {name: instantiate(node)}, splits, trained.views, batch=256, device="cpu", precision="fp32", seed=trained.cfg.seed
     )
     (accuracy,) = evaluation.run(RawPixels(trained.cfg.augmentation.size), "end").values()
     return accuracy

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, metavar="FILE", help="by default picture.png in the run's directory")
     parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
     parser.add_argument("--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)")
-    with errors.told():
+    with errors.shown():
         print(make(parser.parse_args(folders.take(sys.argv[1:]))))
 
 
@@ -211,9 +211,9 @@ def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) 
     axes.set_xticks([tick for tick in ticks if 0 <= tick <= last])
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.tick_params(labelsize=9, colors=INK, length=3)
-    places = spread([level for level, *_ in levels], (high - low) * 0.38 / _inches(axes))
-    for (level, what, colour), place in zip(levels, places, strict=True):
-        beside = {"xy": (1, place), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "color": colour}
+    positions = spread([level for level, *_ in levels], (high - low) * 0.38 / _inches(axes))
+    for (level, what, colour), position in zip(levels, positions, strict=True):
+        beside = {"xy": (1, position), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "color": colour}
         axes.annotate(f"{level:.1f}", xytext=(9, 0), fontsize=12, weight="bold", va="bottom", **beside)
         axes.annotate(what, xytext=(9, -1), fontsize=8.5, va="top", **beside)
 
@@ -251,8 +251,8 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
             left = BEFORE + n * (TILE + GAP)
             pixels = trained.views.plain_pixels(rows.images.image(int(rows.image_RN[r, n])))
             smooth = len(pixels) > TILE * DOTS_PER_INCH  # larger than its tile
-            place = (left, left + TILE, top + TILE, top)
-            axes.imshow(pixels, extent=place, interpolation="antialiased" if smooth else "nearest")
+            position = (left, left + TILE, top + TILE, top)
+            axes.imshow(pixels, extent=position, interpolation="antialiased" if smooth else "nearest")
             if label_RN is not None and common_R is not None and label_RN[r, n] != common_R[r]:
                 axes.add_patch(Rectangle((left, top), TILE, TILE, fill=False, edgecolor=ODD, linewidth=2))
         cosines = f"cosine {rows.cosine_RN[r, 0]:.2f} to {rows.cosine_RN[r, -1]:.2f}"

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--data-root", metavar="PATH", help="where those runs' images are now")
     add_sources(parser)
     parser.add_argument("--out", type=Path, help="the page; by default SCALE.html or SWEEP.html")
-    with errors.told():
+    with errors.shown():
         arguments = parser.parse_args(folders.take(sys.argv[1:]))
         page = of_sweep(arguments) if arguments.sweep else of_scale(arguments)
         out = arguments.out or Path(f"{arguments.scale or arguments.sweep.resolve().name}.html")
@@ -62,17 +62,17 @@ def of_scale(arguments: argparse.Namespace) -> str:
         UserError: nothing has been run at it.
     """
     scale = load_scale(arguments.scale)
-    there, told = read_results(arguments, scale.id, curves=True)
-    needed = f"scale {scale.id}: no results among {len(there)}; this makes some: python -m experiments.run table7 scale={scale.id}"
-    if not there:
+    runs, messages = read_results(arguments, scale.id, curves=True)
+    needed = f"scale {scale.id}: no results among {len(runs)}; this makes some: python -m experiments.run table7 scale={scale.id}"
+    if not runs:
         raise UserError(needed)
-    sheets, without = [], list(told)
+    sheets, without = [], list(messages)
     figures: list[dict[str, Any]] = []
     used: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.tables.split(",") if arguments.tables else tables():
             of_paper = load_table(name)
-            found = results.find(of_paper, scale, there)
+            found = results.find(of_paper, scale, runs)
             if not any(row.by_seed for row in found) and not arguments.tables:
                 continue
             used |= {result.hash: result for row in found for result in row.by_seed.values()}
@@ -84,7 +84,7 @@ def of_scale(arguments: argparse.Namespace) -> str:
             raise UserError(needed)
         _of_runs(figures, without, arguments, Path(folder))
     title = f"Scale {scale.id}: {scale.title}"
-    sources = sorted({result.source for result in there})
+    sources = sorted({result.source for result in runs})
     about = f"{len(used)} runs of the paper's tables, from {', '.join(sources)}. Published numbers are the paper's (arXiv 2203.14370)."
     return render(title, about, sheets, figures, without, list(used.values()))
 
@@ -101,32 +101,32 @@ def of_sweep(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         record.write_json(path, record.gather(finished))
-        there, _ = results.from_records([path])
+        runs, _ = results.from_records([path])
         figures: list[dict[str, Any]] = []
         without: list[str] = []
         _of_runs(figures, without, arguments, Path(folder))
-    about = f"{len(there)} finished runs in {arguments.sweep}."
+    about = f"{len(runs)} finished runs in {arguments.sweep}."
     unfinished = sorted(path.parent.name for path in arguments.sweep.glob("*/config.yaml") if path.parent not in finished)
     without += [f"{name}: has not finished and is not shown" for name in unfinished]
-    sheet = Sheet("Runs", [], *_runs_table(there), notes=table.provenance(there))
-    return render(f"Sweep {arguments.sweep.resolve().name}", about, [{"id": "runs", "sheet": sheet}], figures, without, there)
+    sheet = Sheet("Runs", [], *_runs_table(runs), notes=table.provenance(runs))
+    return render(f"Sweep {arguments.sweep.resolve().name}", about, [{"id": "runs", "sheet": sheet}], figures, without, runs)
 
 
-def _runs_table(there: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def _runs_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """A line a run: the settings in which they differ, then the main metrics."""
-    keys = sorted({key for r in there for key in r.config if len({str(q.config.get(key, "-")) for q in there}) > 1})
+    keys = sorted({key for r in results for key in r.config if len({str(q.config.get(key, "-")) for q in results}) > 1})
     shown = [key for key in keys if not key.endswith(("._target_", ".seed"))]
-    measured = _measured(there)
+    measured = _measured(results)
     rows = [
         [result.name[-10:], *(str(result.config.get(key, "-")) for key in shown), *_values(result, measured)]
-        for result in sorted(there, key=lambda result: [str(result.config.get(key, "")) for key in shown])
+        for result in sorted(results, key=lambda result: [str(result.config.get(key, "")) for key in shown])
     ]
     return ["run", *shown, *map(heading, measured)], rows
 
 
-def _measured(there: Sequence[Result]) -> list[str]:
+def _measured(results: Sequence[Result]) -> list[str]:
     """The main metrics of these runs: top-1 accuracies by their names, and what is told of every run."""
-    found = {metric for result in there for metric in result.summary}
+    found = {metric for result in results for metric in result.summary}
     return metrics.accuracies(found) + [metric for metric in SUMMARY if metric in found]
 
 

@@ -53,7 +53,7 @@ class Result:
     curve: list[dict[str, Any]]
     label: dict[str, str]
     source: str
-    place: tuple[str, str] | None = None
+    mlflow_run: tuple[str, str] | None = None
 
     def value(self, metric: str) -> float | None:
         """A final metric, or one that follows from several; None if it was not measured."""
@@ -113,7 +113,7 @@ def from_records(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
         UserError: a file is no record.
     """
     parts = [[run | {"source": str(path)} for run in record.read(path)] for path in paths]
-    runs, told = record.merge(parts)
+    runs, messages = record.merge(parts)
     return [
         Result(
             name=run["name"],
@@ -126,10 +126,10 @@ def from_records(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
             curve=run["curve"],
             label=run.get("experiment", {}),
             source=run["source"],
-            place=_place(run["name"], run.get("experiment", {})),
+            mlflow_run=_place(run["name"], run.get("experiment", {})),
         )
         for run in runs
-    ], told
+    ], messages
 
 
 def _place(name: str, label: dict[str, str]) -> tuple[str, str] | None:
@@ -206,7 +206,7 @@ def _of_mlflow(client: Any, run: Any, uri: str, curves: bool) -> Result:
         curve=[names.row(row) for row in curve],
         label={},
         source=uri,
-        place=(uri, run.info.run_id),
+        mlflow_run=(uri, run.info.run_id),
     )
 
 

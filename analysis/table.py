@@ -147,7 +147,7 @@ def _against_paper(row: Found, column: str, metric: str) -> str:
 
 def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[str, list[str]]) -> list[str]:
     notes = []
-    there = [result for row in found for result in row.by_seed.values()]
+    results = [result for row in found for result in row.by_seed.values()]
     if not scale.same_as_paper:
         notes.append("Data, recipe and metric are not the paper's: compare ours with ours, and the paper's with the paper's.")
     if any(any(measured.values()) and row.by_seed for row in found):
@@ -170,15 +170,15 @@ def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[st
     unmeasured = [heading for column, heading in table.columns.items() if not measured[column]]
     if unmeasured:
         notes.append(f"Scale {scale.id} measures nothing for: {', '.join(unmeasured)}.")
-    return notes + provenance(there)
+    return notes + provenance(results)
 
 
-def provenance(there: Sequence[Result]) -> list[str]:
+def provenance(results: Sequence[Result]) -> list[str]:
     """On what, with what and by which code; more than one of any is worth a reader's notice."""
     lines = []
-    digests = sorted({f"{r.summary.get('data', '?')} ({r.summary.get('data_digest', '?')})" for r in there})
-    machines = sorted({machine(r.environment) for r in there})
-    codes = sorted({code(r.environment) for r in there})
+    digests = sorted({f"{r.summary.get('data', '?')} ({r.summary.get('data_digest', '?')})" for r in results})
+    machines = sorted({machine(r.environment) for r in results})
+    codes = sorted({code(r.environment) for r in results})
     for name, values in (("Data", digests), ("Machine", machines), ("Code", codes)):
         if values:
             lines.append(f"{name}: {'; '.join(values)}.")
@@ -326,13 +326,13 @@ def read_results(arguments: argparse.Namespace, scale: str, *, curves: bool = Fa
     return results.from_records(arguments.records or results.default_records(scale))
 
 
-def found_for(table: Table, scale: Scale, there: Sequence[Result], arguments: argparse.Namespace, rows: Sequence[str] | None = None) -> list[Found]:
+def found_for(table: Table, scale: Scale, runs: Sequence[Result], arguments: argparse.Namespace, rows: Sequence[str] | None = None) -> list[Found]:
     """As results.find, where somebody named a source that must hold something.
 
     Raises:
         UserError: it holds nothing of this table at this scale; says what would make it.
     """
-    found = results.find(table, scale, there, rows)
+    found = results.find(table, scale, runs, rows)
     if (arguments.mlflow or arguments.records) and not any(row.by_seed for row in found):
         source = arguments.mlflow or ", ".join(map(str, arguments.records))
         refused = [line for row in found for line in row.refused]
@@ -340,7 +340,7 @@ def found_for(table: Table, scale: Scale, there: Sequence[Result], arguments: ar
         raise UserError(
             "\n  ".join(
                 [
-                    f"{source}: no run of {table.id} at scale {scale.id} among its {len(there)}; this makes them:",
+                    f"{source}: no run of {table.id} at scale {scale.id} among its {len(runs)}; this makes them:",
                     f"python -m experiments.run {table.id} scale={scale.id}{tracking}",
                     *refused,
                 ]
@@ -356,7 +356,7 @@ def main() -> None:
     parser.add_argument("--rows", help="these rows of the table alone, as none,both")
     parser.add_argument("--format", choices=FORMATS, default="text")
     add_sources(parser)
-    with errors.told():
+    with errors.shown():
         arguments = parser.parse_args(folders.take(sys.argv[1:]))
         print(_main(arguments))
 
@@ -369,10 +369,10 @@ def _main(arguments: argparse.Namespace) -> str:
         scale = load_scale(name)
         if not arguments.scale and not (arguments.mlflow or arguments.records or results.default_records(name)):
             continue
-        there, told = read_results(arguments, name)
-        for line in told:
+        runs, messages = read_results(arguments, name)
+        for line in messages:
             print(f"caco: {line}", file=sys.stderr)
-        found = found_for(table, scale, there, arguments, rows)
+        found = found_for(table, scale, runs, arguments, rows)
         if arguments.scale or any(row.by_seed for row in found):
             parts.append((scale, found))
     if not parts:

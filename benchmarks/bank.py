@@ -32,6 +32,7 @@ from benchmarks import step
 from benchmarks.common import (
     CLOCKS,
     Report,
+    formatted,
     lacks_bf16,
     lacks_gpu,
     lacks_kernel,
@@ -42,7 +43,6 @@ from benchmarks.common import (
     say,
     seconds,
     spread,
-    told,
     turns,
 )  # fmt: skip
 from benchmarks.published import LR, MOMENTUM, TAU, Published
@@ -58,11 +58,11 @@ FULL_CURVE = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [
 @contextlib.contextmanager
 def streamed() -> Iterator[None]:
     """The path of PyTorch alone."""
-    serves, fused.serves = fused.serves, lambda *tensors: False
+    supports, fused.supports = fused.supports, lambda *tensors: False
     try:
         yield
     finally:
-        fused.serves = serves
+        fused.supports = supports
 
 
 class How(NamedTuple):
@@ -135,7 +135,7 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
         gflops = 5 * 2 * N * K * D / taken / 1e9
         figures[way] = {"seconds": taken, **named(ratio, "ratio"), "gflops": gflops}
         report.row(
-            f"step of {way}, N {N}, K {K:,}, D {D}", f"{told(ratio, digits=1)} times as fast as the published",
+            f"step of {way}, N {N}, K {K:,}, D {D}", f"{formatted(ratio, digits=1)} times as fast as the published",
             f"{taken:.3f} s to {figures['published_seconds']:.2f} s; {gflops:.0f} GFLOP/s",
         )  # fmt: skip
     report.row("the best matrix product", ", ".join(f"{name} {figures[f'{name}_peak_gflops']:.0f} GFLOP/s" for name in peaks), "")

@@ -73,7 +73,7 @@ def machine() -> dict[str, str]:
     """What a figure has to name."""
     return {
         "processor": environment()["cpu"],
-        "instructions": instructions.told().partition(": ")[2],
+        "instructions": instructions.summary().partition(": ")[2],
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
     }
@@ -118,7 +118,7 @@ def named(values: dict[str, float], name: str) -> dict[str, float]:
     return {name: values["median"], f"{name}_min": values["min"], f"{name}_max": values["max"]}
 
 
-def told(values: dict[str, float], unit: str = "", *, scale: float = 1, digits: int = 2) -> str:
+def formatted(values: dict[str, float], unit: str = "", *, scale: float = 1, digits: int = 2) -> str:
     """A spread in words."""
     median, least, most = (f"{scale * values[key]:.{digits}f}" for key in ("median", "min", "max"))
     return f"{median}{unit} ({least} to {most})"

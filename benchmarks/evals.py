@@ -27,8 +27,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from benchmarks.common import Report, named, parser, ratios, say, spread, told
-from caco.config.composition import build, compose
+from benchmarks.common import Report, formatted, named, parser, ratios, say, spread
+from caco.config.composition import compose, instantiate
 from caco.evals.features import FeatureStore
 from caco.evals.knn import knn_predict, knn_votes
 from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
@@ -123,9 +123,9 @@ def neighbours(images: int, queries: int, width: int, runs: int) -> dict:
 
 def cached(runs: int) -> dict:
     cfg = compose(["preset=demo"])
-    splits, views = build(cfg.data), build(cfg.augmentation)
+    splits, views = instantiate(cfg.data), instantiate(cfg.augmentation)
     torch.manual_seed(0)
-    backbone = build(cfg.backbone).eval()
+    backbone = instantiate(cfg.backbone).eval()
     times = []
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def _ratio(figures: dict) -> str:
-    return told({"median": figures["ratio"], "min": figures["ratio_min"], "max": figures["ratio_max"]})
+    return formatted({"median": figures["ratio"], "min": figures["ratio_min"], "max": figures["ratio_max"]})
 
 
 if __name__ == "__main__":

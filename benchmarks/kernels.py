@@ -31,7 +31,7 @@ class Used(NamedTuple):
     shared_kib: float
 
 
-def used(name: str, D: int, *, low: bool, arch: int) -> Used:
+def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
     """Compile one kernel, with all that it can compute, for sm_`arch`."""
     import triton  # not on every machine
     from triton.backends.compiler import GPUTarget
@@ -40,12 +40,12 @@ def used(name: str, D: int, *, low: bool, arch: int) -> Used:
     from caco.banks.kernels import triton_kernels
 
     kernel = triton_kernels.KERNELS[name]
-    fixed, options = triton_kernels.constants(name, D, low=low, hopper=arch // 10 in (9, 10))
+    fixed, options = triton_kernels.constants(name, D, bf16=bf16, hopper=arch // 10 in (9, 10))
     block = f"{fixed['BLOCK_N']} x {fixed['BLOCK_R']}"
     fixed |= {"forward": {"SECOND": True, "SUMS": True}, "nearest": {"T": triton_kernels.TOP}, "update": {"NORMALISE": True}}[name]
     signature = {
         argument: "constexpr" if argument in fixed
-        else ARGUMENTS.get(argument, "*bf16" if argument == "q_ptr" and low else "*fp32" if argument.endswith("_ptr") else "fp32")
+        else ARGUMENTS.get(argument, "*bf16" if argument == "q_ptr" and bf16 else "*fp32" if argument.endswith("_ptr") else "fp32")
         for argument in kernel.arg_names
     }  # fmt: skip
     aligned = {(at,): [["tt.divisibility", 16]] for at, argument in enumerate(kernel.arg_names) if argument.endswith("_ptr")}
@@ -55,9 +55,9 @@ def used(name: str, D: int, *, low: bool, arch: int) -> Used:
         file.write(done.asm["cubin"])
         file.flush()
         tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        told = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     # Without calls the only use of a stack is for spilled registers.
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
     return Used(block, options["num_warps"], int(registers), int(stack), done.metadata.shared / 1024)
 
 
@@ -80,7 +80,7 @@ def main() -> None:
                 say(f"sm_{arch}: {name} in bfloat16 and float32, widths {', '.join(map(str, widths))}")
                 for factors in ("bfloat16", "float32"):
                     for D in widths:
-                        one = used(name, D, low=factors == "bfloat16", arch=arch)
+                        one = used(name, D, bf16=factors == "bfloat16", arch=arch)
                         shared = f"{one.shared_kib:.1f} ({MOST_KIB.get(arch, 99)})"
                         report.row(f"sm_{arch}", name, factors, D, one.block, one.warps, one.registers, one.spilled, shared)
                         report.figures["kernels"].append({"arch": arch, "name": name, "factors": factors, "D": D, **one._asdict()})

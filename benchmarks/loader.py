@@ -39,7 +39,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 
-from benchmarks.common import Report, parser, ratios, say, spread, told, turns
+from benchmarks.common import Report, formatted, parser, ratios, say, spread, turns
 from caco.config.composition import CONF
 from caco.data.loaders.ffcv_loader import FFCVLoader, what_ffcv_lacks
 from caco.data.loaders.torch_loader import TorchLoader
@@ -203,10 +203,10 @@ def decode(source: Any, workers: int) -> Contender:
 
 FIRST_BATCH = """
 import sys, time, torch
-from caco.config.composition import build, compose
+from caco.config.composition import instantiate, compose
 from caco.data.loaders.ffcv_loader import FFCVLoader
 cfg = compose(["data=beton", "data.root=" + sys.argv[1]])
-views, source = build(cfg.augmentation), build(cfg.data).pretrain
+views, source = instantiate(cfg.augmentation), instantiate(cfg.data).pretrain
 started = time.perf_counter()
 next(FFCVLoader(num_workers=int(sys.argv[2])).bind(source, views, batch=int(sys.argv[3]), seed=0).epoch(0))
 print(time.perf_counter() - started, flush=True)
@@ -252,7 +252,7 @@ class Comparison:
         for key, (a, b) in keys.items():
             if a in rates and b in rates:
                 self.report.figures[key] = ratio = ratios(rates[a], rates[b])
-                self.report.row(f"{what}: {a} / {b}", key, told(ratio), f"{medians[a]:,.0f} to {medians[b]:,.0f} images a second")
+                self.report.row(f"{what}: {a} / {b}", key, formatted(ratio), f"{medians[a]:,.0f} to {medians[b]:,.0f} images a second")
         for contender in contenders.values():
             contender.close()
 
@@ -301,7 +301,7 @@ class Comparison:
         say(f"first: the first batch of {1 + self.runs} new processes")
         times = spread([first_batch(self.top / "jpeg", self.sizes.batch, self.workers) for _ in range(1 + self.runs)][1:])
         self.report.figures["first_batch_s"] = times
-        self.report.row("seconds to the first batch, new process, FFCV's import included", "first_batch_s", told(times), "")
+        self.report.row("seconds to the first batch, new process, FFCV's import included", "first_batch_s", formatted(times), "")
 
 
 def photos_in(given: Path | None, top: Path, sizes: Sizes) -> Source:

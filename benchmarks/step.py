@@ -17,11 +17,12 @@ if not __package__:  # typed as above: the caco and the benchmarks of this check
 
 import torch
 
-from benchmarks.common import Report, lacks_bf16, named, parser, ratios, say, seconds, spread, told, turns
+from benchmarks.common import Report, formatted, lacks_bf16, named, parser, ratios, say, seconds, spread, turns
 from benchmarks.published import Published
 from caco.config import composition
+from caco.config.composition import instantiate
 from caco.data.loaders.batches import Batch
-from caco.engine.assembly import build, build_method, pick_device
+from caco.engine.assembly import build_method, pick_device
 from caco.methods.base import TRAINING, Now
 
 DEFAULT = ["backbone=small_resnet", "augmentation=cifar", "projector.hidden_dim=256", "batch=256", "bank=8M"]
@@ -47,11 +48,11 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         cfg = composition.job_config(composition.compose([*base, FP32]))
     say(f"step: {' '.join(overrides)}")
     method = build_method(cfg).to(device=device, memory_format=torch.channels_last).train()
-    optimizer = build(cfg.optimizer, groups=method.parameter_groups())
+    optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
     generator = torch.Generator().manual_seed(0)
     views = [
         torch.randn(cfg.batch, 3, size, size, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
-        for size in build(cfg.augmentation).sizes
+        for size in instantiate(cfg.augmentation).sizes
     ]
     comparable = method.positives.bank_rows and len(views) == 2
     published = Published(method.bank.rows.weight.detach()) if comparable else None
@@ -104,13 +105,13 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     }
     taken, model = figures["step_seconds"], figures["model_seconds"]
     report.row(
-        f"share of a step in {cfg.precision} outside the model", told(overhead, " %", scale=100, digits=0),
+        f"share of a step in {cfg.precision} outside the model", formatted(overhead, " %", scale=100, digits=0),
         f"step {taken:.3f} s, pure model {model:.3f} s",
     )  # fmt: skip
     if published:
         against = ratios(times["published"], times["step"])
         figures |= named(against, "vs_published")
-        report.row("that step with the published bank", f"{told(against)} times as long", f"{figures['published_seconds']:.3f} s")
+        report.row("that step with the published bank", f"{formatted(against)} times as long", f"{figures['published_seconds']:.3f} s")
     return figures
 
 

@@ -137,6 +137,22 @@ def sum_with_gradient(x: Tensor) -> Tensor:
     return x if world() == 1 else _SumWithGradient.apply(x)
 
 
+class _SumForAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * world()
+
+
+def sum_for_all(x: Tensor) -> Tensor:
+    """Sum over the ranks from which every rank goes on to compute the same. So the gradients that they hold for it are equal, and
+    their sum, as in `sum_with_gradient`, needs no message."""
+    return x if world() == 1 else _SumForAll.apply(x)
+
+
 def own(x: Tensor, part: int) -> Tensor:
     """This rank's `part` rows of a gathered tensor."""
     return x[rank() * part : (rank() + 1) * part]

@@ -58,8 +58,8 @@ def python() -> Iterator[Finding]:
 
 def cpu() -> Iterator[Finding]:
     """Which instructions it has, and which are asked for; `native` and `torch` say what serves."""
-    asked = f"{instructions.VARIABLE}={instructions.LEVEL}" if instructions.LEVEL else f"the best serves, {instructions.VARIABLE} is not set"
-    yield Finding("cpu", "works", f"{environment()['cpu']}: {', '.join(instructions.processor())}; {asked}")
+    wanted = f"{instructions.VARIABLE}={instructions.LEVEL}" if instructions.LEVEL else f"the best serves, {instructions.VARIABLE} is not set"
+    yield Finding("cpu", "works", f"{environment()['cpu']}: {', '.join(instructions.processor())}; {wanted}")
 
 
 def torch() -> Iterator[Finding]:
@@ -149,14 +149,14 @@ def slurm() -> Iterator[Finding]:
     else:
         try:
             command = ["sinfo", "--noheader", "--format=%P %D %c %G"]
-            told = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True).stdout.splitlines()
+            output = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True).stdout.splitlines()
         except subprocess.CalledProcessError as error:
-            told, why = [], error.stderr.strip().splitlines()[-1:] or ["sinfo fails"]
+            output, why = [], error.stderr.strip().splitlines()[-1:] or ["sinfo fails"]
             yield Finding("slurm", "absent", why[0], "a cluster's login node has it set up; or set SLURM_CONF")
         except subprocess.TimeoutExpired:
-            told = []
+            output = []
             yield Finding("slurm", "broken", "sinfo has not answered for 15 s", "is its controller up? scontrol ping")
-        for line in told:
+        for line in output:
             partition, nodes, cpus, gpus = line.split(maxsplit=3)
             gpus = "no GPUs" if gpus == "(null)" else gpus
             yield Finding("slurm", "works", f"partition {partition}: {nodes} nodes of {cpus} CPUs, {gpus}")
@@ -203,20 +203,20 @@ def mlflow() -> Iterator[Finding]:
 
 def disk() -> Iterator[Finding]:
     """Where runs go: the working directory."""
-    here = Path.cwd()
+    folder = Path.cwd()
     try:
-        with tempfile.TemporaryFile(dir=here) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        yield Finding("disk", "broken", f"{here}: {_line(error)}", "run it in a folder that can be written and locked")
+        yield Finding("disk", "broken", f"{folder}: {_line(error)}", "run it in a folder that can be written and locked")
         return
-    free = shutil.disk_usage(here).free / 2**30
+    free = shutil.disk_usage(folder).free / 2**30
     low = free < 5
     do = "a ResNet-50 run keeps two checkpoints of 0.6 GB and its model" if low else ""
-    yield Finding("disk", "broken" if free < 0.5 else "works", f"{free:.0f} GiB free in {here}", do)
+    yield Finding("disk", "broken" if free < 0.5 else "works", f"{free:.0f} GiB free in {folder}", do)
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < 1:
         yield Finding("disk", "broken", f"{size:.2f} GiB of shared memory", "loader workers need more: docker run --ipc=host, or loader.num_workers=0")

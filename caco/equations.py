@@ -177,3 +177,45 @@ def bank_update(
     elif reading != "code":
         raise ValueError(f"reading must be 'paper' or 'code'; got {reading!r}")
     return w_KD, velocity_KD
+
+
+# Of methods with prototypes: SwAV (arXiv 2006.09882) and DINO (arXiv 2104.14294). K prototypes, tau the student's temperature.
+
+
+def sinkhorn(score_BK: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
+    """Soft codes that use every prototype equally often: SwAV's assignment of a batch, as its code computes it.
+
+    Q = exp(s / epsilon) over its sum; then in turn each prototype's column over K times its sum, each image's row over B times its sum;
+    at last times B.
+
+    Source: SwAV, Eqs. 3 to 5 and its distributed_sinkhorn. Returns [B, K], rows sum to 1.
+    """
+    B, K = score_BK.shape
+    q_BK = torch.exp(score_BK / epsilon)
+    q_BK = q_BK / q_BK.sum()
+    for _ in range(iterations):
+        q_BK = q_BK / q_BK.sum(0, keepdim=True) / K
+        q_BK = q_BK / q_BK.sum(1, keepdim=True) / B
+    return q_BK * B
+
+
+def cross_view_loss(targets: list[Tensor], scores: list[Tensor], tau: float) -> Tensor:
+    """Cross-entropy between the target distribution of one view and the softmax of another's scores, over all pairs of two views.
+
+    1 / (T (V - 1)) sum_t sum_{v != t} -(1/B) sum_i sum_k q_tik log softmax(s_vi / tau)_k
+
+    Source: SwAV, Eqs. 1 and 6; DINO, Eq. 3 (averaged over the pairs, as its code does).
+    Args:
+        targets: of the first T views, [B, K] each. scores: of all V views, [B, K] each.
+    Returns:
+        a scalar.
+    """
+    terms = [
+        F.cross_entropy(s_BK / tau, q_BK) for t, q_BK in enumerate(targets) for v, s_BK in enumerate(scores) if v != t
+    ]
+    return torch.stack(terms).mean()
+
+
+def dino_targets(teacher_BK: Tensor, centre_K: Tensor, tau: float) -> Tensor:
+    """What the teacher's scores of a view say: centred, then sharpened at the teacher's temperature. Returns [B, K]."""
+    return torch.softmax((teacher_BK - centre_K) / tau, 1)

@@ -28,7 +28,7 @@ def is_for_user(error: BaseException) -> bool:
     return isinstance(error, UserError) and os.environ.get("CACO_TRACEBACK") != "1"
 
 
-def tell(error: Exception) -> None:
+def show(error: Exception) -> None:
     """Show the message, once: a job of a sweep tells it before the sweep ends with the same error."""
     if not getattr(error, "is_told", False):
         print(f"caco: {error}", file=sys.stderr)
@@ -51,7 +51,7 @@ def require_contract(key: str, part: object, contract: type) -> None:
 
 
 @contextlib.contextmanager
-def told(*, interrupted: str = "") -> Iterator[None]:
+def shown(*, interrupted: str = "") -> Iterator[None]:
     """Around a command: a UserError is shown in its own words and ends the process with exit code 2, Ctrl-C with 130.
 
     Args:
@@ -62,7 +62,7 @@ def told(*, interrupted: str = "") -> Iterator[None]:
     except UserError as error:
         if not is_for_user(error):
             raise
-        tell(error)
+        show(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print("caco: interrupted" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)

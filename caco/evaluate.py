@@ -45,7 +45,7 @@ def main() -> None:
 def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Callable[[DictConfig], None]) -> None:
     """The command line of a root in conf/: help, configuration, or `act` on what was composed and checked; exit code 2 on a
     refusal."""
-    with errors.told(interrupted="the same command goes on with what is left to do"):
+    with errors.shown(interrupted="the same command goes on with what is left to do"):
         overrides = folders.take(sys.argv[1:])
         flags = [item for item in overrides if item.startswith("-")]
         if {"-h", "--help"} & set(flags) or not overrides:
@@ -62,22 +62,22 @@ def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Cal
 
 
 def _evaluate(cfg: DictConfig) -> None:
-    place = None if cfg.run is None else pretrained.locate(cfg.run)
-    results_dir = _results_dir(cfg, place)
+    location = None if cfg.run is None else pretrained.locate(cfg.run)
+    results_dir = _results_dir(cfg, location)
     say_if_mlflow_is_missing(cfg, sys.argv[1:], results_dir)
     if directory.is_first_rank():
         results_dir.mkdir(parents=True, exist_ok=True)
         directory.hold(results_dir)
-    from caco.engine.assembly import evaluate  # here and not above: it imports torch
+    from caco.engine.assembly import run_evaluation  # here and not above: it imports torch
 
-    evaluate(cfg, place, results_dir)
+    run_evaluation(cfg, location, results_dir)
 
 
-def _results_dir(cfg: DictConfig, place: pretrained.Place | None) -> Path:
+def _results_dir(cfg: DictConfig, location: pretrained.Location | None) -> Path:
     if cfg.to is not None:
         return Path(cfg.to).expanduser()
-    if place is not None:
-        return place.run_dir
+    if location is not None:
+        return location.run_dir
     return Path("evaluations") / f"{Path(cfg.weights).stem}-{cfg.weights_digest}"
 
 

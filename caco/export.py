@@ -42,12 +42,13 @@ def main() -> None:
 
 
 def _export(cfg: DictConfig) -> None:
-    place = None if cfg.run is None else pretrained.locate(cfg.run)
-    from caco.engine.assembly import build, load_pretrained  # here and not above: it imports torch
+    location = None if cfg.run is None else pretrained.locate(cfg.run)
+    from caco.config.composition import instantiate
+    from caco.engine.assembly import load_pretrained  # here and not above: it imports torch
 
-    backbone = build(cfg.backbone)
-    path, step = load_pretrained(cfg, place, backbone)
-    run = {} if place is None else {"run": place.run_dir.name, "step": step, "summary": recorded.read(place.run_dir).summary}
+    backbone = instantiate(cfg.backbone)
+    path, step = load_pretrained(cfg, location, backbone)
+    run = {} if location is None else {"run": location.run_dir.name, "step": step, "summary": recorded.read(location.run_dir).summary}
     about = {"weights": str(path), **run, "augmentation": plain(cfg)["augmentation"]}
     for file in export(backbone, plain(cfg)["backbone"], list(cfg.layouts), Path(cfg.to).expanduser(), about):
         print(file)
@@ -100,11 +101,12 @@ def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> d
     """What timm reads beside model.safetensors."""
     views = about["augmentation"]
     size = node.get("image_size") or views["size"]
+    heads = {"num_heads": node["num_heads"]} if "num_heads" in node else {}
     return {
         "architecture": node["name"],
         "num_classes": 0,
         "num_features": backbone.num_features,
-        "model_args": {"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {},
+        "model_args": heads | ({"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {}),
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [3, size, size],

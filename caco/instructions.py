@@ -61,14 +61,14 @@ def apply() -> None:
     """
     global LEVEL
     try:
-        LEVEL = _asked()
+        LEVEL = _wanted()
     except Refused:
         if os.environ.get("CACO_TRACEBACK") != "1":
             sys.excepthook = functools.partial(_shown, sys.excepthook)
         raise
 
 
-def _asked() -> str | None:
+def _wanted() -> str | None:
     level = os.environ.get(VARIABLE)
     if not level:
         return None
@@ -149,10 +149,10 @@ def used(part: str) -> str:
     return list(_NUMBERS)[library.caco_set(number())]
 
 
-def told() -> str:
+def summary() -> str:
     """One line of what `record` says."""
-    asked, bank, views, torch = record().values()
-    return f"instructions: {asked}; the bank's kernel {bank}, the views {views}, PyTorch {torch}"
+    wanted, bank, views, torch = record().values()
+    return f"instructions: {wanted}; the bank's kernel {bank}, the views {views}, PyTorch {torch}"
 
 
 def record() -> dict[str, str]:

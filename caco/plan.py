@@ -26,11 +26,11 @@ from caco import errors
 from caco.banks import scoring
 from caco.banks.base import Bank
 from caco.config import composition, folders, refusals, validation
-from caco.config.composition import build
+from caco.config.composition import instantiate
 from caco.data.sets.sources import num_images_of
 from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
-from caco.methods.base import Method
+from caco.methods.base import Costs, Method
 from caco.runs.identity import plain
 from caco.schedules import RunShape
 
@@ -86,18 +86,19 @@ def plan(
     steps = warm_start + cfg.epochs * per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
-    here, dim = cfg.batch // world, cfg.projector.dim
+    images_per_device, dim = cfg.batch // world, cfg.projector.dim
     columns = one["in_batch_columns"] * cfg.batch
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     bank_flops = unit * size * (4 * one["bank_terms"] if one["learnable"] else 2 * one["bank_terms"])
     bank_flops += unit * size * one["scans"]
-    model_flops = one["flops"] * cfg.batch + 3 * unit * columns * one["terms"]
+    model_flops = one["flops"] * cfg.batch + 3 * unit * (columns * one["terms"] + dim * one["matrices"])
 
     row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight, velocity; uses
     bank_bytes = size // world * row_bytes
     # One block of scores and its copies; the stream of queries and the sums of all ranks' queries.
     workspace = (3 * scoring.BLOCK_ELEMENTS * 4 if size else 0) + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"])
-    activations = here * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * here * columns * one["terms"]
+    logits = columns * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
+    activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (images_per_device * logits + dim * dim * one["matrices"])
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
     sent = _sent(one, cfg.batch, dim, world) if world > 1 else 0.0
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
@@ -135,15 +136,16 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
         encoder = build_encoder(cfg)
-    bank: Bank | None = None if cfg.bank is None else build(cfg.bank)
-    method: Method = build(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
+    bank: Bank | None = None if cfg.bank is None else instantiate(cfg.bank)
+    method: Method = instantiate(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
+    others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
     for child in others:
         child.to("meta")
     groups = method.parameter_groups()
     learning = [p for group in groups for p in group.parameters]
-    sizes = build(cfg.augmentation).sizes
-    optimizer = build(cfg.optimizer, groups=groups)
+    sizes = instantiate(cfg.augmentation).sizes
+    optimizer = instantiate(cfg.optimizer, groups=groups)
     weight_bytes = sum(p.nbytes for p in learning)
     twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
@@ -158,7 +160,6 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
     # Autocast keeps a bf16 copy of the weights until the backward pass is over.
     copies = weight_bytes // 2 if cfg.precision == "bf16" else 0
-    norms = [m for part in (encoder, *others) for m in part.modules() if isinstance(m, _BatchNorm)]
     figures = {
         "flops": flops,
         "activation_bytes": activation_bytes,
@@ -174,35 +175,56 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "key_gathers": costs.gathers,
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and bank.rows.learnable,
-        "norm_sums": sum(norm.num_features for norm in norms) * (4 * len(costs.encoded) + 2 * len(costs.followed)),
+        "norm_sums": _norm_sums(costs, sizes, encoder, others),
+        "scores": costs.prototypes * len(costs.encoded),
+        "matrices": costs.matrices,
+        "summed_bytes": costs.summed_bytes,
     }
     return figures, method, bank
 
 
 def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: str) -> tuple[float, float, float]:
-    """Of one image of `size` pixels: operations forward, operations forward and backward, bytes kept for backward."""
+    """Of one image of `size` pixels: operations of the encoder forward, of it and what follows it forward and backward, bytes kept for
+    backward."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     run = copy.deepcopy(encoder).to(dtype)
-    held: list[torch.Tensor] = []  # meta tensors, so holding them costs nothing and keeps their storages apart
 
-    def hold(x: torch.Tensor) -> torch.Tensor:
-        held.append(x)
-        return x
+    def forward(images: int) -> tuple[torch.Tensor, int]:
+        """The output, and the bytes of all that is kept for backward: of weights and what is made of them, and of the images."""
+        held: list[torch.Tensor] = []  # meta tensors, so holding them costs nothing and keeps their storages apart
 
-    images = torch.empty(2, 3, size, size, device="meta", dtype=dtype)  # BatchNorm needs more than one
-    with FlopCounterMode(display=False) as counter:
+        def hold(x: torch.Tensor) -> torch.Tensor:
+            held.append(x)
+            return x
+
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
-            out = run(images)
+            out = run(torch.empty(images, 3, size, size, device="meta", dtype=dtype))
+            encoder_flops.append(counter.get_total_flops())
             for other in others:
                 out = other(out)
-        forward = counter.get_total_flops()
+        return out, sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}.values())
+
+    encoder_flops: list[int] = []
+    with FlopCounterMode(display=False) as counter:
+        out, of_two = forward(2)  # BatchNorm needs more than one
         out.sum().backward()
         both = counter.get_total_flops()
     for parameter, copied in zip(encoder.parameters(), run.parameters(), strict=True):
         parameter.grad = torch.empty_like(parameter) if copied.grad is not None else None
-    own = {p.untyped_storage()._cdata for p in run.parameters()}
-    kept = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}
-    return forward / 2, both / 2, sum(size for key, size in kept.items() if key not in own) / 2
+    return encoder_flops[0] / 2, both / 2, forward(3)[1] - of_two
+
+
+def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module]) -> int:
+    """How many numbers the BatchNorm layers sum over the ranks: means and variances, and their gradients."""
+
+    def features(*parts: nn.Module) -> int:
+        return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, _BatchNorm))
+
+    backbone, total = features(encoder.get_submodule("backbone")), 0
+    for views, numbers, heads in ((costs.encoded, 4, others), (costs.followed, 2, [])):  # a twin has no predictor
+        passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
+        total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])
+    return total
 
 
 def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
@@ -216,7 +238,7 @@ def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
     lookup = part * 8 + ring * batch * 4 * dim
     keys = one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
     return (
-        ring * (one["gradient_bytes"] + 4 * one["norm_sums"])
+        ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
         + one["bank_terms"] * term
         + one["scans"] * scan
         + one["lookups"] * lookup
@@ -234,7 +256,7 @@ def _images(cfg: DictConfig) -> int:
         return min(known, data.get("limit") or known)
     if "root" in data and data.root is None:
         raise UserError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
-    return len(build(data).pretrain)
+    return len(instantiate(data).pretrain)
 
 
 def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int = 3) -> dict[str, float]:
@@ -246,7 +268,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     """
     device = pick_device(cfg.device)
     encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
-    size = build(cfg.augmentation).sizes[0]
+    size = instantiate(cfg.augmentation).sizes[0]
     view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def model() -> None:
@@ -259,7 +281,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     speeds = {"tflops": images * flops / _seconds(model, device, runs) / 1e12}
     if cfg.bank is None:
         return speeds
-    bank = build({**cfg.bank, "size": rows}).to(device)
+    bank = instantiate({**cfg.bank, "size": rows}).to(device)
     queries = min(cfg.batch, 1024)
     q_BD = nn.functional.normalize(torch.randn(queries, cfg.projector.dim, device=device), dim=1).requires_grad_()
 
@@ -355,7 +377,7 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):
         print(USAGE.format(**_DEFAULTS))
         return
-    with errors.told():
+    with errors.shown():
         try:
             print(_main(arguments))
         except refusals.COMPOSITION_ERRORS as error:

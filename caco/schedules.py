@@ -48,18 +48,26 @@ def cosine(run: RunShape, start: float, end: float) -> Table:
     return [end - (end - start) * 0.5 * (1 + math.cos(math.pi * t / total)) for t in ticks]
 
 
-def warmup_and_cosine(run: RunShape, highest: float, final: float, warmup_epochs: float) -> Table:
-    """highest * (t + 1) / W in the warm-up's W units, then a half cosine from `highest` to `final`.
+def warmup_and_cosine(
+    run: RunShape, highest: float, final: float, warmup_epochs: float, *, start: float | None = None, end: Literal["last", "next"] = "last"
+) -> Table:
+    """A line from `start` times `highest` to `highest` in the warm-up's W units, then a half cosine from there to `final`.
 
-    `final` equal to `highest` keeps the number constant after the warm-up. A warm-up may be longer than the run.
+    `start` None is 1 / W. The `end` of the line is the warm-up's "last" unit, which with 1 / W makes it highest * (t + 1) / W, or the
+    "next" one, the cosine's first, which with a start of 0 makes it highest * t / W. `final` equal to `highest` keeps the number
+    constant after the warm-up. A warm-up may be longer than the run.
     """
     ticks, per_epoch = run.ticks()
     warmup = warmup_epochs * per_epoch
     rest = max(run.epochs * per_epoch - warmup, 1)
+    first = 1 / max(warmup, 1) if start is None else start
+    units = max(warmup - 1 if end == "last" else warmup, 1)
 
     def value(t: int) -> float:
+        if t < warmup and start is None and end == "last":
+            return highest * min(1.0, (t + 1) / max(warmup, 1))  # the line below without its rounding
         if t < warmup:
-            return highest * min(1.0, (t + 1) / max(warmup, 1))
+            return highest * min(1.0, first + (1 - first) * t / units)
         return final + (highest - final) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / rest))
 
     return [value(t) for t in ticks]

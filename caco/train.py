@@ -35,9 +35,9 @@ def run(cfg: DictConfig, run_dir: Path) -> float | None:
     """Train in run_dir, which is ours, what cfg says, which is checked."""
     try:
         with Stop() as stop:
-            from caco.engine.assembly import train  # here and not above: it imports torch
+            from caco.engine.assembly import run_training  # here and not above: it imports torch
 
-            return metrics.objective(train(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get())), cfg.eval)
+            return metrics.objective(run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get())), cfg.eval)
     except Stopped as stopped:
         leave(stopped, is_first_rank=directory.is_first_rank())
 
@@ -59,7 +59,7 @@ def job(cfg: DictConfig) -> float | None:
             directory.record_failure(run_dir, str(error) if for_user else traceback.format_exc())
         if not for_user:
             raise
-        errors.tell(error)
+        errors.show(error)
         if hydra_cfg.mode == RunMode.MULTIRUN:
             raise  # the sweep's other runs go on
         sys.exit(2)
@@ -95,8 +95,8 @@ def say_once(message: str) -> None:
 
 
 def _shown(folder: Path) -> str:
-    here = Path.cwd()
-    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+    folder = Path.cwd()
+    return shlex.quote(str(folder.relative_to(folder) if folder.is_relative_to(folder) else folder))
 
 
 def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
@@ -186,7 +186,7 @@ def help_text(overrides: list[str]) -> str:
     return HELP.format(groups=groups, values=OmegaConf.to_yaml(composition.job_config(composition.compose(overrides))))
 
 
-@errors.told(interrupted="the same command goes on from the last checkpoint")
+@errors.shown(interrupted="the same command goes on from the last checkpoint")
 def main() -> None:
     """The console script: Hydra's command line, with refusals in plain words and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them its own way
@@ -212,7 +212,7 @@ def main() -> None:
             raise
         raise UserError(refusals.explain(error, args.overrides)) from error
     except SweepFailed as error:
-        errors.tell(error)
+        errors.show(error)
         sys.exit(1)
 
 

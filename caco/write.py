@@ -154,7 +154,7 @@ def _counted(items: Iterator[Any], bar: tqdm) -> Iterator[Any]:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     from caco.config import folders
-    from caco.config.composition import build, compose
+    from caco.config.composition import compose, instantiate
     from caco.config.refusals import COMPOSITION_ERRORS, explain
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(__doc__)
         return
     options: dict[str, Any] = {"out": None, "mode": "jpeg", "quality": None, "max_resolution": None, "num_workers": None}
-    with errors.told(interrupted="nothing half-made is left"):
+    with errors.shown(interrupted="nothing half-made is left"):
         overrides = []
         for argument in folders.take(arguments):
             key, _, value = argument.partition("=")
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
             cfg = compose(["eval=[]", "tracking=ledger", *overrides])
         except COMPOSITION_ERRORS as error:
             raise UserError(explain(error, overrides)) from error
-        for file in write_splits(build(cfg.data), Path(out).expanduser(), **options):
+        for file in write_splits(instantiate(cfg.data), Path(out).expanduser(), **options):
             facts = beton._sidecar(file)
             print(f"caco: wrote {file}: {facts['images']} images, {facts['bytes'] / 1e6:.1f} MB", file=sys.stderr)
 

@@ -122,7 +122,7 @@ def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], 
     A run is its configuration, which holds the seed: equal hash, equal run, whatever row it was run for.
     """
     kept: dict[str, dict[str, Any]] = {}
-    told = []
+    messages = []
     for runs in parts:
         for run in runs:
             first = kept.setdefault(run["config_hash"], run)
@@ -130,12 +130,12 @@ def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], 
                 continue
             differing = [key for key in numbers(first) if run["summary"].get(key, first["summary"][key]) != first["summary"][key]]
             if differing:
-                told.append(f"{run['name']}: run twice, with another {differing[0]}; {first['name']} of the first record is kept")
+                messages.append(f"{run['name']}: run twice, with another {differing[0]}; {first['name']} of the first record is kept")
             else:  # one of the two may have been evaluated once more
                 longer = max(first, run, key=lambda run: len(run["curve"]))
                 summary = {**run["summary"], **first["summary"]}
                 kept[run["config_hash"]] = first | {"summary": summary, "curve": longer["curve"]}
-    return list(kept.values()), told
+    return list(kept.values()), messages
 
 
 def numbers(run: dict[str, Any]) -> dict[str, Any]:
@@ -167,13 +167,13 @@ def main() -> None:
     kind.add_argument("--table", action="store_true", help="print a record as a Markdown table")
     parser.add_argument("--into", type=Path, help="a file for the record, in place of the standard output")
     arguments = parser.parse_args()
-    with errors.told():
+    with errors.shown():
         if arguments.table:
             print(table(pack(read(arguments.paths[0]))))
             return
         if arguments.merge:
-            runs, told = merge(map(read, arguments.paths))
-            for line in told:
+            runs, messages = merge(map(read, arguments.paths))
+            for line in messages:
                 print(f"caco: {line}", file=sys.stderr)
             record = pack(runs)
         else:

@@ -180,7 +180,7 @@ def build_launcher(experiment: Experiment, words: Sequence[str]) -> Any:
     train.offer_launcher()
     overrides = [*experiment.overrides(experiment.seeds[0]), *words]
     train.check_command(overrides, multirun=False)
-    return composition.build(composition.compose(overrides).launcher)
+    return composition.instantiate(composition.compose(overrides).launcher)
 
 
 def write_record(scale: str) -> Path:
@@ -251,7 +251,7 @@ def show(runs: Sequence[Run], world: int) -> None:
         print(f"# {costs[run.experiment.name]}\n{run.command}")
 
 
-@errors.told()
+@errors.shown()
 def main() -> None:
     words = folders.take(sys.argv[1:])
     parser = argparse.ArgumentParser(

@@ -20,7 +20,7 @@ def bank_bits() -> str:
     """Of sums over a bank by the kernel: each of its levels adds in an order of its own."""
     draw = np.random.default_rng(0)
     q, w = (torch.from_numpy(draw.standard_normal((rows, 50), np.float32)) for rows in (40, 700))
-    z, peak, sums = fused.forward(q / 7, w, [0.1], [0.0], with_sums=True, low=False)
+    z, peak, sums = fused.forward(q / 7, w, [0.1], [0.0], with_sums=True, bf16=False)
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in (*z, peak, sums))).hexdigest()
 
 

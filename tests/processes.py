@@ -19,7 +19,8 @@ from torch.distributed import TCPStore
 HERE = Path(__file__).parent
 # Whatever a run imports: what is missing here each process imports again.
 IMPORTED = [
-    "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr", "caco.banks.learnable",
+    "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr", "caco.methods.swav",
+    "caco.methods.dino", "caco.methods.byol", "caco.methods.simsiam", "caco.methods.mocov3", "caco.methods.vicreg", "caco.banks.learnable",
     "caco.banks.fifo", "caco.data.sets.folders", "caco.data.loaders.bound", "caco.data.views.augmentation", "caco.evals.finetune", "caco.evals.knn",
     "caco.evals.linear", "caco.tracking.ledger", "sklearn.datasets", "timm", "torchvision",
 ]  # fmt: skip

@@ -10,16 +10,17 @@ from processes import PATIENCE_S, caco_train
 from tiny import batch_of, compose, now
 
 from caco import distributed
+from caco.config.composition import CONF, instantiate
 from caco.engine import assembly as assembly
 from caco.engine import trainer
-from caco.engine.assembly import build, build_method
+from caco.engine.assembly import build_method
 from caco.nn.heads import Encoder
 from caco.nn.norm import over_all_ranks
 from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape
 
 GLOBAL_BATCH, STEPS = 16, 3
-WITHOUT_BANK = {"pn=none", "method=simclr"}
+WITHOUT_BANK = {"pn=none"} | {f"method={path.stem}" for path in (CONF / "method").glob("*.yaml") if "\nbank: null" in path.read_text()}
 
 
 def start() -> None:
@@ -29,7 +30,7 @@ def start() -> None:
 def views_of(cfg, step):
     """The global batch of a step, every view; multi-crop's small views where the configuration has them."""
     generator = torch.Generator().manual_seed(100 + step)
-    sizes = build(cfg.augmentation).sizes
+    sizes = instantiate(cfg.augmentation).sizes
     return [torch.randn(GLOBAL_BATCH, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
@@ -40,7 +41,7 @@ def steps(case):
     method = over_all_ranks(build_method(cfg), torch.device("cpu")).double().train()
     groups = method.parameter_groups()
     learning = [p for group in groups for p in group.parameters]
-    optimizer = build(cfg.optimizer, groups=groups)
+    optimizer = instantiate(cfg.optimizer, groups=groups)
     part = GLOBAL_BATCH // distributed.world()
     losses = []
     for step in range(STEPS):
@@ -112,11 +113,14 @@ def in_float64() -> None:
     """
     spread = assembly.over_all_ranks
 
+    def in_double(images):
+        return images.double() if isinstance(images, torch.Tensor) else [view.double() for view in images]
+
     def doubled(method, device):
         method = spread(method, device).double()
         for module in method.modules():
             if isinstance(module, Encoder):
-                module.register_forward_pre_hook(lambda module, images: (images[0].double(),))
+                module.register_forward_pre_hook(lambda module, images: (in_double(images[0]),))
         return method
 
     assembly.over_all_ranks = doubled
@@ -177,3 +181,19 @@ def train_with_a_late_file_on_rank_1(*overrides):
     late = int(os.environ["RANK"])
     Checkpoints._files = lambda self, kind="": files(self, kind)[: 2 - late]
     caco_train(*overrides)
+
+
+def scores_of_all_ranks():
+    return 0.9 * torch.rand(10, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def write_balanced(path):
+    """SwAV's codes of ten images, of which each rank has its part."""
+    from caco.methods.assignments import balanced
+
+    start()
+    part = len(scores_of_all_ranks()) // distributed.world()
+    codes = distributed.gather(balanced(distributed.own(scores_of_all_ranks(), part), epsilon=0.05, iterations=3))
+    if distributed.is_main():
+        torch.save(codes, path)
+    distributed.stop()

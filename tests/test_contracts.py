@@ -3,22 +3,25 @@
 import pytest
 import torch
 from test_trainer import assert_same, final, record
-from tiny import batch_of, compose, now, train
+from tiny import FEW_PROTOTYPES, batch_of, compose, now, train
 
 from caco.config.composition import CONF
 from caco.engine.assembly import build_method
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "caco_small")  # CaCo with other numbers
+WITH_OTHER_NUMBERS = ("caco_small", "dino_vit", "mocov3_vit")  # CaCo, DINO and MoCo v3
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem not in WITH_OTHER_NUMBERS)
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 # A method chooses its own projector, optimiser and views; a test needs small ones.
 SMALL = ["augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd"]
 MULTICROP = ["+augmentation.views.small._target_=caco.data.views.augmentation.View", "+augmentation.views.small.count=2",
              "+augmentation.views.small.size=8"]  # fmt: skip
-CASES = {f"method={name}": [f"method={name}", *SMALL] for name in METHODS}
+CASES = {f"method={name}": [f"method={name}", *SMALL, *FEW_PROTOTYPES.get(name, [])] for name in METHODS}
 CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items())}
 CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
+QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
+CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]
 # A method's own contract is fast to see; that small views change nothing of it is seen of CaCo, and of the rest in the long tier.
-LONG = {f"method={name} multi-crop" for name in METHODS if name != "caco"}
+LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
 PARAMETERS = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
 
 
@@ -46,18 +49,20 @@ def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
 
 
 def views_of(cfg, step):
-    from caco.engine.assembly import build
+    from caco.config.composition import instantiate
+
 
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(8, 3, size, size, generator=generator) for size in build(cfg.augmentation).sizes]
+    return [torch.randn(8, 3, size, size, generator=generator) for size in instantiate(cfg.augmentation).sizes]
 
 
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_bank_and_twin_move_only_when_told(case):
     cfg = compose(*CASES[case], bank=has_bank(CASES[case]))
     method = build_method(cfg).train()
-    rows = None if method.bank is None else method.bank.rows.weight.detach().clone()
-    twin = None if method.twin is None else [p.clone() for p in method.twin.parameters()]
+    bank, twin = getattr(method, "bank", None), getattr(method, "twin", None)
+    rows = None if bank is None else bank.rows.weight.detach().clone()
+    twin = None if twin is None else [p.clone() for p in twin.parameters()]
     method(batch_of(views_of(cfg, 0)), now()).loss.backward()
     if twin is not None:
         assert all(torch.equal(a, b) for a, b in zip(twin, method.twin.parameters(), strict=True))

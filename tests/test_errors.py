@@ -62,7 +62,7 @@ def test_export_shows_what_it_refuses_itself_alone(tmp_path, monkeypatch, capsys
 def test_a_bug_a_refusal_and_an_interruption(monkeypatch, capsys):
     def end(error, **options):
         try:
-            with errors.told(**options):
+            with errors.shown(**options):
                 raise error
         except SystemExit as end:
             return end.code, capsys.readouterr().err

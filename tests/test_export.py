@@ -9,8 +9,8 @@ import torch
 import torchvision
 
 from caco import export
-from caco.config.composition import build, compose
-from caco.nn.backbones import small_resnet, timm_backbone
+from caco.config.composition import compose, instantiate
+from caco.nn.backbones import mocov3_vit, small_resnet, timm_backbone
 from caco.nn.weights import load_backbone
 from caco.runs.identity import plain
 
@@ -108,10 +108,21 @@ def test_the_card_says_where_it_comes_from_what_it_gave_and_how_to_load_it(expor
 
 def test_a_vit_comes_back_through_timm(tmp_path):
     node = plain(compose(["backbone=vit_small"]))["backbone"] | {"name": "vit_tiny_patch16_224", "image_size": 32}
-    vit = build(node).eval()
+    vit = instantiate(node).eval()
     export.export(vit, node, ["timm"], tmp_path, ABOUT)
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(features(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images), features(vit, images))
+
+
+def test_timm_makes_mocov3_s_vit_with_its_own_number_of_heads():
+    node = {"_target_": "caco.nn.backbones.mocov3_vit", "name": "vit_tiny_patch16_224", "num_heads": 12, "image_size": 32}
+    vit = mocov3_vit(name="vit_tiny_patch16_224", image_size=32)
+    config = export.timm_config(vit, node, ABOUT)
+    again = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    again.load_state_dict(vit.state_dict())
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert again.blocks[0].attn.num_heads == 12
+    assert torch.allclose(again.eval()(images), vit.eval()(images), atol=1e-6)
 
 
 def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_written(tmp_path):

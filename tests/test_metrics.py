@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from caco import metrics
-from caco.config.composition import CONF, build
+from caco.config.composition import CONF, instantiate
 from caco.runs.identity import plain
 
 OPTIONS = sorted(path.stem for path in (CONF / "eval").glob("*.yaml"))
@@ -27,7 +27,7 @@ def test_each_option_has_names_of_its_own():
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_evaluator_calls_itself_what_its_configuration_says(option):
     found = node(option)
-    built = build(found)
+    built = instantiate(found)
     assert (built.protocols if hasattr(built, "protocols") else [built.protocol]) == metrics.protocols(found)
 
 

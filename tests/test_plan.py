@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import compose, train
+from tiny import batch_of, compose, now, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from caco import plan
@@ -31,6 +31,29 @@ def test_operations_are_torch_s_count(overrides):
     planned = plan.plan(cfg)
     in_batch = 3 * 2 * 8 * 8 * 8 * 2 if overrides else 0
     assert planned["model_flops_per_step"] - in_batch == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["byol", "simsiam", "mocov3", "barlow", "vicreg"])
+def test_operations_of_a_whole_step_are_torch_s_count(method):
+    narrow = [] if method in ("barlow", "vicreg") else ["method.predictor_hidden_dim=16"]
+    cfg = compose(f"method={method}", "augmentation=digits", "projector=small", "projector.dim=8", "batch=8", *narrow, bank=False)
+    built = assembly.build_method(cfg).train()
+    views = [torch.randn(8, 3, size, size) for size in assembly.build(cfg.augmentation).sizes]
+    with FlopCounterMode(display=False) as counter:
+        built(batch_of(views), now()).loss.backward()
+    assert plan.plan(cfg)["model_flops_per_step"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert plan.plan(cfg)["bank_flops_per_step"] == 0
+
+
+def test_matrices_of_the_embedding_are_counted_with_their_memory_and_messages():
+    """Barlow Twins at the published width: one product of 2 B D D operations, three times with its gradients; 4 D D bytes to add up."""
+    cfg = composition.job_config(composition.compose(["method=barlow", "batch=2048"]))
+    wide, narrow = (plan.plan(cfg, world=world) for world in (16, 1))
+    assert wide["sent_bytes_per_step"] > 2 * 15 / 16 * 4 * 8192**2
+    encoders = plan.plan(composition.job_config(composition.compose(["method=simsiam", "projector=barlow", "batch=2048"])))
+    matrices = narrow["model_flops_per_step"] - encoders["model_flops_per_step"]
+    predictor = 2048 * 2 * 3 * 2 * 2 * 8192 * 512  # SimSiam's, of two views
+    assert matrices + predictor == pytest.approx(3 * 2 * 2048 * 8192**2, rel=1e-6)
 
 
 def test_the_bank_s_share_by_hand():

@@ -12,23 +12,24 @@ import tiny
 import torch
 from processes import caco_train, ranks
 from rank_worker import STEPS
-from test_contracts import MULTICROP
+from test_contracts import METHODS, MULTICROP, QUEUE
 from test_trainer import EVERY, assert_same, final, record
-from tiny import BANK, TINY, compose
+from tiny import BANK, FEW_PROTOTYPES, TINY, compose
 
 from caco.config.composition import CONF
 from caco.plan import plan
 from caco.runs.checkpoint import load
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "caco_small")  # CaCo with other numbers
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
-CASES = [f"method={m} {SMALL}" for m in METHODS if m != "caco"] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
-CASES += [" ".join(MULTICROP), " ".join([CASES[0], *MULTICROP])]
+OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, [])]) for m in METHODS if m != "caco"}
+CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
+CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
+CASES += [" ".join([OF_METHOD["swav"], *MULTICROP, QUEUE[0].replace("128", "32"), QUEUE[1]])]  # two of rank_worker's batches
 # Of four, every method, but of CaCo's settings only CaCo itself.
 OF_FOUR = [case for case in CASES if case == "pn=both" or not case.startswith(("pn=", "bank."))]
-# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images.
-FAST = ["pn=both", f"method=mocov2 {SMALL}", f"method=simclr {SMALL}"]
+# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over prototypes, covariances.
+FAST = ["pn=both", OF_METHOD["mocov2"], OF_METHOD["simclr"], CASES[-1], OF_METHOD["vicreg"]]
 QUIET = ["eval=[]" if override == "eval=[knn]" else override for override in TINY] + BANK
 EXACT = [*QUIET, *EVERY]  # what is trained in float64 is not evaluated
 FLOAT64 = 1e-7  # of losses, rows and velocities after a dozen steps; see rank_worker.in_float64
@@ -206,7 +207,7 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
     assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
 
 
-PLANNED = ["pn=both", "pn=positive", "pn=none", f"method=adco {SMALL}", f"method=simclr {SMALL}", f"method=nnclr {SMALL}"]
+PLANNED = ["pn=both", "pn=positive", "pn=none", *(OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg")), CASES[-1]]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ TINY = [
     "loader.num_workers=0",
     "log_every_steps=1",
 ]
+# Of a method with prototypes some, where its YAML has tens of thousands.
+FEW_PROTOTYPES = {name: ["method.num_prototypes=24"] for name in ("swav", "dino")}
 BANK = ["bank.size=128"]  # two steps of warm start at batch 64
 
 
@@ -43,9 +45,9 @@ def compose(*overrides: str, bank: bool = True) -> DictConfig:
 
 
 def train(run_dir: Path, *overrides: str, bank: bool = True) -> dict[str, float]:
-    from caco.engine.assembly import train
+    from caco.engine.assembly import run_training
 
-    return train(compose(*overrides, bank=bank), run_dir)
+    return run_training(compose(*overrides, bank=bank), run_dir)
 
 
 def now(phase: str = "training", step: int = 0, **values: float):
@@ -53,7 +55,7 @@ def now(phase: str = "training", step: int = 0, **values: float):
     from caco.methods.base import Now
 
     epoch = (0, step) if phase == "training" else (None, None)
-    return Now(step, phase, step, False, *epoch, {"twin_momentum": 0.99, "bank_lr": 0.0, **values})
+    return Now(step, phase, step, False, *epoch, {"twin_momentum": 0.99, "bank_lr": 0.0, "teacher_temperature": 0.04, **values})
 
 
 def batch_of(views, *, first: int = 0):

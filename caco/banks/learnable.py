@@ -76,7 +76,7 @@ class LearnableBank(nn.Module, Bank):
         self.momentum, self.weight_decay, self.temperature, self.reading = momentum, weight_decay, temperature, reading
         self.filled_by_keys = initialisation == "keys"
         self.default_warm_start_passes = 1 if self.filled_by_keys else 0
-        self.asked: list[scoring.Asked] = []  # of the rows by the step in progress
+        self.anchors: list[scoring.Anchors] = []  # of the rows by the step in progress
 
     def rates(self, run: RunShape) -> Table:
         """The rate of every step of the training: warmed up, then a cosine from `lr` to `final_lr`."""
@@ -104,7 +104,7 @@ class LearnableBank(nn.Module, Bank):
             tau=temperature,
             bank_tau=self.temperature,
             extra_BE=extra_BE,
-            asked=self.asked if learn else None,
+            anchors=self.anchors if learn else None,
         )
 
     @torch.no_grad()
@@ -121,8 +121,8 @@ class LearnableBank(nn.Module, Bank):
     @torch.no_grad()
     def gradient(self) -> Tensor:
         """What the next `update` descends, [R, D]: to be looked at, as `update` never holds it."""
-        asked = scoring.Asked.joined(self.asked)
-        return scoring.row_gradient(self.rows.weight, self.rows.first, asked, pull=self.pull, push=self.push)
+        anchors = scoring.Anchors.joined(self.anchors)
+        return scoring.row_gradient(self.rows.weight, self.rows.first, anchors, pull=self.pull, push=self.push)
 
     @torch.no_grad()
     def update(self, *, lr: float, keys_GD: Tensor) -> None:
@@ -131,10 +131,10 @@ class LearnableBank(nn.Module, Bank):
         Args:
             keys_GD: not used; the queue's update takes them.
         """
-        if not self.asked:
+        if not self.anchors:
             return
         scoring.move(
-            self.rows.weight, self.rows.velocity, self.rows.first, scoring.Asked.joined(self.asked),
+            self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors),
             pull=self.pull, push=self.push, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, normalise=self.reading == "paper",
         )  # fmt: skip
-        self.asked.clear()
+        self.anchors.clear()

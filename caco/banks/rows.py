@@ -64,9 +64,9 @@ class Rows(nn.Module):
             raise UserError(f"a bank needs at least 2 rows; got size={size}")
         if dim < 1:
             raise UserError(f"a bank's rows need a width of at least 1; got dim={dim}")
-        told = distributed.all_objects((size, dim, seed))
-        if len(set(told)) > 1:
-            raise UserError(f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, told))}")
+        by_rank = distributed.all_objects((size, dim, seed))
+        if len(set(by_rank)) > 1:
+            raise UserError(f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, by_rank))}")
         self.size, self.learnable = size, learnable
         self.first, self.last = distributed.shard(size)
         self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed), requires_grad=learnable)

@@ -36,24 +36,24 @@ class Score(NamedTuple):
     max_probability_B: Tensor  # max_j p_ij over the bank's rows, of the mean in the paper's Figure 4; no gradient
 
 
-class Asked(NamedTuple):
-    """What a backward pass asks of the rows, kept until the bank's update."""
+class Anchors(NamedTuple):
+    """The queries that pull and push the rows, and how: kept from the backward pass until the bank's update."""
 
     q_ND: Tensor
     positive_N: Tensor  # int64, over the whole bank; beyond it: no row
     log_sum_N: Tensor  # log sum_j exp(q.m_j / tau) at the bank's temperature, extra columns included
     weight_N: Tensor  # of each query's loss in the mean over the batch
     tau: float
-    low: bool  # precision: see `low_precision`
+    bf16: bool  # whether factors may be rounded to bfloat16: see `low_precision`
 
     @classmethod
-    def joined(cls, several: list["Asked"]) -> "Asked":
+    def joined(cls, several: list["Anchors"]) -> "Anchors":
         """Those of a step's terms and micro-batches, which share temperature and precision."""
-        assert len({asked[-2:] for asked in several}) == 1
+        assert len({anchors[-2:] for anchors in several}) == 1
         if len(several) == 1:
             return several[0]
-        q, positive, log_sum, weight = (torch.cat(parts) for parts in zip(*(asked[:4] for asked in several), strict=True))
-        return cls(q, positive, log_sum, weight, several[0].tau, several[0].low)
+        q, positive, log_sum, weight = (torch.cat(parts) for parts in zip(*(anchors[:4] for anchors in several), strict=True))
+        return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16)
 
 
 def low_precision(device: torch.device) -> bool:
@@ -103,7 +103,7 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
 def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     """Of this rank's rows. Which of those that rounding may have put in the wrong order is nearest, float64 says."""
     # Two rows may be in the wrong order if they are within twice the rounding of a cosine, at its very worst.
-    if not fused.serves(k_GD, w_RD):
+    if not fused.supports(k_GD, w_RD):
         row_G, many = _search(k_GD, w_RD, 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps)
     else:
         value_GT, row_GT, error_G = fused.nearest(k_GD, w_RD)
@@ -170,11 +170,11 @@ def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float]) -> Sequence[float | T
 
 
 def _sums(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, low: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, bf16: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """As fused.forward, in blocks of PyTorch."""
-    if fused.serves(q_GD, w_RD) and not isinstance(shifts[0], Tensor):
-        return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums, low=low)
+    if fused.supports(q_GD, w_RD) and not isinstance(shifts[0], Tensor):
+        return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16)
     z = [torch.zeros(len(q_GD), dtype=torch.float64, device=q_GD.device) for _ in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     sums_GD = torch.zeros_like(q_GD) if with_sums else None
@@ -197,16 +197,16 @@ def _sums(
 
 class _StreamedScore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, asked):
-        tau, B, low = taus[0], len(q_BD), low_precision(q_BD.device)
+    def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors):
+        tau, B, bf16 = taus[0], len(q_BD), low_precision(q_BD.device)
         with torch.autocast(q_BD.device.type, enabled=False):
             q_GD, positive_G = distributed.gather(q_BD), distributed.gather(positive_B)
             local_G = positive_G - first_row
-            here_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
+            own_shard_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
             shifts = _shifts(q_GD, w_RD, taus)
-            z, peak_G, sums_GD = _sums(q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], low=low)
+            z, peak_G, sums_GD = _sums(q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16)
             top_G = distributed.max_(peak_G)
-            m_GD = torch.where(here_G[:, None], unit_rows(w_RD[torch.where(here_G, local_G, 0)])[0], 0.0)
+            m_GD = torch.where(own_shard_G[:, None], unit_rows(w_RD[torch.where(own_shard_G, local_G, 0)])[0], 0.0)
             *z, positive_cosine_G = distributed.sum_(torch.stack([*z, (q_GD * m_GD).sum(1).double()]))
             if not (torch.isfinite(torch.stack(z)).all() and (top_G < 1.01).all()):  # the same on every rank
                 _refuse(q_GD, w_RD, first_row)
@@ -229,8 +229,8 @@ class _StreamedScore(torch.autograd.Function):
                 toward_BD = distributed.own(distributed.sum_(toward_GD), B)
 
         ctx.save_for_backward(extra_BE, positive_B, log_sum_B[0], toward_BD)
-        ctx.asking = (asked, q_GD, positive_G, log_sum_G[-1])
-        ctx.settings = size, taus, low
+        ctx.asking = (anchors, q_GD, positive_G, log_sum_G[-1])
+        ctx.settings = size, taus, bf16
         max_probability_B = (distributed.own(top_G, B) / tau - log_sum_B[0]).exp()
         ctx.mark_non_differentiable(max_probability_B)
         return log_sum_B[0] - positive_cosine_B / tau, max_probability_B
@@ -238,14 +238,14 @@ class _StreamedScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_B, _):
         extra_BE, positive_B, log_sum_B, toward_BD = ctx.saved_tensors
-        size, taus, low = ctx.settings
+        size, taus, bf16 = ctx.settings
         tau = taus[0]
-        asked, q_GD, positive_G, log_sum_G = ctx.asking
+        anchors, q_GD, positive_G, log_sum_G = ctx.asking
         with torch.autocast(grad_B.device.type, enabled=False):
-            if asked is not None:
+            if anchors is not None:
                 # Each rank's loss is the mean over its own part of the batch, hence the division by the ranks.
                 weight_G = distributed.gather(grad_B) / distributed.world()
-                asked.append(Asked(q_GD, positive_G, log_sum_G, weight_G, taus[-1], low))
+                anchors.append(Anchors(q_GD, positive_G, log_sum_G, weight_G, taus[-1], bf16))
             grad_q_BD = None if toward_BD is None else toward_BD * (grad_B / tau)[:, None]
             grad_extra_BE = None
             if extra_BE is not None and ctx.needs_input_grad[2]:
@@ -261,10 +261,10 @@ def _refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
     norm_R = w_RD.norm(dim=1)
     rows = ((norm_R == 0) | ~torch.isfinite(norm_R)).nonzero()[:, 0]
     found = distributed.all_objects([(first_row + int(row), float(norm_R[row])) for row in rows[:1]] + [len(rows)])
-    first = next((told[0] for told in found if len(told) > 1), None)
+    first = next((report[0] for report in found if len(report) > 1), None)
     if first is not None:
         raise UnusableError(
-            f"{sum(told[-1] for told in found)} rows of the bank have no direction; the first is row {first[0]}, "
+            f"{sum(report[-1] for report in found)} rows of the bank have no direction; the first is row {first[0]}, "
             f"whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
         )
     norm_G = q_GD.norm(dim=1)
@@ -286,20 +286,20 @@ def score(
     tau: float,
     bank_tau: float | None = None,
     extra_BE: Tensor | None = None,
-    asked: list[Asked] | None = None,
+    anchors: list[Anchors] | None = None,
 ) -> Score:
     """Contrastive loss of every query over the bank and any extra columns (Eq. 3).
 
     Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, at temperature
-    `bank_tau`, is added to `asked`, for `row_gradient` or `move`.
+    `bank_tau`, is added to `anchors`, for `row_gradient` or `move`.
 
     Args:
         q_BD: unit queries of this rank, float32.
         w_RD: this rank's rows, any norm but zero, float32; the bank has `size` rows, `first_row` is where these begin.
-            They must not change before `asked` is used.
+            They must not change before `anchors` is used.
         positive_B: int64; below `size` a row of the whole bank, `size + e` extra column e.
         extra_BE: cosines, not divided by tau, of columns that are no rows; -inf masks one out.
-        asked: None where the rows do not learn.
+        anchors: None where the rows do not learn.
     Raises:
         ValueError: shapes that do not fit.
         UnusableError: queries that are not finite unit vectors, rows without a direction.
@@ -308,48 +308,48 @@ def score(
         raise ValueError(f"queries must be as wide as the bank's rows, {w_RD.shape[1]}; got {q_BD.shape[1]}")
     if positive_B.shape != q_BD.shape[:1]:
         raise ValueError(f"expected one positive for each of {len(q_BD)} queries; got shape {list(positive_B.shape)}")
-    taus = [tau] if asked is None or bank_tau is None or bank_tau == tau else [tau, bank_tau]
-    return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, asked))
+    taus = [tau] if anchors is None or bank_tau is None or bank_tau == tau else [tau, bank_tau]
+    return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors))
 
 
 # The rows' motion.
 
 
-def row_gradient(w_SD: Tensor, first_row: int, asked: Asked, *, pull: float, push: float) -> Tensor:
+def row_gradient(w_SD: Tensor, first_row: int, anchors: Anchors, *, pull: float, push: float) -> Tensor:
     """The cooperative-adversarial gradient of some rows (Eqs. 6-10; `equations.bank_gradient`), [S, D].
 
     Args:
         w_SD: rows of any norm, consecutive; `first_row` of the whole bank is the first of them.
     """
     m_SD, norm_S1 = unit_rows(w_SD)
-    p_NS = torch.addmm(asked.log_sum_N[:, None], asked.q_ND, m_SD.T, beta=-1, alpha=1 / asked.tau).exp_()
-    inside = ((asked.positive_N >= first_row) & (asked.positive_N < first_row + len(w_SD))).nonzero()[:, 0]
-    at = asked.positive_N[inside] - first_row
+    p_NS = torch.addmm(anchors.log_sum_N[:, None], anchors.q_ND, m_SD.T, beta=-1, alpha=1 / anchors.tau).exp_()
+    inside = ((anchors.positive_N >= first_row) & (anchors.positive_N < first_row + len(w_SD))).nonzero()[:, 0]
+    at = anchors.positive_N[inside] - first_row
     # Eq. 10's weights: push * p everywhere, pull * (1 - p) at the positive.
     at_positive = pull * (1 - p_NS[inside, at])
     if push != 1.0:
         p_NS *= push
     p_NS[inside, at] = at_positive
-    toward_SD = p_NS.T @ (asked.q_ND * asked.weight_N[:, None])
+    toward_SD = p_NS.T @ (anchors.q_ND * anchors.weight_N[:, None])
     # sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
     toward_SD.addcmul_(torch.linalg.vecdot(toward_SD, m_SD)[:, None], m_SD, value=-1)
-    return toward_SD.div_(-asked.tau * norm_S1)
+    return toward_SD.div_(-anchors.tau * norm_S1)
 
 
 def move(
-    w_RD: Tensor, velocity_RD: Tensor, first_row: int, asked: Asked, *, pull: float, push: float, lr: float,
+    w_RD: Tensor, velocity_RD: Tensor, first_row: int, anchors: Anchors, *, pull: float, push: float, lr: float,
     momentum: float, weight_decay: float, normalise: bool,
 ) -> None:  # fmt: skip
     """One step of the rows' SGD, in place, a block at a time (`equations.bank_update`); no R x D gradient is held."""
-    if fused.serves(w_RD, velocity_RD, asked.q_ND):
+    if fused.supports(w_RD, velocity_RD, anchors.q_ND):
         fused.update(
-            w_RD, velocity_RD, asked.q_ND, asked.positive_N - first_row, asked.log_sum_N, asked.weight_N, tau=asked.tau,
-            pull=pull, push=push, lr=lr, momentum=momentum, weight_decay=weight_decay, normalise=normalise, low=asked.low,
+            w_RD, velocity_RD, anchors.q_ND, anchors.positive_N - first_row, anchors.log_sum_N, anchors.weight_N, tau=anchors.tau,
+            pull=pull, push=push, lr=lr, momentum=momentum, weight_decay=weight_decay, normalise=normalise, bf16=anchors.bf16,
         )  # fmt: skip
         return
-    for block in blocks(len(w_RD), len(asked.q_ND)):
+    for block in blocks(len(w_RD), len(anchors.q_ND)):
         w_SD, velocity_SD = w_RD[block], velocity_RD[block]
-        gradient_SD = row_gradient(w_SD, first_row + block.start, asked, pull=pull, push=push)
+        gradient_SD = row_gradient(w_SD, first_row + block.start, anchors, pull=pull, push=push)
         velocity_SD.mul_(momentum).add_(gradient_SD)
         if weight_decay:
             velocity_SD.add_(w_SD, alpha=weight_decay)

@@ -88,16 +88,16 @@ def argument_mismatches(
     """
     found = []
     for name, value in given.items():
-        here = f"{path}.{name}"
+        inner_path = f"{path}.{name}"
         if name in supplied:
-            found.append(f"{here}: the program sets it, it cannot be chosen")
+            found.append(f"{inner_path}: the program sets it, it cannot be chosen")
         elif name in taken.parameters:
-            found += mismatches(value, taken.parameters[name].annotation, taken.module, here)
+            found += mismatches(value, taken.parameters[name].annotation, taken.module, inner_path)
         elif not taken.open:
             names = [key for key, item in taken.parameters.items() if is_plain(item.annotation, taken.module)]
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(names) or 'nothing'}"
-            found.append(f"{here}: {owner} takes no such argument{hint}")
+            found.append(f"{inner_path}: {owner} takes no such argument{hint}")
     for name, parameter in taken.parameters.items():
         if parameter.required and name not in {*given, *supplied} and is_plain(parameter.annotation, taken.module):
             found.append(f"{path}.{name}: {owner} needs it, expected {_show(parameter.annotation)}, got nothing")

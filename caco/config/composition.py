@@ -71,7 +71,7 @@ def job_config(cfg: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
-def build(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
+def instantiate(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
     """Call a component's `_target_` with its other keys and what only the program can supply.
 
     Args:
@@ -94,5 +94,5 @@ def _build_inner(value: Any) -> Any:
     if isinstance(value, list):
         return [_build_inner(item) for item in value]
     if isinstance(value, dict):
-        return build(value) if "_target_" in value else {key: _build_inner(item) for key, item in value.items()}
+        return instantiate(value) if "_target_" in value else {key: _build_inner(item) for key, item in value.items()}
     return value

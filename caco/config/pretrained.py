@@ -20,14 +20,14 @@ DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto"}
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A run's directory, and the checkpoint file that was asked for (None: the newest)."""
 
     run_dir: Path
     checkpoint: Path | None
 
 
-def locate(run: str) -> Place:
+def locate(run: str) -> Location:
     """A run from its directory, one of its checkpoint files, or its MLflow run id (looked for below runs/).
 
     Raises:
@@ -39,7 +39,7 @@ def locate(run: str) -> Place:
             raise UserError(f"run: expected a run's directory, with config.yaml, got {run}, which has none")
         if not checkpoints(path):
             raise UserError(f"run: expected checkpoints in {run}/checkpoints, got none: the run has not saved one yet")
-        return Place(path, None)
+        return Location(path, None)
     if path.is_file():
         folders = [folder for folder in path.absolute().parents[:3] if (folder / "config.yaml").is_file()]
         if not CHECKPOINT.fullmatch(path.name) or not folders:
@@ -47,7 +47,7 @@ def locate(run: str) -> Place:
                 f"run: expected a checkpoint file where its run left it (RUN/checkpoints/step_000001000.pt), got {run}; "
                 f"for a file from elsewhere: weights={run} format=... backbone=... data=..."
             )
-        return Place(folders[0], path)
+        return Location(folders[0], path)
     if re.fullmatch(r"[0-9a-f]{32}", run):
         for mark in sorted(Path("runs").glob("**/mlflow.json")):
             if read_json(mark).get("run_id") == run:

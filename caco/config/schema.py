@@ -9,10 +9,14 @@ from omegaconf import MISSING
 @dataclass
 class Schedule:
     warmup_epochs: float = MISSING
-    final_fraction: float = MISSING
+    warmup_start: float | None = MISSING
+    warmup_end: str = MISSING
+    final_fraction: float | None = MISSING
+    final_lr: float | None = MISSING
     unit: str = MISSING
     final_weight_decay: float | None = MISSING
     clip_gradient_norm: float | None = MISSING
+    clip_each_gradient_norm: float | None = MISSING
 
 
 @dataclass

@@ -115,8 +115,8 @@ def lookup(module: Module, name: str, hops: int = MAX_HOPS) -> tuple[Module, ast
         return module, node
     sources = [module.imports[name]] if name in module.imports else [(star, name) for star in module.stars]
     for source, original in sources:
-        there = load(source)
-        found = lookup(there, original, hops - 1) if there else None
+        elsewhere = load(source)
+        found = lookup(elsewhere, original, hops - 1) if elsewhere else None
         if found:
             return found
     return None
@@ -154,12 +154,12 @@ def signature(module: Module, node: ast.stmt) -> Signature | None:
             fields = True
             continue
         found = lookup(module, base.id) if isinstance(base, ast.Name) else None
-        there = signature(*found) if found else None
-        if there is None:
+        elsewhere = signature(*found) if found else None
+        if elsewhere is None:
             is_open = is_open or not (isinstance(base, ast.Name) and base.id in ("object", "Protocol"))
         else:
-            inherited |= there.parameters
-            is_open = is_open or there.open
+            inherited |= elsewhere.parameters
+            is_open = is_open or elsewhere.open
             fields = fields or (found is not None and is_typed_dict(*found))
     return Signature(inherited | dict(_fields(node)) if fields else inherited, is_open, module)
 

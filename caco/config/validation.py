@@ -101,7 +101,14 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
     _weights(tree, demand)
     demand("schedule.warmup_epochs", schedule["warmup_epochs"] >= 0, "0 or more")
-    demand("schedule.final_fraction", 0 <= schedule["final_fraction"] <= 1, "0 to 1")
+    demand("schedule.warmup_start", 0 <= (schedule["warmup_start"] or 0) <= 1, "null, or 0 to 1")
+    demand("schedule.warmup_end", schedule["warmup_end"] in ("last", "next"), "last or next")
+    demand("schedule.final_fraction", 0 <= (schedule["final_fraction"] or 0) <= 1, "0 to 1, or null")
+    demand("schedule.final_lr", (schedule["final_lr"] or 0) >= 0, "null, or 0 or more")
+    if (schedule["final_fraction"] is None) == (schedule["final_lr"] is None):
+        problems.append(
+            "schedule: expected final_fraction or final_lr, and the other null; got {final_fraction} and {final_lr}".format(**schedule)
+        )
     demand("warm_start.steps", warm_start["steps"] is None or warm_start["steps"] >= 0, "null, or 0 or more")
     demand("warm_start.passes", warm_start["passes"] is None or warm_start["passes"] >= 0, "null, or 0 or more")
     if None not in warm_start.values():
@@ -237,6 +244,8 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
+    if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:
+        problems.append(f"warm_start: method={choices.get('method')} has none; leave it out")
     problems += _unlearned(tree, assigned)
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
@@ -248,13 +257,13 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
                 without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
                 problems.append(f"{override}: {without} has no bank")
                 continue
-            for key, asked in _settings(group, file):
+            for key, wanted in _settings(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
-                # A method's wishes for the root (its warm-up, say) are there to be changed by a preset.
-                of_component = key.split(".")[0] in (*COMPONENTS, "bank", "eval")
-                if of_component and not by_hand and leaves.get(key) != asked and "${" not in str(asked):
+                # A method's wishes for the root and for other components (its warm-up, its rate) are there to be changed by a preset.
+                own_of_option = key.split(".")[0] in (("method", "bank") if group == "method" else (*COMPONENTS, "bank", "eval"))
+                if own_of_option and not by_hand and leaves.get(key) != wanted and "${" not in str(wanted):
                     undone_by = presets[-1] if presets else "a later group"
-                    problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={asked}")
+                    problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={wanted}")
     return problems
 
 

@@ -12,14 +12,14 @@ from omegaconf import DictConfig
 from caco import distributed
 from caco.banks.base import Bank
 from caco.config import folders
-from caco.config.composition import build
-from caco.config.pretrained import CHECKPOINT, Place
+from caco.config.composition import instantiate
+from caco.config.pretrained import CHECKPOINT, Location
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
 from caco.data.sets.overlap import refuse_overlap
 from caco.data.sets.sources import Source, Splits
 from caco.data.views.augmentation import Views
-from caco.engine.optimizers import Optimisation, Schedule
+from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import beginning, ending
 from caco.engine.trainer import Trainer
@@ -59,8 +59,8 @@ def pick_device(name: str) -> torch.device:
 
 def build_encoder(cfg: DictConfig) -> Encoder:
     """Backbone and projector, random weights from torch's generator."""
-    backbone = build(cfg.backbone)
-    return Encoder(backbone=backbone, projector=build(cfg.projector, in_dim=feature_width(backbone)))
+    backbone = instantiate(cfg.backbone)
+    return Encoder(backbone=backbone, projector=instantiate(cfg.projector, in_dim=feature_width(backbone)))
 
 
 def build_method(cfg: DictConfig) -> Method:
@@ -68,20 +68,20 @@ def build_method(cfg: DictConfig) -> Method:
     torch.manual_seed(cfg.seed)
     encoder = build_encoder(cfg)
     if cfg.bank is None:
-        return build(cfg.method, encoder=encoder)
-    bank = build(cfg.bank)
+        return instantiate(cfg.method, encoder=encoder)
+    bank = instantiate(cfg.bank)
     require_contract("bank", bank, Bank)
-    return build(cfg.method, encoder=encoder, bank=bank)
+    return instantiate(cfg.method, encoder=encoder, bank=bank)
 
 
 def build_tracker(cfg: DictConfig) -> Tracker:
-    tracker = build(cfg.tracking)
+    tracker = instantiate(cfg.tracking)
     require_contract("tracking", tracker, Tracker)
     return tracker
 
 
 def build_splits(cfg: DictConfig) -> Splits:
-    splits = build(cfg.data)
+    splits = instantiate(cfg.data)
     for name in ("pretrain", "train", "test"):
         if (source := getattr(splits, name)) is not None:
             require_contract(f"data: {name}", source, Source)
@@ -90,7 +90,7 @@ def build_splits(cfg: DictConfig) -> Splits:
 
 def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
     """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no other rank."""
-    backbone = build(cfg.backbone)
+    backbone = instantiate(cfg.backbone)
     backbone.load_state_dict(method.backbone.state_dict())
     return backbone.eval()
 
@@ -112,7 +112,7 @@ def refuse_different_steps(step: int | None, run_dir: Path) -> None:
         )
 
 
-def train(
+def run_training(
     cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: labels.Label | None = None
 ) -> dict[str, float]:
     """Build everything, go on from the newest checkpoint if there is one, train, and write summary.json.
@@ -129,11 +129,11 @@ def train(
         raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
     tracker = build_tracker(cfg)
     splits = build_splits(cfg)
-    views: Views = build(cfg.augmentation)
+    views: Views = instantiate(cfg.augmentation)
     data_digest = distributed.shared_object(splits.pretrain.digest() if main else None)
 
     def bind_loader() -> BoundLoader:
-        loader: Loader = build(cfg.loader)
+        loader: Loader = instantiate(cfg.loader)
         return loader.bind(
             splits.pretrain, views, batch=cfg.batch, seed=cfg.seed, rank=distributed.rank(), world=distributed.world(), device=device
         )
@@ -144,23 +144,23 @@ def train(
         world=distributed.world(),
     )  # fmt: skip
     evaluation = Evaluation(
-        {name: build(node) for name, node in cfg.eval.items()},
+        {name: instantiate(node) for name, node in cfg.eval.items()},
         splits,
         views,
         batch=max(1, min(cfg.batch, 512)),
         device=device,
         precision=cfg.precision,
         seed=cfg.seed,
-        loader=build(cfg.loader),
+        loader=instantiate(cfg.loader),
     )
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
     method = build_method(cfg)
     if cfg.weights is not None and newest is None:
-        told = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
+        message = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
         if main:
-            print(f"caco: {told}", file=sys.stderr)
+            print(f"caco: {message}", file=sys.stderr)
     method = over_all_ranks(method, device).to(device).to(memory_format=torch.channels_last)
     if cfg.compile:
         method.get_submodule("encoder").compile()
@@ -170,7 +170,7 @@ def train(
         method=method,
         loader=loader,
         images=images,
-        optimisation=Optimisation(build(cfg.optimizer, groups=method.parameter_groups()), Schedule(**schedule), run),
+        optimisation=Optimisation(instantiate(cfg.optimizer, groups=method.parameter_groups()), OptimizerSchedule(**schedule), run),
         run=run,
         evaluation=evaluation,
         tracker=tracker,
@@ -206,13 +206,13 @@ def train(
     summary: dict = {}
     started = time.monotonic()
     if main:
-        told = beginning(
+        message = beginning(
             data=splits.pretrain.name, num_train=len(splits.pretrain), num_test=len(splits.test or ()) if cfg.eval else 0,
             choices=label.choices, bank_rows=0 if cfg.bank is None else cfg.bank.size, batch=cfg.batch, epochs=cfg.epochs,
             warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
-        print(told, file=sys.stderr)
+        print(message, file=sys.stderr)
         environment = directory.write_environment(run_dir, folders.record())  # again: now PyTorch is here to say which GPUs and instructions it has
         tracker.start(
             run_dir,
@@ -229,10 +229,10 @@ def train(
         if main:
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
-            told = ending(
+            message = ending(
                 summary, seconds=time.monotonic() - started, run_dir=run_dir, evaluators=list(label.choices.get("eval") or [])
             )
-            print(told, file=sys.stderr)
+            print(message, file=sys.stderr)
         status = "FINISHED"
     except (KeyboardInterrupt, Stopped):
         status = "KILLED"
@@ -246,7 +246,7 @@ def train(
     return summary
 
 
-def load_pretrained(cfg: DictConfig, place: Place | None, backbone: torch.nn.Module) -> tuple[Path, int]:
+def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.nn.Module) -> tuple[Path, int]:
     """Give a backbone the weights that run=, the newest checkpoint that can be read, or weights= names.
 
     Returns:
@@ -254,24 +254,24 @@ def load_pretrained(cfg: DictConfig, place: Place | None, backbone: torch.nn.Mod
     Raises:
         ValueError: no file can be read, or it is of another architecture; the keys are named.
     """
-    if place is None:
+    if location is None:
         path = Path(cfg.weights).expanduser()
         weights.load_backbone(path, cfg.format, backbone)
         return path, 0
-    if place.checkpoint is not None:
-        path = place.checkpoint
+    if location.checkpoint is not None:
+        path = location.checkpoint
     else:
-        newest = Checkpoints(place.run_dir / "checkpoints").load_newest()
+        newest = Checkpoints(location.run_dir / "checkpoints").load_newest()
         assert newest is not None, "`locate` has found one"
         state, path = newest
-        refuse_different_steps(state["step"], place.run_dir)
+        refuse_different_steps(state["step"], location.run_dir)
     weights.load_backbone(path, "caco", backbone)
     name = CHECKPOINT.fullmatch(path.name)
     assert name is not None, "`locate` takes no other file"
     return path, int(name[1])
 
 
-def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[str, float]:
+def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path) -> dict[str, float]:
     """Run the evaluators that have not given their results yet; each result is written as soon as it is there.
 
     Args:
@@ -283,31 +283,31 @@ def evaluate(cfg: DictConfig, place: Place | None, results_dir: Path) -> dict[st
     device = pick_device(cfg.device)
     distributed.start(device)
     torch.manual_seed(cfg.seed)
-    backbone = build(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
+    backbone = instantiate(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
     encoders: dict[str, torch.nn.Module] = {"": backbone}
     if cfg.baselines:
         encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size)}
-    path, step = load_pretrained(cfg, place, backbone)
+    path, step = load_pretrained(cfg, location, backbone)
     splits = build_splits(cfg)
-    views: Views = build(cfg.augmentation)
+    views: Views = instantiate(cfg.augmentation)
     if cfg.overlap == "refuse" and distributed.is_main():
         refuse_overlap(splits)
     evaluation = Evaluation(
-        {name: build(node) for name, node in cfg.eval.items()},
+        {name: instantiate(node) for name, node in cfg.eval.items()},
         splits,
         views,
         batch=cfg.batch,
         device=device,
         precision=cfg.precision,
         seed=cfg.seed,
-        loader=build(cfg.loader),
+        loader=instantiate(cfg.loader),
         folder=results_dir / "evaluations",
         cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
         overlap=cfg.overlap,
         say=say_sometimes(distributed.is_main()),
     )
     record = Record(
-        results_dir, cfg, tracker=build_tracker(cfg), step=step, path=path, is_run=place is not None and cfg.to is None
+        results_dir, cfg, tracker=build_tracker(cfg), step=step, path=path, is_run=location is not None and cfg.to is None
     )
     status = None
     try:

@@ -1,11 +1,11 @@
 """Optimisers from libraries on the paper's parameter groups, and what a step does with them: rates, clipping, freezing."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from caco.errors import UserError
 from caco.methods.base import Now, ParameterGroup
@@ -14,18 +14,58 @@ from caco.schedules import RunShape, Table, cosine, scaled_lr, warmup_and_cosine
 
 def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict[str, Any]]:
     """torch's groups: of each of the method's the parameters that decay and, where excluded, those of one dimension (biases,
-    BatchNorm), which do not.
-
-    timm's LARS scales no group whose weight decay is 0, so the exclusion holds for its scaling too.
-    """
+    BatchNorm), which do not."""
     parts = []
     for group in groups:
-        own = {"rate": group.rate, "frozen_steps": group.frozen_steps}
+        own = {"rate": group.rate, "frozen_steps": group.frozen_steps, "frozen_epochs": group.frozen_epochs}
         excluded = [p for p in group.parameters if exclude_one_dimensional and p.ndim <= 1]
         decaying = [p for p in group.parameters if not (exclude_one_dimensional and p.ndim <= 1)]
         parts.append({"params": decaying, "weight_decay": weight_decay if group.decay else 0.0, **own})
         parts.append({"params": excluded, "weight_decay": 0.0, **own})
     return [part for part in parts if part["params"]]
+
+
+class LayerWise(torch.optim.Optimizer):
+    """SGD with momentum on gradients that are scaled parameter by parameter: v <- momentum v + g', p <- p - lr v.
+
+    A subclass gives g'. A parameter without gradient stays, and so does its v.
+    """
+
+    def __init__(self, params: Any, *, lr: float, momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 1e-3):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient})
+
+    def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
+        """g' of a parameter and its gradient, a new tensor."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # nothing here computes a loss anew
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                scaled = self.scaled(p, p.grad, decay=group["weight_decay"], trust_coefficient=group["trust_coefficient"])
+                state = self.state[p]
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"].mul_(group["momentum"]).add_(scaled)
+                else:
+                    state["momentum_buffer"] = scaled
+                p.sub_(group["lr"] * state["momentum_buffer"])
+
+
+class LARS(LayerWise):
+    """Layer-wise adaptive rates for parameters of more than one dimension: g' = trust |p| / |g + wd p| (g + wd p).
+
+    Where one of the norms is 0, g' = g + wd p. Parameters of one dimension (biases, BatchNorm) take g as it is: no decay.
+
+    Source: the published code of BYOL, MoCo v3, Barlow Twins, VICReg and DINO, which do the same arithmetic. timm's (`lars_timm`)
+    has |g| + wd |p| below, LARC takes every parameter.
+    """
+
+    def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
+        if p.ndim <= 1:
+            return g.clone()
+        decayed = g + decay * p
+        p_norm, norm = p.norm(), decayed.norm()
+        return decayed * torch.where((p_norm > 0) & (norm > 0), trust_coefficient * p_norm / norm, 1.0)
 
 
 def lars(
@@ -38,13 +78,29 @@ def lars(
     weight_decay: float = 1.5e-6,
     trust_coefficient: float = 1e-3,
 ) -> torch.optim.Optimizer:
-    """Layer-wise adaptive rates (timm's): trust |p| / (|g| + wd |p|), the published |p| / |g + wd p| to about wd.
+    """LARS as published, see there. The rate is lr * batch / reference_batch."""
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
+    rate = scaled_lr(lr, batch, reference_batch)
+    return LARS(parts, lr=rate, momentum=momentum, trust_coefficient=trust_coefficient)
 
-    Parameters of one dimension get neither decay nor scaling. The rate is lr * batch / reference_batch.
+
+def lars_timm(
+    groups: list[ParameterGroup],
+    *,
+    batch: int,
+    lr: float = 0.3,
+    reference_batch: int | None = 256,
+    momentum: float = 0.9,
+    weight_decay: float = 1.5e-6,
+    trust_coefficient: float = 1e-3,
+) -> torch.optim.Optimizer:
+    """timm's LARS: trust |p| / (|g| + wd |p|), up to a hundredth from the published |p| / |g + wd p|.
+
+    timm scales no group whose weight decay is 0, so parameters of one dimension get neither decay nor scaling.
     """
     if weight_decay <= 0:
         raise UserError(
-            f"optimizer.weight_decay must be positive with LARS, whose scaling timm ties to it; got {weight_decay}"
+            f"optimizer.weight_decay must be positive with timm's LARS, which ties its scaling to it; got {weight_decay}; or optimizer=lars"
         )
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
     rate = scaled_lr(lr, batch, reference_batch)
@@ -73,67 +129,122 @@ def adamw(
     reference_batch: int | None = 256,
     betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.05,
+    decay_one_dimensional: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW, for ViTs; parameters of one dimension do not decay. The rate is lr * batch / reference_batch."""
-    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
+    """AdamW, for ViTs. The rate is lr * batch / reference_batch.
+
+    decay_one_dimensional: whether biases and norms decay too (MoCo v3).
+    """
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=not decay_one_dimensional)
     first, second = betas
     return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=(first, second))
 
 
-class Schedule:
+class LARC(LayerWise):
+    """Layer-wise adaptive rates for every parameter, biases and BatchNorm included.
+
+    g' = trust |p| / (|g| + wd |p| + 1e-8) (g + wd p) where neither norm is 0, else g' = g, without decay.
+
+    Source: NVIDIA apex's LARC with clip=False, as SwAV (arXiv 2006.09882) and SimSiam's linear evaluation take it.
+    """
+
+    def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
+        p_norm, g_norm = p.norm(), g.norm()
+        trust = trust_coefficient * p_norm / (g_norm + decay * p_norm + 1e-8)
+        return torch.where((p_norm != 0) & (g_norm != 0), trust * (g + decay * p), g)
+
+
+def larc(
+    groups: list[ParameterGroup],
+    *,
+    batch: int,
+    lr: float = 0.3,
+    reference_batch: int | None = 256,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-6,
+    trust_coefficient: float = 1e-3,
+) -> torch.optim.Optimizer:
+    """LARC, see there; decay on every parameter. The rate is lr * batch / reference_batch."""
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
+    rate = scaled_lr(lr, batch, reference_batch)
+    return LARC(parts, lr=rate, momentum=momentum, trust_coefficient=trust_coefficient)
+
+
+class OptimizerSchedule:
     """Settings of what changes over the run in an optimiser of any kind.
 
     Args:
         warmup_epochs: of the learning rate.
-        final_fraction: of the learning rate, at the end; 0.01 in the paper.
+        warmup_start: fraction of the learning rate at the first tick of the warm-up's W. None: 1 / W.
+        warmup_end: which tick is the first with the whole rate: the warm-up's "last" (SwAV, DINO), or the "next" (BYOL, MoCo v3, Barlow
+            Twins, VICReg, whose rate of 0 at the start is t / W).
+        final_fraction: of the learning rate, at the end; 0.01 in the paper. None where `final_lr` says it.
+        final_lr: the learning rate at the end by itself, whatever the batch makes of the peak (DINO).
         final_weight_decay: at the end of a cosine from the optimiser's; None keeps that (DINO goes from 0.04 to 0.4).
         clip_gradient_norm: the gradient's largest norm over all parameters together; None does not clip.
+        clip_each_gradient_norm: the largest norm of each parameter's gradient by itself (DINO).
     """
 
     def __init__(
         self,
         *,
         warmup_epochs: float = 10,
-        final_fraction: float = 0.01,
+        warmup_start: float | None = None,
+        warmup_end: Literal["last", "next"] = "last",
+        final_fraction: float | None = 0.01,
+        final_lr: float | None = None,
         final_weight_decay: float | None = None,
         clip_gradient_norm: float | None = None,
+        clip_each_gradient_norm: float | None = None,
     ):
-        if warmup_epochs < 0 or not 0 <= final_fraction <= 1:
+        if warmup_epochs < 0 or not 0 <= (final_fraction or 0) <= 1 or not 0 <= (warmup_start or 0) <= 1:
             raise UserError(
-                "schedule needs warmup_epochs >= 0 and final_fraction in [0, 1]; got "
-                f"warmup_epochs={warmup_epochs}, final_fraction={final_fraction}"
+                "schedule needs warmup_epochs >= 0, and warmup_start and final_fraction in [0, 1] or null; got "
+                f"warmup_epochs={warmup_epochs}, warmup_start={warmup_start}, final_fraction={final_fraction}"
             )
-        if (final_weight_decay or 0) < 0 or (clip_gradient_norm is not None and clip_gradient_norm <= 0):
+        if (final_fraction is None) == (final_lr is None) or (final_lr or 0) < 0:
             raise UserError(
-                "schedule needs final_weight_decay >= 0 and clip_gradient_norm > 0, or null; got "
-                f"final_weight_decay={final_weight_decay}, clip_gradient_norm={clip_gradient_norm}"
+                "schedule needs final_fraction or final_lr, of 0 or more, and the other null; got "
+                f"final_fraction={final_fraction}, final_lr={final_lr}"
             )
-        self.warmup_epochs, self.final_fraction = warmup_epochs, final_fraction
-        self.final_weight_decay, self.clip_gradient_norm = final_weight_decay, clip_gradient_norm
+        if warmup_end not in ("last", "next"):
+            raise UserError(f"schedule needs warmup_end last or next; got {warmup_end!r}")
+        clips = {"clip_gradient_norm": clip_gradient_norm, "clip_each_gradient_norm": clip_each_gradient_norm}
+        if (final_weight_decay or 0) < 0 or any(clip is not None and clip <= 0 for clip in clips.values()):
+            raise UserError(
+                "schedule needs final_weight_decay >= 0 and clip_gradient_norm and clip_each_gradient_norm > 0, or null; got "
+                f"final_weight_decay={final_weight_decay}, " + ", ".join(f"{name}={clip}" for name, clip in clips.items())
+            )
+        self.warmup_epochs, self.warmup_start, self.warmup_end = warmup_epochs, warmup_start, warmup_end
+        self.final_fraction, self.final_lr = final_fraction, final_lr
+        self.final_weight_decay = final_weight_decay
+        self.clip_gradient_norm, self.clip_each_gradient_norm = clip_gradient_norm, clip_each_gradient_norm
 
-    def learning_rate(self, run: RunShape) -> Table:
-        """Factor on the base rate: (t + 1) / W in the warm-up's W ticks, then a cosine to `final_fraction`."""
+    def learning_rate(self, run: RunShape, base_lr: float = 1.0) -> Table:
+        """Factor on the base rate: a line up to 1 in the warm-up's W ticks, then a cosine to the end's fraction of it."""
         if self.warmup_epochs >= run.epochs:
             raise UserError(
                 f"schedule.warmup_epochs must be below epochs, {run.epochs}; got {self.warmup_epochs} "
                 "(a short run needs a shorter warm-up: schedule.warmup_epochs=0)"
             )
-        return warmup_and_cosine(run, 1.0, self.final_fraction, self.warmup_epochs)
+        final = self.final_lr / base_lr if self.final_lr is not None else self.final_fraction or 0.0
+        return warmup_and_cosine(run, 1.0, final, self.warmup_epochs, start=self.warmup_start, end=self.warmup_end)
 
 
 class Optimisation:
     """torch's optimiser, and the rates and decays that it has at each step of the training.
 
     Args:
-        optimizer: of `lars`, `sgd` or `adamw`.
+        optimizer: of `lars`, `lars_timm`, `larc`, `sgd` or `adamw`.
         schedule: see there.
         run: how long the training is.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, run: RunShape):
-        self.optimizer, self.clip_gradient_norm = optimizer, schedule.clip_gradient_norm
-        self.lr_factor = schedule.learning_rate(run)
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: OptimizerSchedule, run: RunShape):
+        self.optimizer = optimizer
+        self.clip_gradient_norm, self.clip_each_gradient_norm = schedule.clip_gradient_norm, schedule.clip_each_gradient_norm
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.lr_factor = schedule.learning_rate(run, self.base_lr[0])
         decays = [group["weight_decay"] for group in optimizer.param_groups]
         final = schedule.final_weight_decay
         self.weight_decay = None if final is None else [cosine(run, decay, final) if decay else None for decay in decays]
@@ -165,9 +276,12 @@ class Optimisation:
     def step(self, now: Now) -> None:
         """Move the parameters along their gradients, which are the mean over the ranks, and drop these."""
         for group in self.optimizer.param_groups:
-            if now.step < group["frozen_steps"]:
+            if now.step < group["frozen_steps"] or (0 if now.epoch is None else now.epoch) < group["frozen_epochs"]:
                 for p in group["params"]:
                     p.grad = None
+        if self.clip_each_gradient_norm is not None:
+            for p in self.parameters:
+                torch.nn.utils.clip_grad_norm_(p, self.clip_each_gradient_norm)
         if self.clip_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_gradient_norm)
         self.optimizer.step()

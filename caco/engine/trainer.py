@@ -97,7 +97,7 @@ class Trainer:
             )
         if self.accumulate > 1 and method.needs.whole_batch:
             raise UserError(
-                "accumulate: this method's negatives are the batch's other images, and a part of a batch has fewer of "
+                "accumulate: the images of a batch meet one another in this method's loss, and a part of a batch has fewer of "
                 f"them; expected null, got {accumulate}"
             )
         self.phases, self.tables = method.phases(run), method.schedules(run)
@@ -336,6 +336,10 @@ class Trainer:
         now = self.now(min(self.step, self.training_starts + self.run.steps - 1))
         return [now.phase, now.step_in_phase, now.epoch, now.step_in_epoch]
 
+    def _name_of_backbone(self) -> str:
+        """Of what evaluators see, among the method's parts: DINO's is the teacher's, and a file must say so."""
+        return next((name for name, module in self.method.named_modules() if module is self.method.backbone), "encoder.backbone")
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on. A collective: the bank's shards are gathered."""
         random = {"cpu": torch.get_rng_state()}
@@ -351,6 +355,7 @@ class Trainer:
             "has_warned": self.has_warned,
             "time": dict(self.time),
             "method": self.method.state_dict(),
+            "backbone": self._name_of_backbone(),
             "optimizer": self.optimisation.optimizer.state_dict(),
             "epoch_sums": dict(self.epoch_sums),
             "latest": dict(self.latest),

@@ -74,7 +74,7 @@ class Slurm:
         demand("parallel", parallel, parallel >= 1, "at least 1")
         self.partition, self.ranks, self.cpus = partition, nodes * tasks, tasks * (cpus_per_task or 1)
         self.gpus_per_node = gpus_per_node
-        self.asked: dict[str, float] = {"hours": hours, "gpus_per_node": gpus_per_node, "nodes": nodes}
+        self.requested: dict[str, float] = {"hours": hours, "gpus_per_node": gpus_per_node, "nodes": nodes}
         self.parallel, self.setup, self.max_timeouts, self.max_crashes = parallel, setup, max_timeouts, max_crashes
         wanted = {
             "partition": partition,
@@ -124,8 +124,8 @@ class Slurm:
         }
         where = f"partition {','.join(sorted(chosen))}"
         for key, most in has.items():
-            if self.asked[key] > most:
-                raise UserError(f"launcher.{key}: expected at most {most:g}, as {where} has, got {self.asked[key]:g}")
+            if self.requested[key] > most:
+                raise UserError(f"launcher.{key}: expected at most {most:g}, as {where} has, got {self.requested[key]:g}")
         cpus = max(int(cpus.rstrip("+")) for *_, cpus in ours)
         if self.cpus > cpus:
             raise UserError(f"launcher: expected at most the {cpus} CPUs that a node of {where} has, got {self.cpus}")
@@ -209,5 +209,5 @@ def _slurm(*command: str) -> subprocess.CompletedProcess:
 
 def _first_words(text: str) -> str:
     """What SLURM's command said: its error lines in one, without those of Python around it."""
-    told = [line.split("error: ", 1)[1] for line in text.splitlines() if re.match(r"\s*s\w+: error: ", line)]
-    return "; ".join(told) or text.strip()[-500:]
+    messages = [line.split("error: ", 1)[1] for line in text.splitlines() if re.match(r"\s*s\w+: error: ", line)]
+    return "; ".join(messages) or text.strip()[-500:]

@@ -46,7 +46,7 @@ class SubmititLauncher(Launcher):
             SweepFailed: some have failed.
         """
         composed = [self.context.config_loader.load_sweep_config(self.config, list(item)) for item in job_overrides]
-        launcher = composition.build(self.config.launcher)
+        launcher = composition.instantiate(self.config.launcher)
         jobs = []
         for cfg in composed:
             launcher.check(cfg)
@@ -87,7 +87,7 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
         else:
             waiting.append(job)
     code = snapshot(folder / ".code") if waiting else None
-    told: dict[str, str] = {}
+    states: dict[str, str] = {}
     pause_s = 0.5
     try:
         while waiting or active:
@@ -103,9 +103,9 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
                     write_json(job.run_dir / "job.json", {"id": id, "at": at, "log": str(log), "code": str(code)})
                     active[id] = job
             for id, state in launcher.states(list(active)).items():
-                if told.get(id) != state:
+                if states.get(id) != state:
                     _say(active[id], f"job {id} {state}")
-                    told[id] = state
+                    states[id] = state
                     pause_s = 0.5
                 if state in ENDED or state == "ENDED":
                     active.pop(id)
@@ -120,7 +120,7 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
     _wait_for_results(jobs)
     failed = [job for job in jobs if not (job.run_dir / "summary.json").exists()]
     if failed:
-        raise SweepFailed(_report(jobs, failed, told))
+        raise SweepFailed(_report(jobs, failed, states))
 
 
 def _is_active(launcher: Slurm | Local, id: str) -> bool:
@@ -140,7 +140,7 @@ def _say(job: Job, what: str) -> None:
     print(f"caco: {job.run_dir.parent.name}/{job.run_dir.name}: {what}", file=sys.stderr)
 
 
-def _report(jobs: list[Job], failed: list[Job], told: dict[str, str]) -> str:
+def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
     lines = [f"{len(failed)} of {len(jobs)} jobs have failed:"]
     for job in failed:
         submitted = read_json(job.run_dir / "job.json")
@@ -148,7 +148,7 @@ def _report(jobs: list[Job], failed: list[Job], told: dict[str, str]) -> str:
         if failure.exists():
             why = failure.read_text().strip().splitlines()[-1]
         else:
-            why = f"ended as {told.get(submitted['id'], 'GONE')}, without a word"
+            why = f"ended as {states.get(submitted['id'], 'GONE')}, without a word"
         lines += [f"  {job.run_dir}", f"    {why}", f"    log: {submitted['log']}"]
     lines.append("The same command again submits these and no others. One of them here, in this process:")
     words = [*folders.flag(), *failed[0].overrides]

@@ -81,6 +81,10 @@ class Costs:
         bank_terms: of these over the bank's rows; searches, lookups: passes of all keys over the bank for a row, and for its vector.
         columns_per_image: of a term, for each image of the global batch, beyond the bank's.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
+        prototypes: columns of the scores that each encoded view has.
+        matrices: of products of all images' embeddings, D x D, that the loss takes.
+        summed_bytes: of what the ranks add up besides gradients and BatchNorm.
+        together: whether the views of one size go through the backbone at once, and all through the projector.
     """
 
     encoded: list[int]
@@ -92,6 +96,10 @@ class Costs:
     columns_per_image: int = 0
     gathers: int = 0
     gathers_with_gradient: int = 0
+    prototypes: int = 0
+    matrices: int = 0
+    summed_bytes: int = 0
+    together: bool = False
 
 
 class Outputs(NamedTuple):
@@ -107,12 +115,14 @@ class ParameterGroup:
         rate: a factor on the scheduled learning rate; or the name of a schedule whose value takes the place of its factor.
         decay: whether weight decay applies (where the optimiser excludes biases and norms, to the others).
         frozen_steps: at the run's start, in which they do not move.
+        frozen_epochs: so, in epochs of the training (DINO's last layer).
     """
 
     parameters: list[nn.Parameter]
     rate: float | str = 1.0
     decay: bool = True
     frozen_steps: int = 0
+    frozen_epochs: int = 0
 
 
 class Method(nn.Module):

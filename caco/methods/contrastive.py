@@ -4,7 +4,7 @@ Shapes: B this rank's images, G all ranks' images, D width of the embedding, V v
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,32 +18,12 @@ from caco.data.loaders.images import Images
 from caco.errors import UserError
 from caco.methods.base import TRAINING, Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
 from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives
+from caco.methods.terms import Term, terms_of
 from caco.nn.heads import Encoder
 from caco.nn.twin import MomentumTwin
 from caco.schedules import RunShape, Table, cosine
 
 WARM_START = "warm start"
-
-
-class Term(NamedTuple):
-    query: int  # view that is encoded with gradient
-    key: int  # view whose key chooses (or is) the positive
-    weight: float
-
-
-def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Literal["sum", "mean"]) -> list[Term]:
-    """Which view queries which key, and with what weight.
-
-    Keys are the large views (symmetric) or the second of them (else); every other view queries each key. "sum" adds
-    the terms (CaCo's two directions; AdCo's five crops). "mean" averages the large views' terms and adds the average of
-    the small ones' (AdCo's two directions; CaCo's multi-crop: 2 large and 12 small terms).
-    """
-    keys = range(num_large) if symmetric else [1]
-    large = [(q, k) for k in keys for q in (range(num_large) if symmetric else [0]) if q != k]
-    small = [(q, k) for k in keys for q in range(num_large, num_large + num_small)]
-    return [
-        Term(q, k, 1.0 if reduction == "sum" else 1 / len(pairs)) for pairs in (large, small) for q, k in pairs
-    ]
 
 
 def warm_start_steps(steps: int | None, passes: int | None, bank_size: int, batch: int) -> int:
@@ -229,8 +209,7 @@ class Contrastive(Method):
 
     def terms(self, sizes: list[int]) -> list[Term]:
         """Of the loss on views of these sizes; the large ones come first."""
-        num_large = sum(size == sizes[0] for size in sizes)
-        return pair_terms(num_large, len(sizes) - num_large, symmetric=self.symmetric, reduction=self.reduction)
+        return terms_of(sizes, symmetric=self.symmetric, reduction=self.reduction)
 
     def costs(self, sizes: list[int]) -> Costs:
         terms = self.terms(sizes)

@@ -1,21 +1,23 @@
 """NNCLR proper: neighbours from a queue as positives, a predictor, no momentum encoder (arXiv 2104.14548)."""
 
-from torch import Tensor, nn
+import dataclasses
+
+from torch import Tensor
 from torch.nn import functional as F
 
 from caco import distributed
 from caco.banks.base import Bank
-from caco.methods.base import Outputs
+from caco.methods.base import Costs, Outputs
 from caco.methods.contrastive import Contrastive, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
-from caco.nn.heads import Encoder
+from caco.nn.heads import Encoder, Projector, at_least_float32
 
 
 class NNCLR(Contrastive):
     """The nearest past embedding of view a should predict view b's image among those of the batch.
 
     L = -log [ exp(nn(z_i, Q) . p_i / tau) / sum_k exp(nn(z_i, Q) . p_k / tau) ], averaged over both directions; small
-    crops only predict. The queue takes the embeddings of the first view.
+    crops only predict. p is the predictor's, which takes z before it is made unit. The queue takes the embeddings of the first view.
 
     Args:
         encoder, bank: as in `Contrastive`; the bank is the queue Q.
@@ -48,19 +50,16 @@ class NNCLR(Contrastive):
             warm_start_passes=warm_start_passes,
         )
         dim = encoder.projector.dim
-        self.predictor = nn.Sequential(
-            nn.Linear(dim, predictor_hidden_dim),
-            nn.BatchNorm1d(predictor_hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(predictor_hidden_dim, dim),
-        )
+        self.predictor = Projector(in_dim=dim, hidden_dim=predictor_hidden_dim, dim=dim, layers=2, bias=True)
 
     def loss(self, views: list[Tensor]) -> Outputs:
         """Loss of one batch of views, each [B, 3, H, W]; the large ones come first."""
-        z, _, _, terms = self.encode(views)
-        p = {v: F.normalize(self.predictor(z_BD).to(z_BD.dtype), dim=1) for v, z_BD in z.items()}  # float32 under autocast too
-        everyone = {v: distributed.gather_with_gradient(p_BD) for v, p_BD in p.items()}
-        neighbours = self.positives_of({v: z_BD.detach() for v, z_BD in z.items()}, terms)
+        terms = self.terms([view.shape[-1] for view in views])
+        projected = [self.encoder(view, unit=False) for view in views]
+        p = [F.normalize(at_least_float32(self.predictor(x_BD)), dim=1) for x_BD in projected]
+        z = [F.normalize(x_BD.detach(), dim=1) for x_BD in projected]
+        everyone = [distributed.gather_with_gradient(p_BD) for p_BD in p]
+        neighbours = self.positives_of(dict(enumerate(z)), terms)
         # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
         score = contrast(
             [vector_BD for term in terms if (vector_BD := neighbours[term.key].vector_BD) is not None], [everyone[term.query] for term in terms],
@@ -68,3 +67,7 @@ class NNCLR(Contrastive):
         )  # fmt: skip
         self.keys.append([distributed.gather(z[0])])
         return Outputs(weighted(score, terms), {"positive_probability": (-score.loss_B.detach()).exp().mean()})
+
+    def costs(self, sizes: list[int]) -> Costs:
+        """Every view's predictions are gathered, and the first one's embeddings for the queue."""
+        return dataclasses.replace(super().costs(sizes), gathers=len(sizes) + 1, gathers_with_gradient=len(sizes))

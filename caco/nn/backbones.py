@@ -3,13 +3,21 @@
 from collections.abc import Sequence
 
 import timm
+import torch
 from timm.models.resnet import BasicBlock, ResNet
-from torch import nn
+from torch import Tensor, nn
 
 from caco.errors import UserError
 
 
-def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float = 0.0, image_size: int | None = None) -> nn.Module:
+def timm_backbone(
+    *,
+    name: str,
+    cifar_stem: bool = False,
+    drop_path_rate: float = 0.0,
+    image_size: int | None = None,
+    zero_init_last: bool = False,
+) -> nn.Module:
     """A timm model without its classifier, randomly initialised.
 
     Args:
@@ -17,25 +25,71 @@ def timm_backbone(*, name: str, cifar_stem: bool = False, drop_path_rate: float 
         cifar_stem: for ResNets: a 3x3 convolution of stride 1 and no max-pooling, for 32-pixel images.
         drop_path_rate: stochastic depth.
         image_size: for ViTs, the pixels of a square image; None is the model's own.
+        zero_init_last: for ResNets: the scale of each block's last BatchNorm starts at 0, so that the block starts as the identity.
     Raises:
-        ValueError: timm knows no such model, or a CIFAR stem is asked of something that is no ResNet.
+        ValueError: timm knows no such model, or something is asked of it that is of ResNets.
     """
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name[:6]}*")[:5]
-        raise UserError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(near) or 'none'}")
+    _must_be_known(name)
     options: dict = {"num_classes": 0, "drop_path_rate": drop_path_rate}
     if image_size is not None:
         # Crops of several sizes go through one ViT, so its position embeddings are interpolated.
         options |= {"img_size": image_size, "dynamic_img_size": True}
     if name.startswith("resnet"):
         # torchvision's default, which the published code keeps; timm's own starts residual branches at zero.
-        options["zero_init_last"] = False
+        options["zero_init_last"] = zero_init_last
+    elif zero_init_last:
+        raise UserError(f"backbone.zero_init_last is for ResNets; got {name!r}")
     model = timm.create_model(name, pretrained=False, **options)
     if cifar_stem:
         if not isinstance(model, ResNet):
             raise UserError(f"backbone.cifar_stem is for ResNets; got {name!r}")
         _use_cifar_stem(model)
     return model
+
+
+def mocov3_vit(*, name: str, num_heads: int = 12, image_size: int = 224, frozen_patches: bool = True) -> nn.Module:
+    """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the projection of the patches
+    stays as it was drawn. Its feature is that of the class token.
+
+    Args:
+        name: timm's, for example vit_small_patch16_224, with one class token.
+        num_heads: MoCo v3's ViT-S has 12, timm's 6.
+        image_size: pixels of a square image; crops of other sizes of whole patches go too.
+        frozen_patches: whether that projection takes no gradient.
+    Raises:
+        UserError: timm knows no such model, or not as a ViT with a class token and position embeddings.
+    """
+    _must_be_known(name)
+    if not name.startswith("vit_"):
+        raise UserError(f"backbone.name must be a ViT of timm's; got {name!r}")
+    options = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True, "num_heads": num_heads, "weight_init": "moco"}
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+    except AssertionError as error:  # timm's way to refuse
+        raise UserError(f"backbone: timm makes no {name} with num_heads={num_heads} and image_size={image_size}: {error}") from error
+    if not model.has_class_token or model.num_prefix_tokens != 1 or model.pos_embed is None or model.no_embed_class:
+        raise UserError(f"backbone.name must be a ViT with one class token and position embeddings; got {name!r}")
+    projection = model.patch_embed.proj
+    rows, columns = model.patch_embed.grid_size
+    bound = (6 / (projection.weight[0].numel() + model.num_features)) ** 0.5  # 6 / (3 p^2 + D)
+    with torch.no_grad():
+        model.pos_embed.zero_()  # the class token's stays so
+        model.pos_embed[0, 1:] = sines_and_cosines(rows, columns, model.num_features)
+        nn.init.uniform_(projection.weight, -bound, bound)
+        nn.init.zeros_(projection.bias)
+    model.pos_embed.requires_grad_(False)
+    projection.requires_grad_(not frozen_patches)
+    return model
+
+
+def sines_and_cosines(rows: int, columns: int, width: int) -> Tensor:
+    """Position embeddings [rows * columns, width], row by row: [sin r w, cos r w, sin c w, cos c w], w = 10000^(-4 i / width)."""
+    if width % 4:
+        raise UserError(f"positions of sines and cosines need a width that is a multiple of 4; got {width}")
+    frequency = 10000.0 ** -(torch.arange(width // 4) * 4 / width)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [place.flatten()[:, None] * frequency for place in (row, column)]
+    return torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], 1)
 
 
 def small_resnet(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1) -> nn.Module:
@@ -61,6 +115,12 @@ def small_resnet(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_
     model = ResNet(BasicBlock, tuple(blocks), channels=channels, num_classes=0, zero_init_last=False, **stem)
     _use_cifar_stem(model, stem_stride)
     return model
+
+
+def _must_be_known(name: str) -> None:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name[:6]}*")[:5]
+        raise UserError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(near) or 'none'}")
 
 
 def _use_cifar_stem(model: ResNet, stride: int = 1) -> None:

@@ -1,17 +1,26 @@
 """Heads between a backbone's features and the embedding that the loss sees."""
 
 import itertools
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from caco.errors import UserError
 
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
+INITIALISATIONS: dict[str, Callable[[nn.Linear], tuple[float, float]] | None] = {  # of a linear layer: spread and cut of a truncated normal
+    "torch": None,
+    "truncated_normal_0.02": lambda layer: (0.02, 2.0),
+    "truncated_normal_fan_in": lambda layer: (layer.in_features**-0.5, 2 * layer.in_features**-0.5),
+}
+
 
 class Projector(nn.Sequential):
-    """A multilayer perceptron: linear layers, (BatchNorm and) ReLU between them, nothing after the last.
+    """A multilayer perceptron: linear layers, (BatchNorm and) an activation between them. Predictors are of this class too.
 
-    The paper's is 2048-2048-2048-256 with BatchNorm and without biases; AdCo's and MoCo v2's 2048-2048-128 has biases
+    The paper's projector is 2048-2048-2048-256 with BatchNorm and without biases; AdCo's and MoCo v2's 2048-2048-128 has biases
     and no BatchNorm.
 
     Args:
@@ -21,7 +30,12 @@ class Projector(nn.Sequential):
         layers: number of linear layers.
         batch_norm: BatchNorm after every layer but the last.
         last_batch_norm: a BatchNorm after the last layer too (SimCLR, NNCLR).
+        last_affine: whether that one has a scale and a shift (not in SimSiam and MoCo v3).
         bias: biases in the linear layers.
+        last_bias: a bias in the last one; None for what `bias` says.
+        activation: between the layers.
+        initialisation: of the linear layers: torch's; "truncated_normal_0.02": that spread, cut at 2, and biases of 0 (DINO);
+            "truncated_normal_fan_in": a spread of 1/sqrt(inputs), cut at twice that, and biases of 0 (BYOL).
     """
 
     def __init__(
@@ -33,27 +47,54 @@ class Projector(nn.Sequential):
         layers: int = 3,
         batch_norm: bool = True,
         last_batch_norm: bool = False,
+        last_affine: bool = True,
         bias: bool = False,
+        last_bias: bool | None = None,
+        activation: Literal["relu", "gelu"] = "relu",
+        initialisation: Literal["torch", "truncated_normal_0.02", "truncated_normal_fan_in"] = "torch",
     ):
+        for name, chosen, known in (("activation", activation, ACTIVATIONS), ("initialisation", initialisation, INITIALISATIONS)):
+            if chosen not in known:
+                raise UserError(f"projector.{name}: expected one of {', '.join(known)}, got {chosen!r}")
         if min(in_dim, hidden_dim, dim, layers) < 1:
             raise UserError(
                 "projector widths and layers must be at least 1; got "
                 f"in_dim={in_dim}, hidden_dim={hidden_dim}, dim={dim}, layers={layers}"
             )
+        if not (last_affine or last_batch_norm):
+            raise UserError("projector.last_affine=false is of the last BatchNorm, and last_batch_norm=false leaves that out")
         widths = [in_dim] + [hidden_dim] * (layers - 1) + [dim]
+        biases = [bias] * (layers - 1) + [bias if last_bias is None else last_bias]
+        law = INITIALISATIONS[initialisation]
         modules: list[nn.Module] = []
-        for narrow, wide in itertools.pairwise(widths):
+        for (narrow, wide), with_bias in zip(itertools.pairwise(widths), biases, strict=True):
             if modules:
-                modules += ([nn.BatchNorm1d(narrow)] if batch_norm else []) + [nn.ReLU(inplace=True)]
-            modules.append(nn.Linear(narrow, wide, bias=bias))
+                modules += ([nn.BatchNorm1d(narrow)] if batch_norm else []) + [ACTIVATIONS[activation]()]
+            layer = nn.Linear(narrow, wide, bias=with_bias)
+            if law is not None:
+                spread, cut = law(layer)
+                nn.init.trunc_normal_(layer.weight, std=spread, a=-cut, b=cut)
+                if with_bias:
+                    nn.init.zeros_(layer.bias)
+            modules.append(layer)
         if last_batch_norm:
-            modules.append(nn.BatchNorm1d(dim))
+            modules.append(nn.BatchNorm1d(dim, affine=last_affine))
         super().__init__(*modules)
         self.dim = dim
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """What a head gives under autocast has bf16's eight bits of mantissa, which similarities at tau 0.08 do not survive."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Encoder(nn.Module):
     """Backbone, then projector, then the unit sphere. Images [B, 3, H, W] to float32 embeddings [B, D].
+
+    `unit=False` stops before the sphere, at what the projector gives: predictors take that, and losses of its covariance.
+
+    Several views at once, a list of [B, 3, H, W], give [V * B, D]: neighbours of one size go through the backbone together and all
+    through the projector. So BatchNorm's statistics are of a size there and of all views here, as in SwAV's and DINO's code.
 
     Args:
         backbone: has `num_features`, the width of its output.
@@ -64,7 +105,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self.projector = backbone, projector
 
-    def forward(self, images: Tensor) -> Tensor:
-        embedding = self.projector(self.backbone(images))
-        # float32 at least from here on: similarities at tau 0.08 do not survive bf16's eight bits of mantissa.
-        return nn.functional.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1)
+    def forward(self, images: Tensor | list[Tensor], unit: bool = True) -> Tensor:
+        embedding = at_least_float32(self.projector(self._features(images)))
+        return nn.functional.normalize(embedding, dim=1) if unit else embedding
+
+    def _features(self, images: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(images, Tensor):
+            return self.backbone(images)
+        by_size = itertools.groupby(images, key=lambda view: view.shape[-1])
+        return torch.cat([self.backbone(torch.cat(list(views))) for _, views in by_size])

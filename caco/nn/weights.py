@@ -28,6 +28,7 @@ LAYOUTS = {
     "timm": (PLAIN,),
 }
 CLASSIFIERS = ("fc.", "head.", "classifier.")  # of torchvision's and timm's models, left out where the backbone has none
+STUDENT, EVALUATED = "encoder.backbone.", "evaluated."  # in our names: the backbone that learns, and that which is evaluated if it is another
 OWN_OF_A_RUN = ("rows.velocity", "rows.uses")  # the bank's momentum and statistics: a new run starts its own
 
 
@@ -58,7 +59,7 @@ def initialise(method: Initialised, path: Path | str, format: str) -> str:
     parts = dict(method.named_children())
     encoder, twin, bank = parts.pop("encoder"), parts.pop("twin", None), parts.pop("bank", None)
     projector = encoder.get_submodule("projector")
-    _fill_backbone(method.backbone, named, path)
+    _fill_backbone(encoder.get_submodule("backbone"), _below(named, STUDENT), path)
     loaded, fresh = ["backbone"], list[str]()
 
     def take(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> bool:
@@ -92,17 +93,19 @@ def initialise(method: Initialised, path: Path | str, format: str) -> str:
             loaded.append("bank")
         else:
             fresh.append("bank")
-    told = f"weights of {path} ({format}): {', '.join(loaded)}"
-    return told + (f"; as initialised: {', '.join(fresh)}" if fresh else "")
+    message = f"weights of {path} ({format}): {', '.join(loaded)}"
+    return message + (f"; as initialised: {', '.join(fresh)}" if fresh else "")
 
 
 def load_backbone(path: Path | str, format: str, backbone: nn.Module) -> None:
-    """Give a backbone the weights of a file; of an encoder and its momentum twin, the encoder's.
+    """Give a backbone the weights of a file; of an encoder and its momentum twin, the encoder's, unless the run that saved them says
+    that it evaluated the twin's (DINO).
 
     Raises:
         ValueError: as in `read`; or the file's network has another architecture.
     """
-    _fill_backbone(backbone, read(path, format), path)
+    named = read(path, format)
+    _fill_backbone(backbone, _below(named, EVALUATED) or _below(named, STUDENT), path)
 
 
 def read(path: Path | str, format: str) -> dict[str, Tensor]:
@@ -150,14 +153,15 @@ def _in_our_names(content: object) -> tuple[str, dict[str, Tensor]]:
     if not isinstance(content, dict):
         return PLAIN, {}
     method = _tensors(content.get("method"))
-    if any(name.startswith("encoder.backbone.") for name in method):
-        return OURS, method
+    if any(name.startswith(STUDENT) for name in method):
+        evaluated = f"{content.get('backbone', STUDENT[:-1])}."  # older checkpoints do not say
+        return OURS, method | ({} if evaluated == STUDENT else {EVALUATED + name: x for name, x in _below(method, evaluated).items()})
     # Released pre-training and timm's training wrap the network as state_dict, torchvision's reference training as
     # model; DistributedDataParallel prefixes its names.
     inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     state = {name.removeprefix("module."): tensor for name, tensor in _tensors(inner).items()}
     if not any(name.startswith("encoder_q.") for name in state):
-        return PLAIN, {f"encoder.backbone.{name}": tensor for name, tensor in state.items()}
+        return PLAIN, {STUDENT + name: tensor for name, tensor in state.items()}
     named = {}
     for theirs, ours in (("encoder_q.", "encoder."), ("encoder_k.", "twin.encoder.")):
         for name, tensor in _below(state, theirs).items():
@@ -196,8 +200,7 @@ def _mismatches(module: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str
     return missing, unexpected, shapes
 
 
-def _fill_backbone(backbone: nn.Module, named: dict[str, Tensor], path: Path | str) -> None:
-    tensors = _below(named, "encoder.backbone.")
+def _fill_backbone(backbone: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
     own = backbone.state_dict()
     tensors = {name: value for name, value in tensors.items() if name in own or not name.startswith(CLASSIFIERS)}
     missing, unexpected, shapes = _mismatches(backbone, tensors)

@@ -21,15 +21,15 @@ def environment() -> dict[str, str]:
 
     GPUs and PyTorch's instructions are named only once torch is imported: importing it for this would cost seconds.
     """
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     # Installed into a virtual environment, caco may lie inside some other repository, whose SHA says nothing.
-    is_ours = _output("git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name) is not None
-    sha = _output("git", "-C", str(here), "rev-parse", "HEAD") if is_ours else None
-    changes = _output("git", "-C", str(here), "status", "--porcelain") if is_ours else None
+    is_ours = _output("git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name) is not None
+    sha = _output("git", "-C", str(folder), "rev-parse", "HEAD") if is_ours else None
+    changes = _output("git", "-C", str(folder), "status", "--porcelain") if is_ours else None
     found = {
         "git_sha": sha or "unknown",
         "git_dirty": "unknown" if not sha or changes is None else str(bool(changes)).lower(),
-        **read_json(here.parents[1] / SOURCE),
+        **read_json(folder.parents[1] / SOURCE),
         "python": platform.python_version(),
         **{name: _version(package) for name, package in _PACKAGES.items()},
         "host": socket.gethostname(),

@@ -38,11 +38,28 @@ NEUTRAL_KEYS = (
     "config_dir",  # where it lies; of what is in it environment.json has the digests
     "hydra",
 )
-# Part of the identity once they are set; a run that does not use them is the run that it was before they existed.
-NOTHING_IF_NULL = (
-    "accumulate", "format", "weights_digest", "bank.final_lr", "method.warm_start_steps", "method.warm_start_passes",
-    "schedule.final_weight_decay", "schedule.clip_gradient_norm",
-)  # fmt: skip
+# Settings that came later, with the value that is how runs were before. There they are no part of the identity: a run that does not use
+# them is the run that it was. Whoever adds a setting to conf/ adds its line, or every run so far gets another hash.
+AS_BEFORE: dict[str, Any] = {
+    "accumulate": None,
+    "backbone.zero_init_last": False,
+    "bank.final_lr": None,
+    "format": None,
+    "method.warm_start_passes": None,
+    "method.warm_start_steps": None,
+    "optimizer.decay_one_dimensional": False,
+    "projector.activation": "relu",
+    "projector.initialisation": "torch",
+    "projector.last_affine": True,
+    "projector.last_bias": None,
+    "schedule.clip_each_gradient_norm": None,
+    "schedule.clip_gradient_norm": None,
+    "schedule.final_lr": None,
+    "schedule.final_weight_decay": None,
+    "schedule.warmup_end": "last",
+    "schedule.warmup_start": None,
+    "weights_digest": None,
+}
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +108,7 @@ def identity(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _canonical(value)
         for key, value in sorted(flat(cfg).items())
-        if not is_neutral(key) and not (value is None and key in NOTHING_IF_NULL)
+        if not is_neutral(key) and not (key in AS_BEFORE and value == AS_BEFORE[key])
     }
 
 

@@ -46,6 +46,7 @@ TARGETS = {
     "caco.launchers.Slurm": "caco.launch.slurm.Slurm",
     "caco.methods.contrastive.Outputs": "caco.methods.base.Outputs",
     "caco.optimizers": "caco.engine.optimizers",
+    "caco.optimizers.lars": "caco.engine.optimizers.lars_timm",  # today's lars is the published one
     "caco.preemption": "caco.engine.preemption",
     "caco.pretrained": "caco.config.pretrained",
     "caco.progress": "caco.engine.progress",

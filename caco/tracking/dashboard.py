@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from caco.errors import UserError, told
+from caco.errors import UserError, shown
 from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.sync import find_runs, sync
 
@@ -108,8 +108,8 @@ def update(folder: Path, uri: str, *, named: bool) -> list[str]:
         run_dirs = find_runs([folder])
     except UserError:
         run_dirs = []  # no run yet
-    told, _ = sync(run_dirs, uri=uri if named else None)
-    lines = [line for line in told if ": complete (" not in line and ": skipped: " not in line]
+    messages, _ = sync(run_dirs, uri=uri if named else None)
+    lines = [line for line in messages if ": complete (" not in line and ": skipped: " not in line]
     client, _ = connect(uri, "caco")
     for experiment in client.search_experiments():
         if client.search_runs([experiment.experiment_id], max_results=1):
@@ -117,7 +117,7 @@ def update(folder: Path, uri: str, *, named: bool) -> list[str]:
     return lines
 
 
-def shown(uri: str, base: str) -> list[str]:
+def addresses(uri: str, base: str) -> list[str]:
     """A line with the address of each experiment that has runs, newest first."""
     client, _ = connect(uri, "caco")
     found = [e for e in client.search_experiments() if client.search_runs([e.experiment_id], max_results=1)]
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=5000, help="default 5000; another one where it is taken")
     parser.add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="bring it up to date so often")
     options = parser.parse_args(arguments)
-    with told():
+    with shown():
         require_mlflow()
         return _show(options, resolve_uri(options.uri))
 
@@ -190,13 +190,13 @@ def _show(options: argparse.Namespace, uri: str) -> int:
     try:
         _say(update(options.runs, uri, named=named))
         if uri.startswith("http"):
-            _say(shown(uri, uri))
+            _say(addresses(uri, uri))
             return 0
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         port = free_port(options.host, options.port)
         with server(uri, host=options.host, port=port) as process:
             base = f"http://{options.host}:{port}"
-            _say([*shown(uri, base), f"the store is {re.sub('//[^/]*@', '//', uri)}; Ctrl-C ends this server, and no run"])
+            _say([*addresses(uri, base), f"the store is {re.sub('//[^/]*@', '//', uri)}; Ctrl-C ends this server, and no run"])
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=options.every)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from caco.errors import UserError, told
+from caco.errors import UserError, shown
 from caco.runs import renamed
 from caco.runs.files import process_start, read_json
 from caco.tracking.feed import Feed, has_new_model, new_files, refresh_sweep
@@ -67,12 +67,12 @@ def _runs_in_slurm(job: str) -> bool | None:
         return None
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if told.returncode and "Invalid job id" not in told.stderr:
+    if shown.returncode and "Invalid job id" not in shown.stderr:
         return None  # no controller, or not the cluster that the job was on
-    return any(state in told.stdout.split() for state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"))
+    return any(state in shown.stdout.split() for state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"))
 
 
 def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = None) -> str:
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--uri", help="MLflow server or database; default: the run's, else as tracking=mlflow")
     parser.add_argument("--experiment", metavar="NAME", help="default: the run's name, else caco")
     options = parser.parse_args(arguments)
-    with told():
+    with shown():
         require_mlflow()
         runs = find_runs(options.run_dirs)
         if options.uri:

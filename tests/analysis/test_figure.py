@@ -133,7 +133,7 @@ def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(traine
     """Against an independent computation: dense, in float64."""
     from omegaconf import OmegaConf
 
-    from caco.config.composition import build
+    from caco.config.composition import instantiate
     from caco.engine.assembly import build_method
     from caco.runs.checkpoint import Checkpoints
 
@@ -146,7 +146,7 @@ def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(traine
     cfg = OmegaConf.load(run_dir / "config.yaml")
     method = build_method(cfg)
     method.load_state_dict(Checkpoints(run_dir / "checkpoints").load_newest()[0]["method"])
-    views, splits = build(cfg.augmentation), build(cfg.data)
+    views, splits = instantiate(cfg.augmentation), instantiate(cfg.data)
     network = method.twin.encoder.eval().double()
 
     def embedded(source, indices):

@@ -13,7 +13,7 @@ from tiny import BANK, TINY, train
 
 from analysis import model, picture
 from caco.config import composition
-from caco.config.composition import build
+from caco.config.composition import instantiate
 from caco.errors import UserError
 from caco.runs.directory import open_run
 
@@ -128,7 +128,7 @@ def test_the_rows_shown_are_those_that_the_keys_choose_and_the_images_those_near
     cfg = OmegaConf.load(run / "config.yaml")
     method = build_method(cfg)
     method.load_state_dict(Checkpoints(run / "checkpoints").load_newest()[0]["method"])
-    views, images = build(cfg.augmentation), build(cfg.data).pretrain
+    views, images = instantiate(cfg.augmentation), instantiate(cfg.data).pretrain
     network = method.twin.encoder.eval().double()
     with torch.no_grad():
         pixels = torch.stack([torch.as_tensor(views.plain(images.image(i))) for i in range(len(images))]).double()
@@ -270,7 +270,7 @@ def test_a_run_without_a_bank_is_its_curve_beside_untrained_and_raw_pixels(tmp_p
     assert list(axes.lines[0].get_ydata()) == [entry["knn20_20pct_top1"] for entry in evaluated] and len(evaluated) == 2
 
     cfg = OmegaConf.load(run_dir / "config.yaml")
-    splits, views = build(cfg.data), build(cfg.augmentation)
+    splits, views = instantiate(cfg.data), instantiate(cfg.augmentation)
 
     def pixels(source, indices):
         flat = np.stack([np.asarray(views.plain(source.image(int(i)))).reshape(-1) for i in indices]).astype(np.float64)

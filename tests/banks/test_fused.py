@@ -23,7 +23,7 @@ def path(request, monkeypatch):
     """Every path, whatever this processor would choose: wide is the tile of AVX-512 in AVX2's instructions."""
     if request.param == "streamed":
         monkeypatch.setattr(instructions, "LEVEL", "torch")
-        assert not fused.serves(torch.ones(1))
+        assert not fused.supports(torch.ones(1))
         yield request.param
         return
     wanted = request.param.removesuffix(" bfloat16")
@@ -218,11 +218,11 @@ def test_what_cannot_be_scored_is_refused_with_numbers(path, spoil, message):
 def test_the_run_s_precision_decides_which_products_are_rounded(monkeypatch):
     """precision=bf16 is autocast around the method's loss: it holds for the score and for the rows' motion that it asks for."""
     told = []
-    monkeypatch.setattr(scoring.fused, "serves", lambda *tensors: True)
-    monkeypatch.setattr(scoring.fused, "update", lambda *tensors, low, **settings: told.append(("update", low)))
+    monkeypatch.setattr(scoring.fused, "supports", lambda *tensors: True)
+    monkeypatch.setattr(scoring.fused, "update", lambda *tensors, bf16, **settings: told.append(("update", bf16)))
 
-    def forward(q, w, taus, shifts, *, with_sums, low):
-        told.append(("score", low))
+    def forward(q, w, taus, shifts, *, with_sums, bf16):
+        told.append(("score", bf16))
         return [torch.ones(len(q), dtype=torch.float64)], torch.ones(len(q)), torch.zeros_like(q)
 
     monkeypatch.setattr(scoring.fused, "forward", forward)
@@ -238,8 +238,8 @@ def test_the_run_s_precision_decides_which_products_are_rounded(monkeypatch):
 @pytest.mark.parametrize("path", ["plain", "avx2", "wide", "avx512"], indirect=True)
 def test_without_tiles_it_stays_float32_under_bf16(path):
     q, w = unit(20, 16, seed=0).float(), stored(100, 16, seed=1).float()
-    low, full = (fused.forward(q, w, [0.1], [0.0], with_sums=True, low=low) for low in (True, False))
-    assert torch.equal(low[0][0], full[0][0]) and torch.equal(low[2], full[2])
+    bf16, full = (fused.forward(q, w, [0.1], [0.0], with_sums=True, bf16=bf16) for bf16 in (True, False))
+    assert torch.equal(bf16[0][0], full[0][0]) and torch.equal(bf16[2], full[2])
 
 
 def test_without_the_kernel_one_line_says_so_and_the_numbers_stay(monkeypatch, capsys):

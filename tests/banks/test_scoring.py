@@ -34,18 +34,18 @@ def test_loss_and_all_gradients(monkeypatch, block_elements, E, pull, push, bank
         q, w, positive, bank_tau, pull=pull, push=push, extra_BE=extra, weight_B=weight_B
     )
 
-    fast_q, fast_w, asked = q.clone().requires_grad_(), w.clone().requires_grad_(), []
+    fast_q, fast_w, anchors = q.clone().requires_grad_(), w.clone().requires_grad_(), []
     fast_extra = extra.clone().requires_grad_() if E else None
     score = scoring.score(
         fast_q, fast_w, positive, first_row=0, size=len(w), tau=tau, bank_tau=bank_tau, extra_BE=fast_extra,
-        asked=asked,
+        anchors=anchors,
     )  # fmt: skip
     (score.loss_B * weight_B).sum().backward()
 
     assert torch.allclose(score.loss_B, dense, atol=1e-12)
     assert torch.allclose(fast_q.grad, dense_q.grad, atol=1e-12)
     assert fast_w.grad is None
-    assert torch.allclose(scoring.row_gradient(w, 0, scoring.Asked.joined(asked), pull=pull, push=push), expected_w, atol=1e-12)
+    assert torch.allclose(scoring.row_gradient(w, 0, scoring.Anchors.joined(anchors), pull=pull, push=push), expected_w, atol=1e-12)
     if E:
         assert torch.allclose(fast_extra.grad, dense_extra.grad, atol=1e-12)
     p = eq.probabilities(q, m, tau, extra)[:, : len(w)]
@@ -53,7 +53,7 @@ def test_loss_and_all_gradients(monkeypatch, block_elements, E, pull, push, bank
 
 
 def test_float32_stays_close_to_the_float64_equations_at_a_low_temperature(monkeypatch):
-    monkeypatch.setattr(scoring.fused, "serves", lambda *tensors: False)  # the kernels: test_fused.py
+    monkeypatch.setattr(scoring.fused, "supports", lambda *tensors: False)  # the kernels: test_fused.py
     q, w, _, positive = problem(B=64, K=1000, D=32)
     dense = eq.contrastive_loss(q, F.normalize(w, dim=1), positive, 0.02)
     fast = scoring.score(q.float(), w.float(), positive, first_row=0, size=1000, tau=0.02)
@@ -94,7 +94,7 @@ def test_the_most_probable_row_is_that_of_equation_11_and_the_lowest_of_equals(m
 
 
 def test_scores_streamed_by_pytorch_are_float32_under_autocast(monkeypatch):
-    monkeypatch.setattr(scoring.fused, "serves", lambda *tensors: False)
+    monkeypatch.setattr(scoring.fused, "supports", lambda *tensors: False)
     q, w, _, positive = problem(B=32, K=100, D=16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = scoring.score(q.float(), w.float(), positive % 100, first_row=0, size=100, tau=0.05)

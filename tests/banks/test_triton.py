@@ -21,10 +21,10 @@ def test_what_is_promised_of_every_path_holds_in_the_interpreter(repo_root):
 
 
 @pytest.mark.parametrize("name", triton_kernels.KERNELS)
-@pytest.mark.parametrize(("arch", "low", "D"), [(80, False, 64), (90, True, 128)])
-def test_kernels_compile_without_a_gpu_and_fit_the_card(name, arch, low, D):
+@pytest.mark.parametrize(("arch", "bf16", "D"), [(80, False, 64), (90, True, 128)])
+def test_kernels_compile_without_a_gpu_and_fit_the_card(name, arch, bf16, D):
     """benchmarks/kernels.py has the other widths and factors."""
-    used = kernels.used(name, D, low=low, arch=arch)
+    used = kernels.used(name, D, bf16=bf16, arch=arch)
     assert used.spilled == 0
     assert used.shared_kib <= kernels.MOST_KIB[arch]
     assert used.registers <= 255

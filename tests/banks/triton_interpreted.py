@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # o
 @pytest.fixture(autouse=True)
 def serves(monkeypatch):
     """Scoring uses the kernels for CPU tensors too, in large blocks: each costs the interpreter the same."""
-    monkeypatch.setattr(fused, "serves", lambda *tensors: True)
+    monkeypatch.setattr(fused, "supports", lambda *tensors: True)
     monkeypatch.setattr(instructions, "LEVEL", None)
     for name in triton_kernels.KERNELS:
         monkeypatch.setattr(fused, name, getattr(triton_kernels, name))
@@ -89,15 +89,15 @@ def test_a_step_is_that_of_pytorch_s_blocks_and_the_same_to_the_bit_when_repeate
     moves = {"pull": 0.7, "push": 1.5, "lr": 0.3, "momentum": 0.9, "weight_decay": 0.1, "normalise": True}
 
     def step():
-        q, moved, velocity, asked = unit(70, 40, seed=1).float().requires_grad_(), w.clone(), w / 9, []
+        q, moved, velocity, anchors = unit(70, 40, seed=1).float().requires_grad_(), w.clone(), w / 9, []
         row = scoring.most_probable_row(k, w, 0)
-        score = scoring.score(q, moved, row, first_row=0, size=900, tau=0.015, bank_tau=0.1, asked=asked)
+        score = scoring.score(q, moved, row, first_row=0, size=900, tau=0.015, bank_tau=0.1, anchors=anchors)
         (score.loss_B * torch.linspace(-1, 1, 70)).sum().backward()
-        scoring.move(moved, velocity, 0, scoring.Asked.joined(asked), **moves)
+        scoring.move(moved, velocity, 0, scoring.Anchors.joined(anchors), **moves)
         return row, score.loss_B.detach(), score.max_probability_B, q.grad, moved, velocity
 
     once, again = step(), step()
-    monkeypatch.setattr(fused, "serves", lambda *tensors: False)
+    monkeypatch.setattr(fused, "supports", lambda *tensors: False)
     for one, same, streamed in zip(once, again, step(), strict=True):
         assert torch.equal(one, same)
         assert (one - streamed).abs().max() <= 1e-4 * streamed.abs().max()
@@ -107,11 +107,11 @@ def test_products_of_bfloat16_change_sums_and_motion_by_less_than_a_hundredth():
     q, w, v = unit(70, 100, seed=1), stored(900, 100, seed=3), unit(900, 100, seed=4) / 1000
     m, positive, tau = F.normalize(w, dim=1), torch.arange(70) * 11, 0.1
     e = (q @ m.T / tau).exp()
-    z, peak, sums = triton_kernels.forward(q.float(), w.float(), [tau], [0.0], with_sums=True, low=True)
+    z, peak, sums = triton_kernels.forward(q.float(), w.float(), [tau], [0.0], with_sums=True, bf16=True)
     moved, velocity = w.float(), v.float()
     triton_kernels.update(
         moved, velocity, q.float(), positive, e.sum(1).log().float(), torch.full((70,), 1 / 70), tau=tau, pull=1.0, push=1.0, lr=1.0,
-        momentum=0.9, weight_decay=0.0, normalise=False, low=True,
+        momentum=0.9, weight_decay=0.0, normalise=False, bf16=True,
     )  # fmt: skip
     gradient = eq.bank_gradient(q, w, positive, tau)
     for got, exact in [(z[0], e.sum(1)), (peak, (q @ m.T).amax(1)), (sums, e @ m), (0.9 * v - velocity, -gradient), (w - moved, 0.9 * v + gradient)]:

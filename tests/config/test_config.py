@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caco.config import folders, refusals, validation
-from caco.config.composition import CONF, build, compose
+from caco.config.composition import CONF, compose, instantiate
 from caco.errors import UserError
 from caco.runs.identity import plain
 from caco.train import check_command
@@ -88,8 +88,8 @@ def test_bare_command_is_the_papers_recipe():
     assert cfg["data"]["_target_"] == "caco.data.sets.folders.imagenet"
     assert cfg["optimizer"]["_target_"] == "caco.engine.optimizers.lars"
     assert (cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]) == (0.3, 1.5e-6)
-    unused = {"final_weight_decay": None, "clip_gradient_norm": None}
-    assert cfg["schedule"] == {"warmup_epochs": 10, "final_fraction": 0.01, "unit": "step", **unused}
+    unused = dict.fromkeys(("warmup_start", "final_lr", "final_weight_decay", "clip_gradient_norm", "clip_each_gradient_norm"))
+    assert cfg["schedule"] == {"warmup_epochs": 10, "warmup_end": "last", "final_fraction": 0.01, "unit": "step", **unused}
     assert (cfg["bank"]["pull"], cfg["bank"]["push"], cfg["bank"]["lr"]) == (1, 1, 3.0)
     assert cfg["method"]["temperature"] == 0.08
 
@@ -196,7 +196,10 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
         ("device=gpu", "auto, cpu or cuda"),
         ("schedule.unit=steps", "step or epoch"),
         ("schedule.warmup_epochs=-1", "0 or more"),
-        ("schedule.final_fraction=2", "0 to 1"),
+        ("schedule.final_fraction=2", "0 to 1, or null"),
+        ("schedule.warmup_start=2", "null, or 0 to 1"),
+        ("schedule.warmup_end=first", "last or next"),
+        ("schedule.final_lr=-1", "null, or 0 or more"),
         ("log_every_steps=0", "at least 1"),
         ("eval_every_epochs=0", "at least 1"),
         ("checkpoint.keep=0", "at least 1"),
@@ -207,6 +210,11 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
 )
 def test_senseless_values_of_the_root_are_refused(override, expected, whole):
     assert f"{override.partition('=')[0]}: expected {expected}" in refusal_of_value(whole, override)
+
+
+def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
+    assert "schedule: expected final_fraction or final_lr, and the other null; got 0.01 and 0.1" in refusal("schedule.final_lr=0.1")
+    accept("schedule.final_lr=0.1", "schedule.final_fraction=null")
 
 
 def test_all_problems_of_the_tree_are_told_at_once():
@@ -241,6 +249,13 @@ def test_a_choice_that_something_later_undoes_is_refused_not_ignored(own_conf):
     assert refusal("preset=selfish", "bank=12M") == said
     accept("preset=selfish", "bank=12M", "bank.size=98304")
     accept("preset=selfish")
+
+
+def test_a_method_s_rate_gives_way_to_a_preset_s_but_not_to_silence():
+    accept("preset=demo", "method=byol")
+    assert composed("preset=demo", "method=byol")["optimizer"]["lr"] == composed("preset=demo")["optimizer"]["lr"]
+    assert "optimizer=sgd: a later group sets optimizer.lr=0.2 instead; say optimizer.lr=0.03" in refusal("method=byol", "optimizer=sgd")
+    accept("method=byol", "optimizer=sgd", "optimizer.lr=0.03", "optimizer.weight_decay=1e-4")
 
 
 def test_pn_belongs_to_caco(own_conf):
@@ -298,12 +313,12 @@ def test_refusals_come_without_torch():
 
 def test_build_calls_the_target_with_its_keys_and_what_the_program_supplies():
     part = OmegaConf.create({"_target_": "datetime.timedelta", "hours": 2})
-    assert build(part, minutes=30).total_seconds() == 9000
+    assert instantiate(part, minutes=30).total_seconds() == 9000
 
 
 def test_build_builds_inner_parts_first():
     inner = {"_target_": "datetime.timedelta", "hours": 1}
-    assert build({"_target_": "builtins.dict", "a": inner, "b": [inner]})["b"][0].total_seconds() == 3600
+    assert instantiate({"_target_": "builtins.dict", "a": inner, "b": [inner]})["b"][0].total_seconds() == 3600
 
 
 def test_a_warm_start_is_set_in_one_place():
@@ -329,6 +344,7 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
         (["warm_start.steps=1", "warm_start.passes=2"], "warm_start: expected steps or passes, got both, 1 and 2; set one of them to null"),
         (["pn=none", "warm_start.passes=2"], "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2"),
         (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
+        (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has none; leave it out"),
         (["pn=positive", "bank_learning.final_lr=0"], "bank_learning.final_lr: this setting's bank takes no final_lr: nothing learns in it"),
         (["+bank_learning.wobble=1"], "bank_learning.wobble: this setting's bank takes no wobble: there are lr, lr_reference_batch, "),
         (["pn=negative", "bank_learning.lr=fast"], "bank.lr: expected float, got 'fast'"),

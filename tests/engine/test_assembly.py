@@ -6,8 +6,8 @@ from PIL import Image
 from tiny import compose
 
 from caco.config import composition
-from caco.config.composition import CONF
-from caco.engine.assembly import build, build_method
+from caco.config.composition import CONF, instantiate
+from caco.engine.assembly import build_method
 from caco.methods.base import ParameterGroup
 from caco.schedules import RunShape
 
@@ -20,7 +20,7 @@ def options(group):
 def test_backbones_turn_images_into_features(name):
     composition.register()
     cfg = composition.compose([f"backbone={name}"])
-    backbone = build(cfg.backbone).eval()
+    backbone = instantiate(cfg.backbone).eval()
     size = cfg.backbone.get("image_size") or 32
     with torch.inference_mode():
         features = backbone(torch.zeros(2, 3, size, size))
@@ -30,7 +30,7 @@ def test_backbones_turn_images_into_features(name):
 @pytest.mark.parametrize("name", options("projector"))
 def test_projectors_turn_features_into_embeddings_of_their_width(name):
     cfg = compose(f"projector={name}", "projector.hidden_dim=32")
-    head = build(cfg.projector, in_dim=24)
+    head = instantiate(cfg.projector, in_dim=24)
     assert head(torch.randn(4, 24)).shape == (4, cfg.projector.dim)
 
 
@@ -41,13 +41,13 @@ def test_optimisers_move_every_parameter(name):
     before = [p.detach().clone() for p in module.parameters()]
     for p in module.parameters():
         p.grad = torch.ones_like(p)
-    build(cfg.optimizer, groups=[ParameterGroup(list(module.parameters()))]).step()
+    instantiate(cfg.optimizer, groups=[ParameterGroup(list(module.parameters()))]).step()
     assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", options("augmentation"))
 def test_augmentations_make_views_of_the_sizes_they_say(name):
-    views = build(compose(f"augmentation={name}").augmentation)
+    views = instantiate(compose(f"augmentation={name}").augmentation)
     image = Image.linear_gradient("L").resize((48, 40)).convert("RGB")
     assert views.num_views == len(views.sizes) >= 2
     assert all(views.view(image, v, [0.5] * 39).shape == (3, size, size) for v, size in enumerate(views.sizes))
@@ -63,4 +63,4 @@ def test_the_last_row_of_table_6_is_what_the_command_line_says():
     method = build_method(cfg)
     assert sum(p.numel() for p in method.backbone.parameters()) == 23_508_032
     assert set(method.bank.rates(RunShape(20, 1, 4096))[10:]) == {3.0}
-    assert build(cfg.optimizer, groups=method.parameter_groups()).param_groups[0]["lr"] == pytest.approx(4.8)
+    assert instantiate(cfg.optimizer, groups=method.parameter_groups()).param_groups[0]["lr"] == pytest.approx(4.8)

@@ -28,7 +28,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(tmp_path, monkeypatch,
         signal_in_step(patch, step, signum)
         told = f"stopped by {signal.Signals(signum).name} after step {step + 2} of 12, which is saved"
         with pytest.raises(Stopped, match=told), Stop() as stop:
-            assembly.train(compose(), tmp_path / "stopped", stop=stop)
+            assembly.run_training(compose(), tmp_path / "stopped", stop=stop)
     assert final(tmp_path / "stopped")["step"] == step + 2
     train(tmp_path / "stopped")
     assert_same(final(whole), final(tmp_path / "stopped"))
@@ -38,7 +38,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(tmp_path, monkeypatch,
 def test_a_run_told_to_stop_in_its_last_step_is_simply_done(tmp_path, monkeypatch):
     signal_in_step(monkeypatch, 11, signal.SIGTERM)
     with Stop() as stop:
-        assert assembly.train(compose(), tmp_path, stop=stop)["steps"] == 12
+        assert assembly.run_training(compose(), tmp_path, stop=stop)["steps"] == 12
     assert stop.requested()
 
 

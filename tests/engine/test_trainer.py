@@ -219,7 +219,7 @@ def test_the_rates_are_those_of_the_schedule(tmp_path):
 
 def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
     """One step after the warm start, redone by hand in the order of the recipe: twin, keys, loss, encoder and bank at once."""
-    monkeypatch.setattr(fused, "serves", lambda *_: False)  # float32 on every processor; the kernels: tests/banks
+    monkeypatch.setattr(fused, "supports", lambda *_: False)  # float32 on every processor; the kernels: tests/banks
     train(tmp_path / "before", "max_steps=2")
     train(tmp_path / "after", "max_steps=3")
     before, after = final(tmp_path / "before"), final(tmp_path / "after")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from caco.config.composition import build, compose
+from caco.config.composition import compose, instantiate
 from caco.errors import UserError
 from caco.evals import classifier
 from caco.evals.classifier import Recipe, new_head
@@ -17,7 +17,7 @@ QUICK = {"epochs": 6, "batch": 20, "lr": 4.0, "larc": False}
 
 
 def test_the_papers_recipe():
-    linear = build(compose(["eval=[linear]"], "evaluate").eval.linear)
+    linear = instantiate(compose(["eval=[linear]"], "evaluate").eval.linear)
     recipe = linear.recipe
     assert (recipe.epochs, recipe.batch, recipe.weight_decay, recipe.momentum) == (100, 4096, 0.0, 0.9)
     optimizer = recipe.optimizer([nn.Parameter(torch.ones(2))])
@@ -31,7 +31,7 @@ def test_the_papers_recipe():
 
 def test_mocos_and_lightlys_recipes():
     cfg = compose(["eval=[linear_moco,linear_lightly]"], "evaluate").eval
-    moco, lightly = build(cfg.linear_moco).recipe, build(cfg.linear_lightly).recipe
+    moco, lightly = instantiate(cfg.linear_moco).recipe, instantiate(cfg.linear_lightly).recipe
     assert (moco.lr, moco.batch, moco.epochs, moco.larc) == (30.0, 256, 100, False)
     assert [round(moco.lr_factors(1)[e], 9) for e in (0, 59, 60, 79, 80, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
     assert (lightly.lr, lightly.batch, lightly.epochs, lightly.unit) == (0.1, 256, 90, "step")
@@ -169,7 +169,7 @@ def test_a_head_is_drawn_by_its_seed_alone():
 
 
 def test_simclrs_recipe_for_one_and_ten_per_cent():
-    semi = build(compose(["eval=[semi]"], "evaluate").eval.semi)
+    semi = instantiate(compose(["eval=[semi]"], "evaluate").eval.semi)
     assert semi.fractions == [0.01, 0.1] and [r.epochs for r in semi.recipes] == [60, 30]
     assert all((r.lr, r.nesterov, r.weight_decay, r.larc) == (0.05, True, 0.0, False) for r in semi.recipes)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from caco.config.composition import build, compose
+from caco.config.composition import compose, instantiate
 from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.data.views.augmentation import View, Views
 from caco.evals.evaluation import Evaluation
@@ -218,7 +218,7 @@ def test_two_evaluators_of_one_name_are_refused(backbone, views, splits):
 
 
 def test_the_option_is_the_papers_monitor():
-    knn = build(compose(["eval=[knn]"]).eval.knn)
+    knn = instantiate(compose(["eval=[knn]"]).eval.knn)
     assert (knn.k, knn.temperature, knn.fraction, knn.when) == (20, 0.2, 0.2, "epoch")
 
 

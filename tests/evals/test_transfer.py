@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from torch import nn
 
-from caco.config.composition import build, compose
+from caco.config.composition import compose, instantiate
 from caco.data.sets.sources import ImagesInMemory
 from caco.data.sets.transfer import VOC_CLASSES, TransferSet
 from caco.evals import transfer
@@ -176,6 +176,6 @@ def test_the_view_is_the_protocols_short_side_bicubic_centre_crop(store_of, tmp_
 
 
 def test_the_option_is_the_papers_eleven_sets():
-    made = build(compose(["eval=[transfer]"], "evaluate").eval.transfer)
+    made = instantiate(compose(["eval=[transfer]"], "evaluate").eval.transfer)
     assert made.sets == list(transfer.PUBLISHED) and len(made.sets) == 11 and len(made.strengths) == 45
     assert made.size == 224 and len(VOC_CLASSES) == 20

@@ -16,7 +16,7 @@ from tiny import compose
 import caco.train
 from caco.banks.fifo import FifoBank
 from caco.config import folders
-from caco.engine.assembly import train
+from caco.engine.assembly import run_training
 
 STEPS = 30  # an epoch is 21
 SETTINGS = {
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
     folders = {}
     for toy in toys.ALL:
         folders[toy] = tmp_path_factory.mktemp(toy.__name__)
-        train(configured(toy), folders[toy])
+        run_training(configured(toy), folders[toy])
     return folders
 
 
@@ -53,7 +53,7 @@ def rows_of(runs, toy, kind="train"):
 
 @pytest.mark.parametrize("toy", toys.ALL)
 def test_it_goes_on_to_the_same_bits_from_the_middle_of_an_epoch_and_from_a_phase_s_end(runs, tmp_path, toy):
-    train(configured(toy, "max_steps=15"), tmp_path)  # ends within epoch 0, where a longer run saves at 11 and 22
+    run_training(configured(toy, "max_steps=15"), tmp_path)  # ends within epoch 0, where a longer run saves at 11 and 22
     for path in (tmp_path / "checkpoints").glob("*015.pt"):
         path.unlink()
     (tmp_path / "summary.json").unlink()
@@ -63,7 +63,7 @@ def test_it_goes_on_to_the_same_bits_from_the_middle_of_an_epoch_and_from_a_phas
     (at_11,) = (tmp_path / "checkpoints").glob("*011.pt")
     state = load(at_11) | {"config_hash": whole["config_hash"]}  # the two runs differ in max_steps alone
     torch.save(state, at_11)
-    train(configured(toy), tmp_path)
+    run_training(configured(toy), tmp_path)
     assert_same(whole, final(tmp_path))
     assert record(runs[toy]) == record(tmp_path)
 
@@ -91,7 +91,7 @@ def test_images_come_in_the_order_that_the_method_gives(runs):
 
 def test_a_frozen_layer_does_not_move_before_its_time_and_does_after_it(tmp_path):
     frozen = configured(toys.LastLayerFrozenAtFirst, "checkpoint.every_steps=1", "max_steps=5", "checkpoint.keep=9")
-    train(frozen, tmp_path)
+    run_training(frozen, tmp_path)
     weights = [trained({toys.LastLayerFrozenAtFirst: tmp_path}, toys.LastLayerFrozenAtFirst, step)["last.weight"] for step in range(1, 6)]
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
@@ -106,7 +106,7 @@ def test_weight_decay_goes_to_its_final_value_by_a_cosine(runs):
 def test_a_warm_start_of_the_method_s_own_is_a_phase_at_whose_end_the_twin_is_a_copy(runs, tmp_path):
     kinds = [row["kind"] for row in record(runs[toys.TwinThatMovesAfter])]
     assert kinds[:4] == ["warm_start"] * 3 + ["train"]
-    train(configured(toys.TwinThatMovesAfter, "max_steps=3"), tmp_path)
+    run_training(configured(toys.TwinThatMovesAfter, "max_steps=3"), tmp_path)
     state = final(tmp_path)["method"]
     for name, value in state.items():
         if name.startswith("encoder.") and "running" not in name and "num_batches" not in name:
@@ -129,8 +129,8 @@ def test_its_values_and_scalars_are_logged_under_its_own_names(runs, toy):
 
 
 def test_a_method_whose_batch_must_stay_whole_is_not_cut(tmp_path):
-    with pytest.raises(ValueError, match="accumulate: this method's negatives are the batch's other images"):
-        train(configured(toys.Toy, "accumulate=2"), tmp_path)
+    with pytest.raises(ValueError, match="accumulate: the images of a batch meet one another in this method's loss"):
+        run_training(configured(toys.Toy, "accumulate=2"), tmp_path)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from caco import equations as eq
 from caco.banks.fifo import FifoBank
 from caco.banks.learnable import LearnableBank
 from caco.methods import sources
-from caco.methods.contrastive import Contrastive, Term, pair_terms
+from caco.methods.contrastive import Contrastive
+from caco.methods.terms import Term, pair_terms
 
 B, D, K, TAU = 6, 5, 11, 0.2
 

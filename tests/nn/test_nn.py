@@ -20,6 +20,11 @@ def test_resnet50_is_torchvision_s_resnet50():
     assert (ours.layer1[0].bn3.weight == 1).all(), "no residual branch starts at zero"
 
 
+def test_blocks_may_start_as_the_identity():
+    model = timm_backbone(name="resnet50", zero_init_last=True)
+    assert all((block.bn3.weight == 0).all() for stage in (model.layer1, model.layer4) for block in stage)
+
+
 def test_the_two_resnets_compute_the_same():
     import torchvision
 
@@ -54,10 +59,12 @@ def test_a_vit_takes_crops_of_two_sizes():
     [
         (lambda: timm_backbone(name="resnet5"), "'resnet5'; near: .*resnet50"),
         (lambda: timm_backbone(name="vit_tiny_patch16_224", cifar_stem=True), "cifar_stem is for ResNets"),
+        (lambda: timm_backbone(name="vit_tiny_patch16_224", zero_init_last=True), "zero_init_last is for ResNets"),
         (lambda: small_resnet(width=7), "even width.*got width=7"),
         (lambda: small_resnet(blocks=[1, 1]), r"4 stages; got width=16, blocks=\[1, 1\]"),
         (lambda: small_resnet(stem_stride=4), "must be 1 or 2; got 4"),
         (lambda: Projector(in_dim=4, dim=0), "at least 1; got .*dim=0"),
+        (lambda: Projector(in_dim=4, last_affine=False), "last_affine=false is of the last BatchNorm"),
         (lambda: feature_width(nn.Linear(2, 2)), "num_features; Linear has None"),
     ],
 )
@@ -75,12 +82,43 @@ def test_the_paper_s_projector():
     ]  # fmt: skip
 
 
-def test_embeddings_are_unit_and_float32_under_autocast():
-    encoder = Encoder(backbone=small_resnet(width=8), projector=Projector(in_dim=64, hidden_dim=8, dim=4))
+def biases_of(head):
+    return [m.bias is not None for m in head if isinstance(m, nn.Linear)]
+
+
+def test_heads_with_biases_in_some_layers_and_a_last_batchnorm_without_scale():
+    byol = Projector(in_dim=8, hidden_dim=16, dim=4, layers=2, bias=True, last_bias=False, initialisation="truncated_normal_fan_in")
+    assert biases_of(byol) == [True, False] and (byol[0].bias == 0).all()
+    assert 0 < byol[0].weight.abs().max() <= 2 / 8**0.5, "cut at twice the spread, 1 / sqrt(inputs)"
+    predictor = Projector(in_dim=8, hidden_dim=16, dim=4, layers=2, last_bias=True)
+    assert biases_of(predictor) == [False, True]
+    simsiam = Projector(in_dim=8, hidden_dim=16, dim=4, last_batch_norm=True, last_affine=False)
+    assert biases_of(simsiam) == [False] * 3
+    assert simsiam[-1].weight is None and simsiam[1].weight is not None
+
+
+def test_embeddings_are_float32_under_autocast_and_unit_unless_a_predictor_takes_them():
+    torch.manual_seed(0)
+    encoder = Encoder(backbone=small_resnet(width=8), projector=Projector(in_dim=64, hidden_dim=32, dim=4))
+    images = torch.randn(6, 3, 16, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        embedding = encoder(torch.randn(6, 3, 16, 16))
-    assert embedding.dtype == torch.float32
+        embedding, projected = encoder(images), encoder(images, unit=False)
+    assert embedding.dtype == projected.dtype == torch.float32
     assert torch.allclose(embedding.norm(dim=1), torch.ones(6), atol=1e-6)
+    assert torch.equal(nn.functional.normalize(projected, dim=1), embedding)
+    assert projected.norm(dim=1).std() > 1e-3
+
+
+def test_a_twin_from_another_draw_has_the_encoder_s_values_in_another_order():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 20))
+    encoder[2].weight.requires_grad_(False)
+    twin = MomentumTwin(encoder, initialisation="random").encoder
+    ours, theirs = twin[0].weight.flatten(), encoder[0].weight.flatten()
+    assert torch.equal(ours.sort().values, theirs.sort().values)
+    assert torch.corrcoef(torch.stack([ours, theirs]))[0, 1].abs() < 0.2
+    assert (twin[1].weight == 1).all() and torch.equal(twin[2].weight, encoder[2].weight), "what is not learned is not drawn anew"
+    assert not any(p.requires_grad for p in twin.parameters())
 
 
 def test_the_twin_follows_parameters_only():

@@ -16,7 +16,7 @@ from tiny import TINY, compose, train
 from caco.banks.fifo import FifoBank
 from caco.banks.learnable import LearnableBank
 from caco.config import validation
-from caco.config.composition import build
+from caco.config.composition import instantiate
 from caco.engine.assembly import build_method
 from caco.errors import UserError
 from caco.methods.contrastive import Contrastive
@@ -372,8 +372,8 @@ def test_the_first_loss_is_that_of_the_sources_networks_and_a_resumed_run_leaves
     assert "backbone, projector, twin, bank" in capsys.readouterr().err
 
     cfg = compose(*start)
-    splits, views = build(cfg.data), build(cfg.augmentation)
-    loader = build(cfg.loader).bind(splits.pretrain, views, batch=cfg.batch, seed=1, rank=0, world=1)
+    splits, views = instantiate(cfg.data), instantiate(cfg.augmentation)
+    loader = instantiate(cfg.loader).bind(splits.pretrain, views, batch=cfg.batch, seed=1, rank=0, world=1)
     images = [view.contiguous(memory_format=torch.channels_last) for view in next(iter(loader.epoch(0))).views]
     random, method = build_method(cfg), build_method(cfg)
     method.load_state_dict(load(source)["method"])

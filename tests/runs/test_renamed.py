@@ -1,12 +1,14 @@
 """The table of what was renamed: its new names are there, and through it old configurations and numbers are read as today's."""
 
+import copy
 import json
 
 import pytest
 
 from caco.config import refusals, signatures, validation
+from caco.config.composition import compose
 from caco.runs import renamed
-from caco.runs.identity import flat, run_hash
+from caco.runs.identity import AS_BEFORE, flat, plain, run_hash
 from experiments.run import RECORDS
 from experiments.tables import experiments, load_scale, load_table, tables
 
@@ -28,6 +30,16 @@ KNN = {"_target_": "caco.evals.knn.KNN", "k": 20, "temperature": 0.2, "fraction"
 def test_every_target_of_then_is_a_target_of_today(target):
     assert signatures.find(renamed.target(target)) is not None
     assert validation._component({"_target_": target}, "x") == [f"x._target_: {target} is called {renamed.target(target)} now"]
+
+
+def test_a_setting_that_came_later_is_no_part_of_a_run_that_does_not_use_it():
+    today = plain(compose(["optimizer=adamw"]))
+    then = copy.deepcopy(today)
+    for key in AS_BEFORE:
+        part, _, name = key.rpartition(".")
+        (then[part] if part else then).pop(name, None)
+    assert run_hash(then) == run_hash(today)
+    assert run_hash({**today, "projector": {**today["projector"], "activation": "gelu"}}) != run_hash(today)
 
 
 def test_every_new_name_in_the_table_is_there_and_no_old_one_is():

@@ -262,7 +262,7 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_submits_it_again(s
 def test_what_the_cluster_cannot_do_is_refused(slurm, overrides, told):
     cfg = composition.job_config(composition.compose([*RUN, *SLURM, *overrides]))
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
-        composition.build(cfg.launcher).check(cfg)
+        composition.instantiate(cfg.launcher).check(cfg)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_opening_it_sends_what_mlflow_lacks_and_saves_the_view_in_each_experimen
     experiment = MlflowClient(uri).get_experiment_by_name("study")
     assert json.loads(experiment.tags["mlflow.sharedViewState.caco"])["selectedColumns"][0] == "params.`seed`"
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    (line,) = dashboard.shown(uri, "http://h:1")
+    (line,) = dashboard.addresses(uri, "http://h:1")
     assert line.startswith(f"study: http://h:1/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=caco")
 
 

@@ -1,9 +1,9 @@
 """The bank's fused CPU kernel (kernel.cpp), through ctypes. Where it was not built, caco/banks/scoring.py streams.
 
 It uses the best instruction set of the processor, or the one that CACO_INSTRUCTIONS asks for (caco/instructions.py). On AMX tiles, for
-loss and motion, a vector is the sum of two bfloat16 where `low` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where
-`low` is True (cosines to 2^-7, mostly to 1e-3; exponentials to 0.7 %, without bias); sums are float32. Positives are looked for with
-one, whatever `low` says, and with two where one leaves too many rows in question. Every other set is float32 throughout.
+loss and motion, a vector is the sum of two bfloat16 where `bf16` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where
+`bf16` is True (cosines to 2^-7, mostly to 1e-3; exponentials to 0.7 %, without bias); sums are float32. Positives are looked for with
+one, whatever `bf16` says, and with two where one leaves too many rows in question. Every other set is float32 throughout.
 
 On CUDA the same passes are Triton's (triton_kernels.py), where they work and CACO_INSTRUCTIONS is not torch.
 
@@ -44,10 +44,10 @@ def _loaded() -> ctypes.CDLL | None:
     if kernel is None:
         print("caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, slower", file=sys.stderr)
         return None
-    asked, used = instructions.LEVEL, instructions.used(instructions.BANK)
-    if asked is not None and used != asked:  # the views make the same bits at any level, the kernel does not
+    wanted, used = instructions.LEVEL, instructions.used(instructions.BANK)
+    if wanted is not None and used != wanted:  # the views make the same bits at any level, the kernel does not
         raise ValueError(
-            f"{instructions.VARIABLE}={asked}: the bank's kernel has no more than {used} here. The compiler that built it knew no more "
+            f"{instructions.VARIABLE}={wanted}: the bank's kernel has no more than {used} here. The compiler that built it knew no more "
             "(AMX needs GCC 11), or the system keeps AMX tiles from this process"
         )
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
@@ -56,7 +56,7 @@ def _loaded() -> ctypes.CDLL | None:
     return kernel
 
 
-def serves(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether a kernel takes these."""
     if instructions.LEVEL == "torch" or any(x.device != tensors[0].device or x.dtype != torch.float32 for x in tensors):
         return False
@@ -93,7 +93,7 @@ def or_on_cuda(work: Callable) -> Callable:
 
 @or_on_cuda
 def forward(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """For each tau sum_j exp(q.m_j / tau - shift), float64 [G]; the largest cosine [G]; and, for the first tau, the sum of
     exp(...) m_j, [G, D]."""
@@ -105,7 +105,7 @@ def forward(
     _call(
         "caco_forward",
         q_GD.contiguous(), G, w_RD, len(w_RD), D, 1 / taus[0], shifts[0], 1 / taus[-1], shifts[-1],
-        z[0], z[1] if second else None, peak_G, sums_GD, low,
+        z[0], z[1] if second else None, peak_G, sums_GD, bf16,
     )  # fmt: skip
     return z, peak_G, sums_GD
 
@@ -115,7 +115,7 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines are within a
     bound of the exact ones, [G]; rows further than twice that behind the best may be left out (-1)."""
     kernel = library()
-    assert kernel is not None, "see `serves`"
+    assert kernel is not None, "see `supports`"
     shape = len(k_GD), kernel.caco_top(instructions.number())
     value_GT, row_GT, error_G = torch.empty(shape), torch.empty(shape, dtype=torch.int64), torch.empty(len(k_GD))
     _call("caco_nearest", k_GD.contiguous(), len(k_GD), w_RD, len(w_RD), w_RD.shape[1], value_GT, row_GT, error_G)
@@ -125,14 +125,14 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @or_on_cuda
 def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
-    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, low: bool,
+    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, bf16: bool,
 ) -> None:  # fmt: skip
     """Rows and velocity one step on, in place: gradient, velocity and rows of a block in one visit."""
     _call(
         "caco_update",
         q_ND.contiguous(), positive_N.contiguous(), log_sum_N.contiguous(), weight_N.contiguous(), len(q_ND),
         w_RD, velocity_RD, len(w_RD), w_RD.shape[1], 1 / tau, pull, push, lr, momentum, weight_decay,
-        normalise, low,
+        normalise, bf16,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ ran on a GPU. So the first use on a card tries them there (`trial`), and where t
 
 A program owns a block of queries and a share of the rows (`forward`, `nearest`), or a block of rows and all queries (`update`).
 Shares are summed in their order and nothing is added atomically: the same card gives the same bits again. Products are
-bfloat16's with float32 sums where the run's precision is (`low`), else tf32x3: three products of the tensor cores that together
+bfloat16's with float32 sums where the run's precision is (`bf16`), else tf32x3: three products of the tensor cores that together
 keep float32's rounding, at two and a half times the peak of the plain float32 units (A100: 156/3 against 19.5 TFLOP/s, H100: 495/3
 against 67, as published). Float32's factors take twice four bytes an element, so their first product goes over the
 width in chunks; bfloat16's takes it whole.
@@ -32,7 +32,7 @@ ROUNDING = 1.02 * 2**-8
 
 # Queries and rows in a block, warps, stages: of widths to 128 and above on every card, and of the same on sm_90 and sm_100, which
 # have more shared memory than 99 KiB. None spills a register on sm_80 or sm_90.
-SIZES = {  # kernel, low
+SIZES = {  # kernel, bf16
     ("forward", True): ((64, 32, 4, 3), (64, 32, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2)),
     ("nearest", True): ((64, 64, 8, 2), (64, 32, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
     ("update", True): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 128, 8, 2), (32, 64, 8, 3)),
@@ -194,22 +194,22 @@ def update_kernel(
 # On the host.
 
 
-def constants(name: str, D: int, *, low: bool, hopper: bool) -> tuple[dict, dict]:
+def constants(name: str, D: int, *, bf16: bool, hopper: bool) -> tuple[dict, dict]:
     """What a kernel is compiled for, and how it is launched."""
     D2 = max(16, triton.next_power_of_2(D))
-    block_n, block_r, warps, stages = SIZES[name, low][2 * hopper + (D2 > 128)]
-    shape = {"D": D, "D2": D2, "BLOCK_N": block_n, "BLOCK_R": block_r, "C": D2 if low else min(CHUNK, D2)}
-    return shape | {"PRECISION": "ieee" if low else "tf32x3"}, {"num_warps": warps, "num_stages": stages}
+    block_n, block_r, warps, stages = SIZES[name, bf16][2 * hopper + (D2 > 128)]
+    shape = {"D": D, "D2": D2, "BLOCK_N": block_n, "BLOCK_R": block_r, "C": D2 if bf16 else min(CHUNK, D2)}
+    return shape | {"PRECISION": "ieee" if bf16 else "tf32x3"}, {"num_warps": warps, "num_stages": stages}
 
 
-def _launch(name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, low: bool, **flags) -> list[Tensor]:
+def _launch(name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, bf16: bool, **flags) -> list[Tensor]:
     """Start a kernel over blocks of queries and shares of rows; returns its outputs of every share.
 
     Args:
         outputs: type and shape, after [P, N], of each.
     """
     N, (R, D) = len(q_ND), w_RD.shape
-    fixed, options = constants(name, D, low=low, hopper=_is_hopper(w_RD.device))
+    fixed, options = constants(name, D, bf16=bf16, hopper=_is_hopper(w_RD.device))
     blocks, row_blocks, processors = triton.cdiv(N, fixed["BLOCK_N"]), triton.cdiv(R, fixed["BLOCK_R"]), _processors(w_RD.device)
     # As many shares as leave the fewest processors idle in the last turn.
     shares = min(range(1, min(row_blocks, max(4, processors // blocks)) + 1), key=lambda P: triton.cdiv(blocks * P, processors) / P)
@@ -217,18 +217,18 @@ def _launch(name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, low: bool
     shares = triton.cdiv(R, rows)
     made = [torch.empty(shares, N, *shape, dtype=dtype, device=w_RD.device) for dtype, shape in outputs]
     with torch.cuda.device_of(w_RD):
-        KERNELS[name][blocks, shares](_factors(q_ND, low), w_RD, *made, N, R, rows, *arguments, **fixed, **flags, **options)
+        KERNELS[name][blocks, shares](_factors(q_ND, bf16), w_RD, *made, N, R, rows, *arguments, **fixed, **flags, **options)
     return made
 
 
 def forward(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, low: bool = False
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """As fused.forward."""
     z, z2, peak, sums = _launch(
         "forward", q_GD, w_RD,
         [(torch.float64, ()), (torch.float64, ()), (torch.float32, ()), (torch.float32, (w_RD.shape[1],) if with_sums else ())],
-        [LOG2_E / taus[0], LOG2_E * shifts[0], LOG2_E / taus[-1], LOG2_E * shifts[-1]], low, SECOND=len(taus) > 1, SUMS=with_sums,
+        [LOG2_E / taus[0], LOG2_E * shifts[0], LOG2_E / taus[-1], LOG2_E * shifts[-1]], bf16, SECOND=len(taus) > 1, SUMS=with_sums,
     )  # fmt: skip
     return [z.sum(0), z2.sum(0)][: len(taus)], peak.amax(0), sums.sum(0) if with_sums else None
 
@@ -239,21 +239,21 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The bank is searched in bfloat16, whatever the run's precision. What rounding may have hidden is searched in float32, so the
     values are float32's.
     """
-    row_GT, bound_G = _candidates(k_GD, w_RD, low=True)
+    row_GT, bound_G = _candidates(k_GD, w_RD, bf16=True)
     value_GT, row_GT = _in_order(k_GD, w_RD, row_GT)
     bound_G += ROUNDING
     error = (k_GD.shape[1] + 8) * torch.finfo(torch.float32).eps
     unsure = (bound_G >= value_GT[:, 0] - 2 * error).nonzero()[:, 0]
     if len(unsure):
-        some_GT, bound_G[unsure] = _candidates(k_GD[unsure], w_RD, low=False)
+        some_GT, bound_G[unsure] = _candidates(k_GD[unsure], w_RD, bf16=False)
         value_GT[unsure], row_GT[unsure] = _in_order(k_GD[unsure], w_RD, some_GT)
     return torch.cat([value_GT, bound_G[:, None]], 1), torch.cat([row_GT, row_GT[:, :1]], 1), torch.full_like(bound_G, error)
 
 
-def _candidates(k_GD: Tensor, w_RD: Tensor, *, low: bool) -> tuple[Tensor, Tensor]:
+def _candidates(k_GD: Tensor, w_RD: Tensor, *, bf16: bool) -> tuple[Tensor, Tensor]:
     """Rows of large cosines, [G, T] (-1: none), and the largest cosine of all others, [G]."""
     value, row, bound = _launch(
-        "nearest", k_GD, w_RD, [(torch.float32, (TOP,)), (torch.int32, (TOP,)), (torch.float32, ())], [], low, T=TOP
+        "nearest", k_GD, w_RD, [(torch.float32, (TOP,)), (torch.int32, (TOP,)), (torch.float32, ())], [], bf16, T=TOP
     )
     value_GA, order_GA = value.transpose(0, 1).flatten(1).sort(dim=1, descending=True, stable=True)
     row_GA = row.transpose(0, 1).flatten(1).gather(1, order_GA).long()
@@ -272,15 +272,15 @@ def _in_order(k_GD: Tensor, w_RD: Tensor, row_GT: Tensor) -> tuple[Tensor, Tenso
 
 def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
-    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, low: bool = False,
+    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, bf16: bool = False,
 ) -> None:  # fmt: skip
     """As fused.update."""
     assert w_RD.is_contiguous() and velocity_RD.is_contiguous()
     R, D = w_RD.shape
-    fixed, options = constants("update", D, low=low, hopper=_is_hopper(w_RD.device))
+    fixed, options = constants("update", D, bf16=bf16, hopper=_is_hopper(w_RD.device))
     with torch.cuda.device_of(w_RD):  # floats, as a kernel is compiled anew for integers
         update_kernel[triton.cdiv(R, fixed["BLOCK_R"]),](
-            _factors(q_ND, low), positive_N.clamp(-1, R).int(), log_sum_N * LOG2_E, weight_N.contiguous(), w_RD, velocity_RD,
+            _factors(q_ND, bf16), positive_N.clamp(-1, R).int(), log_sum_N * LOG2_E, weight_N.contiguous(), w_RD, velocity_RD,
             len(q_ND), R, 1 / tau, LOG2_E / tau, *map(float, (pull, push, lr, momentum, weight_decay)), NORMALISE=normalise,
             **fixed, **options,
         )  # fmt: skip
@@ -289,8 +289,8 @@ def update(
 KERNELS = {"forward": forward_kernel, "nearest": nearest_kernel, "update": update_kernel}
 
 
-def _factors(q_ND: Tensor, low: bool) -> Tensor:
-    return (q_ND.bfloat16() if low else q_ND).contiguous()
+def _factors(q_ND: Tensor, bf16: bool) -> Tensor:
+    return (q_ND.bfloat16() if bf16 else q_ND).contiguous()
 
 
 @functools.cache
@@ -323,16 +323,16 @@ def trial(device: torch.device, D: int) -> None:
     gradient = eq.bank_gradient(exact_q, w.double(), positive, bank_tau)
     moved = eq.bank_update(w.double(), v.double(), gradient, reading="paper", **settings)
     expected = [e.sum(1), second, (exact_q @ m.T).amax(1), e @ m, (k.double() @ m.T).amax(1), *moved]
-    for low, tolerance in ((True, 0.1), (False, 1e-4)):
-        z, peak, sums = forward(q, w, [tau, bank_tau], [0.0, 0.0], with_sums=True, low=low)
+    for bf16, tolerance in ((True, 0.1), (False, 1e-4)):
+        z, peak, sums = forward(q, w, [tau, bank_tau], [0.0, 0.0], with_sums=True, bf16=bf16)
         assert sums is not None
         nearest_m = m[nearest(k, w)[1][:, 0]]
         new_w, new_v = w.clone(), v.clone()
         update(
             new_w, new_v, q, positive, second.log().float(), weight,
-            tau=bank_tau, pull=1.0, push=1.0, weight_decay=0.0, normalise=True, low=low, **settings,
+            tau=bank_tau, pull=1.0, push=1.0, weight_decay=0.0, normalise=True, bf16=bf16, **settings,
         )  # fmt: skip
         for got, exact in zip([*z, peak, sums, (k * nearest_m).sum(1), new_w, new_v], expected, strict=True):
             off = ((got - exact).norm() / exact.norm()).item()
             if not off < tolerance:
-                raise ArithmeticError(f"a result of theirs is off by {off:.1e} of its size in {'bfloat16' if low else 'float32'}")
+                raise ArithmeticError(f"a result of theirs is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}")

@@ -179,11 +179,11 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
         _check_known(classes, found, where=str(top))
     files, labels = [], []
     for label, folder_name in enumerate(classes):
-        here = _images_below(top / folder_name)
-        if not here:
+        images = _images_below(top / folder_name)
+        if not images:
             raise UserError(f"{top / folder_name}: expected images ({', '.join(EXTENSIONS)}), got none in this class folder")
-        files += [f"{folder_name}/{file}" for file in here]
-        labels += [label] * len(here)
+        files += [f"{folder_name}/{file}" for file in images]
+        labels += [label] * len(images)
     return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes))
 
 
@@ -259,9 +259,9 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
     train = class_folders(below, train_name, classes)
     for held_out in ("test", "val") if split else ():
         if (top / held_out).is_dir() and _subfolders(top / held_out):
-            there = _subfolders(top / held_out)
+            subfolders = _subfolders(top / held_out)
             if classes is None:
-                _check_known(there, train.classes or [], where=str(below))
+                _check_known(subfolders, train.classes or [], where=str(below))
             return train, class_folders(top / held_out, f"{name}/{held_out}", train.classes)
     return train, None
 

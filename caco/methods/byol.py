@@ -1,0 +1,93 @@
+"""BYOL: from one view of an image, predict the momentum twin's embedding of another (arXiv 2006.07733).
+
+Shapes: B this rank's images, D width of the embedding.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco.data.loaders.batches import Batch
+from caco.errors import UserError
+from caco.methods import diagnostics
+from caco.methods.base import Costs, Method, Now, Outputs
+from caco.methods.terms import Term, terms_of, weighted_sum
+from caco.nn.heads import Encoder, Projector, at_least_float32
+from caco.nn.twin import MomentumTwin
+from caco.schedules import RunShape, Table, cosine
+
+
+class BYOL(Method):
+    """The prediction p of one view is to be the twin's embedding z' of the other, both on the unit sphere.
+
+    L = mean_i |n(p_1) - n(z'_2)|^2 + mean_i |n(p_2) - n(z'_1)|^2 = 4 - 2 cos(p_1, z'_2) - 2 cos(p_2, z'_1), from 0 to 8, where
+    n(x) = x / sqrt(max(|x|^2, 1e-12)). Small views predict too and are not predicted; BYOL itself has none.
+
+    The published code trains a linear classifier on its features besides, in the same loss and without a gradient to them; here an
+    evaluator does so (eval=[probe]).
+
+    Args:
+        encoder: its projector's output is what the predictor takes and what the twin's is compared with.
+        predictor_hidden_dim: width of the predictor's hidden layer.
+        predictor_initialisation: as `Projector`'s.
+        momentum, final_momentum: the twin's m at the start and the end of its cosine; it moves after the optimiser's step.
+        twin_initialisation: "random" draws the twin's first parameters anew, as published; "copy" takes the encoder's.
+        reduction: of the terms, "sum" as published, or "mean"; see `pair_terms`.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        predictor_hidden_dim: int = 4096,
+        predictor_initialisation: Literal["torch", "truncated_normal_fan_in"] = "truncated_normal_fan_in",
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        twin_initialisation: Literal["random", "copy"] = "random",
+        reduction: Literal["sum", "mean"] = "sum",
+    ):
+        super().__init__()
+        if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
+            raise UserError(f"method.momentum and method.final_momentum must be in [0, 1]; got {momentum} and {final_momentum}")
+        dim = encoder.projector.dim
+        self.encoder, self.twin = encoder, MomentumTwin(encoder, initialisation=twin_initialisation)
+        self.predictor = Projector(
+            in_dim=dim, hidden_dim=predictor_hidden_dim, dim=dim, layers=2, bias=True, last_bias=False,
+            initialisation=predictor_initialisation,
+        )  # fmt: skip
+        self.momentum, self.final_momentum, self.reduction = momentum, final_momentum, reduction
+
+    @property
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+        return self.encoder.backbone
+
+    def schedules(self, run: RunShape) -> dict[str, Table]:
+        return {"twin_momentum": cosine(run, self.momentum, self.final_momentum)}
+
+    def terms(self, sizes: list[int]) -> list[Term]:
+        """Of the loss on views of these sizes; the large ones come first and are predicted."""
+        return terms_of(sizes, reduction=self.reduction)
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        terms = self.terms([view.shape[-1] for view in batch.views])
+        z = [self.encoder(view, unit=False) for view in batch.views]
+        p = [_unit(self.predictor(z_BD)) for z_BD in z]
+        aims = {key: _unit(self.twin(batch.views[key], unit=False)) for key in sorted({term.key for term in terms})}
+        distances = [(p[term.query] - aims[term.key]).square().sum(1).mean() for term in terms]
+        return Outputs(weighted_sum(terms, distances), {"embedding_spread": diagnostics.spread(z[0])})
+
+    def after_step(self, now: Now) -> None:
+        self.twin.update(self.encoder, now["twin_momentum"])
+
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
+        return diagnostics.collapse(statistics, "a twin that follows more slowly (method.momentum), a longer warm-up, a lower optimizer.lr")
+
+    def costs(self, sizes: list[int]) -> Costs:
+        terms = self.terms(sizes)
+        return Costs(encoded=list(range(len(sizes))), followed=sorted({term.key for term in terms}), terms=len(terms))
+
+
+def _unit(x_BD: Tensor) -> Tensor:
+    return F.normalize(at_least_float32(x_BD), dim=1, eps=1e-6)

@@ -1,0 +1,160 @@
+"""DINO: a student predicts from every view what its momentum teacher says of the two large ones (arXiv 2104.14294).
+
+Shapes: B this rank's images, D width of the embedding, K prototypes, V views.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from caco import distributed
+from caco.data.loaders.batches import Batch
+from caco.errors import UserError
+from caco.methods import assignments, diagnostics
+from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
+from caco.nn.heads import Encoder
+from caco.nn.prototypes import NormedPrototypes
+from caco.nn.twin import MomentumTwin
+from caco.schedules import RunShape, Table, cosine
+
+NUM_TAUGHT = 2  # views that the teacher sees: the first two
+
+
+class DINO(Method):
+    """The teacher's scores of the first two views, centred and sharpened, are what the student predicts from every other view.
+
+    L = 1 / (2 (V - 1)) sum_{t < 2} sum_{v != t} mean_i -sum_k softmax((y_ti - c) / tau_t)_k log softmax(s_vi / tau)_k. The teacher follows the
+    student's weights, the centre c the mean of the raw scores y, both after the optimiser's step.
+
+    Evaluators and exports see the teacher's backbone, as in the published evaluations.
+
+    Args:
+        encoder: images to unit embeddings (the published head's bottleneck); its `.backbone` is the student's.
+        num_prototypes: K, the last layer's width.
+        norm_last_layer: keeps the prototypes' norms at 1; else they learn (published for the longer ViT-S runs).
+        last_layer_frozen_epochs: at the run's start, in which the prototypes stay as they were drawn.
+        temperature: tau, the student's.
+        teacher_temperature: tau_t, from `first_teacher_temperature` by a line over the first `teacher_temperature_epochs` epochs, changed
+            with each epoch, whatever `schedule.unit` says.
+        momentum, final_momentum: the teacher's m at the start and the end of its cosine.
+        centre_momentum: of c, which starts at 0.
+    """
+
+    centre: Tensor
+    uses: Tensor
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        num_prototypes: int = 65536,
+        norm_last_layer: bool = True,
+        last_layer_frozen_epochs: int = 1,
+        temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        first_teacher_temperature: float = 0.04,
+        teacher_temperature_epochs: int = 0,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        centre_momentum: float = 0.9,
+    ):
+        super().__init__()
+        for name, value in {"momentum": momentum, "final_momentum": final_momentum, "centre_momentum": centre_momentum}.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"method.{name} must be in [0, 1]; got {value}")
+        if min(temperature, teacher_temperature, first_teacher_temperature) <= 0:
+            raise UserError(
+                f"method needs temperatures above 0; got temperature={temperature}, teacher_temperature={teacher_temperature}, "
+                f"first_teacher_temperature={first_teacher_temperature}"
+            )
+        if min(last_layer_frozen_epochs, teacher_temperature_epochs) < 0:
+            raise UserError(
+                "method needs last_layer_frozen_epochs and teacher_temperature_epochs of 0 or more; got "
+                f"{last_layer_frozen_epochs} and {teacher_temperature_epochs}"
+            )
+        self.encoder = encoder
+        self.prototypes = NormedPrototypes(dim=encoder.projector.dim, number=num_prototypes, learn_norms=not norm_last_layer)
+        self.twin, self.twin_prototypes = MomentumTwin(encoder), MomentumTwin(self.prototypes)
+        for module in self.twin.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0  # the teacher has no stochastic depth, though it is in training mode
+        self.register_buffer("centre", torch.zeros(num_prototypes))
+        self.register_buffer("uses", torch.zeros(num_prototypes, dtype=torch.int64))
+        self.last_layer_frozen_epochs, self.temperature = last_layer_frozen_epochs, temperature
+        self.teacher_temperature, self.first_teacher_temperature = teacher_temperature, first_teacher_temperature
+        self.teacher_temperature_epochs = teacher_temperature_epochs
+        self.momentum, self.final_momentum, self.centre_momentum = momentum, final_momentum, centre_momentum
+        self.taught: list[Tensor] = []  # mean raw scores [K] of the step in progress, by part of the batch
+
+    @property
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the teacher's; an attribute would be a second part of the state
+        backbone = self.twin.encoder.backbone
+        assert isinstance(backbone, nn.Module)
+        return backbone
+
+    def schedules(self, run: RunShape) -> dict[str, Table]:
+        """The teacher's m, and its temperature by epoch."""
+        rising = np.linspace(self.first_teacher_temperature, self.teacher_temperature, self.teacher_temperature_epochs).tolist()
+        by_epoch = [rising[epoch] if epoch < len(rising) else self.teacher_temperature for epoch in range(run.epochs)]
+        return {
+            "twin_momentum": cosine(run, self.momentum, self.final_momentum),
+            "teacher_temperature": [temperature for temperature in by_epoch for _ in range(run.steps_per_epoch)],
+        }
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The encoder, and the prototypes, which stay at first."""
+        return [
+            ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad]),
+            ParameterGroup(list(self.prototypes.parameters()), frozen_epochs=self.last_layer_frozen_epochs),
+        ]
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        """The views may have several sizes; those of one size lie together."""
+        num_images = len(batch.index)
+        z_ND = self.encoder(batch.views)
+        scores = list(self.prototypes(z_ND).split(num_images))
+        y_NK = self.twin_prototypes(self.twin(batch.views[:NUM_TAUGHT]))
+        centred_NK = y_NK - self.centre
+        target_NK = torch.softmax(centred_NK / now["teacher_temperature"], 1)
+        self.taught.append(y_NK.mean(0))
+        self.uses += assignments.nearest_counts(centred_NK)
+        loss = assignments.cross_view_loss(list(target_NK.split(num_images)), scores, self.temperature)
+        return Outputs(loss, {"embedding_spread": diagnostics.spread(z_ND), "target_entropy": assignments.entropy(target_NK)})
+
+    def after_step(self, now: Now) -> None:
+        mean_K = distributed.sum_(torch.stack(self.taught).mean(0)) / distributed.world()
+        self.centre.lerp_(mean_K, 1 - self.centre_momentum)
+        self.taught.clear()
+        self.twin.update(self.encoder, now["twin_momentum"])
+        self.twin_prototypes.update(self.prototypes, now["twin_momentum"])
+
+    def statistics(self) -> dict[str, float]:
+        values = assignments.use_statistics(self.uses)
+        self.uses.zero_()
+        return values
+
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
+        wrong = assignments.collapse(statistics)
+        if wrong is None:
+            return None
+        return (
+            f"The teacher has collapsed: {wrong}. What helps: a last layer that stays longer at first (method.last_layer_frozen_epochs), a lower "
+            "method.teacher_temperature where target_entropy is near log K, a higher method.momentum with small batches (0.9995 at 256), a "
+            "lower optimizer.lr."
+        )
+
+    def costs(self, sizes: list[int]) -> Costs:
+        """The ranks add up the teacher's mean scores and the use: K float32 numbers and K integers."""
+        num_prototypes = len(self.centre)
+        return Costs(
+            encoded=list(range(len(sizes))),
+            followed=list(range(NUM_TAUGHT)),
+            terms=NUM_TAUGHT * (len(sizes) - 1),
+            prototypes=num_prototypes,
+            summed_bytes=(4 + 8) * num_prototypes,
+            together=True,
+        )

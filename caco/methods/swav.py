@@ -1,0 +1,162 @@
+"""SwAV: one view's assignment to prototypes is predicted from another view (arXiv 2006.09882).
+
+Shapes: B this rank's images, G all ranks', D width of the embedding, K prototypes, V views, R rows of the queue.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from caco import distributed
+from caco.data.loaders.batches import Batch
+from caco.data.loaders.images import Images
+from caco.errors import UserError
+from caco.methods import assignments, diagnostics
+from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
+from caco.nn.heads import Encoder
+from caco.nn.prototypes import Prototypes
+from caco.schedules import RunShape
+
+NUM_ASSIGNED = 2  # views whose assignments are predicted: the first two
+
+
+class SwAV(Method):
+    """The first two views are assigned to prototypes so that all of these are used alike; every other view predicts it.
+
+    L = 1/2 sum_{c < 2} 1/(V - 1) sum_{v != c} mean_i -sum_k q_cik log softmax(z_vi . C / tau)_k, where q_c is the Sinkhorn assignment of
+    the batch of all ranks, together with a queue of earlier embeddings where there is one.
+
+    Args:
+        encoder: images to unit embeddings; its `.backbone` is what evaluators see.
+        num_prototypes: K.
+        temperature: tau.
+        epsilon: of the Sinkhorn assignment; smaller is harder.
+        sinkhorn_iterations: of it.
+        prototypes_frozen_steps: at the run's start, in which the prototypes stay as they were drawn.
+        queue_size: rows over all ranks for each assigned view, of which a whole number of batches is used; 0 for no queue.
+        queue_start_epoch: with which the queue begins to be filled, counted from 0; it takes part once it is full.
+    """
+
+    needs = Needs(whole_batch=True)
+    queue: Tensor
+    uses: Tensor
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        num_prototypes: int = 3000,
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        prototypes_frozen_steps: int = 313,
+        queue_size: int = 0,
+        queue_start_epoch: int = 15,
+    ):
+        super().__init__()
+        if temperature <= 0 or not assignments.SMALLEST_EPSILON <= epsilon < math.inf or sinkhorn_iterations < 1:
+            raise UserError(
+                f"method needs a temperature above 0, an epsilon of at least {assignments.SMALLEST_EPSILON} and a sinkhorn iteration or more; "
+                f"got temperature={temperature}, epsilon={epsilon}, sinkhorn_iterations={sinkhorn_iterations}"
+            )
+        if min(prototypes_frozen_steps, queue_size, queue_start_epoch) < 0:
+            raise UserError(
+                "method needs prototypes_frozen_steps, queue_size and queue_start_epoch of 0 or more; got "
+                f"{prototypes_frozen_steps}, {queue_size} and {queue_start_epoch}"
+            )
+        dim = encoder.projector.dim
+        self.encoder, self.prototypes = encoder, Prototypes(dim=dim, number=num_prototypes)
+        self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
+        self.prototypes_frozen_steps, self.queue_start_epoch = prototypes_frozen_steps, queue_start_epoch
+        # The same on every rank, newest rows in front: small, and a checkpoint holds it whatever the number of ranks.
+        self.register_buffer("queue", torch.zeros(NUM_ASSIGNED, queue_size, dim))
+        self.register_buffer("uses", torch.zeros(num_prototypes, dtype=torch.int64))
+        self.embeddings: list[Tensor] = []  # [B, D] of the step in progress, by assigned view, for the queue
+
+    @property
+    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+        return self.encoder.backbone
+
+    def phases(self, run: RunShape) -> list[Phase]:
+        if 0 < self.queue.shape[1] < run.batch:
+            raise UserError(
+                f"method.queue_size: expected 0 for no queue, or at least the batch, {run.batch}, of which it holds whole ones; got "
+                f"{self.queue.shape[1]}"
+            )
+        return super().phases(run)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The encoder, and the prototypes, which stay at first."""
+        return [
+            ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad]),
+            ParameterGroup(list(self.prototypes.parameters()), frozen_steps=self.prototypes_frozen_steps),
+        ]
+
+    def before_step(self, now: Now, images: Images) -> None:
+        self.prototypes.normalise()
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        """The views may have several sizes; those of one size lie together."""
+        num_images = len(batch.index)
+        z_ND = self.encoder(batch.views)
+        scores = list(self.prototypes(z_ND).split(num_images))
+        self.embeddings = list(z_ND.detach().split(num_images)[:NUM_ASSIGNED])
+        codes = [self._codes(view, score_BK.detach(), now) for view, score_BK in enumerate(scores[:NUM_ASSIGNED])]
+        self.uses += assignments.nearest_counts(torch.cat(scores[:NUM_ASSIGNED]).detach())
+        metrics = {
+            "embedding_spread": diagnostics.spread(z_ND),
+            "target_entropy": assignments.entropy(torch.cat(codes)),
+        }
+        return Outputs(assignments.cross_view_loss(codes, scores, self.temperature), metrics)
+
+    def _codes(self, view: int, score_BK: Tensor, now: Now) -> Tensor:
+        """Assignments [B, K] of one view's images, made together with the queue's once that is full."""
+        num_images = len(score_BK)
+        queue_RD = self._rows_in_use(view, num_images * distributed.world(), now)
+        if len(queue_RD) and queue_RD[-1].any():
+            part_RD = distributed.own(queue_RD, len(queue_RD) // distributed.world())
+            score_BK = torch.cat([self.prototypes(part_RD).detach(), score_BK])  # old embeddings, today's prototypes
+        return assignments.balanced(score_BK, epsilon=self.epsilon, iterations=self.sinkhorn_iterations)[-num_images:]
+
+    def _rows_in_use(self, view: int, batch: int, now: Now) -> Tensor:
+        """The queue's rows of a view [R, D], a whole number of batches; none before its time."""
+        begun = now.epoch is not None and now.epoch >= self.queue_start_epoch
+        return self.queue[view, : self.queue.shape[1] // batch * batch if begun else 0]
+
+    @torch.no_grad()
+    def after_step(self, now: Now) -> None:
+        for view, z_BD in enumerate(self.embeddings):
+            rows_RD = self._rows_in_use(view, len(z_BD) * distributed.world(), now)
+            if len(rows_RD):
+                z_GD = distributed.gather(z_BD)
+                rows_RD.copy_(torch.cat([z_GD, rows_RD[: -len(z_GD)]]))
+        self.embeddings = []
+
+    def statistics(self) -> dict[str, float]:
+        values = assignments.use_statistics(self.uses)
+        self.uses.zero_()
+        return values
+
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
+        wrong = assignments.collapse(statistics)
+        if wrong is None:
+            return None
+        return (
+            f"The embedding has collapsed: {wrong}. What helps: harder assignments (method.epsilon=0.03), prototypes that stay longer at "
+            "first (method.prototypes_frozen_steps), fewer of them (method.num_prototypes), a lower optimizer.lr, easier views."
+        )
+
+    def costs(self, sizes: list[int]) -> Costs:
+        """The ranks add up K float64 numbers for each assigned view and Sinkhorn iteration, and K integers of use."""
+        num_prototypes = len(self.uses)
+        return Costs(
+            encoded=list(range(len(sizes))),
+            terms=NUM_ASSIGNED * (len(sizes) - 1),
+            gathers=NUM_ASSIGNED if self.queue.shape[1] else 0,
+            prototypes=num_prototypes,
+            summed_bytes=8 * num_prototypes * (NUM_ASSIGNED * self.sinkhorn_iterations + 1),
+            together=True,
+        )

@@ -1,0 +1,44 @@
+"""A method driven over a run's steps in the Trainer's order, in float64, on views that a test makes: for comparison with a plain loop."""
+
+import torch
+from tiny import batch_of
+from torch import nn
+
+from caco.engine.optimizers import Optimisation, OptimizerSchedule
+from caco.methods.base import Now
+from caco.nn.heads import Encoder, Projector
+from caco.schedules import RunShape
+
+SIDES = (6, 6, 4)  # of the views in pixels: two large ones and a small one
+
+
+def tiny_encoder(**projector) -> Encoder:
+    """BatchNorm in trunk and head, so that it shows which views go through them together."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.num_features = 6
+    return Encoder(backbone=backbone, projector=Projector(**{"in_dim": 6, "hidden_dim": 10, "dim": 5, "layers": 2, "bias": True, **projector})).double()
+
+
+def views_of(step: int, batch: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return [torch.randn(batch, 3, side, side, generator=generator, dtype=torch.float64) for side in SIDES]
+
+
+def drive(method, optimizer, schedule: OptimizerSchedule, run: RunShape, steps: int, after=lambda step: None) -> list[float]:
+    """The losses of so many steps; `after(step)` is called behind each."""
+    optimisation, tables = Optimisation(optimizer, schedule, run), method.schedules(run)
+    method.phases(run)
+    losses = []
+    for step in range(steps):
+        values = {name: table[step] for name, table in tables.items()}
+        now = Now(step, "training", step, step + 1 == run.steps, *divmod(step, run.steps_per_epoch), values)
+        optimisation.prepare(now, None)
+        method.train().before_step(now, None)
+        loss = method(batch_of(views_of(step, run.batch)), now).loss
+        loss.backward()
+        optimisation.step(now)
+        method.after_step(now)
+        losses.append(loss.item())
+        after(step)
+    return losses
