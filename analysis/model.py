@@ -298,7 +298,7 @@ def most_common(label_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def pixels_knn(trained: Trained) -> float | None:
     """Raw pixels' k-NN accuracy in percent, by the run's own k-NN on the same images; None where it would take too long."""
-    (name, node), *_ = ((name, node) for name, node in trained.cfg.eval.items() if node._target_ == metrics.KNN)
+    (name, node), *_ = ((name, node) for name, node in trained.cfg.eval.items() if metrics.knn_metric({name: node}))
     splits = trained.splits
     train, test = splits.labelled("k-NN of raw pixels")
     if node.fraction * len(train) + len(test) > MOST_PIXELS:
