@@ -1,6 +1,7 @@
 """What others may change without a word: their private names stay out of this code, or stand in one place, and a test says what breaks."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def our_names() -> set[str]:
+@functools.cache
+def our_names() -> frozenset[str]:
     """Every private name that is defined in this code."""
     names = set()
     for tree in TREES.values():
@@ -25,7 +27,7 @@ def our_names() -> set[str]:
                 names.add(node.name)
             elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
                 names.add(node.id if isinstance(node, ast.Name) else node.attr)
-    return {name for name in names if is_private(name)}
+    return frozenset(name for name in names if is_private(name))
 
 
 def foreign(tree: ast.Module) -> set[str]:
