@@ -11,7 +11,7 @@ export.
 
 This is no study of a method, but it stands on the same floor as experiments: above every command, and importing nothing of caco, because
 the code that it runs is another commit's (experiments/compare/worker.py). That code is reached as a user reaches it, by its command line
-and the files of a run, so that what is behind them may be moved about freely: before-rooms and what came after it are compared like any two.
+and the files of a run, so that what is behind them may be moved about freely.
 """
 
 import argparse
