@@ -86,9 +86,9 @@ def runs_of(chosen: Sequence[Experiment], seeds: Sequence[int] | None) -> list[R
     """The runs of these rows, each once: seed by seed, so that whole tables come first."""
     recorded = {run["config_hash"] for path in sorted(RECORDS.glob("*.json")) for run in record.read(path)}
     # Of an earlier version's run the hash in the directory's name is another one; the record knows today's.
-    here = Path("runs") / chosen[0].scale.id
-    known = record.read(here / "record.json") if (here / "record.json").is_file() else []
-    recorded |= {run["config_hash"] for run in known if (here / run["name"] / "summary.json").is_file()}
+    scale_dir = Path("runs") / chosen[0].scale.id
+    known = record.read(scale_dir / "record.json") if (scale_dir / "record.json").is_file() else []
+    recorded |= {run["config_hash"] for run in known if (scale_dir / run["name"] / "summary.json").is_file()}
     runs: dict[str, Run] = {}
     for seed in sorted({seed for experiment in chosen for seed in (seeds or experiment.seeds)}):
         for experiment in chosen:

@@ -274,8 +274,8 @@ def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
     for name in assigned:
         parent, _, key = name.partition(".")
         if parent == "bank_learning" and key not in ("", *bank):
-            there = ", ".join(name for name in block if name in bank)
-            expected = f"there are {there}" if there else "nothing learns in it; expected pn=both, pn=negative or method=adco"
+            taken = ", ".join(name for name in block if name in bank)
+            expected = f"there are {taken}" if taken else "nothing learns in it; expected pn=both, pn=negative or method=adco"
             problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
     return problems
 

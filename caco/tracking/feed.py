@@ -268,11 +268,11 @@ def refresh_sweep(client: Any, experiment_id: str, parent_id: str) -> list[str]:
     states = [child.info.status for child in children]
     parent = client.get_run(parent_id)
     still = max(int(parent.data.tags.get("caco.jobs", 0)), len(states)) - states.count("FINISHED")
-    told = "SCHEDULED" if still else "FINISHED"
-    told = next((state for state in ("RUNNING", "FAILED", "KILLED") if state in states), told)
-    if told != parent.info.status:
-        ended = told not in ("RUNNING", "SCHEDULED")
-        client.set_terminated(parent_id, told) if ended else client.update_run(parent_id, status=told)
+    outcome = "SCHEDULED" if still else "FINISHED"
+    outcome = next((state for state in ("RUNNING", "FAILED", "KILLED") if state in states), outcome)
+    if outcome != parent.info.status:
+        ended = outcome not in ("RUNNING", "SCHEDULED")
+        client.set_terminated(parent_id, outcome) if ended else client.update_run(parent_id, status=outcome)
     return [child.info.run_id for child in children]
 
 
