@@ -213,7 +213,8 @@ def run_training(
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
         print(message, file=sys.stderr)
-        environment = directory.write_environment(run_dir, folders.record())  # again: now PyTorch is here to say which GPUs and instructions it has
+        # Again: now PyTorch is here to say which GPUs and instructions it has.
+        environment = directory.write_environment(run_dir, folders.record())
         tracker.start(
             run_dir,
             params={**label.choices, **flat(cfg)},
@@ -275,7 +276,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     """Run the evaluators that have not given their results yet; each result is written as soon as it is there.
 
     Args:
-        place: the run that is evaluated; None for weights=.
+        location: the run that is evaluated; None for weights=.
         results_dir: where results go: the run's directory, or another.
     Returns:
         every result by name; baselines as untrained/NAME and pixels/NAME.

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ from caco.data.sets.sources import Source
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, extract, key_of
+from caco.nn.layerwise import LARC
 from caco.nn.norm import over_all_ranks
 from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape, cosine, scaled_lr
@@ -71,11 +71,9 @@ class Recipe:
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         rate = scaled_lr(self.lr, self.batch, self.reference_batch)
         if self.larc:
-            # timm's Lars, made to adapt also without decay, is apex's LARC(clip=False) around SGD.
-            return timm.optim.Lars(
-                parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay,
-                trust_coeff=self.trust_coefficient, always_adapt=True,
-            )  # fmt: skip
+            return LARC(
+                parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay, trust_coefficient=self.trust_coefficient
+            )
         return torch.optim.SGD(
             parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
         )

@@ -12,6 +12,7 @@ from caco.evals import classifier
 from caco.evals.classifier import Recipe, new_head
 from caco.evals.finetune import FineTune, listed
 from caco.evals.linear import Linear
+from caco.nn.layerwise import LARC
 
 QUICK = {"epochs": 6, "batch": 20, "lr": 4.0, "larc": False}
 
@@ -22,7 +23,7 @@ def test_the_papers_recipe():
     assert (recipe.epochs, recipe.batch, recipe.weight_decay, recipe.momentum) == (100, 4096, 0.0, 0.9)
     optimizer = recipe.optimizer([nn.Parameter(torch.ones(2))])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025 * 16)
-    assert type(optimizer).__name__ == "Lars" and optimizer.param_groups[0]["trust_coeff"] == 1e-3
+    assert isinstance(optimizer, LARC) and optimizer.param_groups[0]["trust_coefficient"] == 1e-3
     factors = recipe.lr_factors(3)
     assert len(factors) == 300 and factors[0] == factors[2] == 1.0
     assert factors[150] == pytest.approx(0.5) and 0 < factors[-1] < 3e-4
@@ -54,7 +55,7 @@ def test_larc_scales_each_gradient_by_the_ratio_of_norms_but_not_that_of_a_zero_
             v.mul_(0.9).add_(g * ratio)
             p.sub_(0.5 * v)
     for ours, by_hand in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(ours.detach(), by_hand, rtol=1e-7, atol=1e-9)  # timm adds 1e-8 to norms
+        torch.testing.assert_close(ours.detach(), by_hand, rtol=1e-7, atol=1e-9)  # LARC adds 1e-8 to the sum of norms
 
 
 def test_linear_evaluation_learns_the_colours_and_leaves_the_backbone_as_it_was(colours, store_of):

@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from timm.models.resnet import BasicBlock, ResNet
+from released import PROJECTORS, assert_holds, copy_of, new_method, noise, released, resnet, saved, side
 from tiny import TINY, compose, train
 
 from caco.banks.fifo import FifoBank
@@ -21,7 +21,7 @@ from caco.engine.assembly import build_method
 from caco.errors import UserError
 from caco.methods.contrastive import Contrastive
 from caco.methods.nnclr import NNCLR
-from caco.methods.sources import BankRow, BankRows, BatchBothViews, OtherView
+from caco.methods.sources import BatchBothViews, OtherView
 from caco.nn.backbones import timm_backbone
 from caco.nn.heads import Encoder, Projector
 from caco.nn.weights import LAYOUTS, initialise, load_backbone
@@ -29,73 +29,6 @@ from caco.runs.checkpoint import load
 from caco.runs.identity import identity, run_hash
 from caco.tracking.ledger import read_rows
 from caco.train import check_command
-
-PROJECTORS = {  # as the papers have them, narrow
-    "caco": {"hidden_dim": 16, "dim": 8, "layers": 3, "batch_norm": True, "bias": False},
-    "adco": {"hidden_dim": 64, "dim": 8, "layers": 2, "batch_norm": False, "bias": True},
-    "moco": {"hidden_dim": 64, "dim": 8, "layers": 2, "batch_norm": False, "bias": True},
-}
-
-
-def resnet(*, blocks=(2, 2, 2, 2)) -> ResNet:
-    """ResNet-18 with narrow stages."""
-    return ResNet(BasicBlock, blocks, channels=(8, 16, 32, 64), num_classes=0)
-
-
-def new_method(projector: str = "caco", *, bank: object = "random", twin: bool = True) -> Contrastive:
-    if bank in ("random", "keys"):
-        bank = LearnableBank(size=32, dim=8, seed=7, initialisation=bank)
-    return Contrastive(
-        encoder=Encoder(backbone=resnet(), projector=Projector(in_dim=64, **PROJECTORS[projector])),
-        bank=bank,
-        positives=BankRow() if bank else OtherView(),
-        negatives=BankRows() if bank else BatchBothViews(),
-        momentum=0.99 if twin else None,
-    )
-
-
-def noise(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Values that no initialisation gives, so that none can be taken for one that was loaded."""
-    return {name: torch.randn(v.shape) if v.is_floating_point() else v + 5 for name, v in state.items()}
-
-
-def released(kind: str, *, keys: bool = True) -> dict:
-    """A checkpoint as the authors' code saves it: DistributedDataParallel's names, the projector at the classifier's."""
-    state = {}
-    for side in ["encoder_q", "encoder_k"] if keys else ["encoder_q"]:
-        state |= {f"module.{side}.{name}": v for name, v in noise(resnet().state_dict()).items()}
-        projector = Projector(in_dim=64, **PROJECTORS[kind]).state_dict()
-        state |= {f"module.{side}.fc.{name}": v for name, v in noise(projector).items()}
-    file = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
-    if kind == "moco":
-        state["module.queue"], state["module.queue_ptr"] = torch.randn(8, 32), torch.tensor([12])
-    else:
-        file |= {"best_acc": 0, "Memory_Bank": {"W": torch.randn(8, 32), "v": torch.randn(8, 32)}}
-    return file
-
-
-def saved(path: Path, content: object, **options) -> Path:
-    torch.save(content, path, **options)
-    return path
-
-
-def copy_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_holds(module: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    state = module.state_dict()
-    assert state.keys() == expected.keys()
-    for name, value in state.items():
-        assert torch.equal(value, expected[name]), name
-
-
-def side(file: dict, name: str) -> dict[str, torch.Tensor]:
-    """One encoder of a released file under the names of ours."""
-    prefix = f"module.{name}."
-    inner = {key.removeprefix(prefix): v for key, v in file["state_dict"].items() if key.startswith(prefix)}
-    head = {f"projector.{key.removeprefix('fc.')}": v for key, v in inner.items() if key.startswith("fc.")}
-    return {f"backbone.{key}": v for key, v in inner.items() if not key.startswith("fc.")} | head
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "as before torch 1.6"])

@@ -1,0 +1,29 @@
+"""What loaders make, for tests that compare it."""
+
+import contextlib
+
+import torch
+
+from caco.data.loaders.batches import Batch
+from caco.data.loaders.torch_loader import TorchLoader
+
+
+def batches(
+    source, views, epochs=(0,), *, kind=TorchLoader, workers=0, prefetch=2, corrupt="fail", batch=8, start_step=0, **options
+) -> list[Batch]:
+    settings = kind(num_workers=workers, prefetch=prefetch, corrupt=corrupt)
+    loader = settings.bind(source, views, **{"batch": batch, "seed": 7} | options)
+    with contextlib.closing(loader):
+        return [one for epoch in epochs for one in loader.epoch(epoch, start_step)]
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.label, b.label)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+def by_image(made: list[Batch]) -> dict[int, list[torch.Tensor]]:
+    return {int(i): [view[row] for view in one.views] for one in made for row, i in enumerate(one.index)}
