@@ -31,7 +31,7 @@ ACCURACIES = (f"{metrics.knn()}_top1", f"{metrics.probe()}_top1")  # what preset
 
 # On held-out images, in every cell; k-NN in percent.
 GOALS = {
-    "k-NN at the end": lambda cell: cell.knn_end >= 97.0,
+    "k-NN of at least 97.0 at the end": lambda cell: cell.knn_end >= 97.0,
     "three points above the untrained network": lambda cell: cell.knn_end >= cell.knn_untrained + 3,
     "never below the untrained network from epoch 10 on": lambda cell: min(cell.knn_from_epoch(10)) >= cell.knn_untrained,
     "better than after the warm start": lambda cell: cell.knn_end > cell.knn_after_warm_start,
