@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from caco.evals.knn import KNN, _ordered_keys, _read_keys, balanced_share, knn_predict, knn_votes, nearest
+from caco.data.sets.sources import ImageFiles, ImagesInMemory
+from caco.evals.knn import (
+    KNN,
+    _ordered_keys,
+    _read_keys,
+    balanced_share,
+    first_share,
+    knn_predict,
+    knn_votes,
+    nearest,
+    places_by_name,
+)
 
 
 def brute_force(query, bank, labels, *, k, temperature, num_classes):
@@ -122,9 +133,40 @@ def test_share_is_balanced_seeded_and_sorted():
     assert np.array_equal(balanced_share(labels, fraction=1.0, seed=5), np.arange(152))
 
 
+def test_the_first_of_each_class_are_as_many_as_int_says_in_the_order_of_their_places():
+    labels = np.repeat([0, 1, 2], [14, 5, 3])
+    places = np.arange(22)[::-1]
+    # int(0.2 * 14) = 2, where rounding gives 3; int(0.2 * 5) = 1; and one of a class of three.
+    assert first_share(labels, np.arange(22), fraction=0.2).tolist() == [0, 1, 14, 19]
+    assert first_share(labels, places, fraction=0.2).tolist() == [12, 13, 18, 21]
+    assert len(balanced_share(labels, fraction=0.2, seed=0)) == 3 + 1 + 1
+    assert np.array_equal(first_share(labels, places, fraction=1.0), np.arange(22))
+
+
+def test_the_first_images_of_a_class_are_those_of_the_first_names(tmp_path):
+    """Whatever order the set has them in, and whatever folders of a class they lie in; sets without files go by their order."""
+    files = ["b/10.png", "b/9.png", "b/1.png", "a/z.png", "a/y/x.png", "a/c.png", "a/b.png", "b/2.png", "a/y/a.png", "b/3.png"]
+    source = ImageFiles(tmp_path, files, name="it", labels=np.array([file.startswith("b/") for file in files], int))
+    assert [files[i] for i in np.argsort(places_by_name(source))] == sorted(files, key=lambda file: file.rpartition("/")[::2])
+    chosen = first_share(source.labels, places_by_name(source), fraction=0.5)
+    assert [files[i] for i in chosen] == ["b/10.png", "b/1.png", "a/c.png", "a/b.png"]
+    in_memory = ImagesInMemory(np.zeros((4, 2, 2, 3), np.uint8), name="it")
+    assert places_by_name(in_memory).tolist() == [0, 1, 2, 3]
+
+
+def test_k_nn_among_the_first_is_by_another_name(colours, store_of):
+    drawn, first = (KNN(k=3, fraction=0.5, choice=choice) for choice in ("random", "first"))
+    for one in (drawn, first):
+        one.build(store_of(), seed=0)
+    assert first._bank.tolist() == list(range(30)), "labels are 0, 1, 2, 0, ...: the first ten of each"
+    assert drawn._bank.tolist() != first._bank.tolist()
+    assert [*dict(first.run(colours))] == ["knn3_50pct_first_top1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"choice": "last"}, "choice: expected random or first, got 'last'"),
         ({"k": 0}, "k and block of at least 1, got 0"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"fraction": 1.5}, "fraction: expected 0 < fraction <= 1, got 1.5"),
