@@ -3,7 +3,7 @@
 Shapes: Q queries, N rows of the feature bank, D feature width, C classes, k neighbours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -108,30 +108,26 @@ def balanced_share(labels: np.ndarray, *, fraction: float, seed: int) -> np.ndar
     return np.sort(np.concatenate(chosen))
 
 
-def first_share(labels: np.ndarray, places: Sequence[int] | np.ndarray, *, fraction: float) -> np.ndarray:
-    """Sorted indices of the first int(fraction * n) of each class's n images, by `places`; at least one of each.
+def first_share(source: Source, labels: np.ndarray, *, fraction: float) -> np.ndarray:
+    """Sorted indices of the first int(fraction * n) of each class's n images, at least one of each, in the order of their files' folders
+    and then names; where they are no files, in that of the set (which `caco.write` takes from the files that it reads).
 
-    Args:
-        places: what the images are ordered by, [N].
     Source: CaCo's published code, data_processing/imagenet.py: the images of its k-NN monitor (which has none of a class of four).
     """
+    are_files = len(source) > 0 and source.path(0) is not None
     chosen = []
     for c in np.unique(labels):
         members = np.flatnonzero(labels == c)
-        in_order = members[np.argsort(np.asarray(places)[members], kind="stable")]
-        chosen.append(in_order[: max(1, int(fraction * len(members)))])
+        if are_files:  # a class at a time: names of all of ImageNet's images would take a third of a gigabyte
+            members = np.array(sorted(members.tolist(), key=lambda index: _folder_and_name(source, index)))
+        chosen.append(members[: max(1, int(fraction * len(members)))])
     return np.sort(np.concatenate(chosen))
 
 
-def places_by_name(source: Source) -> np.ndarray:
-    """The place of each image when all are sorted by the folder and then the name of their files, int64 [N]; where they are no files,
-    by their order in the set, which that of files is where `caco.write` has written them."""
-    if not len(source) or source.path(0) is None:
-        return np.arange(len(source))
-    names = [(str(path.parent), path.name) for path in map(source.path, range(len(source))) if path is not None]
-    places = np.empty(len(source), np.int64)
-    places[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(source))
-    return places
+def _folder_and_name(source: Source, index: int) -> tuple[str, str]:
+    path = source.path(index)
+    assert path is not None, "a set has files for all of its images or for none"
+    return str(path.parent), path.name
 
 
 class KNN(Evaluator):
@@ -183,7 +179,7 @@ class KNN(Evaluator):
             self._bank = balanced_share(labels, fraction=self.fraction, seed=seed)
         else:
             train, _ = store.splits.labelled("k-NN")
-            self._bank = first_share(labels, places_by_name(train), fraction=self.fraction)
+            self._bank = first_share(train, labels, fraction=self.fraction)
         if len(self._bank) < self.k:
             raise UserError(f"k: expected at most {len(self._bank)}, the images in the feature bank, got {self.k}")
         self._bank_labels = torch.from_numpy(labels[self._bank])

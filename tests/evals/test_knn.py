@@ -17,7 +17,6 @@ from caco.evals.knn import (
     knn_predict,
     knn_votes,
     nearest,
-    places_by_name,
 )
 
 
@@ -133,25 +132,21 @@ def test_share_is_balanced_seeded_and_sorted():
     assert np.array_equal(balanced_share(labels, fraction=1.0, seed=5), np.arange(152))
 
 
-def test_the_first_of_each_class_are_as_many_as_int_says_in_the_order_of_their_places():
+def test_the_first_of_each_class_are_as_many_as_int_says():
     labels = np.repeat([0, 1, 2], [14, 5, 3])
-    places = np.arange(22)[::-1]
+    source = ImagesInMemory(np.zeros((22, 2, 2, 3), np.uint8), name="it")  # no files: they go by their order
     # int(0.2 * 14) = 2, where rounding gives 3; int(0.2 * 5) = 1; and one of a class of three.
-    assert first_share(labels, np.arange(22), fraction=0.2).tolist() == [0, 1, 14, 19]
-    assert first_share(labels, places, fraction=0.2).tolist() == [12, 13, 18, 21]
+    assert first_share(source, labels, fraction=0.2).tolist() == [0, 1, 14, 19]
     assert len(balanced_share(labels, fraction=0.2, seed=0)) == 3 + 1 + 1
-    assert np.array_equal(first_share(labels, places, fraction=1.0), np.arange(22))
+    assert np.array_equal(first_share(source, labels, fraction=1.0), np.arange(22))
 
 
 def test_the_first_images_of_a_class_are_those_of_the_first_names(tmp_path):
-    """Whatever order the set has them in, and whatever folders of a class they lie in; sets without files go by their order."""
+    """Whatever order the set has them in, and whatever folders of a class they lie in."""
     files = ["b/10.png", "b/9.png", "b/1.png", "a/z.png", "a/y/x.png", "a/c.png", "a/b.png", "b/2.png", "a/y/a.png", "b/3.png"]
-    source = ImageFiles(tmp_path, files, name="it", labels=np.array([file.startswith("b/") for file in files], int))
-    assert [files[i] for i in np.argsort(places_by_name(source))] == sorted(files, key=lambda file: file.rpartition("/")[::2])
-    chosen = first_share(source.labels, places_by_name(source), fraction=0.5)
-    assert [files[i] for i in chosen] == ["b/10.png", "b/1.png", "a/c.png", "a/b.png"]
-    in_memory = ImagesInMemory(np.zeros((4, 2, 2, 3), np.uint8), name="it")
-    assert places_by_name(in_memory).tolist() == [0, 1, 2, 3]
+    labels = np.array([file.startswith("b/") for file in files], int)
+    chosen = first_share(ImageFiles(tmp_path, files, name="it", labels=labels), labels, fraction=0.6)
+    assert sorted(files[i] for i in chosen) == ["a/b.png", "a/c.png", "a/z.png", "b/1.png", "b/10.png", "b/2.png"]
 
 
 def test_k_nn_among_the_first_is_by_another_name(colours, store_of):
