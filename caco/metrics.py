@@ -1,7 +1,8 @@
 """What results are called: the name says the protocol, so that numbers of one name may be set beside each other.
 
     knn20_top1             k-NN with 20 neighbours among all training images
-    knn20_20pct_top1       among 20 % of each class;  knn200_t0.1_top1: 200 neighbours, weight exp(cosine / 0.1)
+    knn20_20pct_top1       among 20 % of each class, drawn;  knn20_20pct_first_top1: the first by the names of their files
+    knn200_t0.1_top1       200 neighbours, weight exp(cosine / 0.1)
     linear_moco_top1       linear evaluation by MoCo's recipe
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
@@ -20,11 +21,11 @@ from typing import Any
 PAPER = {
     "epochs": 100, "batch": 4096, "lr": 0.025, "reference_batch": 256, "momentum": 0.9, "weight_decay": 0.0, "larc": True,
     "trust_coefficient": 1e-3, "schedule": "cosine", "milestones": [], "decay": 0.1, "unit": "epoch", "scale": [0.08, 1.0],
-    "interpolation": "bilinear",
+    "interpolation": "bilinear", "drop_last": False,
 }  # fmt: skip
 LINEAR = {
     "linear": PAPER,
-    "linear_lightly": {**PAPER, "epochs": 90, "batch": 256, "lr": 0.1, "larc": False, "unit": "step"},
+    "linear_lightly": {**PAPER, "epochs": 90, "batch": 256, "lr": 0.1, "larc": False, "unit": "step", "drop_last": True},
     "linear_moco": {**PAPER, "batch": 256, "lr": 30.0, "larc": False, "schedule": "steps", "milestones": [60, 80]},
 }
 FINE_TUNING = {
@@ -40,9 +41,9 @@ KNN = "caco.evals.knn.KNN"
 BASELINES = ("untrained/", "pixels/")  # of an evaluation: what it gave stands as untrained/NAME
 
 
-def knn(*, k: int = 20, temperature: float = 0.2, fraction: float = 1.0, **_: Any) -> str:
+def knn(*, k: int = 20, temperature: float = 0.2, fraction: float = 1.0, choice: str = "random", **_: Any) -> str:
     """The protocol of a k-NN evaluation."""
-    share = "" if fraction == 1 else f"_{100 * fraction:g}pct"
+    share = "" if fraction == 1 else f"_{100 * fraction:g}pct" + ("" if choice == "random" else f"_{choice}")
     return f"knn{k}{share}" + ("" if temperature == 0.2 else f"_t{temperature:g}")
 
 
@@ -51,8 +52,8 @@ def probe(**settings: Any) -> str:
 
 
 def linear(*, name: str = "linear", **recipe: Any) -> str:
-    """A name that no recipe here has is its user's, and says everything."""
-    return _with_changes(name, {**PAPER, **recipe}, LINEAR.get(name, {}))
+    """A name that no recipe here has is its user's, and says everything. A recipe of before there was `drop_last` dropped it."""
+    return _with_changes(name, {**PAPER, "drop_last": True, **recipe}, LINEAR.get(name, {}))
 
 
 def fine_tuned(*, name: str, fraction: float, epochs: int, listed: bool, **recipe: Any) -> str:
@@ -138,8 +139,9 @@ def is_percent(metric: str) -> bool:
 
 def title(metric: str) -> str:
     """As a heading: knn20_20pct_top1 -> k-NN (20 of 20 %); probe_top1 -> probe; others as they are."""
-    found = re.fullmatch(r"knn(\d+)(?:_([\d.]+)pct)?(?:_t([\d.e-]+))?_top1", metric)
+    found = re.fullmatch(r"knn(\d+)(?:_([\d.]+)pct(_first)?)?(?:_t([\d.e-]+))?_top1", metric)
     if found is None:
         return metric.removesuffix("_top1")
-    k, share, temperature = found.groups()
-    return f"k-NN ({k}" + (f" of {share} %" if share else "") + (f", t {temperature}" if temperature else "") + ")"
+    k, share, first, temperature = found.groups()
+    of = f" of {'the first ' if first else ''}{share} %" if share else ""
+    return f"k-NN ({k}{of}" + (f", t {temperature}" if temperature else "") + ")"

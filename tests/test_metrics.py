@@ -51,9 +51,13 @@ def test_whatever_can_change_a_number_changes_the_name(option):
         ("knn", ["k=200", "fraction=1", "temperature=0.1"], ["knn200_t0.1"]),
         ("knn", ["fraction=0.07"], ["knn20_7pct"]),
         ("knn", ["block=7", "when=end"], ["knn20_20pct"]),
+        ("knn", ["choice=first"], ["knn20_20pct_first"]),
+        ("knn_all", ["choice=first"], ["knn20"]),
         ("probe", ["l2=0.01"], ["probe_l2-0.01"]),
         ("linear", ["batch=256", "larc=false"], ["linear_batch-256_larc-no"]),
         ("linear", ["batch=256", "name=mine"], ["mine"]),
+        ("linear", ["drop_last=true"], ["linear_drop_last-yes"]),
+        ("linear_lightly", ["drop_last=false"], ["linear_lightly_drop_last-no"]),
         ("linear_moco", ["milestones=[30]"], ["linear_moco_milestones-30"]),
         ("semi", ["lists=[a.txt,b.txt]"], ["semi_1_listed", "semi_10_listed"]),
         ("semi", ["fractions=[0.1]", "epochs=[30]"], ["semi_10"]),
@@ -76,9 +80,11 @@ def test_a_name_falls_into_protocol_and_measure():
 
 
 def test_headings():
-    names = ("knn20_top1", "knn20_20pct_top1", "knn200_t0.1_top1", "probe_top1", "linear_moco_top1", "transfer/dtd_top1")
+    names = (
+        "knn20_top1", "knn20_20pct_top1", "knn20_20pct_first_top1", "knn200_t0.1_top1", "probe_top1", "linear_moco_top1", "transfer/dtd_top1",
+    )  # fmt: skip
     assert [metrics.title(name) for name in names] == [
-        "k-NN (20)", "k-NN (20 of 20 %)", "k-NN (200, t 0.1)", "probe", "linear_moco", "transfer/dtd",
+        "k-NN (20)", "k-NN (20 of 20 %)", "k-NN (20 of the first 20 %)", "k-NN (200, t 0.1)", "probe", "linear_moco", "transfer/dtd",
     ]  # fmt: skip
 
 

@@ -32,8 +32,10 @@ class LearnableBank(nn.Module, Bank):
         temperature: None shares the encoder's; a number is the bank's own (AdCo).
         reading: "code" leaves the stored rows' norms free, as the published code; "paper" puts rows back on the
             sphere after each step (`equations.bank_update`).
-        initialisation: "keys": the keys of the warm start overwrite the rows in order, as published; "random": uniform on
-            the sphere, and no warm start unless its steps are asked for.
+        initialisation: "keys": the keys of the warm start overwrite the rows in order, as published; "random": they stay as they
+            were drawn, and there is no warm start unless its steps are asked for.
+        random_norms: of rows as they were drawn: "normal": about sqrt(dim), of a plain normal law, so that they turn slowly; "unit":
+            uniform on the sphere. None: as published, "normal" where random rows keep their norms (the "code" reading), else "unit".
 
     Source: arXiv 2203.14370, Eqs. 6-11.
     """
@@ -55,6 +57,7 @@ class LearnableBank(nn.Module, Bank):
         temperature: float | None = None,
         reading: Literal["code", "paper"] = "code",
         initialisation: Literal["keys", "random"] = "keys",
+        random_norms: Literal["unit", "normal"] | None = None,
     ):
         super().__init__()
         at_least_zero = {
@@ -70,7 +73,11 @@ class LearnableBank(nn.Module, Bank):
             raise UserError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
         if lr_reference_batch is not None and lr_reference_batch < 1:
             raise UserError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
-        self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0)
+        if random_norms is None:
+            random_norms = "normal" if (initialisation, reading) == ("random", "code") else "unit"
+        if random_norms not in ("unit", "normal"):
+            raise UserError(f"bank.random_norms must be unit or normal; got {random_norms!r}")
+        self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0, norms=random_norms)
         self.size, self.pull, self.push = size, pull, push
         self.lr, self.final_lr, self.lr_reference_batch, self.warmup_epochs = lr, final_lr, lr_reference_batch, warmup_epochs
         self.momentum, self.weight_decay, self.temperature, self.reading = momentum, weight_decay, temperature, reading

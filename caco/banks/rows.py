@@ -1,6 +1,6 @@
 """What every bank has: rows, this rank's shard of them, and statistics of their use."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,17 @@ FEWEST_CHOSEN = 5.0  # percent of the rows that an epoch could choose; below it 
 MOST_NEAR_DUPLICATES = 50.0  # percent of the rows; above it a bank has collapsed
 
 
-def random_rows(first: int, last: int, dim: int, seed: int) -> Tensor:
-    """Rows first..last of a bank drawn uniformly on the unit sphere, the same for any sharding. [last - first, dim]."""
+def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Literal["unit", "normal"] = "unit") -> Tensor:
+    """Rows first..last of a bank, the same for any sharding: of independent normal numbers ("normal", so that a row's norm is about
+    sqrt(dim)), or these on the unit sphere ("unit", uniform there). [last - first, dim]."""
     parts = []
     for block in range(first // INIT_BLOCK, -(-last // INIT_BLOCK)):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + block) % 2**63)
         rows = torch.randn(INIT_BLOCK, dim, generator=generator)
         start = block * INIT_BLOCK
         parts.append(rows[max(first - start, 0) : last - start])
-    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+    drawn = torch.cat(parts)
+    return torch.nn.functional.normalize(drawn, dim=1) if norms == "unit" else drawn
 
 
 def few_rows_chosen(statistics: dict[str, float]) -> str | None:
@@ -64,14 +66,15 @@ class Rows(nn.Module):
     Args:
         size: rows of the whole bank, K; divisible by the number of ranks.
         dim: width D of the embedding.
-        seed: of the initial rows, uniform on the unit sphere.
+        seed: of the initial rows.
         learnable: whether the rows receive gradients.
+        norms: of the initial rows; see `random_rows`.
     """
 
     uses: Tensor  # int64 [R], how often each of this rank's rows was chosen since the last `statistics`
     velocity: Tensor  # [R, D], of rows that learn; others have none
 
-    def __init__(self, *, size: int, dim: int, seed: int, learnable: bool):
+    def __init__(self, *, size: int, dim: int, seed: int, learnable: bool, norms: Literal["unit", "normal"] = "unit"):
         super().__init__()
         if size < 2:
             raise UserError(f"a bank needs at least 2 rows; got size={size}")
@@ -82,7 +85,7 @@ class Rows(nn.Module):
             raise UserError(f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, by_rank))}")
         self.size, self.learnable = size, learnable
         self.first, self.last = distributed.shard(size)
-        self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed), requires_grad=learnable)
+        self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed, norms=norms), requires_grad=learnable)
         self.register_buffer("uses", torch.zeros(self.last - self.first, dtype=torch.int64))
         if learnable:
             self.register_buffer("velocity", torch.zeros_like(self.weight))

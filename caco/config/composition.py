@@ -22,7 +22,7 @@ from caco.runs.identity import file_digest, run_name
 
 
 def register() -> None:
-    """Tell Hydra the schemas and OmegaConf the resolvers: a run's directory, and what is in a file."""
+    """Tell Hydra the schemas and OmegaConf the resolvers: a run's directory, what is in a file, what follows from other settings."""
     ConfigStore.instance().store("schema", Root)
     ConfigStore.instance().store("evaluate_schema", EvaluateRoot)
     ConfigStore.instance().store("export_schema", ExportRoot)
@@ -33,6 +33,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
     OmegaConf.register_new_resolver("config_dir", folders.config_dir, replace=True)
     OmegaConf.register_new_resolver("installed_tracking", installed_tracking, replace=True)
+    OmegaConf.register_new_resolver("random_norms", random_norms, replace=True)
 
 
 def bank_learning_taken_whole() -> dict[str, str]:
@@ -44,6 +45,11 @@ def bank_learning_taken_whole() -> dict[str, str]:
 def installed_tracking() -> str:
     """The option of `tracking` where none is chosen: without MLflow the ledger alone, which can be sent to it later."""
     return "mlflow" if is_installed("mlflow") else "ledger"
+
+
+def random_norms(initialisation: str, reading: str) -> str:
+    """For conf/learned_bank.yaml, so that a run's identity says it: the same as where caco.banks.learnable.LearnableBank is given none."""
+    return "normal" if (initialisation, reading) == ("random", "code") else "unit"
 
 
 register()

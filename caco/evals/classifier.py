@@ -38,6 +38,7 @@ class Recipe:
         schedule, milestones, decay: "cosine" to 0, or "steps": times `decay` after each of the epochs `milestones`.
         unit: "epoch" holds the rate within an epoch, "step" changes it with every step.
         scale, interpolation: of the random resized crop; the flip has probability 0.5. There is no other augmentation.
+        drop_last: whether an epoch ends with its last whole batch; else with a smaller one of the images that are left.
     Raises:
         ValueError: a value out of its range.
     """
@@ -57,6 +58,7 @@ class Recipe:
     unit: Literal["epoch", "step"] = "epoch"
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    drop_last: bool = True
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 2:
@@ -140,8 +142,9 @@ def train_classifier(
         group["initial_lr"] = group["lr"]
     views = recipe.views(store.views)
     loader = store.loader.bind(
-        source, views, batch=recipe.batch, seed=seed, rank=distributed.rank(), world=distributed.world(), device=device
-    )
+        source, views, batch=recipe.batch, seed=seed, rank=distributed.rank(), world=distributed.world(), device=device,
+        drop_last=recipe.drop_last,
+    )  # fmt: skip
     factors = recipe.lr_factors(loader.steps_per_epoch)
     checkpoints, first_epoch = None, 0
     if store.folder is not None:
@@ -195,7 +198,9 @@ def _epoch(
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factors[epoch * steps + step]
                 features_BD = _features(backbone, batch.views[0], store, frozen=frozen)
-                loss = F.cross_entropy(head(features_BD), batch.label)
+                # Of a smaller last batch the ranks may have one image more or less: each image counts the same.
+                share = len(batch.label) * distributed.world() / loader.images_of(step)
+                loss = share * F.cross_entropy(head(features_BD), batch.label)
                 loss.backward()
                 distributed.mean_gradients(parameters)
                 optimizer.step()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco import metrics
+from caco.data.sets.sources import Source
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, full_float32
@@ -107,6 +108,28 @@ def balanced_share(labels: np.ndarray, *, fraction: float, seed: int) -> np.ndar
     return np.sort(np.concatenate(chosen))
 
 
+def first_share(source: Source, labels: np.ndarray, *, fraction: float) -> np.ndarray:
+    """Sorted indices of the first int(fraction * n) of each class's n images, at least one of each, in the order of their files' folders
+    and then names; where they are no files, in that of the set (which `caco.write` takes from the files that it reads).
+
+    Source: CaCo's published code, data_processing/imagenet.py: the images of its k-NN monitor (which has none of a class of four).
+    """
+    are_files = len(source) > 0 and source.path(0) is not None
+    chosen = []
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        if are_files:  # a class at a time: names of all of ImageNet's images would take a third of a gigabyte
+            members = np.array(sorted(members.tolist(), key=lambda index: _folder_and_name(source, index)))
+        chosen.append(members[: max(1, int(fraction * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def _folder_and_name(source: Source, index: int) -> tuple[str, str]:
+    path = source.path(index)
+    assert path is not None, "a set has files for all of its images or for none"
+    return str(path.parent), path.name
+
+
 class KNN(Evaluator):
     """k-NN top-1 accuracy on the test set with (a share of) the training set as the feature bank, percent:
     `knn20_top1`, `knn20_20pct_top1`, ... (caco/metrics.py).
@@ -114,7 +137,9 @@ class KNN(Evaluator):
     Args:
         k: neighbours that vote.
         temperature: a neighbour's weight is exp(cosine / temperature).
-        fraction: share of each training class that forms the bank, drawn once by the seed.
+        fraction: share of each training class that forms the bank.
+        choice: which images these are: "random", drawn once by the seed; or the "first" by the names of their files, rounded down to whole
+            images, as in the published code.
         block: queries and bank rows compared at a time: bounds memory.
         when: "epoch" (while training, and at its end) or "end".
     """
@@ -125,6 +150,7 @@ class KNN(Evaluator):
         k: int = 20,
         temperature: float = 0.2,
         fraction: float = 1.0,
+        choice: Literal["random", "first"] = "random",
         block: int = 2048,
         when: Literal["epoch", "end"] = "epoch",
     ) -> None:
@@ -134,20 +160,26 @@ class KNN(Evaluator):
             raise UserError(f"knn temperature: expected a positive number, got {temperature}")
         if not 0 < fraction <= 1:
             raise UserError(f"knn fraction: expected 0 < fraction <= 1, got {fraction}")
+        if choice not in ("random", "first"):
+            raise UserError(f"knn choice: expected random or first, got {choice!r}")
         if when not in ("epoch", "end"):
             raise UserError(f"knn when: expected epoch or end, got {when!r}")
-        self.k, self.temperature, self.fraction, self.block, self.when = k, temperature, fraction, block, when
-        self.protocol = metrics.knn(k=k, temperature=temperature, fraction=fraction)
+        self.k, self.temperature, self.fraction, self.choice, self.block, self.when = k, temperature, fraction, choice, block, when
+        self.protocol = metrics.knn(k=k, temperature=temperature, fraction=fraction, choice=choice)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Draws the bank's images.
+        """Draws or picks the bank's images.
 
         Raises:
             ValueError: no labels, or fewer images in the bank than k.
         """
         labels, test_labels = store.labels("k-NN")
         self._store = store
-        self._bank = balanced_share(labels, fraction=self.fraction, seed=seed)
+        if self.choice == "random":
+            self._bank = balanced_share(labels, fraction=self.fraction, seed=seed)
+        else:
+            train, _ = store.splits.labelled("k-NN")
+            self._bank = first_share(train, labels, fraction=self.fraction)
         if len(self._bank) < self.k:
             raise UserError(f"k: expected at most {len(self._bank)}, the images in the feature bank, got {self.k}")
         self._bank_labels = torch.from_numpy(labels[self._bank])

@@ -21,7 +21,7 @@ class Linear(Evaluator):
     Args:
         name: of the recipe: linear, linear_lightly or linear_moco, whose changes stand in the names of the results
             (linear_batch-256_top1: caco/metrics.py), or one of your own.
-        epochs ... interpolation: see Recipe.
+        epochs ... drop_last: see Recipe.
         when: "epoch" (while training, and at its end) or "end".
     """
 
@@ -45,6 +45,7 @@ class Linear(Evaluator):
         unit: Literal["epoch", "step"] = "epoch",
         scale: Sequence[float] = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        drop_last: bool = False,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):
@@ -65,6 +66,7 @@ class Linear(Evaluator):
             unit=unit,
             scale=list(scale),
             interpolation=interpolation,
+            drop_last=drop_last,
         )
         self.protocol = metrics.linear(name=name, **vars(self.recipe))
 

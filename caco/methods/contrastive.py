@@ -100,6 +100,8 @@ class Contrastive(Method):
         warm_start_temperature, warm_start_momentum: tau and the twin's m in the warm start, the steps before epoch 0.
         warm_start_steps, warm_start_passes: how long that is: so many steps, or so many times as many as keys need to go over
             the bank's rows once. Neither: as published, one pass where the bank is learned, else none.
+        warm_start_key: the view whose keys are positives and fill the bank there, for queries of the first: the "second", or the
+            "last", which in multi-crop is the smallest (AdCo's code).
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Contrastive(Method):
         warm_start_momentum: float = 0.999,
         warm_start_steps: int | None = None,
         warm_start_passes: int | None = None,
+        warm_start_key: Literal["second", "last"] = "second",
     ):
         super().__init__()
         if temperature <= 0 or warm_start_temperature <= 0:
@@ -126,6 +129,8 @@ class Contrastive(Method):
         for name, value in momenta.items():
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"method.{name} must be in [0, 1]; got {value}")
+        if warm_start_key not in ("second", "last"):
+            raise UserError(f"method.warm_start_key must be second or last; got {warm_start_key!r}")
         if positives.bank_rows and not negatives.bank_rows:
             raise UserError(
                 "a positive that is a row of the bank needs the bank's rows as negatives; got "
@@ -154,6 +159,7 @@ class Contrastive(Method):
         self.temperature, self.warm_start_temperature = temperature, warm_start_temperature
         self.momentum, self.final_momentum, self.warm_start_momentum = momentum, final_momentum, warm_start_momentum
         self.num_warm_start_steps, self.warm_start_passes = warm_start_steps, warm_start_passes
+        self.warm_start_key = 1 if warm_start_key == "second" else -1
         self.symmetric, self.reduction = symmetric, reduction
         self.keys: list[list[Tensor]] = []  # of the step in progress, by part of the batch and view, for the bank's update
 
@@ -290,12 +296,12 @@ class Contrastive(Method):
     def warm_start_loss(self, views: list[Tensor]) -> Outputs:
         """InfoNCE (Eq. 1) in one direction: the other view as positive; as negatives the bank that the keys are filling, or,
         where they fill none, the batch's other keys."""
-        q_BD = self.encoder(views[0])
+        q_BD, view = self.encoder(views[0]), views[self.warm_start_key]
         if self.twin is not None:
-            k_BD = self.twin(views[1])
+            k_BD = self.twin(view)
             k_GD = distributed.gather(k_BD)
         else:
-            k_BD = self.encoder(views[1])
+            k_BD = self.encoder(view)
             k_GD = distributed.gather_with_gradient(k_BD)
         negatives = BankRows() if self._rows_are_filled else BatchKeys()
         score = contrast(

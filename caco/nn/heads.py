@@ -1,6 +1,7 @@
 """Heads between a backbone's features and the embedding that the loss sees."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from caco.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
-INITIALISATIONS: dict[str, Callable[[nn.Linear], tuple[float, float]] | None] = {  # of a linear layer: spread and cut of a truncated normal
+INITIALISATIONS: dict[str, Callable[[int], tuple[float, float]] | None] = {  # by a layer's inputs: a normal law's spread and cut
     "torch": None,
-    "truncated_normal_0.02": lambda layer: (0.02, 2.0),
-    "truncated_normal_fan_in": lambda layer: (layer.in_features**-0.5, 2 * layer.in_features**-0.5),
+    "normal_0.01": lambda inputs: (0.01, math.inf),
+    "truncated_normal_0.02": lambda inputs: (0.02, 2.0),
+    "truncated_normal_fan_in": lambda inputs: (inputs**-0.5, 2 * inputs**-0.5),
 }
 
 
@@ -34,8 +36,9 @@ class Projector(nn.Sequential):
         bias: biases in the linear layers.
         last_bias: a bias in the last one; None for what `bias` says.
         activation: between the layers.
-        initialisation: of the linear layers: torch's; "truncated_normal_0.02": that spread, cut at 2, and biases of 0 (DINO);
-            "truncated_normal_fan_in": a spread of 1/sqrt(inputs), cut at twice that, and biases of 0 (BYOL).
+        initialisation: of the linear layers: torch's; or a normal law, and biases of 0: "normal_0.01": of that spread (SimCLR);
+            "truncated_normal_0.02": of that spread, cut at 2 (DINO); "truncated_normal_fan_in": of a spread of 1/sqrt(inputs), cut at
+            twice that (BYOL).
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Projector(nn.Sequential):
         bias: bool = False,
         last_bias: bool | None = None,
         activation: Literal["relu", "gelu"] = "relu",
-        initialisation: Literal["torch", "truncated_normal_0.02", "truncated_normal_fan_in"] = "torch",
+        initialisation: Literal["torch", "normal_0.01", "truncated_normal_0.02", "truncated_normal_fan_in"] = "torch",
     ):
         for name, chosen, known in (("activation", activation, ACTIVATIONS), ("initialisation", initialisation, INITIALISATIONS)):
             if chosen not in known:
@@ -72,8 +75,11 @@ class Projector(nn.Sequential):
                 modules += ([nn.BatchNorm1d(narrow)] if batch_norm else []) + [ACTIVATIONS[activation]()]
             layer = nn.Linear(narrow, wide, bias=with_bias)
             if law is not None:
-                spread, cut = law(layer)
-                nn.init.trunc_normal_(layer.weight, std=spread, a=-cut, b=cut)
+                spread, cut = law(layer.in_features)
+                if cut < math.inf:
+                    nn.init.trunc_normal_(layer.weight, std=spread, a=-cut, b=cut)
+                else:
+                    nn.init.normal_(layer.weight, std=spread)
                 if with_bias:
                     nn.init.zeros_(layer.bias)
             modules.append(layer)

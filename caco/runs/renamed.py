@@ -83,6 +83,11 @@ def _former_protocols(evaluator: Mapping[str, Any]) -> list[str]:
     return [named.get(kind, kind.lower())]
 
 
+def _before_last_batches(evaluator: Mapping[str, Any]) -> list[str]:
+    """What the versions called it that came after, and whose linear evaluation left a smaller last batch out without a word of it."""
+    return metrics.protocols({"drop_last": False, **evaluator}) if evaluator["_target_"] == "caco.evals.linear.Linear" else []
+
+
 # Reading by it.
 
 
@@ -243,7 +248,8 @@ def results(values: Mapping[str, Any], evaluator: Mapping[str, Any]) -> dict[str
 
 def _renames(evaluators: Any) -> dict[str, str]:
     """Former protocol -> today's, of those that were renamed."""
-    pairs = [zip(_former_protocols(one), metrics.protocols(one), strict=False) for one in evaluators]
+    formerly = (_former_protocols, _before_last_batches)
+    pairs = [zip(former(one), metrics.protocols(one), strict=False) for one in evaluators for former in formerly]
     return {old: new for of_one in pairs for old, new in of_one if old != new}
 
 

@@ -10,6 +10,8 @@ from caco import equations as eq
 from caco.banks.fifo import FifoBank
 from caco.banks.learnable import LearnableBank
 from caco.banks.rows import Rows, random_rows
+from caco.config import composition
+from caco.runs.identity import identity, run_hash
 from caco.schedules import RunShape
 
 
@@ -78,6 +80,26 @@ def test_random_rows_are_unit_and_do_not_depend_on_how_they_are_shared_out():
     assert whole.mean(0).abs().max() < 0.03  # spread over the whole sphere
 
 
+@pytest.mark.parametrize(("reading", "initialisation", "norms"), [
+    ("code", "random", "normal"), ("code", "keys", "unit"), ("paper", "random", "unit"), ("paper", "keys", "unit"),
+])  # fmt: skip
+def test_random_rows_of_the_code_reading_have_the_norms_of_a_plain_normal_law(reading, initialisation, norms):
+    bank = LearnableBank(size=4096, dim=256, seed=5, reading=reading, initialisation=initialisation)
+    assert torch.allclose(F.normalize(bank.rows.weight, dim=1), random_rows(0, 4096, 256, seed=5)), "the directions are the same"
+    norm = bank.rows.weight.detach().norm(dim=1)
+    # Of D normal numbers the norm is about sqrt(D), spread by 1 / sqrt(2).
+    assert norm.mean() == pytest.approx(16.0 if norms == "normal" else 1.0, abs=0.05)
+    assert norm.std() == pytest.approx(0.5**0.5 if norms == "normal" else 0.0, abs=0.03)
+    assert composition.random_norms(initialisation, reading) == norms, "a run's identity says what the constructor does by itself"
+
+
+def test_a_run_with_random_rows_is_another_one_since_they_have_those_norms():
+    random = composition.compose(["bank_learning.initialisation=random"])
+    then = composition.compose(["bank_learning.initialisation=random", "bank.random_norms=unit"])
+    assert (random.bank.random_norms, composition.compose([]).bank.random_norms) == ("normal", "unit")
+    assert run_hash(random) != run_hash(then) and "bank.random_norms" not in identity(then)
+
+
 def test_the_queue_keeps_the_last_keys_in_order_and_gives_no_key_to_its_own_step():
     bank = FifoBank(size=5, dim=2, seed=0)
     keys = F.normalize(torch.arange(1, 15, dtype=torch.float32).reshape(7, 2), dim=1)
@@ -123,6 +145,7 @@ def test_use_is_not_counted_in_evaluation():
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\); got 1.0"),
         ({"pull": -1.0}, "bank.pull must be 0 or more; got -1.0"),
         ({"lr_reference_batch": 0}, "lr_reference_batch must be at least 1, or null; got 0"),
+        ({"random_norms": "one"}, "random_norms must be unit or normal; got 'one'"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):

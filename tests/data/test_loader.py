@@ -62,6 +62,28 @@ EVERY_PART = [
 ]
 
 
+@pytest.mark.parametrize("kind", [TorchLoader, FFCV])
+def test_a_smaller_last_batch_is_kept_where_it_is_asked_for(noise_source, beton_source, two_views, kind):
+    """Every image once, shared out among the ranks as evenly as it goes, the whole batches as without it."""
+    source = beton_source(29) if kind is FFCVLoader else noise_source(29)
+    whole = batches(source, two_views, kind=kind, workers=1)
+    made = batches(source, two_views, kind=kind, workers=1, drop_last=False)
+    assert_same(made[:3], whole)
+    assert [len(one.index) for one in made] == [8, 8, 8, 5] and sorted(by_image(made)) == list(range(29))
+    assert_same(batches(source, two_views, kind=kind, workers=1, drop_last=False, start_step=3), made[3:])
+    ranks = [batches(source, two_views, kind=kind, workers=1, drop_last=False, rank=rank, world=2) for rank in (0, 1)]
+    assert [[len(one.index) for one in rank] for rank in ranks] == [[4, 4, 4, 2], [4, 4, 4, 3]]
+    for parts, one in zip(zip(*ranks, strict=True), made, strict=True):
+        assert torch.equal(torch.cat([part.index for part in parts]), one.index)
+        assert torch.equal(torch.cat([part.views[2] for part in parts]), one.views[2])
+
+
+def test_a_last_batch_that_leaves_a_rank_without_an_image_is_dropped(noise_source, two_views):
+    for rank in range(4):
+        made = batches(noise_source(27), two_views, drop_last=False, rank=rank, world=4)
+        assert [len(one.index) for one in made] == [2, 2, 2]
+
+
 @needs_ffcv
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (3, 2)])
 def test_ffcv_makes_the_same_batches(noise_source, beton_source, two_views, threads, prefetch):

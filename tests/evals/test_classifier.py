@@ -2,11 +2,15 @@
 
 import copy
 
+import classifier_worker
 import pytest
 import torch
+from processes import ranks
 from torch import nn
 
 from caco.config.composition import compose, instantiate
+from caco.data.loaders.batches import Order
+from caco.data.loaders.torch_loader import TorchLoader
 from caco.errors import UserError
 from caco.evals import classifier
 from caco.evals.classifier import Recipe, new_head
@@ -28,6 +32,9 @@ def test_the_papers_recipe():
     assert len(factors) == 300 and factors[0] == factors[2] == 1.0
     assert factors[150] == pytest.approx(0.5) and 0 < factors[-1] < 3e-4
     assert (recipe.scale, linear.when) == ([0.08, 1.0], "end")
+    for world in (1, 8):  # ImageNet's images: 312 whole batches, and one of 3,215
+        order = Order(1_281_167, batch=recipe.batch, seed=0, rank=world - 1, world=world, drop_last=recipe.drop_last)
+        assert order.steps == 313 and order.images_of(311) == 4096 and order.images_of(312) == 3215
 
 
 def test_mocos_and_lightlys_recipes():
@@ -37,6 +44,7 @@ def test_mocos_and_lightlys_recipes():
     assert [round(moco.lr_factors(1)[e], 9) for e in (0, 59, 60, 79, 80, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
     assert (lightly.lr, lightly.batch, lightly.epochs, lightly.unit) == (0.1, 256, 90, "step")
     assert lightly.lr_factors(2)[1] < 1.0
+    assert (moco.drop_last, lightly.drop_last) == (False, True)
 
 
 def test_larc_scales_each_gradient_by_the_ratio_of_norms_but_not_that_of_a_zero_parameter():
@@ -56,6 +64,41 @@ def test_larc_scales_each_gradient_by_the_ratio_of_norms_but_not_that_of_a_zero_
             p.sub_(0.5 * v)
     for ours, by_hand in zip(parameters, expected, strict=True):
         torch.testing.assert_close(ours.detach(), by_hand, rtol=1e-7, atol=1e-9)  # LARC adds 1e-8 to the sum of norms
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_ends_with_the_images_that_are_left_or_with_its_last_whole_batch(colours, store_of, drop_last):
+    """60 images in batches of 25: steps of 25, 25 and 10, each with the mean of its images' gradients, against a loop by hand."""
+    store, recipe = store_of(), Recipe(epochs=2, batch=25, lr=2.0, momentum=0.0, reference_batch=None, drop_last=drop_last)
+    train = store.splits.train
+    network = classifier.train_classifier(colours, train, recipe, store, num_classes=3, frozen=True, seed=3, name="it")
+    head = new_head(4, 3, seed=3)
+    weight, bias = (p.detach().double().requires_grad_() for p in head.parameters())
+    loader = TorchLoader(num_workers=0).bind(train, recipe.views(store.views), batch=25, seed=3, drop_last=drop_last)
+    colours.eval()
+    for epoch, rate in ((0, 2.0), (1, 1.0)):
+        sizes = []
+        for batch in loader.epoch(epoch):
+            sizes.append(len(batch.label))
+            p = torch.softmax(colours(batch.views[0]).detach().double() @ weight.T + bias, 1)
+            loss = -sum(p[i, label].log() for i, label in enumerate(batch.label.tolist())) / len(batch.label)
+            gradients = torch.autograd.grad(loss, (weight, bias))
+            with torch.no_grad():
+                for parameter, gradient in zip((weight, bias), gradients, strict=True):
+                    parameter -= rate * gradient
+        assert sizes == ([25, 25] if drop_last else [25, 25, 10])
+    assert torch.allclose(network[1].weight.double(), weight, atol=1e-5) and torch.allclose(network[1].bias.double(), bias, atol=1e-5)
+
+
+@pytest.mark.long
+def test_two_ranks_that_share_a_last_batch_unevenly_train_what_one_does(tmp_path, colours, store_of):
+    """49 images in batches of 20: of the last nine one rank has four and the other five."""
+    files = [tmp_path / "one.pt", tmp_path / "two.pt"]
+    classifier_worker.write_head(files[0])
+    codes, outputs = ranks(2, classifier_worker.write_head, str(files[1]))
+    assert codes == [0, 0], outputs[0][1][-3000:]
+    one, two = (torch.load(file) for file in files)
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_linear_evaluation_learns_the_colours_and_leaves_the_backbone_as_it_was(colours, store_of):

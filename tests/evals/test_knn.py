@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from caco.evals.knn import KNN, _ordered_keys, _read_keys, balanced_share, knn_predict, knn_votes, nearest
+from caco.data.sets.sources import ImageFiles, ImagesInMemory
+from caco.evals.knn import (
+    KNN,
+    _ordered_keys,
+    _read_keys,
+    balanced_share,
+    first_share,
+    knn_predict,
+    knn_votes,
+    nearest,
+)
 
 
 def brute_force(query, bank, labels, *, k, temperature, num_classes):
@@ -122,9 +132,36 @@ def test_share_is_balanced_seeded_and_sorted():
     assert np.array_equal(balanced_share(labels, fraction=1.0, seed=5), np.arange(152))
 
 
+def test_the_first_of_each_class_are_as_many_as_int_says():
+    labels = np.repeat([0, 1, 2], [14, 5, 3])
+    source = ImagesInMemory(np.zeros((22, 2, 2, 3), np.uint8), name="it")  # no files: they go by their order
+    # int(0.2 * 14) = 2, where rounding gives 3; int(0.2 * 5) = 1; and one of a class of three.
+    assert first_share(source, labels, fraction=0.2).tolist() == [0, 1, 14, 19]
+    assert len(balanced_share(labels, fraction=0.2, seed=0)) == 3 + 1 + 1
+    assert np.array_equal(first_share(source, labels, fraction=1.0), np.arange(22))
+
+
+def test_the_first_images_of_a_class_are_those_of_the_first_names(tmp_path):
+    """Whatever order the set has them in, and whatever folders of a class they lie in."""
+    files = ["b/10.png", "b/9.png", "b/1.png", "a/z.png", "a/y/x.png", "a/c.png", "a/b.png", "b/2.png", "a/y/a.png", "b/3.png"]
+    labels = np.array([file.startswith("b/") for file in files], int)
+    chosen = first_share(ImageFiles(tmp_path, files, name="it", labels=labels), labels, fraction=0.6)
+    assert sorted(files[i] for i in chosen) == ["a/b.png", "a/c.png", "a/z.png", "b/1.png", "b/10.png", "b/2.png"]
+
+
+def test_k_nn_among_the_first_is_by_another_name(colours, store_of):
+    drawn, first = (KNN(k=3, fraction=0.5, choice=choice) for choice in ("random", "first"))
+    for one in (drawn, first):
+        one.build(store_of(), seed=0)
+    assert first._bank.tolist() == list(range(30)), "labels are 0, 1, 2, 0, ...: the first ten of each"
+    assert drawn._bank.tolist() != first._bank.tolist()
+    assert [*dict(first.run(colours))] == ["knn3_50pct_first_top1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"choice": "last"}, "choice: expected random or first, got 'last'"),
         ({"k": 0}, "k and block of at least 1, got 0"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"fraction": 1.5}, "fraction: expected 0 < fraction <= 1, got 1.5"),

@@ -215,6 +215,26 @@ def test_the_warm_start_writes_the_keys_in_order_and_then_copies_the_encoder_to_
     assert method.keys == []
 
 
+def test_the_warm_start_may_take_its_key_from_the_last_view():
+    """AdCo's multi-crop: a large query, the keys of the smallest crop, which also fill the bank."""
+    bank = LearnableBank(size=10, dim=D, seed=0, pull=0.0)
+    method, large = build(sources.OtherView(), sources.BankRowsAndBatchKeys(), bank, warm_start_key="last", symmetric=False)
+    generator = torch.Generator().manual_seed(5)
+    views = [*large, *(torch.randn(B, 3, 2, 2, generator=generator, dtype=torch.float64) for _ in range(4))]
+    rows = bank.rows.weight.detach().clone()
+    loss = method.warm_start_loss(views).loss
+    q, k = method.encoder(views[0]), method.twin(views[5])
+    assert torch.allclose(loss, eq.info_nce(q, k, F.normalize(rows, dim=1), 0.2), atol=1e-12)
+    method.after_step(now("warm start", 0))
+    assert torch.equal(bank.rows.weight, torch.cat([k, rows[B:]]))
+    two, other = (build(sources.OtherView(), sources.BankRows(), LearnableBank(size=10, dim=D, seed=0), warm_start_key=key)[0]
+                  for key in ("second", "last"))  # fmt: skip
+    assert torch.equal(two.warm_start_loss(large).loss, other.warm_start_loss(large).loss), "of two views the second is the last"
+    assert not torch.equal(two.warm_start_loss(views).loss, other.warm_start_loss(views).loss)
+    with pytest.raises(ValueError, match="warm_start_key must be second or last; got 'first'"):
+        build(sources.OtherView(), sources.BatchKeys(), None, warm_start_key="first")
+
+
 def test_the_probability_of_figure_4():
     method, views = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0), symmetric=False)
     metrics = method.loss(views).metrics

@@ -97,6 +97,16 @@ def test_heads_with_biases_in_some_layers_and_a_last_batchnorm_without_scale():
     assert simsiam[-1].weight is None and simsiam[1].weight is not None
 
 
+def test_simclr_s_head_is_drawn_from_a_normal_law_of_a_hundredth():
+    torch.manual_seed(0)
+    head = Projector(in_dim=512, hidden_dim=512, dim=128, layers=2, bias=True, initialisation="normal_0.01")
+    for layer in (head[0], head[3]):
+        w = layer.weight.detach()
+        assert w.std().item() == pytest.approx(0.01, rel=0.01) and w.mean().abs() < 2e-4
+        assert w.abs().max() > 0.035, "not cut: of 65,536 and more numbers some are beyond 3.5 spreads"
+        assert (layer.bias == 0).all()
+
+
 def test_embeddings_are_float32_under_autocast_and_unit_unless_a_predictor_takes_them():
     torch.manual_seed(0)
     encoder = Encoder(backbone=small_resnet(width=8), projector=Projector(in_dim=64, hidden_dim=32, dim=4))

@@ -1,6 +1,7 @@
 """The table of what was renamed: its new names are there, and through it old configurations and numbers are read as today's."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -36,8 +37,9 @@ def test_a_setting_that_came_later_is_no_part_of_a_run_that_does_not_use_it():
     today = plain(compose(["optimizer=adamw"]))
     then = copy.deepcopy(today)
     for key in AS_BEFORE:
-        part, _, name = key.rpartition(".")
-        (then[part] if part else then).pop(name, None)
+        *parts, name = key.split(".")
+        node = functools.reduce(lambda node, part: node.get(part, {}), parts, then)
+        node.pop(name, None)
     assert run_hash(then) == run_hash(today)
     assert run_hash({**today, "projector": {**today["projector"], "activation": "gelu"}}) != run_hash(today)
 
@@ -99,7 +101,21 @@ def test_a_number_is_called_by_the_protocol_that_gave_it():
     semi = {"_target_": "caco.evals.finetune.FineTune", "name": "semi", "fractions": [0.1], "epochs": [30]}
     names = renamed.Names({"eval": {"knn": KNN, "linear": linear, "semi": semi}})
     row = names.row(training(knn_top1=1.0, linear_top1=2.0, linear_top5=3.0, semi_top1=4.0, loss=5.0))
-    assert row == training(**{"knn20_20pct_top1": 1.0, "linear_batch-256_top1": 2.0, "linear_batch-256_top5": 3.0, "semi_10_top1": 4.0, "loss": 5.0})
+    assert row == training(**{
+        "knn20_20pct_top1": 1.0, "linear_batch-256_drop_last-yes_top1": 2.0, "linear_batch-256_drop_last-yes_top5": 3.0, "semi_10_top1": 4.0,
+        "loss": 5.0,
+    })  # fmt: skip
+
+
+def test_a_linear_evaluation_that_left_the_last_batch_out_without_saying_so_says_so():
+    linear = {"_target_": "caco.evals.linear.Linear", "name": "linear", "batch": 256}
+    then, now = (renamed.Names({"eval": {"linear": one}}) for one in (linear, linear | {"drop_last": False}))
+    row = training(**{"linear_batch-256_top1": 2.0})
+    assert then.row(row) == training(**{"linear_batch-256_drop_last-yes_top1": 2.0}) and now.row(row) == row
+    lightly = plain(compose(["eval=[linear_lightly]"]))["eval"]["linear_lightly"]
+    assert lightly.pop("drop_last") is True
+    row = training(linear_lightly_top1=2.0)
+    assert renamed.Names({"eval": {"linear_lightly": lightly}}).row(row) == row, "lightly's leaves it out"
 
 
 def test_what_an_evaluation_overwrote_in_the_summary_is_training_s_again():

@@ -40,24 +40,39 @@ def mixed_seed(*numbers: int) -> int:
 
 
 class Order:
-    """Keys (epoch, indices) of one rank's part of each batch, so that workers need no state."""
+    """Keys (epoch, indices) of one rank's part of each batch, so that workers need no state.
 
-    def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int):
+    steps: of an epoch. taken, own: images of it, of all ranks and of this one. size: of this rank's part of a whole batch.
+    """
+
+    def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int, drop_last: bool = True):
         self.num_images, self.batch, self.seed = num_images, batch, seed
-        self.size = batch // world
-        self.part = slice(rank * batch // world, (rank + 1) * batch // world)
+        self.rank, self.world, self.size = rank, world, batch // world
+        left = num_images % batch
+        keep = not drop_last and left >= world  # every rank has an image of it
+        self.steps, self.taken = num_images // batch + keep, num_images if keep else num_images - left
+        self.own = sum(part.stop - part.start for part in map(self.part_of, range(self.steps)))
         self.epoch, self.start_step = 0, 0  # set before each iteration, as is
         self.chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return self.num_images // self.batch - self.start_step
+        return self.steps - self.start_step
+
+    def images_of(self, step: int) -> int:
+        """Images of a step, over all ranks."""
+        return min(self.batch, self.taken - step * self.batch)
+
+    def part_of(self, step: int) -> slice:
+        """This rank's places in an epoch's order, of a step."""
+        first, count = step * self.batch, self.images_of(step)
+        return slice(first + self.rank * count // self.world, first + (self.rank + 1) * count // self.world)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         order = self.chosen
         if order is None:
             order = np.random.default_rng(mixed_seed(self.seed, self.epoch)).permutation(self.num_images)
-        for step in range(self.start_step, self.num_images // self.batch):
-            yield self.epoch, order[step * self.batch : (step + 1) * self.batch][self.part]
+        for step in range(self.start_step, self.steps):
+            yield self.epoch, order[self.part_of(step)]
 
 
 @dataclass(frozen=True)

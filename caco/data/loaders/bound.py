@@ -31,9 +31,13 @@ class Loader(Protocol):
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
+        drop_last: bool = True,
     ) -> "BoundLoader":
         """One rank's part of every global batch of `batch` images, on `device`.
 
+        Args:
+            drop_last: whether an epoch ends with its last whole batch; else a smaller one follows, of the images that are left, where
+                these are as many as the ranks. Of it one rank may have an image more than another.
         Raises:
             UserError: fewer images than one batch; a batch that the ranks cannot share evenly.
         """
@@ -53,6 +57,7 @@ class BoundLoader:
         rank: int,
         world: int,
         device: torch.device,
+        drop_last: bool = True,
     ):
         assert 0 <= rank < world
         if batch < 1 or batch % world:
@@ -65,9 +70,9 @@ class BoundLoader:
                 f"batch: expected at most the {len(source)} images of {source.name}, got {batch}. "
                 "Lower batch or give more images."
             )
-        self.steps_per_epoch = len(source) // batch
         self._views, self._device = views, device
-        self._order = Order(len(source), batch=batch, seed=seed, rank=rank, world=world)
+        self._order = Order(len(source), batch=batch, seed=seed, rank=rank, world=world, drop_last=drop_last)
+        self.steps_per_epoch = self._order.steps
         self._loader: Iterable[Made] | None = maker(self._order)
         self._stand_ins: dict[int, int] = {}
         self._running = device_batches(iter(()), views, device, {})
@@ -80,9 +85,9 @@ class BoundLoader:
         Args:
             order: positions of images, int64, in place of the epoch's own permutation; at least as many as an epoch takes.
         """
-        if order is not None and (len(order) < self.steps_per_epoch * self._order.batch or order.min() < 0 or order.max() >= self._order.num_images):
+        if order is not None and (len(order) < self._order.taken or order.min() < 0 or order.max() >= self._order.num_images):
             raise ValueError(
-                f"order: expected at least {self.steps_per_epoch * self._order.batch} positions below {self._order.num_images}, got "
+                f"order: expected at least {self._order.taken} positions below {self._order.num_images}, got "
                 f"{len(order)} of {order.min()} to {order.max()}"
             )
         if not 0 <= start_step <= self.steps_per_epoch:
@@ -92,6 +97,10 @@ class BoundLoader:
         self._order.epoch, self._order.start_step, self._order.chosen = epoch, start_step, order
         self._running = device_batches(begin(self._loader), self._views, self._device, self._stand_ins)
         return self._running
+
+    def images_of(self, step: int) -> int:
+        """Images of a step of an epoch, over all ranks: the batch, but for a smaller last one."""
+        return self._order.images_of(step)
 
     def close(self) -> None:
         """End the workers."""

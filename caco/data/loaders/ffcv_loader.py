@@ -45,6 +45,7 @@ class FFCVLoader(Loader):
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
+        drop_last: bool = True,
     ) -> BoundLoader:
         """As `TorchLoader.bind`.
 
@@ -61,7 +62,7 @@ class FFCVLoader(Loader):
         def maker(order: Order) -> Iterable[Made]:
             return FFCVBatches(source, packed, views, seed, order, self.num_workers, self.prefetch, self.corrupt, device)
 
-        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device)
+        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device, drop_last=drop_last)
 
 
 class AutoLoader(Loader):

@@ -43,7 +43,7 @@ class FFCVBatches:
     ):
         self._file = packed.file
         self._operation = DecodeIntoViews(source, packed, seed, corrupt, Compiled(views, device, num_workers))
-        self._traversal = _Traversal(packed, len(source), order)
+        self._traversal = _Traversal(packed, order)
         with uncompiled():
             self._loader = Loader(
                 str(packed.file),
@@ -54,6 +54,7 @@ class FFCVBatches:
                 pipelines={"image": PipelineSpec("image", decoder=self._operation), "label": None},
                 batches_ahead=ahead,
                 os_cache=True,
+                drop_last=False,  # what is dropped, `order` says
             )
 
     def __iter__(self) -> Iterator[Pixels | UnreadableImage]:
@@ -76,11 +77,11 @@ class FFCVBatches:
 class _Traversal(TraversalOrder):
     """Which images come, as positions in the file. FFCV calls it with the loader, as if it were a class."""
 
-    def __init__(self, packed: Packed, num_images: int, order: Order):
+    def __init__(self, packed: Packed, order: Order):
         self.packed, self.order = packed, order
         self.keys: list[tuple[int, np.ndarray]] = []
         # FFCV takes the number of batches of an epoch from the first traversal.
-        self._positions = np.zeros(num_images // order.batch * order.size, np.int64)
+        self._positions = np.zeros(order.own, np.int64)
 
     def __call__(self, loader: Loader) -> "_Traversal":
         return self

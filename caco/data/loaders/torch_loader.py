@@ -48,8 +48,9 @@ class TorchLoader(Loader):
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
+        drop_last: bool = True,
     ) -> BoundLoader:
-        """One rank's part of every global batch of `batch` images, on `device`.
+        """As `Loader.bind`.
 
         Raises:
             ValueError: fewer images than one batch; a batch that the ranks cannot share evenly.
@@ -68,7 +69,7 @@ class TorchLoader(Loader):
                 pin_memory=device.type == "cuda",
             )
 
-        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device)
+        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device, drop_last=drop_last)
 
 
 class ViewMaker:
