@@ -48,7 +48,6 @@ AS_BEFORE: dict[str, Any] = {
     "method.warm_start_passes": None,
     "method.warm_start_steps": None,
     "optimizer.decay_one_dimensional": False,
-    "optimizer.trust_clip": False,
     "projector.activation": "relu",
     "projector.initialisation": "torch",
     "projector.last_affine": True,
