@@ -79,7 +79,7 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
     for title in published.values():
         headers += [title, gain_name] if with_gains else [title]
     groups = [("", 1), ("recipe", len(sized)), ("the paper's", len(headers) - 1 - len(sized))]
-    of_others = [column for column in table.columns if scale.theirs.get(column)]
+    of_others = [column for column in table.columns if any(row.experiment.theirs(column) is not None for row in found)]
     headers += [scale.theirs_are] * len(of_others)
     groups.append(("theirs", len(of_others)))
     for ours in measured.values():
@@ -155,7 +155,7 @@ def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[st
     results = [result for row in found for result in row.by_seed.values()]
     if not scale.same_as_paper and any(row.published for row in table.rows.values()):
         notes.append("Data, recipe and metric are not the paper's: compare ours with ours, and the paper's with the paper's.")
-    if any(column in scale.theirs for column in table.columns):
+    if any(row.experiment.theirs(column) is not None for row in found for column in table.columns):
         notes.append(f"Theirs: {scale.theirs_are}, as they published it for this recipe.")
     if any(any(measured.values()) and row.by_seed for row in found):
         one = all(len(row.by_seed) <= 1 for row in found)

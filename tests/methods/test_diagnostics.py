@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import rank_worker
 import torch
+from processes import ranks
 from test_contracts import CASES, METHODS, has_bank, views_of
 from test_trainer import record
 from tiny import batch_of, compose, now, train
@@ -66,6 +68,13 @@ def test_what_a_step_and_an_epoch_say():
     assert signs.of_epoch() == {}, "no reason to end a run"
     signs.of_step(torch.cat([torch.ones(diagnostics.MOST_ROWS, D), axes(9).float()]))
     assert signs.of_epoch()["embedding_rank_me"] == pytest.approx(1, abs=1e-3), "of the first 512 rows alone"
+
+
+@pytest.mark.long
+def test_after_an_epoch_two_ranks_say_what_one_says():
+    whole = diagnostics.rank_me(rank_worker.embeddings_of_all_ranks())
+    codes, outputs = ranks(2, rank_worker.print_rank_me)
+    assert codes == [0, 0] and all(f"rank_me {whole:.9f}" in out for out, _ in outputs), outputs
 
 
 def test_a_collapse_is_said_with_what_helps_against_it():
