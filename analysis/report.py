@@ -41,7 +41,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--scale", help="everything at this scale")
     what.add_argument("--sweep", type=Path, metavar="DIR", help="the runs in this folder")
-    parser.add_argument("--tables", help="these alone, as 6,7")
+    parser.add_argument("--tables", help="these alone, as 6,7,rivals")
     parser.add_argument("--run", type=Path, nargs="*", default=[], metavar="DIR", help="with figures 3 and 5 of these runs")
     parser.add_argument("--data-root", metavar="PATH", help="where those runs' images are now")
     add_sources(parser)
@@ -85,7 +85,7 @@ def of_scale(arguments: argparse.Namespace) -> str:
         _of_runs(figures, without, arguments, Path(folder))
     title = f"Scale {scale.id}: {scale.title}"
     sources = sorted({result.source for result in runs})
-    about = f"{len(used)} runs of the paper's tables, from {', '.join(sources)}. Published numbers are the paper's (arXiv 2203.14370)."
+    about = f"{len(used)} runs, from {', '.join(sources)}. Published numbers are the paper's (arXiv 2203.14370) where no column says otherwise."
     return render(title, about, sheets, figures, without, list(used.values()))
 
 

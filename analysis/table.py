@@ -75,25 +75,30 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
     measured = {column: scale.metrics.get(column, []) for column in table.columns}
     with_gains = len(table.columns) <= 2  # the paper's transfer table is wide enough without
     headers = ["setting", *({"bank": "rows"}.get(key, key) for key in sized)]
-    for column in table.columns.values():
-        headers += [column, gain_name] if with_gains else [column]
+    published = {column: title for column, title in table.columns.items() if any(column in row.published for row in table.rows.values())}
+    for title in published.values():
+        headers += [title, gain_name] if with_gains else [title]
     groups = [("", 1), ("recipe", len(sized)), ("the paper's", len(headers) - 1 - len(sized))]
+    of_others = [column for column in table.columns if any(row.experiment.theirs(column) is not None for row in found)]
+    headers += [scale.theirs_are] * len(of_others)
+    groups.append(("theirs", len(of_others)))
     for ours in measured.values():
         for metric in ours:
             headers += [heading(metric), *([gain_name] if with_gains else []), *([] if ratio or not with_gains else ["p"])]
-            headers += ["ours - paper's"] if scale.same_as_paper else []
+            headers += ["ours - paper's"] if scale.same_as_paper and published else []
     if any(measured.values()):
         groups.append((f"ours, scale {scale.id}", len(headers) + 1 - sum(size for _, size in groups)))
         headers.append("n")
     rows = []
     for row in found:
         cells = [row.experiment.row.label, *(str(getattr(row.experiment.row, key) or "-") for key in sized)]
-        for column in table.columns:
+        for column in published:
             cells += _published(table, row, column, ratio, with_gains)
+        cells += ["-" if (value := row.experiment.theirs(column)) is None else f"{value:g}" for column in of_others]
         for column, ours in measured.items():
             for metric in ours:
                 cells += _ours(row, reference, metric, ratio, with_gains)
-                if scale.same_as_paper:
+                if scale.same_as_paper and published:
                     cells.append(_against_paper(row, column, metric))
         if any(measured.values()):
             cells.append(str(len(row.by_seed)) if row.by_seed else "-")
@@ -148,8 +153,10 @@ def _against_paper(row: Found, column: str, metric: str) -> str:
 def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[str, list[str]]) -> list[str]:
     notes = []
     results = [result for row in found for result in row.by_seed.values()]
-    if not scale.same_as_paper:
+    if not scale.same_as_paper and any(row.published for row in table.rows.values()):
         notes.append("Data, recipe and metric are not the paper's: compare ours with ours, and the paper's with the paper's.")
+    if any(row.experiment.theirs(column) is not None for row in found for column in table.columns):
+        notes.append(f"Theirs: {scale.theirs_are}, as they published it for this recipe.")
     if any(any(measured.values()) and row.by_seed for row in found):
         one = all(len(row.by_seed) <= 1 for row in found)
         notes.append("One seed: no spread was measured." if one else "Ours: mean ± standard deviation over n seeds.")
@@ -284,7 +291,7 @@ def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
     """A line for each row, column of the paper and metric of ours; numbers in full."""
     reference = next((row for row in found if row.experiment.row_id == table.reference), None)
     out = io.StringIO()
-    names = ["table", "row", "label", "paper_epochs", "paper_batch", "paper_rows", "column", "published", "scale", "metric"]
+    names = ["table", "row", "label", "paper_epochs", "paper_batch", "paper_rows", "column", "published", "theirs", "scale", "metric"]
     names += ["state", "mean", "sd", "n", "seeds", "gain", "gain_sd", "gain_n", "gain_p", "missing_seeds", "command"]
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
@@ -296,7 +303,7 @@ def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
                 line = {
                     "table": table.id, "row": row.experiment.row_id, "label": about.label, "paper_epochs": about.epochs,
                     "paper_batch": about.batch, "paper_rows": about.bank, "column": column,
-                    "published": about.published.get(column), "scale": scale.id, "metric": metric,
+                    "published": about.published.get(column), "theirs": row.experiment.theirs(column), "scale": scale.id, "metric": metric,
                     "state": state(row, metric) or "measured",
                     "seeds": " ".join(map(str, values)), "missing_seeds": " ".join(map(str, row.missing)),
                 }  # fmt: skip
@@ -351,7 +358,7 @@ def found_for(table: Table, scale: Scale, runs: Sequence[Result], arguments: arg
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="1 ... 7")
+    parser.add_argument("table", help="1 ... 7, or another one's name, as rivals")
     parser.add_argument("--scale", help=f"one of {', '.join(scales())}; by default every one that has results")
     parser.add_argument("--rows", help="these rows of the table alone, as none,both")
     parser.add_argument("--format", choices=FORMATS, default="text")

@@ -219,3 +219,16 @@ def cross_view_loss(targets: list[Tensor], scores: list[Tensor], tau: float) -> 
 def dino_targets(teacher_BK: Tensor, centre_K: Tensor, tau: float) -> Tensor:
     """What the teacher's scores of a view say: centred, then sharpened at the teacher's temperature. Returns [B, K]."""
     return torch.softmax((teacher_BK - centre_K) / tau, 1)
+
+
+# Of any method's features.
+
+
+def rank_me(x_ND: Tensor) -> Tensor:
+    """How many directions N vectors fill: exp of the entropy of their singular values, as shares of the sum. A scalar from 1 to min(N, D).
+
+    Source: RankMe (arXiv 2210.02885), Eq. 1; of the vectors as they are, neither centred nor normalised.
+    """
+    share_R = torch.linalg.svdvals(x_ND)
+    share_R = share_R / share_R.sum() + 1e-7
+    return torch.exp(-(share_R * share_R.log()).sum())

@@ -1,4 +1,4 @@
-"""The paper's tables and the scales at which they are run: from two YAML files to the command of every run.
+"""The paper's tables, and ours, and the scales at which they are run: from two YAML files to the command of every run.
 
 A table is free of any scale: its rows choose a method and name the paper's epochs, batch and bank. A scale says how to
 train everything, and by how much the paper's numbers shrink. Imports no torch.
@@ -49,10 +49,10 @@ class Row:
 
 @dataclass
 class Table:
-    """One table of the paper.
+    """One table of the paper, or one of ours.
 
     Args:
-        id: of its file, as table7; table: the paper's numeral.
+        id: of its file, as table7; table: the paper's numeral, or a letter.
         reference: the row that gains are counted from.
         columns: the paper's columns and their headers.
         compare: gains as a difference, or as a ratio (of times).
@@ -84,6 +84,8 @@ class Scale:
         metrics: what we measure for a column of the paper, the main one first.
         same_as_paper: whether data, recipe and metric are the paper's, so that differences to its numbers mean something.
         controls: what others published for exactly one of our runs, by TABLE/ROW.
+        theirs: of a column of the paper what others published for rows with a certain override, as `method=byol`, whose recipe the scale
+            has; theirs_are: what these numbers are, as a heading.
     """
 
     id: str = MISSING
@@ -98,6 +100,8 @@ class Scale:
     metrics: dict[str, list[str]] = field(default_factory=dict)
     same_as_paper: bool = False
     controls: dict[str, str] = field(default_factory=dict)
+    theirs: dict[str, dict[str, float]] = field(default_factory=dict)
+    theirs_are: str = "theirs"
 
     def evaluator_of(self, metric: str) -> str | None:
         """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if there is none."""
@@ -126,7 +130,7 @@ def _files(pattern: str) -> dict[str, Path]:
 
 
 def tables() -> list[str]:
-    return list(_files("table*.yaml"))
+    return list(_files("*.yaml"))
 
 
 def scales() -> list[str]:
@@ -152,13 +156,13 @@ def _read(path: Path, schema: type, **more: Any) -> Any:
 
 
 def load_table(name: str) -> Table:
-    """The table of that name: table7, or 7.
+    """The table of that name: table7, 7, or rivals.
 
     Raises:
         UserError: there is none; its file is wrong.
     """
     name = _pick("table", f"table{name}" if name.isdigit() else name, tables())
-    path = _files("table*.yaml")[name]
+    path = _files("*.yaml")[name]
     table = _read(path, Table, id=name)
     _pick_in(path, "reference", table.reference, table.rows)
     for row in table.rows.values():
@@ -220,6 +224,11 @@ class Experiment:
         if self.row.run is None:
             return f"caco has no {self.row.label}; the number is cited"
         return next((why for override, why in self.scale.without.items() if override in self.row.run), None)
+
+    def theirs(self, column: str) -> float | None:
+        """What others published for it at this scale; None where nobody did."""
+        by_override = self.scale.theirs.get(column, {})
+        return next((value for override, value in by_override.items() if override in (self.row.run or ())), None)
 
     def sized(self, key: str) -> int | None:
         """The row's epochs, batch or bank at this scale."""

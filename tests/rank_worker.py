@@ -197,3 +197,18 @@ def write_balanced(path):
     if distributed.is_main():
         torch.save(codes, path)
     distributed.stop()
+
+
+def embeddings_of_all_ranks():
+    return torch.randn(10, 4, generator=torch.Generator().manual_seed(5)) + 0.5
+
+
+def print_rank_me():
+    """RankMe after an epoch whose last step had ten images, of which each rank has its part."""
+    from caco.methods.diagnostics import Signs
+
+    start()
+    signs = Signs()
+    signs.of_step(distributed.own(embeddings_of_all_ranks(), 10 // distributed.world()))
+    print(f"rank_me {signs.of_epoch()['embedding_rank_me']:.9f}")
+    distributed.stop()

@@ -66,3 +66,17 @@ def batch_of(views, *, first: int = 0):
 
     index = torch.arange(first, first + len(views[0]))
     return Batch(list(views), index, torch.full_like(index, -1))
+
+
+def layers_of(head) -> str:
+    """2048-4096b: a linear layer with a bias. BN*: without scale and shift."""
+    from torch import nn
+
+    words = []
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            words.append(f"{layer.in_features}-{layer.out_features}" + "b" * (layer.bias is not None))
+        else:
+            words.append({"BatchNorm1d": "BN", "ReLU": "ReLU", "GELU": "GELU"}[type(layer).__name__])
+            words[-1] += "*" * (isinstance(layer, nn.BatchNorm1d) and not layer.affine)
+    return " ".join(words)

@@ -51,10 +51,14 @@ def lars_timm(
     momentum: float = 0.9,
     weight_decay: float = 1.5e-6,
     trust_coefficient: float = 1e-3,
+    trust_clip: bool = False,
 ) -> torch.optim.Optimizer:
     """timm's LARS: trust |p| / (|g| + wd |p|), up to a hundredth from the published |p| / |g + wd p|.
 
     timm scales no group whose weight decay is 0, so parameters of one dimension get neither decay nor scaling.
+
+    trust_clip: whether a parameter's rate is the smaller of the learning rate and that factor, and not their product (LARC's
+        clipping, which solo-learn's LARS has).
     """
     if weight_decay <= 0:
         raise UserError(
@@ -62,7 +66,7 @@ def lars_timm(
         )
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
     rate = scaled_lr(lr, batch, reference_batch)
-    return timm.optim.Lars(parts, lr=rate, momentum=momentum, trust_coeff=trust_coefficient)
+    return timm.optim.Lars(parts, lr=rate, momentum=momentum, trust_coeff=trust_coefficient, trust_clip=trust_clip)
 
 
 def sgd(
@@ -96,6 +100,21 @@ def adamw(
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=not decay_one_dimensional)
     first, second = betas
     return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=(first, second))
+
+
+def adam(
+    groups: list[ParameterGroup],
+    *,
+    batch: int,
+    lr: float = 1e-3,
+    reference_batch: int | None = 256,
+    betas: Sequence[float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Adam, whose decay is part of the gradient; on every parameter. The rate is lr * batch / reference_batch."""
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
+    first, second = betas
+    return torch.optim.Adam(parts, lr=scaled_lr(lr, batch, reference_batch), betas=(first, second))
 
 
 def larc(
@@ -179,7 +198,7 @@ class Optimisation:
     """torch's optimiser, and the rates and decays that it has at each step of the training.
 
     Args:
-        optimizer: of `lars`, `lars_timm`, `larc`, `sgd` or `adamw`.
+        optimizer: of `lars`, `lars_timm`, `larc`, `sgd`, `adam` or `adamw`.
         schedule: see there.
         run: how long the training is.
     """

@@ -23,6 +23,7 @@ from caco.engine.progress import Progress, clock
 from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.methods.base import Method, Now, Outputs, Phase
+from caco.methods.diagnostics import Signs
 from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape
 from caco.tracking.base import Row, Tracker
@@ -108,7 +109,7 @@ class Trainer:
         if max_steps is not None:
             self.total_steps = min(self.total_steps, max_steps)
 
-        self.step = 0
+        self.step, self.signs = 0, Signs()
         self.epoch_sums: dict[str, torch.Tensor] = {}
         self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
         self.evaluation_due: Literal["epoch", "end"] | None = "epoch"  # saved before it is made, and so made when a run goes on
@@ -254,7 +255,7 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 outputs = self.method(part, now)
             (outputs.loss / self.accumulate).backward()
-            parts.append(Outputs(outputs.loss.detach(), outputs.metrics))
+            parts.append(Outputs(outputs.loss.detach(), outputs.metrics | self.signs.of_step(outputs.embedding)))
         loss = torch.stack([part.loss for part in parts]).mean()
         return Outputs(loss, {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics})
 
@@ -303,7 +304,7 @@ class Trainer:
 
     def _log_epoch(self, epoch: int, progress: Progress) -> None:
         count = self.epoch_sums.pop("count").item()
-        row = {name: value.item() / count for name, value in self.epoch_sums.items()} | self.method.statistics()
+        row = {name: value.item() / count for name, value in self.epoch_sums.items()} | self.method.statistics() | self.signs.of_epoch()
         self.epoch_sums.clear()
         self.latest |= row
         self._record({"epoch": epoch, **row}, "epoch")

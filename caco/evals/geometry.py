@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from caco import metrics
 from caco.data.sets.sources import choose
+from caco.equations import rank_me
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, extract, full_float32
@@ -36,16 +37,6 @@ def uniformity(x_ND: Tensor, *, block: int = 1024) -> float:
     x_ND = F.normalize(x_ND, dim=1)
     total = sum(((2 - 2 * (x @ x_ND.T)) * -2).exp().double().sum() for x in x_ND.split(block))
     return ((total - len(x_ND)) / (len(x_ND) * (len(x_ND) - 1))).log().item()
-
-
-def rank_me(x_ND: Tensor) -> float:
-    """exp of the entropy of the singular values, as shares of their sum: from 1 to min(N, D).
-
-    Source: RankMe (arXiv 2210.02885), Eq. 1; of the features as they are, neither centred nor normalised.
-    """
-    share_R = torch.linalg.svdvals(x_ND)
-    share_R = share_R / share_R.sum() + 1e-7
-    return math.exp(-(share_R * share_R.log()).sum().item())
 
 
 class Geometry(Evaluator):
@@ -85,7 +76,7 @@ class Geometry(Evaluator):
         mean_D = unit_ND.mean(dim=0)
         std_D = unit_ND.std(dim=0, correction=0)
         num = len(unit_ND)
-        rank = rank_me(x_ND)
+        rank = rank_me(x_ND).item()
         if store.views.num_views > 1:
             yield f"{self.protocol}/alignment", alignment(*self._two_views(backbone))
         yield f"{self.protocol}/uniformity", uniformity(x_ND)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from caco import distributed
 from caco.data.loaders.batches import Batch
 from caco.errors import UserError
-from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup
 from caco.methods.terms import pairs_of
 from caco.nn.heads import Encoder
@@ -71,7 +70,7 @@ class BarlowTwins(Method):
         invariance, redundancy = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         metrics = {"invariance": invariance.detach(), "redundancy": redundancy.detach()}
         loss = self.loss_scale * (invariance + self.off_diagonal_weight * redundancy)
-        return Outputs(loss, metrics | {"embedding_spread": diagnostics.spread(projected[0])})
+        return Outputs(loss, metrics, projected[0])
 
     @staticmethod
     def _terms(z_BD: Tensor, other_BD: Tensor) -> tuple[Tensor, Tensor]:

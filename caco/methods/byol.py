@@ -3,15 +3,13 @@
 Shapes: B this rank's images, D width of the embedding.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.data.loaders.batches import Batch
 from caco.errors import UserError
-from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Now, Outputs
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
@@ -36,6 +34,8 @@ class BYOL(Method):
         twin_initialisation: "random" draws the twin's first parameters anew, as published; "copy" takes the encoder's.
         reduction: of the terms, "sum" as published, or "mean"; see `pair_terms`.
     """
+
+    against_collapse = "a twin that follows more slowly (method.momentum), a longer warm-up, a lower optimizer.lr"
 
     def __init__(
         self,
@@ -76,13 +76,10 @@ class BYOL(Method):
         p = [_unit(self.predictor(z_BD)) for z_BD in z]
         aims = {key: _unit(self.twin(batch.views[key], unit=False)) for key in sorted({term.key for term in terms})}
         distances = [(p[term.query] - aims[term.key]).square().sum(1).mean() for term in terms]
-        return Outputs(weighted_sum(terms, distances), {"embedding_spread": diagnostics.spread(z[0])})
+        return Outputs(weighted_sum(terms, distances), {}, z[0])
 
     def after_step(self, now: Now) -> None:
         self.twin.update(self.encoder, now["twin_momentum"])
-
-    def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        return diagnostics.collapse(statistics, "a twin that follows more slowly (method.momentum), a longer warm-up, a lower optimizer.lr")
 
     def costs(self, sizes: list[int]) -> Costs:
         terms = self.terms(sizes)

@@ -256,7 +256,7 @@ class Contrastive(Method):
         )  # fmt: skip
         self.keys.append([all_k[v].detach() for v in sorted(positives)])
         metrics = {"positive_probability": (-score.loss_B.detach()).exp().mean(), "max_probability": score.max_probability_B.mean()}
-        return Outputs(weighted(score, terms), metrics)
+        return Outputs(weighted(score, terms), metrics, q[0])
 
     def positives_of(self, k: Mapping[int, Tensor], terms: list[Term]) -> dict[int, Positive]:
         """Of each view whose keys choose, [B] or [B, D]; a bank is searched once for all."""
@@ -308,14 +308,14 @@ class Contrastive(Method):
             [q_BD], [k_GD], [Positive(vector_BD=k_BD)], negatives, self.bank, self.warm_start_temperature, learn=False
         )
         self.keys.append([k_GD.detach()])
-        return Outputs(score.loss_B.mean(), {})
+        return Outputs(score.loss_B.mean(), {}, q_BD)
 
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        """What these statistics of an epoch say of a bank that has collapsed, and what helps; None where nothing is wrong."""
+        """What these values of an epoch say of a bank or of embeddings that have collapsed, and what helps; None where nothing is wrong."""
         named = {name.removeprefix("bank/"): value for name, value in statistics.items() if name.startswith("bank/")}
         wrong = self.bank.warning(named) if self.bank is not None else None
         if wrong is None:
-            return None
+            return super().warning(statistics)
         return (
             f"The bank has collapsed: {wrong}. Its positives and negatives teach the encoder little in this state. What helps: a "
             "longer warm start (warm_start.steps), a lower rate of the rows (bank.lr) or one that ends at 0 (bank.final_lr=0), "

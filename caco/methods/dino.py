@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from caco import distributed
 from caco.data.loaders.batches import Batch
 from caco.errors import UserError
-from caco.methods import assignments, diagnostics
+from caco.methods import assignments
 from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
 from caco.nn.heads import Encoder
 from caco.nn.prototypes import NormedPrototypes
@@ -123,7 +123,7 @@ class DINO(Method):
         self.taught.append(y_NK.mean(0))
         self.uses += assignments.nearest_counts(centred_NK)
         loss = assignments.cross_view_loss(list(target_NK.split(num_images)), scores, self.temperature)
-        return Outputs(loss, {"embedding_spread": diagnostics.spread(z_ND), "target_entropy": assignments.entropy(target_NK)})
+        return Outputs(loss, {"target_entropy": assignments.entropy(target_NK)}, z_ND[:num_images])
 
     def after_step(self, now: Now) -> None:
         mean_K = distributed.sum_(torch.stack(self.taught).mean(0)) / distributed.world()
@@ -140,7 +140,7 @@ class DINO(Method):
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
         wrong = assignments.collapse(statistics)
         if wrong is None:
-            return None
+            return super().warning(statistics)
         return (
             f"The teacher has collapsed: {wrong}. What helps: a last layer that stays longer at first (method.last_layer_frozen_epochs), a lower "
             "method.teacher_temperature where target_entropy is near log K, a higher method.momentum with small batches (0.9995 at 256), a "

@@ -13,7 +13,6 @@ from caco import distributed
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
 from caco.errors import UserError
-from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
@@ -84,7 +83,7 @@ class MoCoV3(Method):
         losses = [self._loss(q[term.query], keys[term.key]) for term in terms]
         loss = 2 * self.temperature * weighted_sum(terms, [loss_B.mean() for loss_B in losses])
         probability = (-torch.stack(losses).detach()).exp().mean()
-        return Outputs(loss, {"positive_probability": probability, "embedding_spread": diagnostics.spread(z[0])})
+        return Outputs(loss, {"positive_probability": probability}, z[0])
 
     def _loss(self, q_BD: Tensor, k_GD: Tensor) -> Tensor:
         """Cross entropy [B] of finding the own image's key."""

@@ -66,7 +66,7 @@ class NNCLR(Contrastive):
             [Positive(p[term.query]) for term in terms], self.negatives, None, self.temperature,
         )  # fmt: skip
         self.keys.append([distributed.gather(z[0])])
-        return Outputs(weighted(score, terms), {"positive_probability": (-score.loss_B.detach()).exp().mean()})
+        return Outputs(weighted(score, terms), {"positive_probability": (-score.loss_B.detach()).exp().mean()}, z[0])
 
     def costs(self, sizes: list[int]) -> Costs:
         """Every view's predictions are gathered, and the first one's embeddings for the queue."""

@@ -3,14 +3,12 @@
 Shapes: B this rank's images, D width of the embedding.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from torch.nn import functional as F
 
 from caco.data.loaders.batches import Batch
-from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
@@ -30,6 +28,8 @@ class SimSiam(Method):
             68.1 needs it; without it 67.7.
         reduction: of the terms, "mean" as published, or "sum"; see `pair_terms`.
     """
+
+    against_collapse = "BatchNorm at the projector's end (projector.last_batch_norm=true), a lower optimizer.lr"
 
     def __init__(
         self,
@@ -68,10 +68,7 @@ class SimSiam(Method):
         p = [at_least_float32(self.predictor(z_BD)) for z_BD in z]
         terms = self.terms([view.shape[-1] for view in batch.views])
         cosines = [F.cosine_similarity(p[term.query], z[term.key].detach(), dim=1, eps=1e-8).mean() for term in terms]
-        return Outputs(-weighted_sum(terms, cosines), {"embedding_spread": diagnostics.spread(z[0])})
-
-    def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        return diagnostics.collapse(statistics, "BatchNorm at the projector's end (projector.last_batch_norm=true), a lower optimizer.lr")
+        return Outputs(-weighted_sum(terms, cosines), {}, z[0])
 
     def costs(self, sizes: list[int]) -> Costs:
         return Costs(encoded=list(range(len(sizes))), terms=len(self.terms(sizes)))

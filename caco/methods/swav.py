@@ -14,7 +14,7 @@ from caco import distributed
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
 from caco.errors import UserError
-from caco.methods import assignments, diagnostics
+from caco.methods import assignments
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
 from caco.nn.heads import Encoder
 from caco.nn.prototypes import Prototypes
@@ -106,11 +106,8 @@ class SwAV(Method):
         self.embeddings = list(z_ND.detach().split(num_images)[:NUM_ASSIGNED])
         codes = [self._codes(view, score_BK.detach(), now) for view, score_BK in enumerate(scores[:NUM_ASSIGNED])]
         self.uses += assignments.nearest_counts(torch.cat(scores[:NUM_ASSIGNED]).detach())
-        metrics = {
-            "embedding_spread": diagnostics.spread(z_ND),
-            "target_entropy": assignments.entropy(torch.cat(codes)),
-        }
-        return Outputs(assignments.cross_view_loss(codes, scores, self.temperature), metrics)
+        loss = assignments.cross_view_loss(codes, scores, self.temperature)
+        return Outputs(loss, {"target_entropy": assignments.entropy(torch.cat(codes))}, z_ND[:num_images])
 
     def _codes(self, view: int, score_BK: Tensor, now: Now) -> Tensor:
         """Assignments [B, K] of one view's images, made together with the queue's once that is full."""
@@ -143,7 +140,7 @@ class SwAV(Method):
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
         wrong = assignments.collapse(statistics)
         if wrong is None:
-            return None
+            return super().warning(statistics)
         return (
             f"The embedding has collapsed: {wrong}. What helps: harder assignments (method.epsilon=0.03), prototypes that stay longer at "
             "first (method.prototypes_frozen_steps), fewer of them (method.num_prototypes), a lower optimizer.lr, easier views."

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from caco import distributed
 from caco.data.loaders.batches import Batch
 from caco.errors import UserError
-from caco.methods import diagnostics
 from caco.methods.barlow import off_diagonal
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.methods.terms import pairs_of
@@ -58,7 +57,7 @@ class VICReg(Method):
             "covariance": 2 * torch.stack([off_diagonal(cov_DD).square().sum() / len(cov_DD) for cov_DD in covariances]).mean(),
         }
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return Outputs(loss, {name: term.detach() for name, term in terms.items()} | {"embedding_spread": diagnostics.spread(x[0])})
+        return Outputs(loss, {name: term.detach() for name, term in terms.items()}, x[0])
 
     def costs(self, sizes: list[int]) -> Costs:
         """The ranks add up means, with gradient, and covariances."""

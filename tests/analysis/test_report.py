@@ -64,7 +64,7 @@ def test_a_scales_page_holds_tables_figures_records_and_configurations(here, res
     hostile = "<script>alert(1)</script>"
     runs[0] = result("none", 0, knn=40.0, command=hostile)
     (tmp_path / "record.json").write_text(json.dumps(record_of(runs)))
-    code, errors = here("--scale", "smoke", "--records", "record.json", "--tables", "7", "--out", "page.html")
+    code, errors = here("--scale", "smoke", "--records", "record.json", "--tables", "7,rivals", "--out", "page.html")
     assert code == 0, errors
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = whole(tmp_path / "page.html")
@@ -72,7 +72,8 @@ def test_a_scales_page_holds_tables_figures_records_and_configurations(here, res
     assert {"40.50 ± 0.71", "missing", "71.3"} <= set(page.cells)
     assert len(page.fetched) == 3  # figure 4, bank, compute
     assert {run.hash for run in runs} <= set(page.cells) and "bank.size" in page.cells
-    assert {"table7", "figures", "records", "configurations"} <= page.ids
+    assert {"table7", "rivals", "figures", "records", "configurations"} <= page.ids
+    assert "Barlow Twins" in page.cells and "Table R" in text, "whose CaCo is the row of Table VII"
 
 
 def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trained, tmp_path, monkeypatch):

@@ -156,11 +156,35 @@ def test_only_at_the_papers_own_scale_is_ours_subtracted_from_the_papers(table7,
 
 
 def test_methods_that_caco_lacks_are_cited():
-    about = load_table("3")
-    sheet = table.sheet(about, load_scale("mini"), find(about, load_scale("mini"), []))
-    assert cells(sheet, "DINO")["ours, scale mini", "k-NN (20)"] == "cited"
-    assert cells(sheet, "CaCo")["ours, scale mini", "k-NN (20)"] == "not at this scale"
+    mini, about = load_scale("mini"), load_table("1")
+    sheet = table.sheet(about, mini, find(about, mini, [], rows=["infomin", "mocov2"]))
+    assert cells(sheet, "InfoMin Aug")["ours, scale mini", "k-NN (20)"] == "cited"
+    sheet = table.sheet(load_table("3"), mini, find(load_table("3"), mini, []))
+    assert {cells(sheet, label)["ours, scale mini", "k-NN (20)"] for label in ("DINO", "CaCo")} == {"not at this scale"}
     assert any("no multi-crop" in note for note in sheet.notes)
+
+
+def test_what_others_published_at_a_scale_stands_in_a_column_of_theirs():
+    lightly, about = load_scale("cifar10_lightly"), load_table("1")
+    found = find(about, lightly, [], rows=["simclr", "byol", "caco_256"])
+    sheet = table.sheet(about, lightly, found)
+    assert [cells(sheet, label)["theirs", "lightly's k-NN, best epoch"] for label in ("SimCLR", "BYOL", "CaCo")] == ["84.7", "86.9", "-"]
+    assert "Theirs: lightly's k-NN, best epoch, as they published it for this recipe." in sheet.notes
+    assert "84.7" in table.as_text(sheet) and "theirs: lightly's k-NN, best epoch" in table.as_markdown(sheet)
+    rows = csv.DictReader(io.StringIO(table.as_csv(about, lightly, found)))
+    assert {(row["row"], row["theirs"]) for row in rows} == {("simclr", "84.7"), ("byol", "86.9"), ("caco_256", "")}
+    times = table.sheet(load_table("4"), lightly, find(load_table("4"), lightly, [], rows=["mocov2"]))
+    assert not any("theirs" in group for group, size in times.groups if size), "of accuracies, not of hours"
+
+
+def test_a_table_of_which_the_paper_has_no_number_has_no_column_of_the_papers():
+    about = load_table("rivals")
+    for scale in (SMOKE, dataclasses.replace(SMOKE, same_as_paper=True)):
+        sheet = table.sheet(about, scale, find(about, scale, [], rows=["caco", "barlow"]))
+        assert all(len(row) == len(sheet.headers) for row in sheet.rows)
+        assert not any("paper's" in words for words in (*sheet.headers, *(group for group, size in sheet.groups if size), *sheet.notes))
+    assert cells(sheet, "Barlow Twins")["ours, scale smoke", "k-NN (20)"] == "missing"
+    assert any(note.startswith("Barlow Twins: its authors report") for note in sheet.notes)
 
 
 def test_times_are_compared_as_ratios():

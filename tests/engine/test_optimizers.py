@@ -206,7 +206,31 @@ def test_adamw_decays_no_parameter_of_one_dimension():
     assert (all_decay["weight_decay"], len(all_decay["params"])) == (0.05, 5), "MoCo v3's decays norms and biases too"
 
 
-@pytest.mark.parametrize("factory", [optimizers.lars, optimizers.lars_timm, optimizers.larc, optimizers.sgd, optimizers.adamw])
+def test_a_clipped_trust_is_the_smaller_of_the_rate_and_the_factor():
+    """|p| 5, |g| 2: factor 0.02 x 5 / (2 + 0.1 x 5) = 0.04. A rate of 0.5 becomes 0.04, one of 0.01 stays, and one of 0 moves nothing."""
+    for lr, rate in ((0.5, 0.04), (0.01, 0.01), (0.0, 0.0)):
+        p, bias = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6]))
+        optimizer = optimizers.lars_timm([ParameterGroup([p, bias])], batch=256, weight_decay=0.1, trust_coefficient=0.02, trust_clip=True)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        p.grad, bias.grad = torch.tensor([[0.0, 2.0]], dtype=torch.float64), torch.tensor([-0.2], dtype=torch.float64)
+        optimizer.step()
+        assert torch.allclose(p, torch.tensor([[3 - rate * 0.3, 4 - rate * 2.4]], dtype=torch.float64), atol=1e-9)
+        assert bias.item() == pytest.approx(0.6 + lr * 0.2, abs=1e-15)
+
+
+def test_adam_s_decay_is_part_of_the_gradient():
+    """The first step is the rate along the sign of g + wd p, whatever its size: of biases too."""
+    p, bias = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, -4.0]], [0.6]))
+    optimizer = optimizers.adam([ParameterGroup([p, bias])], batch=128, lr=0.2, weight_decay=0.1)
+    p.grad, bias.grad = torch.tensor([[-0.2, 0.1]], dtype=torch.float64), torch.tensor([-0.01], dtype=torch.float64)
+    optimizer.step()
+    assert p.tolist()[0] == pytest.approx([2.9, -3.9]) and bias.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "factory", [optimizers.lars, optimizers.lars_timm, optimizers.larc, optimizers.sgd, optimizers.adam, optimizers.adamw]
+)
 def test_a_rate_that_is_not_positive_is_refused(factory):
     with pytest.raises(ValueError, match="optimizer.lr must be positive; got 0"):
         factory([ParameterGroup(list(model().parameters()))], batch=64, lr=0.0)

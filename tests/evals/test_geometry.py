@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from caco.evals.geometry import Geometry, alignment, rank_me, uniformity
+from caco.equations import rank_me
+from caco.evals.geometry import Geometry, alignment, uniformity
 
 SQUARE = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
 
@@ -26,8 +27,8 @@ def test_uniformity_is_over_pairs_of_different_images(block):
 
 
 def test_rank_me_counts_equal_singular_values():
-    assert rank_me(torch.eye(6, dtype=torch.float64)[:, :4]) == pytest.approx(4, rel=1e-4)
-    assert rank_me(torch.ones(6, 4, dtype=torch.float64)) == pytest.approx(1, rel=1e-4)
+    assert rank_me(torch.eye(6, dtype=torch.float64)[:, :4]).item() == pytest.approx(4, rel=1e-4)
+    assert rank_me(torch.ones(6, 4, dtype=torch.float64)).item() == pytest.approx(1, rel=1e-4)
 
 
 def test_spread_features_and_collapsed_ones_are_told_apart_without_labels(store_of):

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import yaml
 
+from caco.config import refusals
 from caco.errors import UserError
 from experiments import tables
 from experiments.tables import HERE, experiments, load_scale, load_table
@@ -29,6 +30,8 @@ def test_every_published_number_of_the_seven_tables_is_in_its_yaml_and_no_other_
     ours = Counter()
     for name in tables.tables():
         table = load_table(name)
+        if table.table not in NUMERALS:
+            assert not any(row.published for row in table.rows.values()), "what the paper prints stands in its own tables"
         for row in table.rows.values():
             # Table VI says the bank's size in the label, the facts in a column of their own.
             method = row.label.rsplit(" ", 1)[0] if row.label.endswith(("1M", "2M", "4M", "8M", "12M")) else row.label
@@ -65,7 +68,7 @@ def paper():
 
 
 def test_rows_at_the_papers_scale_are_configurations_with_the_papers_numbers(paper):
-    assert len(paper) == 7 + 1 + 3 + 4
+    assert len(paper) == 10 + 4 + 3 + 4
     for name, one in paper.items():
         assert (one.cfg.epochs, one.cfg.batch) == (one.row.epochs, one.row.batch), name
         assert (one.cfg.bank.size if one.cfg.bank else None) == one.row.bank, name
@@ -87,7 +90,7 @@ def test_a_seed_reaches_the_bank_too(paper):
 @pytest.mark.parametrize("table, row", [("7", "both"), ("6", "adco_1m")])
 def test_every_scale_makes_checked_configurations(scale, table, row):
     one = experiment(table, row, scale)
-    assert one.cfg.epochs == max(1, round(200 * one.scale.times.get("epochs", 1)))
+    assert one.cfg.epochs == one.scale.exactly.get("epochs", max(1, round(200 * one.scale.times.get("epochs", 1))))
     assert len(one.overrides(0)) == len({o.partition("=")[0] for o in one.overrides(0)})
 
 
@@ -110,10 +113,40 @@ def test_settings_of_a_scale_win_over_those_of_a_row():
     assert "method.temperature=0.14" in overrides
 
 
-def test_multi_crop_is_refused_where_images_are_small_and_not_left_out():
-    one = experiment("3", "caco", "mini")
-    assert "no multi-crop views" in one.why_not
-    assert experiment("3", "caco", "paper").why_not is None
+@pytest.mark.parametrize("scale", ["mini", "smoke", "cifar10", "cifar10_jpeg75", "cifar10_lightly", "cifar10_solo"])
+def test_multi_crop_is_refused_where_images_are_small_and_not_left_out(scale):
+    assert all("no multi-crop views" in one.why_not for one in experiments(load_table("3"), load_scale(scale)))
+    assert all(one.why_not is None for one in experiments(load_table("3"), load_scale("paper")))
+
+
+def test_one_head_for_all_is_not_forced_on_methods_that_it_would_break():
+    """cifar10 is MoCo's notebook for every row: one linear layer, one rate."""
+    chosen = list(experiments(load_table("1"), load_scale("cifar10")))
+    assert {one.row_id for one in chosen if one.why_not is None} == {"simclr", "mocov2", "nnclr", "adco", "caco_256", "caco_1024", "caco_4096"}
+    assert all("scale=cifar10_lightly" in one.why_not for one in chosen if one.row_id in ("byol", "simsiam", "swav"))
+
+
+def test_every_method_that_a_table_names_and_caco_has_is_run():
+    """By label: a row may be cited only where conf/method has nothing of that name."""
+    ours = {"simclr", "mocov2", "mocov3", "simsiam", "swav", "nnclr", "byol", "adco", "dino", "barlow", "vicreg", "caco"}
+    assert ours == {name for name in refusals.groups()["method"] if "_" not in name}
+    for name in tables.tables():
+        for row in load_table(name).rows.values():
+            method = row.label.split(" ")[0].lower() if row.label[-1] == "M" else row.label.lower().replace(" ", "").replace("twins", "")
+            runs = next((word.removeprefix("method=") for word in row.run or () if word.startswith("method=")), None)
+            assert (runs is None) == (method not in ours) or name == "table7", f"{name}: {row.label}"
+            assert runs in (None, method) or name == "table7", f"{name}: {row.label}"
+
+
+def test_rivals_train_for_the_same_steps():
+    rows = load_table("rivals").rows
+    assert {(row.epochs, row.batch) for row in rows.values()} == {(200, 1024)} and {"barlow", "vicreg"} <= rows.keys()
+    named = {word for name in tables.tables() if name != "rivals" for row in load_table(name).rows.values() for word in row.run or ()}
+    assert not {"method=barlow", "method=vicreg"} & named
+    at_mini = list(experiments(load_table("rivals"), load_scale("mini")))
+    assert {(one.sized("epochs"), one.sized("batch")) for one in at_mini} == {(10, 128)}
+    assert all("data.limit=10000" in one.overrides(0) and one.why_not is None for one in at_mini)
+    assert experiment("rivals", "caco", "mini").hash(0) == experiment("7", "both", "mini").hash(0), "CaCo is trained once"
 
 
 @pytest.mark.parametrize(

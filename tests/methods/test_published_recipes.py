@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from tiny import layers_of
 
 from caco.config import composition
 from caco.config.composition import instantiate
@@ -51,18 +51,6 @@ RECIPES = {  # optimiser; schedule; method; views; the layers of projector and p
 }  # fmt: skip
 
 
-def shown(head: nn.Module) -> str:
-    """2048-4096b: a linear layer with a bias. BN*: without scale and shift."""
-    words = []
-    for layer in head:
-        if isinstance(layer, nn.Linear):
-            words.append(f"{layer.in_features}-{layer.out_features}" + "b" * (layer.bias is not None))
-        else:
-            words.append({"BatchNorm1d": "BN", "ReLU": "ReLU"}[type(layer).__name__])
-            words[-1] += "*" * (isinstance(layer, nn.BatchNorm1d) and not layer.affine)
-    return " ".join(words)
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_is_the_published_one(name):
     optimizer, schedule, method, views, projector, predictor = RECIPES[name]
@@ -75,8 +63,8 @@ def test_it_is_the_published_one(name):
     with torch.device("meta"):
         encoder = build_encoder(cfg)
         built = instantiate(cfg.method, encoder=encoder)
-    assert shown(encoder.projector) == projector
-    assert predictor is None or shown(built.predictor) == predictor
+    assert layers_of(encoder.projector) == projector
+    assert predictor is None or layers_of(built.predictor) == predictor
     if "vit" not in name:
         assert tree["backbone"]["name"] == "resnet50" and tree["backbone"]["zero_init_last"] is True
     else:

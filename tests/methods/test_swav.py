@@ -16,7 +16,7 @@ from caco import equations
 from caco.config import composition
 from caco.config.composition import instantiate
 from caco.engine.optimizers import OptimizerSchedule, larc
-from caco.methods import assignments
+from caco.methods import assignments, diagnostics
 from caco.methods.swav import SwAV
 from caco.schedules import RunShape
 
@@ -235,9 +235,9 @@ def test_the_prototypes_use_is_counted_and_a_collapse_is_said():
     collapsed = swav()
     with torch.no_grad():
         collapsed.encoder.projector[-1].weight.zero_()
-    metrics = collapsed(batch_of(views_of(0, B)), now()).metrics
-    assert metrics["embedding_spread"] == pytest.approx(0, abs=1e-9)
-    assert metrics["target_entropy"] == pytest.approx(math.log(K)), "one embedding for all has an even code, which is easy to predict"
+    outputs = collapsed(batch_of(views_of(0, B)), now())
+    assert diagnostics.spread(outputs.embedding) == pytest.approx(0, abs=1e-9)
+    assert outputs.metrics["target_entropy"] == pytest.approx(math.log(K)), "one embedding for all has an even code, which is easy to predict"
 
 
 @pytest.mark.parametrize(
