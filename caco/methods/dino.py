@@ -106,14 +106,12 @@ class DINO(Method):
         }
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The encoder, of which biases and norms decay with no optimiser, and the prototypes, which stay at first.
+        """The encoder, and the prototypes, which stay at first; biases and norms decay with no optimiser.
 
         Source: the published get_params_groups (utils.py), for AdamW, SGD and LARS alike.
         """
-        learning = [p for p in self.encoder.parameters() if p.requires_grad]
         return [
-            ParameterGroup([p for p in learning if p.ndim > 1]),
-            ParameterGroup([p for p in learning if p.ndim <= 1], decay=False),
+            ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad], decay_one_dimensional=False),
             ParameterGroup(list(self.prototypes.parameters()), frozen_epochs=self.last_layer_frozen_epochs),
         ]
 

@@ -56,8 +56,8 @@ def timm_backbone(
         model: nn.Module = created_vit(name, variant=variant, **options, **of_vits)
     else:
         model = timm.create_model(name, pretrained=False, **options)
-    if image_size is not None:
-        refuse_parts_of_patches(model, image_size)
+    if image_size is not None or of_vits:
+        refuse_parts_of_patches(model)
     if cifar_stem:
         if not isinstance(model, ResNet):
             raise UserError(f"backbone.cifar_stem is for ResNets; got {name!r}")
@@ -89,11 +89,11 @@ def mocov3_vit(
     """
     _must_be_known(name)
     of_vits = vit_options(patch_size=patch_size, register_tokens=register_tokens, pool=pool)
-    options = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True, "num_heads": num_heads, "weight_init": "moco"}
+    options: dict = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True, "num_heads": num_heads, "weight_init": "moco"}
     model = created_vit(name, **options, **of_vits)
     if not model.has_class_token or model.pos_embed is None:
         raise UserError(f"backbone.name must be a ViT with a class token and position embeddings; got {name!r}")
-    refuse_parts_of_patches(model, image_size)
+    refuse_parts_of_patches(model)
     projection = model.patch_embed.proj
     rows, columns = model.patch_embed.grid_size
     bound = (6 / (projection.weight[0].numel() + model.num_features)) ** 0.5  # 6 / (3 p^2 + D)

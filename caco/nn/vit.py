@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from caco.errors import UserError
 
-POOLS = {"cls": {"global_pool": "token"}, "mean": {"global_pool": "avg", "fc_norm": False}}  # timm's words
+POOLS: dict[str, dict[str, Any]] = {"cls": {"global_pool": "token"}, "mean": {"global_pool": "avg", "fc_norm": False}}  # timm's words
 
 
 class DINOViT(VisionTransformer):
@@ -52,11 +52,11 @@ def vit_options(*, patch_size: int | None, register_tokens: int | None, pool: Li
     """timm's words for what is not left to the model."""
     if pool is not None and pool not in POOLS:
         raise UserError(f"backbone.pool: expected cls, mean or null, got {pool!r}")
-    if (patch_size or 1) < 1 or (register_tokens or 0) < 0:
+    if patch_size is not None and patch_size < 1 or (register_tokens or 0) < 0:
         raise UserError(
             f"backbone needs a patch_size of at least 1 and register_tokens of 0 or more, or null; got {patch_size} and {register_tokens}"
         )
-    options = {"patch_size": patch_size, "reg_tokens": register_tokens}
+    options: dict[str, Any] = {"patch_size": patch_size, "reg_tokens": register_tokens}
     return {key: value for key, value in options.items() if value is not None} | (POOLS[pool] if pool else {})
 
 
@@ -87,18 +87,17 @@ def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **optio
     return model
 
 
-def refuse_parts_of_patches(model: nn.Module, image_size: int) -> None:
-    """Have a ViT say in one sentence that images do not consist of whole patches, now those of `image_size` and later each one's.
+def refuse_parts_of_patches(model: nn.Module) -> None:
+    """Have a ViT say in one sentence that images do not consist of whole patches: those that it is made for now, others when they come.
 
     Raises:
-        UserError: those of `image_size` do not.
+        UserError: those that it is made for do not.
     """
     embed = getattr(model, "patch_embed", None)
-    if embed is None:
-        return
-    sides = tuple(embed.patch_size)
-    _refuse_parts(sides, embed, (torch.empty(0, 3, image_size, image_size, device="meta"),))
-    embed.register_forward_pre_hook(partial(_refuse_parts, sides))
+    sides, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
+    if isinstance(embed, nn.Module) and sides is not None and size is not None:
+        _refuse_parts(tuple(sides), embed, (torch.empty(0, 3, *size, device="meta"),))
+        embed.register_forward_pre_hook(partial(_refuse_parts, tuple(sides)))
 
 
 def _refuse_parts(sides: tuple[int, int], embed: nn.Module, images: tuple[Tensor]) -> None:
