@@ -219,7 +219,7 @@ def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision:
 
 
 def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module], *, in_groups: bool) -> int:
-    """How many numbers the BatchNorm layers sum over the ranks: means and variances, and, where these are not a rank's own, gradients."""
+    """How many numbers the BatchNorm layers sum over the ranks: means and variances and, but in groups, their gradients."""
 
     def features(*parts: nn.Module) -> int:
         return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, BATCH_NORMS))

@@ -121,7 +121,7 @@ def refuse_other_groups(saved_by: int) -> None:
     if saved_by != distributed.world():
         raise UserError(
             f"norm_groups=rank: this run's BatchNorm had {saved_by} groups, one for each process, and would go on with "
-            f"{distributed.world()}; start {saved_by} processes, or a run with norm_groups={saved_by}, which any divisor of them can make"
+            f"{distributed.world()}; start {saved_by} processes (a run with norm_groups={saved_by} also goes on with fewer)"
         )
 
 

@@ -14,8 +14,8 @@ from caco.schedules import RunShape, Table, cosine, scaled_lr, warmup_and_cosine
 
 
 def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict[str, Any]]:
-    """torch's groups: of each of the method's the parameters that decay and, where they or the optimiser exclude these, those of one dimension (biases,
-    BatchNorm), which do not."""
+    """torch's groups: of each of the method's the parameters that decay and, where it or the optimiser excludes these, those of one
+    dimension (biases, BatchNorm), which do not."""
     parts = []
     for group in groups:
         own = {"rate": group.rate, "frozen_steps": group.frozen_steps, "frozen_epochs": group.frozen_epochs}

@@ -39,7 +39,8 @@ def timm_backbone(
             without class token and registers. The weights have the same names with both. None is the model's own way.
         variant: for ViTs: "timm", or "dino" for DINO's class token and positions, see `DINOViT`.
     Raises:
-        ValueError: timm knows no such model, or something is asked of it that is of ResNets, or of ViTs, or that this ViT is not made with.
+        UserError: timm knows no such model, or something is asked of it that is of ResNets, or of ViTs, or that this ViT is not made
+            with.
     """
     _must_be_known(name)
     options: dict = {"num_classes": 0, "drop_path_rate": drop_path_rate}

@@ -150,8 +150,8 @@ def groups_of_a_rank(norm_groups: int | str, *, world: int, images: int) -> int:
     groups = max(1, count // world)
     if count > 1 and (count % world or images % groups or images // groups < 2):
         raise UserError(
-            f"norm_groups: expected 1, rank, or a multiple of the {world} process{'es' * (world > 1)} that cuts the {images} images which "
-            f"each puts through the network at once into equal groups of at least 2; got {norm_groups}"
+            f"norm_groups: expected 1, rank, or a multiple of the {world} process{'es' * (world > 1)} that cuts the {images} images "
+            f"which each puts through the network at once into equal groups of at least 2; got {norm_groups}"
         )
     return groups
 
@@ -173,7 +173,7 @@ def in_groups(module: M, device: torch.device, norm_groups: int | str, *, images
         if not twins:
             raise UserError("shuffle_keys: expected false, as this method has no momentum twin with BatchNorm; got true")
         if norm_groups == 1 or groups * world == 1:
-            raise UserError(f"shuffle_keys: it changes nothing with one group of images; expected norm_groups above 1, got {norm_groups}")
+            raise UserError(f"shuffle_keys: with one group of images it changes nothing; expected more norm_groups, got {norm_groups}")
         for twin in twins:
             twin.shuffles = True
     if norm_groups == 1:

@@ -54,7 +54,8 @@ def vit_options(*, patch_size: int | None, register_tokens: int | None, pool: Li
         raise UserError(f"backbone.pool: expected cls, mean or null, got {pool!r}")
     if patch_size is not None and patch_size < 1 or (register_tokens or 0) < 0:
         raise UserError(
-            f"backbone needs a patch_size of at least 1 and register_tokens of 0 or more, or null; got {patch_size} and {register_tokens}"
+            "backbone needs a patch_size of at least 1 and register_tokens of 0 or more, or null; got "
+            f"{patch_size} and {register_tokens}"
         )
     options: dict[str, Any] = {"patch_size": patch_size, "reg_tokens": register_tokens}
     return {key: value for key, value in options.items() if value is not None} | (POOLS[pool] if pool else {})
@@ -88,7 +89,7 @@ def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **optio
 
 
 def refuse_parts_of_patches(model: nn.Module) -> None:
-    """Have a ViT say in one sentence that images do not consist of whole patches: those that it is made for now, others when they come.
+    """Have a ViT refuse images that do not consist of whole patches: those that it is made for now, others when they come.
 
     Raises:
         UserError: those that it is made for do not.
