@@ -85,9 +85,17 @@ def gather(x: Tensor) -> Tensor:
     """[B, ...] of every rank, joined in rank order to [world * B, ...]; no gradient. Every rank has the same B."""
     if world() == 1:
         return x.detach()
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.detach().contiguous())
+    own_part = x.detach().contiguous()  # in one order of the axes on every rank, whatever x's is
+    parts = [torch.empty_like(own_part) for _ in range(world())]
+    dist.all_gather(parts, own_part)
     return torch.cat(parts)
+
+
+def from_main(x: Tensor) -> Tensor:
+    """Rank 0's tensor on every rank, in place; all have one of its shape."""
+    if world() > 1:
+        dist.broadcast(x, src=0)
+    return x
 
 
 def gather_on_main(x: Tensor) -> Tensor:

@@ -99,14 +99,17 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
 
 def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """What timm reads beside model.safetensors."""
+    from caco.nn.vit import vit_options
+
     views = about["augmentation"]
     size = node.get("image_size") or views["size"]
-    heads = {"num_heads": node["num_heads"]} if "num_heads" in node else {}
+    own = {"num_heads": node["num_heads"]} if "num_heads" in node else {}
+    own |= vit_options(**{key: node.get(key) for key in ("patch_size", "register_tokens", "pool")})
     return {
         "architecture": node["name"],
         "num_classes": 0,
         "num_features": backbone.num_features,
-        "model_args": heads | ({"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {}),
+        "model_args": own | ({"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {}),
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [3, size, size],

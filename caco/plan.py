@@ -31,7 +31,7 @@ from caco.data.sets.sources import num_images_of
 from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
 from caco.methods.base import Costs, Method
-from caco.nn.norm import BATCH_NORMS
+from caco.nn.norm import BATCH_NORMS, groups_of_a_rank
 from caco.runs.identity import plain
 from caco.schedules import RunShape
 
@@ -72,6 +72,7 @@ def plan(
         )
     if cfg.batch % world:
         raise UserError(f"batch: expected a multiple of the {world} processes that share it, got {cfg.batch}")
+    groups_of_a_rank(cfg.norm_groups, world=world, images=cfg.batch // world // (cfg.accumulate or 1))
     size = 0 if cfg.bank is None else cfg.bank.size
     if size % world:
         raise UserError(f"a bank of {size} rows cannot be shared evenly by {world} ranks; got remainder {size % world}")
@@ -126,6 +127,7 @@ def _parts(cfg: DictConfig) -> str:
     """What the counts depend on, so that runs that share it are counted once."""
     tree = plain(cfg)
     parts = {key: tree[key] for key in ("method", "bank", "backbone", "projector", "optimizer", "augmentation", "precision")}
+    parts |= {"norm_groups": tree["norm_groups"], "shuffle_keys": tree["shuffle_keys"]}
     if parts["bank"] is not None:
         parts["bank"] |= {"size": 2, "seed": 0}
     return json.dumps(parts)
@@ -176,7 +178,8 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "key_gathers": costs.gathers,
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and bank.rows.learnable,
-        "norm_sums": _norm_sums(costs, sizes, encoder, others),
+        "norm_sums": _norm_sums(costs, sizes, encoder, others, in_groups=cfg.norm_groups != 1),
+        "shuffled_bytes": sum(4 * (3 * sizes[view] ** 2 + cfg.projector.dim) for view in costs.followed) if cfg.shuffle_keys else 0,
         "scores": costs.prototypes * len(costs.encoded),
         "matrices": costs.matrices,
         "summed_bytes": costs.summed_bytes,
@@ -215,14 +218,14 @@ def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision:
     return encoder_flops[0] / 2, both / 2, forward(3)[1] - of_two
 
 
-def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module]) -> int:
-    """How many numbers the BatchNorm layers sum over the ranks: means and variances, and their gradients."""
+def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module], *, in_groups: bool) -> int:
+    """How many numbers the BatchNorm layers sum over the ranks: means and variances and, but in groups, their gradients."""
 
     def features(*parts: nn.Module) -> int:
         return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, BATCH_NORMS))
 
     backbone, total = features(encoder.get_submodule("backbone")), 0
-    for views, numbers, heads in ((costs.encoded, 4, others), (costs.followed, 2, [])):  # a twin has no predictor
+    for views, numbers, heads in ((costs.encoded, 2 if in_groups else 4, others), (costs.followed, 2, [])):  # a twin has no predictor
         passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
         total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])
     return total
@@ -237,7 +240,7 @@ def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
     term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums
     scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
     lookup = part * 8 + ring * batch * 4 * dim
-    keys = one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
+    keys = part * one["shuffled_bytes"] + one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
     return (
         ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
         + one["bank_terms"] * term

@@ -15,7 +15,7 @@ from caco.engine import assembly as assembly
 from caco.engine import trainer
 from caco.engine.assembly import build_method
 from caco.nn.heads import Encoder
-from caco.nn.norm import over_all_ranks
+from caco.nn.norm import in_groups
 from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape
 
@@ -34,11 +34,17 @@ def views_of(cfg, step):
     return [torch.randn(GLOBAL_BATCH, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
+def placed(method, cfg):
+    """On this rank, as a run has it."""
+    images = GLOBAL_BATCH // distributed.world()
+    return in_groups(method, torch.device("cpu"), cfg.norm_groups, images=images, shuffle_keys=cfg.shuffle_keys)
+
+
 def steps(case):
     """Losses, encoder, gradients of the last step, and the whole bank after a few steps in float64."""
     overrides = case.split()
     cfg = compose(*overrides, bank=not WITHOUT_BANK & set(overrides))
-    method = over_all_ranks(build_method(cfg), torch.device("cpu")).double().train()
+    method = placed(build_method(cfg), cfg).double().train()
     groups = method.parameter_groups()
     learning = [p for group in groups for p in group.parameters]
     optimizer = instantiate(cfg.optimizer, groups=groups)
@@ -92,7 +98,7 @@ def write_sent(path, cases):
     for case in cases:
         overrides = case.split()
         cfg = compose(*overrides, bank=not WITHOUT_BANK & set(overrides))
-        method = over_all_ranks(build_method(cfg), torch.device("cpu")).train()
+        method = placed(build_method(cfg), cfg).train()
         views = [distributed.own(view, 8).float() for view in views_of(cfg, 0)]
         sent["bytes"] = 0.0
         method(batch_of(views), now()).loss.backward()
@@ -111,19 +117,19 @@ def in_float64() -> None:
     give two runs within a few steps. In float64 they begin 1e-16 apart, and twelve steps at these tests' rates make 1e-10
     of it: far from any row's choice, and far below what a wrong gradient or a row in the wrong place would do (1e-3).
     """
-    spread = assembly.over_all_ranks
+    spread = assembly.in_groups
 
     def in_double(images):
         return images.double() if isinstance(images, torch.Tensor) else [view.double() for view in images]
 
-    def doubled(method, device):
-        method = spread(method, device).double()
+    def doubled(*arguments, **settings):
+        method = spread(*arguments, **settings).double()
         for module in method.modules():
             if isinstance(module, Encoder):
                 module.register_forward_pre_hook(lambda module, images: (in_double(images[0]),))
         return method
 
-    assembly.over_all_ranks = doubled
+    assembly.in_groups = doubled
 
 
 def train_in_float64(*overrides):

@@ -20,6 +20,7 @@ CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in 
 CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
 QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
 CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]
+CASES["method=adco with shuffled keys"] = [*CASES["method=adco"], "norm_groups=4", "shuffle_keys=true"]
 # A method's own contract is fast to see; that small views change nothing of it is seen of CaCo, and of the rest in the long tier.
 LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
 PARAMETERS = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]

@@ -106,8 +106,9 @@ def test_the_card_says_where_it_comes_from_what_it_gave_and_how_to_load_it(expor
     assert "MODEL.PIXEL_MEAN [102.0, 127.5, 153.0]" in card and "| loss" not in card
 
 
-def test_a_vit_comes_back_through_timm(tmp_path):
-    node = plain(compose(["backbone=vit_small"]))["backbone"] | {"name": "vit_tiny_patch16_224", "image_size": 32}
+@pytest.mark.parametrize("own", [{}, {"patch_size": 8, "register_tokens": 2, "pool": "mean", "variant": "dino"}])
+def test_a_vit_comes_back_through_timm(tmp_path, own):
+    node = plain(compose(["backbone=vit_small"]))["backbone"] | {"name": "vit_tiny_patch16_224", "image_size": 32, **own}
     vit = instantiate(node).eval()
     export.export(vit, node, ["timm"], tmp_path, ABOUT)
     images = torch.randn(1, 3, 32, 32)

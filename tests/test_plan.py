@@ -132,6 +132,7 @@ def test_the_paper_s_run_without_its_data():
     [
         (["batch=64"], {"world": 3}, "multiple of the 3 processes that share it, got 64"),
         (["bank.size=130"], {"world": 4}, "130 rows cannot be shared evenly by 4 ranks; got remainder 2"),
+        (["norm_groups=2"], {"world": 4}, "^norm_groups: expected 1, rank, or a multiple of the 4 processes"),
         (["batch=2048"], {}, "at most the 1400 images, got 2048"),
         ([], {"tflops": 0}, "must be positive; got 1, 0, 0 and"),
         (["data=folder"], {}, "say images=N, or where they lie"),

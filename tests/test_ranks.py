@@ -25,11 +25,16 @@ SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.d
 OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, [])]) for m in METHODS if m != "caco"}
 CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
 CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
-CASES += [" ".join([OF_METHOD["swav"], *MULTICROP, QUEUE[0].replace("128", "32"), QUEUE[1]])]  # two of rank_worker's batches
+WITH_A_QUEUE = " ".join([OF_METHOD["swav"], *MULTICROP, QUEUE[0].replace("128", "32"), QUEUE[1]])  # two of rank_worker's batches
+CASES += [WITH_A_QUEUE]
+# Groups of the batch are the same on any number of ranks, and so is the order of shuffled keys.
+GROUPS = [f"{OF_METHOD['adco']} norm_groups=4 shuffle_keys=true"]
+GROUPS += [f"{OF_METHOD['byol']} norm_groups=4", " ".join([OF_METHOD["dino"], *MULTICROP, "norm_groups=4 shuffle_keys=true"])]
+CASES += GROUPS
 # Of four, every method, but of CaCo's settings only CaCo itself.
 OF_FOUR = [case for case in CASES if case == "pn=both" or not case.startswith(("pn=", "bank."))]
 # One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over prototypes, covariances.
-FAST = ["pn=both", OF_METHOD["mocov2"], OF_METHOD["simclr"], CASES[-1], OF_METHOD["vicreg"]]
+FAST = ["pn=both", OF_METHOD["mocov2"], OF_METHOD["simclr"], WITH_A_QUEUE, OF_METHOD["vicreg"], GROUPS[0]]
 QUIET = ["eval=[]" if override == "eval=[knn]" else override for override in TINY] + BANK
 EXACT = [*QUIET, *EVERY]  # what is trained in float64 is not evaluated
 FLOAT64 = 1e-7  # of losses, rows and velocities after a dozen steps; see rank_worker.in_float64
@@ -207,7 +212,8 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
     assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
 
 
-PLANNED = ["pn=both", "pn=positive", "pn=none", *(OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg")), CASES[-1]]
+PLANNED = ["pn=both", "pn=positive", "pn=none", WITH_A_QUEUE, *GROUPS]
+PLANNED += [OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg")]
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,8 @@ class Root:
     epochs: int = MISSING
     max_steps: int | None = MISSING
     accumulate: int | None = MISSING
+    norm_groups: Any = MISSING
+    shuffle_keys: bool = MISSING
     seed: int = MISSING
     precision: str = MISSING
     compile: bool = MISSING

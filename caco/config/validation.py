@@ -96,6 +96,10 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("epochs", tree["epochs"] >= 1, "at least 1")
     demand("max_steps", tree["max_steps"] is None or tree["max_steps"] >= 1, "null or at least 1")
     demand("accumulate", tree["accumulate"] is None or tree["accumulate"] >= 1, "null or at least 1")
+    groups, batch = tree["norm_groups"], tree["batch"]
+    counted = type(groups) is int and groups >= 1 and (groups == 1 or batch % groups == 0 and batch // groups >= 2)
+    demand("norm_groups", groups == "rank" or counted, f"1, rank, or a divisor of batch, {batch}, with 2 images or more to a group")
+    demand("shuffle_keys", not tree["shuffle_keys"] or groups != 1, "false with norm_groups=1, where it changes nothing")
     demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
     demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
     demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")

@@ -32,7 +32,7 @@ from caco.methods.base import Method
 from caco.nn import weights
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
-from caco.nn.norm import over_all_ranks
+from caco.nn.norm import in_groups
 from caco.runs import directory
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.files import read_json, write_json
@@ -112,6 +112,19 @@ def refuse_different_steps(step: int | None, run_dir: Path) -> None:
         )
 
 
+def refuse_other_groups(saved_by: int) -> None:
+    """Of a run with norm_groups=rank.
+
+    Raises:
+        UserError: as many ranks as are here would be other groups than those of the ranks that saved its checkpoint.
+    """
+    if saved_by != distributed.world():
+        raise UserError(
+            f"norm_groups=rank: this run's BatchNorm had {saved_by} groups, one for each process, and would go on with "
+            f"{distributed.world()}; start {saved_by} processes (a run with norm_groups={saved_by} also goes on with fewer)"
+        )
+
+
 def run_training(
     cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: labels.Label | None = None
 ) -> dict[str, float]:
@@ -156,12 +169,16 @@ def run_training(
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
+    if cfg.norm_groups == "rank" and newest is not None:
+        refuse_other_groups(len(newest[0]["random"]))
     method = build_method(cfg)
     if cfg.weights is not None and newest is None:
         message = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
         if main:
             print(f"caco: {message}", file=sys.stderr)
-    method = over_all_ranks(method, device).to(device).to(memory_format=torch.channels_last)
+    at_once = cfg.batch // distributed.world() // (cfg.accumulate or 1)
+    method = in_groups(method, device, cfg.norm_groups, images=at_once, shuffle_keys=cfg.shuffle_keys)
+    method = method.to(device).to(memory_format=torch.channels_last)
     if cfg.compile:
         method.get_submodule("encoder").compile()
     schedule = dict(cfg.schedule)

@@ -14,13 +14,14 @@ from caco.schedules import RunShape, Table, cosine, scaled_lr, warmup_and_cosine
 
 
 def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict[str, Any]]:
-    """torch's groups: of each of the method's the parameters that decay and, where excluded, those of one dimension (biases,
-    BatchNorm), which do not."""
+    """torch's groups: of each of the method's the parameters that decay and, where it or the optimiser excludes these, those of one
+    dimension (biases, BatchNorm), which do not."""
     parts = []
     for group in groups:
         own = {"rate": group.rate, "frozen_steps": group.frozen_steps, "frozen_epochs": group.frozen_epochs}
-        excluded = [p for p in group.parameters if exclude_one_dimensional and p.ndim <= 1]
-        decaying = [p for p in group.parameters if not (exclude_one_dimensional and p.ndim <= 1)]
+        exclude = exclude_one_dimensional or not group.decay_one_dimensional
+        excluded = [p for p in group.parameters if exclude and p.ndim <= 1]
+        decaying = [p for p in group.parameters if not (exclude and p.ndim <= 1)]
         parts.append({"params": decaying, "weight_decay": weight_decay if group.decay else 0.0, **own})
         parts.append({"params": excluded, "weight_decay": 0.0, **own})
     return [part for part in parts if part["params"]]

@@ -116,6 +116,7 @@ class ParameterGroup:
     Args:
         rate: a factor on the scheduled learning rate; or the name of a schedule whose value takes the place of its factor.
         decay: whether weight decay applies (where the optimiser excludes biases and norms, to the others).
+        decay_one_dimensional: whether it applies to biases and norms too, where the optimiser does not exclude them (not in DINO).
         frozen_steps: at the run's start, in which they do not move.
         frozen_epochs: so, in epochs of the training (DINO's last layer).
     """
@@ -123,6 +124,7 @@ class ParameterGroup:
     parameters: list[nn.Parameter]
     rate: float | str = 1.0
     decay: bool = True
+    decay_one_dimensional: bool = True
     frozen_steps: int = 0
     frozen_epochs: int = 0
 

@@ -106,9 +106,12 @@ class DINO(Method):
         }
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The encoder, and the prototypes, which stay at first."""
+        """The encoder, and the prototypes, which stay at first; biases and norms decay with no optimiser.
+
+        Source: the published get_params_groups (utils.py), for AdamW, SGD and LARS alike.
+        """
         return [
-            ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad]),
+            ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad], decay_one_dimensional=False),
             ParameterGroup(list(self.prototypes.parameters()), frozen_epochs=self.last_layer_frozen_epochs),
         ]
 

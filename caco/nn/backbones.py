@@ -1,6 +1,7 @@
 """Backbones from timm: images in, pooled features out. Each has `num_features`, the width of what it gives."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import timm
 import torch
@@ -8,6 +9,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from caco.errors import UserError
+from caco.nn.vit import created_vit, refuse_parts_of_patches, vit_options
 
 
 def timm_backbone(
@@ -17,6 +19,10 @@ def timm_backbone(
     drop_path_rate: float = 0.0,
     image_size: int | None = None,
     zero_init_last: bool = False,
+    patch_size: int | None = None,
+    register_tokens: int | None = None,
+    pool: Literal["cls", "mean"] | None = None,
+    variant: Literal["timm", "dino"] = "timm",
 ) -> nn.Module:
     """A timm model without its classifier, randomly initialised.
 
@@ -24,10 +30,17 @@ def timm_backbone(
         name: timm's, for example resnet50 or vit_small_patch16_224.
         cifar_stem: for ResNets: a 3x3 convolution of stride 1 and no max-pooling, for 32-pixel images.
         drop_path_rate: stochastic depth.
-        image_size: for ViTs, the pixels of a square image; None is the model's own.
+        image_size: for ViTs, the pixels of a square image, a multiple of the patch's; images of other sizes of whole patches go too.
+            None is the model's own, for images of that size alone.
         zero_init_last: for ResNets: the scale of each block's last BatchNorm starts at 0, so that the block starts as the identity.
+        patch_size: for ViTs, the pixels of a square patch; None is the model's own.
+        register_tokens: for ViTs, learned tokens that no feature is read from (arXiv 2309.16588); None is the model's own number.
+        pool: for ViTs, the feature: "cls", the class token after the last norm, or "mean", the mean of the patches' tokens after it,
+            without class token and registers. The weights have the same names with both. None is the model's own way.
+        variant: for ViTs: "timm", or "dino" for DINO's class token and positions, see `DINOViT`.
     Raises:
-        ValueError: timm knows no such model, or something is asked of it that is of ResNets.
+        UserError: timm knows no such model, or something is asked of it that is of ResNets, or of ViTs, or that this ViT is not made
+            with.
     """
     _must_be_known(name)
     options: dict = {"num_classes": 0, "drop_path_rate": drop_path_rate}
@@ -39,7 +52,13 @@ def timm_backbone(
         options["zero_init_last"] = zero_init_last
     elif zero_init_last:
         raise UserError(f"backbone.zero_init_last is for ResNets; got {name!r}")
-    model = timm.create_model(name, pretrained=False, **options)
+    of_vits = vit_options(patch_size=patch_size, register_tokens=register_tokens, pool=pool)
+    if of_vits or variant != "timm":
+        model: nn.Module = created_vit(name, variant=variant, **options, **of_vits)
+    else:
+        model = timm.create_model(name, pretrained=False, **options)
+    if image_size is not None or of_vits:
+        refuse_parts_of_patches(model)
     if cifar_stem:
         if not isinstance(model, ResNet):
             raise UserError(f"backbone.cifar_stem is for ResNets; got {name!r}")
@@ -47,34 +66,41 @@ def timm_backbone(
     return model
 
 
-def mocov3_vit(*, name: str, num_heads: int = 12, image_size: int = 224, frozen_patches: bool = True) -> nn.Module:
+def mocov3_vit(
+    *,
+    name: str,
+    num_heads: int = 12,
+    image_size: int = 224,
+    frozen_patches: bool = True,
+    patch_size: int | None = None,
+    register_tokens: int | None = None,
+    pool: Literal["cls", "mean"] | None = None,
+) -> nn.Module:
     """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the projection of the patches
     stays as it was drawn. Its feature is that of the class token.
 
     Args:
-        name: timm's, for example vit_small_patch16_224, with one class token.
+        name: timm's, for example vit_small_patch16_224, with a class token.
         num_heads: MoCo v3's ViT-S has 12, timm's 6.
         image_size: pixels of a square image; crops of other sizes of whole patches go too.
         frozen_patches: whether that projection takes no gradient.
+        patch_size, register_tokens, pool: as in `timm_backbone`; MoCo v3 itself has no registers, which have no positions.
     Raises:
         UserError: timm knows no such model, or not as a ViT with a class token and position embeddings.
     """
     _must_be_known(name)
-    if not name.startswith("vit_"):
-        raise UserError(f"backbone.name must be a ViT of timm's; got {name!r}")
-    options = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True, "num_heads": num_heads, "weight_init": "moco"}
-    try:
-        model = timm.create_model(name, pretrained=False, **options)
-    except AssertionError as error:  # timm's way to refuse
-        raise UserError(f"backbone: timm makes no {name} with num_heads={num_heads} and image_size={image_size}: {error}") from error
-    if not model.has_class_token or model.num_prefix_tokens != 1 or model.pos_embed is None or model.no_embed_class:
-        raise UserError(f"backbone.name must be a ViT with one class token and position embeddings; got {name!r}")
+    of_vits = vit_options(patch_size=patch_size, register_tokens=register_tokens, pool=pool)
+    options: dict = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True, "num_heads": num_heads, "weight_init": "moco"}
+    model = created_vit(name, **options, **of_vits)
+    if not model.has_class_token or model.pos_embed is None:
+        raise UserError(f"backbone.name must be a ViT with a class token and position embeddings; got {name!r}")
+    refuse_parts_of_patches(model)
     projection = model.patch_embed.proj
     rows, columns = model.patch_embed.grid_size
     bound = (6 / (projection.weight[0].numel() + model.num_features)) ** 0.5  # 6 / (3 p^2 + D)
     with torch.no_grad():
         model.pos_embed.zero_()  # the class token's stays so
-        model.pos_embed[0, 1:] = sines_and_cosines(rows, columns, model.num_features)
+        model.pos_embed[0, -rows * columns :] = sines_and_cosines(rows, columns, model.num_features)
         nn.init.uniform_(projection.weight, -bound, bound)
         nn.init.zeros_(projection.bias)
     model.pos_embed.requires_grad_(False)

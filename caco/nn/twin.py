@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from caco import distributed
+
 
 class MomentumTwin(nn.Module):
     """theta_k <- m theta_k + (1 - m) theta_q, for parameters only.
@@ -28,6 +30,7 @@ class MomentumTwin(nn.Module):
             for p in (p.data for p in self.encoder.parameters() if p.requires_grad):
                 p.copy_(p.flatten()[torch.randperm(p.numel(), device=p.device)].view_as(p))
         self.encoder.requires_grad_(False)
+        self.shuffles = False  # see caco/nn/norm.py: in_groups
 
     @torch.no_grad()
     def update(self, encoder: nn.Module, momentum: float) -> None:
@@ -36,5 +39,20 @@ class MomentumTwin(nn.Module):
         step(list(self.encoder.parameters()), list(encoder.parameters()), None)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, **how: bool) -> Tensor:
-        return self.encoder(images, **how)
+    def forward(self, images: Tensor | list[Tensor], **how: bool) -> Tensor:
+        """What the encoder gives for images [B, 3, H, W], or for several views of them, one view after the other."""
+        return self._shuffled(images, **how) if self.shuffles else self.encoder(images, **how)
+
+    def _shuffled(self, images: Tensor | list[Tensor], **how: bool) -> Tensor:
+        """The images of all ranks go through the encoder in an order drawn anew, and what comes of them goes back to where they were.
+
+        Source: _batch_shuffle_ddp and _batch_unshuffle_ddp of MoCo's code (moco/builder.py), which AdCo's has too.
+        """
+        views = [images] if isinstance(images, Tensor) else images
+        own = len(views[0])
+        # From the generator of rank 0 on the CPU, whose state is in a checkpoint.
+        order = distributed.from_main(torch.randperm(own * distributed.world()).to(views[0].device))
+        mixed = [distributed.own(distributed.gather(view)[order], own) for view in views]
+        embeddings = self.encoder(mixed[0] if isinstance(images, Tensor) else mixed, **how)
+        back = order.argsort()
+        return torch.cat([distributed.own(distributed.gather(view)[back], own) for view in embeddings.split(own)])

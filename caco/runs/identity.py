@@ -42,6 +42,10 @@ NEUTRAL_KEYS = (
 # them is the run that it was. Whoever adds a setting to conf/ adds its line, or every run so far gets another hash.
 AS_BEFORE: dict[str, Any] = {
     "accumulate": None,
+    "backbone.patch_size": None,
+    "backbone.pool": None,
+    "backbone.register_tokens": None,
+    "backbone.variant": "timm",
     "backbone.zero_init_last": False,
     "bank.final_lr": None,
     "bank.random_norms": "unit",
@@ -53,6 +57,7 @@ AS_BEFORE: dict[str, Any] = {
     "method.warm_start_key": "second",
     "method.warm_start_passes": None,
     "method.warm_start_steps": None,
+    "norm_groups": 1,
     "optimizer.decay_one_dimensional": False,
     "projector.activation": "relu",
     "projector.initialisation": "torch",
@@ -64,6 +69,7 @@ AS_BEFORE: dict[str, Any] = {
     "schedule.final_weight_decay": None,
     "schedule.warmup_end": "last",
     "schedule.warmup_start": None,
+    "shuffle_keys": False,
     "weights_digest": None,
 }
 

@@ -76,12 +76,14 @@ def test_adco_ends_at_the_same_rate_and_fills_at_its_own_temperature_whatever_it
         rate = by_epoch(lambda e, peak=peak, E=E: 0.0006 + (peak - 0.0006) * (1 + math.cos(math.pi * e / E)) / 2, E)
         assert rates(cfg) == pytest.approx(rate), name
         assert (cfg.method.temperature, cfg.method.warm_start_temperature, cfg.bank.temperature) == (tau, tau, bank_tau), name
+        assert (cfg.norm_groups, cfg.shuffle_keys) == (8, True), name
         assert (cfg.method.momentum, cfg.method.final_momentum, cfg.bank.lr, cfg.bank.final_lr) == (0.999, 0.999, 3.0, None), name
     assert {cfg.bank.size for _, cfg in of_method(rows, "adco")} == {8192, 16384, 65536}
 
 
-def test_moco_s_rate_is_half_a_cosine_of_epochs(rows):
+def test_moco_s_rate_is_half_a_cosine_of_epochs_and_its_batchnorm_that_of_eight_gpus(rows):
     for name, cfg in of_method(rows, "mocov2"):
+        assert (cfg.norm_groups, cfg.shuffle_keys) == (8, True), name
         E = cfg.epochs
         assert rates(cfg) == pytest.approx(by_epoch(lambda e, E=E: 0.03 * (1 + math.cos(math.pi * e / E)) / 2, E)), name
 

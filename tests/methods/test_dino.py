@@ -1,6 +1,7 @@
 """DINO's student predicts its teacher, whose centre, temperature and weights move as its sheet says; written out here anew."""
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ from caco import equations
 from caco.config import composition
 from caco.config.composition import instantiate
 from caco.engine.assembly import build_method
-from caco.engine.optimizers import OptimizerSchedule, adamw
+from caco.engine.optimizers import OptimizerSchedule, adamw, lars, lars_timm, sgd
 from caco.methods.dino import DINO
 from caco.nn.backbones import timm_backbone
 from caco.nn.heads import Encoder, Projector
@@ -241,6 +242,17 @@ def test_its_configurations_are_the_published_ones(name, peak, end, sizes, decay
     assert rates[-1] == pytest.approx(end + (peak - end) * (1 + math.cos(math.pi * 179 / 180)) / 2)
     table = method.schedules(run)["teacher_temperature"]
     assert (table[0], table[-1]) == temperatures and method.last_layer_frozen_epochs == 1
+
+
+@pytest.mark.parametrize("optimizer", [sgd, lars, lars_timm, functools.partial(adamw, decay_one_dimensional=True)])
+def test_biases_and_norms_decay_with_no_optimiser(optimizer):
+    """As get_params_groups of its code has it for each."""
+    method = dino(norm_last_layer=False)
+    groups = optimizer(method.parameter_groups(), batch=256, lr=1.0, weight_decay=0.1).param_groups
+    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    learning = {p for p in (*method.encoder.parameters(), *method.prototypes.parameters())}
+    assert decays.keys() == learning and {p: 0.1 if p.ndim > 1 else 0.0 for p in learning} == decays
+    assert {1, 2} <= {p.ndim for p in learning}
 
 
 def test_a_vit_takes_both_sizes_and_its_teacher_drops_no_path():

@@ -1,0 +1,111 @@
+"""ViTs of timm's with other patches, registers and pooling, and DINO's, whose class token and positions differ."""
+
+from functools import partial
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco.errors import UserError
+
+POOLS: dict[str, dict[str, Any]] = {"cls": {"global_pool": "token"}, "mean": {"global_pool": "avg", "fc_norm": False}}  # timm's words
+
+
+class DINOViT(VisionTransformer):
+    """timm's ViT with the class token's start and the positions of DINO's (arXiv 2104.14294).
+
+    The class token is drawn from a normal distribution of spread 0.02, where timm has 1e-6; registers, which DINO has none of,
+    stay as timm draws them. On n x m patches the positions learned for N x N are interpolated bicubically, without timm's smoothing
+    (antialias), and as if the patches were (n + 0.1) x (m + 0.1).
+
+    Source: the authors' code, vision_transformer.py: trunc_normal_(self.cls_token, std=.02), interpolate_pos_encoding.
+    """
+
+    def start_as_published(self) -> None:
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Tokens [B, class token, registers and patches, D] with their positions, from those of the patches [B, n, m, D]."""
+        num_images, rows, columns, width = x.shape
+        num_placed = self.pos_embed.shape[1] - self.patch_embed.num_patches  # of class token and registers, where they have a position
+        first, patches = self.pos_embed[:, :num_placed], self.pos_embed[:, num_placed:]
+        place = interpolated(patches, self.patch_embed.grid_size, (rows, columns))
+        tokens = [token.expand(num_images, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        before = torch.cat([*tokens, x.new_empty(num_images, 0, width)], 1)
+        return self.pos_drop(torch.cat([before + first if num_placed else before, x.flatten(1, 2) + place], 1))
+
+
+def interpolated(place: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Positions [1, N * M, D] of a grid as those of another one, [1, n * m, D]; see `DINOViT`."""
+    if grid == wanted:
+        return place
+    factors = [(new + 0.1) / old for new, old in zip(wanted, grid, strict=True)]
+    square = place.unflatten(1, grid).permute(0, 3, 1, 2)
+    return F.interpolate(square, scale_factor=factors, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def vit_options(*, patch_size: int | None, register_tokens: int | None, pool: Literal["cls", "mean"] | None) -> dict[str, Any]:
+    """timm's words for what is not left to the model."""
+    if pool is not None and pool not in POOLS:
+        raise UserError(f"backbone.pool: expected cls, mean or null, got {pool!r}")
+    if patch_size is not None and patch_size < 1 or (register_tokens or 0) < 0:
+        raise UserError(
+            "backbone needs a patch_size of at least 1 and register_tokens of 0 or more, or null; got "
+            f"{patch_size} and {register_tokens}"
+        )
+    options: dict[str, Any] = {"patch_size": patch_size, "reg_tokens": register_tokens}
+    return {key: value for key, value in options.items() if value is not None} | (POOLS[pool] if pool else {})
+
+
+def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **options: Any) -> VisionTransformer:
+    """A ViT of timm's, randomly initialised.
+
+    Raises:
+        UserError: the model is no ViT, or timm does not make it so.
+    """
+    if variant not in ("timm", "dino"):
+        raise UserError(f"backbone.variant: expected timm or dino, got {variant!r}")
+    if not name.startswith("vit_"):
+        raise UserError(
+            f"backbone.name must be a ViT of timm's for patch_size, register_tokens, pool, variant and MoCo v3's; got {name!r}"
+        )
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+    except (AssertionError, TypeError) as error:  # timm's ways to refuse
+        shown = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise UserError(f"backbone: timm makes no {name} with {shown}: {error}") from error
+    if type(model) is not VisionTransformer:
+        raise UserError(f"backbone.name must be a plain ViT of timm's; got {name!r}, a {type(model).__name__}")
+    if variant == "dino":
+        if model.pos_embed is None or not model.dynamic_img_size:
+            raise UserError(f"backbone.variant=dino needs position embeddings and an image_size; got {name!r}")
+        model.__class__ = DINOViT  # it has no state more, and timm's function would not make another class
+        model.start_as_published()
+    return model
+
+
+def refuse_parts_of_patches(model: nn.Module) -> None:
+    """Have a ViT refuse images that do not consist of whole patches: those that it is made for now, others when they come.
+
+    Raises:
+        UserError: those that it is made for do not.
+    """
+    embed = getattr(model, "patch_embed", None)
+    sides, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
+    if isinstance(embed, nn.Module) and sides is not None and size is not None:
+        _refuse_parts(tuple(sides), embed, (torch.empty(0, 3, *size, device="meta"),))
+        embed.register_forward_pre_hook(partial(_refuse_parts, tuple(sides)))
+
+
+def _refuse_parts(sides: tuple[int, int], embed: nn.Module, images: tuple[Tensor]) -> None:
+    shape = images[0].shape[-2:]
+    if any(pixels % side for pixels, side in zip(shape, sides, strict=True)):
+        near = sorted({max(1, pixels // side + more) * side for pixels, side in zip(shape, sides, strict=True) for more in (0, 1)})
+        raise UserError(
+            f"a ViT with patches of {sides[0]} pixels takes images of whole patches; got {shape[0]} x {shape[1]} pixels, near are "
+            f"{' and '.join(map(str, near))}"
+        )
