@@ -15,7 +15,7 @@ demo:
 	.venv/bin/python -m caco.train preset=demo $(ARGS)
 	.venv/bin/python -m analysis.picture preset=demo $(ARGS)
 
-# The demo over every instruction set and five seeds: experiments/records/demo.md. An hour or so on two cores.
+# The demo over every instruction set and five seeds: experiments/records/demo/README.md. An hour or so on two cores.
 demo-record:
 	$(SET_UP) demo
 	.venv/bin/python -m experiments.demo $(ARGS)

@@ -3,7 +3,7 @@
     python -m experiments.demo                    all cells on held-out training images, then each encoder once on the test images
     python -m experiments.demo --check            what the continuous integration runs: one seed, two instruction sets
 
-The first makes experiments/records/demo.json and demo.md (make demo-record); runs that are there already are not run again.
+The first makes experiments/records/demo/, cells.json and README.md (make demo-record); runs that are there already are not run again.
 The recipe is chosen on training images that are held out (data.validation_fraction), and it must reach the goals below in every
 cell there. The test images are looked at once per cell, whatever comes out.
 """
@@ -153,7 +153,7 @@ def table(cells: list[Cell]) -> str:
         "one thread a run, two runs at a time. `plain`, `avx2`, ... hold caco's compiled parts and PyTorch to that instruction set "
         "(`CACO_INSTRUCTIONS`); `torch` is PyTorch at its best without caco's compiled parts.",
         "",
-        f"Trained with {HELD_OUT:.0%} of the 1,400 training images held out, which chose the recipe ([how](README.md)): k-NN and probe on "
+        f"Trained with {HELD_OUT:.0%} of the 1,400 training images held out, which chose the recipe ([how](../README.md)): k-NN and probe on "
         "these 280 images, in percent (one image is 0.36). Goals in every cell: " + "; ".join(GOALS) + ".",
         "At the right the same encoders on the 397 test images (one is 0.25; k-NN over all 1,400 training images), looked at once, when "
         "all cells were done; nothing was changed for it.",
@@ -179,8 +179,9 @@ def make_record(folder: Path, seeds: Iterable[int], jobs: int) -> int:
         cells = list(pool.map(lambda cell: run(cell[0], cell[1], "held-out", folder=folder, threads=1), todo))
         cells = list(pool.map(lambda cell: look_at_test_images(cell, folder), cells))
     content = [{**vars(cell), "missed": cell.missed(GOALS)} for cell in cells]
-    RECORD.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    RECORD.with_suffix(".md").write_text(table(cells), encoding="utf-8")
+    RECORD.mkdir(exist_ok=True)
+    (RECORD / "cells.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (RECORD / "README.md").write_text(table(cells), encoding="utf-8")
     return sum(len(cell["missed"]) for cell in content)
 
 

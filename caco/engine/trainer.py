@@ -255,9 +255,11 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 outputs = self.method(part, now)
             (outputs.loss / self.accumulate).backward()
-            parts.append(Outputs(outputs.loss.detach(), outputs.metrics | self.signs.of_step(outputs.embedding)))
+            parts.append(outputs._replace(loss=outputs.loss.detach()))
         loss = torch.stack([part.loss for part in parts]).mean()
-        return Outputs(loss, {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics})
+        metrics = {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics}
+        embeddings = [part.embedding.detach() for part in parts if part.embedding is not None]
+        return Outputs(loss, metrics | self.signs.of_step(torch.cat(embeddings) if embeddings else None))
 
     def _averaged(self, outputs: Outputs) -> dict[str, torch.Tensor]:
         """Loss and metrics as means over the ranks, and "stop", the part of them told to stop, in one message."""
@@ -371,9 +373,7 @@ class Trainer:
             ValueError: the checkpoint is of another configuration, or of other data.
         """
         if state["config_hash"] != self.config_hash:
-            raise UserError(
-                f"expected a checkpoint of configuration {self.config_hash}; got one of {state['config_hash']}"
-            )
+            raise UserError(f"expected a checkpoint of configuration {self.config_hash}; got one of {state['config_hash']}")
         if state["data_digest"] != self.data_digest:
             raise UserError(
                 f"expected a checkpoint made with these data (digest {self.data_digest}); got one made with others "

@@ -12,6 +12,7 @@ from tiny import BANK, TINY, batch_of, compose, now, train
 from caco.banks.kernels import fused
 from caco.config.composition import instantiate
 from caco.engine import assembly, trainer
+from caco.methods import diagnostics
 from caco.runs.checkpoint import load
 from caco.tracking.ledger import read_rows
 
@@ -269,6 +270,7 @@ def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides
             return
         run = trainer.Trainer.__new__(trainer.Trainer)
         run.method, run.accumulate, run.device, run.precision = method, parts, torch.device("cpu"), "fp32"
+        run.signs = diagnostics.Signs()
         generator = torch.Generator().manual_seed(0)
         views = [torch.randn(16, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
         at = now("warm start" if warm_start else "training", bank_lr=0.5)
