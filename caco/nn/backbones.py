@@ -77,14 +77,14 @@ def mocov3_vit(
     pool: Literal["cls", "mean"] | None = None,
 ) -> nn.Module:
     """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the projection of the patches
-    stays as it was drawn. Its feature is that of the class token.
+    stays as it was drawn. Its feature is the class token's, as published, unless `pool` says another.
 
     Args:
         name: timm's, for example vit_small_patch16_224, with a class token.
         num_heads: MoCo v3's ViT-S has 12, timm's 6.
         image_size: pixels of a square image; crops of other sizes of whole patches go too.
         frozen_patches: whether that projection takes no gradient.
-        patch_size, register_tokens, pool: as in `timm_backbone`; MoCo v3 itself has no registers, which have no positions.
+        patch_size, register_tokens, pool: as in `timm_backbone`; registers, which MoCo v3 itself has none of, have no positions.
     Raises:
         UserError: timm knows no such model, or not as a ViT with a class token and position embeddings.
     """

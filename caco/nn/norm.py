@@ -76,7 +76,8 @@ class AllRanksBatchNorm(_InPlaceOf):
 class GroupedBatchNorm(_InPlaceOf):
     """Each group of a rank's images has statistics of its own; rows of several views of an image belong to the group of the image.
 
-    The running statistics move towards the mean of what the groups of all ranks have, and so are the same on every rank.
+    Barlow Twins' loss, whose coordinates a BatchNorm normalises, does it with groups too. The running statistics move towards the mean
+    of what the groups of all ranks have, and so are the same on every rank.
 
     Source: the SplitBatchNorm of MoCo's CIFAR notebook, whose groups are every S-th image, and on several GPUs MoCo's BatchNorm of
     each; of whose running statistics the published code keeps those of the first GPU.

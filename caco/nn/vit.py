@@ -17,8 +17,8 @@ POOLS: dict[str, dict[str, Any]] = {"cls": {"global_pool": "token"}, "mean": {"g
 class DINOViT(VisionTransformer):
     """timm's ViT with the class token's start and the positions of DINO's (arXiv 2104.14294).
 
-    The class token is drawn from a normal distribution of spread 0.02, where timm has 1e-6; registers, which DINO has none of,
-    stay as timm draws them. On n x m patches the positions learned for N x N are interpolated bicubically, without timm's smoothing
+    The class token is drawn from a truncated normal distribution of spread 0.02, where timm has 1e-6; registers, which DINO has none
+    of, stay as timm draws them. On n x m patches the positions learned for N x N are interpolated bicubically, without timm's smoothing
     (antialias), and as if the patches were (n + 0.1) x (m + 0.1).
 
     Source: the authors' code, vision_transformer.py: trunc_normal_(self.cls_token, std=.02), interpolate_pos_encoding.
@@ -83,7 +83,7 @@ def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **optio
     if variant == "dino":
         if model.pos_embed is None or not model.dynamic_img_size:
             raise UserError(f"backbone.variant=dino needs position embeddings and an image_size; got {name!r}")
-        model.__class__ = DINOViT  # it has no state more, and timm's function would not make another class
+        model.__class__ = DINOViT  # which has no more state; timm's function makes none but its own class
         model.start_as_published()
     return model
 
