@@ -25,6 +25,7 @@ from typing import NamedTuple
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.bank has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
 import torch
 from torch.nn import functional as F
 

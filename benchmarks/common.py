@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch  # after caco, which tells it which instructions to use
+import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import torch
 
 from caco import instructions
 from caco.banks.kernels import fused

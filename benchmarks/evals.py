@@ -23,6 +23,7 @@ import numpy as np
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.evals has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F

@@ -34,6 +34,7 @@ from PIL import Image, ImageFilter
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.loader has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
 import torch
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset

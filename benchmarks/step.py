@@ -15,6 +15,7 @@ from pathlib import Path
 if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.step has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
 import torch
 
 from benchmarks.common import Report, formatted, lacks_bf16, named, parser, ratios, say, seconds, spread, turns

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
-import caco  # noqa: F401 - before torch, as CACO_INSTRUCTIONS asks
+import caco  # noqa: F401, I001 - before torch, as CACO_INSTRUCTIONS asks
+import torch
 
 # Of the processes that tests start, too: beside other tests, several threads mostly wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -116,6 +116,33 @@ def test_every_command_refuses_it_in_one_sentence_with_exit_code_2(command):
     assert done.stderr == f"caco: CACO_INSTRUCTIONS=avx3: {EXPECTED}; did you mean avx2?\n"
 
 
+PROGRAMS = [
+    str(file.relative_to(ROOT))
+    for folder in ("analysis", "experiments", "benchmarks")  # those of caco do, being parts of it
+    for file in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in file.read_text()
+]
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, "tests/conftest.py"])
+def test_experiments_benchmarks_and_tests_import_caco_before_torch(program):
+    """Else a level that the processor has would be refused as too late."""
+    assert len(PROGRAMS) > 10
+    code = f"""
+import importlib.abc, runpy, sys
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print("caco" in sys.modules)
+            raise SystemExit
+sys.meta_path.insert(0, Watch())
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+runpy.run_path({str(ROOT / program)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "False" not in done.stdout.split(), f"{program} imports torch before caco"
+
+
 def test_a_program_that_catches_the_refusal_goes_on():
     code = "try:\n    import caco\nexcept ValueError as error:\n    print(type(error).__name__)\n1 / 0"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=child_environment("avx3"), capture_output=True, text=True, check=False)
