@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from processes import caco_train
@@ -40,7 +42,10 @@ def train_told_to_stop(rows, *overrides):
         original(self, *arguments, **options)
         logged.append(1)
         if len(logged) == rows:
-            os.killpg(0, signal.SIGTERM)
+            # By another process: workers end when the one that trains tells them to.
+            code = "import os, sys; os.killpg(int(sys.argv[1]), int(sys.argv[2]))"
+            command = [sys.executable, "-S", "-c", code, str(os.getpgrp()), str(int(signal.SIGTERM))]
+            subprocess.run(command, start_new_session=True, check=True)
 
     LedgerTracker.log = log
     caco_train(*overrides)

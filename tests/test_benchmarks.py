@@ -65,6 +65,8 @@ def test_without_an_argument_there_is_a_table_and_the_machine(run):
 
 
 def test_the_bank_leaves_out_bfloat16_where_it_has_no_unit(run, no_bf16):
+    if why := common.lacks_kernel():
+        pytest.skip(why)
     printed, figures = run("bank", "speed", "step", "curve")
     for what in ("the bf16 matrix product", "the bank in bf16", "the step in bf16"):
         before, _, after = printed.partition(f"left out: {what}: ")

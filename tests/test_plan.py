@@ -147,7 +147,7 @@ def test_the_command_tells_and_refuses(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan", "preset=demo", "world=2", "tflops=0.1"])
     plan.main()
     told = capsys.readouterr().out
-    assert "1,480 steps of 64 images on 2 devices (640 of them, 43 %, warm start), 32 images each" in told
+    assert "2,320 steps of 64 images on 2 devices (640 of them, 28 %, warm start), 32 images each" in told
     assert "100,000,000" in told and "tflops=0.1" in told
     monkeypatch.setattr("sys.argv", ["plan", "preset=demo", "world=two"])
     with pytest.raises(SystemExit) as end:

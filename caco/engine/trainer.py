@@ -255,7 +255,7 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 outputs = self.method(part, now)
             (outputs.loss / self.accumulate).backward()
-            parts.append(outputs._replace(loss=outputs.loss.detach()))
+            parts.append(Outputs(outputs.loss.detach(), outputs.metrics, outputs.embedding))
         loss = torch.stack([part.loss for part in parts]).mean()
         metrics = {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics}
         embeddings = [part.embedding.detach() for part in parts if part.embedding is not None]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caco import write
+from caco import instructions, write
 from caco.data.loaders.ffcv_loader import FFCVLoader
 from caco.data.sets.beton import BetonImages, beton
 from caco.data.sets.folders import folder
@@ -88,6 +88,7 @@ def test_ffcv_reads_what_we_write(in_memory, tmp_path, monkeypatch):
     assert np.array_equal(np.concatenate(labels)[:, 0], in_memory.train.labels)
 
 
+@pytest.mark.skipif(instructions.LEVEL == "torch", reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off")
 def test_ffcvs_pipelines_leave_numbas_types_as_they_are(in_memory, two_views, tmp_path, monkeypatch):
     """Numba files what it compiled under them; what is not found there any more is a traceback when it is deleted."""
     filed = {numba.uint8[::1]: "compiled for arrays of bytes"}
