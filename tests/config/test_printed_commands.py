@@ -22,7 +22,9 @@ EVERY = [(str(file), words) for file in FILES for words in printed(file) if "-m"
 
 
 def test_they_are_found():
-    assert printed("config.yaml") == [[], ["schedule.unit=epoch", "precision=fp32"], ["preset=demo"], ["bank=12M", "batch=4096"]]
+    assert printed("config.yaml") == [
+        [], ["schedule.unit=epoch", "precision=fp32", "eval.knn.choice=first"], ["preset=demo"], ["bank=12M", "batch=4096"],
+    ]  # fmt: skip
     assert len(EVERY) > 40 and len({file for file, _ in EVERY}) > 35
 
 

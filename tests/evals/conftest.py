@@ -1,37 +1,15 @@
-"""Images whose colour tells their class, and a store of them."""
+"""A store of images whose colour tells their class."""
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
+from coloured import Colours, coloured
 from torch import nn
 
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.sources import Splits
 from caco.data.views.augmentation import View, Views
 from caco.evals.features import FeatureStore
-
-
-def coloured(count: int, name: str, *, labelled: bool = True, seed: int = 0, classes: int = 3) -> ImagesInMemory:
-    rng = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    images = rng.integers(0, 120, (count, 8, 8, 3), dtype=np.uint8)
-    images[np.arange(count), :, :, labels] += 100
-    return ImagesInMemory(images, name=name, labels=labels if labelled else None, classes=["red", "green", "blue"][:classes])
-
-
-class Colours(nn.Module):
-    """The mean of each channel, through a layer that could learn and a BatchNorm that could change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
-        self.num_features = 4
-        with torch.no_grad():
-            self.layer.weight.copy_(torch.eye(4, 3))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.layer(images.mean((2, 3))))
 
 
 @pytest.fixture
