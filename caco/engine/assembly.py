@@ -67,11 +67,13 @@ def build_method(cfg: DictConfig) -> Method:
     """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
     torch.manual_seed(cfg.seed)
     encoder = build_encoder(cfg)
+    # A part that is not there is no argument: a method that knows nothing of banks, or of treatments of negatives, takes none.
+    treatment = {} if cfg.get("negatives") is None else {"treatment": instantiate(cfg.negatives)}
     if cfg.bank is None:
-        return instantiate(cfg.method, encoder=encoder)
+        return instantiate(cfg.method, encoder=encoder, **treatment)
     bank = instantiate(cfg.bank)
     require_contract("bank", bank, Bank)
-    return instantiate(cfg.method, encoder=encoder, bank=bank)
+    return instantiate(cfg.method, encoder=encoder, bank=bank, **treatment)
 
 
 def build_tracker(cfg: DictConfig) -> Tracker:

@@ -98,6 +98,21 @@ def adamw(
     return torch.optim.AdamW(parts, lr=scaled_lr(lr, batch, reference_batch), betas=(first, second))
 
 
+def adam(
+    groups: list[ParameterGroup],
+    *,
+    batch: int,
+    lr: float = 1e-3,
+    reference_batch: int | None = 256,
+    betas: Sequence[float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Adam, whose decay is part of the gradient; on every parameter. The rate is lr * batch / reference_batch."""
+    parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
+    first, second = betas
+    return torch.optim.Adam(parts, lr=scaled_lr(lr, batch, reference_batch), betas=(first, second))
+
+
 def larc(
     groups: list[ParameterGroup],
     *,
@@ -179,7 +194,7 @@ class Optimisation:
     """torch's optimiser, and the rates and decays that it has at each step of the training.
 
     Args:
-        optimizer: of `lars`, `lars_timm`, `larc`, `sgd` or `adamw`.
+        optimizer: of `lars`, `lars_timm`, `larc`, `sgd`, `adam` or `adamw`.
         schedule: see there.
         run: how long the training is.
     """

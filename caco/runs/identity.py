@@ -47,6 +47,7 @@ AS_BEFORE: dict[str, Any] = {
     "format": None,
     "method.warm_start_passes": None,
     "method.warm_start_steps": None,
+    "negatives": None,
     "optimizer.decay_one_dimensional": False,
     "projector.activation": "relu",
     "projector.initialisation": "torch",
