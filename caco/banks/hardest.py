@@ -9,6 +9,7 @@ wanted by some query, D width.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from caco import distributed
 from caco.banks import scoring
@@ -28,6 +29,8 @@ def hardest(q_BD: Tensor, rows: Rows, count: int, left_out_B: Tensor | None = No
         q_GD = distributed.gather(q_BD)
         left_out_G = None if left_out_B is None else distributed.gather(left_out_B) - rows.first
         value_GN, row_GN = _of_these_rows(q_GD, rows.weight, count, left_out_G)
+        most = min(count, -(-rows.size // distributed.world()))  # of any rank
+        value_GN, row_GN = F.pad(value_GN, (0, most - value_GN.shape[1]), value=-torch.inf), F.pad(row_GN, (0, most - row_GN.shape[1]))
         value_BN, row_BN = (distributed.exchange(x).transpose(0, 1).flatten(1) for x in (value_GN, row_GN + rows.first))
         return row_BN.gather(1, value_BN.topk(count, dim=1).indices)
 

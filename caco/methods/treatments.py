@@ -53,7 +53,7 @@ class Treatment:
 
     def costs(self, *, rows_are_positives: bool) -> dict[str, Any]:
         """What it adds to a method's Costs."""
-        sums = 1 if self.objective is None else len(self.objective.exponents)
+        sums = 0 if self.objective is None else len(self.objective.exponents)
         left_out = self.objective is not None and rows_are_positives
         return {"sums": sums, "left_out": left_out, "candidates": self.candidates, "drawn": self.drawn, "synthetic": self.synthetic}
 

@@ -143,7 +143,7 @@ def test_float32_by_every_kernel_stays_close_to_float64(path, name, kind, bank_t
             loss.mean().backward()
             score = bank.score(fast_q, positive, temperature=tau, extra_BE=None if extra is None else extra.float(), objective=objective)
             score.loss_B.mean().backward()
-            tolerance = {"amx": 3e-4, "amx bfloat16": 0.15}.get(path, 1e-4) if kind == "extra" else 1e-4
+            tolerance = {"amx": 1e-3, "amx bfloat16": 0.3}.get(path, 1e-4) if kind == "extra" else 1e-4
             assert torch.allclose(score.loss_B.double(), loss, atol=tolerance)
             assert torch.allclose(fast_q.grad.double(), dense_q.grad, atol=tolerance / tau / B)
             gradient += expected_rows(dense, q, w, positive, bank_tau or tau, extra, weight, pull=pull, push=push)
@@ -183,12 +183,10 @@ def test_a_low_temperature_that_leaves_float32_s_range():
     q = unit(6, 8, seed=0)
     w = torch.cat([q, -q.repeat(4, 1)])
     positive = torch.arange(6)
-    others = torch.tensor([-1.0], dtype=torch.float64)
     for objective in (Reweighted(positive_share=0.0, concentration=1.0), Margin(epsilon=0.0)):
         loss = reweighted.score(q.float(), w.float(), positive, objective=objective, first_row=0, size=30, tau=0.004).loss_B
         exact = reweighted.score(q, w, positive, objective=objective, first_row=0, size=30, tau=0.004).loss_B
         assert loss.isfinite().all() and torch.allclose(loss.double(), exact, rtol=1e-4, atol=1e-3)
-    assert others < 0
 
 
 @pytest.mark.parametrize(
