@@ -26,7 +26,7 @@ from caco.errors import SweepFailed, UserError
 from caco.launch.jobs import Job
 from caco.runs.files import read_json, write_json
 from experiments import record
-from experiments.tables import HERE, Experiment, experiments, load_scale, load_table, scales
+from experiments.tables import HERE, Experiment, experiments, load_scale, load_table, scales, tables
 
 RECORDS = HERE / "records"
 OWN_KEYS = ("scale", "seed", "rows")
@@ -257,10 +257,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"scales: {', '.join(scales())}. What they are: experiments/scale/*.yaml; the tables: experiments/table*.yaml. "
+        epilog=f"scales: {', '.join(scales())}. What they are: experiments/scale/*.yaml; the tables: experiments/*.yaml. "
         "--config-dir DIR adds options and components of your own, and tables and scales in DIR/experiments.",
     )
-    parser.add_argument("table", help="table1 ... table7")
+    parser.add_argument("table", help=", ".join(tables()))
     parser.add_argument(
         "words", nargs="*", metavar="key=value",
         help="scale=NAME; seed=0,1 and rows=a,b in place of all; launcher=slurm, launcher.KEY=...; and what cannot change a "

@@ -1,4 +1,4 @@
-"""The paper's tables and the scales at which they are run: from two YAML files to the command of every run.
+"""The paper's tables, and ours, and the scales at which they are run: from two YAML files to the command of every run.
 
 A table is free of any scale: its rows choose a method and name the paper's epochs, batch and bank. A scale says how to
 train everything, and by how much the paper's numbers shrink. Imports no torch.
@@ -49,10 +49,10 @@ class Row:
 
 @dataclass
 class Table:
-    """One table of the paper.
+    """One table of the paper, or one of ours.
 
     Args:
-        id: of its file, as table7; table: the paper's numeral.
+        id: of its file, as table7; table: the paper's numeral, or a letter.
         reference: the row that gains are counted from.
         columns: the paper's columns and their headers.
         compare: gains as a difference, or as a ratio (of times).
@@ -126,7 +126,7 @@ def _files(pattern: str) -> dict[str, Path]:
 
 
 def tables() -> list[str]:
-    return list(_files("table*.yaml"))
+    return list(_files("*.yaml"))
 
 
 def scales() -> list[str]:
@@ -152,13 +152,13 @@ def _read(path: Path, schema: type, **more: Any) -> Any:
 
 
 def load_table(name: str) -> Table:
-    """The table of that name: table7, or 7.
+    """The table of that name: table7, 7, or negatives.
 
     Raises:
         UserError: there is none; its file is wrong.
     """
     name = _pick("table", f"table{name}" if name.isdigit() else name, tables())
-    path = _files("table*.yaml")[name]
+    path = _files("*.yaml")[name]
     table = _read(path, Table, id=name)
     _pick_in(path, "reference", table.reference, table.rows)
     for row in table.rows.values():

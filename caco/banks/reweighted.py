@@ -123,10 +123,10 @@ class _ReweightedScore(torch.autograd.Function):
                 ]
             top_G = distributed.max_(sums[0].peak_G.clone())
             m_GD = torch.where(own_shard_G[:, None], scoring.unit_rows(w_RD[torch.where(own_shard_G, local_G, 0)])[0], 0.0)
-            z = distributed.sum_(torch.stack([*(z_G for part in sums for z_G in part.z), (q_GD * m_GD).sum(1).double()]))
-            if not (torch.isfinite(z).all() and (top_G < 1.01).all()):  # the same on every rank
+            reduced = distributed.sum_(torch.stack([*(z_G for part in sums for z_G in part.z), (q_GD * m_GD).sum(1).double()]))
+            if not (torch.isfinite(reduced).all() and (top_G < 1.01).all()):  # the same on every rank
                 scoring.refuse(q_GD, w_RD, first_row)
-            *z, cosine_G = z
+            *z, cosine_G = reduced
             cosine_B, in_extra_B = distributed.own(cosine_G, B), positive_B >= size
             count_B, others_BE = size - (~in_extra_B).long(), None
             if extra_BE is not None:

@@ -64,8 +64,12 @@ class Anchors(NamedTuple):
     def _of_one_temperature(cls, several: list["Anchors"]) -> "Anchors":
         if len(several) == 1:
             return several[0]
-        per_query = {name: [getattr(anchors, name) for anchors in several] for name in cls._fields if name.endswith(("_N", "_ND"))}
-        return several[0]._replace(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in per_query.items()})
+        q, positive, log_sum, weight = (torch.cat(parts) for parts in zip(*(anchors[:4] for anchors in several), strict=True))
+        shares = [anchors.share_N for anchors in several if anchors.share_N is not None]
+        pulls = [anchors.pull_N for anchors in several if anchors.pull_N is not None]
+        assert len(shares) in (0, len(several)) and len(pulls) in (0, len(several)), "a step has one loss, and one kind of positives"
+        others = (torch.cat(parts) if parts else None for parts in (shares, pulls))
+        return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others)
 
 
 def low_precision(device: torch.device) -> bool:

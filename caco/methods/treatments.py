@@ -68,7 +68,7 @@ def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: B
             f"negatives: {name} makes negatives of the bank's rows, and these are no negatives with {type(negatives).__name__}; expected "
             "method=mocov2, method=adco, pn=both or pn=negative, whose negatives they are, or other treatment: plain, debiased, hard, margin"
         )
-    if treatment.objective is not None and negatives.bank_rows and "objective" not in inspect.signature(type(bank).score).parameters:
+    if treatment.objective is not None and bank is not None and "objective" not in inspect.signature(bank.score).parameters:
         raise UserError(
             f"negatives: {name} is another loss than InfoNCE, and {type(bank).__name__}.score takes no `objective` (caco/banks/base.py); "
             "expected negatives=plain, or a bank that passes it on to caco.banks.reweighted.score"
