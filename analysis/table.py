@@ -358,7 +358,7 @@ def found_for(table: Table, scale: Scale, runs: Sequence[Result], arguments: arg
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="1 ... 7, or another one's name, as rivals")
+    parser.add_argument("table", help="1 ... 7, or another one's name, as rivals or negatives")
     parser.add_argument("--scale", help=f"one of {', '.join(scales())}; by default every one that has results")
     parser.add_argument("--rows", help="these rows of the table alone, as none,both")
     parser.add_argument("--format", choices=FORMATS, default="text")

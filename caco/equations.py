@@ -179,6 +179,54 @@ def bank_update(
     return w_KD, velocity_KD
 
 
+# Of other losses over the same positives and negatives. A positive that is a bank row is not among its query's negatives; N is their number.
+
+
+def _positive_and_negatives(
+    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, extra_BE: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines with the positive [B] and with all columns [B, K + E], the positive's place masked by -inf; and N [B]."""
+    cosines = q_BD @ m_KD.T
+    if extra_BE is not None:
+        cosines = torch.cat([cosines, extra_BE], 1)
+    others = cosines.scatter(1, positive_B[:, None], -torch.inf)
+    return cosines.gather(1, positive_B[:, None])[:, 0], others, others.isfinite().sum(1).to(q_BD.dtype)
+
+
+def reweighted_loss(
+    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None, *, positive_share: float, concentration: float
+) -> Tensor:
+    """Hard negatives, debiased: -log pos / (pos + Ng), [B], with neg_j = exp(q.m_j / tau), tau+ the share and beta the concentration and
+
+    R = sum_j w_j neg_j,  w_j = neg_j^beta / mean_j neg_j^beta,  Ng = max((R - tau+ N pos) / (1 - tau+), N exp(-1 / tau)).
+
+    Source: arXiv 2010.04592, with beta = 0 arXiv 2007.00224 (debiased); there over a batch.
+    """
+    positive, others, count = _positive_and_negatives(q_BD, m_KD, positive_B, extra_BE)
+    positive, negatives, there = (positive / tau).exp(), (others / tau).exp(), others.isfinite()
+    weights = torch.where(there, (concentration * others.where(there, 0.0) / tau).exp(), 0.0)
+    total = (weights / (weights.sum(1) / count)[:, None] * negatives).sum(1)
+    lowest = count * torch.exp(torch.tensor(-1 / tau, dtype=q_BD.dtype))
+    left = torch.maximum((total - positive_share * count * positive) / (1 - positive_share), lowest)
+    return -(positive / (positive + left)).log()
+
+
+def margin_loss(
+    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None, *, epsilon: float, alpha: float | None
+) -> Tensor:
+    """(CE(cosines) + alpha CE(cosines moved by epsilon, the positive's down, the negatives' up)) / (1 + alpha), [B]; alpha None: the second.
+
+    Source: arXiv 2106.11230, implicit feature modification.
+    """
+    positive, others, _ = _positive_and_negatives(q_BD, m_KD, positive_B, extra_BE)
+
+    def cross_entropy(positive: Tensor, others: Tensor) -> Tensor:
+        return torch.logsumexp(torch.cat([positive[:, None], others], 1) / tau, 1) - positive / tau
+
+    moved = cross_entropy(positive - epsilon, others + epsilon)
+    return moved if alpha is None else (cross_entropy(positive, others) + alpha * moved) / (1 + alpha)
+
+
 # Of methods with prototypes: SwAV (arXiv 2006.09882) and DINO (arXiv 2104.14294). K prototypes, tau the student's temperature.
 
 

@@ -91,18 +91,21 @@ def plan(
     images_per_device, dim = cfg.batch // world, cfg.projector.dim
     columns = one["in_batch_columns"] * cfg.batch
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
-    bank_flops = unit * size * (4 * one["bank_terms"] if one["learnable"] else 2 * one["bank_terms"])
-    bank_flops += unit * size * one["scans"]
-    model_flops = one["flops"] * cfg.batch + 3 * unit * (columns * one["terms"] + dim * one["matrices"])
+    products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (one["candidates"] > 0)  # of the queries with all rows
+    bank_flops = unit * size * (products * one["bank_terms"] + one["scans"])
+    model_flops = one["flops"] * cfg.batch + 3 * unit * ((columns + one["synthetic"]) * one["terms"] + dim * one["matrices"])
 
     row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight, velocity; uses
     bank_bytes = size // world * row_bytes
     # One block of scores and its copies; the stream of queries and the sums of all ranks' queries.
     workspace = (3 * scoring.BLOCK_ELEMENTS * 4 if size else 0) + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"])
-    logits = columns * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
+    # What further negatives are made of: candidates, found and sorted, with their places; and rows, at most all.
+    queries, found = cfg.batch * one["bank_terms"], min(one["candidates"], -(-size // world))
+    workspace += 2 * (queries * found * (4 + 8) + 4 * dim * min(size, queries * one["drawn"]))
+    logits = (columns + one["synthetic"]) * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
     activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (images_per_device * logits + dim * dim * one["matrices"])
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
-    sent = _sent(one, cfg.batch, dim, world) if world > 1 else 0.0
+    sent = _sent(one, cfg.batch, size, dim, world) if world > 1 else 0.0
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
     return {
         "steps": float(steps),
@@ -126,8 +129,8 @@ def plan(
 def _parts(cfg: DictConfig) -> str:
     """What the counts depend on, so that runs that share it are counted once."""
     tree = plain(cfg)
-    parts = {key: tree[key] for key in ("method", "bank", "backbone", "projector", "optimizer", "augmentation", "precision")}
-    parts |= {"norm_groups": tree["norm_groups"], "shuffle_keys": tree["shuffle_keys"]}
+    names = ("method", "bank", "negatives", "backbone", "projector", "optimizer", "augmentation", "precision", "norm_groups", "shuffle_keys")
+    parts = {key: tree.get(key) for key in names}
     if parts["bank"] is not None:
         parts["bank"] |= {"size": 2, "seed": 0}
     return json.dumps(parts)
@@ -140,7 +143,8 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     with torch.device("meta"):
         encoder = build_encoder(cfg)
     bank: Bank | None = None if cfg.bank is None else instantiate(cfg.bank)
-    method: Method = instantiate(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
+    given = {"bank": bank, "treatment": None if cfg.negatives is None else instantiate(cfg.negatives)}
+    method: Method = instantiate(cfg.method, encoder=encoder, **{name: part for name, part in given.items() if part is not None}).train()
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
     others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
     for child in others:
@@ -172,6 +176,7 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "gradient_bytes": weight_bytes,
         "terms": costs.terms,
         "bank_terms": costs.bank_terms,
+        **{name: getattr(costs, name) for name in ("sums", "left_out", "candidates", "drawn", "synthetic")},
         "scans": costs.searches,
         "lookups": costs.lookups,
         "in_batch_columns": costs.columns_per_image,
@@ -231,23 +236,28 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
     return total
 
 
-def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
+def _sent(one: dict[str, float], batch: int, size: int, dim: int, world: int) -> float:
     """Bytes that one rank sends in a step: all-gathers pass a part on to each other rank, all-reduces go round twice.
 
-    Of the bank nothing but queries, keys and their sums travels, whatever its size.
+    Of the bank nothing but queries, keys and their sums travels, whatever its size. Where further negatives are made of its rows,
+    each of these travels once, and so many different ones are counted as there can be.
     """
     part, ring = (world - 1) * batch / world, 2 * (world - 1) / world
     term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums
+    term += 8 * (part * (1 + 2 * one["sums"]) + ring * batch * one["sums"]) if one["sums"] else 0  # sums and derivatives, doubles
     scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
     lookup = part * 8 + ring * batch * 4 * dim
+    # Query and positive; candidates and their places, of which each rank gets its own queries'; the places that are wanted; the rows.
+    mixing = part * (4 * dim + 8 * (one["scans"] > 0) + 12 * min(one["candidates"], -(-size // world)) + 8 * one["drawn"])
+    mixing = one["bank_terms"] * mixing + ring * 4 * dim * min(size, one["bank_terms"] * batch * one["drawn"])
     keys = part * one["shuffled_bytes"] + one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
     return (
         ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
         + one["bank_terms"] * term
         + one["scans"] * scan
         + one["lookups"] * lookup
-        + keys
-    )
+        + keys + (mixing if one["candidates"] else 0)
+    )  # fmt: skip
 
 
 def _images(cfg: DictConfig) -> int:
@@ -255,8 +265,7 @@ def _images(cfg: DictConfig) -> int:
     data = cfg.data
     known = num_images_of(composition.target(data))
     if known is not None and data.get("class_list") is None:
-        held_out = data.get("validation_fraction") or 0.0
-        known = round(known * (1 - held_out))
+        known = round(known * (1 - (data.get("validation_fraction") or 0.0)))
         return min(known, data.get("limit") or known)
     if "root" in data and data.root is None:
         raise UserError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
@@ -327,6 +336,8 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
         f"a checkpoint         {gib['checkpoint_bytes']:.2f} GiB",
         "at " + ", ".join(f"{name}={value:.4g}" for name, value in (_DEFAULTS | speeds).items()),
     ]
+    if _counted(_parts(cfg))[0]["left_out"]:
+        lines.insert(-2, "the bank's passes    PyTorch's, in blocks: each query's positive is left out of its sums, which no kernel does")
     if cfg.bank is not None:
         lines.append(f"\n{'rows':>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
         for rows in sorted({*ROWS, cfg.bank.size}):
@@ -353,8 +364,7 @@ _NUMBERS = {"world": int, "images": int, "tflops": float, "bank_tflops": float, 
 
 def _main(arguments: list[str]) -> str:
     own: dict[str, Any] = {"world": 1, "images": None}
-    overrides = []
-    measured = False
+    overrides, measured = [], False
     for argument in folders.take(arguments):
         key, _, value = argument.partition("=")
         if key == "measure":

@@ -156,7 +156,7 @@ def _read(path: Path, schema: type, **more: Any) -> Any:
 
 
 def load_table(name: str) -> Table:
-    """The table of that name: table7, 7, or rivals.
+    """The table of that name: table7, 7, rivals or negatives.
 
     Raises:
         UserError: there is none; its file is wrong.

@@ -94,6 +94,7 @@ def write_sent(path, cases):
     start()
     dist.all_reduce = counting(dist.all_reduce, lambda world: 2 * (world - 1) / world)
     dist.all_gather = counting(dist.all_gather, lambda world: world - 1)
+    dist.all_to_all_single = counting(dist.all_to_all_single, lambda world: (world - 1) / world)
     counts = {}
     for case in cases:
         overrides = case.split()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_trainer import assert_same, final, record
-from tiny import FEW_PROTOTYPES, batch_of, compose, now, train
+from tiny import FEW_PROTOTYPES, MIXED, batch_of, compose, now, train
 
 from caco.config.composition import CONF
 from caco.engine.assembly import build_method
@@ -21,8 +21,13 @@ CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
 QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
 CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]
 CASES["method=adco with shuffled keys"] = [*CASES["method=adco"], "norm_groups=4", "shuffle_keys=true"]
+# Each treatment of negatives, of a bank's rows that are positives too, of those that are none, and of a batch's.
+TREATED = {name: [f"negatives={name}", *(MIXED if name == "mixed" else [])] for name in ("debiased", "hard", "margin", "mixed")}
+CASES |= {f"pn={pn} negatives={name}": [f"pn={pn}", *treated] for pn in ("both", "negative") for name, treated in TREATED.items()}
+CASES |= {f"method={m} negatives={name}": [*CASES[f"method={m}"], *TREATED[name]] for m, name in (("adco", "hard"), ("adco", "mixed"), ("nnclr", "margin"))}
 # A method's own contract is fast to see; that small views change nothing of it is seen of CaCo, and of the rest in the long tier.
 LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
+LONG |= {case for case in CASES if " negatives=" in case and case != "pn=both negatives=hard"} | {"method=ifm", "method=debiased"}
 PARAMETERS = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
 
 

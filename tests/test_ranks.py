@@ -12,7 +12,7 @@ import tiny
 import torch
 from processes import caco_train, ranks
 from rank_worker import STEPS
-from test_contracts import METHODS, MULTICROP, QUEUE
+from test_contracts import METHODS, MULTICROP, QUEUE, TREATED
 from test_trainer import EVERY, assert_same, final, record
 from tiny import BANK, FEW_PROTOTYPES, TINY, compose
 
@@ -25,6 +25,8 @@ SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.d
 OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, [])]) for m in METHODS if m != "caco"}
 CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
 CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
+CASES += [" ".join([case, *treated]) for case in ("pn=both", "pn=negative", OF_METHOD["adco"]) for treated in TREATED.values()]
+HARD, MIXED = (" ".join(["pn=both", *TREATED[name]]) for name in ("hard", "mixed"))
 WITH_A_QUEUE = " ".join([OF_METHOD["swav"], *MULTICROP, QUEUE[0].replace("128", "32"), QUEUE[1]])  # two of rank_worker's batches
 CASES += [WITH_A_QUEUE]
 # Groups of the batch are the same on any number of ranks, and so is the order of shuffled keys.
@@ -32,9 +34,10 @@ GROUPS = [f"{OF_METHOD['adco']} norm_groups=4 shuffle_keys=true"]
 GROUPS += [f"{OF_METHOD['byol']} norm_groups=4", " ".join([OF_METHOD["dino"], *MULTICROP, "norm_groups=4 shuffle_keys=true"])]
 CASES += GROUPS
 # Of four, every method, but of CaCo's settings only CaCo itself.
-OF_FOUR = [case for case in CASES if case == "pn=both" or not case.startswith(("pn=", "bank."))]
-# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over prototypes, covariances.
-FAST = ["pn=both", OF_METHOD["mocov2"], OF_METHOD["simclr"], WITH_A_QUEUE, OF_METHOD["vicreg"], GROUPS[0]]
+OF_FOUR = [case for case in CASES if case in ("pn=both", MIXED) or not case.startswith(("pn=", "bank."))]
+# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over prototypes, covariances,
+# rows that are mixed, groups of BatchNorm.
+FAST = ["pn=both", MIXED, OF_METHOD["mocov2"], OF_METHOD["simclr"], WITH_A_QUEUE, OF_METHOD["vicreg"], GROUPS[0]]
 QUIET = ["eval=[]" if override == "eval=[knn]" else override for override in TINY] + BANK
 EXACT = [*QUIET, *EVERY]  # what is trained in float64 is not evaluated
 FLOAT64 = 1e-7  # of losses, rows and velocities after a dozen steps; see rank_worker.in_float64
@@ -214,6 +217,7 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
 
 PLANNED = ["pn=both", "pn=positive", "pn=none", WITH_A_QUEUE, *GROUPS]
 PLANNED += [OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg")]
+PLANNED += [HARD, MIXED.replace("hardest=16", "hardest=128")]  # so that as many different rows are wanted as there are
 
 
 @pytest.fixture(scope="module")

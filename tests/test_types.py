@@ -20,12 +20,13 @@ from caco.errors import UserError, require_contract
 from caco.evals.base import Evaluator
 from caco.methods.base import Method
 from caco.methods.sources import Negatives, Positives
+from caco.methods.treatments import Treatment
 from caco.tracking.base import Tracker
 
-CONTRACTS = (Bank, Evaluator, Loader, Method, Negatives, Positives, Source, Tracker)
+CONTRACTS = (Bank, Evaluator, Loader, Method, Negatives, Positives, Source, Tracker, Treatment)
 # What records call a result follows from which of our evaluators gave it; of one from elsewhere they say its own words.
 NAMES_OF_RECORDS = ("caco/metrics.py", "caco/runs/renamed.py")
-IN_CONF = {"bank": Bank, "eval": Evaluator, "loader": Loader, "method": Method, "tracking": Tracker}
+IN_CONF = {"bank": Bank, "eval": Evaluator, "loader": Loader, "method": Method, "negatives": Treatment, "tracking": Tracker}
 
 
 def test_mypy_finds_nothing(repo_root, pytestconfig):
@@ -38,7 +39,7 @@ def test_mypy_finds_nothing(repo_root, pytestconfig):
 
 
 def offered(group: str) -> set[type]:
-    """The classes of what conf/ configures under `bank`, `eval`, `loader`, `method`, `tracking`."""
+    """The classes of what conf/ configures under `bank`, `eval`, `loader`, `method`, `negatives`, `tracking`."""
     contents = [(file, yaml.safe_load(file.read_text())) for file in CONF.rglob("*.yaml")]
     nodes = [content.get(group, content if file.parent.name == group else None) for file, content in contents]
     nodes += [content for file, content in contents if group == "bank" and file.stem == "learned_bank"]

@@ -30,6 +30,9 @@ TINY = [
 ]
 # Of a method with prototypes some, where its YAML has tens of thousands.
 FEW_PROTOTYPES = {name: ["method.num_prototypes=24"] for name in ("swav", "dino")}
+# And of one that mixes negatives.
+MIXED = ["negatives.hardest=16", "negatives.pairs=8", "negatives.with_query=4", "negatives.warmup_epochs=0"]
+FEW_PROTOTYPES["mochi"] = MIXED
 BANK = ["bank.size=128"]  # two steps of warm start at batch 64
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from caco.banks.reweighted import Objective
 from caco.banks.rows import Rows
 from caco.banks.scoring import Score
 from caco.schedules import RunShape, Table
@@ -43,13 +44,15 @@ class Bank(Protocol):
 
     @abstractmethod
     def score(
-        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None, learn: bool = True
-    ) -> Score:
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None,
+        objective: Objective | None = None, learn: bool = True,
+    ) -> Score:  # fmt: skip
         """The loss of each query over all rows and extra columns; see `scoring.score`. Holds no B x K matrix and moves no row.
 
         Args:
             positive_B: int64; below `size` a row, `size + e` extra column e.
             temperature: of the queries' loss.
+            objective: the loss where it is another than InfoNCE; see `reweighted.score`. Given to a bank only where there is one.
             learn: whether the backward pass notes what it asks of the rows, for `update`.
         """
 

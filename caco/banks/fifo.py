@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from caco.banks import scoring
+from caco.banks import reweighted, scoring
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen
 from caco.schedules import RunShape, Table, constant
@@ -44,14 +44,15 @@ class FifoBank(nn.Module, Bank):
         return few_rows_chosen(statistics)
 
     def score(
-        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None, learn: bool = True
-    ) -> scoring.Score:
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None,
+        objective: reweighted.Objective | None = None, learn: bool = True,
+    ) -> scoring.Score:  # fmt: skip
         """Loss of each query over all rows and extra columns; see `scoring.score`. The rows take no gradient.
 
         Args:
             learn: not used; the learnable bank's score takes it.
         """
-        return scoring.score(
+        return reweighted.score_of(objective)(
             q_BD,
             self.rows.weight,
             positive_B,

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from caco.banks import scoring
+from caco.banks import motion, reweighted, scoring
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
 from caco.errors import UserError
@@ -98,11 +98,12 @@ class LearnableBank(nn.Module, Bank):
         *,
         temperature: float,
         extra_BE: Tensor | None = None,
+        objective: reweighted.Objective | None = None,
         learn: bool = True,
     ) -> scoring.Score:
         """Loss of each query over all rows and extra columns; see `scoring.score`. Its backward asks the rows to move."""
         learn = learn and self.rows.weight.requires_grad
-        return scoring.score(
+        return reweighted.score_of(objective)(
             q_BD,
             self.rows.weight if learn else self.rows.weight.detach(),
             positive_B,
@@ -129,7 +130,7 @@ class LearnableBank(nn.Module, Bank):
     def gradient(self) -> Tensor:
         """What the next `update` descends, [R, D]: to be looked at, as `update` never holds it."""
         anchors = scoring.Anchors.joined(self.anchors)
-        return scoring.row_gradient(self.rows.weight, self.rows.first, anchors, pull=self.pull, push=self.push)
+        return motion.row_gradient(self.rows.weight, self.rows.first, anchors, pull=self.pull, push=self.push)
 
     @torch.no_grad()
     def update(self, *, lr: float, keys_GD: Tensor) -> None:
@@ -140,7 +141,7 @@ class LearnableBank(nn.Module, Bank):
         """
         if not self.anchors:
             return
-        scoring.move(
+        motion.move(
             self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors),
             pull=self.pull, push=self.push, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, normalise=self.reading == "paper",
         )  # fmt: skip

@@ -144,7 +144,7 @@ class Rows(nn.Module):
     def _near_duplicates(self) -> float:
         stride = -(-self.size // TWIN_SAMPLE)
         sample_S = torch.arange(0, self.size, stride, device=self.weight.device)
-        m_SD = self._rows_of_all(sample_S)
+        m_SD = self.rows_of_all(sample_S)
         close_S = torch.zeros(len(sample_S), device=self.weight.device)
         for block in scoring.blocks(len(self.weight), len(sample_S)):
             cosine = m_SD @ scoring.unit_rows(self.weight[block])[0].T
@@ -153,7 +153,7 @@ class Rows(nn.Module):
             close_S = torch.maximum(close_S, (cosine > TWIN_COSINE).any(1).float())
         return 100 * distributed.max_(close_S).mean().item()
 
-    def _rows_of_all(self, row_S: Tensor) -> Tensor:
+    def rows_of_all(self, row_S: Tensor) -> Tensor:
         """Unit rows for indices that all ranks ask for alike, [S, D]."""
         here_S = (row_S >= self.first) & (row_S < self.last)
         m_SD = scoring.unit_rows(self.weight.detach()[torch.where(here_S, row_S - self.first, 0)])[0]

@@ -1,5 +1,5 @@
 """Score queries against a bank without ever holding a B x K matrix: one streamed pass for the loss and the queries'
-gradient, a second one, in the bank's update, for the rows'.
+gradient, a second one, in the bank's update (caco/banks/motion.py), for the rows'.
 
 The bank's rows may be sharded over ranks. Queries (small) are gathered, each rank scores its own rows, and sums, maxima
 and query gradients are reduced; nothing of size K x D travels. `caco/equations.py` is the oracle. On a CPU the passes are
@@ -37,7 +37,10 @@ class Score(NamedTuple):
 
 
 class Anchors(NamedTuple):
-    """The queries that pull and push the rows, and how: kept from the backward pass until the bank's update."""
+    """The queries that pull and push the rows, and how: kept from the backward pass until the bank's update (caco/banks/motion.py).
+
+    Of a loss other than InfoNCE (caco/banks/reweighted.py) there are these for each exponent t, whose temperature is tau / t.
+    """
 
     q_ND: Tensor
     positive_N: Tensor  # int64, over the whole bank; beyond it: no row
@@ -45,15 +48,28 @@ class Anchors(NamedTuple):
     weight_N: Tensor  # of each query's loss in the mean over the batch
     tau: float
     bf16: bool  # whether factors may be rounded to bfloat16: see `low_precision`
+    share_N: Tensor | None = None  # factor of a query's pushes, of any sign; None: 1
+    pull_N: Tensor | None = None  # of the positive, a row that is no negative; None: 1 - p, where it is one like all others
 
     @classmethod
-    def joined(cls, several: list["Anchors"]) -> "Anchors":
-        """Those of a step's terms and micro-batches, which share temperature and precision."""
-        assert len({anchors[-2:] for anchors in several}) == 1
+    def joined(cls, several: list["Anchors"]) -> list["Anchors"]:
+        """Those of a step's terms and micro-batches, one for each temperature."""
+        assert len({anchors.bf16 for anchors in several}) == 1
+        return [
+            cls._of_one_temperature([anchors for anchors in several if anchors.tau == tau])
+            for tau in dict.fromkeys(anchors.tau for anchors in several)
+        ]
+
+    @classmethod
+    def _of_one_temperature(cls, several: list["Anchors"]) -> "Anchors":
         if len(several) == 1:
             return several[0]
         q, positive, log_sum, weight = (torch.cat(parts) for parts in zip(*(anchors[:4] for anchors in several), strict=True))
-        return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16)
+        shares = [anchors.share_N for anchors in several if anchors.share_N is not None]
+        pulls = [anchors.pull_N for anchors in several if anchors.pull_N is not None]
+        assert len(shares) in (0, len(several)) and len(pulls) in (0, len(several)), "a step has one loss, and one kind of positives"
+        others = (torch.cat(parts) if parts else None for parts in (shares, pulls))
+        return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others)
 
 
 def low_precision(device: torch.device) -> bool:
@@ -195,6 +211,21 @@ def _sums(
     return z, peak_G * taus[-1], sums_GD
 
 
+class Sums(NamedTuple):
+    """Of exponentials over this rank's rows: exp(q.m_j / tau) times exp(-shift)."""
+
+    shifts: Sequence[float | Tensor]  # for each tau one number, or one a query
+    z: list[Tensor]  # for each tau their sum, float64 [G]
+    peak_G: Tensor  # the largest cosine
+    sums_GD: Tensor | None  # for the first tau the sum of the rows that they weigh
+
+
+def sums_over_rows(q_GD: Tensor, w_RD: Tensor, taus: list[float], *, with_sums: bool, bf16: bool) -> Sums:
+    """By the fused kernel where there is one."""
+    shifts = _shifts(q_GD, w_RD, taus)
+    return Sums(shifts, *_sums(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16))
+
+
 class _StreamedScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors):
@@ -209,7 +240,7 @@ class _StreamedScore(torch.autograd.Function):
             m_GD = torch.where(own_shard_G[:, None], unit_rows(w_RD[torch.where(own_shard_G, local_G, 0)])[0], 0.0)
             *z, positive_cosine_G = distributed.sum_(torch.stack([*z, (q_GD * m_GD).sum(1).double()]))
             if not (torch.isfinite(torch.stack(z)).all() and (top_G < 1.01).all()):  # the same on every rank
-                _refuse(q_GD, w_RD, first_row)
+                refuse(q_GD, w_RD, first_row)
             log_sum_G = [(x.log() + shift).to(q_GD.dtype) for x, shift in zip(z, shifts, strict=True)]
             log_sum_B = [distributed.own(x, B) for x in log_sum_G]
             positive_cosine_B = distributed.own(positive_cosine_G, B).to(q_BD.dtype)
@@ -256,7 +287,7 @@ class _StreamedScore(torch.autograd.Function):
         return grad_q_BD, None, grad_extra_BE, None, None, None, None, None
 
 
-def _refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
+def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
     """Say what made the sums useless. A collective: some rank has the row."""
     norm_R = w_RD.norm(dim=1)
     rows = ((norm_R == 0) | ~torch.isfinite(norm_R)).nonzero()[:, 0]
@@ -276,6 +307,13 @@ def _refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
     )
 
 
+def check_shapes(q_BD: Tensor, w_RD: Tensor, positive_B: Tensor) -> None:
+    if q_BD.shape[1] != w_RD.shape[1]:
+        raise ValueError(f"queries must be as wide as the bank's rows, {w_RD.shape[1]}; got {q_BD.shape[1]}")
+    if positive_B.shape != q_BD.shape[:1]:
+        raise ValueError(f"expected one positive for each of {len(q_BD)} queries; got shape {list(positive_B.shape)}")
+
+
 def score(
     q_BD: Tensor,
     w_RD: Tensor,
@@ -291,7 +329,7 @@ def score(
     """Contrastive loss of every query over the bank and any extra columns (Eq. 3).
 
     Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, at temperature
-    `bank_tau`, is added to `anchors`, for `row_gradient` or `move`.
+    `bank_tau`, is added to `anchors`, for caco/banks/motion.py.
 
     Args:
         q_BD: unit queries of this rank, float32.
@@ -304,55 +342,6 @@ def score(
         ValueError: shapes that do not fit.
         UnusableError: queries that are not finite unit vectors, rows without a direction.
     """
-    if q_BD.shape[1] != w_RD.shape[1]:
-        raise ValueError(f"queries must be as wide as the bank's rows, {w_RD.shape[1]}; got {q_BD.shape[1]}")
-    if positive_B.shape != q_BD.shape[:1]:
-        raise ValueError(f"expected one positive for each of {len(q_BD)} queries; got shape {list(positive_B.shape)}")
+    check_shapes(q_BD, w_RD, positive_B)
     taus = [tau] if anchors is None or bank_tau is None or bank_tau == tau else [tau, bank_tau]
     return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors))
-
-
-# The rows' motion.
-
-
-def row_gradient(w_SD: Tensor, first_row: int, anchors: Anchors, *, pull: float, push: float) -> Tensor:
-    """The cooperative-adversarial gradient of some rows (Eqs. 6-10; `equations.bank_gradient`), [S, D].
-
-    Args:
-        w_SD: rows of any norm, consecutive; `first_row` of the whole bank is the first of them.
-    """
-    m_SD, norm_S1 = unit_rows(w_SD)
-    p_NS = torch.addmm(anchors.log_sum_N[:, None], anchors.q_ND, m_SD.T, beta=-1, alpha=1 / anchors.tau).exp_()
-    inside = ((anchors.positive_N >= first_row) & (anchors.positive_N < first_row + len(w_SD))).nonzero()[:, 0]
-    at = anchors.positive_N[inside] - first_row
-    # Eq. 10's weights: push * p everywhere, pull * (1 - p) at the positive.
-    at_positive = pull * (1 - p_NS[inside, at])
-    if push != 1.0:
-        p_NS *= push
-    p_NS[inside, at] = at_positive
-    toward_SD = p_NS.T @ (anchors.q_ND * anchors.weight_N[:, None])
-    # sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
-    toward_SD.addcmul_(torch.linalg.vecdot(toward_SD, m_SD)[:, None], m_SD, value=-1)
-    return toward_SD.div_(-anchors.tau * norm_S1)
-
-
-def move(
-    w_RD: Tensor, velocity_RD: Tensor, first_row: int, anchors: Anchors, *, pull: float, push: float, lr: float,
-    momentum: float, weight_decay: float, normalise: bool,
-) -> None:  # fmt: skip
-    """One step of the rows' SGD, in place, a block at a time (`equations.bank_update`); no R x D gradient is held."""
-    if fused.supports(w_RD, velocity_RD, anchors.q_ND):
-        fused.update(
-            w_RD, velocity_RD, anchors.q_ND, anchors.positive_N - first_row, anchors.log_sum_N, anchors.weight_N, tau=anchors.tau,
-            pull=pull, push=push, lr=lr, momentum=momentum, weight_decay=weight_decay, normalise=normalise, bf16=anchors.bf16,
-        )  # fmt: skip
-        return
-    for block in blocks(len(w_RD), len(anchors.q_ND)):
-        w_SD, velocity_SD = w_RD[block], velocity_RD[block]
-        gradient_SD = row_gradient(w_SD, first_row + block.start, anchors, pull=pull, push=push)
-        velocity_SD.mul_(momentum).add_(gradient_SD)
-        if weight_decay:
-            velocity_SD.add_(w_SD, alpha=weight_decay)
-        w_SD.sub_(velocity_SD, alpha=lr)
-        if normalise:
-            w_SD.div_(w_SD.norm(dim=1, keepdim=True))

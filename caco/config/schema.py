@@ -65,6 +65,7 @@ class Root:
     anomaly: bool = MISSING
     method: Any = MISSING
     bank: Any = MISSING
+    negatives: Any = MISSING
     backbone: Any = MISSING
     projector: Any = MISSING
     optimizer: Any = MISSING

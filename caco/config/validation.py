@@ -74,6 +74,8 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
             f"bank: this setting has none, got {tree['bank']!r:.60}; a method without one says bank: null in its file, as "
             "conf/method/simclr.yaml does"
         )
+    if tree.get("negatives") is not None and not (isinstance(tree["negatives"], dict) and "_target_" in tree["negatives"]):
+        problems.append(f"negatives: expected a treatment of negatives with a _target_, or null for plain ones, got {tree['negatives']!r:.60}")
     if tree.get("launcher") is not None and not (isinstance(tree["launcher"], dict) and "_target_" in tree["launcher"]):
         problems.append(f"launcher: expected none, local or slurm, got {tree['launcher']!r:.60}")
     evaluators = tree.get("eval", {} if "eval" not in known else None)
@@ -250,7 +252,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     presets = [item for item in overrides if item.startswith("preset=")]
     if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:
         problems.append(f"warm_start: method={choices.get('method')} has none; leave it out")
-    problems += _unlearned(tree, assigned)
+    problems += _unlearned(tree, assigned) + _untreated(tree, choices)
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):
@@ -264,7 +266,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
             for key, wanted in _settings(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
                 # A method's wishes for the root and for other components (its warm-up, its rate) are there to be changed by a preset.
-                own_of_option = key.split(".")[0] in (("method", "bank") if group == "method" else (*COMPONENTS, "bank", "eval"))
+                own_of_option = key.split(".")[0] in (("method", "bank") if group == "method" else (*COMPONENTS, "bank", "negatives", "eval"))
                 if own_of_option and not by_hand and leaves.get(key) != wanted and "${" not in str(wanted):
                     undone_by = presets[-1] if presets else "a later group"
                     problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={wanted}")
@@ -282,6 +284,31 @@ def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
             expected = f"there are {taken}" if taken else "nothing learns in it; expected pn=both, pn=negative or method=adco"
             problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
     return problems
+
+
+def _untreated(tree: dict[str, Any], choices: Mapping[str, Any]) -> list[str]:
+    """A treatment of negatives where the method takes none. Which go with which negatives, caco/methods/treatments.py decides."""
+    target = tree["method"]["_target_"]
+    if tree.get("negatives") is None or _takes(target, "treatment"):
+        return []
+    taking = [name for name, other in _targets_of_methods().items() if _takes(other, "treatment")]
+    return [
+        f"negatives={choices.get('negatives')}: {target.rpartition('.')[2]}, the class of method={choices.get('method')}, takes no treatment of "
+        f"negatives: it has none, or a loss of its own over them; expected negatives=plain, or as method one of {', '.join(taking)}"
+    ]
+
+
+def _takes(target: str, argument: str) -> bool:
+    """Whether a component takes an argument; of what cannot be read nothing is claimed."""
+    signature = signatures.find(target)
+    return signature is None or signature.open or argument in signature.parameters
+
+
+def _targets_of_methods() -> dict[str, str]:
+    """Of every option of `method` that names its class itself."""
+    files = {name: folders.option_file("method", name) for name in folders.groups()["method"]}
+    settings = {name: dict(_settings("method", file)) for name, file in files.items() if file is not None}
+    return {name: found["method._target_"] for name, found in settings.items() if "method._target_" in found}
 
 
 def _composes_pn(method: str | None) -> bool:

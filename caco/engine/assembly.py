@@ -29,6 +29,7 @@ from caco.evals.pixels import RawPixels
 from caco.evals.record import Record, say_sometimes
 from caco.launch import labels
 from caco.methods.base import Method
+from caco.methods.treatments import Treatment
 from caco.nn import weights
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
@@ -67,11 +68,15 @@ def build_method(cfg: DictConfig) -> Method:
     """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
     torch.manual_seed(cfg.seed)
     encoder = build_encoder(cfg)
+    # A part that is not there is no argument: a method that knows nothing of banks, or of treatments of negatives, takes none.
+    treatment = {} if cfg.get("negatives") is None else {"treatment": instantiate(cfg.negatives)}
+    for part in treatment.values():
+        require_contract("negatives", part, Treatment)
     if cfg.bank is None:
-        return instantiate(cfg.method, encoder=encoder)
+        return instantiate(cfg.method, encoder=encoder, **treatment)
     bank = instantiate(cfg.bank)
     require_contract("bank", bank, Bank)
-    return instantiate(cfg.method, encoder=encoder, bank=bank)
+    return instantiate(cfg.method, encoder=encoder, bank=bank, **treatment)
 
 
 def build_tracker(cfg: DictConfig) -> Tracker:

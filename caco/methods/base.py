@@ -80,6 +80,9 @@ class Costs:
         encoded, followed: views that an encoder with gradient embeds, and a twin without.
         terms: of the loss, each a row of logits a query.
         bank_terms: of these over the bank's rows; searches, lookups: passes of all keys over the bank for a row, and for its vector.
+        sums: of exponentials over the rows that a bank term's loss has where it is another than InfoNCE, else 0; left_out: whether each query
+            leaves one row out of them, which PyTorch does, in blocks, and no kernel.
+        candidates: rows that each query of a bank term looks for, drawn: of these, to make further negatives of them, synthetic: so many.
         columns_per_image: of a term, for each image of the global batch, beyond the bank's.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
         prototypes: columns of the scores that each encoded view has.
@@ -94,6 +97,11 @@ class Costs:
     bank_terms: int = 0
     searches: int = 0
     lookups: int = 0
+    sums: int = 0
+    left_out: bool = False
+    candidates: int = 0
+    drawn: int = 0
+    synthetic: int = 0
     columns_per_image: int = 0
     gathers: int = 0
     gathers_with_gradient: int = 0

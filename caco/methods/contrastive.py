@@ -19,6 +19,7 @@ from caco.errors import UserError
 from caco.methods.base import TRAINING, Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
 from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives
 from caco.methods.terms import Term, terms_of
+from caco.methods.treatments import Step, Treatment, require_treatable
 from caco.nn.heads import Encoder
 from caco.nn.twin import MomentumTwin
 from caco.schedules import RunShape, Table, cosine
@@ -44,18 +45,26 @@ def contrast(
     bank: Bank | None,
     temperature: float,
     *,
+    treatment: Treatment | None = None,
+    step: Step | None = None,
     learn: bool = True,
 ) -> Score:
     """Losses of each term's queries against one positive each and a source of negatives; the bank's rows are streamed once for all.
 
     Args:
         q: of each term unit queries [B, D]; k: unit keys of all ranks' images [G, D], in rank order; positives: of the queries.
+        treatment: of the negatives; None: plain. step: what its draws depend on.
         learn: whether the bank's rows are to move for it.
     Returns:
         Score of [T, B] each, for T terms.
     """
+    treatment = treatment or Treatment()
     extra = [columns_BE for term in zip(q, k, positives, strict=True) if (columns_BE := _columns(*term, negatives)) is not None]
-    extra_NE = torch.cat(extra) if extra else None
+    chosen = [positive.row_B for positive in positives if positive.row_B is not None]
+    made_NE = treatment.columns(torch.cat(q), torch.cat(chosen) if chosen else None, bank, step)
+    columns = [torch.cat(extra)] if extra else []
+    columns += [] if made_NE is None else [made_NE]
+    extra_NE = torch.cat(columns, 1) if columns else None
     if negatives.bank_rows:
         assert bank is not None, "the bank's rows are negatives"
         # A positive that is no row is the first extra column, which comes right after the bank's rows.
@@ -63,12 +72,18 @@ def contrast(
             torch.full((len(q_BD),), bank.size, device=q_BD.device) if positive.row_B is None else positive.row_B
             for q_BD, positive in zip(q, positives, strict=True)
         ]
-        score = bank.score(torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE, learn=learn)
+        other = {} if treatment.objective is None else {"objective": treatment.objective}
+        score = bank.score(torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE, learn=learn, **other)
     else:
         assert extra_NE is not None, "a positive that is no row, and negatives that are none"
         logits_NE = extra_NE / temperature
-        first_N = torch.zeros(len(logits_NE), dtype=torch.int64, device=logits_NE.device)
-        loss_N = F.cross_entropy(logits_NE, first_N, reduction="none")
+        if treatment.objective is None:
+            first_N = torch.zeros(len(logits_NE), dtype=torch.int64, device=logits_NE.device)
+            loss_N = F.cross_entropy(logits_NE, first_N, reduction="none")
+        else:
+            positive_N, others_NE = logits_NE[:, 0], logits_NE[:, 1:]
+            log_sums = [torch.logsumexp(t * others_NE, 1) for t in treatment.objective.exponents]
+            loss_N = treatment.objective(positive_N, log_sums, others_NE.isfinite().sum(1), temperature)
         score = Score(loss_N, torch.softmax(logits_NE.detach(), 1).amax(1))
     return Score(*(of_all.unflatten(0, (len(q), -1)) for of_all in score))
 
@@ -92,6 +107,7 @@ class Contrastive(Method):
         encoder: images to unit embeddings; its `.backbone` is what evaluators see.
         bank: a bank, or None where no source reads one.
         positives, negatives: sources (`caco/methods/sources.py`).
+        treatment: what is made of the negatives in the training (`caco/methods/treatments.py`); None: plain, as in the warm start always.
         temperature: tau of the loss.
         momentum, final_momentum: the twin's m at the start and the end of its cosine; None for no twin: then keys are
             the encoder's own embeddings and carry gradients (SimCLR).
@@ -111,6 +127,7 @@ class Contrastive(Method):
         bank: Bank | None = None,
         positives: Positives,
         negatives: Negatives,
+        treatment: Treatment | None = None,
         temperature: float = 0.08,
         momentum: float | None = 0.99,
         final_momentum: float = 1.0,
@@ -138,6 +155,7 @@ class Contrastive(Method):
             )
         if bank is None and (negatives.bank_rows or positives.needs_bank):
             raise UserError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
+        require_treatable(treatment, negatives, bank)
         if warm_start_steps is not None and warm_start_passes is not None:
             raise UserError(
                 f"warm_start: expected steps or passes, got both, {warm_start_steps} and {warm_start_passes}; set one of them to null"
@@ -155,7 +173,7 @@ class Contrastive(Method):
         self.encoder: Encoder = encoder
         self.bank: Bank | None = bank
         self.twin = MomentumTwin(encoder) if momentum is not None else None
-        self.positives, self.negatives = positives, negatives
+        self.positives, self.negatives, self.treatment = positives, negatives, treatment or Treatment()
         self.temperature, self.warm_start_temperature = temperature, warm_start_temperature
         self.momentum, self.final_momentum, self.warm_start_momentum = momentum, final_momentum, warm_start_momentum
         self.num_warm_start_steps, self.warm_start_passes = warm_start_steps, warm_start_passes
@@ -198,7 +216,7 @@ class Contrastive(Method):
             self.twin.update(self.encoder, now["twin_momentum"])
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
-        return self.warm_start_loss(batch.views) if now.phase == WARM_START else self.loss(batch.views)
+        return self.warm_start_loss(batch.views) if now.phase == WARM_START else self.loss(batch.views, Step(batch.index, now))
 
     def after_step(self, now: Now) -> None:
         """The rows move, or take the keys, once per optimiser step."""
@@ -231,6 +249,7 @@ class Contrastive(Method):
             columns_per_image=self.negatives.columns_per_image,
             gathers=len(chosen),
             gathers_with_gradient=len(chosen) if self.twin is None else 0,
+            **self.treatment.costs(rows_are_positives=self.positives.bank_rows),
         )
 
     def encode(self, views: list[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor], list[Term]]:
@@ -246,13 +265,17 @@ class Contrastive(Method):
             all_k = {v: distributed.gather_with_gradient(key) for v, key in k.items()}
         return q, k, all_k, terms
 
-    def loss(self, views: list[Tensor]) -> Outputs:
-        """Loss of one batch of views, each [B, 3, H, W]; the large ones come first. Nothing but statistics changes."""
+    def loss(self, views: list[Tensor], step: Step | None = None) -> Outputs:
+        """Loss of one batch of views, each [B, 3, H, W]; the large ones come first. Nothing but statistics changes.
+
+        Args:
+            step: of what draws depend on; None where nothing is drawn.
+        """
         q, k, all_k, terms = self.encode(views)
         positives = self.positives_of(k, terms)
         score = contrast(
             [q[term.query] for term in terms], [all_k[term.key] for term in terms], [positives[term.key] for term in terms],
-            self.negatives, self.bank, self.temperature,
+            self.negatives, self.bank, self.temperature, treatment=self.treatment, step=step,
         )  # fmt: skip
         self.keys.append([all_k[v].detach() for v in sorted(positives)])
         metrics = {"positive_probability": (-score.loss_B.detach()).exp().mean(), "max_probability": score.max_probability_B.mean()}

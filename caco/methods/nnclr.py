@@ -10,6 +10,7 @@ from caco.banks.base import Bank
 from caco.methods.base import Costs, Outputs
 from caco.methods.contrastive import Contrastive, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
+from caco.methods.treatments import Step, Treatment
 from caco.nn.heads import Encoder, Projector, at_least_float32
 
 
@@ -22,6 +23,7 @@ class NNCLR(Contrastive):
     Args:
         encoder, bank: as in `Contrastive`; the bank is the queue Q.
         predictor_hidden_dim: width of the predictor's hidden layer.
+        treatment: as in `Contrastive`; the negatives are the predictions of other images.
         temperature: tau.
         warm_start_temperature, warm_start_steps, warm_start_passes: as in `Contrastive`; the predictor learns after it.
     """
@@ -32,6 +34,7 @@ class NNCLR(Contrastive):
         encoder: Encoder,
         bank: Bank,
         predictor_hidden_dim: int = 4096,
+        treatment: Treatment | None = None,
         temperature: float = 0.1,
         warm_start_temperature: float = 0.2,
         warm_start_steps: int | None = None,
@@ -42,6 +45,7 @@ class NNCLR(Contrastive):
             bank=bank,
             positives=NearestKey(),
             negatives=BatchKeys(),
+            treatment=treatment,
             temperature=temperature,
             momentum=None,
             reduction="mean",
@@ -52,7 +56,7 @@ class NNCLR(Contrastive):
         dim = encoder.projector.dim
         self.predictor = Projector(in_dim=dim, hidden_dim=predictor_hidden_dim, dim=dim, layers=2, bias=True)
 
-    def loss(self, views: list[Tensor]) -> Outputs:
+    def loss(self, views: list[Tensor], step: Step | None = None) -> Outputs:
         """Loss of one batch of views, each [B, 3, H, W]; the large ones come first."""
         terms = self.terms([view.shape[-1] for view in views])
         projected = [self.encoder(view, unit=False) for view in views]
@@ -63,7 +67,7 @@ class NNCLR(Contrastive):
         # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
         score = contrast(
             [vector_BD for term in terms if (vector_BD := neighbours[term.key].vector_BD) is not None], [everyone[term.query] for term in terms],
-            [Positive(p[term.query]) for term in terms], self.negatives, None, self.temperature,
+            [Positive(p[term.query]) for term in terms], self.negatives, None, self.temperature, treatment=self.treatment, step=step,
         )  # fmt: skip
         self.keys.append([distributed.gather(z[0])])
         return Outputs(weighted(score, terms), {"positive_probability": (-score.loss_B.detach()).exp().mean()}, z[0])

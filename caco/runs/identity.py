@@ -57,6 +57,7 @@ AS_BEFORE: dict[str, Any] = {
     "method.warm_start_key": "second",
     "method.warm_start_passes": None,
     "method.warm_start_steps": None,
+    "negatives": None,
     "norm_groups": 1,
     "optimizer.decay_one_dimensional": False,
     "projector.activation": "relu",

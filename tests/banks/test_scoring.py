@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from caco import equations as eq
-from caco.banks import scoring
+from caco.banks import motion, scoring
 
 
 def problem(B=6, K=11, D=5, E=0, seed=0):
@@ -45,7 +45,7 @@ def test_loss_and_all_gradients(monkeypatch, block_elements, E, pull, push, bank
     assert torch.allclose(score.loss_B, dense, atol=1e-12)
     assert torch.allclose(fast_q.grad, dense_q.grad, atol=1e-12)
     assert fast_w.grad is None
-    assert torch.allclose(scoring.row_gradient(w, 0, scoring.Anchors.joined(anchors), pull=pull, push=push), expected_w, atol=1e-12)
+    assert torch.allclose(motion.row_gradient(w, 0, scoring.Anchors.joined(anchors), pull=pull, push=push), expected_w, atol=1e-12)
     if E:
         assert torch.allclose(fast_extra.grad, dense_extra.grad, atol=1e-12)
     p = eq.probabilities(q, m, tau, extra)[:, : len(w)]

@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 from caco import equations as eq
 from caco import instructions
-from caco.banks import scoring
+from caco.banks import motion, scoring
 from caco.banks.kernels import fused, triton_kernels
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_a_step_is_that_of_pytorch_s_blocks_and_the_same_to_the_bit_when_repeate
         row = scoring.most_probable_row(k, w, 0)
         score = scoring.score(q, moved, row, first_row=0, size=900, tau=0.015, bank_tau=0.1, anchors=anchors)
         (score.loss_B * torch.linspace(-1, 1, 70)).sum().backward()
-        scoring.move(moved, velocity, 0, scoring.Anchors.joined(anchors), **moves)
+        motion.move(moved, velocity, 0, scoring.Anchors.joined(anchors), **moves)
         return row, score.loss_B.detach(), score.max_probability_B, q.grad, moved, velocity
 
     once, again = step(), step()

@@ -1,0 +1,59 @@
+"""The rows of a bank that are nearest to each query, many of them, and their vectors: for negatives that are made of these (MoCHi).
+
+The rows may be sharded over ranks: queries are gathered, each rank searches its own rows, and candidates travel to the rank whose query it is;
+then each row that some rank wants travels once. No B x K matrix is held, and nothing of size K x D travels unless all rows are wanted.
+
+Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, H rows found for a query, E wanted by it, U
+wanted by some query, D width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from caco import distributed
+from caco.banks import scoring
+from caco.banks.rows import Rows
+
+
+@torch.no_grad()
+def hardest(q_BD: Tensor, rows: Rows, count: int, left_out_B: Tensor | None = None) -> Tensor:
+    """Index, over the whole bank, of the `count` rows with the largest cosines, the largest first, int64 [B, H]; all where they are fewer.
+
+    Args:
+        q_BD: unit queries of this rank.
+        left_out_B: int64, a row that is none of a query's negatives; None: all are.
+    """
+    count = min(count, rows.size - (left_out_B is not None))
+    with torch.autocast(q_BD.device.type, enabled=False):
+        q_GD = distributed.gather(q_BD)
+        left_out_G = None if left_out_B is None else distributed.gather(left_out_B) - rows.first
+        value_GN, row_GN = _of_these_rows(q_GD, rows.weight, count, left_out_G)
+        most = min(count, -(-rows.size // distributed.world()))  # of any rank
+        value_GN, row_GN = F.pad(value_GN, (0, most - value_GN.shape[1]), value=-torch.inf), F.pad(row_GN, (0, most - row_GN.shape[1]))
+        value_BN, row_BN = (distributed.exchange(x).transpose(0, 1).flatten(1) for x in (value_GN, row_GN + rows.first))
+        return row_BN.gather(1, value_BN.topk(count, dim=1).indices)
+
+
+def _of_these_rows(q_GD: Tensor, w_RD: Tensor, count: int, left_out_G: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines and rows, the largest first, [G, min(count, R)] each."""
+    kept = min(count, len(w_RD))
+    value_GN, row_GN = q_GD.new_empty(len(q_GD), 0), torch.empty(len(q_GD), 0, dtype=torch.int64, device=q_GD.device)
+    step = max(scoring.BLOCK_ELEMENTS // len(q_GD), 4 * kept)  # a block of fewer rows than are kept is mostly sorting
+    for start in range(0, len(w_RD), step):
+        cosine_GS = q_GD @ scoring.unit_rows(w_RD[start : start + step])[0].T
+        row_S = torch.arange(start, start + cosine_GS.shape[1], device=q_GD.device)
+        if left_out_G is not None:
+            cosine_GS.masked_fill_(row_S == left_out_G[:, None], -torch.inf)
+        value_GA = torch.cat([value_GN, cosine_GS], 1)
+        row_GA = torch.cat([row_GN, row_S.expand(len(q_GD), -1)], 1)
+        value_GN, best_GN = value_GA.topk(min(kept, value_GA.shape[1]), dim=1)
+        row_GN = row_GA.gather(1, best_GN)
+    return value_GN, row_GN
+
+
+@torch.no_grad()
+def fetch(rows: Rows, row_BE: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows that all ranks' queries together want, [U, D], each once, and where among these each of row_BE is, int64 [B, E]."""
+    row_U = torch.unique(distributed.gather(row_BE))
+    return rows.rows_of_all(row_U), torch.searchsorted(row_U, row_BE)
