@@ -9,8 +9,10 @@ saving are not in it.
 """
 
 import copy
+import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from caco import errors
 from caco.banks import scoring
 from caco.banks.base import Bank
-from caco.config import composition, folders, refusals, validation
+from caco.config import composition, folders, refusals, validation, views_needed
 from caco.config.composition import instantiate
 from caco.data.sets.sources import num_images_of
 from caco.engine.assembly import build_encoder, pick_device
@@ -88,7 +90,7 @@ def plan(
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
     images_per_device, dim = cfg.batch // world, cfg.projector.dim
-    columns = one["in_batch_columns"] * cfg.batch
+    columns = one["in_batch_columns"] * cfg.batch + one["columns"]
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     bank_flops = unit * size * (4 * one["bank_terms"] if one["learnable"] else 2 * one["bank_terms"])
     bank_flops += unit * size * one["scans"]
@@ -139,24 +141,31 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         encoder = build_encoder(cfg)
     bank: Bank | None = None if cfg.bank is None else instantiate(cfg.bank)
     method: Method = instantiate(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
+    views = instantiate(cfg.augmentation)
+    views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
+    sizes = views.sizes
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
-    others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
-    for child in others:
-        child.to("meta")
+    others = [child.to("meta") for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
+    costs = method.costs(sizes)
+    of_patches = set() if costs.patch_network is None else set(costs.patch_network.modules())
+    others = [child for child in others if child not in of_patches]
     groups = method.parameter_groups()
     learning = [p for group in groups for p in group.parameters]
-    sizes = instantiate(cfg.augmentation).sizes
     optimizer = instantiate(cfg.optimizer, groups=groups)
     weight_bytes = sum(p.nbytes for p in learning)
     twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
-    costs = method.costs(sizes)
     flops = activation_bytes = 0.0
+    of_images = 3.0 * sum(size * size for size in sizes)  # values that the views of an image have
     for size in dict.fromkeys(sizes):
-        forward, both, saved = _run_once(encoder, others, size, cfg.precision)
+        forward, both, saved = _run_once(encoder, others, (3, size, size), cfg.precision)
         with_gradient = sum(sizes[view] == size for view in costs.encoded)
         flops += with_gradient * both + sum(sizes[view] == size for view in costs.followed) * forward
         activation_bytes += with_gradient * saved
+    if costs.patch_network is not None:
+        shape = (views.patches.grid**2, 3, views.patches.size, views.patches.size)
+        _, both, saved = _run_once(costs.patch_network, [], shape, cfg.precision)
+        flops, activation_bytes, of_images = flops + both, activation_bytes + saved, of_images + math.prod(shape)
     optimizer.step()  # on the gradients of the last run, so that its state is there to be counted
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
     # Autocast keeps a bf16 copy of the weights until the backward pass is over.
@@ -164,7 +173,7 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     figures = {
         "flops": flops,
         "activation_bytes": activation_bytes,
-        "view_bytes": 4.0 * sum(3 * size * size for size in sizes),
+        "view_bytes": 4.0 * of_images,
         "parameter_bytes": 2 * weight_bytes + twin_bytes + state + buffers + copies,
         "saved_bytes": weight_bytes + twin_bytes + state + buffers,
         "gradient_bytes": weight_bytes,
@@ -173,6 +182,7 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "scans": costs.searches,
         "lookups": costs.lookups,
         "in_batch_columns": costs.columns_per_image,
+        "columns": costs.columns,
         "key_gathers": costs.gathers,
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and bank.rows.learnable,
@@ -184,9 +194,9 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     return figures, method, bank
 
 
-def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: str) -> tuple[float, float, float]:
-    """Of one image of `size` pixels: operations of the encoder forward, of it and what follows it forward and backward, bytes kept for
-    backward."""
+def _run_once(encoder: nn.Module, others: list[nn.Module], shape: tuple[int, ...], precision: str) -> tuple[float, float, float]:
+    """Of one image (or its patches) of this shape: operations of the encoder forward, of it and what follows it forward and backward, bytes
+    kept for backward."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     run = copy.deepcopy(encoder).to(dtype)
 
@@ -199,7 +209,7 @@ def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
-            out = run(torch.empty(images, 3, size, size, device="meta", dtype=dtype))
+            out = run(torch.empty(images, *shape, device="meta", dtype=dtype))
             encoder_flops.append(counter.get_total_flops())
             for other in others:
                 out = other(out)
@@ -222,6 +232,8 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
         return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, BATCH_NORMS))
 
     backbone, total = features(encoder.get_submodule("backbone")), 0
+    if costs.patch_network is not None:
+        total += 4 * features(costs.patch_network)
     for views, numbers, heads in ((costs.encoded, 4, others), (costs.followed, 2, [])):  # a twin has no predictor
         passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
         total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])
@@ -252,8 +264,7 @@ def _images(cfg: DictConfig) -> int:
     data = cfg.data
     known = num_images_of(composition.target(data))
     if known is not None and data.get("class_list") is None:
-        held_out = data.get("validation_fraction") or 0.0
-        known = round(known * (1 - held_out))
+        known = round(known * (1 - (data.get("validation_fraction") or 0.0)))
         return min(known, data.get("limit") or known)
     if "root" in data and data.root is None:
         raise UserError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
@@ -269,7 +280,8 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     """
     device = pick_device(cfg.device)
     encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
-    size = instantiate(cfg.augmentation).sizes[0]
+    views = instantiate(cfg.augmentation)
+    size = (views.sizes or [views.patches.size])[0]
     view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def model() -> None:
@@ -278,7 +290,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
         out.sum().backward()
 
     with torch.device("meta"):
-        _, flops, _ = _run_once(build_encoder(cfg), [], size, cfg.precision)
+        _, flops, _ = _run_once(build_encoder(cfg), [], (3, size, size), cfg.precision)
     speeds = {"tflops": images * flops / _seconds(model, device, runs) / 1e12}
     if cfg.bank is None:
         return speeds
@@ -350,8 +362,7 @@ _NUMBERS = {"world": int, "images": int, "tflops": float, "bank_tflops": float, 
 
 def _main(arguments: list[str]) -> str:
     own: dict[str, Any] = {"world": 1, "images": None}
-    overrides = []
-    measured = False
+    overrides, measured = [], False
     for argument in folders.take(arguments):
         key, _, value = argument.partition("=")
         if key == "measure":

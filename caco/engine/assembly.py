@@ -1,6 +1,7 @@
 """From a checked configuration to a Trainer or an evaluation: the only place where components meet their settings."""
 
 import copy
+import dataclasses
 import os
 import sys
 import time
@@ -11,11 +12,12 @@ from omegaconf import DictConfig
 
 from caco import distributed
 from caco.banks.base import Bank
-from caco.config import folders
+from caco.config import folders, views_needed
 from caco.config.composition import instantiate
 from caco.config.pretrained import CHECKPOINT, Location
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
+from caco.data.sets import unfit
 from caco.data.sets.overlap import refuse_overlap
 from caco.data.sets.sources import Source, Splits
 from caco.data.views.augmentation import Views
@@ -88,6 +90,15 @@ def build_splits(cfg: DictConfig) -> Splits:
     return splits
 
 
+def refuse_unfit(method: Method, views: Views, source: Source) -> None:
+    """Raises UserError where the views, or the images that they are of, are not what the method needs."""
+    views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
+    if method.needs.patches != "none":
+        unfit.refuse_too_small_for_patches(source)
+    if method.needs.lightness_first:
+        unfit.refuse_grey(source)
+
+
 def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
     """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no other rank."""
     backbone = instantiate(cfg.backbone)
@@ -157,6 +168,7 @@ def run_training(
     newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
     method = build_method(cfg)
+    refuse_unfit(method, views, splits.pretrain)
     if cfg.weights is not None and newest is None:
         message = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
         if main:

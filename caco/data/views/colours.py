@@ -38,5 +38,5 @@ def to_ycbcr(rgb: Tensor) -> Tensor:
     return _times(rgb, _YCBCR) + torch.tensor([16, 128, 128], dtype=rgb.dtype, device=rgb.device)
 
 
+# All but the first have lightness first (caco/config/views_needed.py names them).
 CONVERSIONS: dict[str, Callable[[Tensor], Tensor] | None] = {"rgb": None, "lab": to_lab, "ydbdr": to_ydbdr, "ycbcr": to_ycbcr}
-LIGHTNESS_FIRST = ("lab", "ydbdr", "ycbcr")
