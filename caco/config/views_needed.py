@@ -50,7 +50,7 @@ def problems(needs: Mapping[str, Any], patches: Mapping[str, Any] | None, colour
     elif wanted != "none" and patches is None:
         found.append(
             f"augmentation: this method takes {number} of each image, and no view here is cut into patches; choose one of "
-            f"{_options(_has_patches)}. Images of fewer than 24 pixels a side, as the digits, are too small for patches"
+            f"{_options(lambda option: _has_patches(option, shuffled=wanted == 'shuffled'))}. Images of fewer than 24 pixels a side, as the digits, are too small for patches"
         )
     elif patches is not None and (shuffled := bool(patches.get("shuffled"))) != (wanted == "shuffled"):
         found.append(
@@ -68,8 +68,9 @@ def problems(needs: Mapping[str, Any], patches: Mapping[str, Any] | None, colour
     return found
 
 
-def _has_patches(option: Mapping[str, Any]) -> bool:
-    return any(view.get("patches") for view in option.get("views", {}).values())
+def _has_patches(option: Mapping[str, Any], *, shuffled: bool) -> bool:
+    cut = [view["patches"] for view in option.get("views", {}).values() if view.get("patches")]
+    return any(bool(patches.get("shuffled")) == shuffled for patches in cut)
 
 
 def _options(fits: Callable[[Mapping[str, Any]], bool]) -> str:

@@ -110,7 +110,7 @@ class RandAugment:
         if name == "posterize":
             low, high = self.posterize_bits
             bits = low + int((high - low) * share)
-            return image if bits == 8 else ImageOps.posterize(image, bits)
+            return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)  # black, which Pillow refuses to say from 13 on
         if name == "solarize":
             return ImageOps.solarize(image, int(256 * share))
         if name == "solarize_add":
