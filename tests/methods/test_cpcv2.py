@@ -221,7 +221,7 @@ def test_the_published_recipe():
     assert views.patches.each.then["elastic"].p == 0.2 and views.patches.each.then["two_operations"].operations == 2
 
 
-def test_a_run_of_small_images_is_one_of_the_small_recipe(tmp_path):
+def test_views_and_images_that_it_cannot_take_are_refused(tmp_path):
     told = refused("preset=demo", "method=cpcv2")
     assert "no view here is cut into patches; choose one of cpcv2, cpcv2_cifar. Images of fewer than 24 pixels" in told
     small = ["method=cpcv2", *OF_PATCHES["cpcv2"], "projector=small", "projector.dim=8", "optimizer=sgd"]

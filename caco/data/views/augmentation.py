@@ -71,7 +71,7 @@ class Patches:
     def cut(self, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> np.ndarray:
         """The windows of each image, row by row: [B, P, size, size, 3]."""
         count, size = self.grid**2, self.size
-        corners = np.stack(np.mgrid[: self.grid, : self.grid]).reshape(2, count) * self.stride  # of cells, down and across
+        corners = np.mgrid[: self.grid, : self.grid].reshape(2, count) * self.stride  # of cells, down and across
         corner_B2P = corners + (u_BN[:, : 2 * count] * (self.jitter + 1)).astype(np.int64).reshape(-1, 2, count)
         made = np.empty((len(pixels_BHWC), count, size, size, 3), pixels_BHWC.dtype)
         for pixels, windows, (tops, lefts) in zip(pixels_BHWC, made, corner_B2P.tolist(), strict=True):
