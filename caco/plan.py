@@ -195,8 +195,8 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
 
 
 def _run_once(encoder: nn.Module, others: list[nn.Module], shape: tuple[int, ...], precision: str) -> tuple[float, float, float]:
-    """Of one image (or its patches) of this shape: operations of the encoder forward, of it and what follows it forward and backward, bytes
-    kept for backward."""
+    """Of one image (or its patches) of this shape: operations of the encoder forward, of it and what follows it forward and
+    backward, bytes kept for backward."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     run = copy.deepcopy(encoder).to(dtype)
 

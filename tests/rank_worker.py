@@ -28,11 +28,13 @@ def start() -> None:
 
 
 def own_batch(cfg, step, dtype=torch.float64):
-    """This rank's part of the global batch of a step: every view, multi-crop's small ones and patches where the configuration has them."""
+    """This rank's part of the global batch of a step: every view, multi-crop's small ones and patches where the configuration has
+    them."""
     part = GLOBAL_BATCH // distributed.world()
     views, patches = noise(cfg, GLOBAL_BATCH, torch.Generator().manual_seed(100 + step), torch.float64)
     own = [distributed.own(view, part).to(dtype) for view in views]
-    return batch_of(own, first=distributed.rank() * part, patches=None if patches is None else distributed.own(patches, part).to(dtype))
+    own_patches = None if patches is None else distributed.own(patches, part).to(dtype)
+    return batch_of(own, first=distributed.rank() * part, patches=own_patches)
 
 
 def steps(case):

@@ -16,7 +16,8 @@ SMALL = ["augmentation=digits", "projector=small", "projector.hidden_dim=16", "p
 MULTICROP = ["+augmentation.views.small._target_=caco.data.views.augmentation.View", "+augmentation.views.small.count=2",
              "+augmentation.views.small.size=8"]  # fmt: skip
 CASES = {f"method={name}": [f"method={name}", *SMALL, *FEW_PROTOTYPES.get(name, []), *OF_PATCHES.get(name, [])] for name in METHODS}
-CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items()) if name != "method=cpcv2"}  # no views
+# CPC v2 has no views, only patches.
+CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items()) if name != "method=cpcv2"}
 CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
 QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
 CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]

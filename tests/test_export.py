@@ -133,7 +133,8 @@ def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_wri
     with pytest.raises(ValueError, match="timm has no model"):
         export.export(timm_backbone(name="resnet18", cifar_stem=True), {**RESNET, "cifar_stem": True}, ["timm"], tmp_path / "to", ABOUT)
     with pytest.raises(ValueError, match="stem or norms"):
-        export.export(timm_backbone(name="resnet18", layer_norm=True), {**RESNET, "layer_norm": True}, ["timm"], tmp_path / "to", ABOUT)
+        normed = timm_backbone(name="resnet18", layer_norm=True)
+        export.export(normed, {**RESNET, "layer_norm": True}, ["timm"], tmp_path / "to", ABOUT)
     assert not (tmp_path / "to").exists()
 
 

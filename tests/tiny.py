@@ -35,7 +35,8 @@ COLOURED = ["data._target_=coloured.images", "data.size=32"]
 OF_PATCHES = {
     "infomin": [*COLOURED, "augmentation=infomin_cifar", "method.jigsaw_hidden_dim=16"],
     "cpcv2": [
-        *COLOURED, "augmentation=cpcv2_cifar", "method.hidden_dim=8", "method.blocks=2", "method.averaging=0.9", "method.group_size=4", "batch=16",
+        *COLOURED, "augmentation=cpcv2_cifar", "method.hidden_dim=8", "method.blocks=2", "method.averaging=0.9",
+        "method.group_size=4", "batch=16",
     ],
 }
 BANK = ["bank.size=128"]  # two steps of warm start at batch 64

@@ -44,13 +44,14 @@ def problems(needs: Mapping[str, Any], patches: Mapping[str, Any] | None, colour
     number = f"{count} patches" if (count := needs.get("num_patches")) else "patches"
     if wanted == "none" and patches is not None:
         found.append(
-            f"augmentation: its view {name} is cut into patches, which this method does not take; leave it out ('~augmentation.views.{name}'), "
-            "or choose another augmentation"
+            f"augmentation: its view {name} is cut into patches, which this method does not take; leave it out "
+            f"('~augmentation.views.{name}'), or choose another augmentation"
         )
     elif wanted != "none" and patches is None:
+        options = _options(lambda option: _has_patches(option, shuffled=wanted == "shuffled"))
         found.append(
-            f"augmentation: this method takes {number} of each image, and no view here is cut into patches; choose one of "
-            f"{_options(lambda option: _has_patches(option, shuffled=wanted == 'shuffled'))}. Images of fewer than 24 pixels a side, as the digits, are too small for patches"
+            f"augmentation: this method takes {number} of each image, and no view here is cut into patches; choose one of {options}. "
+            "Images of fewer than 24 pixels a side, as the digits, are too small for patches"
         )
     elif patches is not None and (shuffled := bool(patches.get("shuffled"))) != (wanted == "shuffled"):
         found.append(
@@ -60,10 +61,11 @@ def problems(needs: Mapping[str, Any], patches: Mapping[str, Any] | None, colour
     if patches is not None and count and count != patches["grid"] ** 2:
         found.append(f"augmentation: this method takes {number} of each image; got a grid of {patches['grid']} x {patches['grid']}")
     if needs.get("lightness_first") and colours not in LIGHTNESS_FIRST:
+        options = _options(lambda option: option.get("colours") in LIGHTNESS_FIRST)
         found.append(
-            f"augmentation: this method contrasts the lightness of an image with its colour, and needs colours={', '.join(LIGHTNESS_FIRST)}; got "
-            f"{colours}; choose one of {_options(lambda option: option.get('colours') in LIGHTNESS_FIRST)}. Grey images, as the digits, have no "
-            "colour to contrast with"
+            "augmentation: this method contrasts the lightness of an image with its colour, and needs colours="
+            f"{', '.join(LIGHTNESS_FIRST)}; got {colours}; choose one of {options}. Grey images, as the digits, have no colour to "
+            "contrast with"
         )
     return found
 

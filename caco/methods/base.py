@@ -23,11 +23,12 @@ TRAINING = "training"  # the phase that the epochs are
 class Needs:
     """What a method needs of a batch; read before anything is built and by the Trainer.
 
-    A class that says it in plain keywords, as `needs = Needs(patches="shuffled")`, is read without being imported, so that views which do
-    not fit are refused at once; an instance may add to it.
+    A class that says it in plain keywords, as `needs = Needs(patches="shuffled")`, is read without being imported, so that views
+    which do not fit are refused at once; an instance may add to it.
 
     whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would change it.
-    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order; "none" refuses them.
+    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order; "none" refuses
+        them.
     num_patches: how many of an image; None: any square number.
     lightness_first: the first channel is lightness, the two others colour (Lab, YDbDr, YCbCr), of images that have some.
     """
@@ -94,7 +95,8 @@ class Costs:
         matrices: of products of all images' embeddings, D x D, that the loss takes.
         summed_bytes: of what the ranks add up besides gradients and BatchNorm.
         together: whether the views of one size go through the backbone at once, and all through the projector.
-        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are none. plan runs it.
+        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are none. plan
+            runs it.
     """
 
     encoded: list[int]

@@ -25,8 +25,8 @@ from caco.schedules import RunShape, Table, constant
 class ContextNetwork(nn.Module):
     """Features [B, F, H, W] to contexts of that shape: the one at row i sees rows 0 to i.
 
-    Residual blocks of convolutions: 1 x 1, ReLU, 1 x 3 with the neighbours to both sides, 2 x 1 with the row above (a row of zeros above the
-    first), ReLU, 1 x 1; at last a ReLU.
+    Residual blocks of convolutions: 1 x 1, ReLU, 1 x 3 with the neighbours to both sides, 2 x 1 with the row above (a row of zeros
+    above the first), ReLU, 1 x 1; at last a ReLU.
     """
 
     def __init__(self, *, width: int, hidden_dim: int = 256, blocks: int = 5):
@@ -34,7 +34,8 @@ class ContextNetwork(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(width, hidden_dim, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden_dim, hidden_dim, (1, 3), padding=(0, 1)),
-                nn.ZeroPad2d((0, 0, 1, 0)), nn.Conv2d(hidden_dim, hidden_dim, (2, 1)), nn.ReLU(inplace=True), nn.Conv2d(hidden_dim, width, 1),
+                nn.ZeroPad2d((0, 0, 1, 0)), nn.Conv2d(hidden_dim, hidden_dim, (2, 1)), nn.ReLU(inplace=True),
+                nn.Conv2d(hidden_dim, width, 1),
             )
             for _ in range(blocks)
         )  # fmt: skip
@@ -77,20 +78,21 @@ class Prediction(nn.Module):
 class CPCv2(Method):
     """What lies k rows further in an image is predicted from the rows up to here, and told from all other patches.
 
-    L = sum over directions and distances k of mean CE(s c W_k . targets), where the right target is the patch of the same image and column k
-    rows further, and the others are all patches of all images (of a group). Gradients flow into predictions and targets.
+    L = sum over directions and distances k of mean CE(s c W_k . targets), where the right target is the patch of the same image and
+    column k rows further, and the others are all patches of all images (of a group). Gradients flow into predictions and targets.
 
     Evaluators and exports see the average of the encoder's weights over the steps.
 
     Args:
         encoder: its projector makes the targets of a patch's features, a linear layer as published; the same for all directions.
         grid: patches a side, H.
-        distances: k, in rows. Published are "several"; the pseudocode's default is [3], the nearest that shares no pixels with its context.
+        distances: k, in rows. Published are "several"; the pseudocode's default is [3], the nearest that shares no pixels with its
+            context.
         directions: 1, downwards, up to 4.
         hidden_dim, blocks: of the context networks.
         scale: s, of the predictions.
-        group_size: images whose patches are told apart from each other, neighbours in a rank's batch (published: a worker's 16); None: those of
-            the batch of all ranks.
+        group_size: images whose patches are told apart from each other, neighbours in a rank's batch (published: a worker's 16);
+            None: those of the batch of all ranks.
         averaging: m of the running average of the encoder's weights, made after each step; None for none.
     """
 
@@ -111,7 +113,7 @@ class CPCv2(Method):
     ):
         super().__init__()
         if not distances or len(set(distances)) != len(distances) or not all(1 <= k < grid for k in distances):
-            raise UserError(f"method.distances must be different numbers of rows from 1 to grid - 1, {grid - 1}; got {list(distances)}")
+            raise UserError(f"method.distances must be different numbers from 1 to grid - 1, {grid - 1}; got {list(distances)}")
         if not 1 <= directions <= 4 or min(hidden_dim, blocks) < 1 or scale <= 0:
             raise UserError(
                 "method needs directions from 1 to 4, hidden_dim and blocks of 1 or more and a scale above 0; got "
@@ -119,12 +121,13 @@ class CPCv2(Method):
             )
         if (group_size is not None and group_size < 2) or not 0 <= (averaging or 0) < 1:
             raise UserError(
-                f"method needs a group_size of 2 or more and averaging in [0, 1), or null; got group_size={group_size}, averaging={averaging}"
+                "method needs a group_size of 2 or more and averaging in [0, 1), or null; got "
+                f"group_size={group_size}, averaging={averaging}"
             )
         self.encoder = encoder
         self.prediction = Prediction(
-            width=feature_width(encoder.backbone), dim=encoder.projector.dim, hidden_dim=hidden_dim, blocks=blocks, directions=directions,
-            distances=distances, scale=scale,
+            width=feature_width(encoder.backbone), dim=encoder.projector.dim, hidden_dim=hidden_dim, blocks=blocks,
+            directions=directions, distances=distances, scale=scale,
         )  # fmt: skip
         self.twin = None if averaging is None else MomentumTwin(encoder)
         self.grid, self.group_size, self.averaging = grid, group_size, averaging
@@ -150,7 +153,9 @@ class CPCv2(Method):
         z_ND = self.encoder.backbone(batch.patches.flatten(0, 1))
         target_BHWD = at_least_float32(self.encoder.projector(z_ND)).unflatten(0, (num_images, self.grid, self.grid))
         predictions = self.prediction(z_ND.unflatten(0, (num_images, self.grid, self.grid)))
-        targets, first = (target_BHWD, 0) if self.group_size else (distributed.gather_with_gradient(target_BHWD), distributed.rank() * num_images)
+        targets, first = target_BHWD, 0
+        if self.group_size is None:
+            targets, first = distributed.gather_with_gradient(target_BHWD), distributed.rank() * num_images
         losses = [
             _losses(p_BHWD, torch.rot90(targets, turns, (1, 2)), first=first, group_size=self.group_size)
             for turns, of_direction in enumerate(predictions)

@@ -5,7 +5,7 @@ Shapes: B this rank's images, G all ranks', P patches, F features, D width of th
 
 import dataclasses
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from caco.banks.base import Bank
@@ -32,7 +32,8 @@ class InfoMin(Contrastive):
         jigsaw_weight: w.
         jigsaw_hidden_dim: width of the hidden layer that each patch's features go through.
         num_patches: P.
-        warm_start_temperature, warm_start_momentum, warm_start_steps, warm_start_passes: as in `Contrastive`; the patches learn after it.
+        warm_start_temperature, warm_start_momentum, warm_start_steps, warm_start_passes: as in `Contrastive`; the patches learn
+            after it.
     """
 
     needs = Needs(patches="shuffled")
@@ -97,7 +98,8 @@ class InfoMin(Contrastive):
         of_views, of_patches = (type(score)(*(values[part] for values in score)) for part in (slice(-1), slice(-1, None)))
         w = self.jigsaw_weight
         loss = (1 - w) * weighted(of_views, terms) + w * of_patches.loss_B.mean()
-        return Outputs(loss, {"positive_probability": _probability(of_views.loss_B), "jigsaw_probability": _probability(of_patches.loss_B)})
+        probabilities = {"positive_probability": of_views, "jigsaw_probability": of_patches}
+        return Outputs(loss, {name: (-part.loss_B.detach()).exp().mean() for name, part in probabilities.items()})
 
     def after_step(self, now: Now) -> None:
         """The queue takes the keys and the twin follows."""
@@ -114,8 +116,3 @@ class InfoMin(Contrastive):
             bank_terms=costs.bank_terms + (1 if self.negatives.bank_rows else 0),
             patch_network=nn.Sequential(nn.Flatten(0, 1), self.backbone, self.jigsaw),
         )
-
-
-def _probability(loss_B: Tensor) -> Tensor:
-    """Of the positives, as the losses say it."""
-    return (-loss_B.detach()).exp().mean()

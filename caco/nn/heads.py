@@ -87,8 +87,8 @@ class JigsawHead(nn.Module):
     """Features of the patches of some images to an embedding of each image: one perceptron for all patches, then one linear layer for
     what it gives of an image's patches, one after the other. Nothing is made unit.
 
-    Source: the published code of InfoMin (PyContrast, networks/util.py: JigsawHead, whose perceptron has two layers) and of PIRL (vissl, one
-    layer); InfoMin's shuffles an image's patches here, the views have done it already.
+    Source: the published code of InfoMin (PyContrast, networks/util.py: JigsawHead, whose perceptron has two layers) and of PIRL
+    (vissl, one layer); InfoMin's shuffles an image's patches here, the views have done it already.
 
     Args:
         in_dim: width of the features.

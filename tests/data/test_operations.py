@@ -1,4 +1,5 @@
-"""Operations that a view may go on with: RandAugment at InfoMin's magnitudes, held to timm's; PIRL's, CPC v2's; each by hand or by Pillow."""
+"""Operations that a view may go on with: RandAugment at InfoMin's magnitudes, held to timm's; PIRL's, CPC v2's; each by hand or by
+Pillow."""
 
 import math
 import random
@@ -67,7 +68,8 @@ def test_an_operation_is_timm_s_at_the_sheet_s_magnitude(photo, name, level):
 
 
 def test_magnitudes_by_hand(photo):
-    """Identity changes nothing and is not drawn unless it is named. At the largest level: solarization does nothing, posterization keeps 4 bits; a little below, 3."""
+    """Identity changes nothing and is not drawn unless it is named. At the largest level: solarization does nothing, posterization
+    keeps 4 bits; a little below, 3."""
     ours = RandAugment()
     assert set(ours.names) == set(TIMMS) == set(ALL_OPERATIONS) - {"identity"}
     assert same(ours.apply(photo, "identity", 10.0, negative=False, bicubic=False), photo)
@@ -84,13 +86,14 @@ def test_magnitudes_by_hand(photo):
 def test_enhancement_goes_both_ways_unless_the_published_one_is_asked_for(photo, name):
     two, one = RandAugment(), RandAugment(enhancement="one_sided")
     enhanced = {sign: two.apply(photo, name, 9.0, negative=sign, bicubic=False) for sign in (False, True)}
-    enhancer = {"color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast, "brightness": ImageEnhance.Brightness, "sharpness": ImageEnhance.Sharpness}[name]
+    enhancer = getattr(ImageEnhance, name.capitalize())
     assert same(enhanced[False], enhancer(photo).enhance(1.81)) and same(enhanced[True], enhancer(photo).enhance(1 - 0.81))
     assert same(one.apply(photo, name, 9.0, negative=True, bicubic=False), enhancer(photo).enhance(0.1 + 1.62))
 
 
 def test_what_is_drawn_is_drawn_as_published(photo, monkeypatch):
-    """Two of fifteen with replacement, each with probability 1/2, at a normal level cut to 0..10, one way or the other, resampled either way."""
+    """Two of fifteen with replacement, each with probability 1/2, at a normal level cut to 0..10, one way or the other, resampled
+    either way."""
     ours, seen = RandAugment(magnitude=9.0, spread=0.8), []
 
     def record(image, name, level, *, negative, bicubic):
@@ -140,7 +143,8 @@ def test_timm_s_rand_augment_and_ours_change_images_by_as_much(photo):
 def test_photometric_is_pirl_s_four_operations_together(photo):
     operation = Photometric(p=0.66)
     assert same(operation(photo, [0.66, 0.5, 0.5, 0.5]), photo)
-    by_hand = ImageOps.autocontrast(ImageOps.solarize(ImageEnhance.Sharpness(ImageOps.posterize(photo, 8)).enhance(0.1 + 1.8 * 0.25), 64))
+    sharpened = ImageEnhance.Sharpness(ImageOps.posterize(photo, 8)).enhance(0.1 + 1.8 * 0.25)
+    by_hand = ImageOps.autocontrast(ImageOps.solarize(sharpened, 64))
     assert same(operation(photo, [0.65, 0.999, 0.25, 0.25]), by_hand)
     bits, thresholds = ({f(u) for u in np.linspace(0, 0.9999, 5000)} for f in (lambda u: 4 + int(5 * u), lambda u: int(257 * u)))
     assert bits == {4, 5, 6, 7, 8} and thresholds == set(range(257)), "both ends included, as published"
@@ -194,7 +198,8 @@ def test_dropped_channels_are_even_and_one_stays(photo):
     for kept, u in enumerate((0.0, 0.5, 0.99)):
         pixels = np.asarray(DropChannels(p=0.8, fill=[1, 2, 3])(photo, [0.79, u]))
         for channel in range(3):
-            assert np.array_equal(pixels[..., channel], np.asarray(photo)[..., channel]) if channel == kept else (pixels[..., channel] == channel + 1).all()
+            expected = np.asarray(photo)[..., channel] if channel == kept else channel + 1
+            assert (pixels[..., channel] == expected).all()
     assert same(DropChannels(p=0.8)(photo, [0.8, 0.5]), photo)
 
 

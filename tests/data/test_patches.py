@@ -44,7 +44,8 @@ def corners(patches: np.ndarray) -> np.ndarray:
     height, width = patches.shape[2:4]
     corner = patches[:, :, 0, 0, :2].astype(int)
     y, x = np.mgrid[:height, :width]
-    assert np.array_equal(patches[..., 0], corner[..., 0, None, None] + y) and np.array_equal(patches[..., 1], corner[..., 1, None, None] + x)
+    assert np.array_equal(patches[..., 0], corner[..., 0, None, None] + y)
+    assert np.array_equal(patches[..., 1], corner[..., 1, None, None] + x)
     return corner
 
 
@@ -67,7 +68,8 @@ def test_the_published_jigsaws_geometry(name, jitter):
 
 def test_each_window_lies_anywhere_in_its_cell_and_nowhere_else():
     patches = Patches(grid=3, size=4, stride=10, jitter=6)
-    offset = corners(patches_of(recipe(30, patches), range(3000))) - np.array([[10 * row, 10 * column] for row in range(3) for column in range(3)])
+    cells = np.array([[10 * row, 10 * column] for row in range(3) for column in range(3)])
+    offset = corners(patches_of(recipe(30, patches), range(3000))) - cells
     assert offset.min() == 0 and offset.max() == 6
     for patch in range(9):
         for axis in (0, 1):
@@ -117,7 +119,8 @@ def everything() -> Views:
             "cut": View(
                 size=20, blur_p=0.5, then={"drop": DropChannels(p=0.5)},
                 patches=Patches(
-                    grid=3, size=4, stride=6, jitter=2, shuffled=True, each=View(scale=[0.8, 1.0], then={"rand": RandAugment(), "gray": Grayscale()}),
+                    grid=3, size=4, stride=6, jitter=2, shuffled=True,
+                    each=View(scale=[0.8, 1.0], then={"rand": RandAugment(), "gray": Grayscale()}),
                 ),
             ),
             "both": View(count=2, blur_p=0.5, then={"rand": RandAugment(p=1.0), "gray": Grayscale()}),
@@ -177,6 +180,10 @@ def test_a_view_s_further_numbers_leave_the_first_as_they_were():
     assert len({stream_of(stream, v) for stream in range(50) for v in range(4)}) == 200
 
 
+def views_of(views: dict, **settings) -> Views:
+    return Views(size=8, views=views, mean=[0.0] * 3, std=[1.0] * 3, **settings)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -186,9 +193,8 @@ def test_a_view_s_further_numbers_leave_the_first_as_they_were():
         (lambda: View(size=20, patches=Patches(grid=3, size=8, stride=7)), "patches that reach over 22 pixels"),
         (lambda: View(patches=Patches(grid=2, size=4, stride=4)), "a view of count 1 with a size of its own"),
         (lambda: View(then={"mine": len}), r"view then\.mine: builtin_function_or_method has no numbers"),
-        (lambda: Views(size=8, views={n: View(size=8, patches=Patches(grid=2, size=4, stride=4)) for n in "ab"}, mean=[0] * 3, std=[1] * 3),
-         "at most one kind that is cut into patches"),
-        (lambda: Views(size=8, views={"a": View()}, mean=[0] * 3, std=[1] * 3, colours="hsv"), "colours: expected one of rgb, lab, ydbdr, ycbcr"),
+        (lambda: views_of({n: View(size=8, patches=Patches(grid=2, size=4, stride=4)) for n in "ab"}), "at most one kind that is cut"),
+        (lambda: views_of({"a": View()}, colours="hsv"), "colours: expected one of rgb, lab, ydbdr, ycbcr"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(make, message):

@@ -28,7 +28,8 @@ def views_of(step: int, batch: int) -> list[torch.Tensor]:
 def drive(
     method, optimizer, schedule: OptimizerSchedule, run: RunShape, steps: int, after=lambda step: None, batch_at=None
 ) -> list[float]:
-    """The losses of so many steps; `after(step)` is called behind each, `batch_at(step)` gives its batch, `views_of` where there is none."""
+    """The losses of so many steps; `after(step)` is called behind each, `batch_at(step)` gives its batch, `views_of` where there is
+    none."""
     batch_at = batch_at or (lambda step: batch_of(views_of(step, run.batch)))
     optimisation, tables = Optimisation(optimizer, schedule, run), method.schedules(run)
     method.phases(run)

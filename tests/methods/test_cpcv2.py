@@ -26,7 +26,8 @@ B, H, F, D = 4, 4, 6, 5
 
 def cpc(**settings):
     encoder = tiny_encoder(dim=D, layers=1)
-    return CPCv2(encoder=encoder, **{"grid": H, "distances": [2, 3], "hidden_dim": 7, "blocks": 2, "averaging": 0.9, **settings}).double().train()
+    small = {"grid": H, "distances": [2, 3], "hidden_dim": 7, "blocks": 2, "averaging": 0.9}
+    return CPCv2(encoder=encoder, **{**small, **settings}).double().train()
 
 
 def batch_at(step: int, images: int = B):
@@ -38,18 +39,19 @@ def batch_at(step: int, images: int = B):
 
 
 def context_by_hand(network, z):
-    """z[b][i][j], vectors; 1 x 1, ReLU, 1 x 3 with zeros outside, 2 x 1 with a row of zeros above, ReLU, 1 x 1, added; a ReLU at last."""
+    """z[b][i][j], vectors; 1 x 1, ReLU, 1 x 3 with zeros outside, 2 x 1 with a row of zeros above, ReLU, 1 x 1, added; a ReLU at
+    last."""
     images, rows, columns, _ = z.shape
     x = z
     for one, _, row, _, column, _, last in network.blocks:
         a = (x @ one.weight[:, :, 0, 0].T + one.bias).clamp_min(0)
-        b = torch.stack([
-            sum((a[:, :, j + s] @ row.weight[:, :, 0, s + 1].T for s in (-1, 0, 1) if 0 <= j + s < columns), start=row.bias.expand(images, rows, -1))
-            for j in range(columns)
-        ], 2)  # fmt: skip
-        c = torch.stack([
-            b[:, i] @ column.weight[:, :, 1, 0].T + (b[:, i - 1] @ column.weight[:, :, 0, 0].T if i else 0) + column.bias for i in range(rows)
-        ], 1)  # fmt: skip
+        b = torch.zeros(images, rows, columns, len(row.bias), dtype=z.dtype) + row.bias
+        for j in range(columns):
+            for s in (-1, 0, 1):
+                if 0 <= j + s < columns:
+                    b[:, :, j] += a[:, :, j + s] @ row.weight[:, :, 0, s + 1].T
+        above = torch.cat([torch.zeros_like(b[:, :1]), b[:, :-1]], 1)
+        c = b @ column.weight[:, :, 1, 0].T + above @ column.weight[:, :, 0, 0].T + column.bias
         x = x + c.clamp_min(0) @ last.weight[:, :, 0, 0].T + last.bias
     return x.clamp_min(0)
 
@@ -184,10 +186,10 @@ def test_evaluators_see_the_average_with_the_encoder_s_statistics():
     assert method.schedules(RunShape(2, 3, B)) == {"twin_momentum": [0.9] * 6}
 
 
-@pytest.mark.parametrize("make", [lambda: small_resnet(width=8, layer_norm=True), lambda: timm_backbone(name="resnet18", layer_norm=True)])
-def test_layer_normalisation_is_over_channels_and_places_of_an_image_and_nowhere_else(make):
+@pytest.mark.parametrize(("make", "settings"), [(small_resnet, {"width": 8}), (timm_backbone, {"name": "resnet18"})])
+def test_layer_normalisation_is_over_channels_and_places_of_an_image_and_nowhere_else(make, settings):
     torch.manual_seed(0)
-    backbone = make().double().train()
+    backbone = make(layer_norm=True, **settings).double().train()
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in backbone.modules())
     layers = [layer for layer in backbone.modules() if isinstance(layer, nn.GroupNorm)]
     x = torch.randn(2, layers[0].num_channels, 3, 3, dtype=torch.float64)
@@ -238,7 +240,7 @@ def test_views_and_images_that_it_cannot_take_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"distances": []}, "different numbers of rows from 1 to grid - 1, 3; got"),
+        ({"distances": []}, "different numbers from 1 to grid - 1, 3; got"),
         ({"distances": [4]}, "from 1 to grid - 1, 3"),
         ({"distances": [2, 2]}, "different numbers"),
         ({"directions": 5}, "directions from 1 to 4"),

@@ -166,7 +166,9 @@ def test_the_published_recipe():
     }  # fmt: skip
     assert tree["bank"]["size"] == 65_536 and tree["bank"]["_target_"].endswith("FifoBank")
     assert (tree["optimizer"]["lr"], tree["optimizer"]["weight_decay"], tree["optimizer"]["momentum"]) == (0.03, 1e-4, 0.9)
-    assert tree["schedule"]["final_fraction"] == 0.001 and tree["schedule"]["unit"] == "epoch" and tree["schedule"]["warmup_epochs"] == 0
+    assert {key: tree["schedule"][key] for key in ("final_fraction", "unit", "warmup_epochs")} == {
+        "final_fraction": 0.001, "unit": "epoch", "warmup_epochs": 0,
+    }  # fmt: skip
     with torch.device("meta"):
         encoder = build_encoder(cfg)
         head = JigsawHead(in_dim=2048, hidden_dim=tree["method"]["jigsaw_hidden_dim"], dim=128)
@@ -191,7 +193,8 @@ def refused(*overrides):
 
 def test_views_without_patches_are_refused_before_anything_is_built_with_those_that_have_some():
     told = refused("preset=demo", "method=infomin")
-    assert "augmentation: this method takes patches of each image, and no view here is cut into patches; choose one of infomin, infomin_cifar, pirl" in told
+    assert "augmentation: this method takes patches of each image, and no view here is cut into patches" in told
+    assert "choose one of infomin, infomin_cifar, pirl, pirl_cifar." in told
     assert "as the digits, are too small for patches" in told and "cpcv2" not in told
     told = refused("method=mocov2", "augmentation=infomin", "data.root=/tmp")
     assert "its view jigsaw is cut into patches, which this method does not take; leave it out ('~augmentation.views.jigsaw')" in told
@@ -204,11 +207,13 @@ def test_another_number_of_patches_and_images_too_small_for_them_are_refused(tmp
     with pytest.raises(UserError, match="this method takes 4 patches of each image; got a grid of 3 x 3"):
         run_training(compose(*small, "method.num_patches=4"), tmp_path)
     digits = [*small, "data._target_=caco.data.sets.folders.digits", "data.size=16"]
-    with pytest.raises(UserError, match="images of digits/train are too small for patches: the first has 16 x 16 pixels, a third of which is 5"):
+    with pytest.raises(UserError, match="images of digits/train are too small for patches: the first has 16 x 16 pixels, a third"):
         run_training(compose(*digits), tmp_path)
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"jigsaw_weight": 1.5}, r"in \[0, 1\]; got 1.5"), ({"num_patches": 1}, "2 patches or more")])
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"jigsaw_weight": 1.5}, r"in \[0, 1\]; got 1.5"), ({"num_patches": 1}, "2 patches or more")]
+)
 def test_values_out_of_their_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         infomin(**settings)

@@ -63,8 +63,8 @@ class Order:
 
 @dataclass(frozen=True)
 class Pixels:
-    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32; patches come last,
-    uint8 [B, P, H, W, 3].
+    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32; patches come
+    last, uint8 [B, P, H, W, 3].
 
     stand_ins: (index of an unreadable image, index of the one in its place) pairs.
     """

@@ -37,7 +37,8 @@ class Patches:
         stride: pixels from a cell's corner to its neighbour's; below `size` the windows overlap.
         jitter: a window's corner lies 0 to so many pixels down and right of its cell's, drawn for each.
         shuffled: whether the windows come in an order drawn at random, else row by row.
-        each: what is done to each window, as to an image of its own; None: nothing. Its `scale` and `ratio` of [1.0, 1.0] keep it whole.
+        each: what is done to each window, as to an image of its own; None: nothing. Its `scale` and `ratio` of [1.0, 1.0] keep it
+            whole.
     Raises:
         ValueError: a value out of its range.
     """
@@ -52,8 +53,8 @@ class Patches:
     def __post_init__(self) -> None:
         if self.grid < 2 or min(self.size, self.stride) < 1 or self.jitter < 0:
             raise UserError(
-                "patches: expected a grid of 2 windows a side or more, a size and a stride of 1 pixel or more and a jitter of 0 or more, "
-                f"got grid={self.grid}, size={self.size}, stride={self.stride}, jitter={self.jitter}"
+                "patches: expected a grid of 2 windows a side or more, a size and a stride of 1 pixel or more and a jitter of 0 or "
+                f"more, got grid={self.grid}, size={self.size}, stride={self.stride}, jitter={self.jitter}"
             )
         if self.each is not None and (self.each.patches is not None or self.each.count != 1 or self.each.size is not None):
             raise UserError("patches each: expected a view without patches, count and size of its own, for the windows have theirs")
@@ -127,7 +128,8 @@ class View:
     def __post_init__(self) -> None:
         if isinstance(self.patches, Mapping):  # as it stands in a YAML
             each = self.patches.get("each")
-            object.__setattr__(self, "patches", Patches(**{**self.patches, "each": View(**each) if isinstance(each, Mapping) else each}))
+            each = View(**each) if isinstance(each, Mapping) else each
+            object.__setattr__(self, "patches", Patches(**{**self.patches, "each": each}))
         for name, operation in self.then.items():
             require_contract(f"view then.{name}", operation, Operation)
         if self.patches is not None and (self.count != 1 or self.size is None or self.patches.extent > self.size):
@@ -158,7 +160,8 @@ class View:
     @property
     def numbers(self) -> int:
         """Random numbers of an image: those of `draw`, of each further operation in turn, and of the patches."""
-        return NUM_UNIFORMS + sum(operation.numbers for operation in self.then.values()) + (self.patches.numbers if self.patches else 0)
+        further = sum(operation.numbers for operation in self.then.values())
+        return NUM_UNIFORMS + further + (self.patches.numbers if self.patches else 0)
 
     def further(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
         """What `then` makes of the view as drawn; u are all of its random numbers."""
@@ -200,7 +203,8 @@ class Views:
         views: the kinds of view by any name, in order; a kind of count n gives n views in a row. At most one is cut into patches.
         plain_crop: share of the shorter side that the plain view keeps (224 of 256: 0.875).
         plain_interpolation: by which the plain view is resized.
-        colours: what every view, the plain one too, is converted into: "rgb" is none, the others have their lightness first (colours.py).
+        colours: what every view, the plain one too, is converted into: "rgb" is none, the others have their lightness first
+            (colours.py).
         mean, std: of each channel, for pixels in 0..1, or of the colour space's channels as it has them.
     Raises:
         ValueError: a value out of its range.

@@ -1,5 +1,5 @@
-"""Kinds of view made of a batch of images: compiled where that was built, else by Pillow; then what neither of a kind's settings says but
-its `then` and its `patches`, by Pillow and NumPy in both cases. So the bits are the same.
+"""Kinds of view made of a batch of images: compiled where that was built, else by Pillow; then what neither of a kind's settings
+says but its `then` and its `patches`, by Pillow and NumPy in both cases. So the bits are the same.
 
 Shapes: B images, P patches of each, H and W pixels; pixels are uint8.
 """
@@ -16,8 +16,8 @@ from caco.data.views.draws import stream_of, uniforms
 
 
 class Operation(Protocol):
-    """One of a view's further operations (its `then`): called with an RGB image and `numbers` random numbers in [0, 1), it gives an image
-    of the same size, the same one for the same numbers. operations.py has some.
+    """One of a view's further operations (its `then`): called with an RGB image and `numbers` random numbers in [0, 1), it gives an
+    image of the same size, the same one for the same numbers. operations.py has some.
 
     numbers: how many it takes, whatever it does with them.
     """

@@ -45,7 +45,8 @@ class RandAugment:
 
     Args:
         operations: how many are drawn.
-        magnitude, spread: mean and standard deviation of L, which is cut to 0..10; an infinite spread draws it evenly from 0 to `magnitude`.
+        magnitude, spread: mean and standard deviation of L, which is cut to 0..10; an infinite spread draws it evenly from 0 to
+            `magnitude`.
         p: probability of each operation that was drawn.
         names: the operations to draw from; None for all but identity.
     Raises:
@@ -66,8 +67,8 @@ class RandAugment:
     ):
         if operations < 1 or not 0 <= magnitude <= _LARGEST or spread < 0:
             raise UserError(
-                f"RandAugment: expected an operation or more, a magnitude in 0..10 and a spread of 0 or more, got operations={operations}, "
-                f"magnitude={magnitude}, spread={spread}"
+                "RandAugment: expected an operation or more, a magnitude in 0..10 and a spread of 0 or more, got "
+                f"operations={operations}, magnitude={magnitude}, spread={spread}"
             )
         check_probability("RandAugment p", p)
         check_fill("RandAugment fill", fill)
@@ -76,8 +77,9 @@ class RandAugment:
         if enhancement not in ("two_sided", "one_sided"):
             raise UserError(f"RandAugment enhancement: expected two_sided or one_sided, got {enhancement!r}")
         self.names = list(ALL_OPERATIONS[1:]) if names is None else list(names)
-        if not self.names or (unknown := [name for name in self.names if name not in ALL_OPERATIONS]):
-            raise UserError(f"RandAugment names: expected some of {', '.join(ALL_OPERATIONS)}, got {', '.join(unknown) if self.names else 'none'}")
+        unknown = [name for name in self.names if name not in ALL_OPERATIONS] if self.names else ["none"]
+        if unknown:
+            raise UserError(f"RandAugment names: expected some of {', '.join(ALL_OPERATIONS)}, got {', '.join(unknown)}")
         self.operations, self.magnitude, self.spread, self.p = operations, magnitude, spread, p
         self.enhancement, self.posterize_bits, self.fill = enhancement, list(posterize_bits), tuple(fill)
         self.numbers = _NUMBERS_EACH * operations
@@ -110,7 +112,8 @@ class RandAugment:
         if name == "posterize":
             low, high = self.posterize_bits
             bits = low + int((high - low) * share)
-            return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)  # black, which Pillow refuses to say from 13 on
+            # No bits are black, which Pillow from 13 on refuses.
+            return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
         if name == "solarize":
             return ImageOps.solarize(image, int(256 * share))
         if name == "solarize_add":
@@ -133,16 +136,18 @@ _PLAIN: dict[str, Callable[[Image.Image], Image.Image]] = {
     "identity": lambda image: image, "autocontrast": ImageOps.autocontrast, "equalize": ImageOps.equalize, "invert": ImageOps.invert,
 }  # fmt: skip
 _ENHANCERS = {
-    "color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast, "brightness": ImageEnhance.Brightness, "sharpness": ImageEnhance.Sharpness,
+    "color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast, "brightness": ImageEnhance.Brightness,
+    "sharpness": ImageEnhance.Sharpness,
 }  # fmt: skip
 ALL_OPERATIONS = (
-    "identity", "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast", "brightness",
-    "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
+    "identity", "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast",
+    "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
 
 
 class Photometric:
-    """All or none of: posterized to 4 to 8 bits, sharpened by a factor of 0.1 to 1.9, solarized from a value of 0 to 256 on, autocontrast.
+    """All or none of: posterized to 4 to 8 bits, sharpened by a factor of 0.1 to 1.9, solarized from a value of 0 to 256 on,
+    autocontrast.
 
     Source: PIRL (arXiv 1912.01991), vissl's ImgPilRandomPhotometric.
     """
@@ -192,7 +197,9 @@ class SampledBlur:
     def __init__(self, *, p: float = 0.5, sigma: Sequence[float] = (0.1, 2.0), taps: int = 23):
         check_probability("SampledBlur p", p)
         if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1] or taps < 1 or taps % 2 == 0:
-            raise UserError(f"SampledBlur: expected sigma as [low, high] above 0 and an odd number of taps, got sigma={list(sigma)}, taps={taps}")
+            raise UserError(
+                f"SampledBlur: expected sigma as [low, high] above 0 and an odd number of taps, got sigma={list(sigma)}, taps={taps}"
+            )
         self.p, self.sigma, self.taps = p, list(sigma), taps
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
@@ -210,8 +217,8 @@ class SampledBlur:
 class Elastic:
     """Sheared and elastically deformed: a coarse lattice of displacements, interpolated by cubic splines, moves the pixels.
 
-    CPC v2 names both (arXiv 1905.09272, after De Fauw et al., 2018) and gives no numbers; those here are of U-Net's kind (arXiv 1505.04597,
-    3 x 3 lattice), in shares of the side, and are ours.
+    CPC v2 names both (arXiv 1905.09272, after De Fauw et al., 2018) and gives no numbers; those here are of U-Net's kind (arXiv
+    1505.04597, 3 x 3 lattice), in shares of the side, and are ours.
 
     Args:
         p: probability of both together.
@@ -224,8 +231,8 @@ class Elastic:
         check_probability("Elastic p", p)
         if shear < 0 or displacement < 0 or lattice < 2:
             raise UserError(
-                f"Elastic: expected a shear and a displacement of 0 or more and a lattice of 2 points a side or more, got shear={shear}, "
-                f"displacement={displacement}, lattice={lattice}"
+                "Elastic: expected a shear and a displacement of 0 or more and a lattice of 2 points a side or more, got "
+                f"shear={shear}, displacement={displacement}, lattice={lattice}"
             )
         self.p, self.shear, self.displacement, self.lattice = p, shear, displacement, lattice
         self.numbers = 2 + 2 * lattice**2
