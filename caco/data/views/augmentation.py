@@ -69,24 +69,6 @@ class Patches:
         """Random numbers of an image: where each window lies, down and across, and when it comes."""
         return 3 * self.grid**2
 
-    def cut(self, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> np.ndarray:
-        """The windows of each image, row by row: [B, P, size, size, 3]."""
-        count, size = self.grid**2, self.size
-        corners = np.mgrid[: self.grid, : self.grid].reshape(2, count) * self.stride  # of cells, down and across
-        corner_B2P = corners + (u_BN[:, : 2 * count] * (self.jitter + 1)).astype(np.int64).reshape(-1, 2, count)
-        made = np.empty((len(pixels_BHWC), count, size, size, 3), pixels_BHWC.dtype)
-        for pixels, windows, (tops, lefts) in zip(pixels_BHWC, made, corner_B2P.tolist(), strict=True):
-            for window, top, left in zip(windows, tops, lefts, strict=True):
-                window[...] = pixels[top : top + size, left : left + size]
-        return made
-
-    def order(self, u_BN: np.ndarray) -> np.ndarray:
-        """Which window comes at each place, int64 [B, P]."""
-        count = self.grid**2
-        if not self.shuffled:
-            return np.broadcast_to(np.arange(count), (len(u_BN), count))
-        return u_BN[:, 2 * count :].argsort(1, kind="stable")
-
 
 @dataclass(frozen=True, kw_only=True)
 class View:

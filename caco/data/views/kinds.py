@@ -92,13 +92,33 @@ class Kinds:
 
     def _cut(self, pixels_BHWC: np.ndarray, u_BN: np.ndarray, samples: np.ndarray, stream: int) -> np.ndarray:
         assert self.patches is not None and self.cut is not None
-        patches = self.patches.cut(pixels_BHWC, u_BN)
+        patches = windows(self.patches, pixels_BHWC, u_BN)
         if self._each is not None:
             count = patches.shape[1]
             of_patches = (np.asarray(samples, np.int64)[:, None] * count + np.arange(count)).ravel()
             (made,), _ = self._each.make(list(patches.reshape(-1, *patches.shape[2:])), of_patches, stream_of(stream, self.cut))
             patches = made.reshape(patches.shape)
-        return patches[np.arange(len(patches))[:, None], self.patches.order(u_BN)]
+        if self.patches.shuffled:
+            order_BP = u_BN[:, 2 * patches.shape[1] :].argsort(1, kind="stable")
+            patches = patches[np.arange(len(patches))[:, None], order_BP]
+        return patches
+
+
+def windows(patches: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> np.ndarray:
+    """The windows of each image, row by row: [B, P, size, size, 3].
+
+    Args:
+        patches: caco.data.views.augmentation.Patches. u_BN: the first 2 P say how far down each window lies in its cell, then how far
+            to the right.
+    """
+    grid, size = patches.grid, patches.size
+    corners = np.mgrid[:grid, :grid].reshape(2, -1) * patches.stride  # of cells, down and across
+    corner_B2P = corners + (u_BN[:, : 2 * grid**2] * (patches.jitter + 1)).astype(np.int64).reshape(-1, 2, grid**2)
+    made = np.empty((len(pixels_BHWC), grid**2, size, size, 3), pixels_BHWC.dtype)
+    for pixels, of_image, (tops, lefts) in zip(pixels_BHWC, made, corner_B2P.tolist(), strict=True):
+        for window, top, left in zip(of_image, tops, lefts, strict=True):
+            window[...] = pixels[top : top + size, left : left + size]
+    return made
 
 
 def _further(view: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> None:
