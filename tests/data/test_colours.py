@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from loaded import batches
 from PIL import Image
 
 from caco.config import views_needed
+from caco.data.loaders.batches import mixed_seed
 from caco.data.views.augmentation import View, Views
 from caco.data.views.colours import CONVERSIONS
 
@@ -69,6 +71,20 @@ def test_views_and_plain_views_are_in_it_and_normalised_in_it(name):
     expected = ((by_hand - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
     assert made.dtype == torch.float32 and torch.allclose(made, expected, atol=1e-5)
     assert torch.allclose(views.plain(Image.fromarray(pixels)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_give_views_in_it(noise_source, workers):
+    """Compiled views end with bytes, which are converted afterwards; their own normalisation is RGB's."""
+    source = noise_source(8)
+    views = Views(size=6, views={"both": View(count=2)}, mean=[50.0, 0, 0], std=[50.0, 90, 90], colours="lab")
+    (batch,) = batches(source, views, workers=workers)
+    images = [np.asarray(source.image(index)) for index in batch.index.tolist()]
+    made = views.batch_pixels(images, batch.index.numpy(), mixed_seed(7, 0))
+    for ours, pixels in zip(batch.views, made, strict=True):
+        assert torch.equal(ours, views.normalise(torch.from_numpy(pixels)))
+        lab = CONVERSIONS["lab"](torch.from_numpy(pixels).double() / 255)
+        assert torch.allclose(ours[:, 0].double(), (lab[..., 0] - 50) / 50, atol=1e-5)
 
 
 def test_grey_has_no_colour_and_lightness_comes_first():

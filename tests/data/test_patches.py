@@ -78,6 +78,16 @@ def test_each_window_lies_anywhere_in_its_cell_and_nowhere_else():
     assert abs(np.corrcoef(offset.reshape(3000, 18).T) - np.eye(18)).max() < 0.1, "drawn for each patch and axis by itself"
 
 
+def test_where_the_windows_lie_is_said_by_numbers_of_their_own():
+    """The numbers after the view's own and those of its `then`: two for each window's place, one for its turn."""
+    patches = Patches(grid=2, size=4, stride=10, jitter=6, shuffled=True)
+    views = recipe(20, patches, then={"gray": Grayscale(p=0.0)})
+    u = uniforms(5, np.arange(50), 0, 39 + 1 + 12)[:, 40:]
+    corner = np.array([[0, 0], [0, 10], [10, 0], [10, 10]]) + np.stack([u[:, :4], u[:, 4:8]], -1) * 7 // 1
+    in_turn = np.take_along_axis(corner, u[:, 8:].argsort(1)[..., None], 1)
+    assert np.array_equal(corners(patches_of(views, range(50))), in_turn)
+
+
 def test_the_order_is_any_permutation_alike_and_the_windows_are_those_of_the_ordered_ones():
     shuffled, ordered = (Patches(grid=2, size=4, stride=5, jitter=1, shuffled=flag) for flag in (True, False))
     mixed, straight = (patches_of(recipe(10, patches), range(2400)) for patches in (shuffled, ordered))
@@ -110,8 +120,8 @@ def test_what_is_done_to_each_patch_is_drawn_for_each_and_as_for_an_image_of_its
     assert np.array_equal(patches.reshape(-1, 6, 6, 3), expected)
 
 
-@pytest.fixture
-def everything() -> Views:
+@pytest.fixture(params=["rgb", "lab"])
+def everything(request) -> Views:
     """Whole views with operations that are not compiled, and shuffled patches that each have some too."""
     return Views(
         size=8,
@@ -126,7 +136,7 @@ def everything() -> Views:
             "both": View(count=2, blur_p=0.5, then={"rand": RandAugment(p=1.0), "gray": Grayscale()}),
             "small": View(size=6),
         },
-        mean=[0.5] * 3, std=[0.25] * 3, colours="lab",
+        mean=[0.5] * 3, std=[0.25] * 3, colours=request.param,
     )  # fmt: skip
 
 

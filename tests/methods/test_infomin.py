@@ -88,9 +88,15 @@ def test_loss_and_gradients_are_those_of_the_sheet():
     assert outputs.metrics["jigsaw_probability"].item() == pytest.approx(logits.softmax(1)[:, 0].mean().item(), abs=1e-12)
 
 
-def test_weights_of_zero_and_one_leave_one_of_the_queries():
-    losses = {w: infomin(jigsaw_weight=w)(batch_at(0), now()).loss for w in (0.0, 0.3, 1.0)}
-    assert torch.allclose(losses[0.3], 0.7 * losses[0.0] + 0.3 * losses[1.0], atol=1e-12)
+def test_the_weight_is_the_patches():
+    losses = {}
+    for w in (0.0, 0.3, 1.0):
+        method = infomin(jigsaw_weight=w)
+        losses[w] = method(batch_at(0), now()).loss
+        losses[w].backward()
+        assert (method.jigsaw.together.weight.grad.abs().max() > 0) == (w > 0)
+        assert (method.encoder.projector[0].weight.grad.abs().max() > 0) == (w < 1)
+    assert torch.allclose(losses[0.3], 0.7 * losses[0.0] + 0.3 * losses[1.0], atol=1e-12, rtol=0)
     assert (losses[0.0] - losses[1.0]).abs() > 1e-3
 
 
