@@ -8,31 +8,24 @@ assumed speed plus messages at an assumed bandwidth, one after the other, as the
 saving are not in it.
 """
 
-import copy
-import functools
-import json
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode
 
 from caco import errors
 from caco.banks import scoring
-from caco.banks.base import Bank
 from caco.config import composition, folders, refusals, validation
 from caco.config.composition import instantiate
 from caco.data.sets.sources import num_images_of
+from caco.engine import costs
 from caco.engine.assembly import build_encoder, pick_device
 from caco.errors import UserError
-from caco.methods.base import Costs, Method
-from caco.nn.norm import BATCH_NORMS, groups_of_a_rank
-from caco.runs.identity import plain
+from caco.nn.norm import groups_of_a_rank
 from caco.schedules import RunShape
 
 # Assumptions, nobody's measurement: tflops=, gbytes_per_s= and measure=true replace them.
@@ -79,7 +72,7 @@ def plan(
     count = _images(cfg) if images is None else images
     if count < cfg.batch:
         raise UserError(f"batch: expected at most the {count} images, got {cfg.batch}")
-    one, method, bank = _counted(_parts(cfg))
+    one, method, bank = costs.counted(costs.parts(cfg))
 
     per_epoch = count // cfg.batch
     if bank is not None:
@@ -89,7 +82,7 @@ def plan(
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
     images_per_device, dim = cfg.batch // world, cfg.projector.dim
-    columns = one["in_batch_columns"] * cfg.batch
+    columns = one["in_batch_columns"] * cfg.batch + one["columns"]
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (one["candidates"] > 0)  # of the queries with all rows
     bank_flops = unit * size * (products * one["bank_terms"] + one["scans"])
@@ -105,7 +98,7 @@ def plan(
     logits = (columns + one["synthetic"]) * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
     activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (images_per_device * logits + dim * dim * one["matrices"])
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
-    sent = _sent(one, cfg.batch, size, dim, world) if world > 1 else 0.0
+    sent = costs.sent_bytes(one, cfg.batch, size, dim, world) if world > 1 else 0.0
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
     return {
         "steps": float(steps),
@@ -124,140 +117,6 @@ def plan(
         "sent_bytes_per_step": float(sent),
         "checkpoint_bytes": float(one["saved_bytes"] + size * row_bytes),
     }
-
-
-def _parts(cfg: DictConfig) -> str:
-    """What the counts depend on, so that runs that share it are counted once."""
-    tree = plain(cfg)
-    names = ("method", "bank", "negatives", "backbone", "projector", "optimizer", "augmentation", "precision", "norm_groups", "shuffle_keys")
-    parts = {key: tree.get(key) for key in names}
-    if parts["bank"] is not None:
-        parts["bank"] |= {"size": 2, "seed": 0}
-    return json.dumps(parts)
-
-
-@functools.lru_cache(maxsize=64)
-def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
-    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward. And what was built."""
-    cfg = OmegaConf.create(json.loads(text))
-    with torch.device("meta"):
-        encoder = build_encoder(cfg)
-    bank: Bank | None = None if cfg.bank is None else instantiate(cfg.bank)
-    given = {"bank": bank, "treatment": None if cfg.negatives is None else instantiate(cfg.negatives)}
-    method: Method = instantiate(cfg.method, encoder=encoder, **{name: part for name, part in given.items() if part is not None}).train()
-    others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
-    others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
-    for child in others:
-        child.to("meta")
-    groups = method.parameter_groups()
-    learning = [p for group in groups for p in group.parameters]
-    sizes = instantiate(cfg.augmentation).sizes
-    optimizer = instantiate(cfg.optimizer, groups=groups)
-    weight_bytes = sum(p.nbytes for p in learning)
-    twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
-    buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
-    costs = method.costs(sizes)
-    flops = activation_bytes = 0.0
-    for size in dict.fromkeys(sizes):
-        forward, both, saved = _run_once(encoder, others, size, cfg.precision)
-        with_gradient = sum(sizes[view] == size for view in costs.encoded)
-        flops += with_gradient * both + sum(sizes[view] == size for view in costs.followed) * forward
-        activation_bytes += with_gradient * saved
-    optimizer.step()  # on the gradients of the last run, so that its state is there to be counted
-    state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
-    # Autocast keeps a bf16 copy of the weights until the backward pass is over.
-    copies = weight_bytes // 2 if cfg.precision == "bf16" else 0
-    figures = {
-        "flops": flops,
-        "activation_bytes": activation_bytes,
-        "view_bytes": 4.0 * sum(3 * size * size for size in sizes),
-        "parameter_bytes": 2 * weight_bytes + twin_bytes + state + buffers + copies,
-        "saved_bytes": weight_bytes + twin_bytes + state + buffers,
-        "gradient_bytes": weight_bytes,
-        "terms": costs.terms,
-        "bank_terms": costs.bank_terms,
-        **{name: getattr(costs, name) for name in ("sums", "left_out", "candidates", "drawn", "synthetic")},
-        "scans": costs.searches,
-        "lookups": costs.lookups,
-        "in_batch_columns": costs.columns_per_image,
-        "key_gathers": costs.gathers,
-        "key_gradients": costs.gathers_with_gradient,
-        "learnable": bank is not None and bank.rows.learnable,
-        "norm_sums": _norm_sums(costs, sizes, encoder, others, in_groups=cfg.norm_groups != 1),
-        "shuffled_bytes": sum(4 * (3 * sizes[view] ** 2 + cfg.projector.dim) for view in costs.followed) if cfg.shuffle_keys else 0,
-        "scores": costs.prototypes * len(costs.encoded),
-        "matrices": costs.matrices,
-        "summed_bytes": costs.summed_bytes,
-    }
-    return figures, method, bank
-
-
-def _run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: str) -> tuple[float, float, float]:
-    """Of one image of `size` pixels: operations of the encoder forward, of it and what follows it forward and backward, bytes kept for
-    backward."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    run = copy.deepcopy(encoder).to(dtype)
-
-    def forward(images: int) -> tuple[torch.Tensor, int]:
-        """The output, and the bytes of all that is kept for backward: of weights and what is made of them, and of the images."""
-        held: list[torch.Tensor] = []  # meta tensors, so holding them costs nothing and keeps their storages apart
-
-        def hold(x: torch.Tensor) -> torch.Tensor:
-            held.append(x)
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
-            out = run(torch.empty(images, 3, size, size, device="meta", dtype=dtype))
-            encoder_flops.append(counter.get_total_flops())
-            for other in others:
-                out = other(out)
-        return out, sum({StorageWeakRef(x.untyped_storage()): x.untyped_storage().nbytes() for x in held}.values())
-
-    encoder_flops: list[int] = []
-    with FlopCounterMode(display=False) as counter:
-        out, of_two = forward(2)  # BatchNorm needs more than one
-        out.sum().backward()
-        both = counter.get_total_flops()
-    for parameter, copied in zip(encoder.parameters(), run.parameters(), strict=True):
-        parameter.grad = torch.empty_like(parameter) if copied.grad is not None else None
-    return encoder_flops[0] / 2, both / 2, forward(3)[1] - of_two
-
-
-def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module], *, in_groups: bool) -> int:
-    """How many numbers the BatchNorm layers sum over the ranks: means and variances and, but in groups, their gradients."""
-
-    def features(*parts: nn.Module) -> int:
-        return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, BATCH_NORMS))
-
-    backbone, total = features(encoder.get_submodule("backbone")), 0
-    for views, numbers, heads in ((costs.encoded, 2 if in_groups else 4, others), (costs.followed, 2, [])):  # a twin has no predictor
-        passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
-        total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])
-    return total
-
-
-def _sent(one: dict[str, float], batch: int, size: int, dim: int, world: int) -> float:
-    """Bytes that one rank sends in a step: all-gathers pass a part on to each other rank, all-reduces go round twice.
-
-    Of the bank nothing but queries, keys and their sums travels, whatever its size. Where further negatives are made of its rows,
-    each of these travels once, and so many different ones are counted as there can be.
-    """
-    part, ring = (world - 1) * batch / world, 2 * (world - 1) / world
-    term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums
-    term += 8 * (part * (1 + 2 * one["sums"]) + ring * batch * one["sums"]) if one["sums"] else 0  # sums and derivatives, doubles
-    scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
-    lookup = part * 8 + ring * batch * 4 * dim
-    # Query and positive; candidates and their places, of which each rank gets its own queries'; the places that are wanted; the rows.
-    mixing = part * (4 * dim + 8 * (one["scans"] > 0) + 12 * min(one["candidates"], -(-size // world)) + 8 * one["drawn"])
-    mixing = one["bank_terms"] * mixing + ring * 4 * dim * min(size, one["bank_terms"] * batch * one["drawn"])
-    keys = part * one["shuffled_bytes"] + one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
-    return (
-        ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
-        + one["bank_terms"] * term
-        + one["scans"] * scan
-        + one["lookups"] * lookup
-        + keys + (mixing if one["candidates"] else 0)
-    )  # fmt: skip
 
 
 def _images(cfg: DictConfig) -> int:
@@ -281,7 +140,8 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     """
     device = pick_device(cfg.device)
     encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
-    size = instantiate(cfg.augmentation).sizes[0]
+    views = instantiate(cfg.augmentation)
+    size = (views.sizes or [views.patches.size])[0]
     view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def model() -> None:
@@ -290,7 +150,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
         out.sum().backward()
 
     with torch.device("meta"):
-        _, flops, _ = _run_once(build_encoder(cfg), [], size, cfg.precision)
+        _, flops, _ = costs.run_once(build_encoder(cfg), [], (3, size, size), cfg.precision)
     speeds = {"tflops": images * flops / _seconds(model, device, runs) / 1e12}
     if cfg.bank is None:
         return speeds
@@ -336,7 +196,7 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
         f"a checkpoint         {gib['checkpoint_bytes']:.2f} GiB",
         "at " + ", ".join(f"{name}={value:.4g}" for name, value in (_DEFAULTS | speeds).items()),
     ]
-    if _counted(_parts(cfg))[0]["left_out"]:
+    if costs.counted(costs.parts(cfg))[0]["left_out"]:
         lines.insert(-2, "the bank's passes    PyTorch's, in blocks: each query's positive is left out of its sums, which no kernel does")
     if cfg.bank is not None:
         lines.append(f"\n{'rows':>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")

@@ -1,0 +1,165 @@
+"""What one image of a run takes on one device: arithmetic, memory, messages. Counted on tensors without contents, for caco.plan."""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
+from caco.banks.base import Bank
+from caco.config import views_needed
+from caco.config.composition import instantiate
+from caco.engine.assembly import build_encoder
+from caco.methods.base import Costs, Method
+from caco.nn.norm import BATCH_NORMS
+from caco.runs.identity import plain
+
+
+def parts(cfg: DictConfig) -> str:
+    """What the counts depend on, so that runs that share it are counted once."""
+    tree = plain(cfg)
+    names = ("method", "bank", "negatives", "backbone", "projector", "optimizer", "augmentation", "precision", "norm_groups", "shuffle_keys")
+    parts = {key: tree.get(key) for key in names}
+    if parts["bank"] is not None:
+        parts["bank"] |= {"size": 2, "seed": 0}
+    return json.dumps(parts)
+
+
+@functools.lru_cache(maxsize=64)
+def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
+    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward. And what was built."""
+    cfg = OmegaConf.create(json.loads(text))
+    with torch.device("meta"):
+        encoder = build_encoder(cfg)
+    bank: Bank | None = None if cfg.bank is None else instantiate(cfg.bank)
+    given = {"bank": bank, "treatment": None if cfg.negatives is None else instantiate(cfg.negatives)}
+    method: Method = instantiate(cfg.method, encoder=encoder, **{name: part for name, part in given.items() if part is not None}).train()
+    views = instantiate(cfg.augmentation)
+    views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
+    sizes = views.sizes
+    others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
+    others = [child.to("meta") for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
+    costs = method.costs(sizes)
+    of_patches = set() if costs.patch_network is None else set(costs.patch_network.modules())
+    others = [child for child in others if child not in of_patches]
+    groups = method.parameter_groups()
+    learning = [p for group in groups for p in group.parameters]
+    optimizer = instantiate(cfg.optimizer, groups=groups)
+    weight_bytes = sum(p.nbytes for p in learning)
+    twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
+    buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
+    flops = activation_bytes = 0.0
+    of_images = 3.0 * sum(size * size for size in sizes)  # values that the views of an image have
+    for size in dict.fromkeys(sizes):
+        forward, both, saved = run_once(encoder, others, (3, size, size), cfg.precision)
+        with_gradient = sum(sizes[view] == size for view in costs.encoded)
+        flops += with_gradient * both + sum(sizes[view] == size for view in costs.followed) * forward
+        activation_bytes += with_gradient * saved
+    if costs.patch_network is not None:
+        shape = (views.patches.grid**2, 3, views.patches.size, views.patches.size)
+        _, both, saved = run_once(costs.patch_network, [], shape, cfg.precision)
+        flops, activation_bytes, of_images = flops + both, activation_bytes + saved, of_images + math.prod(shape)
+    optimizer.step()  # on the gradients of the last run, so that its state is there to be counted
+    state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
+    # Autocast keeps a bf16 copy of the weights until the backward pass is over.
+    copies = weight_bytes // 2 if cfg.precision == "bf16" else 0
+    figures = {
+        "flops": flops,
+        "activation_bytes": activation_bytes,
+        "view_bytes": 4.0 * of_images,
+        "parameter_bytes": 2 * weight_bytes + twin_bytes + state + buffers + copies,
+        "saved_bytes": weight_bytes + twin_bytes + state + buffers,
+        "gradient_bytes": weight_bytes,
+        "terms": costs.terms,
+        "bank_terms": costs.bank_terms,
+        **{name: getattr(costs, name) for name in ("sums", "left_out", "candidates", "drawn", "synthetic")},
+        "scans": costs.searches,
+        "lookups": costs.lookups,
+        "in_batch_columns": costs.columns_per_image,
+        "columns": costs.columns,
+        "key_gathers": costs.gathers,
+        "key_gradients": costs.gathers_with_gradient,
+        "learnable": bank is not None and bank.rows.learnable,
+        "norm_sums": _norm_sums(costs, sizes, encoder, others, in_groups=cfg.norm_groups != 1),
+        "shuffled_bytes": sum(4 * (3 * sizes[view] ** 2 + cfg.projector.dim) for view in costs.followed) if cfg.shuffle_keys else 0,
+        "scores": costs.prototypes * len(costs.encoded),
+        "matrices": costs.matrices,
+        "summed_bytes": costs.summed_bytes,
+    }
+    return figures, method, bank
+
+
+def run_once(encoder: nn.Module, others: list[nn.Module], shape: tuple[int, ...], precision: str) -> tuple[float, float, float]:
+    """Of one image (or its patches) of this shape: operations of the encoder forward, of it and what follows it forward and
+    backward, bytes kept for backward."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    run = copy.deepcopy(encoder).to(dtype)
+
+    def forward(images: int) -> tuple[torch.Tensor, int]:
+        """The output, and the bytes of all that is kept for backward: of weights and what is made of them, and of the images."""
+        held: list[torch.Tensor] = []  # meta tensors, so holding them costs nothing and keeps their storages apart
+
+        def hold(x: torch.Tensor) -> torch.Tensor:
+            held.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
+            out = run(torch.empty(images, *shape, device="meta", dtype=dtype))
+            encoder_flops.append(counter.get_total_flops())
+            for other in others:
+                out = other(out)
+        return out, sum({StorageWeakRef(x.untyped_storage()): x.untyped_storage().nbytes() for x in held}.values())
+
+    encoder_flops: list[int] = []
+    with FlopCounterMode(display=False) as counter:
+        out, of_two = forward(2)  # BatchNorm needs more than one
+        out.sum().backward()
+        both = counter.get_total_flops()
+    for parameter, copied in zip(encoder.parameters(), run.parameters(), strict=True):
+        parameter.grad = torch.empty_like(parameter) if copied.grad is not None else None
+    return encoder_flops[0] / 2, both / 2, forward(3)[1] - of_two
+
+
+def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module], *, in_groups: bool) -> int:
+    """How many numbers the BatchNorm layers sum over the ranks: means and variances and, but in groups, their gradients."""
+
+    def features(*parts: nn.Module) -> int:
+        return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, BATCH_NORMS))
+
+    backbone, total = features(encoder.get_submodule("backbone")), 0
+    if costs.patch_network is not None:
+        total += (2 if in_groups else 4) * features(costs.patch_network)
+    for views, numbers, heads in ((costs.encoded, 2 if in_groups else 4, others), (costs.followed, 2, [])):  # a twin has no predictor
+        passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
+        total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])
+    return total
+
+
+def sent_bytes(one: dict[str, float], batch: int, size: int, dim: int, world: int) -> float:
+    """Bytes that one rank sends in a step: all-gathers pass a part on to each other rank, all-reduces go round twice.
+
+    Of the bank nothing but queries, keys and their sums travels, whatever its size. Where further negatives are made of its rows,
+    each of these travels once, and so many different ones are counted as there can be.
+    """
+    part, ring = (world - 1) * batch / world, 2 * (world - 1) / world
+    term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums
+    term += 8 * (part * (1 + 2 * one["sums"]) + ring * batch * one["sums"]) if one["sums"] else 0  # sums and derivatives, doubles
+    scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
+    lookup = part * 8 + ring * batch * 4 * dim
+    # Query and positive; candidates and their places, of which each rank gets its own queries'; the places that are wanted; the rows.
+    mixing = part * (4 * dim + 8 * (one["scans"] > 0) + 12 * min(one["candidates"], -(-size // world)) + 8 * one["drawn"])
+    mixing = one["bank_terms"] * mixing + ring * 4 * dim * min(size, one["bank_terms"] * batch * one["drawn"])
+    keys = part * one["shuffled_bytes"] + one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
+    return (
+        ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
+        + one["bank_terms"] * term
+        + one["scans"] * scan
+        + one["lookups"] * lookup
+        + keys + (mixing if one["candidates"] else 0)
+    )  # fmt: skip
