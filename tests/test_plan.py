@@ -93,6 +93,31 @@ def test_the_bank_s_share_by_hand():
     assert planned["bank_bytes"] == 128 / 4 * (8 * 4 * 2 + 8)  # row, velocity, uses
 
 
+def test_treatments_of_negatives_by_hand():
+    """Hard ones take two sums, so twice the products for loss and rows; margins one. Mixing looks once more for the hardest rows, and has
+    as many more columns as it makes, whose products go through forward and backward."""
+    unit, plain = 2 * 64 * 8, plan.plan(compose("bank.size=128"), world=2)
+    hard, margin = (plan.plan(compose("bank.size=128", f"negatives={name}"), world=2) for name in ("hard", "margin"))
+    assert hard["bank_flops_per_step"] == 2 * 9 * unit * 128 and margin["bank_flops_per_step"] == plain["bank_flops_per_step"]
+    settings = ["negatives=mixed", "negatives.hardest=16", "negatives.pairs=8", "negatives.with_query=4"]
+    mixed = plan.plan(compose("bank.size=128", *settings), world=2)
+    assert mixed["bank_flops_per_step"] == 2 * 6 * unit * 128
+    assert mixed["model_flops_per_step"] - plain["model_flops_per_step"] == 3 * unit * 12 * 2
+    assert mixed["activation_bytes"] - plain["activation_bytes"] == 3 * 4 * 32 * 12 * 2
+    found_and_fetched = 2 * (128 * 16 * 12 + 4 * 8 * 128)  # two directions of 64 queries; more rows are drawn than there are
+    assert mixed["workspace_bytes"] - plain["workspace_bytes"] == found_and_fetched
+    queries, candidates, places, rows = 64 * 32, 64 * 12 * 16, 64 * 8 * 20, 2 * 4 * 8 * 128
+    assert mixed["sent_bytes_per_step"] - plain["sent_bytes_per_step"] == (2 * (queries + 64 * 8 + candidates + places) + rows) / 2
+    far = plan.plan(compose("bank.size=100000000", *settings), world=2)
+    assert far["sent_bytes_per_step"] < plain["sent_bytes_per_step"] + 1e6, "no message grows with the bank"
+
+
+@pytest.mark.parametrize(("overrides", "streams"), [(["negatives=hard"], True), (["negatives=mixed"], False), (["pn=negative", "negatives=hard"], False)])
+def test_the_report_says_where_no_kernel_serves(overrides, streams):
+    told = plan.report(compose(*overrides), world=1, images=None, speeds={})
+    assert ("the bank's passes    PyTorch's, in blocks" in told) == streams
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 def test_parameters_and_checkpoint_are_those_of_the_run(tmp_path, optimizer):
     overrides = [f"optimizer={optimizer}", "max_steps=1", "eval=[]", "optimizer.lr=0.01"]

@@ -16,7 +16,8 @@ def beginning(
     epochs: int, steps_per_epoch: int, processes: int, device: str, run_dir: Path,
 ) -> str:  # fmt: skip
     """What is about to run, for how long, and where its results will be."""
-    parts = [f"{group} {choices[group]}" for group in ("method", "pn", "backbone", "augmentation") if choices.get(group)]
+    shown = [group for group in ("method", "pn", "negatives", "backbone", "augmentation") if choices.get(group) not in (None, "", "plain")]
+    parts = [f"{group} {choices[group]}" for group in shown]
     bank = f", a bank of {bank_rows:,} rows" if bank_rows else ""
     warm_start = f"{warm_start_steps:,} steps of warm start, then " if warm_start_steps else ""
     tested = f", {num_test:,} images to evaluate with" if num_test else ""

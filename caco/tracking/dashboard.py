@@ -26,7 +26,7 @@ from caco.tracking.store import connect, first_line, import_mlflow, require_mlfl
 from caco.tracking.sync import find_runs, sync
 
 # What the runs table shows of the parameters if runs differ in it, in this order; then whatever else tells runs apart.
-_FIRST = ("method", "pn", "bank", "backbone", "data", "batch", "epochs", "seed")
+_FIRST = ("method", "pn", "negatives", "bank", "backbone", "data", "batch", "epochs", "seed")
 _MAX_PARAMS = 8
 # Sections of the charts, from top to bottom, and whether they open unfolded.
 _SECTIONS = {"eval": True, "train": True, "epoch": True, "paper": False, "final": False, "warm_start": False, "warning": False, "filling": False, "System metrics": False}

@@ -19,22 +19,21 @@ TREATMENTS = ("debiased", "hard", "margin", "mixed")
 
 
 def test_plain_is_what_runs_were_before_there_was_a_choice():
-    for overrides in ([], ["method=mocov2"], ["method=simclr"]):
-        cfg = plain(composition.job_config(composition.compose(overrides)))
-        assert cfg["negatives"] is None and "negatives" not in identity(cfg)
-        before = {key: value for key, value in cfg.items() if key != "negatives"}
-        assert run_hash(before) == run_hash(cfg) == run_hash(plain(composition.job_config(composition.compose([*overrides, "negatives=plain"]))))
-        treated = composition.job_config(composition.compose([*overrides, "negatives=hard"]))
-        assert run_hash(treated) != run_hash(cfg)
+    cfg = composed()
+    assert cfg["negatives"] is None and "negatives" not in identity(cfg)
+    before = {key: value for key, value in cfg.items() if key != "negatives"}
+    assert run_hash(before) == run_hash(cfg) == run_hash(composed("negatives=plain"))
+    assert run_hash(composed("negatives=hard")) != run_hash(cfg)
 
 
-@pytest.mark.parametrize("method", ["byol", "simsiam", "mocov3", "barlow", "vicreg", "swav", "dino"])
+@pytest.mark.parametrize("method", ["byol", "mocov3", *(pytest.param(m, marks=pytest.mark.long) for m in ("simsiam", "barlow", "vicreg", "swav", "dino"))])
 def test_a_method_that_takes_none_says_so_and_which_do(method):
     told = refusal(f"method={method}", "negatives=hard")
     assert told.startswith("negatives=hard: ") and f"the class of method={method}, takes no treatment of negatives: it has none, or a loss of its own" in told
     assert told.endswith("expected negatives=plain, or as method one of adco, caco, mocov2, nnclr, simclr")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_each_goes_with_each_preset_and_setting_that_has_a_bank_s_rows_as_negatives(treatment):
     for pn in ("both", "negative"):

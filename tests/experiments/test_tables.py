@@ -8,6 +8,7 @@ import yaml
 
 from caco.config import refusals
 from caco.errors import UserError
+from caco.runs.identity import plain
 from experiments import tables
 from experiments.tables import HERE, experiments, load_scale, load_table
 
@@ -80,6 +81,17 @@ def test_rows_that_are_one_run_have_one_hash(paper):
     assert paper["table7/both"].hash(0) != paper["table7/both"].hash(1)
     table7 = {one.hash(0) for name, one in paper.items() if name.startswith("table7")}
     assert len(table7) == 4
+
+
+@pytest.mark.parametrize("scale", [pytest.param(scale, marks=() if scale == "smoke" else pytest.mark.long) for scale in tables.scales()])
+def test_the_study_of_negatives_differs_in_their_treatment_alone_and_begins_with_caco_itself(scale):
+    rows = {one.row_id: one for one in experiments(load_table("negatives"), load_scale(scale))}
+    assert rows["plain"].hash(0) == experiment("7", "both", scale).hash(0)
+    hashes = {one.hash(0) for one in rows.values()}
+    assert len(hashes) == len(rows) == 5
+    same = [{key: value for key, value in plain(one.cfg).items() if key != "negatives"} for one in rows.values()]
+    assert all(other == same[0] for other in same)
+    assert rows["mixed"].cfg.negatives.warmup_epochs < rows["mixed"].cfg.epochs, "some are mixed"
 
 
 def test_a_seed_reaches_the_bank_too(paper):
