@@ -7,8 +7,7 @@ import pytest
 import torch
 from driven import drive, tiny_encoder
 from test_infomin import refused
-from test_published_recipes import shown
-from tiny import OF_PATCHES, batch_of, compose, now
+from tiny import OF_PATCHES, batch_of, compose, layers_of, now
 from torch import nn
 
 from caco.config import composition
@@ -214,7 +213,7 @@ def test_the_published_recipe():
     with torch.device("meta"):
         encoder = build_encoder(cfg)
         method = instantiate(cfg.method, encoder=encoder)
-    assert shown(encoder.projector) == "2048-64b"
+    assert layers_of(encoder.projector) == "2048-64b"
     assert [tuple(layer.weight.shape) for layer in method.prediction.contexts[0].blocks[0] if isinstance(layer, nn.Conv2d)] == [
         (256, 2048, 1, 1), (256, 256, 1, 3), (256, 256, 2, 1), (2048, 256, 1, 1),
     ]  # fmt: skip

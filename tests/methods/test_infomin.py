@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 from driven import drive, tiny_encoder
-from test_published_recipes import shown
-from tiny import OF_PATCHES, batch_of, compose, now
+from tiny import OF_PATCHES, batch_of, compose, layers_of, now
 
 from caco.banks.fifo import FifoBank
 from caco.config import composition, validation
@@ -171,9 +170,9 @@ def test_the_published_recipe():
     with torch.device("meta"):
         encoder = build_encoder(cfg)
         head = JigsawHead(in_dim=2048, hidden_dim=tree["method"]["jigsaw_hidden_dim"], dim=128)
-    assert shown(encoder.projector) == shown(head.each) == "2048-2048b ReLU 2048-128b"
+    assert layers_of(encoder.projector) == layers_of(head.each) == "2048-2048b ReLU 2048-128b"
     assert tuple(head.together.weight.shape) == (128, 1152) and head.together.bias is not None
-    assert shown(JigsawHead(in_dim=2048, dim=128, layers=1).each) == "2048-128b", "PIRL's"
+    assert layers_of(JigsawHead(in_dim=2048, dim=128, layers=1).each) == "2048-128b", "PIRL's"
     views = instantiate(cfg.augmentation)
     both = views.kinds.kinds[0][0]
     assert views.sizes == [224, 224] and both.scale == [0.2, 1.0] and both.jitter == [0.8, 0.8, 0.8, 0.2] and both.jitter_p == 0.8
