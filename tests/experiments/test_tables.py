@@ -69,7 +69,7 @@ def paper():
 
 
 def test_rows_at_the_papers_scale_are_configurations_with_the_papers_numbers(paper):
-    assert len(paper) == 10 + 4 + 3 + 4
+    assert len(paper) == 12 + 4 + 3 + 4
     for name, one in paper.items():
         assert (one.cfg.epochs, one.cfg.batch) == (one.row.epochs, one.row.batch), name
         assert (one.cfg.bank.size if one.cfg.bank else None) == one.row.bank, name
@@ -134,7 +134,7 @@ def test_multi_crop_is_refused_where_images_are_small_and_not_left_out(scale):
 def test_one_head_for_all_is_not_forced_on_methods_that_it_would_break():
     """cifar10 is MoCo's notebook for every row: one linear layer, one rate."""
     chosen = list(experiments(load_table("1"), load_scale("cifar10")))
-    assert {one.row_id for one in chosen if one.why_not is None} == {"simclr", "mocov2", "nnclr", "adco", "caco_256", "caco_1024", "caco_4096"}
+    assert {one.row_id for one in chosen if one.why_not is None} == {"simclr", "mocov2", "nnclr", "adco", "infomin", "cpcv2", "caco_256", "caco_1024", "caco_4096"}
     assert all("scale=cifar10_lightly" in one.why_not for one in chosen if one.row_id in ("byol", "simsiam", "swav"))
 
 
