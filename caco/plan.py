@@ -12,8 +12,6 @@ import copy
 import functools
 import json
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,12 +21,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from caco import errors
-from caco.banks import scoring
+from caco.banks import noise, scoring
 from caco.banks.base import Bank
 from caco.config import composition, folders, refusals, validation
 from caco.config.composition import instantiate
 from caco.data.sets.sources import num_images_of
-from caco.engine.assembly import build_encoder, pick_device
+from caco.engine import speed
+from caco.engine.assembly import build_encoder, counts_images, with_encoder
 from caco.errors import UserError
 from caco.methods.base import Costs, Method
 from caco.nn.norm import BATCH_NORMS
@@ -72,13 +71,13 @@ def plan(
         )
     if cfg.batch % world:
         raise UserError(f"batch: expected a multiple of the {world} processes that share it, got {cfg.batch}")
-    size = 0 if cfg.bank is None else cfg.bank.size
-    if size % world:
-        raise UserError(f"a bank of {size} rows cannot be shared evenly by {world} ranks; got remainder {size % world}")
     count = _images(cfg) if images is None else images
     if count < cfg.batch:
         raise UserError(f"batch: expected at most the {count} images, got {cfg.batch}")
-    one, method, bank = _counted(_parts(cfg))
+    size = 0 if cfg.bank is None else cfg.bank.size or count  # of a bank with a row for each image, these
+    if cfg.bank is not None and size < world:
+        raise UserError(f"a bank of {size} rows cannot be shared by {world} ranks: expected a row for each at least")
+    one, method, bank = _counted(_parts(cfg, count))
 
     per_epoch = count // cfg.batch
     if bank is not None:
@@ -91,13 +90,14 @@ def plan(
     columns = one["in_batch_columns"] * cfg.batch
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     bank_flops = unit * size * (4 * one["bank_terms"] if one["learnable"] else 2 * one["bank_terms"])
-    bank_flops += unit * size * one["scans"]
+    bank_flops += unit * (size * one["scans"] + 2 * one["drawn_terms"] * one["drawn_rows"])
     model_flops = one["flops"] * cfg.batch + 3 * unit * (columns * one["terms"] + dim * one["matrices"])
 
     row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight, velocity; uses
-    bank_bytes = size // world * row_bytes
-    # One block of scores and its copies; the stream of queries and the sums of all ranks' queries.
-    workspace = (3 * scoring.BLOCK_ELEMENTS * 4 if size else 0) + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"])
+    bank_bytes = -(-size // world) * row_bytes
+    # One block of scores and its copies, or one part of drawn rows; the stream of queries and the sums of all ranks' queries.
+    block = max(3 * scoring.BLOCK_ELEMENTS if size else 0, noise.PART_ELEMENTS if one["drawn_rows"] else 0)
+    workspace = 4 * block + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"] + one["drawn_terms"])
     logits = columns * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
     activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (images_per_device * logits + dim * dim * one["matrices"])
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
@@ -122,10 +122,12 @@ def plan(
     }
 
 
-def _parts(cfg: DictConfig) -> str:
+def _parts(cfg: DictConfig, num_images: int) -> str:
     """What the counts depend on, so that runs that share it are counted once."""
     tree = plain(cfg)
     parts = {key: tree[key] for key in ("method", "bank", "backbone", "projector", "optimizer", "augmentation", "precision")}
+    by_image = parts["bank"] is not None and parts["bank"]["size"] is None
+    parts["num_images"] = None if not counts_images(cfg) else 2 if by_image else num_images
     if parts["bank"] is not None:
         parts["bank"] |= {"size": 2, "seed": 0}
     return json.dumps(parts)
@@ -137,8 +139,8 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
         encoder = build_encoder(cfg)
-    bank: Bank | None = None if cfg.bank is None else instantiate(cfg.bank)
-    method: Method = instantiate(cfg.method, encoder=encoder, **({} if bank is None else {"bank": bank})).train()
+    method = with_encoder(cfg, encoder, cfg.num_images).train()
+    bank: Bank | None = getattr(method, "bank", None)
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
     others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
     for child in others:
@@ -173,6 +175,8 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "scans": costs.searches,
         "lookups": costs.lookups,
         "in_batch_columns": costs.columns_per_image,
+        "drawn_terms": costs.drawn_terms,
+        "drawn_rows": costs.drawn_rows,
         "key_gathers": costs.gathers,
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and bank.rows.learnable,
@@ -237,10 +241,12 @@ def _sent(one: dict[str, float], batch: int, dim: int, world: int) -> float:
     term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums
     scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
     lookup = part * 8 + ring * batch * 4 * dim
+    drawn = part * (4 * dim + 8) + ring * batch * (4 * dim + 8 + 8)  # query, image; gradient, sum, own score
     keys = one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
     return (
         ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
         + one["bank_terms"] * term
+        + one["drawn_terms"] * drawn
         + one["scans"] * scan
         + one["lookups"] * lookup
         + keys
@@ -258,52 +264,6 @@ def _images(cfg: DictConfig) -> int:
     if "root" in data and data.root is None:
         raise UserError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
     return len(instantiate(data).pretrain)
-
-
-def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int = 3) -> dict[str, float]:
-    """This machine's own tflops and bank_tflops, each the best of a few runs, for `plan`.
-
-    Args:
-        images: of the first view's size through the encoder, forward and backward.
-        rows: of the bank that as many queries as the run's batch (up to 1024) are scored against.
-    """
-    device = pick_device(cfg.device)
-    encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
-    size = instantiate(cfg.augmentation).sizes[0]
-    view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-
-    def model() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-            out = encoder(view)
-        out.sum().backward()
-
-    with torch.device("meta"):
-        _, flops, _ = _run_once(build_encoder(cfg), [], size, cfg.precision)
-    speeds = {"tflops": images * flops / _seconds(model, device, runs) / 1e12}
-    if cfg.bank is None:
-        return speeds
-    bank = instantiate({**cfg.bank, "size": rows}).to(device)
-    queries = min(cfg.batch, 1024)
-    q_BD = nn.functional.normalize(torch.randn(queries, cfg.projector.dim, device=device), dim=1).requires_grad_()
-
-    def score() -> None:
-        bank.score(q_BD, bank.rows.most_probable(q_BD.detach()), temperature=0.1).loss_B.mean().backward()
-        bank.update(lr=0.0, keys_GD=q_BD.detach())
-
-    products = 5 if bank.rows.learnable else 3
-    speeds["bank_tflops"] = products * 2 * queries * rows * cfg.projector.dim / _seconds(score, device, runs) / 1e12
-    return speeds
-
-
-def _seconds(work: Callable[[], None], device: torch.device, runs: int) -> float:
-    best = float("inf")
-    for _ in range(1 + runs):  # the first one warms up
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str, float]) -> str:
@@ -325,13 +285,18 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
         "at " + ", ".join(f"{name}={value:.4g}" for name, value in (_DEFAULTS | speeds).items()),
     ]
     if cfg.bank is not None:
-        lines.append(f"\n{'rows':>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
-        for rows in sorted({*ROWS, cfg.bank.size}):
+        by_image = cfg.bank.size is None
+        head = "images, rows" if by_image else "rows"
+        lines.append(f"\n{head:>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
+        count = _images(cfg) if by_image and images is None else images
+        for rows in sorted({*ROWS, cfg.bank.size or count}):
+            if by_image and rows < max(cfg.batch, world):
+                continue
             other = cfg.copy()
-            other.bank.size = -(-rows // world) * world
-            row = plan(other, world=world, images=images, **speeds)
+            other.bank.size = None if by_image else rows
+            row = plan(other, world=world, images=rows if by_image else images, **speeds)
             lines.append(
-                f"{other.bank.size:>12,} {row['device_bytes'] / 2**30:>13.2f} {row['sent_bytes_per_step'] / 1e6:>15.1f} "
+                f"{rows:>12,} {row['device_bytes'] / 2**30:>13.2f} {row['sent_bytes_per_step'] / 1e6:>15.1f} "
                 f"{row['step_seconds']:>10.4g} {row['run_hours']:>8.3g} {row['checkpoint_bytes'] / 2**30:>10.2f}"
             )
     return "\n".join(lines)
@@ -369,7 +334,7 @@ def _main(arguments: list[str]) -> str:
     validation.check(cfg, overrides=overrides, choices=dict(cfg.hydra.runtime.choices))
     cfg = composition.job_config(cfg)
     world, images = own.pop("world"), own.pop("images")
-    speeds = (measure(cfg) if measured else {}) | own
+    speeds = (speed.measure(cfg) if measured else {}) | own
     return report(cfg, world=world, images=images, speeds=speeds)
 
 

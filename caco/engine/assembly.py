@@ -5,14 +5,15 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from caco import distributed
 from caco.banks.base import Bank
 from caco.config import folders
-from caco.config.composition import instantiate
+from caco.config.composition import instantiate, target
 from caco.config.pretrained import CHECKPOINT, Location
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
@@ -28,7 +29,7 @@ from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
 from caco.evals.record import Record, say_sometimes
 from caco.launch import labels
-from caco.methods.base import Method
+from caco.methods.base import Method, Needs
 from caco.nn import weights
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
@@ -63,15 +64,37 @@ def build_encoder(cfg: DictConfig) -> Encoder:
     return Encoder(backbone=backbone, projector=instantiate(cfg.projector, in_dim=feature_width(backbone)))
 
 
-def build_method(cfg: DictConfig) -> Method:
-    """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
+def counts_images(cfg: DictConfig) -> bool:
+    """Whether the method or its bank keeps something for each training image, and so is given how many there are."""
+    return (cfg.bank is not None and cfg.bank.size is None) or getattr(target(cfg.method), "needs", Needs()).indices
+
+
+def build_method(cfg: DictConfig, num_images: int | None = None) -> Method:
+    """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone.
+
+    Args:
+        num_images: of the training set; None counts them, where the method or its bank keeps something for each.
+    """
+    if num_images is None and counts_images(cfg):
+        num_images = len(build_splits(cfg).pretrain)
     torch.manual_seed(cfg.seed)
-    encoder = build_encoder(cfg)
-    if cfg.bank is None:
-        return instantiate(cfg.method, encoder=encoder)
-    bank = instantiate(cfg.bank)
-    require_contract("bank", bank, Bank)
-    return instantiate(cfg.method, encoder=encoder, bank=bank)
+    return with_encoder(cfg, build_encoder(cfg), num_images)
+
+
+def with_encoder(cfg: DictConfig, encoder: Encoder, num_images: int | None) -> Method:
+    """Bank and objective on an encoder.
+
+    Args:
+        num_images: of the training set; needed where `counts_images`.
+    """
+    supplied: dict[str, Any] = {"encoder": encoder}
+    if cfg.bank is not None:
+        size = {"size": num_images} if cfg.bank.size is None else {}
+        supplied["bank"] = instantiate(OmegaConf.merge(cfg.bank, size))
+        require_contract("bank", supplied["bank"], Bank)
+    if getattr(target(cfg.method), "needs", Needs()).indices:
+        supplied["num_images"] = num_images
+    return instantiate(cfg.method, **supplied)
 
 
 def build_tracker(cfg: DictConfig) -> Tracker:
@@ -156,7 +179,7 @@ def run_training(
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
-    method = build_method(cfg)
+    method = build_method(cfg, len(splits.pretrain))
     if cfg.weights is not None and newest is None:
         message = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
         if main:
@@ -208,7 +231,7 @@ def run_training(
     if main:
         message = beginning(
             data=splits.pretrain.name, num_train=len(splits.pretrain), num_test=len(splits.test or ()) if cfg.eval else 0,
-            choices=label.choices, bank_rows=0 if cfg.bank is None else cfg.bank.size, batch=cfg.batch, epochs=cfg.epochs,
+            choices=label.choices, bank_rows=0 if cfg.bank is None else cfg.bank.size or len(splits.pretrain), batch=cfg.batch, epochs=cfg.epochs,
             warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip

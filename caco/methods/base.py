@@ -21,12 +21,15 @@ TRAINING = "training"  # the phase that the epochs are
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs of a batch; read before anything is built and by the Trainer.
+    """What a method needs of a batch and of the images; read before anything is built and by the Trainer.
 
     whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would change it.
+    indices: something is kept for each training image, found by the batch's `index`; the constructor is given `num_images`, how many
+        these are. (An unreadable image's stand-in has the other image's index, so that an image may be twice in a batch.)
     """
 
     whole_batch: bool = False
+    indices: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Costs:
         terms: of the loss, each a row of logits a query.
         bank_terms: of these over the bank's rows; searches, lookups: passes of all keys over the bank for a row, and for its vector.
         columns_per_image: of a term, for each image of the global batch, beyond the bank's.
+        drawn_terms, drawn_rows: terms that meet, instead of all rows of the bank, so many that are drawn for a query.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
         prototypes: columns of the scores that each encoded view has.
         matrices: of products of all images' embeddings, D x D, that the loss takes.
@@ -94,6 +98,8 @@ class Costs:
     searches: int = 0
     lookups: int = 0
     columns_per_image: int = 0
+    drawn_terms: int = 0
+    drawn_rows: int = 0
     gathers: int = 0
     gathers_with_gradient: int = 0
     prototypes: int = 0

@@ -213,7 +213,7 @@ def test_senseless_values_of_the_root_are_refused(override, expected, whole):
 
 
 def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
-    assert "schedule: expected final_fraction or final_lr, and the other null; got 0.01 and 0.1" in refusal("schedule.final_lr=0.1")
+    assert "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1 and []" in refusal("schedule.final_lr=0.1")
     accept("schedule.final_lr=0.1", "schedule.final_fraction=null")
 
 

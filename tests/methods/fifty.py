@@ -34,8 +34,10 @@ def views_of(step: int, count: int = 2) -> list[torch.Tensor]:
     return [images + 0.3 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def train(method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "step", **schedule) -> list[float]:
-    """The losses of fifty steps, each made in the Trainer's order."""
+def train(
+    method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "step", count: int = 2, first=lambda step: 0, **schedule
+) -> list[float]:
+    """The losses of fifty steps, each made in the Trainer's order, of so many views of images first(step), first(step) + 1, ..."""
     run = RunShape(epochs=10, steps_per_epoch=5, batch=B, unit=unit)
     optimisation, tables = Optimisation(optimizer, OptimizerSchedule(**schedule), run), method.schedules(run)
     method.train()
@@ -45,7 +47,7 @@ def train(method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "s
         now = Now(step, "training", step, step + 1 == STEPS, *divmod(step, run.steps_per_epoch), values)
         optimisation.prepare(now, None)
         method.before_step(now, None)
-        outputs = method(batch_of(views_of(step)), now)
+        outputs = method(batch_of(views_of(step, count), first=first(step)), now)
         outputs.loss.backward()
         distributed.mean_gradients(optimisation.parameters)
         optimisation.step(now)
