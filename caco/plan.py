@@ -97,7 +97,7 @@ def plan(
     bank_bytes = -(-size // world) * row_bytes
     # One block of scores and its copies, or one part of drawn rows; the stream of queries and the sums of all ranks' queries.
     block = max(3 * scoring.BLOCK_ELEMENTS if size else 0, noise.PART_ELEMENTS if one["drawn_rows"] else 0)
-    workspace = 4 * block + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"] + one["drawn_terms"])
+    workspace = 4 * block + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"] + one["drawn_terms"]) + -(-count // world) * one["pass_bytes"]
     logits = columns * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
     activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (images_per_device * logits + dim * dim * one["matrices"])
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
@@ -184,6 +184,7 @@ def _counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "scores": costs.prototypes * len(costs.encoded),
         "matrices": costs.matrices,
         "summed_bytes": costs.summed_bytes,
+        "pass_bytes": costs.pass_bytes,
     }
     return figures, method, bank
 
@@ -289,8 +290,8 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
         head = "images, rows" if by_image else "rows"
         lines.append(f"\n{head:>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
         count = _images(cfg) if by_image and images is None else images
-        for rows in sorted({*ROWS, cfg.bank.size or count}):
-            if by_image and rows < max(cfg.batch, world):
+        for rows in sorted({*ROWS, int(cfg.bank.size or count or 0)}):
+            if rows < (max(cfg.batch, world) if by_image else 1):
                 continue
             other = cfg.copy()
             other.bank.size = None if by_image else rows

@@ -23,7 +23,11 @@ from caco.runs.checkpoint import load
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
 OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, [])]) for m in METHODS if m != "caco"}
-OF_METHOD["instdisc"] += " data.limit=1399"  # a row for each: no even share for two or four
+for by_image in ("instdisc", "pic"):
+    OF_METHOD[by_image] += " data.limit=1399"  # a row for each: no even share for two or four
+# So few that a pass over all of them is two batches.
+OF_METHOD["sela"] += " data.limit=32"
+OF_METHOD["pcl"] += " data.limit=32 method.num_clusters=[4,6,8] method.num_negatives=1"
 CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
 CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
 CASES += [OF_METHOD["instdisc"] + " method.loss=softmax method.num_noise=null"]
@@ -230,7 +234,7 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
     assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
 
 
-PLANNED = ["pn=both", "pn=positive", "pn=none", *(OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg", "instdisc")), CASES[-1], CASES[-2]]
+PLANNED = ["pn=both", "pn=positive", "pn=none", *(OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg", "instdisc", "pic")), CASES[-1], CASES[-2]]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from caco import distributed
 from caco.banks.base import Bank
@@ -89,8 +89,7 @@ def with_encoder(cfg: DictConfig, encoder: Encoder, num_images: int | None) -> M
     """
     supplied: dict[str, Any] = {"encoder": encoder}
     if cfg.bank is not None:
-        size = {"size": num_images} if cfg.bank.size is None else {}
-        supplied["bank"] = instantiate(OmegaConf.merge(cfg.bank, size))
+        supplied["bank"] = instantiate(cfg.bank, **({"size": num_images} if cfg.bank.size is None else {}))
         require_contract("bank", supplied["bank"], Bank)
     if getattr(target(cfg.method), "needs", Needs()).indices:
         supplied["num_images"] = num_images

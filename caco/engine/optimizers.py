@@ -212,6 +212,10 @@ class Optimisation:
         """Of the first group, at the step that was prepared last."""
         return self.optimizer.param_groups[0]["lr"]
 
+    def rate(self, training_step: int, lr_factor: float | None) -> float:
+        """Of parameters whose group has no factor or schedule of its own; see `prepare`."""
+        return self.base_lr[0] * (self.lr_factor[training_step] if lr_factor is None else lr_factor)
+
     def prepare(self, now: Now, lr_factor: float | None) -> None:
         """Set the rates and decays of a step.
 

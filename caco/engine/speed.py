@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,7 +35,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     speeds = {"tflops": counter.get_total_flops() / _seconds(model, device, runs) / 1e12}
     if cfg.bank is None:
         return speeds
-    bank: Any = instantiate(OmegaConf.merge(cfg.bank, {"size": rows})).to(device)
+    bank: Any = instantiate(cfg.bank, size=rows).to(device)
     queries = min(cfg.batch, 1024)
     q_BD = nn.functional.normalize(torch.randn(queries, cfg.projector.dim, device=device), dim=1).requires_grad_()
 

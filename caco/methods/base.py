@@ -7,7 +7,7 @@ wrote is a class that derives from it and defines `forward`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,10 +26,16 @@ class Needs:
     whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would change it.
     indices: something is kept for each training image, found by the batch's `index`; the constructor is given `num_images`, how many
         these are. (An unreadable image's stand-in has the other image's index, so that an image may be twice in a batch.)
+    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order; "none" refuses them.
+    num_patches: how many of an image; None: any square number.
+    lightness_first: the first channel is lightness, the two others colour (Lab, YDbDr, YCbCr), of images that have some.
     """
 
     whole_batch: bool = False
     indices: bool = False
+    patches: Literal["none", "row by row", "shuffled"] = "none"
+    num_patches: int | None = None
+    lightness_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Now:
         last_of_phase: whether the phase ends with this step.
         epoch, step_in_epoch: counted from 0; None before the training.
         values: name -> value.
+        lr: the optimiser's rate, for what moves beside it as its parameters do (PIC's class weights).
     """
 
     step: int
@@ -69,6 +76,7 @@ class Now:
     epoch: int | None
     step_in_epoch: int | None
     values: Mapping[str, float]
+    lr: float = 0.0
 
     def __getitem__(self, name: str) -> float:
         return self.values[name]
@@ -88,7 +96,9 @@ class Costs:
         prototypes: columns of the scores that each encoded view has.
         matrices: of products of all images' embeddings, D x D, that the loss takes.
         summed_bytes: of what the ranks add up besides gradients and BatchNorm.
+        pass_bytes: for each of a device's images of the training set, in a pass over all of them (SeLa).
         together: whether the views of one size go through the backbone at once, and all through the projector.
+        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are none. plan runs it.
     """
 
     encoded: list[int]
@@ -105,7 +115,9 @@ class Costs:
     prototypes: int = 0
     matrices: int = 0
     summed_bytes: int = 0
+    pass_bytes: int = 0
     together: bool = False
+    patch_network: nn.Module | None = None
 
 
 class Outputs(NamedTuple):

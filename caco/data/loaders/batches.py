@@ -18,20 +18,22 @@ from caco.data.views.augmentation import Views
 class Batch:
     """One step's images.
 
-    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source. label: int64
-    [B], -1 unlabelled.
+    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source; -1 of an image that only fills
+    the last batch of a pass over all images (images.py). label: int64 [B], -1 unlabelled. patches: float32 [B, P, 3, h, w], of the view that
+    is cut into P patches; None where none is.
     """
 
     views: list[torch.Tensor]
     index: torch.Tensor
     label: torch.Tensor
+    patches: torch.Tensor | None = None
 
     def parts(self, count: int) -> "Iterator[Batch]":
         """The batch cut into so many equal ones."""
-        for views, index, label in zip(
-            zip(*(view.chunk(count) for view in self.views), strict=True), self.index.chunk(count), self.label.chunk(count), strict=True
-        ):
-            yield Batch(list(views), index, label)
+        views = [view.chunk(count) for view in self.views]
+        patches = None if self.patches is None else self.patches.chunk(count)
+        for part, (index, label) in enumerate(zip(self.index.chunk(count), self.label.chunk(count), strict=True)):
+            yield Batch([view[part] for view in views], index, label, None if patches is None else patches[part])
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -52,10 +54,12 @@ class Order:
     def __len__(self) -> int:
         return self.num_images // self.batch - self.start_step
 
+    def permutation(self, epoch: int) -> np.ndarray:
+        """All images in the order of an epoch that was given none."""
+        return np.random.default_rng(mixed_seed(self.seed, epoch)).permutation(self.num_images)
+
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        order = self.chosen
-        if order is None:
-            order = np.random.default_rng(mixed_seed(self.seed, self.epoch)).permutation(self.num_images)
+        order = self.permutation(self.epoch) if self.chosen is None else self.chosen
         for step in range(self.start_step, self.num_images // self.batch):
             yield self.epoch, order[step * self.batch : (step + 1) * self.batch][self.part]
 

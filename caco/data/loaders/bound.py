@@ -93,6 +93,10 @@ class BoundLoader:
         self._running = device_batches(begin(self._loader), self._views, self._device, self._stand_ins)
         return self._running
 
+    def left_over(self, epoch: int) -> np.ndarray:
+        """The images that the epoch's own order has beyond its last whole batch, fewer than a batch, int64."""
+        return self._order.permutation(epoch)[self.steps_per_epoch * self._order.batch :]
+
     def close(self) -> None:
         """End the workers."""
         self._running.close()
