@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from caco import distributed
 from caco.banks.by_image import ImageBank
+from caco.banks.noise import Contrast
 from caco.data.loaders.batches import Batch, mixed_seed
 from caco.errors import UserError
 from caco.methods import diagnostics
@@ -79,22 +80,33 @@ class InstDisc(Method):
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
         return self.encoder.backbone
 
+    def contrast(self, v_ND: Tensor, image_N: Tensor, *numbers: int, part: int = 0) -> Contrast:
+        """Losses of embeddings against (a part of) the bank's rows.
+
+        Args:
+            numbers: the step, and others that tell this draw from the step's other ones.
+        """
+        if self.num_noise is None:
+            score = self.bank.score(v_ND, image_N, temperature=self.temperature)
+            return Contrast(score.loss_B, (-score.loss_B.detach()).exp())
+        return self.bank.contrast(
+            v_ND, image_N, temperature=self.temperature, num_noise=self.num_noise, stream=mixed_seed(self.seed, *numbers), form=self.form,
+            epsilon=self.epsilon, part=part,
+        )  # fmt: skip
+
+    def remember(self, image_B: Tensor, v_BD: Tensor) -> None:
+        """For the bank, after the step."""
+        self.seen.append((distributed.gather(image_B), distributed.gather(v_BD)))
+
     def forward(self, batch: Batch, now: Now) -> Outputs:
         v = [self.encoder(view) for view in batch.views]
         v_ND, image_N = torch.cat(v), batch.index.repeat(len(v))
-        if self.num_noise is None:
-            score = self.bank.score(v_ND, image_N, temperature=self.temperature)
-            loss, probability_N = score.loss_B.mean(), (-score.loss_B.detach()).exp()
-        else:
-            drawn = self.bank.contrast(
-                v_ND, image_N, temperature=self.temperature, num_noise=self.num_noise, stream=mixed_seed(self.seed, now.step),
-                form=self.form, epsilon=self.epsilon,
-            )  # fmt: skip
-            loss, probability_N = drawn.loss_B.mean(), drawn.probability_B
+        loss_N, probability_N = self.contrast(v_ND, image_N, now.step)
+        loss = loss_N.mean()
         if self.proximal_weight:
             row_ND = self.bank.rows.lookup(image_N, as_stored=True)
             loss = loss + self.proximal_weight * (v_ND - row_ND).square().sum(1).mean()
-        self.seen.append((distributed.gather(batch.index), distributed.gather(v[0])))
+        self.remember(batch.index, v[0])
         return Outputs(loss, {"positive_probability": probability_N.mean(), "embedding_spread": diagnostics.spread(v_ND)})
 
     def after_step(self, now: Now) -> None:
