@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
+from caco.methods import diagnostics
 from caco.schedules import RunShape, Table
 
 TRAINING = "training"  # the phase that the epochs are
@@ -123,6 +124,7 @@ class Costs:
 class Outputs(NamedTuple):
     loss: Tensor  # scalar, this rank's part; the ranks' mean is the batch's loss
     metrics: dict[str, Tensor]  # scalars without gradient
+    embedding: Tensor | None = None  # [B, D] of the first view, by the encoder that learns, of any norm: signs of collapse are read there
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Method(nn.Module):
 
     needs = Needs()
     backbone: nn.Module  # what evaluators and exports see
+    against_collapse = "a lower optimizer.lr, a longer warm-up (schedule.warmup_epochs)"  # what helps, for `warning`
 
     def phases(self, run: RunShape) -> list[Phase]:
         """The parts of a run, in order; the training is the last."""
@@ -193,8 +196,12 @@ class Method(nn.Module):
         return {}
 
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        """What an epoch's statistics say of a training that has collapsed, and what helps; None where nothing is wrong."""
-        return None
+        """What an epoch's values say of a training that has collapsed, and what helps; None where nothing is wrong.
+
+        Args:
+            statistics: those of `statistics`, and the epoch's means of loss, metrics and signs of collapse.
+        """
+        return diagnostics.collapse(statistics, self.against_collapse)
 
     def costs(self, sizes: list[int]) -> Costs:
         """Of a step on views of these sizes, in pixels; by default every view is encoded once."""

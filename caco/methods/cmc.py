@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from caco.banks.by_image import ImageBank
 from caco.data.loaders.batches import Batch
 from caco.errors import UserError
-from caco.methods import diagnostics
 from caco.methods.base import Needs, Now, Outputs
 from caco.methods.instdisc import InstDisc
 from caco.nn.heads import Encoder
@@ -65,9 +64,7 @@ class CMC(InstDisc):
         image_N = batch.index.repeat(len(both))
         of_colours = self.contrast(colours_ND, image_N, now.step, part=0)
         of_lightness = self.contrast(lightness_ND, image_N, now.step, part=1)
-        self.remember(batch.index, torch.cat(both[0], 1))
-        metrics = {
-            "positive_probability": (of_colours.probability_B.mean() + of_lightness.probability_B.mean()) / 2,
-            "embedding_spread": (diagnostics.spread(lightness_ND) + diagnostics.spread(colours_ND)) / 2,
-        }
-        return Outputs(of_colours.loss_B.mean() + of_lightness.loss_B.mean(), metrics)
+        first_BD = torch.cat(both[0], 1)
+        self.remember(batch.index, first_BD)
+        metrics = {"positive_probability": (of_colours.probability_B.mean() + of_lightness.probability_B.mean()) / 2}
+        return Outputs(of_colours.loss_B.mean() + of_lightness.loss_B.mean(), metrics, first_BD)

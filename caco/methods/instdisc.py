@@ -3,8 +3,7 @@
 Shapes: B this rank's images, G all ranks', D width of the embedding, V views, N images of the training set.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from caco.banks.by_image import ImageBank
 from caco.banks.noise import Contrast
 from caco.data.loaders.batches import Batch, mixed_seed
 from caco.errors import UserError
-from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.nn.heads import Encoder
 
@@ -43,6 +41,7 @@ class InstDisc(Method):
     """
 
     needs = Needs(indices=True)
+    against_collapse = "a lower optimizer.lr, a higher method.temperature, more method.num_noise"
 
     def __init__(
         self,
@@ -107,7 +106,7 @@ class InstDisc(Method):
             row_ND = self.bank.rows.lookup(image_N, as_stored=True)
             loss = loss + self.proximal_weight * (v_ND - row_ND).square().sum(1).mean()
         self.remember(batch.index, v[0])
-        return Outputs(loss, {"positive_probability": probability_N.mean(), "embedding_spread": diagnostics.spread(v_ND)})
+        return Outputs(loss, {"positive_probability": probability_N.mean()}, v[0])
 
     def after_step(self, now: Now) -> None:
         for image_G, v_GD in self.seen:
@@ -117,9 +116,6 @@ class InstDisc(Method):
     def statistics(self) -> dict[str, float]:
         """Of the bank's rows; `bank/` and a name."""
         return {f"bank/{name}": value for name, value in self.bank.statistics().items()}
-
-    def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        return diagnostics.collapse(statistics, "a lower optimizer.lr, a higher method.temperature, more method.num_noise")
 
     def costs(self, sizes: list[int]) -> Costs:
         terms = len(sizes)

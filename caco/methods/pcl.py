@@ -136,7 +136,7 @@ class PCL(Contrastive):
         if self.made:
             prototype_loss = torch.stack([self._prototype_loss(q_BD, batch.index, now) for q_BD in q.values()]).mean()
             loss, metrics = loss + prototype_loss, metrics | {"prototype_loss": prototype_loss.detach()}
-        return Outputs(loss, metrics)
+        return Outputs(loss, metrics, q[0])
 
     def _prototype_loss(self, q_BD: Tensor, image_B: Tensor, now: Now) -> Tensor:
         """ProtoNCE, the mean over the clusterings."""

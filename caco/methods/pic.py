@@ -3,8 +3,7 @@
 Shapes: B this rank's images, D width of the embedding, V views, N images of the training set.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from caco.banks.class_weights import ClassWeights
 from caco.data.loaders.batches import Batch, mixed_seed
 from caco.errors import UserError
-from caco.methods import diagnostics
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup
 from caco.nn.heads import Encoder
 
@@ -97,8 +95,7 @@ class PIC(Method):
             if views
         ]
         loss_N = torch.cat([score.loss_B for score in losses])
-        metrics = {"positive_probability": (-loss_N.detach()).exp().mean(), "embedding_spread": diagnostics.spread(q[0])}
-        return Outputs(loss_N.mean(), metrics)
+        return Outputs(loss_N.mean(), {"positive_probability": (-loss_N.detach()).exp().mean()}, q[0])
 
     def after_step(self, now: Now) -> None:
         self.bank.update(lr=now.lr)
@@ -106,9 +103,6 @@ class PIC(Method):
     def statistics(self) -> dict[str, float]:
         """Of the class weights; `bank/` and a name."""
         return {f"bank/{name}": value for name, value in self.bank.rows.statistics().items()}
-
-    def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        return diagnostics.collapse(statistics, "a lower optimizer.lr, a longer warm-up")
 
     def costs(self, sizes: list[int]) -> Costs:
         return Costs(encoded=list(range(len(sizes))), terms=len(sizes), bank_terms=len(sizes))

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from caco.banks.by_image import ImageBank
 from caco.data.loaders.batches import Batch
 from caco.errors import UserError
-from caco.methods import diagnostics
 from caco.methods.base import Costs, Needs, Now, Outputs, ParameterGroup
 from caco.methods.instdisc import InstDisc
 from caco.nn.backbones import feature_width
@@ -81,12 +80,8 @@ class PIRL(InstDisc):
         w = self.patches_weight
         loss = (1 - w) * of_images.loss_B.mean() + w * of_patches.loss_B.mean()
         self.remember(batch.index, v[0])
-        metrics = {
-            "positive_probability": of_images.probability_B.mean(),
-            "jigsaw_probability": of_patches.probability_B.mean(),
-            "embedding_spread": diagnostics.spread(v[0]),
-        }
-        return Outputs(loss, metrics)
+        metrics = {"positive_probability": of_images.probability_B.mean(), "jigsaw_probability": of_patches.probability_B.mean()}
+        return Outputs(loss, metrics, v[0])
 
     def costs(self, sizes: list[int]) -> Costs:
         """One query more, of patches."""

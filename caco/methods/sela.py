@@ -14,7 +14,7 @@ from caco import distributed
 from caco.data.loaders.batches import Batch, mixed_seed
 from caco.data.loaders.images import Images
 from caco.errors import UserError
-from caco.methods import assignments, diagnostics
+from caco.methods import assignments
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.nn.heads import Encoder
 from caco.schedules import RunShape, Table
@@ -130,13 +130,12 @@ class SeLa(Method):
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
         label_BH = self.labels[:, batch.index].T.long()
-        losses, right = [], []
-        for view in batch.views:
-            logit_BHK = self.encoder(view, unit=False).unflatten(1, (self.num_heads, self.num_labels))
+        losses, right, logits = [], [], [self.encoder(view, unit=False) for view in batch.views]
+        for of_view in logits:
+            logit_BHK = of_view.unflatten(1, (self.num_heads, self.num_labels))
             losses.append(F.cross_entropy(logit_BHK.flatten(0, 1), label_BH.flatten()))
             right.append((logit_BHK.detach().argmax(2) == label_BH).double().mean())
-        spread = diagnostics.spread(logit_BHK.detach().flatten(1))
-        return Outputs(torch.stack(losses).mean(), {"labels_predicted": torch.stack(right).mean(), "embedding_spread": spread})
+        return Outputs(torch.stack(losses).mean(), {"labels_predicted": torch.stack(right).mean()}, logits[0])
 
     def statistics(self) -> dict[str, float]:
         """How evenly the first head's labels have images."""
@@ -145,7 +144,7 @@ class SeLa(Method):
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
         wrong = assignments.collapse(statistics)
         if wrong is None:
-            return None
+            return super().warning(statistics)
         return f"The labels have collapsed: {wrong}. What helps: a lower method.power, which balances them more, a lower optimizer.lr."
 
     def costs(self, sizes: list[int]) -> Costs:

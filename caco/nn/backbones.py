@@ -175,6 +175,12 @@ def _must_be_known(name: str) -> None:
         raise UserError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(near) or 'none'}")
 
 
+def small_channel_groups(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1) -> nn.Module:
+    """`ChannelGroups` of two `small_resnet`s; the arguments are of each."""
+    lightness, colours = (small_resnet(width=width, blocks=blocks, stem_stride=stem_stride) for _ in range(2))
+    return ChannelGroups(lightness=lightness, colours=colours)
+
+
 def _use_cifar_stem(model: ResNet, stride: int = 1) -> None:
     model.conv1 = nn.Conv2d(3, model.bn1.num_features, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
