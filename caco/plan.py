@@ -97,7 +97,8 @@ def plan(
     bank_bytes = -(-size // world) * row_bytes
     # One block of scores and its copies, or one part of drawn rows; the stream of queries and the sums of all ranks' queries.
     block = max(3 * scoring.BLOCK_ELEMENTS if size else 0, noise.PART_ELEMENTS if one["drawn_rows"] else 0)
-    workspace = 4 * block + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"] + one["drawn_terms"]) + -(-count // world) * one["pass_bytes"]
+    workspace = 4 * block + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"] + one["drawn_terms"])
+    workspace += -(-count // world) * one["pass_bytes"]
     logits = columns * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
     activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (images_per_device * logits + dim * dim * one["matrices"])
     total = one["parameter_bytes"] + bank_bytes + activations + workspace

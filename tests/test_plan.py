@@ -116,7 +116,8 @@ def test_a_bank_by_image_has_as_many_rows_as_images_and_a_query_meets_those_that
     assert planned["bank_bytes"] == 160_146 * (128 * 4 + 8)
     assert planned["bank_flops_per_step"] == 2 * 2 * 256 * 4096 * 128
     assert planned["checkpoint_bytes"] > 1_281_167 * 128 * 4
-    everything = composition.job_config(composition.compose(["method=instdisc", "batch=256", "method.loss=softmax", "method.num_noise=null"]))
+    all_rows = ["method=instdisc", "batch=256", "method.loss=softmax", "method.num_noise=null"]
+    everything = composition.job_config(composition.compose(all_rows))
     assert plan.plan(everything, world=8)["bank_flops_per_step"] == 2 * 2 * 256 * 1_281_167 * 128
     assert plan.plan(cfg, images=10_000_000)["bank_bytes"] == 10_000_000 * 520
     learned = plan.plan(composition.job_config(composition.compose(["method=pic", "batch=512"])), world=8)

@@ -1,4 +1,4 @@
-"""The bank with a row for each training image, a running mean of its embeddings (InstDisc, PIRL, CMC): written by index, nothing learned."""
+"""The bank with a row for each training image, a running mean of its embeddings, written by index (InstDisc, PIRL, CMC)."""
 
 from typing import Literal
 
@@ -23,9 +23,10 @@ class ImageBank(nn.Module, Bank):
         dim: width D of the embedding.
         seed: of the rows as they were drawn.
         momentum: m.
-        norms: of the rows as they were drawn, see `rows.random_rows`: "uniform" (InstDisc's and CMC's code), "unit" (PIRL's), "normal".
-        parts: how many embeddings of an image a row holds side by side, each dim / parts wide, with a norm and a Z of its own; a bank for
-            each of CMC's inputs.
+        norms: of the rows as they were drawn, see `rows.random_rows`: "uniform" (InstDisc's and CMC's code), "unit" (PIRL's),
+            "normal".
+        parts: how many embeddings of an image a row holds side by side, each dim / parts wide, with a norm and a Z of its own; a bank
+            for each of CMC's inputs.
 
     Source: arXiv 1805.01978; published code, lib/NCEAverage.py and lib/LinearAverage.py: rows, their motion and Z.
     """
@@ -76,7 +77,9 @@ class ImageBank(nn.Module, Bank):
             learn: not used; the learnable bank's score takes it.
         """
         if self.parts > 1:
-            raise UserError("a bank whose rows have several parts is contrasted with drawn rows alone; expected method.num_noise=NUMBER, got null")
+            raise UserError(
+                "a bank whose rows have several parts is contrasted with drawn rows alone; expected method.num_noise=NUMBER, got null"
+            )
         # Once all rows are unit, which the fused kernels make them anyway, the rounding of a norm is all that is between the two.
         return scoring.score(
             q_BD, self.rows.weight, positive_B, first_row=self.rows.first, size=self.size, tau=temperature, extra_BE=extra_BE,
@@ -122,7 +125,9 @@ class ImageBank(nn.Module, Bank):
             index_G: int64, whose embeddings `keys_GD` are; all ranks'.
         """
         if index_G is None:
-            raise UserError("a bank by image is written by index, which this method does not give; expected method=instdisc, pirl or cmc")
+            raise UserError(
+                "a bank by image is written by index, which this method does not give; expected method=instdisc, pirl or cmc"
+            )
         own_G = (index_G >= self.rows.first) & (index_G < self.rows.last)
         row_P, number_G = torch.unique(index_G[own_G] - self.rows.first, return_inverse=True)
         places_G = torch.arange(len(number_G), device=number_G.device)

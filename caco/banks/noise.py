@@ -1,11 +1,11 @@
 """Contrast a query with a few rows of a bank that are drawn at random for it, in place of all rows: noise-contrastive estimation
 (InstDisc, PIRL, CMC) and a softmax over what was drawn.
 
-The rows may be sharded over ranks: queries are gathered, each rank scores those of the drawn rows that it holds, and sums and the queries'
-gradients are reduced. Neither the drawn rows nor a number for each of them travels; they are drawn and read a part at a time.
+The rows may be sharded over ranks: queries are gathered, each rank scores those of the drawn rows that it holds, and sums and the
+queries' gradients are reduced. Neither the drawn rows nor a number for each of them travels; they are drawn and read a part at a time.
 
-Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, M rows drawn for a query, C those of them on this rank, b queries of
-one part, D width.
+Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, M rows drawn for a query, C those of them on this rank, b
+queries of one part, D width.
 """
 
 from collections.abc import Iterator
@@ -58,8 +58,8 @@ def _mix(bits: Tensor) -> Tensor:
 class Draw(NamedTuple):
     """Which rows meet which queries.
 
-    first_row: of the whole bank, where this rank's rows begin. size: rows of the whole bank. tau: temperature. num_noise: rows drawn for a
-    query. stream: what the draws depend on besides the image, see `noise_rows`.
+    first_row: of the whole bank, where this rank's rows begin. size: rows of the whole bank. tau: temperature. num_noise: rows drawn
+    for a query. stream: what the draws depend on besides the image, see `noise_rows`.
     """
 
     first_row: int
@@ -70,12 +70,19 @@ class Draw(NamedTuple):
 
 
 def contrast(
-    q_BD: Tensor, w_RD: Tensor, image_B: Tensor, draw: Draw, *, form: Literal["nce", "softmax"], normaliser: float = 1.0, epsilon: float = 1e-7
+    q_BD: Tensor,
+    w_RD: Tensor,
+    image_B: Tensor,
+    draw: Draw,
+    *,
+    form: Literal["nce", "softmax"],
+    normaliser: float = 1.0,
+    epsilon: float = 1e-7,
 ) -> Contrast:
     """Loss of each query against the row of its image and the drawn ones; the rows count as they are stored.
 
-    With P_j = exp(q.w_j / tau) / normaliser, c = num_noise / size, i the image and the sum over what was drawn for it, itself perhaps among it:
-    "nce": -log P_i / (P_i + c + epsilon) - sum_j log c / (P_j + c + epsilon). "softmax": -log P_i / (P_i + sum_j P_j).
+    With P_j = exp(q.w_j / tau) / normaliser, c = num_noise / size, i the image and the sum over what was drawn for it, itself perhaps
+    among it: "nce": -log P_i / (P_i + c + epsilon) - sum_j log c / (P_j + c + epsilon). "softmax": -log P_i / (P_i + sum_j P_j).
 
     Args:
         q_BD: unit queries of this rank, float32 or float64.
@@ -110,8 +117,8 @@ def _rows_of(image_G: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
 
 
 def _drawn(image_G: Tensor, w_RD: Tensor, draw: Draw) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For a part of the queries at a time: which they are, those of their drawn rows that this rank holds [b, C, D], and which of these
-    places are used, bool [b, C]."""
+    """For a part of the queries at a time: which they are, those of their drawn rows that this rank holds [b, C, D], and which of
+    these places are used, bool [b, C]."""
     rows = max(1, PART_ELEMENTS // (draw.num_noise * w_RD.shape[1]))
     for start in range(0, len(image_G), rows):
         part = slice(start, start + rows)

@@ -22,8 +22,8 @@ Norms = Literal["unit", "normal", "uniform"]
 def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Norms = "unit") -> Tensor:
     """Rows first..last of a bank, the same for any sharding, [last - first, dim].
 
-    norms: "normal": of independent standard normal numbers, so a row's norm is about sqrt(dim); "unit": these on the unit sphere, uniform
-    there; "uniform": of independent numbers in +-sqrt(3 / dim), so a row's norm is about 1 (InstDisc's and CMC's code).
+    norms: "normal": of independent standard normal numbers, so a row's norm is about sqrt(dim); "unit": these on the unit sphere,
+    uniform there; "uniform": of independent numbers in +-sqrt(3 / dim), so a row's norm is about 1 (InstDisc's and CMC's code).
     """
     parts = []
     for block in range(first // INIT_BLOCK, -(-last // INIT_BLOCK)):

@@ -25,7 +25,8 @@ from caco.runs.identity import file_digest, flat, plain, read_yaml
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
 FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/nn/weights.py
 EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
-SUPPLIED = {"projector": ("in_dim",), "method": ("num_images",)}  # plain values that no YAML gives: another component or the data decide
+# Plain values that no YAML gives, because another component or the data decide them.
+SUPPLIED = {"projector": ("in_dim",), "method": ("num_images",)}
 
 
 def check(
@@ -109,8 +110,8 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("schedule.drop_factor", 0 < schedule["drop_factor"] < 1, "a number between 0 and 1")
     if [schedule["final_fraction"] is None, schedule["final_lr"] is None, not schedule["drops"]].count(False) != 1:
         problems.append(
-            "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got {final_fraction}, {final_lr} "
-            "and {drops}".format(**schedule)
+            "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got {final_fraction}, "
+            "{final_lr} and {drops}".format(**schedule)
         )
     by_image = tree["bank"] is not None and signatures.declared(tree["bank"]["_target_"], "by_image")
     demand("bank.size", not by_image or tree["bank"].get("size") is None, "null: this bank has a row for each training image")
@@ -263,7 +264,8 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
                 problems.append(f"{override}: {without} has no bank")
                 continue
             if group == "bank" and tree["bank"].get("size", 0) is None:
-                problems.append(f"{override}: method={choices.get('method')} has a bank with a row for each training image; leave it out")
+                method = choices.get("method")
+                problems.append(f"{override}: method={method} has a bank with a row for each training image; leave it out")
                 continue
             for key, wanted in _settings(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)

@@ -228,9 +228,10 @@ def run_training(
     summary: dict = {}
     started = time.monotonic()
     if main:
+        rows = 0 if cfg.bank is None else cfg.bank.size or len(splits.pretrain)
         message = beginning(
             data=splits.pretrain.name, num_train=len(splits.pretrain), num_test=len(splits.test or ()) if cfg.eval else 0,
-            choices=label.choices, bank_rows=0 if cfg.bank is None else cfg.bank.size or len(splits.pretrain), batch=cfg.batch, epochs=cfg.epochs,
+            choices=label.choices, bank_rows=rows, batch=cfg.batch, epochs=cfg.epochs,
             warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip

@@ -124,8 +124,8 @@ class OptimizerSchedule:
             Twins, VICReg, whose rate of 0 at the start is t / W).
         final_fraction: of the learning rate, at the end; 0.01 in the paper. None where `final_lr` says it.
         final_lr: the learning rate at the end by itself, whatever the batch makes of the peak (DINO).
-        drops: in place of the cosine and its end: shares of the run, rounded to whole epochs, from each of which on the learning rate is
-            `drop_factor` times what it was before (InstDisc, SeLa, CMC).
+        drops: in place of the cosine and its end: shares of the run, rounded to whole epochs, from each of which on the learning rate
+            is `drop_factor` times what it was before (InstDisc, SeLa, CMC).
         final_weight_decay: at the end of a cosine from the optimiser's; None keeps that (DINO goes from 0.04 to 0.4).
         clip_gradient_norm: the gradient's largest norm over all parameters together; None does not clip.
         clip_each_gradient_norm: the largest norm of each parameter's gradient by itself (DINO).
@@ -156,7 +156,9 @@ class OptimizerSchedule:
                 f"final_fraction={final_fraction}, final_lr={final_lr}, drops={list(drops)}"
             )
         if not all(0 < share < 1 for share in drops) or not 0 < drop_factor < 1:
-            raise UserError(f"schedule needs drops and drop_factor between 0 and 1; got drops={list(drops)}, drop_factor={drop_factor}")
+            raise UserError(
+                f"schedule needs drops and drop_factor between 0 and 1; got drops={list(drops)}, drop_factor={drop_factor}"
+            )
         if warmup_end not in ("last", "next"):
             raise UserError(f"schedule needs warmup_end last or next; got {warmup_end!r}")
         clips = {"clip_gradient_norm": clip_gradient_norm, "clip_each_gradient_norm": clip_each_gradient_norm}

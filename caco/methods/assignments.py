@@ -37,11 +37,12 @@ def balanced(score_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 
 @torch.no_grad()
 def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tensor:
-    """SeLa's labels of the images of all ranks together: int64 [N] of this rank's, so that the K labels have about as many images each.
+    """SeLa's labels of the images of all ranks together: int64 [N] of this rank's, so that the K labels have about as many images
+    each.
 
-    With P = p^power, c = 1/N' for N' images over all ranks: r = (1/K) / (P^T c), c' = (1/N') / (P r), again and again, until the sum over
-    images of |c / c' - 1|, looked at every tenth time, the first included, is at most `tolerance`; then the largest r_k P_ik c_i. In float64.
-    Only the sums over images travel, K numbers an iteration.
+    With P = p^power, c = 1/N' for N' images over all ranks: r = (1/K) / (P^T c), c' = (1/N') / (P r), again and again, until the sum
+    over images of |c / c' - 1|, looked at every tenth time, the first included, is at most `tolerance`; then the largest r_k P_ik
+    c_i. In float64. Only the sums over images travel, K numbers an iteration.
 
     Source: arXiv 1911.05371; published code, sinkhornknopp.py: cpu_sk.
     Args:
@@ -58,8 +59,8 @@ def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tens
         r_K = 1 / num_labels / distributed.sum_(p_NK.T @ c_N)
         if not r_K.isfinite().all():  # the same on every rank
             raise UserError(
-                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have no probability for any image, to the power {power}: the network has "
-                "collapsed, or method.power is too high; try a lower one, or a lower optimizer.lr"
+                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have no probability for any image, to the power {power}: the "
+                "network has collapsed, or method.power is too high; try a lower one, or a lower optimizer.lr"
             )
         next_N = 1 / num_images / (p_NK @ r_K)
         if count % 10 == 0:

@@ -27,7 +27,8 @@ class Needs:
     whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would change it.
     indices: something is kept for each training image, found by the batch's `index`; the constructor is given `num_images`, how many
         these are. (An unreadable image's stand-in has the other image's index, so that an image may be twice in a batch.)
-    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order; "none" refuses them.
+    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order; "none" refuses
+        them.
     num_patches: how many of an image; None: any square number.
     lightness_first: the first channel is lightness, the two others colour (Lab, YDbDr, YCbCr), of images that have some.
     """
@@ -99,7 +100,8 @@ class Costs:
         summed_bytes: of what the ranks add up besides gradients and BatchNorm.
         pass_bytes: for each of a device's images of the training set, in a pass over all of them (SeLa).
         together: whether the views of one size go through the backbone at once, and all through the projector.
-        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are none. plan runs it.
+        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are none. plan
+            runs it.
     """
 
     encoded: list[int]

@@ -20,9 +20,9 @@ from caco.nn.heads import Encoder
 class InstDisc(Method):
     """The embedding v of an image is to be nearer to the image's row V_i of the bank than to the other images' rows.
 
-    "nce": L = mean_i -log P_i / (P_i + M/N) - sum_j log (M/N) / (P_j + M/N), j over M rows drawn for the image, P_j = exp(v.V_j / tau) / Z,
-    with the bank's Z, of the first step (with `accumulate`, of its first part). "softmax": cross-entropy over the image's row and M drawn
-    ones, or over all N. After the step V_i moves towards v. No gradient reaches the bank.
+    "nce": L = mean_i -log P_i / (P_i + M/N) - sum_j log (M/N) / (P_j + M/N), j over M rows drawn for the image, P_j = exp(v.V_j /
+    tau) / Z, with the bank's Z, of the first step (with `accumulate`, of its first part). "softmax": cross-entropy over the image's
+    row and M drawn ones, or over all N. After the step V_i moves towards v. No gradient reaches the bank.
 
     The published method has one view of an image. Of several, the losses are averaged, all against the same drawn rows, and the first
     view's embedding is written.
@@ -36,8 +36,8 @@ class InstDisc(Method):
         loss: see above.
         num_noise: M; None for all rows, with "softmax".
         epsilon: added to the denominators of "nce", as published.
-        proximal_weight: lambda of lambda |v - V_i|^2, which keeps an embedding near its image's last ones (the paper's Eq. 10; its code has
-            none).
+        proximal_weight: lambda of lambda |v - V_i|^2, which keeps an embedding near its image's last ones (the paper's Eq. 10; its
+            code has none).
     """
 
     needs = Needs(indices=True)
@@ -73,7 +73,7 @@ class InstDisc(Method):
         self.encoder, self.bank = encoder, bank
         self.seed, self.temperature, self.form, self.num_noise = seed, temperature, loss, num_noise
         self.epsilon, self.proximal_weight = epsilon, proximal_weight
-        self.seen: list[tuple[Tensor, Tensor]] = []  # images and embeddings of the step in progress, by part of the batch, for the bank
+        self.seen: list[tuple[Tensor, Tensor]] = []  # images and embeddings of the step in progress, by part of the batch
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
@@ -89,8 +89,8 @@ class InstDisc(Method):
             score = self.bank.score(v_ND, image_N, temperature=self.temperature)
             return Contrast(score.loss_B, (-score.loss_B.detach()).exp())
         return self.bank.contrast(
-            v_ND, image_N, temperature=self.temperature, num_noise=self.num_noise, stream=mixed_seed(self.seed, *numbers), form=self.form,
-            epsilon=self.epsilon, part=part,
+            v_ND, image_N, temperature=self.temperature, num_noise=self.num_noise, stream=mixed_seed(self.seed, *numbers),
+            form=self.form, epsilon=self.epsilon, part=part,
         )  # fmt: skip
 
     def remember(self, image_B: Tensor, v_BD: Tensor) -> None:

@@ -27,13 +27,13 @@ from caco.nn.heads import Encoder
 class PCL(Contrastive):
     """L = InfoNCE + mean over the clusterings of ProtoNCE; before `first_clustering_epoch` InfoNCE alone.
 
-    ProtoNCE of a query q_i of an image in cluster s: -log exp(q_i.c_s / phi_s) / sum_j exp(q_i.c_j / phi_j), over the prototypes of the batch's
-    images (also those of the same cluster, as published) and `num_negatives` others, drawn without replacement from clusters that no image
-    of the batch is in. Each prototype has a temperature phi of its own. The gradient is the query's alone.
+    ProtoNCE of a query q_i of an image in cluster s: -log exp(q_i.c_s / phi_s) / sum_j exp(q_i.c_j / phi_j), over the prototypes of
+    the batch's images (also those of the same cluster, as published) and `num_negatives` others, drawn without replacement from
+    clusters that no image of the batch is in. Each prototype has a temperature phi of its own. The gradient is the query's alone.
 
-    Before each epoch from then on the twin embeds every image's plain view, in evaluation mode; these embeddings are clustered. What comes of
-    it is in the state, so that a run goes on with it in the middle of an epoch. The batch is that of all ranks, where the published
-    code's is a GPU's own.
+    Before each epoch from then on the twin embeds every image's plain view, in evaluation mode; these embeddings are clustered. What
+    comes of it is in the state, so that a run goes on with it in the middle of an epoch. The batch is that of all ranks, where the
+    published code's is a GPU's own.
 
     Args:
         encoder, bank: as in `Contrastive`; the bank is the queue.
@@ -127,8 +127,8 @@ class PCL(Contrastive):
         q, k, all_k, terms = self.encode(batch.views)
         positives = self.positives_of(k, terms)
         score = contrast(
-            [q[term.query] for term in terms], [all_k[term.key] for term in terms], [positives[term.key] for term in terms], self.negatives,
-            self.bank, self.temperature,
+            [q[term.query] for term in terms], [all_k[term.key] for term in terms], [positives[term.key] for term in terms],
+            self.negatives, self.bank, self.temperature,
         )  # fmt: skip
         self.keys.append([all_k[view].detach() for view in sorted(positives)])
         loss = weighted(score, terms)

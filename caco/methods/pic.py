@@ -81,20 +81,20 @@ class PIC(Method):
             return None
         images = self.num_images // self.batch * self.batch
         return images_in_windows(
-            epoch * images, (epoch + 1) * images, num_images=self.num_images, size=self.window_size, stride=self.window_stride, batch=self.batch,
-            seed=self.seed, kind=self.order_of_images,
+            epoch * images, (epoch + 1) * images, num_images=self.num_images, size=self.window_size, stride=self.window_stride,
+            batch=self.batch, seed=self.seed, kind=self.order_of_images,
         )  # fmt: skip
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
         q = [self.encoder(view) for view in batch.views]
         large = [v for v, view in enumerate(batch.views) if view.shape[-1] == batch.views[0].shape[-1]]
         small = [v for v in range(len(q)) if v not in large]
-        losses = [
-            self.bank.score(torch.cat([q[v] for v in views]), batch.index.repeat(len(views)), temperature=self.temperature, learn=learn)
-            for views, learn in ((large, True), (small, False))
-            if views
-        ]
-        loss_N = torch.cat([score.loss_B for score in losses])
+        losses = []
+        for views, learn in ((large, True), (small, False)):
+            if views:
+                q_ND, image_N = torch.cat([q[v] for v in views]), batch.index.repeat(len(views))
+                losses.append(self.bank.score(q_ND, image_N, temperature=self.temperature, learn=learn).loss_B)
+        loss_N = torch.cat(losses)
         return Outputs(loss_N.mean(), {"positive_probability": (-loss_N.detach()).exp().mean()}, q[0])
 
     def after_step(self, now: Now) -> None:
@@ -109,17 +109,25 @@ class PIC(Method):
 
 
 def images_in_windows(
-    start: int, end: int, *, num_images: int, size: int, stride: int, batch: int, seed: int, kind: Literal["window", "released", "released_shuffled"]
+    start: int,
+    end: int,
+    *,
+    num_images: int,
+    size: int,
+    stride: int,
+    batch: int,
+    seed: int,
+    kind: Literal["window", "released", "released_shuffled"],
 ) -> np.ndarray:
     """Images number `start` to `end` of an endless sequence of windows, each visited in a random order, int64 [end - start].
 
     Of a window the last images, which make no whole batch, are left out of that visit, so that no image is twice in a batch.
 
-    "window": over the images in one random order, a window of `size` that moves on by `stride`, from the last image to the first again: an
-    image is in size / stride windows, one after the other. That is the method as it is described. "released": its code, which takes
-    positions modulo the window's length and not the number of images, so that the window never moves: the same `size` images for ever.
-    "released_shuffled": its code with --shuffle-per-epoch, as its scripts have it: a fresh random set of `size` images for each window, but
-    each (size / stride)th repeats the one before.
+    "window": over the images in one random order, a window of `size` that moves on by `stride`, from the last image to the first
+    again: an image is in size / stride windows, one after the other. That is the method as it is described. "released": its code,
+    which takes positions modulo the window's length and not the number of images, so that the window never moves: the same `size`
+    images for ever. "released_shuffled": its code with --shuffle-per-epoch, as its scripts have it: a fresh random set of `size`
+    images for each window, but each (size / stride)th repeats the one before.
 
     Source: published code, the sliding-window sampler.
     """
@@ -136,5 +144,7 @@ def images_in_windows(
     all_images = np.random.default_rng(mixed_seed(seed, 2)).permutation(num_images)
     visited = size // batch * batch
     first, last = start // visited, (end - 1) // visited
-    visits = [np.random.default_rng(mixed_seed(seed, 1, window)).permutation(members(window))[:visited] for window in range(first, last + 1)]
+    visits = [
+        np.random.default_rng(mixed_seed(seed, 1, window)).permutation(members(window))[:visited] for window in range(first, last + 1)
+    ]
     return np.concatenate(visits)[start - first * visited :][: end - start]

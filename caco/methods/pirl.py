@@ -20,13 +20,15 @@ from caco.nn.heads import Encoder, JigsawHead, at_least_float32
 
 
 class PIRL(InstDisc):
-    """L = (1 - w) L(v) + w L(g), each InstDisc's loss, against rows drawn for itself: v embeds the image, g by a head of its own its patches.
+    """L = (1 - w) L(v) + w L(g), each InstDisc's loss, against rows drawn for itself: v embeds the image, g by a head of its own its
+    patches.
 
-    The two never meet directly: the bank's row is where they meet. Only v is written to it, after the step. Z is that of the first batch of
-    patches, for both.
+    The two never meet directly: the bank's row is where they meet. Only v is written to it, after the step. Z is that of the first
+    batch of patches, for both.
 
     Args:
-        encoder, bank, num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views losses are averaged there too.
+        encoder, bank, num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views losses are averaged
+            there too.
         patches_weight: w.
         patches_layers: linear layers between the features and what the head gives of each patch; 1 as published.
         patches_hidden_dim: between these, where there are several.
@@ -52,8 +54,9 @@ class PIRL(InstDisc):
         num_patches: int = 9,
     ):
         super().__init__(
-            encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise, epsilon=epsilon
-        )
+            encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise,
+            epsilon=epsilon,
+        )  # fmt: skip
         if not 0 <= patches_weight <= 1:
             raise UserError(f"method.patches_weight must be in [0, 1]; got {patches_weight}")
         self.jigsaw = JigsawHead(
@@ -71,7 +74,9 @@ class PIRL(InstDisc):
     def forward(self, batch: Batch, now: Now) -> Outputs:
         """Patches first: Z is theirs."""
         if batch.patches is None:
-            raise UserError("this method takes patches of each image, and its batches have none; expected an augmentation that cuts a view")
+            raise UserError(
+                "this method takes patches of each image, and its batches have none; expected an augmentation that cuts a view"
+            )
         features_NF = self.backbone(batch.patches.flatten(0, 1))
         g_BD = F.normalize(at_least_float32(self.jigsaw(features_NF)), dim=1)
         of_patches = self.contrast(g_BD, batch.index, now.step, 0)

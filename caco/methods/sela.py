@@ -1,6 +1,7 @@
 """SeLa: classification with labels that the network itself gives all images, so that each label has as many (arXiv 1911.05371).
 
-Shapes: B this rank's images, N images of the training set, P of these on this rank, H heads, K labels of a head, F width before the last layer.
+Shapes: B this rank's images, N images of the training set, P of these on this rank, H heads, K labels of a head, F width before the
+last layer.
 """
 
 from collections.abc import Mapping
@@ -23,9 +24,9 @@ from caco.schedules import RunShape, Table
 class SeLa(Method):
     """L = mean over the heads of cross-entropy with the head's labels, which are made anew at some moments of the run.
 
-    At such a moment all images go through the network once, as in training (augmented, in training mode, so that BatchNorm's statistics
-    move) and without gradient; then each head's labels are `assignments.balanced_labels` of its probabilities. Before the first moment, which
-    comes before the first step, a head's labels are the images' numbers modulo K, shuffled.
+    At such a moment all images go through the network once, as in training (augmented, in training mode, so that BatchNorm's
+    statistics move) and without gradient; then each head's labels are `assignments.balanced_labels` of its probabilities. Before the
+    first moment, which comes before the first step, a head's labels are the images' numbers modulo K, shuffled.
 
     The published method has one view of an image; of several the losses are averaged, and the first is labelled.
 
@@ -36,8 +37,8 @@ class SeLa(Method):
         seed: of the first labels.
         num_heads: H, which divides the projector's width.
         num_moments: at which labels are made anew, over the run.
-        spacing: of the moments t_j in epochs, E of them in the run, j from 0 to num_moments - 1 = J: "quadratic", (E + 1.01) (j / J)^2, dense
-            at first; "linear", (E + 1.01) j / J. With a step at most one is due; the next ones wait.
+        spacing: of the moments t_j in epochs, E of them in the run, j from 0 to num_moments - 1 = J: "quadratic", (E + 1.01) (j /
+            J)^2, dense at first; "linear", (E + 1.01) j / J. With a step at most one is due; the next ones wait.
         one_head_at_a_time: a moment makes the labels of head (epoch mod H) alone (its authors' CIFAR recipe).
         power: lambda, of the probabilities; higher is nearer to each image's own most probable label.
         tolerance: of the balance, as a sum over all images.
@@ -63,22 +64,26 @@ class SeLa(Method):
         super().__init__()
         if num_heads < 1 or encoder.projector.dim % num_heads or encoder.projector.dim // num_heads < 2:
             raise UserError(
-                f"method.num_heads: expected a divisor of projector.dim, {encoder.projector.dim}, that leaves 2 labels or more to a head; got {num_heads}"
+                f"method.num_heads: expected a divisor of projector.dim, {encoder.projector.dim}, that leaves 2 labels or more to a "
+                f"head; got {num_heads}"
             )
         if min(power, tolerance) <= 0 or num_moments < 0:
             raise UserError(
-                f"method needs a power and a tolerance above 0, and num_moments of 0 or more; got {power}, {tolerance} and {num_moments}"
+                "method needs a power and a tolerance above 0, and num_moments of 0 or more; got "
+                f"{power}, {tolerance} and {num_moments}"
             )
         if spacing not in ("quadratic", "linear"):
             raise UserError(f"method.spacing must be quadratic or linear; got {spacing!r}")
         if not isinstance(encoder.projector[-1], nn.Linear):
-            raise UserError("projector.last_batch_norm=true: the heads are the projector's last layer, which has to be linear; expected false")
+            raise UserError(
+                "projector.last_batch_norm=true: the heads are the projector's last layer, which has to be linear; expected false"
+            )
         self.encoder, self.num_images = encoder, num_images
         self.num_heads, self.num_labels = num_heads, encoder.projector.dim // num_heads
         self.num_moments, self.spacing, self.one_head_at_a_time = num_moments, spacing, one_head_at_a_time
         self.power, self.tolerance = power, tolerance
         generator = torch.Generator().manual_seed(mixed_seed(seed) % 2**63)
-        shuffled = [torch.arange(num_images)[torch.randperm(num_images, generator=generator)] % self.num_labels for _ in range(num_heads)]
+        shuffled = [torch.randperm(num_images, generator=generator) % self.num_labels for _ in range(num_heads)]
         self.register_buffer("labels", torch.stack(shuffled).to(torch.int32))
 
     @property

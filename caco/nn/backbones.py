@@ -47,23 +47,6 @@ def timm_backbone(
     return model
 
 
-def preact_resnet(*, name: str = "resnetv2_50") -> nn.Module:
-    """A pre-activation ResNet of timm's as SeLa trains it (arXiv 1911.05371): no BatchNorm after the stem, and none, with its ReLU, between
-    the last block and the pooling.
-
-    Args:
-        name: timm's, resnetv2_50 or another with BatchNorm.
-    Raises:
-        UserError: timm knows no such model, or not as a pre-activation ResNet.
-    """
-    _must_be_known(name)
-    if not name.startswith("resnetv2_"):
-        raise UserError(f"backbone.name must be a pre-activation ResNet of timm's; got {name!r}")
-    model = timm.create_model(name, pretrained=False, num_classes=0, zero_init_last=False)
-    model.norm = nn.Identity()
-    return model
-
-
 def mocov3_vit(*, name: str, num_heads: int = 12, image_size: int = 224, frozen_patches: bool = True) -> nn.Module:
     """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the projection of the patches
     stays as it was drawn. Its feature is that of the class token.
@@ -109,41 +92,6 @@ def sines_and_cosines(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], 1)
 
 
-class ChannelGroups(nn.Module):
-    """Two networks, one for an image's first channel, its lightness, and one for the two others, its colours (CMC). Their features, side by
-    side, are the image's.
-
-    Args:
-        lightness, colours: networks for images of three channels, whose first convolution is replaced by one of as many channels.
-    """
-
-    def __init__(self, *, lightness: nn.Module, colours: nn.Module):
-        super().__init__()
-        self.lightness, self.colours = with_channels(lightness, 1), with_channels(colours, 2)
-        self.num_features = feature_width(lightness) + feature_width(colours)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.lightness(images[:, :1]), self.colours(images[:, 1:])], 1)
-
-
-def with_channels(network: nn.Module, channels: int) -> nn.Module:
-    """A network whose first convolution, of three channels, is a new one of so many, drawn by the same law."""
-    name, first = next(((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
-    if first is None or first.in_channels != 3 or not isinstance(first.padding, tuple):
-        raise UserError(f"a network for {channels} of the channels needs a first convolution of three; {type(network).__name__} has none")
-    size, stride, padding = (_pair(values) for values in (first.kernel_size, first.stride, first.padding))
-    new = nn.Conv2d(channels, first.out_channels, size, stride, padding, bias=first.bias is not None)
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    parent, _, attribute = name.rpartition(".")
-    setattr(network.get_submodule(parent), attribute, new)
-    return network
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    down, across = values
-    return down, across
-
-
 def small_resnet(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1) -> nn.Module:
     """A ResNet of basic blocks for images of 16 to 32 pixels on a CPU; its features are 8 * width wide.
 
@@ -175,12 +123,6 @@ def _must_be_known(name: str) -> None:
         raise UserError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(near) or 'none'}")
 
 
-def small_channel_groups(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1) -> nn.Module:
-    """`ChannelGroups` of two `small_resnet`s; the arguments are of each."""
-    lightness, colours = (small_resnet(width=width, blocks=blocks, stem_stride=stem_stride) for _ in range(2))
-    return ChannelGroups(lightness=lightness, colours=colours)
-
-
 def _use_cifar_stem(model: ResNet, stride: int = 1) -> None:
     model.conv1 = nn.Conv2d(3, model.bn1.num_features, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -193,3 +135,20 @@ def feature_width(backbone: nn.Module) -> int:
     if not isinstance(width, int):
         raise UserError(f"a backbone must have an integer num_features; {type(backbone).__name__} has {width!r}")
     return width
+
+
+def preact_resnet(*, name: str = "resnetv2_50") -> nn.Module:
+    """A pre-activation ResNet of timm's as SeLa trains it (arXiv 1911.05371): no BatchNorm after the stem, and none, with its ReLU,
+    between the last block and the pooling.
+
+    Args:
+        name: timm's, resnetv2_50 or another with BatchNorm.
+    Raises:
+        UserError: timm knows no such model, or not as a pre-activation ResNet.
+    """
+    _must_be_known(name)
+    if not name.startswith("resnetv2_"):
+        raise UserError(f"backbone.name must be a pre-activation ResNet of timm's; got {name!r}")
+    model = timm.create_model(name, pretrained=False, num_classes=0, zero_init_last=False)
+    model.norm = nn.Identity()
+    return model

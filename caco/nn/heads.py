@@ -87,8 +87,8 @@ class JigsawHead(nn.Module):
     """Features of the patches of some images to an embedding of each image: one perceptron for all patches, then one linear layer for
     what it gives of an image's patches, one after the other. Nothing is made unit.
 
-    Source: the published code of InfoMin (PyContrast, networks/util.py: JigsawHead, whose perceptron has two layers) and of PIRL (vissl, one
-    layer); InfoMin's shuffles an image's patches here, the views have done it already.
+    Source: the published code of InfoMin (PyContrast, networks/util.py: JigsawHead, whose perceptron has two layers) and of PIRL
+    (vissl, one layer); InfoMin's shuffles an image's patches here, the views have done it already.
 
     Args:
         in_dim: width of the features.
@@ -108,31 +108,6 @@ class JigsawHead(nn.Module):
     def forward(self, features_ND: Tensor) -> Tensor:
         """[B * P, F], an image's patches one after the other, to [B, D]."""
         return self.together(self.each(features_ND).view(-1, self.together.in_features))
-
-
-class GroupedProjector(nn.Module):
-    """Several perceptrons side by side: each takes its equal share of the features and gives its share of the embedding (CMC, whose groups
-    are the features of an image's lightness and of its colours).
-
-    Args:
-        in_dim: width of all features. dim: width of what all give.
-        groups: how many.
-        hidden_dim, layers: of each; with biases and without BatchNorm.
-    """
-
-    def __init__(self, *, in_dim: int, hidden_dim: int = 2048, dim: int = 256, layers: int = 1, groups: int = 2):
-        super().__init__()
-        if groups < 2 or in_dim % groups or dim % groups:
-            raise UserError(f"projector needs 2 groups or more, which share its {in_dim} features and its dim evenly; got dim={dim}, groups={groups}")
-        self.each = nn.ModuleList(
-            Projector(in_dim=in_dim // groups, hidden_dim=hidden_dim, dim=dim // groups, layers=layers, batch_norm=False, bias=True)
-            for _ in range(groups)
-        )
-        self.dim, self.groups = dim, groups
-
-    def forward(self, features_BF: Tensor) -> Tensor:
-        parts = features_BF.chunk(self.groups, 1)
-        return torch.cat([head(part) for head, part in zip(self.each, parts, strict=True)], 1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

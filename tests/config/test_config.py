@@ -213,7 +213,8 @@ def test_senseless_values_of_the_root_are_refused(override, expected, whole):
 
 
 def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
-    assert "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1 and []" in refusal("schedule.final_lr=0.1")
+    expected = "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1 and []"
+    assert expected in refusal("schedule.final_lr=0.1")
     accept("schedule.final_lr=0.1", "schedule.final_fraction=null")
 
 

@@ -11,8 +11,9 @@ from caco.banks.by_image import ImageBank
 from caco.data.loaders.batches import mixed_seed
 from caco.engine.optimizers import sgd as sgd_of
 from caco.methods.cmc import CMC
-from caco.nn.backbones import ChannelGroups, small_resnet, with_channels
-from caco.nn.heads import Encoder, GroupedProjector
+from caco.nn.backbones import small_resnet
+from caco.nn.channel_groups import ChannelGroups, GroupedProjector, with_channels
+from caco.nn.heads import Encoder
 
 
 class Groups(nn.Module):
@@ -22,8 +23,9 @@ class Groups(nn.Module):
 
     def __init__(self):
         super().__init__()
+        F = fifty.FEATURES
         self.lightness, self.colours = (
-            nn.Sequential(nn.Flatten(), nn.Linear(pixels, fifty.FEATURES), nn.BatchNorm1d(fifty.FEATURES), nn.ReLU()) for pixels in (4, 8)
+            nn.Sequential(nn.Flatten(), nn.Linear(pixels, F), nn.BatchNorm1d(F), nn.ReLU()) for pixels in (4, 8)
         )
 
     forward = ChannelGroups.forward
@@ -106,7 +108,7 @@ def test_a_network_sees_its_channels_alone_and_is_drawn_for_them():
 @pytest.mark.parametrize(
     ("parts", "projector", "message"),
     [
-        ({"parts": 1}, {}, r"a bank with 2 parts \(bank.parts=2\); got 2 and 1"),
+        ({"parts": 1}, {}, r"and a bank with 2 parts \(bank.parts=2\); got 2 and 1"),
         ({"parts": 3}, {}, "bank.parts: expected a divisor of dim, 10; got 3"),
         ({"parts": 2}, {"dim": 9}, "got dim=9, groups=2"),
     ],

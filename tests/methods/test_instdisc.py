@@ -143,7 +143,8 @@ def test_a_row_moves_halfway_to_its_image_s_embedding_and_the_last_of_two_counts
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     bank.update(lr=0.0, keys_GD=keys, index_G=torch.tensor([3, 0, 3]))
     half, last = math.sqrt(0.5), torch.tensor([0.25, -0.5])
-    assert torch.allclose(bank.rows.weight, torch.stack([torch.tensor([half, half]), torch.tensor([0.0, 1.0]), torch.tensor([0.6, 0.8]), last / last.norm()]))
+    expected = torch.stack([torch.tensor([half, half]), torch.tensor([0.0, 1.0]), torch.tensor([0.6, 0.8]), last / last.norm()])
+    assert torch.allclose(bank.rows.weight, expected)
     with pytest.raises(ValueError, match="a bank by image is written by index"):
         bank.update(lr=0.0, keys_GD=keys)
 

@@ -38,7 +38,8 @@ class Images:
 
 
 def pcl(**settings) -> PCL:
-    given = {"num_clusters": K, "num_negatives": 2, "first_clustering_epoch": 0, "temperature": TAU, "momentum": 0.9, "final_momentum": 0.9}
+    given = {"num_clusters": K, "num_negatives": 2, "first_clustering_epoch": 0, "temperature": TAU}
+    given |= {"momentum": 0.9, "final_momentum": 0.9}
     bank = FifoBank(size=24, dim=D, seed=3)
     return PCL(encoder=fifty.encoder(**LAYERS), bank=bank, num_images=N, **{**given, **settings}).double()
 
@@ -193,19 +194,22 @@ def test_fifty_steps_are_those_of_a_plain_loop():
         x = x.clamp_min(0) @ weights["encoder.projector.2.weight"].T + weights["encoder.projector.2.bias"]
         return x / x.norm(dim=1, keepdim=True)
 
+    def of_encoder(weights):
+        return {name.removeprefix("encoder."): value for name, value in weights.items()}
+
     norm = reference.twin.encoder.backbone[2]  # gathers the running statistics that evaluation mode reads
     by_hand, made = [], False
     for step in range(fifty.STEPS):
         views, images = fifty.views_of(step), list(range(first(step), first(step) + B))
         if step % 5 == 0 and step >= 10:
-            reference.twin.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in twin.items()}, strict=False)
+            reference.twin.encoder.load_state_dict(of_encoder(twin), strict=False)
             reference.before_epoch(now(), Images())
             made = True
         fifty.follow(twin, w, 0.9)
         q = embed(w, views[0])
         with torch.no_grad():
             k = embed(twin, views[1])
-            reference.twin.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in twin.items()}, strict=False)
+            reference.twin.encoder.load_state_dict(of_encoder(twin), strict=False)
             norm.train()
             norm(views[1].flatten(1) @ twin["encoder.backbone.1.weight"].T + twin["encoder.backbone.1.bias"])
         logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / TAU
@@ -223,12 +227,13 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     assert method.made == 8
 
 
-TINY_PCL = ["method=pcl", "augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd", *FEW_PROTOTYPES["pcl"],
-            "data.limit=256", "epochs=3", "max_steps=10", "eval=[]"]  # fmt: skip
+TINY_PCL = ["method=pcl", "augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd",
+            *FEW_PROTOTYPES["pcl"], "data.limit=256", "epochs=3", "max_steps=10", "eval=[]"]  # fmt: skip
 
 
 def test_a_run_cut_in_the_middle_of_a_clustering_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """Four steps an epoch; cut when the second of the third epoch's three clusterings is to begin, and in the middle of the second epoch."""
+    """Four steps an epoch; cut when the second of the third epoch's three clusterings is to begin, and in the middle of the second
+    epoch."""
     train(tmp_path / "whole", *TINY_PCL, *EVERY)
     original, calls = clusters.k_means, []
 
@@ -277,8 +282,8 @@ def test_its_configuration_is_the_published_one():
     cfg = composition.job_config(composition.compose(["method=pcl", "batch=256"]))
     tree = plain(cfg)
     expected = {
-        "temperature": 0.2, "momentum": 0.999, "final_momentum": 0.999, "num_clusters": [25_000, 50_000, 100_000], "num_negatives": 16_384,
-        "first_clustering_epoch": 20, "iterations": 20, "restarts": 5,
+        "temperature": 0.2, "momentum": 0.999, "final_momentum": 0.999, "num_clusters": [25_000, 50_000, 100_000],
+        "num_negatives": 16_384, "first_clustering_epoch": 20, "iterations": 20, "restarts": 5,
     }  # fmt: skip
     assert {key: tree["method"][key] for key in expected} == expected
     assert tree["bank"]["size"] == 16_384 and tree["bank"]["_target_"].endswith("FifoBank") and tree["schedule"]["unit"] == "epoch"

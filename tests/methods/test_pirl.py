@@ -28,7 +28,8 @@ def patches_of(step):
 
 
 def embeddings_by_hand(w, view, patches):
-    """Of images; and of patches: one linear layer for each of nine, in their order, and one for the nine together; no ReLU anywhere."""
+    """Of images; and of patches: one linear layer for each of nine, in their order, and one for the nine together; no ReLU
+    anywhere."""
     v = fifty.backbone(w, view) @ w["encoder.projector.0.weight"].T + w["encoder.projector.0.bias"]
     features = fifty.backbone(w, patches.flatten(0, 1))
     each = features @ w["jigsaw.each.0.weight"].T + w["jigsaw.each.0.bias"]
@@ -43,14 +44,17 @@ def draws_of(step, which, images):
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "softmax"}, {"patches_weight": 0.2}, {"loss": "softmax", "num_noise": None}])
 def test_fifty_steps_are_those_of_a_plain_loop(settings):
-    """Draws for each loss, Z of the first step's patches for both, rows written with the image's embedding alone, no decay of biases and BN."""
+    """Draws for each loss, Z of the first step's patches for both, rows written with the image's embedding alone, no decay of biases
+    and BN."""
     method, peak = pirl(**settings), 0.05
     w, velocity, Z = fifty.weights_of(method), {}, None
     V = method.bank.rows.weight.detach().clone()
     assert torch.allclose(V.norm(dim=1), torch.ones(N, dtype=torch.float64), atol=1e-6)
     first = lambda step: 3 * step % (N - B)  # noqa: E731
     optimizer = sgd_of(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=1e-3)
-    losses = fifty.train(method, optimizer, count=1, first=first, patches=patches_of, unit="epoch", warmup_epochs=0, final_fraction=0.001)
+    losses = fifty.train(
+        method, optimizer, count=1, first=first, patches=patches_of, unit="epoch", warmup_epochs=0, final_fraction=0.001
+    )
     share, by_hand = settings.get("patches_weight", 0.5), []
     for step in range(fifty.STEPS):
         (view,), images = fifty.views_of(step, 1), list(range(first(step), first(step) + B))

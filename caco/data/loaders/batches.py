@@ -18,9 +18,9 @@ from caco.data.views.augmentation import Views
 class Batch:
     """One step's images.
 
-    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source; -1 of an image that only fills
-    the last batch of a pass over all images (images.py). label: int64 [B], -1 unlabelled. patches: float32 [B, P, 3, h, w], of the view that
-    is cut into P patches; None where none is.
+    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source; -1 of an image that only
+    fills the last batch of a pass over all images (images.py). label: int64 [B], -1 unlabelled. patches: float32 [B, P, 3, h, w], of
+    the view that is cut into P patches; None where none is.
     """
 
     views: list[torch.Tensor]
