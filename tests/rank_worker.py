@@ -43,7 +43,7 @@ class FewImages:
     """Some images for passes over all of them, as caco.data.loaders.images.Images gives them: a rank's part of each batch."""
 
     def __init__(self, number, sizes):
-        self.number, self.size = number, sizes[0]
+        self.number, self.size = number, max(sizes, default=1)
 
     def __call__(self, kind, *, stream=0):
         generator = torch.Generator().manual_seed(500 + stream)
