@@ -284,8 +284,10 @@ def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
 
 def _untreated(tree: dict[str, Any], choices: Mapping[str, Any]) -> list[str]:
     """A treatment of negatives where the method takes none. Which go with which negatives, caco/methods/treatments.py decides."""
+    if tree.get("negatives") is None:  # plain ones, or a command without a method
+        return []
     target = tree["method"]["_target_"]
-    if tree.get("negatives") is None or _takes(target, "treatment"):
+    if _takes(target, "treatment"):
         return []
     taking = [name for name, other in _targets_of_methods().items() if _takes(other, "treatment")]
     return [
