@@ -79,9 +79,10 @@ class Costs:
         encoded, followed: views that an encoder with gradient embeds, and a twin without.
         terms: of the loss, each a row of logits a query.
         bank_terms: of these over the bank's rows; searches, lookups: passes of all keys over the bank for a row, and for its vector.
-        sums: of exponentials over the rows that a bank term's loss has where it is another than InfoNCE, else 0; left_out: whether each query
-            leaves one row out of them, which PyTorch does, in blocks, and no kernel.
-        candidates: rows that each query of a bank term looks for, drawn: of these, to make further negatives of them, synthetic: so many.
+        sums: of exponentials over the rows that a bank term's loss has where it is another than InfoNCE, else 0; left_out: whether
+            each query leaves one row out of them, which PyTorch does, in blocks, and no kernel.
+        candidates: rows that each query of a bank term looks for, drawn: of these, to make further negatives of them, synthetic: so
+            many.
         columns_per_image: of a term, for each image of the global batch, beyond the bank's.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
         prototypes: columns of the scores that each encoded view has.
