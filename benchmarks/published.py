@@ -2,7 +2,6 @@
 they are read, stepped by hand. It makes N x K matrices of each stage, in PyTorch, in place where that is natural, without its top-5
 monitoring, in float32."""
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
 import torch
 from torch.nn import functional as F
 

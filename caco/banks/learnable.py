@@ -35,7 +35,7 @@ class LearnableBank(nn.Module, Bank):
         initialisation: "keys": the keys of the warm start overwrite the rows in order, as published; "random": they stay as they
             were drawn, and there is no warm start unless its steps are asked for.
         random_norms: of rows as they were drawn: "normal": about sqrt(dim), of a plain normal law, so that they turn slowly; "unit":
-            uniform on the sphere. None: as published, "normal" where random rows keep their norms (the "code" reading), else "unit".
+            uniform on the sphere. As published is what conf/learned_bank.yaml takes.
 
     Source: arXiv 2203.14370, Eqs. 6-11.
     """
@@ -57,7 +57,7 @@ class LearnableBank(nn.Module, Bank):
         temperature: float | None = None,
         reading: Literal["code", "paper"] = "code",
         initialisation: Literal["keys", "random"] = "keys",
-        random_norms: Literal["unit", "normal"] | None = None,
+        random_norms: Literal["unit", "normal"] = "unit",
     ):
         super().__init__()
         at_least_zero = {
@@ -73,8 +73,6 @@ class LearnableBank(nn.Module, Bank):
             raise UserError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
         if lr_reference_batch is not None and lr_reference_batch < 1:
             raise UserError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
-        if random_norms is None:
-            random_norms = "normal" if (initialisation, reading) == ("random", "code") else "unit"
         if random_norms not in ("unit", "normal"):
             raise UserError(f"bank.random_norms must be unit or normal; got {random_norms!r}")
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0, norms=random_norms)

@@ -48,7 +48,7 @@ def installed_tracking() -> str:
 
 
 def random_norms(initialisation: str, reading: str) -> str:
-    """For conf/learned_bank.yaml, so that a run's identity says it: the same as where caco.banks.learnable.LearnableBank is given none."""
+    """For conf/learned_bank.yaml: as published, rows that start at random and keep their norms have those of a plain normal law."""
     return "normal" if (initialisation, reading) == ("random", "code") else "unit"
 
 

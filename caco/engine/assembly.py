@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -67,16 +68,20 @@ def build_encoder(cfg: DictConfig) -> Encoder:
 def build_method(cfg: DictConfig) -> Method:
     """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
     torch.manual_seed(cfg.seed)
-    encoder = build_encoder(cfg)
-    # A part that is not there is no argument: a method that knows nothing of banks, or of treatments of negatives, takes none.
-    treatment = {} if cfg.get("negatives") is None else {"treatment": instantiate(cfg.negatives)}
-    for part in treatment.values():
-        require_contract("negatives", part, Treatment)
-    if cfg.bank is None:
-        return instantiate(cfg.method, encoder=encoder, **treatment)
-    bank = instantiate(cfg.bank)
-    require_contract("bank", bank, Bank)
-    return instantiate(cfg.method, encoder=encoder, bank=bank, **treatment)
+    return method_on(build_encoder(cfg), cfg)[0]
+
+
+def method_on(encoder: Encoder, cfg: DictConfig) -> tuple[Method, Bank | None]:
+    """The objective on this encoder, and its bank. A part that is not there is no argument: a method that knows nothing of banks, or of
+    treatments of negatives, takes none."""
+    parts: dict[str, Any] = {}
+    if cfg.get("negatives") is not None:
+        parts["treatment"] = instantiate(cfg.negatives)
+        require_contract("negatives", parts["treatment"], Treatment)
+    if cfg.bank is not None:
+        parts["bank"] = instantiate(cfg.bank)
+        require_contract("bank", parts["bank"], Bank)
+    return instantiate(cfg.method, encoder=encoder, **parts), parts.get("bank")
 
 
 def build_tracker(cfg: DictConfig) -> Tracker:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from caco.banks.base import Bank
 from caco.config.composition import instantiate
-from caco.engine.assembly import build_encoder
+from caco.engine.assembly import build_encoder, method_on
 from caco.methods.base import Costs, Method
 from caco.nn.norm import BATCH_NORMS
 from caco.runs.identity import plain
@@ -22,10 +22,10 @@ def parts(cfg: DictConfig) -> str:
     """What the counts depend on, so that runs that share it are counted once."""
     tree = plain(cfg)
     names = ("method", "bank", "negatives", "backbone", "projector", "optimizer", "augmentation", "precision", "norm_groups", "shuffle_keys")
-    parts = {key: tree.get(key) for key in names}
-    if parts["bank"] is not None:
-        parts["bank"] |= {"size": 2, "seed": 0}
-    return json.dumps(parts)
+    chosen = {name: tree.get(name) for name in names}
+    if chosen["bank"] is not None:
+        chosen["bank"] |= {"size": 2, "seed": 0}
+    return json.dumps(chosen)
 
 
 @functools.lru_cache(maxsize=64)
@@ -34,9 +34,8 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
         encoder = build_encoder(cfg)
-    bank: Bank | None = None if cfg.bank is None else instantiate(cfg.bank)
-    given = {"bank": bank, "treatment": None if cfg.negatives is None else instantiate(cfg.negatives)}
-    method: Method = instantiate(cfg.method, encoder=encoder, **{name: part for name, part in given.items() if part is not None}).train()
+    method, bank = method_on(encoder, cfg)
+    method.train()
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
     others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
     for child in others:
