@@ -36,6 +36,12 @@ Groups, chosen by group=option:
 """
 
 
+_IMAGES = {
+    "rgb": "RGB in 0..1", "lab": "L*a*b* (scikit-image's rgb2lab)", "ydbdr": "YDbDr (scikit-image's rgb2ydbdr)",
+    "ycbcr": "YCbCr (scikit-image's rgb2ycbcr)",
+}  # fmt: skip
+
+
 def main() -> None:
     """The console script."""
     run_command("export", HELP, ("backbone", "augmentation"), _export)
@@ -67,14 +73,19 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    is_plain = node["_target_"] == "caco.nn.backbones.timm_backbone" and not node.get("cifar_stem")
+    is_plain = node["_target_"] == "caco.nn.backbones.timm_backbone" and not node.get("cifar_stem") and not node.get("layer_norm")
+    colours = about["augmentation"].get("colours", "rgb")
+    if colours != "rgb" and set(layouts) - {"safetensors"}:
+        got = ", ".join(layouts)
+        raise UserError(f"layouts: this backbone takes images in {colours}, which no layout but safetensors can say; got {got}")
     for layout in layouts:
         if layout == "timm" and not is_plain:
-            raise UserError("layouts: timm has no model with this backbone's stem; expected safetensors alone, got timm")
+            raise UserError("layouts: timm has no model with this backbone's stem or norms; expected safetensors alone, got timm")
         if layout in ("torchvision", "detectron2"):
             fits = is_plain and re.fullmatch(r"resnet(18|34|50|101|152)", node["name"])
             if not fits:
-                raise UserError(f"layouts: {layout} expects a ResNet with its usual stem (resnet18, resnet50, ...), got {node}")
+                expected = "a ResNet with its usual stem and BatchNorm (resnet18, resnet50, ...)"
+                raise UserError(f"layouts: {layout} expects {expected}, got {node}")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
 
@@ -156,7 +167,8 @@ def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) 
         f"# {node.get('name') or node['_target_'].rpartition('.')[2]}, pre-trained without labels\n\n"
         f"A backbone without a classifier, from `{about['weights']}`"
         + (f", run `{about['run']}`, step {about['step']}" if "run" in about else "")
-        + f".\n\nBackbone: `{json.dumps(node)}`. Images: RGB in 0..1, {views['size']} px, mean {views['mean']}, std {views['std']}.\n"
+        + f".\n\nBackbone: `{json.dumps(node)}`. Images: {_IMAGES[views.get('colours', 'rgb')]}, {views['size']} px, "
+        f"mean {views['mean']}, std {views['std']}.\n"
         + (f"\nWhat the run's summary says, percent (data: {summary.get('data')}):\n\n| result | value |\n|---|---|\n{table}" if table else "")
         + f"\n```python\n{shown}\n```\n\n"
         f"Made by `{command()}` with caco {environment()['git_sha']}. Method: CaCo and its relatives, arXiv 2203.14370.\n"

@@ -82,7 +82,7 @@ def plan(
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
     images_per_device, dim = cfg.batch // world, cfg.projector.dim
-    columns = one["in_batch_columns"] * cfg.batch
+    columns = one["in_batch_columns"] * cfg.batch + one["columns"]
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (one["candidates"] > 0)  # of the queries with all rows
     bank_flops = unit * size * (products * one["bank_terms"] + one["scans"])
@@ -140,7 +140,8 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     """
     device = pick_device(cfg.device)
     encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
-    size = instantiate(cfg.augmentation).sizes[0]
+    views = instantiate(cfg.augmentation)
+    size = (views.sizes or [views.patches.size])[0]
     view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def model() -> None:
@@ -149,7 +150,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
         out.sum().backward()
 
     with torch.device("meta"):
-        _, flops, _ = costs.run_once(build_encoder(cfg), [], size, cfg.precision)
+        _, flops, _ = costs.run_once(build_encoder(cfg), [], (3, size, size), cfg.precision)
     speeds = {"tflops": images * flops / _seconds(model, device, runs) / 1e12}
     if cfg.bank is None:
         return speeds

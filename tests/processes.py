@@ -20,9 +20,10 @@ HERE = Path(__file__).parent
 # Whatever a run imports: what is missing here each process imports again.
 IMPORTED = [
     "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr", "caco.methods.swav",
-    "caco.methods.dino", "caco.methods.byol", "caco.methods.simsiam", "caco.methods.mocov3", "caco.methods.vicreg", "caco.banks.learnable",
-    "caco.banks.fifo", "caco.data.sets.folders", "caco.data.loaders.bound", "caco.data.views.augmentation", "caco.evals.finetune", "caco.evals.knn",
-    "caco.evals.linear", "caco.tracking.ledger", "sklearn.datasets", "timm", "torchvision",
+    "caco.methods.dino", "caco.methods.byol", "caco.methods.simsiam", "caco.methods.mocov3", "caco.methods.vicreg",
+    "caco.methods.infomin", "caco.methods.cpcv2", "caco.banks.learnable", "caco.banks.fifo", "caco.data.sets.folders",
+    "caco.data.loaders.bound", "caco.data.views.augmentation", "caco.evals.finetune", "caco.evals.knn", "caco.evals.linear",
+    "caco.tracking.ledger", "sklearn.datasets", "timm", "torchvision",
 ]  # fmt: skip
 # A process that hangs is ended after so long; a machine with ten times the work that it has cores for is not too slow.
 PATIENCE_S = 240

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from processes import PATIENCE_S, caco_train
-from tiny import batch_of, compose, now
+from tiny import batch_of, compose, noise, now
 
 from caco import distributed
 from caco.config.composition import CONF, instantiate
@@ -27,11 +27,14 @@ def start() -> None:
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
 
 
-def views_of(cfg, step):
-    """The global batch of a step, every view; multi-crop's small views where the configuration has them."""
-    generator = torch.Generator().manual_seed(100 + step)
-    sizes = instantiate(cfg.augmentation).sizes
-    return [torch.randn(GLOBAL_BATCH, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes]
+def own_batch(cfg, step, dtype=torch.float64):
+    """This rank's part of the global batch of a step: every view, multi-crop's small ones and patches where the configuration has
+    them."""
+    part = GLOBAL_BATCH // distributed.world()
+    views, patches = noise(cfg, GLOBAL_BATCH, torch.Generator().manual_seed(100 + step), torch.float64)
+    own = [distributed.own(view, part).to(dtype) for view in views]
+    own_patches = None if patches is None else distributed.own(patches, part).to(dtype)
+    return batch_of(own, first=distributed.rank() * part, patches=own_patches)
 
 
 def placed(method, cfg):
@@ -48,14 +51,12 @@ def steps(case):
     groups = method.parameter_groups()
     learning = [p for group in groups for p in group.parameters]
     optimizer = instantiate(cfg.optimizer, groups=groups)
-    part = GLOBAL_BATCH // distributed.world()
     losses = []
     for step in range(STEPS):
-        views = [distributed.own(view, part) for view in views_of(cfg, step)]
         warm_start = step == 0 and len(method.phases(RunShape(1, STEPS, GLOBAL_BATCH))) > 1
         at = now("warm start" if warm_start else "training", 0 if warm_start else step, twin_momentum=0.9, bank_lr=0.5)
         method.before_step(at, None)
-        outputs = method(batch_of(views, first=distributed.rank() * part), at)
+        outputs = method(own_batch(cfg, step), at)
         outputs.loss.backward()
         distributed.mean_gradients(learning)
         gradients = [p.grad.clone() for p in learning]
@@ -100,9 +101,9 @@ def write_sent(path, cases):
         overrides = case.split()
         cfg = compose(*overrides, bank=not WITHOUT_BANK & set(overrides))
         method = placed(build_method(cfg), cfg).train()
-        views = [distributed.own(view, 8).float() for view in views_of(cfg, 0)]
+        batch = own_batch(cfg, 0, torch.float32)
         sent["bytes"] = 0.0
-        method(batch_of(views), now()).loss.backward()
+        method(batch, now()).loss.backward()
         distributed.mean_gradients([p for group in method.parameter_groups() for p in group.parameters])
         method.after_step(now(bank_lr=0.1))
         counts[case] = sent["bytes"]

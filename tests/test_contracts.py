@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_trainer import assert_same, final, record
-from tiny import FEW_PROTOTYPES, MIXED, batch_of, compose, now, train
+from tiny import FEW_PROTOTYPES, MIXED, OF_PATCHES, batch_of, compose, noise, now, train
 
 from caco.config.composition import CONF
 from caco.engine.assembly import build_method
@@ -15,8 +15,9 @@ SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = ["augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd"]
 MULTICROP = ["+augmentation.views.small._target_=caco.data.views.augmentation.View", "+augmentation.views.small.count=2",
              "+augmentation.views.small.size=8"]  # fmt: skip
-CASES = {f"method={name}": [f"method={name}", *SMALL, *FEW_PROTOTYPES.get(name, [])] for name in METHODS}
-CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items())}
+CASES = {f"method={name}": [f"method={name}", *SMALL, *FEW_PROTOTYPES.get(name, []), *OF_PATCHES.get(name, [])] for name in METHODS}
+# CPC v2 has no views, only patches.
+CASES |= {f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items()) if name != "method=cpcv2"}
 CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
 QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
 CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]
@@ -54,12 +55,9 @@ def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
     assert record(tmp_path) == rows
 
 
-def views_of(cfg, step):
-    from caco.config.composition import instantiate
-
-
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(8, 3, size, size, generator=generator) for size in instantiate(cfg.augmentation).sizes]
+def batch(cfg, step):
+    views, patches = noise(cfg, 8, torch.Generator().manual_seed(step))
+    return batch_of(views, patches=patches)
 
 
 @pytest.mark.parametrize("case", PARAMETERS)
@@ -69,7 +67,7 @@ def test_bank_and_twin_move_only_when_told(case):
     bank, twin = getattr(method, "bank", None), getattr(method, "twin", None)
     rows = None if bank is None else bank.rows.weight.detach().clone()
     twin = None if twin is None else [p.clone() for p in twin.parameters()]
-    method(batch_of(views_of(cfg, 0)), now()).loss.backward()
+    method(batch(cfg, 0), now()).loss.backward()
     if twin is not None:
         assert all(torch.equal(a, b) for a, b in zip(twin, method.twin.parameters(), strict=True))
         assert all(p.grad is None for p in method.twin.parameters())
@@ -91,7 +89,7 @@ def test_no_key_is_a_negative_of_its_own_image(case):
     method = build_method(cfg).train()
     for step in range(3):
         before = method.bank.rows.weight.detach().clone()
-        method(batch_of(views_of(cfg, step)), now())
+        method(batch(cfg, step), now())
         for keys in method._step_keys().split(8):
             assert (keys @ before.T).max() < 1 - 1e-6
         assert torch.equal(before, method.bank.rows.weight)

@@ -133,7 +133,19 @@ def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_wri
             export.export(small_resnet(width=8), node, ["safetensors", layout], tmp_path / "to", ABOUT)
     with pytest.raises(ValueError, match="timm has no model"):
         export.export(timm_backbone(name="resnet18", cifar_stem=True), {**RESNET, "cifar_stem": True}, ["timm"], tmp_path / "to", ABOUT)
+    with pytest.raises(ValueError, match="stem or norms"):
+        normed = timm_backbone(name="resnet18", layer_norm=True)
+        export.export(normed, {**RESNET, "layer_norm": True}, ["timm"], tmp_path / "to", ABOUT)
     assert not (tmp_path / "to").exists()
+
+
+def test_a_network_of_images_in_another_colour_space_says_so(resnet, tmp_path):
+    about = {**ABOUT, "augmentation": {**ABOUT["augmentation"], "colours": "lab"}}
+    with pytest.raises(ValueError, match="takes images in lab, which no layout but safetensors can say; got safetensors, timm"):
+        export.export(resnet, RESNET, ["safetensors", "timm"], tmp_path / "to", about)
+    assert not (tmp_path / "to").exists()
+    export.export(resnet, RESNET, ["safetensors"], tmp_path / "to", about)
+    assert r"Images: L*a*b* (scikit-image's rgb2lab), 64 px" in (tmp_path / "to" / "README.md").read_text()
 
 
 def test_a_runs_backbone_is_exported_from_the_command_line(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import batch_of, compose, now, train
+from tiny import OF_PATCHES, batch_of, compose, noise, now, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from caco import plan
@@ -44,6 +44,34 @@ def test_operations_of_a_whole_step_are_torch_s_count(method):
         built(batch_of(views), now()).loss.backward()
     assert plan.plan(cfg)["model_flops_per_step"] == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert plan.plan(cfg)["bank_flops_per_step"] == 0
+
+
+@pytest.mark.parametrize("method", ["infomin", "cpcv2"])
+def test_operations_of_patches_are_torch_s_count(method):
+    """InfoMin with in-batch negatives, so that no bank has a part in it."""
+    cfg = compose(f"method={method}", *OF_PATCHES[method], "projector=small", "projector.dim=8", "batch=8", bank=False)
+    if method == "infomin":
+        cfg.bank, cfg.method.negatives = None, {"_target_": "caco.methods.sources.BatchKeys"}
+    built = assembly.build_method(cfg).train()
+    views, patches = noise(cfg, 8, torch.Generator().manual_seed(0))
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in built.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = built(batch_of(views, patches=patches), now()).loss
+        loss.backward()
+    planned = plan.plan(cfg)
+    assert planned["model_flops_per_step"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    held = 4 * (sum(view.numel() for view in views) + patches.numel()) + sum(storage.nbytes() for storage in kept.values())
+    assert planned["activation_bytes"] == pytest.approx(held, rel=0.1)
+    learned = sum(p.numel() for p in built.parameters() if p.requires_grad)
+    assert planned["parameter_bytes"] >= 3 * 4 * learned
 
 
 def test_matrices_of_the_embedding_are_counted_with_their_memory_and_messages():

@@ -14,7 +14,7 @@ from processes import caco_train, ranks
 from rank_worker import STEPS
 from test_contracts import METHODS, MULTICROP, QUEUE, TREATED
 from test_trainer import EVERY, assert_same, final, record
-from tiny import BANK, FEW_PROTOTYPES, TINY, compose
+from tiny import BANK, FEW_PROTOTYPES, OF_PATCHES, TINY, compose
 
 from caco.config.composition import CONF
 from caco.plan import plan
@@ -22,7 +22,7 @@ from caco.runs.checkpoint import load
 
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
-OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, [])]) for m in METHODS if m != "caco"}
+OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, []), *OF_PATCHES.get(m, [])]) for m in METHODS if m != "caco"}
 CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
 CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
 CASES += [" ".join([case, *treated]) for case in ("pn=both", "pn=negative", OF_METHOD["adco"]) for treated in TREATED.values()]
@@ -33,6 +33,8 @@ CASES += [WITH_A_QUEUE]
 GROUPS = [f"{OF_METHOD['adco']} norm_groups=4 shuffle_keys=true"]
 GROUPS += [f"{OF_METHOD['byol']} norm_groups=4", " ".join([OF_METHOD["dino"], *MULTICROP, "norm_groups=4 shuffle_keys=true"])]
 CASES += GROUPS
+OF_ALL_RANKS = f"{OF_METHOD['cpcv2']} method.group_size=null"  # the patches of all their images are told apart
+CASES += [OF_ALL_RANKS]
 # Of four, every method, but of CaCo's settings only CaCo itself.
 OF_FOUR = [case for case in CASES if case in ("pn=both", MIXED) or not case.startswith(("pn=", "bank."))]
 # One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over prototypes, covariances,
@@ -215,8 +217,8 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
     assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
 
 
-PLANNED = ["pn=both", "pn=positive", "pn=none", WITH_A_QUEUE, *GROUPS]
-PLANNED += [OF_METHOD[m] for m in ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg")]
+PLANNED_METHODS = ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg", "infomin", "cpcv2")
+PLANNED = ["pn=both", "pn=positive", "pn=none", *(OF_METHOD[m] for m in PLANNED_METHODS), OF_ALL_RANKS, WITH_A_QUEUE, *GROUPS]
 PLANNED += [HARD, MIXED.replace("hardest=16", "hardest=128")]  # so that as many different rows are wanted as there are
 
 

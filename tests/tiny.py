@@ -33,6 +33,15 @@ FEW_PROTOTYPES = {name: ["method.num_prototypes=24"] for name in ("swav", "dino"
 # And of one that mixes negatives.
 MIXED = ["negatives.hardest=16", "negatives.pairs=8", "negatives.with_query=4", "negatives.warmup_epochs=0"]
 FEW_PROTOTYPES["mochi"] = MIXED
+# Of methods that take patches or colours, small ones of images that have them.
+COLOURED = ["data._target_=coloured.images", "data.size=32"]
+OF_PATCHES = {
+    "infomin": [*COLOURED, "augmentation=infomin_cifar", "method.jigsaw_hidden_dim=16"],
+    "cpcv2": [
+        *COLOURED, "augmentation=cpcv2_cifar", "method.hidden_dim=8", "method.blocks=2", "method.averaging=0.9",
+        "method.group_size=4", "batch=16",
+    ],
+}
 BANK = ["bank.size=128"]  # two steps of warm start at batch 64
 
 
@@ -61,14 +70,14 @@ def now(phase: str = "training", step: int = 0, **values: float):
     return Now(step, phase, step, False, *epoch, {"twin_momentum": 0.99, "bank_lr": 0.0, "teacher_temperature": 0.04, **values})
 
 
-def batch_of(views, *, first: int = 0):
-    """A batch of these views, of the images from number `first` on, unlabelled."""
+def batch_of(views, *, first: int = 0, patches=None):
+    """A batch of these views, and of these patches, of the images from number `first` on, unlabelled."""
     import torch
 
     from caco.data.loaders.batches import Batch
 
-    index = torch.arange(first, first + len(views[0]))
-    return Batch(list(views), index, torch.full_like(index, -1))
+    index = torch.arange(first, first + len(patches if patches is not None else views[0]))
+    return Batch(list(views), index, torch.full_like(index, -1), patches)
 
 
 def layers_of(head) -> str:
@@ -83,3 +92,15 @@ def layers_of(head) -> str:
             words.append({"BatchNorm1d": "BN", "ReLU": "ReLU", "GELU": "GELU"}[type(layer).__name__])
             words[-1] += "*" * (isinstance(layer, nn.BatchNorm1d) and not layer.affine)
     return " ".join(words)
+
+
+def noise(cfg, images: int, generator, dtype=None):
+    """Noise in the shapes of a recipe: its views, and patches where it has some, else None."""
+    import torch
+
+    from caco.config.composition import instantiate
+
+    recipe = instantiate(cfg.augmentation)
+    views = [torch.randn(images, 3, size, size, generator=generator, dtype=dtype) for size in recipe.sizes]
+    cut = recipe.patches
+    return views, None if cut is None else torch.randn(images, cut.grid**2, 3, cut.size, cut.size, generator=generator, dtype=dtype)

@@ -166,7 +166,7 @@ def signature(module: Module, node: ast.stmt) -> Signature | None:
 
 def declared(target: str, name: str) -> Any:
     """The plain value that the class of the dotted path `target`, or a base of it, gives a name of its own, as `package = "mlflow"`;
-    None where it gives none or cannot be read."""
+    of a call, as `needs = Needs(patches="shuffled")`, its plain keywords as a dict; None where it gives none or cannot be read."""
     module_name, _, class_name = target.rpartition(".")
     module = load(module_name) if module_name else None
     return _declared(lookup(module, class_name), name) if module else None
@@ -180,9 +180,15 @@ def _declared(found: tuple[Module, ast.stmt] | None, name: str) -> Any:
         if isinstance(item, ast.Assign | ast.AnnAssign):
             targets = item.targets if isinstance(item, ast.Assign) else [item.target]
             if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-                return item.value.value if isinstance(item.value, ast.Constant) else None
+                return _plain_value(item.value)
     bases = (_declared(lookup(module, base.id), name) for base in node.bases if isinstance(base, ast.Name))
     return next((value for value in bases if value is not None), None)
+
+
+def _plain_value(node: ast.expr | None) -> Any:
+    if isinstance(node, ast.Call):
+        return {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 def is_typed_dict(module: Module, node: ast.stmt) -> bool:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caco import metrics
-from caco.config import folders, signatures
+from caco.config import folders, signatures, views_needed
 from caco.config.annotations import argument_mismatches
 from caco.config.schema import AnyRoot, Root
 from caco.errors import UserError
@@ -53,7 +53,7 @@ def check(
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
         problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
-        problems = problems or _of_one_name(tree.get("eval", {}))
+        problems = problems or _of_one_name(tree.get("eval", {})) + (views_needed.early_problems(tree) if root is Root else [])
     if problems:
         raise UserError("\n".join(problems))
 

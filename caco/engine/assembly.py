@@ -1,6 +1,7 @@
 """From a checked configuration to a Trainer or an evaluation: the only place where components meet their settings."""
 
 import copy
+import dataclasses
 import os
 import sys
 import time
@@ -12,11 +13,12 @@ from omegaconf import DictConfig
 
 from caco import distributed
 from caco.banks.base import Bank
-from caco.config import folders
+from caco.config import folders, views_needed
 from caco.config.composition import instantiate
 from caco.config.pretrained import CHECKPOINT, Location
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
+from caco.data.sets import unfit
 from caco.data.sets.overlap import refuse_overlap
 from caco.data.sets.sources import Source, Splits
 from caco.data.views.augmentation import Views
@@ -96,6 +98,15 @@ def build_splits(cfg: DictConfig) -> Splits:
         if (source := getattr(splits, name)) is not None:
             require_contract(f"data: {name}", source, Source)
     return splits
+
+
+def refuse_unfit(method: Method, views: Views, source: Source) -> None:
+    """Raises UserError where the views, or the images that they are of, are not what the method needs."""
+    views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
+    if method.needs.patches != "none":
+        unfit.refuse_too_small_for_patches(source)
+    if method.needs.lightness_first:
+        unfit.refuse_grey(source)
 
 
 def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
@@ -182,6 +193,7 @@ def run_training(
     if cfg.norm_groups == "rank" and newest is not None:
         refuse_other_groups(len(newest[0]["random"]))
     method = build_method(cfg)
+    refuse_unfit(method, views, splits.pretrain)
     if cfg.weights is not None and newest is None:
         message = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
         if main:

@@ -1,8 +1,10 @@
 """What one image of a run takes on one device: arithmetic, memory, messages. Counted on tensors without contents, for caco.plan."""
 
 import copy
+import dataclasses
 import functools
 import json
+import math
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from caco.banks.base import Bank
+from caco.config import views_needed
 from caco.config.composition import instantiate
 from caco.engine.assembly import build_encoder, method_on
 from caco.methods.base import Costs, Method
@@ -36,24 +39,31 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         encoder = build_encoder(cfg)
     method, bank = method_on(encoder, cfg)
     method.train()
+    views = instantiate(cfg.augmentation)
+    views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
+    sizes = views.sizes
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
-    others = [child for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
-    for child in others:
-        child.to("meta")
+    others = [child.to("meta") for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
+    costs = method.costs(sizes)
+    of_patches = set() if costs.patch_network is None else set(costs.patch_network.modules())
+    others = [child for child in others if child not in of_patches]
     groups = method.parameter_groups()
     learning = [p for group in groups for p in group.parameters]
-    sizes = instantiate(cfg.augmentation).sizes
     optimizer = instantiate(cfg.optimizer, groups=groups)
     weight_bytes = sum(p.nbytes for p in learning)
     twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
-    costs = method.costs(sizes)
     flops = activation_bytes = 0.0
+    of_images = 3.0 * sum(size * size for size in sizes)  # values that the views of an image have
     for size in dict.fromkeys(sizes):
-        forward, both, saved = run_once(encoder, others, size, cfg.precision)
+        forward, both, saved = run_once(encoder, others, (3, size, size), cfg.precision)
         with_gradient = sum(sizes[view] == size for view in costs.encoded)
         flops += with_gradient * both + sum(sizes[view] == size for view in costs.followed) * forward
         activation_bytes += with_gradient * saved
+    if costs.patch_network is not None:
+        shape = (views.patches.grid**2, 3, views.patches.size, views.patches.size)
+        _, both, saved = run_once(costs.patch_network, [], shape, cfg.precision)
+        flops, activation_bytes, of_images = flops + both, activation_bytes + saved, of_images + math.prod(shape)
     optimizer.step()  # on the gradients of the last run, so that its state is there to be counted
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
     # Autocast keeps a bf16 copy of the weights until the backward pass is over.
@@ -61,7 +71,7 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     figures = {
         "flops": flops,
         "activation_bytes": activation_bytes,
-        "view_bytes": 4.0 * sum(3 * size * size for size in sizes),
+        "view_bytes": 4.0 * of_images,
         "parameter_bytes": 2 * weight_bytes + twin_bytes + state + buffers + copies,
         "saved_bytes": weight_bytes + twin_bytes + state + buffers,
         "gradient_bytes": weight_bytes,
@@ -71,6 +81,7 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "scans": costs.searches,
         "lookups": costs.lookups,
         "in_batch_columns": costs.columns_per_image,
+        "columns": costs.columns,
         "key_gathers": costs.gathers,
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and bank.rows.learnable,
@@ -83,9 +94,9 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     return figures, method, bank
 
 
-def run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: str) -> tuple[float, float, float]:
-    """Of one image of `size` pixels: operations of the encoder forward, of it and what follows it forward and backward, bytes kept for
-    backward."""
+def run_once(encoder: nn.Module, others: list[nn.Module], shape: tuple[int, ...], precision: str) -> tuple[float, float, float]:
+    """Of one image (or its patches) of this shape: operations of the encoder forward, of it and what follows it forward and
+    backward, bytes kept for backward."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     run = copy.deepcopy(encoder).to(dtype)
 
@@ -98,7 +109,7 @@ def run_once(encoder: nn.Module, others: list[nn.Module], size: int, precision: 
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
-            out = run(torch.empty(images, 3, size, size, device="meta", dtype=dtype))
+            out = run(torch.empty(images, *shape, device="meta", dtype=dtype))
             encoder_flops.append(counter.get_total_flops())
             for other in others:
                 out = other(out)
@@ -121,6 +132,8 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
         return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, BATCH_NORMS))
 
     backbone, total = features(encoder.get_submodule("backbone")), 0
+    if costs.patch_network is not None:
+        total += (2 if in_groups else 4) * features(costs.patch_network)
     for views, numbers, heads in ((costs.encoded, 2 if in_groups else 4, others), (costs.followed, 2, [])):  # a twin has no predictor
         passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
         total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])

@@ -263,7 +263,8 @@ class FeatureStore:
             features = []
             make(0, lambda features_bD, _: features.append(features_bD.float()))
             return torch.cat(features)
-        plain = [views.size, views.plain_crop, views.plain_interpolation, views.mean, views.std]
+        plain: list[Any] = [views.size, views.plain_crop, views.plain_interpolation, views.mean, views.std]
+        plain += [] if views.colours == "rgb" else [views.colours]  # as it was before there were others
         made_from = {
             "backbone": self.digest_of(backbone),
             "images": source.digest(),

@@ -99,8 +99,9 @@ class Transfer(Evaluator):
         crop = View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
         like = store.views
         self._views = Views(
-            size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0, plain_interpolation="bicubic"
-        )
+            size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0, plain_interpolation="bicubic",
+            colours=like.colours,
+        )  # fmt: skip
 
     def _checked(self, found: TransferSet) -> TransferSet:
         if found.metric != "map11":

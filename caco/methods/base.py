@@ -7,7 +7,7 @@ wrote is a class that derives from it and defines `forward`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,10 +24,20 @@ TRAINING = "training"  # the phase that the epochs are
 class Needs:
     """What a method needs of a batch; read before anything is built and by the Trainer.
 
+    A class that says it in plain keywords, as `needs = Needs(patches="shuffled")`, is read without being imported, so that views
+    which do not fit are refused at once; an instance may add to it.
+
     whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would change it.
+    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order; "none" refuses
+        them.
+    num_patches: how many of an image; None: any square number.
+    lightness_first: the first channel is lightness, the two others colour (Lab, YDbDr, YCbCr), of images that have some.
     """
 
     whole_batch: bool = False
+    patches: Literal["none", "row by row", "shuffled"] = "none"
+    num_patches: int | None = None
+    lightness_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,12 +93,14 @@ class Costs:
         sums: of exponentials over the rows that a bank term's loss has where it is another than InfoNCE, else 0; left_out: whether each query
             leaves one row out of them, which PyTorch does, in blocks, and no kernel.
         candidates: rows that each query of a bank term looks for, drawn: of these, to make further negatives of them, synthetic: so many.
-        columns_per_image: of a term, for each image of the global batch, beyond the bank's.
+        columns_per_image: of a term, for each image of the global batch, beyond the bank's; columns: whatever the batch.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
         prototypes: columns of the scores that each encoded view has.
         matrices: of products of all images' embeddings, D x D, that the loss takes.
         summed_bytes: of what the ranks add up besides gradients and BatchNorm.
         together: whether the views of one size go through the backbone at once, and all through the projector.
+        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are none. plan
+            runs it.
     """
 
     encoded: list[int]
@@ -103,12 +115,14 @@ class Costs:
     drawn: int = 0
     synthetic: int = 0
     columns_per_image: int = 0
+    columns: int = 0
     gathers: int = 0
     gathers_with_gradient: int = 0
     prototypes: int = 0
     matrices: int = 0
     summed_bytes: int = 0
     together: bool = False
+    patch_network: nn.Module | None = None
 
 
 class Outputs(NamedTuple):

@@ -3,6 +3,7 @@
 Shapes: B this rank's images, G all ranks' images, D width of the embedding, V views.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from caco.banks.scoring import Score
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
 from caco.errors import UserError
-from caco.methods.base import TRAINING, Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
+from caco.methods.base import TRAINING, Costs, Method, Now, Outputs, ParameterGroup, Phase
 from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives
 from caco.methods.terms import Term, terms_of
 from caco.methods.treatments import Step, Treatment, require_treatable
@@ -182,7 +183,7 @@ class Contrastive(Method):
         self.keys: list[list[Tensor]] = []  # of the step in progress, by part of the batch and view, for the bank's update
 
         in_warm_start = bool(warm_start_steps or warm_start_passes) and not self._rows_are_filled
-        self.needs = Needs(whole_batch=in_warm_start or negatives.columns_per_image > 0)
+        self.needs = dataclasses.replace(self.needs, whole_batch=in_warm_start or negatives.columns_per_image > 0)
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state

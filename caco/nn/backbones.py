@@ -5,6 +5,7 @@ from typing import Literal
 
 import timm
 import torch
+from timm.layers import GroupNorm1
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ def timm_backbone(
     register_tokens: int | None = None,
     pool: Literal["cls", "mean"] | None = None,
     variant: Literal["timm", "dino"] = "timm",
+    layer_norm: bool = False,
 ) -> nn.Module:
     """A timm model without its classifier, randomly initialised.
 
@@ -38,6 +40,7 @@ def timm_backbone(
         pool: for ViTs, the feature: "cls", the class token after the last norm, or "mean", the mean of the patches' tokens after it,
             without class token and registers. The weights have the same names with both. None is the model's own way.
         variant: for ViTs: "timm", or "dino" for DINO's class token and positions, see `DINOViT`.
+        layer_norm: for ResNets: layer normalisation, over all channels and places of an image, in place of BatchNorm (CPC v2).
     Raises:
         UserError: timm knows no such model, or something is asked of it that is of ResNets, or of ViTs, or that this ViT is not made
             with.
@@ -49,9 +52,9 @@ def timm_backbone(
         options |= {"img_size": image_size, "dynamic_img_size": True}
     if name.startswith("resnet"):
         # torchvision's default, which the published code keeps; timm's own starts residual branches at zero.
-        options["zero_init_last"] = zero_init_last
-    elif zero_init_last:
-        raise UserError(f"backbone.zero_init_last is for ResNets; got {name!r}")
+        options |= {"zero_init_last": zero_init_last} | ({"norm_layer": GroupNorm1} if layer_norm else {})
+    elif zero_init_last or layer_norm:
+        raise UserError(f"backbone.{'zero_init_last' if zero_init_last else 'layer_norm'} is for ResNets; got {name!r}")
     of_vits = vit_options(patch_size=patch_size, register_tokens=register_tokens, pool=pool)
     if of_vits or variant != "timm":
         model: nn.Module = created_vit(name, variant=variant, **options, **of_vits)
@@ -118,13 +121,16 @@ def sines_and_cosines(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], 1)
 
 
-def small_resnet(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1) -> nn.Module:
+def small_resnet(
+    *, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1, layer_norm: bool = False
+) -> nn.Module:
     """A ResNet of basic blocks for images of 16 to 32 pixels on a CPU; its features are 8 * width wide.
 
     Args:
         width: channels of the first stage, even; each of the three later ones halves the resolution and doubles them.
         blocks: basic blocks in each of the four stages.
         stem_stride: 2 halves the resolution before the first stage already, for a quarter of the arithmetic.
+        layer_norm: as in `timm_backbone`.
     """
     # Not below 8: on processors with AVX2 alone torch (2.14.1 for one) then writes beyond the gradient of the 1x1
     # convolutions that halve the resolution, and the process dies.
@@ -137,8 +143,8 @@ def small_resnet(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_
         raise UserError(f"small_resnet's stem_stride must be 1 or 2; got {stem_stride}")
     channels = tuple(width * 2**stage for stage in range(4))
     # timm fixes the plain stem at 64 channels; only the deep one, which the CIFAR stem replaces, can be narrower.
-    stem = {"stem_type": "deep", "stem_width": width // 2}
-    model = ResNet(BasicBlock, tuple(blocks), channels=channels, num_classes=0, zero_init_last=False, **stem)
+    options = {"stem_type": "deep", "stem_width": width // 2} | ({"norm_layer": GroupNorm1} if layer_norm else {})
+    model = ResNet(BasicBlock, tuple(blocks), channels=channels, num_classes=0, zero_init_last=False, **options)
     _use_cifar_stem(model, stem_stride)
     return model
 
@@ -150,7 +156,7 @@ def _must_be_known(name: str) -> None:
 
 
 def _use_cifar_stem(model: ResNet, stride: int = 1) -> None:
-    model.conv1 = nn.Conv2d(3, model.bn1.num_features, 3, stride, padding=1, bias=False)
+    model.conv1 = nn.Conv2d(3, model.feature_info[0]["num_chs"], 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
 

@@ -89,6 +89,33 @@ class Projector(nn.Sequential):
         self.dim = dim
 
 
+class JigsawHead(nn.Module):
+    """Features of the patches of some images to an embedding of each image: one perceptron for all patches, then one linear layer for
+    what it gives of an image's patches, one after the other. Nothing is made unit.
+
+    Source: the published code of InfoMin (PyContrast, networks/util.py: JigsawHead, whose perceptron has two layers) and of PIRL
+    (vissl, one layer); InfoMin's shuffles an image's patches here, the views have done it already.
+
+    Args:
+        in_dim: width of the features.
+        hidden_dim: between the perceptron's layers.
+        dim: width of what it gives of a patch, and of the embedding.
+        layers: of the perceptron, with biases, without BatchNorm.
+        num_patches: of an image.
+    """
+
+    def __init__(self, *, in_dim: int, hidden_dim: int = 2048, dim: int = 128, layers: int = 2, num_patches: int = 9):
+        super().__init__()
+        if num_patches < 2:
+            raise UserError(f"a jigsaw head needs 2 patches or more; got {num_patches}")
+        self.each = Projector(in_dim=in_dim, hidden_dim=hidden_dim, dim=dim, layers=layers, batch_norm=False, bias=True)
+        self.together = nn.Linear(num_patches * dim, dim)
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """[B * P, F], an image's patches one after the other, to [B, D]."""
+        return self.together(self.each(features_ND).view(-1, self.together.in_features))
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """What a head gives under autocast has bf16's eight bits of mantissa, which similarities at tau 0.08 do not survive."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

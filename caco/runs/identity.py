@@ -42,6 +42,7 @@ NEUTRAL_KEYS = (
 # them is the run that it was. Whoever adds a setting to conf/ adds its line, or every run so far gets another hash.
 AS_BEFORE: dict[str, Any] = {
     "accumulate": None,
+    "backbone.layer_norm": False,
     "backbone.patch_size": None,
     "backbone.pool": None,
     "backbone.register_tokens": None,

@@ -25,6 +25,7 @@ SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, optim
         "eval=[knn_all,probe,geometry,linear,semi]", "eval.linear.epochs=2", "eval.linear.batch=256", "eval.semi.epochs=[2,1]",
     ],
 }  # fmt: skip
+OF_PATCHES = {name: ["data.size=32", f"augmentation={name}_cifar"] for name in ("infomin", "cpcv2")}  # digits, enlarged to what patches need
 ON_TWO_RANKS = ["pn=both", "pn=positive", "method=simclr", "method=nnclr", "method=adco multi-crop"]
 CUT_AND_RESUMED = ["pn=both"]
 
@@ -53,9 +54,14 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
     """Every case that a commit has, by name, in the words of this checkout."""
     epochs = max(2, steps // (IMAGES // BATCH) + 1)
     tiny = [*TINY, f"epochs={epochs}", f"max_steps={steps}"]
-    cases = {f"method={name}": Case(f"method={name}", [*tiny, f"method={name}"]) for name in options(tree, "method")}
+    cases = {
+        f"method={name}": Case(f"method={name}", replaced([*tiny, f"method={name}"], OF_PATCHES.get(name, [])))
+        for name in options(tree, "method")
+    }
     cases |= {
-        f"{name} multi-crop": Case(f"{name} multi-crop", [*case.overrides, *MULTICROP]) for name, case in list(cases.items())
+        f"{name} multi-crop": Case(f"{name} multi-crop", [*case.overrides, *MULTICROP])
+        for name, case in list(cases.items())
+        if name != "method=cpcv2"  # it has no whole views
     }
     chosen = [f"{group}={name}" for group in ("pn", "optimizer", "projector") for name in options(tree, group)]
     settings = {name: [name] for name in chosen} | SETTINGS

@@ -9,8 +9,7 @@ from caco.config.composition import CONF
 from caco.train import check_command
 
 COMMAND = re.compile(r"python -m caco\.train((?: \S+=\S+)+)")
-ONE = r"[a-z_]+(?:\.[a-z_]+)*=(?:\[[^\]]*\]|[^\s,;)]*[^\s,;:).])"  # a list, or what ends before the sentence's own marks
-OVERRIDES = re.compile(rf"(?<![^ (]){ONE}(?: {ONE})*")
+OVERRIDES = re.compile(r"(?<![^ (])[a-z_]+(?:\.[a-z_]+)*=[^\s,;)]*[^\s,;:).](?: [a-z_]+(?:\.[a-z_]+)*=[^\s,;)]*[^\s,;:).])*")
 
 
 def header(file: Path) -> str:

@@ -69,7 +69,7 @@ def paper():
 
 
 def test_rows_at_the_papers_scale_are_configurations_with_the_papers_numbers(paper):
-    assert len(paper) == 10 + 4 + 3 + 4
+    assert len(paper) == 12 + 4 + 3 + 4
     for name, one in paper.items():
         assert (one.cfg.epochs, one.cfg.batch) == (one.row.epochs, one.row.batch), name
         assert (one.cfg.bank.size if one.cfg.bank else None) == one.row.bank, name
@@ -134,19 +134,19 @@ def test_multi_crop_is_refused_where_images_are_small_and_not_left_out(scale):
 def test_one_head_for_all_is_not_forced_on_methods_that_it_would_break():
     """cifar10 is MoCo's notebook for every row: one linear layer, one rate."""
     chosen = list(experiments(load_table("1"), load_scale("cifar10")))
-    assert {one.row_id for one in chosen if one.why_not is None} == {"simclr", "mocov2", "nnclr", "adco", "caco_256", "caco_1024", "caco_4096"}
+    assert {one.row_id for one in chosen if one.why_not is None} == {"simclr", "mocov2", "nnclr", "adco", "infomin", "cpcv2", "caco_256", "caco_1024", "caco_4096"}
     assert all("scale=cifar10_lightly" in one.why_not for one in chosen if one.row_id in ("byol", "simsiam", "swav"))
 
 
 def test_every_method_that_a_table_names_and_caco_has_is_run():
     """By label: a row may be cited only where conf/method has nothing of that name."""
     ours = {"simclr", "mocov2", "mocov3", "simsiam", "swav", "nnclr", "byol", "adco", "dino", "barlow", "vicreg", "caco"}
-    ours |= {"mochi", "ifm", "hcl", "debiased"}
+    ours |= {"mochi", "ifm", "hcl", "debiased", "infomin", "cpcv2"}
     assert ours == {name for name in refusals.groups()["method"] if "_" not in name}
     settings = ("table7", "negatives")  # of CaCo alone
     for name in tables.tables():
         for row in load_table(name).rows.values():
-            method = row.label.split(" ")[0].lower() if row.label[-1] == "M" else row.label.lower().replace(" ", "").replace("twins", "")
+            method = row.label.split(" ")[0].lower() if row.label[-1] == "M" else row.label.lower().replace(" ", "").replace("twins", "").replace("aug", "")
             runs = next((word.removeprefix("method=") for word in row.run or () if word.startswith("method=")), None)
             assert (runs is None) == (method not in ours) or name in settings, f"{name}: {row.label}"
             assert runs in (None, method) or name in settings, f"{name}: {row.label}"

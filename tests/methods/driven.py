@@ -25,8 +25,12 @@ def views_of(step: int, batch: int) -> list[torch.Tensor]:
     return [torch.randn(batch, 3, side, side, generator=generator, dtype=torch.float64) for side in SIDES]
 
 
-def drive(method, optimizer, schedule: OptimizerSchedule, run: RunShape, steps: int, after=lambda step: None) -> list[float]:
-    """The losses of so many steps; `after(step)` is called behind each."""
+def drive(
+    method, optimizer, schedule: OptimizerSchedule, run: RunShape, steps: int, after=lambda step: None, batch_at=None
+) -> list[float]:
+    """The losses of so many steps; `after(step)` is called behind each, `batch_at(step)` gives its batch, `views_of` where there is
+    none."""
+    batch_at = batch_at or (lambda step: batch_of(views_of(step, run.batch)))
     optimisation, tables = Optimisation(optimizer, schedule, run), method.schedules(run)
     method.phases(run)
     losses = []
@@ -35,7 +39,7 @@ def drive(method, optimizer, schedule: OptimizerSchedule, run: RunShape, steps: 
         now = Now(step, "training", step, step + 1 == run.steps, *divmod(step, run.steps_per_epoch), values)
         optimisation.prepare(now, None)
         method.train().before_step(now, None)
-        loss = method(batch_of(views_of(step, run.batch)), now).loss
+        loss = method(batch_at(step), now).loss
         loss.backward()
         optimisation.step(now)
         method.after_step(now)

@@ -6,7 +6,7 @@ import pytest
 import rank_worker
 import torch
 from processes import ranks
-from test_contracts import CASES, METHODS, has_bank, views_of
+from test_contracts import CASES, METHODS, batch, has_bank
 from test_trainer import record
 from tiny import batch_of, compose, now, train
 from torch.nn import functional as F
@@ -88,12 +88,15 @@ def test_every_method_hands_out_the_embeddings_of_its_first_view(name):
     case = CASES[f"method={name}"]
     cfg = compose(*case, bank=has_bank(case))
     method = build_method(cfg).eval()  # without BatchNorm's batch, in which all images meet
-    views = views_of(cfg, 0)
-    z_BD = method(batch_of(views), now()).embedding.detach()
+    views, patches = batch(cfg, 0).views, batch(cfg, 0).patches
+    z_BD = method(batch_of(views, patches=patches), now()).embedding.detach()
     assert z_BD.shape == (8, cfg.projector.dim) and z_BD.dtype == torch.float32
-    again = method(batch_of([views[0], *(view.flip(0) for view in views[1:])]), now()).embedding.detach()
-    assert torch.equal(z_BD, again)
-    assert not torch.allclose(z_BD, method(batch_of([views[0].flip(0), *views[1:]]), now()).embedding.detach())
+    first, *others = views or [patches]  # CPC v2 has no views; of an image it hands out what its patches have in common
+    others, others_patches = [view.flip(0) for view in others], None if patches is None else patches.flip(0)
+    again = batch_of([first, *others], patches=others_patches) if views else batch_of([], patches=patches)
+    assert torch.equal(z_BD, method(again, now()).embedding.detach())
+    other = batch_of([first.flip(0), *views[1:]], patches=patches) if views else batch_of([], patches=others_patches)
+    assert not torch.allclose(z_BD, method(other, now()).embedding.detach())
     assert method.warning({**WELL, "embedding_spread": 0.01}).startswith("The embedding has collapsed: embedding_spread 0.010")
     assert method.warning({**WELL, "embedding_spread": 0.5}) is None
 

@@ -19,19 +19,20 @@ class Batch:
     """One step's images.
 
     views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source. label: int64
-    [B], -1 unlabelled.
+    [B], -1 unlabelled. patches: float32 [B, P, 3, h, w], of the view that is cut into P patches; None where none is.
     """
 
     views: list[torch.Tensor]
     index: torch.Tensor
     label: torch.Tensor
+    patches: torch.Tensor | None = None
 
     def parts(self, count: int) -> "Iterator[Batch]":
         """The batch cut into so many equal ones."""
-        for views, index, label in zip(
-            zip(*(view.chunk(count) for view in self.views), strict=True), self.index.chunk(count), self.label.chunk(count), strict=True
-        ):
-            yield Batch(list(views), index, label)
+        views = [view.chunk(count) for view in self.views]
+        patches = None if self.patches is None else self.patches.chunk(count)
+        for part, (index, label) in enumerate(zip(self.index.chunk(count), self.label.chunk(count), strict=True)):
+            yield Batch([view[part] for view in views], index, label, None if patches is None else patches[part])
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -77,7 +78,8 @@ class Order:
 
 @dataclass(frozen=True)
 class Pixels:
-    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32.
+    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32; patches come
+    last, uint8 [B, P, H, W, 3].
 
     stand_ins: (index of an unreadable image, index of the one in its place) pairs.
     """
@@ -105,19 +107,27 @@ def those_after(index: int, count: int) -> Iterator[int]:
 
 
 class Compiled:
-    """All views of a batch in one compiled call, in memory that is used again; floats for a CPU, bytes for a GPU."""
+    """All views of a batch in one compiled call, in memory that is used again; floats for a CPU, bytes for a GPU.
+
+    Where a recipe has operations that are not compiled, or patches, these follow, and it is bytes for both.
+    """
 
     def __init__(self, views: Views, device: torch.device, num_threads: int):
-        self.sizes, self.settings, self.num_threads = views.sizes, views.settings(), num_threads
+        self.kinds, self.settings, self.num_threads = views.kinds, views.settings(), num_threads
         # A GPU is sent a quarter of the bytes and normalises there; on a CPU this call does it in passing.
-        self._dtype = torch.float32 if device.type == "cpu" else torch.uint8
+        self._dtype = torch.float32 if device.type == "cpu" and views.compiled_alone else torch.uint8
         self._memory = _Memory(device)
 
     def __call__(self, rows: np.ndarray, samples: np.ndarray, stream: int) -> tuple[list[torch.Tensor], np.ndarray]:
-        """A tensor [B, H, W, 3] a view, and bool [B]: which images could not be decoded."""
-        made = [self._memory.take((len(rows), size, size, 3), self._dtype) for size in self.sizes]
-        out = [view.numpy() for view in made]
-        return made, native.make_views(self.settings, rows, samples, stream, out, num_threads=self.num_threads)
+        """A tensor [B, H, W, 3] a view, patches last, and bool [B]: which images could not be decoded."""
+        kinds = self.kinds
+        drawn = [self._memory.take(shape, self._dtype) for shape in kinds.shapes(len(rows))]
+        out = [view.numpy() for view in drawn]
+        unreadable = native.make_views(self.settings, rows, samples, stream, out, num_threads=self.num_threads)
+        patches = None if kinds.cut is None else self._memory.take(kinds.shape_of_patches(len(rows)), torch.uint8)
+        kinds.finish(out, samples, stream, patches=None if patches is None else patches.numpy(), num_threads=self.num_threads)
+        made = [view for v, view in enumerate(drawn) if v != kinds.cut]
+        return made if patches is None else [*made, patches], unreadable
 
 
 class _Memory:

@@ -122,11 +122,9 @@ def device_batches(
                         f"caco: image {index} cannot be read; image {other} stands in for it ({len(stand_ins)} such so far)",
                         file=sys.stderr,
                     )
-            yield Batch(
-                [views.normalise(view.to(device, non_blocking=True)) for view in one.views],
-                one.index.to(device, non_blocking=True),
-                one.label.to(device, non_blocking=True),
-            )
+            normalised = [views.normalise(view.to(device, non_blocking=True)) for view in one.views]
+            patches = normalised.pop() if normalised[-1].ndim == 5 else None
+            yield Batch(normalised, one.index.to(device, non_blocking=True), one.label.to(device, non_blocking=True), patches)
     finally:
         # An exception's traceback keeps this frame. With DataLoader's iterator in it, that would be left to the garbage
         # collector, where it fails to tell its workers to end and waits five seconds for each.

@@ -137,8 +137,10 @@ class DecodeIntoViews(Operation):
                 return self.packed.unreadable(indices[row])
             for candidate in those_after(indices[row], len(self.source)):
                 rows = _rows(self.packed.at[[candidate]], records, storage)
-                out = [view[row : row + 1].numpy() for view in made]
-                if not native.make_views(self.make_views.settings, rows, indices[[row]], stream, out)[0]:
+                instead, bad = self.make_views(rows, indices[[row]], stream)
+                if not bad[0]:
+                    for views, view in zip(made, instead, strict=True):
+                        views[row] = view[0]
                     taken[row] = candidate
                     break
             else:

@@ -1,7 +1,7 @@
 """Augmented views of one image, as the published recipes draw them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +10,10 @@ import torch
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from caco.data.views import native
-from caco.errors import UserError
+from caco.data.views.colours import CONVERSIONS
+from caco.data.views.draws import NUM_UNIFORMS
+from caco.data.views.kinds import Kinds, Operation
+from caco.errors import UserError, require_contract
 
 # Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
 # one setting (say blur_p) leaves all other draws of the same seed as they were. (random.h has the same places.)
@@ -19,14 +22,57 @@ _CROP = slice(0, 2 * _CROP_TRIES)
 _CROP_TOP, _CROP_LEFT, _JITTER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP, _ANGLE, _SHIFT_X, _SHIFT_Y = range(20, 31)
 _ORDER = slice(31, 35)
 _FACTOR = slice(35, 39)
-_NUM_UNIFORMS = 39
+assert _FACTOR.stop == NUM_UNIFORMS
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True, kw_only=True)
+class Patches:
+    """Square windows of a view, in a grid.
+
+    Args:
+        grid: windows a side.
+        size: pixels a side of a window.
+        stride: pixels from a cell's corner to its neighbour's; below `size` the windows overlap.
+        jitter: a window's corner lies 0 to so many pixels down and right of its cell's, drawn for each.
+        shuffled: whether the windows come in an order drawn at random, else row by row.
+        each: what is done to each window, as to an image of its own; None: nothing. Its `scale` and `ratio` of [1.0, 1.0] keep it
+            whole.
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    grid: int
+    size: int
+    stride: int
+    jitter: int = 0
+    shuffled: bool = False
+    each: "View | None" = None
+
+    def __post_init__(self) -> None:
+        if self.grid < 2 or min(self.size, self.stride) < 1 or self.jitter < 0:
+            raise UserError(
+                "patches: expected a grid of 2 windows a side or more, a size and a stride of 1 pixel or more and a jitter of 0 or "
+                f"more, got grid={self.grid}, size={self.size}, stride={self.stride}, jitter={self.jitter}"
+            )
+        if self.each is not None and (self.each.patches is not None or self.each.count != 1 or self.each.size is not None):
+            raise UserError("patches each: expected a view without patches, count and size of its own, for the windows have theirs")
+
+    @property
+    def extent(self) -> int:
+        """Pixels a side that the windows may reach over."""
+        return (self.grid - 1) * self.stride + self.jitter + self.size
+
+    @property
+    def numbers(self) -> int:
+        """Random numbers of an image: where each window lies, down and across, and when it comes."""
+        return 3 * self.grid**2
+
+
+@dataclass(frozen=True, kw_only=True)
 class View:
-    """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order.
+    """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order; then what `then` says.
 
     Written with Pillow, as the published code is, and held to torchvision's results by the tests. This is what a view
     is; views.cpp makes the same bits several times faster, and is held to this.
@@ -38,6 +84,8 @@ class View:
         rotate: degrees, drawn in +-rotate. shift: share of the side, drawn in +-shift.
         jitter: strengths of brightness, contrast, saturation, hue, applied in random order with probability `jitter_p`.
         blur: standard deviation in pixels, drawn in this range with probability `blur_p`.
+        then: further operations by any name, in order. They are not compiled.
+        patches: the view is no image of its own but cut into these.
     Raises:
         ValueError: a value out of its range.
     """
@@ -56,8 +104,21 @@ class View:
     blur_p: float = 0.0
     solarize_p: float = 0.0
     flip_p: float = 0.5
+    then: dict[str, Operation] = field(default_factory=dict)
+    patches: Patches | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.patches, Mapping):  # as it stands in a YAML
+            each = self.patches.get("each")
+            each = View(**each) if isinstance(each, Mapping) else each
+            object.__setattr__(self, "patches", Patches(**{**self.patches, "each": each}))
+        for name, operation in self.then.items():
+            require_contract(f"view then.{name}", operation, Operation)
+        if self.patches is not None and (self.count != 1 or self.size is None or self.patches.extent > self.size):
+            raise UserError(
+                "view patches: expected a view of count 1 with a size of its own that its patches fit into, got "
+                f"count={self.count}, size={self.size}, and patches that reach over {self.patches.extent} pixels"
+            )
         if self.count < 1:
             raise UserError(f"view count: expected at least 1, got {self.count}")
         if self.size is not None:
@@ -78,8 +139,22 @@ class View:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"view {name}: expected a value in 0..1, got {getattr(self, name)}")
 
+    @property
+    def numbers(self) -> int:
+        """Random numbers of an image: those of `draw`, of each further operation in turn, and of the patches."""
+        further = sum(operation.numbers for operation in self.then.values())
+        return NUM_UNIFORMS + further + (self.patches.numbers if self.patches else 0)
+
+    def further(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
+        """What `then` makes of the view as drawn; u are all of its random numbers."""
+        first = NUM_UNIFORMS
+        for operation in self.then.values():
+            image = operation(image, u[first : first + operation.numbers])
+            first += operation.numbers
+        return image
+
     def draw(self, image: Image.Image, size: int, u: Sequence[float]) -> Image.Image:
-        """The view, size x size, that these random numbers (see `uniforms`) make of an image."""
+        """The view, size x size, that these random numbers (see `uniforms`) make of an image, up to what `then` says."""
         box = crop_box(image.width, image.height, self.scale, self.ratio, u[_CROP], u[_CROP_TOP], u[_CROP_LEFT])
         image = _resize(image.crop(box), size, size, self.interpolation)
         if self.rotate or self.shift:
@@ -107,10 +182,12 @@ class Views:
 
     Args:
         size: pixels of the plain view, and of every view that names none.
-        views: the kinds of view by any name, in order; a kind of count n gives n views in a row.
+        views: the kinds of view by any name, in order; a kind of count n gives n views in a row. At most one is cut into patches.
         plain_crop: share of the shorter side that the plain view keeps (224 of 256: 0.875).
         plain_interpolation: by which the plain view is resized.
-        mean, std: of each channel, for pixels in 0..1.
+        colours: what every view, the plain one too, is converted into: "rgb" is none, the others have their lightness first
+            (colours.py).
+        mean, std: of each channel, for pixels in 0..1, or of the colour space's channels as it has them.
     Raises:
         ValueError: a value out of its range.
     """
@@ -124,6 +201,7 @@ class Views:
         std: list[float],
         plain_crop: float = 0.875,
         plain_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        colours: Literal["rgb", "lab", "ydbdr", "ycbcr"] = "rgb",
     ):
         _check_size("size", size)
         if not views:
@@ -134,19 +212,30 @@ class Views:
             raise UserError(f"mean and std: expected three values each, std above 0, got {list(mean)} and {list(std)}")
         if plain_interpolation not in _RESAMPLING:
             raise UserError(f"plain_interpolation: expected one of {', '.join(_RESAMPLING)}, got {plain_interpolation!r}")
+        if colours not in CONVERSIONS:
+            raise UserError(f"colours: expected one of {', '.join(CONVERSIONS)}, got {colours!r}")
         self.size = size
         self.plain_crop, self.plain_interpolation = plain_crop, plain_interpolation
-        self.mean, self.std = list(mean), list(std)
+        self.colours, self.mean, self.std = colours, list(mean), list(std)
         # A YAML's views arrive as mappings: a named kind of view is a value of the command line, a `_target_` is not.
         kinds = [view if isinstance(view, View) else View(**view) for view in views.values()]
+        if sum(view.patches is not None for view in kinds) > 1:
+            raise UserError("views: expected at most one kind that is cut into patches, got more")
         self._views = [view for view in kinds for _ in range(view.count)]
-        self.sizes = [view.size or size for view in self._views]
-        self.num_views = len(self._views)
+        self.kinds = Kinds([(view, view.size or size) for view in self._views])
+        self.patches = self.kinds.patches  # None where no view is cut
+        self.sizes = [view.size or size for view in self._views if view.patches is None]  # of those that stay whole
+        self.num_views = len(self.sizes)
         self._scale = 1 / (255 * torch.tensor(list(std)))
         self._offset = -torch.tensor(list(mean)) / torch.tensor(list(std))
 
+    @property
+    def compiled_alone(self) -> bool:
+        """Whether the compiled views can go as far as normalised floats: nothing else is done to the pixels."""
+        return not self.kinds.needs_finish and self.colours == "rgb"
+
     def view(self, image: Image.Image, v: int, u: Sequence[float]) -> torch.Tensor:
-        """View v, normalised, float32 [3, H, W]."""
+        """View v as drawn, before its `then`, normalised, float32 [3, H, W]."""
         return self.normalise(torch.from_numpy(self.view_pixels(image, v, u))[None])[0]
 
     def plain(self, image: Image.Image) -> torch.Tensor:
@@ -154,24 +243,18 @@ class Views:
         return self.normalise(torch.from_numpy(self.plain_pixels(image))[None])[0]
 
     def view_pixels(self, image: Image.Image, v: int, u: Sequence[float]) -> np.ndarray:
-        """View v before normalisation, uint8 [H, W, 3]."""
-        return np.array(self._views[v].draw(image, self.sizes[v], u))
+        """View v as drawn, before its `then` and normalisation, uint8 [H, W, 3]."""
+        return np.array(self._views[v].draw(image, self.kinds.kinds[v][1], u))
 
     def batch_pixels(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int) -> list[np.ndarray]:
-        """All views of some images (uint8 [h, w, 3] each) before normalisation: a view's are uint8 [B, H, W, 3].
+        """All views of some images (uint8 [h, w, 3] each) before normalisation: a view's are uint8 [B, H, W, 3]; patches, where there
+        are any, come last, [B, P, H, W, 3].
 
         Args:
-            samples, stream: what the random numbers depend on, see `uniforms`.
+            samples, stream: what the random numbers depend on, see `draws.uniforms`.
         """
-        made = [np.empty((len(images), size, size, 3), np.uint8) for size in self.sizes]
-        if native.library() is not None:
-            images = [np.ascontiguousarray(image) for image in images]
-            native.make_views(self.settings(), native.table(images), samples, stream, made)
-            return made
-        for v in range(self.num_views):
-            for row, (image, u) in enumerate(zip(images, uniforms(stream, samples, v).tolist(), strict=True)):
-                made[v][row] = self.view_pixels(Image.fromarray(image), v, u)
-        return made
+        whole, patches = self.kinds.make(images, samples, stream)
+        return whole if patches is None else [*whole, patches]
 
     def plain_batch(self, images: np.ndarray, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled."""
@@ -185,7 +268,7 @@ class Views:
 
     def settings(self) -> native.Settings:
         """All views' settings as the compiled views take them."""
-        return native.settings(list(zip(self._views, self.sizes, strict=True)), self._scale, self._offset)
+        return self.kinds.settings(self._scale.tolist(), self._offset.tolist())
 
     def plain_pixels(self, image: Image.Image) -> np.ndarray:
         """The plain view before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
@@ -196,35 +279,16 @@ class Views:
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return np.array(image.crop((left, top, left + self.size, top + self.size)))
 
-    def normalise(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last strides, on the pixels' device; floats are done."""
-        if pixels_BHWC.is_floating_point():
-            return pixels_BHWC.permute(0, 3, 1, 2)
-        scale, offset = self._scale.to(pixels_BHWC.device), self._offset.to(pixels_BHWC.device)
-        return pixels_BHWC.float().mul_(scale).add_(offset).permute(0, 3, 1, 2)
-
-
-def uniforms(stream: int, samples: np.ndarray, v: int) -> np.ndarray:
-    """The random numbers in [0, 1) of view v of some samples, float64 [B, 39]: SplitMix64, started from the three.
-
-    Of (stream, sample, view) alone, whichever numbers were drawn before: so any process may make any view.
-
-    Args:
-        stream: 64 bits, different for each seed and epoch.
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
-    """
-    step = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64
-        start = _mix(np.uint64(stream) + step * (np.asarray(samples).astype(np.uint64) + np.uint64(1)))
-        start = _mix(start + step * np.uint64(v + 1))
-        bits = _mix(start[:, None] + step * np.arange(1, _NUM_UNIFORMS + 1, dtype=np.uint64))
-    return (bits >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(bits: np.ndarray) -> np.ndarray:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in channels_last strides, on the pixels' device; floats are done."""
+        if pixels.is_floating_point():
+            return pixels.movedim(-1, -3)
+        convert = CONVERSIONS[self.colours]
+        if convert is not None:
+            mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
+            return convert(pixels.float() / 255).sub_(mean).div_(std).movedim(-1, -3)
+        scale, offset = self._scale.to(pixels.device), self._offset.to(pixels.device)
+        return pixels.float().mul_(scale).add_(offset).movedim(-1, -3)
 
 
 def crop_box(

@@ -128,7 +128,7 @@ def make_views(
 
     Args:
         images: rows of `table`.
-        samples, stream: what the random numbers depend on, see caco.data.views.augmentation.uniforms.
+        samples, stream: what the random numbers depend on, see caco.data.views.draws.uniforms.
         plain: not 0: no random view, but the middle of each image after its shorter side was resized to this.
     Returns:
         bool [B], which images are JPEGs that cannot be decoded; their rows of out are as they were.

@@ -1,0 +1,40 @@
+"""Images that a method cannot learn from, told by looking at the first of them."""
+
+import contextlib
+
+import numpy as np
+
+from caco.data.sets.sources import Source, UnreadableImage
+from caco.errors import UserError
+
+SMALLEST_SIDE = 24  # of an image that is cut into patches: a third of it has 8 pixels
+_NUM_LOOKED_AT = 64
+
+
+def refuse_too_small_for_patches(source: Source) -> None:
+    """Raises UserError where the first image that can be read is."""
+    for pixels in _first(source, 1):
+        height, width = pixels.shape[:2]
+        if min(height, width) < SMALLEST_SIDE:
+            raise UserError(
+                f"data: images of {source.name} are too small for patches: the first has {width} x {height} pixels, a third of which "
+                f"is {min(height, width) // 3}; this method needs images of {SMALLEST_SIDE} pixels a side or more"
+            )
+
+
+def refuse_grey(source: Source) -> None:
+    """Raises UserError where the first images have no colour at all."""
+    images = _first(source, _NUM_LOOKED_AT)
+    if images and all((pixels == pixels[..., :1]).all() for pixels in images):
+        raise UserError(
+            f"data: the first {len(images)} images of {source.name} are grey; this method contrasts lightness with colour, and needs "
+            "images that have some"
+        )
+
+
+def _first(source: Source, count: int) -> list[np.ndarray]:
+    images = []
+    for index in range(min(count, len(source))):
+        with contextlib.suppress(UnreadableImage):
+            images.append(np.asarray(source.image(index)))
+    return images

@@ -1,0 +1,138 @@
+"""Kinds of view made of a batch of images: compiled where that was built, else by Pillow; then what neither of a kind's settings
+says but its `then` and its `patches`, by Pillow and NumPy in both cases. So the bits are the same.
+
+Shapes: B images, P patches of each, H and W pixels; pixels are uint8.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from caco.data.views import native
+from caco.data.views.draws import stream_of, uniforms
+
+
+class Operation(Protocol):
+    """One of a view's further operations (its `then`): called with an RGB image and `numbers` random numbers in [0, 1), it gives an
+    image of the same size, the same one for the same numbers. operations.py has some.
+
+    numbers: how many it takes, whatever it does with them.
+    """
+
+    numbers: int
+
+    def __call__(self, image: Image.Image, u: Sequence[float]) -> Image.Image: ...
+
+
+class Kinds:
+    """All kinds of view of a recipe, by number.
+
+    Args:
+        kinds: (caco.data.views.augmentation.View, its size in pixels) pairs; at most one of them has patches.
+    """
+
+    def __init__(self, kinds: Sequence[tuple[Any, int]]):
+        self.kinds = list(kinds)
+        self.cut = next((v for v, (view, _) in enumerate(self.kinds) if view.patches is not None), None)
+        patches = None if self.cut is None else self.kinds[self.cut][0].patches
+        self._each = None if patches is None or patches.each is None else Kinds([(patches.each, patches.size)])
+        self.patches = patches
+        self.needs_finish = any(view.then for view, _ in self.kinds) or self.cut is not None
+
+    def settings(self, scale: Sequence[float] = (1, 1, 1), offset: Sequence[float] = (0, 0, 0)) -> native.Settings:
+        """As the compiled views take them."""
+        return native.settings(self.kinds, scale, offset)
+
+    def shapes(self, count: int) -> list[tuple[int, ...]]:
+        """Of what is drawn of so many images, a kind's [B, H, W, 3], before any is cut."""
+        return [(count, size, size, 3) for _, size in self.kinds]
+
+    def shape_of_patches(self, count: int) -> tuple[int, ...]:
+        """[B, P, H, W, 3]."""
+        assert self.patches is not None
+        return (count, self.patches.grid**2, self.patches.size, self.patches.size, 3)
+
+    def make(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """Of each kind that stays whole, [B, H, W, 3], and the patches of the one that is cut.
+
+        Args:
+            images: [h, w, 3] each. samples, stream: what the random numbers depend on, see `draws.uniforms`.
+        """
+        drawn = [np.empty(shape, np.uint8) for shape in self.shapes(len(images))]
+        if native.library() is not None:
+            images = [np.ascontiguousarray(image) for image in images]
+            native.make_views(self.settings(), native.table(images), samples, stream, drawn)
+        else:
+            for v, (view, size) in enumerate(self.kinds):
+                for row, (image, u) in enumerate(zip(images, uniforms(stream, samples, v).tolist(), strict=True)):
+                    drawn[v][row] = view.draw(Image.fromarray(image), size, u)
+        patches = None if self.cut is None else np.empty(self.shape_of_patches(len(images)), np.uint8)
+        self.finish(drawn, samples, stream, patches=patches)
+        return [pixels for v, pixels in enumerate(drawn) if v != self.cut], patches
+
+    def finish(
+        self, drawn: Sequence[np.ndarray], samples: np.ndarray, stream: int, *, patches: np.ndarray | None = None, num_threads: int = 1
+    ) -> None:
+        """What is left to do when the kinds are drawn: each one's `then`, in place, and the cut into `patches`, which is filled."""
+
+        def part(rows: np.ndarray) -> None:
+            some = slice(rows[0], rows[-1] + 1)
+            for v, (view, _) in enumerate(self.kinds):
+                if view.then or v == self.cut:
+                    u = uniforms(stream, samples[some], v, view.numbers)
+                    _further(view, drawn[v][some], u)
+                    if v == self.cut and patches is not None:
+                        patches[some] = self._cut(drawn[v][some], u[:, -view.patches.numbers :], samples[some], stream)
+
+        if self.needs_finish and len(samples):
+            _in_parts(part, len(samples), num_threads)
+
+    def _cut(self, pixels_BHWC: np.ndarray, u_BN: np.ndarray, samples: np.ndarray, stream: int) -> np.ndarray:
+        assert self.patches is not None and self.cut is not None
+        patches = windows(self.patches, pixels_BHWC, u_BN)
+        if self._each is not None:
+            count = patches.shape[1]
+            of_patches = (np.asarray(samples, np.int64)[:, None] * count + np.arange(count)).ravel()
+            (made,), _ = self._each.make(list(patches.reshape(-1, *patches.shape[2:])), of_patches, stream_of(stream, self.cut))
+            patches = made.reshape(patches.shape)
+        if self.patches.shuffled:
+            order_BP = u_BN[:, 2 * patches.shape[1] :].argsort(1, kind="stable")
+            patches = patches[np.arange(len(patches))[:, None], order_BP]
+        return patches
+
+
+def windows(patches: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> np.ndarray:
+    """The windows of each image, row by row: [B, P, size, size, 3].
+
+    Args:
+        patches: caco.data.views.augmentation.Patches. u_BN: the first 2 P say how far down each window lies in its cell, then how far
+            to the right.
+    """
+    grid, size = patches.grid, patches.size
+    corners = np.mgrid[:grid, :grid].reshape(2, -1) * patches.stride  # of cells, down and across
+    corner_B2P = corners + (u_BN[:, : 2 * grid**2] * (patches.jitter + 1)).astype(np.int64).reshape(-1, 2, grid**2)
+    made = np.empty((len(pixels_BHWC), grid**2, size, size, 3), pixels_BHWC.dtype)
+    for pixels, of_image, (tops, lefts) in zip(pixels_BHWC, made, corner_B2P.tolist(), strict=True):
+        for window, top, left in zip(of_image, tops, lefts, strict=True):
+            window[...] = pixels[top : top + size, left : left + size]
+    return made
+
+
+def _further(view: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> None:
+    """A view's `then`, in place."""
+    if view.then:
+        for pixels, u in zip(pixels_BHWC, u_BN.tolist(), strict=True):
+            pixels[...] = view.further(Image.fromarray(pixels), u)
+
+
+def _in_parts(work: Callable[[np.ndarray], None], count: int, num_threads: int) -> None:
+    """Rows 0 to count - 1, a part for each thread."""
+    parts = np.array_split(np.arange(count), min(num_threads, count))
+    if len(parts) == 1:
+        work(parts[0])
+        return
+    with ThreadPoolExecutor(len(parts)) as threads:
+        list(threads.map(work, parts))

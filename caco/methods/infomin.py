@@ -1,0 +1,119 @@
+"""InfoMin's second query: the embedding of an image's shuffled patches (arXiv 2005.10243), on MoCo v2's queue.
+
+Shapes: B this rank's images, G all ranks', P patches, F features, D width of the embedding.
+"""
+
+import dataclasses
+
+from torch import nn
+from torch.nn import functional as F
+
+from caco.banks.base import Bank
+from caco.data.loaders.batches import Batch
+from caco.data.loaders.images import Images
+from caco.errors import UserError
+from caco.methods.base import Costs, Needs, Now, Outputs
+from caco.methods.contrastive import WARM_START, Contrastive, contrast, weighted
+from caco.methods.sources import Negatives, Positives
+from caco.nn.backbones import feature_width
+from caco.nn.heads import Encoder, JigsawHead, at_least_float32
+
+
+class InfoMin(Contrastive):
+    """View 1 and, by a head of their own, the patches of the image each query the key of view 2 among the negatives.
+
+    L = (1 - w) CE(q) + w CE(q_jigsaw), both with the same key and negatives. The twin moves after the optimiser's step, as in the
+    published code (MoCo's moves before the keys); it has no jigsaw head.
+
+    Args:
+        encoder, bank, positives, negatives: as in `Contrastive`; published are the other view and a queue.
+        temperature: tau of the loss.
+        momentum, final_momentum: the twin's m at the start and the end of its cosine.
+        jigsaw_weight: w.
+        jigsaw_hidden_dim: width of the hidden layer that each patch's features go through.
+        num_patches: P.
+        warm_start_temperature, warm_start_momentum, warm_start_steps, warm_start_passes: as in `Contrastive`; the patches learn
+            after it.
+    """
+
+    needs = Needs(patches="shuffled")
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        bank: Bank | None = None,
+        positives: Positives,
+        negatives: Negatives,
+        temperature: float = 0.15,
+        momentum: float = 0.999,
+        final_momentum: float = 0.999,
+        jigsaw_weight: float = 0.5,
+        jigsaw_hidden_dim: int = 2048,
+        num_patches: int = 9,
+        warm_start_temperature: float = 0.2,
+        warm_start_momentum: float = 0.999,
+        warm_start_steps: int | None = None,
+        warm_start_passes: int | None = None,
+    ):
+        super().__init__(
+            encoder=encoder,
+            bank=bank,
+            positives=positives,
+            negatives=negatives,
+            temperature=temperature,
+            momentum=momentum,
+            final_momentum=final_momentum,
+            symmetric=False,
+            reduction="mean",
+            warm_start_temperature=warm_start_temperature,
+            warm_start_momentum=warm_start_momentum,
+            warm_start_steps=warm_start_steps,
+            warm_start_passes=warm_start_passes,
+        )
+        if not 0 <= jigsaw_weight <= 1:
+            raise UserError(f"method.jigsaw_weight must be in [0, 1]; got {jigsaw_weight}")
+        self.jigsaw = JigsawHead(
+            in_dim=feature_width(encoder.backbone), hidden_dim=jigsaw_hidden_dim, dim=encoder.projector.dim, num_patches=num_patches
+        )
+        self.jigsaw_weight = jigsaw_weight
+        self.needs = dataclasses.replace(self.needs, num_patches=num_patches)
+
+    def before_step(self, now: Now, images: Images) -> None:
+        """The twin waits for the optimiser."""
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        if now.phase == WARM_START:
+            return self.warm_start_loss(batch.views)
+        assert batch.patches is not None, "needs"
+        q, k, all_k, terms = self.encode(batch.views)
+        jigsaw_BD = F.normalize(at_least_float32(self.jigsaw(self.backbone(batch.patches.flatten(0, 1)))), dim=1)
+        positives, key = self.positives_of(k, terms), terms[0].key
+        keys = [term.key for term in terms] + [key]
+        score = contrast(
+            [q[term.query] for term in terms] + [jigsaw_BD], [all_k[key] for key in keys], [positives[key] for key in keys],
+            self.negatives, self.bank, self.temperature,
+        )  # fmt: skip
+        self.keys.append([all_k[view].detach() for view in sorted(positives)])
+        of_views, of_patches = (type(score)(*(values[part] for values in score)) for part in (slice(-1), slice(-1, None)))
+        w = self.jigsaw_weight
+        loss = (1 - w) * weighted(of_views, terms) + w * of_patches.loss_B.mean()
+        probabilities = {"positive_probability": of_views, "jigsaw_probability": of_patches}
+        metrics = {name: (-part.loss_B.detach()).exp().mean() for name, part in probabilities.items()}
+        return Outputs(loss, metrics, q[0].detach())
+
+    def after_step(self, now: Now) -> None:
+        """The queue takes the keys and the twin follows."""
+        super().after_step(now)
+        if self.twin is not None:
+            self.twin.update(self.encoder, now["twin_momentum"])
+
+    def costs(self, sizes: list[int]) -> Costs:
+        """One query more, of patches."""
+        costs = super().costs(sizes)
+        return dataclasses.replace(
+            costs,
+            terms=costs.terms + 1,
+            bank_terms=costs.bank_terms + (1 if self.negatives.bank_rows else 0),
+            patch_network=nn.Sequential(nn.Flatten(0, 1), self.backbone, self.jigsaw),
+        )
