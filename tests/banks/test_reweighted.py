@@ -108,7 +108,10 @@ def test_hand_arithmetic_of_two_negatives():
     e = torch.tensor(1.0, dtype=torch.float64).exp()
     weights = torch.stack([e, e / e]) / ((e + 1) / 2)
     hard = (weights * torch.stack([e, e / e])).sum()
-    for share, concentration, left in ((0.0, 1.0, hard), (0.1, 1.0, (hard - 0.2 * e) / 0.9), (0.1, 0.0, (e + 1 - 0.2 * e) / 0.9), (0.9, 0.0, 2 * (-2 * e / e).exp())):
+    lowest = 2 * (-2 * e / e).exp()
+    assert 0 < (e + 1 - 1.34 * e) / 0.33 < lowest and e + 1 - 1.8 * e < 0, "of the last two shares, what is left and what is too much"
+    cases = [(0.0, 1.0, hard), (0.1, 1.0, (hard - 0.2 * e) / 0.9), (0.1, 0.0, (e + 1 - 0.2 * e) / 0.9), (0.67, 0.0, lowest), (0.9, 0.0, lowest)]
+    for share, concentration, left in cases:
         expected = -(e / (e + left)).log()
         objective = Reweighted(positive_share=share, concentration=concentration)
         assert torch.allclose(eq.reweighted_loss(q, m, torch.tensor([0]), 0.5, positive_share=share, concentration=concentration), expected)
