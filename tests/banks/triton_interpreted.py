@@ -6,6 +6,7 @@ What tests/banks/test_fused.py promises of every path is promised of this one.
 import numpy as np
 import pytest
 import test_fused
+import test_reweighted
 import torch
 import triton.language as tl
 from test_fused import stored, unit
@@ -60,6 +61,10 @@ def test_loss_label_and_query_gradient(shape, tau):
 )
 def test_rows_and_velocity_after_five_steps_of_two_terms(reading, pull, push, bank_tau, extra):
     test_fused.test_rows_and_velocity_after_five_steps_of_two_terms("triton", reading, pull, push, bank_tau, extra)
+
+
+def test_hard_negatives_take_two_passes_that_add_up():
+    test_reweighted.stays_close("hard", "extra", 0.05, 1e-4)
 
 
 def test_equal_rows_go_to_the_lowest_index_however_many_there_are():
