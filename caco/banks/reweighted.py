@@ -166,10 +166,10 @@ class _ReweightedScore(torch.autograd.Function):
                 own_BE = torch.where(in_extra_B, result[0].by_positive_B.to(others_BE.dtype), toward_BE.gather(1, column_B)[:, 0])
                 toward_BE.scatter_(1, column_B, own_BE[:, None])
             # Of the softmax at the largest exponent, over all rows, the positive's too.
-            t, positive_B_, log_sum_B = exponents[0], cosine_B * exponents[0] / taus[0], log_sums[0][0]
-            largest_B = distributed.own(top_G, B).double() * t / taus[0]
-            largest_B = torch.where(in_extra_B, largest_B, torch.maximum(largest_B, positive_B_))
-            max_probability_B = (largest_B - torch.logaddexp(log_sum_B, positive_B_)).exp().to(q_BD.dtype)
+            top_B = distributed.own(top_G, B).double()
+            top_B = torch.where(in_extra_B, top_B, torch.maximum(top_B, cosine_B))
+            scale = exponents[0] / taus[0]
+            max_probability_B = (scale * top_B - torch.logaddexp(log_sums[0][0], scale * cosine_B)).exp().to(q_BD.dtype)
 
         ctx.save_for_backward(toward_BD, toward_BE)
         ctx.asking = (anchors, q_GD, positive_G, of_bank.to(q_GD.dtype), rows_are_positives)

@@ -3,7 +3,7 @@
     python -m experiments.compare main                            main with the working tree as it is
     python -m experiments.compare a06a4e7 main --cases 'pn='      two commits, some of the cases
 
-Every file of conf/method and conf/pn, multi-crop, optimisers, single settings, two ranks and a run that was cut and went on are trained
+Every file of conf/method, conf/pn and conf/negatives, multi-crop, optimisers, single settings, two ranks and a run that was cut and went on are trained
 for a few steps (digits, a narrow ResNet, one thread), and then every row of the ledger but its times, every tensor of the last
 checkpoint and every metric of summary.json are compared. Exit code 0: all equal; 1: something differs, is missing or failed; 2: the
 question makes no sense. A refactoring shows `--steps 50` over all cases. Not compared: speed, words, CUDA, large images, evaluate and

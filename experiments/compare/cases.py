@@ -12,7 +12,7 @@ TINY = [
     "tracking=ledger", "loader.num_workers=0", "log_every_steps=1",
 ]  # fmt: skip
 MULTICROP = ["+augmentation.views.small.count=2", "+augmentation.views.small.size=8"]
-SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, optimizer and projector give
+SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, negatives, optimizer and projector give
     "bank.reading=paper": ["bank.reading=paper"],
     "bank.initialisation=random": ["bank.initialisation=random"],
     "bank.final_lr=0.01": ["bank.lr=0.3", "bank.final_lr=0.01"],
@@ -63,7 +63,7 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
         for name, case in list(cases.items())
         if name != "method=cpcv2"  # it has no whole views
     }
-    chosen = [f"{group}={name}" for group in ("pn", "optimizer", "projector") for name in options(tree, group)]
+    chosen = [f"{group}={name}" for group in ("pn", "negatives", "optimizer", "projector") for name in options(tree, group)]
     settings = {name: [name] for name in chosen} | SETTINGS
     cases |= {name: Case(name, replaced(tiny, overrides)) for name, overrides in settings.items()}
     for name in set(ON_TWO_RANKS) & set(cases):

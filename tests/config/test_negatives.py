@@ -14,6 +14,7 @@ from caco.config.composition import instantiate
 from caco.engine.assembly import build_encoder, build_method
 from caco.runs.identity import identity, plain, run_hash
 from caco.train import check_command
+from experiments.tables import experiments, load_scale, load_table
 
 TREATMENTS = ("debiased", "hard", "margin", "mixed")
 
@@ -95,7 +96,7 @@ def test_the_method_alone_is_the_published_recipe(name):
 
 
 def commands(text):
-    return [shlex.split(line, comments=True)[2:] for line in re.findall(r"^ {4}(python -m caco\.(?:train|plan) .*)$", text, re.MULTILINE)]
+    return [shlex.split(line, comments=True)[2:] for line in re.findall(r"^ {4}(python -m .*)$", text, re.MULTILINE)]
 
 
 @pytest.fixture
@@ -112,8 +113,12 @@ def printed(repo_root, tmp_path, monkeypatch):
 
 
 def test_the_docs_commands_are_accepted(printed):
-    assert [module for module, *_ in printed] == ["caco.train"] * 4 + ["caco.plan", "caco.train"]
-    for _, *words in printed:
+    assert [module for module, *_ in printed] == ["caco.train"] * 4 + ["experiments.run", "caco.plan", "caco.train"]
+    for module, *words in printed:
+        if module == "experiments.run":
+            table, scale, *further = words
+            assert list(experiments(load_table(table), load_scale(scale.removeprefix("scale=")), further=further))
+            continue
         overrides = [word for word in folders.take(words) if not word.startswith(("world=", "images="))]  # plan's own
         check_command([word for word in overrides if word != "-m"], multirun="-m" in overrides)
 

@@ -155,7 +155,7 @@ def test_a_rule_that_renames_nothing_is_refused(rule):
 
 def test_the_cases_are_every_file_of_methods_and_settings(repo_root):
     cases = cases_of(repo_root, 50)
-    for group in ("method", "pn", "optimizer", "projector"):
+    for group in ("method", "pn", "negatives", "optimizer", "projector"):
         for path in (repo_root / "conf" / group).glob("*.yaml"):
             assert f"{group}={path.stem}" in cases
     assert {case.ranks for case in cases.values()} == {1, 2}

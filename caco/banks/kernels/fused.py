@@ -57,7 +57,7 @@ def _loaded() -> ctypes.CDLL | None:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether a kernel takes these."""
+    """Whether a kernel takes these. None leaves a row out of a query's sums: what has to (caco/banks/reweighted.py) does not ask."""
     if instructions.LEVEL == "torch" or any(x.device != tensors[0].device or x.dtype != torch.float32 for x in tensors):
         return False
     if tensors[0].is_cuda:
