@@ -147,7 +147,8 @@ class _ReweightedScore(torch.autograd.Function):
             result = [_derivatives(objective, cosine_B, log_sums[n], count_B, tau) for n, tau in enumerate(taus)]
             # What the shards need of each query: sums and derivatives, of the loss and at the bank's temperature.
             told = [torch.stack([part.by_positive_B, *log_sums[n], *part.by_sums], 1) for n, part in enumerate(result)]
-            of_loss, *_, of_bank = [distributed.gather(x_BX).T for x_BX in told] * 2
+            told_to_all = [distributed.gather(x_BX).T for x_BX in told]
+            of_loss, of_bank = told_to_all[0], told_to_all[-1]
             toward_BD = None
             if with_sums:
                 # sum_j c_ij m_j - b_i m_+: the gradient of a query is this times its own over tau.
