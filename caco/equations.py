@@ -179,7 +179,8 @@ def bank_update(
     return w_KD, velocity_KD
 
 
-# Of other losses over the same positives and negatives. A positive that is a bank row is not among its query's negatives; N is their number.
+# Of other losses over the same positives and negatives. A positive that is a bank row is not among its query's negatives; N is their
+# number.
 
 
 def _positive_and_negatives(

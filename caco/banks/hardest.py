@@ -1,10 +1,11 @@
 """The rows of a bank that are nearest to each query, many of them, and their vectors: for negatives that are made of these (MoCHi).
 
-The rows may be sharded over ranks: queries are gathered, each rank searches its own rows, and candidates travel to the rank whose query it is;
-then each row that some rank wants travels once. No B x K matrix is held, and nothing of size K x D travels unless all rows are wanted.
+The rows may be sharded over ranks: queries are gathered, each rank searches its own rows, and candidates travel to the rank whose
+query it is; then each row that some rank wants travels once. No B x K matrix is held, and nothing of size K x D travels unless all
+rows are wanted.
 
-Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, H rows found for a query, E wanted by it, U
-wanted by some query, D width.
+Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, H rows found for a query, E wanted by it,
+U wanted by some query, D width.
 """
 
 import torch
@@ -18,7 +19,8 @@ from caco.banks.rows import Rows
 
 @torch.no_grad()
 def hardest(q_BD: Tensor, rows: Rows, count: int, left_out_B: Tensor | None = None) -> Tensor:
-    """Index, over the whole bank, of the `count` rows with the largest cosines, the largest first, int64 [B, H]; all where they are fewer.
+    """Index, over the whole bank, of the `count` rows with the largest cosines, the largest first, int64 [B, H]; all where they are
+    fewer.
 
     Args:
         q_BD: unit queries of this rank.

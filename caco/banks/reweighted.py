@@ -1,22 +1,23 @@
 """Losses that count their negatives otherwise than InfoNCE does, over a bank that is streamed as in caco/banks/scoring.py.
 
-Such a loss L_i depends on query i through the logit s_i = q_i.m_+ / tau of its positive m_+, the number of its negatives, and a few sums over
-these, A_ti = log sum_j exp(t q_i.m_j / tau), one for each exponent t: 1 alone with a margin and in the debiased loss, 1 + beta and beta
-where hard negatives count more. So its derivatives by the cosines are, with a_ti = dL_i / dA_ti and b_i = -dL_i / ds_i,
+Such a loss L_i depends on query i through the logit s_i = q_i.m_+ / tau of its positive m_+, the number of its negatives, and a few
+sums over these, A_ti = log sum_j exp(t q_i.m_j / tau), one for each exponent t: 1 alone with a margin and in the debiased loss, 1 + beta
+and beta where hard negatives count more. So its derivatives by the cosines are, with a_ti = dL_i / dA_ti and b_i = -dL_i / ds_i,
 
     tau dL_i / d(q_i.m_j) = c_ij = sum_t t a_ti exp(t q_i.m_j / tau - A_ti)      of a negative j
     tau dL_i / d(q_i.m_+) = -b_i                                                  of the positive
 
-and the cooperative-adversarial motion of a bank's rows (Eqs. 6 to 10) is InfoNCE's with c_ij in place of p_ij and b_i in place of 1 - p_i+:
+and the cooperative-adversarial motion of a bank's rows (Eqs. 6 to 10) is InfoNCE's with c_ij in place of p_ij and b_i in place
+of 1 - p_i+:
 
     g_j = -1 / (tau |w_j|) sum_i weight_i w_ij (I - m_j m_j^T) q_i,    w_ij = push c_ij of a negative, pull b_i of the positive.
 
-(Of InfoNCE a_1i = 1 - p_i+, so c_ij = p_ij.) c_ij can be below 0: a loss that leans on hard negatives falls as an easy one comes nearer, and
-the push goes the other way. a and b come from autograd, of a few numbers a query; the sums, and what they weigh, are streamed.
+(Of InfoNCE a_1i = 1 - p_i+, so c_ij = p_ij.) c_ij can be below 0: a loss that leans on hard negatives falls as an easy one comes
+nearer, and the push goes the other way. a and b come from autograd, of a few numbers a query; the sums, and what they weigh, are streamed.
 
-A positive that is a row of the bank (CaCo) is none of the negatives, and has to be left out of the sums: taken away afterwards it would take all
-digits with it where it is the largest. No kernel leaves a row out, so then the passes are blocks of PyTorch; where the positive is no
-row (MoCo, AdCo, Table VII's Negative) the kernels make one pass for each exponent.
+A positive that is a row of the bank (CaCo) is none of the negatives, and has to be left out of the sums: taken away afterwards it
+would take all digits with it where it is the largest. No kernel leaves a row out, so then the passes are blocks of PyTorch; where the
+positive is no row (MoCo, AdCo, Table VII's Negative) the kernels make one pass for each exponent.
 
 Shapes: as in caco/banks/scoring.py.
 """
@@ -190,11 +191,8 @@ class _ReweightedScore(torch.autograd.Function):
                 log_sum, share = of_bank[1:].chunk(2)
                 for e, t in enumerate(exponents):
                     pull_G = -of_bank[0] / t if e == 0 else torch.zeros_like(weight_G)  # asked once, whatever the exponents
-                    anchors.append(
-                        Anchors(
-                            q_GD, positive_G, log_sum[e], weight_G, taus[-1] / t, bf16, share[e], pull_G if rows_are_positives else None
-                        )
-                    )
+                    left_out = pull_G if rows_are_positives else None
+                    anchors.append(Anchors(q_GD, positive_G, log_sum[e], weight_G, taus[-1] / t, bf16, share[e], left_out))
             scale_B1 = (grad_B / taus[0])[:, None]
             grad_q_BD = None if toward_BD is None else toward_BD * scale_B1
             grad_extra_BE = None if toward_BE is None else toward_BE * scale_B1
@@ -214,13 +212,15 @@ def score(
     extra_BE: Tensor | None = None,
     anchors: list[Anchors] | None = None,
 ) -> Score:
-    """As `scoring.score`, of another loss than InfoNCE; its negatives are all rows and extra columns but the positive and what is masked.
+    """As `scoring.score`, of another loss than InfoNCE; its negatives are all rows and extra columns but the positive and what is
+    masked.
 
-    Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, of the loss at temperature `bank_tau`, is
-    added to `anchors`.
+    Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, of the loss at temperature `bank_tau`,
+    is added to `anchors`.
 
     Returns:
-        the losses; and, in place of the largest probability of InfoNCE's softmax, that of the softmax at tau over the largest exponent.
+        the losses; and, in place of the largest probability of InfoNCE's softmax, that of the softmax at tau over the largest
+        exponent.
     Raises:
         ValueError, UnusableError: as `scoring.score`.
     """

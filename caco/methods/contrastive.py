@@ -108,7 +108,8 @@ class Contrastive(Method):
         encoder: images to unit embeddings; its `.backbone` is what evaluators see.
         bank: a bank, or None where no source reads one.
         positives, negatives: sources (`caco/methods/sources.py`).
-        treatment: what is made of the negatives in the training (`caco/methods/treatments.py`); None: plain, as in the warm start always.
+        treatment: what is made of the negatives in the training (`caco/methods/treatments.py`); None: plain, as in the warm start
+        always.
         temperature: tau of the loss.
         momentum, final_momentum: the twin's m at the start and the end of its cosine; None for no twin: then keys are
             the encoder's own embeddings and carry gradients (SimCLR).

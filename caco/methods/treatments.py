@@ -1,10 +1,10 @@
 """What is made of a query's negatives before they count: reweighted (debiased, hard), kept at a margin (IFM), mixed (MoCHi).
 
-Where negatives come from says a source (caco/methods/sources.py); each of these goes with every source that has what it needs, and declares
-what that is and costs: nobody asks for its class. Plain negatives have no treatment.
+Where negatives come from says a source (caco/methods/sources.py); each of these goes with every source that has what it needs, and
+declares what that is and costs: nobody asks for its class. Plain negatives have no treatment.
 
-Shapes: B this rank's images, N queries of all terms, term by term, H rows that a query chooses from, E columns made for it, U rows used by some
-query, D width.
+Shapes: B this rank's images, N queries of all terms, term by term, H rows that a query chooses from, E columns made for it, U rows
+used by some query, D width.
 """
 
 import inspect
@@ -38,9 +38,9 @@ class Step(NamedTuple):
 class Treatment:
     """The defaults: nothing is needed, and nothing done.
 
-    needs_bank_rows: whether the bank's rows have to be negatives. objective: the loss where it is another than InfoNCE; its sums go over all
-    negatives of whatever source. candidates, drawn, synthetic: rows that a query chooses from, draws of these, and columns made of them
-    (caco/methods/base.py: Costs).
+    needs_bank_rows: whether the bank's rows have to be negatives. objective: the loss where it is another than InfoNCE; its sums go
+    over all negatives of whatever source. candidates, drawn, synthetic: rows that a query chooses from, draws of these, and columns
+    made of them (caco/methods/base.py: Costs).
     """
 
     needs_bank_rows = False
@@ -115,7 +115,8 @@ class Reweighted(Treatment):
 
 
 class Margin(Treatment):
-    """Implicit feature modification: besides the loss itself, that of cosines moved by epsilon against it, the positive's down, all negatives' up.
+    """Implicit feature modification: besides the loss itself, that of cosines moved by epsilon against it, the positive's down, all
+    negatives' up.
 
     loss = (CE(cosines) + alpha CE(moved cosines)) / (1 + alpha). A shift common to all changes no cross entropy, so moving them is a margin of
     2 epsilon on the positive alone. Published on MoCo v2 (arXiv 2106.11230).
@@ -146,10 +147,11 @@ class Margin(Treatment):
 
 
 class Mixed(Treatment):
-    """MoCHi: further negatives for each query, mixed from the negatives of the bank that are nearest to it, with one another and with itself.
+    """MoCHi: further negatives for each query, mixed from the negatives of the bank that are nearest to it, with one another and with
+    itself.
 
-    n(a m_i + (1 - a) m_j) with a from U(0, 1), and n(b q + (1 - b) m_j) with b from U(0, 1/2), of rows drawn from the hardest, i = j allowed; n is
-    the unit vector. No gradient goes into what is mixed, neither to rows nor to the q in it: so they are constants among the query's
+    n(a m_i + (1 - a) m_j) with a from U(0, 1), and n(b q + (1 - b) m_j) with b from U(0, 1/2), of rows drawn from the hardest, i = j
+    allowed; n is the unit vector. No gradient goes into what is mixed, neither to rows nor to the q in it: so they are constants among the query's
     negatives, and the rows of a bank that learns move as by the loss that has them in its denominator. Drawn anew for each query and
     step, from (seed, step, term, image) alone. Published on MoCo v2 (arXiv 2010.01028).
 
@@ -167,8 +169,8 @@ class Mixed(Treatment):
             raise UserError(f"negatives.hardest must be at least 1; got {hardest}")
         if min(pairs, with_query, warmup_epochs) < 0 or pairs + with_query == 0:
             raise UserError(
-                "negatives.pairs, negatives.with_query and negatives.warmup_epochs must be 0 or more, and one of the first two above 0; got "
-                f"{pairs}, {with_query} and {warmup_epochs}"
+                "negatives.pairs, negatives.with_query and negatives.warmup_epochs must be 0 or more, and one of the first two above 0; "
+                f"got {pairs}, {with_query} and {warmup_epochs}"
             )
         self.pairs, self.with_query, self.warmup_epochs, self.seed = pairs, with_query, warmup_epochs, seed
         self.candidates, self.drawn, self.synthetic = hardest, 2 * pairs + with_query, pairs + with_query
@@ -183,7 +185,8 @@ class Mixed(Treatment):
         chosen_NE, share_NE = self.draws(step, len(q_ND), row_NH.shape[1])
         m_UD, at_NE = fetch(bank.rows, row_NH.gather(1, chosen_NE.to(q_ND.device)))
         share_NE = share_NE.to(q_ND)
-        parts = zip(*(x.split(max(1, PART_ELEMENTS // (self.synthetic * q_ND.shape[1]))) for x in (q_ND, at_NE, share_NE)), strict=True)
+        queries = max(1, PART_ELEMENTS // (self.synthetic * q_ND.shape[1]))
+        parts = zip(*(x.split(queries) for x in (q_ND, at_NE, share_NE)), strict=True)
         with torch.autocast(q_ND.device.type, enabled=False):
             # Made again in the backward pass: in a large batch they would take more memory than the bank.
             cosines = [
@@ -193,8 +196,8 @@ class Mixed(Treatment):
         return torch.cat(cosines)
 
     def draws(self, step: Step, num_queries: int, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Which of each query's hardest rows are mixed, int64 [N, 2 s + s'] in [0, num_rows): first of the pairs, second of the pairs, with
-        the query; and the share of the first, or of the query, [N, s + s']."""
+        """Which of each query's hardest rows are mixed, int64 [N, 2 s + s'] in [0, num_rows): first of the pairs, second of the pairs,
+        with the query; and the share of the first, or of the query, [N, s + s']."""
         numbers = []
         for term in range(num_queries // len(step.index_B)):
             for index in step.index_B.tolist():
