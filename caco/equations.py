@@ -195,9 +195,10 @@ def _positive_and_negatives(
 
 
 def reweighted_loss(
-    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None, *, positive_share: float, concentration: float
-) -> Tensor:
-    """Hard negatives, debiased: -log pos / (pos + Ng), [B], with neg_j = exp(q.m_j / tau), tau+ the share and beta the concentration and
+    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None, *, positive_share: float,
+    concentration: float,
+) -> Tensor:  # fmt: skip
+    """Hard negatives, debiased: -log pos / (pos + Ng), [B], with neg_j = exp(q.m_j / tau), tau+ the share, beta the concentration and
 
     R = sum_j w_j neg_j,  w_j = neg_j^beta / mean_j neg_j^beta,  Ng = max((R - tau+ N pos) / (1 - tau+), N exp(-1 / tau)).
 
@@ -215,7 +216,8 @@ def reweighted_loss(
 def margin_loss(
     q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None, *, epsilon: float, alpha: float | None
 ) -> Tensor:
-    """(CE(cosines) + alpha CE(cosines moved by epsilon, the positive's down, the negatives' up)) / (1 + alpha), [B]; alpha None: the second.
+    """(CE(cosines) + alpha CE(cosines moved by epsilon, the positive's down, the negatives' up)) / (1 + alpha), [B]; alpha None: the
+    second.
 
     Source: arXiv 2106.11230, implicit feature modification.
     """

@@ -66,12 +66,13 @@ def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: B
     if treatment.needs_bank_rows and not negatives.bank_rows:
         raise UserError(
             f"negatives: {name} makes negatives of the bank's rows, and these are no negatives with {type(negatives).__name__}; expected "
-            "method=mocov2, method=adco, pn=both or pn=negative, whose negatives they are, or other treatment: plain, debiased, hard, margin"
+            "method=mocov2, method=adco, pn=both or pn=negative, whose negatives they are, or another treatment: plain, debiased, hard, "
+            "margin"
         )
     if treatment.objective is not None and bank is not None and "objective" not in inspect.signature(bank.score).parameters:
         raise UserError(
-            f"negatives: {name} is another loss than InfoNCE, and {type(bank).__name__}.score takes no `objective` (caco/banks/base.py); "
-            "expected negatives=plain, or a bank that passes it on to caco.banks.reweighted.score"
+            f"negatives: {name} is another loss than InfoNCE, and {type(bank).__name__}.score takes no `objective` "
+            "(caco/banks/base.py); expected negatives=plain, or a bank that passes it on to caco.banks.reweighted.score"
         )
 
 
@@ -118,8 +119,8 @@ class Margin(Treatment):
     """Implicit feature modification: besides the loss itself, that of cosines moved by epsilon against it, the positive's down, all
     negatives' up.
 
-    loss = (CE(cosines) + alpha CE(moved cosines)) / (1 + alpha). A shift common to all changes no cross entropy, so moving them is a margin of
-    2 epsilon on the positive alone. Published on MoCo v2 (arXiv 2106.11230).
+    loss = (CE(cosines) + alpha CE(moved cosines)) / (1 + alpha). A shift common to all changes no cross entropy, so moving them is a
+    margin of 2 epsilon on the positive alone. Published on MoCo v2 (arXiv 2106.11230).
 
     Args:
         epsilon: of a cosine, 0 or more.
@@ -151,9 +152,9 @@ class Mixed(Treatment):
     itself.
 
     n(a m_i + (1 - a) m_j) with a from U(0, 1), and n(b q + (1 - b) m_j) with b from U(0, 1/2), of rows drawn from the hardest, i = j
-    allowed; n is the unit vector. No gradient goes into what is mixed, neither to rows nor to the q in it: so they are constants among the query's
-    negatives, and the rows of a bank that learns move as by the loss that has them in its denominator. Drawn anew for each query and
-    step, from (seed, step, term, image) alone. Published on MoCo v2 (arXiv 2010.01028).
+    allowed; n is the unit vector. No gradient goes into what is mixed, neither to rows nor to the q in it: so they are constants among
+    the query's negatives, and the rows of a bank that learns move as by the loss that has them in its denominator. Drawn anew for each
+    query and step, from (seed, step, term, image) alone. Published on MoCo v2 (arXiv 2010.01028).
 
     Args:
         hardest: N, rows of the bank that a query's are drawn from; all negatives where these are fewer.
