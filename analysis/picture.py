@@ -270,7 +270,7 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
 def rows_note(trained: "Trained", rows: "BankRows") -> str:
     """How the rows were found, and how well they stand for the others."""
     every = "all " if len(rows.images) == len(trained.splits.pretrain) else ""
-    size = trained.cfg.bank.size
+    size = trained.cfg.bank.size or len(trained.splits.pretrain)  # null: a row for each image
     note = (
         f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {size:,} "
         f"rows. Shown: of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and "

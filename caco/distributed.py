@@ -99,18 +99,20 @@ def from_main(x: Tensor) -> Tensor:
 
 
 def gather_on_main(x: Tensor) -> Tensor:
-    """Every rank's [B, ...] joined on rank 0, in its CPU memory; the others keep their own part. For what is too large to
+    """Every rank's [B, ...], of any B, joined on rank 0, in its CPU memory; the others keep their own part. For what is too large to
     be everywhere: a device holds its own part and one more."""
     if world() == 1:
         return x.detach()
     own_part = x.detach().contiguous()
+    sizes = all_objects(len(own_part))
     if not is_main():
         dist.send(own_part, dst=0)
         return own_part
-    parts, received = [own_part.cpu()], torch.empty_like(own_part)
+    parts = [own_part.cpu()]
     for other in range(1, world()):
+        received = own_part.new_empty((sizes[other], *own_part.shape[1:]))
         dist.recv(received, src=other)
-        parts.append(received.cpu().clone())
+        parts.append(received.cpu())
     return torch.cat(parts)
 
 
@@ -210,12 +212,13 @@ def all_objects(value: Any) -> list[Any]:
 
 
 def shard(size: int) -> tuple[int, int]:
-    """First and last-plus-one of this rank's contiguous rows.
+    """First and last-plus-one of this rank's contiguous rows; the first ranks have one more where the rows do not come out even.
 
     Raises:
-        ValueError: the rows cannot be shared out evenly.
+        UserError: fewer rows than ranks.
     """
-    if size % world():
-        raise UserError(f"a bank of {size} rows cannot be shared evenly by {world()} ranks; got remainder {size % world()}")
-    part = size // world()
-    return rank() * part, (rank() + 1) * part
+    if size < world():
+        raise UserError(f"a bank of {size} rows cannot be shared by {world()} ranks: expected a row for each at least")
+    part, more = divmod(size, world())
+    first = rank() * part + min(rank(), more)
+    return first, first + part + (rank() < more)

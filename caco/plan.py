@@ -9,21 +9,16 @@ saving are not in it.
 """
 
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from caco import errors
-from caco.banks import scoring
+from caco.banks import noise, scoring
 from caco.config import composition, folders, refusals, validation
 from caco.config.composition import instantiate
 from caco.data.sets.sources import num_images_of
-from caco.engine import costs
-from caco.engine.assembly import build_encoder, pick_device
+from caco.engine import costs, speed
 from caco.errors import UserError
 from caco.nn.norm import groups_of_a_rank
 from caco.schedules import RunShape
@@ -66,13 +61,13 @@ def plan(
     if cfg.batch % world:
         raise UserError(f"batch: expected a multiple of the {world} processes that share it, got {cfg.batch}")
     groups_of_a_rank(cfg.norm_groups, world=world, images=cfg.batch // world // (cfg.accumulate or 1))
-    size = 0 if cfg.bank is None else cfg.bank.size
-    if size % world:
-        raise UserError(f"a bank of {size} rows cannot be shared evenly by {world} ranks; got remainder {size % world}")
     count = _images(cfg) if images is None else images
     if count < cfg.batch:
         raise UserError(f"batch: expected at most the {count} images, got {cfg.batch}")
-    one, method, bank = costs.counted(costs.parts(cfg))
+    size = 0 if cfg.bank is None else cfg.bank.size or count  # of a bank with a row for each image, these
+    if cfg.bank is not None and size < world:
+        raise UserError(f"a bank of {size} rows cannot be shared by {world} ranks: expected a row for each at least")
+    one, method, bank = costs.counted(costs.parts(cfg, count))
 
     per_epoch = count // cfg.batch
     if bank is not None:
@@ -85,13 +80,15 @@ def plan(
     columns = one["in_batch_columns"] * cfg.batch + one["columns"]
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (one["candidates"] > 0)  # of the queries with all rows
-    bank_flops = unit * size * (products * one["bank_terms"] + one["scans"])
+    bank_flops = unit * (size * (products * one["bank_terms"] + one["scans"]) + 2 * one["drawn_terms"] * one["drawn_rows"])
     model_flops = one["flops"] * cfg.batch + 3 * unit * ((columns + one["synthetic"]) * one["terms"] + dim * one["matrices"])
 
     row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight, velocity; uses
-    bank_bytes = size // world * row_bytes
-    # One block of scores and its copies; the stream of queries and the sums of all ranks' queries.
-    workspace = (3 * scoring.BLOCK_ELEMENTS * 4 if size else 0) + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"])
+    bank_bytes = -(-size // world) * row_bytes
+    # One block of scores and its copies, or one part of drawn rows; the stream of queries and the sums of all ranks' queries.
+    block = max(3 * scoring.BLOCK_ELEMENTS if size else 0, noise.PART_ELEMENTS if one["drawn_rows"] else 0)
+    workspace = 4 * block + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"] + one["drawn_terms"])
+    workspace += -(-count // world) * one["pass_bytes"]
     # What further negatives are made of: candidates, found and sorted, with their places; and rows, at most all.
     queries, found = cfg.batch * one["bank_terms"], min(one["candidates"], -(-size // world))
     workspace += 2 * (queries * found * (4 + 8) + 4 * dim * min(size, queries * one["drawn"]))
@@ -131,53 +128,6 @@ def _images(cfg: DictConfig) -> int:
     return len(instantiate(data).pretrain)
 
 
-def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int = 3) -> dict[str, float]:
-    """This machine's own tflops and bank_tflops, each the best of a few runs, for `plan`.
-
-    Args:
-        images: of the first view's size through the encoder, forward and backward.
-        rows: of the bank that as many queries as the run's batch (up to 1024) are scored against.
-    """
-    device = pick_device(cfg.device)
-    encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
-    views = instantiate(cfg.augmentation)
-    size = (views.sizes or [views.patches.size])[0]
-    view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-
-    def model() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-            out = encoder(view)
-        out.sum().backward()
-
-    with torch.device("meta"):
-        _, flops, _ = costs.run_once(build_encoder(cfg), [], (3, size, size), cfg.precision)
-    speeds = {"tflops": images * flops / _seconds(model, device, runs) / 1e12}
-    if cfg.bank is None:
-        return speeds
-    bank = instantiate({**cfg.bank, "size": rows}).to(device)
-    queries = min(cfg.batch, 1024)
-    q_BD = nn.functional.normalize(torch.randn(queries, cfg.projector.dim, device=device), dim=1).requires_grad_()
-
-    def score() -> None:
-        bank.score(q_BD, bank.rows.most_probable(q_BD.detach()), temperature=0.1).loss_B.mean().backward()
-        bank.update(lr=0.0, keys_GD=q_BD.detach())
-
-    products = 5 if bank.rows.learnable else 3
-    speeds["bank_tflops"] = products * 2 * queries * rows * cfg.projector.dim / _seconds(score, device, runs) / 1e12
-    return speeds
-
-
-def _seconds(work: Callable[[], None], device: torch.device, runs: int) -> float:
-    best = float("inf")
-    for _ in range(1 + runs):  # the first one warms up
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
 def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str, float]) -> str:
     """The plan in words, and a table of bank sizes up to 100 million rows."""
     one = plan(cfg, world=world, images=images, **speeds)
@@ -196,16 +146,21 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
         f"a checkpoint         {gib['checkpoint_bytes']:.2f} GiB",
         "at " + ", ".join(f"{name}={value:.4g}" for name, value in (_DEFAULTS | speeds).items()),
     ]
-    if costs.counted(costs.parts(cfg))[0]["left_out"]:
+    count = _images(cfg) if images is None else images
+    if costs.counted(costs.parts(cfg, count))[0]["left_out"]:
         lines.insert(-2, "the bank's passes    PyTorch's, in blocks: each query's positive is left out of its sums, which no kernel does")
     if cfg.bank is not None:
-        lines.append(f"\n{'rows':>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
-        for rows in sorted({*ROWS, cfg.bank.size}):
+        by_image = cfg.bank.size is None
+        head = "images, rows" if by_image else "rows"
+        lines.append(f"\n{head:>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
+        for rows in sorted({*ROWS, int(cfg.bank.size or count)}):
+            if rows < (max(cfg.batch, world) if by_image else 1):
+                continue
             other = cfg.copy()
-            other.bank.size = -(-rows // world) * world
-            row = plan(other, world=world, images=images, **speeds)
+            other.bank.size = None if by_image else rows
+            row = plan(other, world=world, images=rows if by_image else images, **speeds)
             lines.append(
-                f"{other.bank.size:>12,} {row['device_bytes'] / 2**30:>13.2f} {row['sent_bytes_per_step'] / 1e6:>15.1f} "
+                f"{rows:>12,} {row['device_bytes'] / 2**30:>13.2f} {row['sent_bytes_per_step'] / 1e6:>15.1f} "
                 f"{row['step_seconds']:>10.4g} {row['run_hours']:>8.3g} {row['checkpoint_bytes'] / 2**30:>10.2f}"
             )
     return "\n".join(lines)
@@ -242,7 +197,7 @@ def _main(arguments: list[str]) -> str:
     validation.check(cfg, overrides=overrides, choices=dict(cfg.hydra.runtime.choices))
     cfg = composition.job_config(cfg)
     world, images = own.pop("world"), own.pop("images")
-    speeds = (measure(cfg) if measured else {}) | own
+    speeds = (speed.measure(cfg) if measured else {}) | own
     return report(cfg, world=world, images=images, speeds=speeds)
 
 

@@ -1,6 +1,7 @@
 """How long a run is, and numbers that change over it: tables with one number a step, made once, before the loop."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,12 @@ def warmup_and_cosine(
         return final + (highest - final) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / rest))
 
     return [value(t) for t in ticks]
+
+
+def drops(run: RunShape, shares: Sequence[float], factor: float) -> Table:
+    """1, and `factor` times as much from each of these shares of the run on, rounded to whole epochs."""
+    epochs = [round(share * run.epochs) for share in shares]
+    return [factor ** sum(step // run.steps_per_epoch >= epoch for epoch in epochs) for step in range(run.steps)]
 
 
 def scaled_lr(lr: float, batch: int, reference_batch: int | None) -> float:

@@ -162,6 +162,24 @@ def test_more_devices_take_less_memory_and_no_message_grows_with_the_bank():
     assert plan.plan(compose(), world=1)["sent_bytes_per_step"] == 0
 
 
+def test_a_bank_by_image_has_as_many_rows_as_images_and_a_query_meets_those_that_are_drawn():
+    """ImageNet over 8 devices: 1,281,167 / 8 rows of 128 numbers and a count, and two products with each of 4,096 rows."""
+    cfg = composition.job_config(composition.compose(["method=instdisc", "batch=256"]))
+    planned = plan.plan(cfg, world=8)
+    assert planned["bank_bytes"] == 160_146 * (128 * 4 + 8)
+    assert planned["bank_flops_per_step"] == 2 * 2 * 256 * 4096 * 128
+    assert planned["checkpoint_bytes"] > 1_281_167 * 128 * 4
+    all_rows = ["method=instdisc", "batch=256", "method.loss=softmax", "method.num_noise=null"]
+    everything = composition.job_config(composition.compose(all_rows))
+    assert plan.plan(everything, world=8)["bank_flops_per_step"] == 2 * 2 * 256 * 1_281_167 * 128
+    assert plan.plan(cfg, images=10_000_000)["bank_bytes"] == 10_000_000 * 520
+    learned = plan.plan(composition.job_config(composition.compose(["method=pic", "batch=512"])), world=8)
+    assert learned["bank_bytes"] == 160_146 * (2 * 128 * 4 + 8), "PIC's class weights have a velocity"
+    assert learned["bank_flops_per_step"] == 2 * 4 * 512 * 1_281_167 * 128
+    told = plan.report(cfg, world=8, images=None, speeds={})
+    assert "images, rows" in told and "\n   1,281,167 " in told and "\n 100,000,000 " in told
+
+
 def test_time_is_operations_over_speed_and_bytes_over_bandwidth():
     cfg = compose()
     slow, fast = plan.plan(cfg, world=2, tflops=1, gbytes_per_s=1e9), plan.plan(cfg, world=2, tflops=2, gbytes_per_s=1e9)
@@ -184,7 +202,7 @@ def test_the_paper_s_run_without_its_data():
     ("overrides", "options", "message"),
     [
         (["batch=64"], {"world": 3}, "multiple of the 3 processes that share it, got 64"),
-        (["bank.size=130"], {"world": 4}, "130 rows cannot be shared evenly by 4 ranks; got remainder 2"),
+        (["bank.size=3"], {"world": 4}, "a bank of 3 rows cannot be shared by 4 ranks: expected a row for each"),
         (["norm_groups=2"], {"world": 4}, "^norm_groups: expected 1, rank, or a multiple of the 4 processes"),
         (["batch=2048"], {}, "at most the 1400 images, got 2048"),
         ([], {"tflops": 0}, "must be positive; got 1, 0, 0 and"),

@@ -28,8 +28,11 @@ TINY = [
     "loader.num_workers=0",
     "log_every_steps=1",
 ]
-# Of a method with prototypes some, where its YAML has tens of thousands.
-FEW_PROTOTYPES = {name: ["method.num_prototypes=24"] for name in ("swav", "dino")}
+# Of a method with prototypes some, where its YAML has tens of thousands; and labels or clusters at once, where it waits.
+FEW_PROTOTYPES = {name: ["method.num_prototypes=24"] for name in ("swav", "dino")} | {
+    "sela": ["method.num_heads=2", "method.num_moments=8"],
+    "pcl": ["method.num_clusters=[8,12,24]", "method.num_negatives=6", "method.first_clustering_epoch=0", "method.restarts=1"],
+}
 # And of one that mixes negatives.
 MIXED = ["negatives.hardest=16", "negatives.pairs=8", "negatives.with_query=4", "negatives.warmup_epochs=0"]
 FEW_PROTOTYPES["mochi"] = MIXED
@@ -67,7 +70,8 @@ def now(phase: str = "training", step: int = 0, **values: float):
     from caco.methods.base import Now
 
     epoch = (0, step) if phase == "training" else (None, None)
-    return Now(step, phase, step, False, *epoch, {"twin_momentum": 0.99, "bank_lr": 0.0, "teacher_temperature": 0.04, **values})
+    set_by_hand = {"twin_momentum": 0.99, "bank_lr": 0.0, "teacher_temperature": 0.04, "labels_made": 0.0, **values}
+    return Now(step, phase, step, False, *epoch, set_by_hand, lr=0.01)
 
 
 def batch_of(views, *, first: int = 0, patches=None):

@@ -29,9 +29,11 @@ class Bank(Protocol):
     size: rows, K, over all ranks. rows: this rank's part of them, and how they are looked up, searched and counted.
     temperature: of the rows' own gradient; None where it is the queries'.
     filled_by_keys: whether the keys of a warm start become rows. default_warm_start_passes: how often these go over the rows where
-    nobody says how long the warm start is.
+    nobody says how long the warm start is. by_image: whether each training image has a row, its own: the program then says how many
+    there are, where the configuration has bank.size=null.
     """
 
+    by_image: bool = False
     size: int
     rows: Rows
     temperature: float | None = None

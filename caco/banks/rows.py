@@ -16,16 +16,25 @@ FEWEST_CHOSEN = 5.0  # percent of the rows that an epoch could choose; below it 
 MOST_NEAR_DUPLICATES = 50.0  # percent of the rows; above it a bank has collapsed
 
 
-def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Literal["unit", "normal"] = "unit") -> Tensor:
-    """Rows first..last of a bank, the same for any sharding: of independent normal numbers ("normal", so that a row's norm is about
-    sqrt(dim)), or these on the unit sphere ("unit", uniform there). [last - first, dim]."""
+Norms = Literal["unit", "normal", "uniform"]
+
+
+def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Norms = "unit") -> Tensor:
+    """Rows first..last of a bank, the same for any sharding, [last - first, dim].
+
+    norms: "normal": of independent standard normal numbers, so a row's norm is about sqrt(dim); "unit": these on the unit sphere,
+    uniform there; "uniform": of independent numbers in +-sqrt(3 / dim), so a row's norm is about 1 (InstDisc's and CMC's code).
+    """
     parts = []
     for block in range(first // INIT_BLOCK, -(-last // INIT_BLOCK)):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + block) % 2**63)
-        rows = torch.randn(INIT_BLOCK, dim, generator=generator)
+        draw = torch.rand if norms == "uniform" else torch.randn
+        rows = draw(INIT_BLOCK, dim, generator=generator)
         start = block * INIT_BLOCK
         parts.append(rows[max(first - start, 0) : last - start])
     drawn = torch.cat(parts)
+    if norms == "uniform":
+        return (2 * drawn - 1) * (3 / dim) ** 0.5
     return torch.nn.functional.normalize(drawn, dim=1) if norms == "unit" else drawn
 
 
@@ -59,12 +68,12 @@ def _take_shard(rows: "Rows", state: dict[str, Any], prefix: str, *_: object) ->
 
 
 class Rows(nn.Module):
-    """`size` vectors of width `dim`, shared out evenly over the ranks, and how often each was chosen as a positive.
+    """`size` vectors of width `dim`, shared out over the ranks, and how often each was chosen as a positive.
 
-    The parts that the learnable bank and the queue have in common; they own one of these each.
+    The parts that the banks have in common; each owns one of these.
 
     Args:
-        size: rows of the whole bank, K; divisible by the number of ranks.
+        size: rows of the whole bank, K; the first ranks have one more than the others where they do not come out even.
         dim: width D of the embedding.
         seed: of the initial rows.
         learnable: whether the rows receive gradients.
@@ -74,7 +83,7 @@ class Rows(nn.Module):
     uses: Tensor  # int64 [R], how often each of this rank's rows was chosen since the last `statistics`
     velocity: Tensor  # [R, D], of rows that learn; others have none
 
-    def __init__(self, *, size: int, dim: int, seed: int, learnable: bool, norms: Literal["unit", "normal"] = "unit"):
+    def __init__(self, *, size: int, dim: int, seed: int, learnable: bool, norms: Norms = "unit"):
         super().__init__()
         if size < 2:
             raise UserError(f"a bank needs at least 2 rows; got size={size}")
@@ -101,11 +110,12 @@ class Rows(nn.Module):
             self.uses += torch.bincount(here_G, minlength=len(self.uses))
         return row_B
 
-    def lookup(self, row_B: Tensor) -> Tensor:
-        """Unit rows by index over the whole bank, [B, D]; no gradient."""
+    def lookup(self, row_B: Tensor, *, as_stored: bool = False) -> Tensor:
+        """Rows by index over the whole bank, [B, D], unit ones unless they are wanted as they are stored; no gradient."""
         row_G = distributed.gather(row_B)
         here_G = (row_G >= self.first) & (row_G < self.last)
-        m_GD = scoring.unit_rows(self.weight.detach()[torch.where(here_G, row_G - self.first, 0)])[0]
+        w_GD = self.weight.detach()[torch.where(here_G, row_G - self.first, 0)]
+        m_GD = w_GD if as_stored else scoring.unit_rows(w_GD)[0]
         return distributed.own(distributed.sum_(torch.where(here_G[:, None], m_GD, 0.0)), len(row_B))
 
     @torch.no_grad()
@@ -114,6 +124,12 @@ class Rows(nn.Module):
         index_G = (start + torch.arange(len(k_GD), device=k_GD.device)) % self.size
         here_G = (index_G >= self.first) & (index_G < self.last)
         self.weight[index_G[here_G] - self.first] = k_GD[here_G].to(self.weight.dtype)
+
+    @torch.no_grad()
+    def are_unit(self) -> bool:
+        """Whether every rank's rows are of norm 1, to the rounding of a norm. A collective."""
+        off = (self.weight.norm(dim=1) - 1).abs().amax()
+        return distributed.max_(off).item() <= 8 * torch.finfo(self.weight.dtype).eps
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:

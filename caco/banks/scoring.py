@@ -83,6 +83,11 @@ def unit_rows(w_RD: Tensor) -> tuple[Tensor, Tensor]:
     return w_RD / norm_R1, norm_R1
 
 
+def rows_scored(w_SD: Tensor, *, as_stored: bool) -> Tensor:
+    """What a query is multiplied with: unit rows, or the rows as they are stored."""
+    return w_SD if as_stored else unit_rows(w_SD)[0]
+
+
 def blocks(num_rows: int, num_queries: int) -> list[slice]:
     rows = max(1, min(num_rows, BLOCK_ELEMENTS // max(num_queries, 1)))
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
@@ -170,33 +175,33 @@ def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 # The loss.
 
 
-def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float]) -> Sequence[float | Tensor]:
+def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float, *, as_stored: bool) -> Sequence[float | Tensor]:
     """What to subtract from the logits so that their exponentials can be summed: one number, or one a query.
 
-    A cosine is at least -1, so a row of the whole range between -1/tau and 1/tau must stay above zero; at temperatures
-    where that is wider than float32's exponents, the largest cosine is looked for first.
+    A product with a row is at least -longest, the largest norm, so a row of the whole range between -longest/tau and longest/tau must
+    stay above zero; at temperatures where that is wider than float32's exponents, the largest product is looked for first.
     """
-    if q_GD.dtype == torch.float64 or 2 / min(taus) <= HIGHEST - LOWEST:
-        return [max(0.0, 1 / tau - HIGHEST) for tau in taus]
+    if q_GD.dtype == torch.float64 or 2 * longest / min(taus) <= HIGHEST - LOWEST:
+        return [max(0.0, longest / tau - HIGHEST) for tau in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     for block in blocks(len(w_RD), len(q_GD)):
-        peak_G = torch.maximum(peak_G, (q_GD @ unit_rows(w_RD[block])[0].T).amax(1))
+        peak_G = torch.maximum(peak_G, (q_GD @ rows_scored(w_RD[block], as_stored=as_stored).T).amax(1))
     peak_G = distributed.max_(peak_G)
     return [peak_G / tau for tau in taus]
 
 
 def _sums(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, bf16: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, bf16: bool, as_stored: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """As fused.forward, in blocks of PyTorch."""
-    if fused.supports(q_GD, w_RD) and not isinstance(shifts[0], Tensor):
+    """As fused.forward, in blocks of PyTorch where the kernel does not serve."""
+    if fused.supports(q_GD, w_RD) and not isinstance(shifts[0], Tensor) and not as_stored:
         return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16)
     z = [torch.zeros(len(q_GD), dtype=torch.float64, device=q_GD.device) for _ in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     sums_GD = torch.zeros_like(q_GD) if with_sums else None
     scaled_GD = q_GD / taus[-1]  # a pass over it costs nothing, one over a block's logits does
     for block in blocks(len(w_RD), len(q_GD)):
-        m_SD = unit_rows(w_RD[block])[0]
+        m_SD = rows_scored(w_RD[block], as_stored=as_stored)
         logit_GS = scaled_GD @ m_SD.T
         peak_G = torch.maximum(peak_G, logit_GS.amax(1))
         for number, (tau, shift) in enumerate(zip(taus, shifts, strict=True)):
@@ -222,24 +227,26 @@ class Sums(NamedTuple):
 
 def sums_over_rows(q_GD: Tensor, w_RD: Tensor, taus: list[float], *, with_sums: bool, bf16: bool) -> Sums:
     """By the fused kernel where there is one."""
-    shifts = _shifts(q_GD, w_RD, taus)
-    return Sums(shifts, *_sums(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16))
+    shifts = _shifts(q_GD, w_RD, taus, 1.0, as_stored=False)
+    return Sums(shifts, *_sums(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16, as_stored=False))
 
 
 class _StreamedScore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors):
+    def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors, as_stored):
         tau, B, bf16 = taus[0], len(q_BD), low_precision(q_BD.device)
         with torch.autocast(q_BD.device.type, enabled=False):
             q_GD, positive_G = distributed.gather(q_BD), distributed.gather(positive_B)
             local_G = positive_G - first_row
             own_shard_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
-            shifts = _shifts(q_GD, w_RD, taus)
-            z, peak_G, sums_GD = _sums(q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16)
+            longest = distributed.max_(w_RD.norm(dim=1).amax()).item() if as_stored else 1.0
+            shifts = _shifts(q_GD, w_RD, taus, longest, as_stored=as_stored)
+            z, peak_G, sums_GD = _sums(q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16, as_stored=as_stored)
             top_G = distributed.max_(peak_G)
-            m_GD = torch.where(own_shard_G[:, None], unit_rows(w_RD[torch.where(own_shard_G, local_G, 0)])[0], 0.0)
+            m_GD = rows_scored(w_RD[torch.where(own_shard_G, local_G, 0)], as_stored=as_stored)
+            m_GD = torch.where(own_shard_G[:, None], m_GD, 0.0)
             *z, positive_cosine_G = distributed.sum_(torch.stack([*z, (q_GD * m_GD).sum(1).double()]))
-            if not (torch.isfinite(torch.stack(z)).all() and (top_G < 1.01).all()):  # the same on every rank
+            if not (torch.isfinite(torch.stack(z)).all() and (top_G < 1.01 * longest).all()):  # the same on every rank
                 refuse(q_GD, w_RD, first_row)
             log_sum_G = [(x.log() + shift).to(q_GD.dtype) for x, shift in zip(z, shifts, strict=True)]
             log_sum_B = [distributed.own(x, B) for x in log_sum_G]
@@ -284,7 +291,7 @@ class _StreamedScore(torch.autograd.Function):
                 in_extra = (positive_B >= size).nonzero()[:, 0]
                 grad_extra_BE[in_extra, positive_B[in_extra] - size] -= 1
                 grad_extra_BE *= (grad_B / tau)[:, None]
-        return grad_q_BD, None, grad_extra_BE, None, None, None, None, None
+        return grad_q_BD, None, grad_extra_BE, None, None, None, None, None, None
 
 
 def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
@@ -325,6 +332,7 @@ def score(
     bank_tau: float | None = None,
     extra_BE: Tensor | None = None,
     anchors: list[Anchors] | None = None,
+    as_stored: bool = False,
 ) -> Score:
     """Contrastive loss of every query over the bank and any extra columns (Eq. 3).
 
@@ -338,10 +346,11 @@ def score(
         positive_B: int64; below `size` a row of the whole bank, `size + e` extra column e.
         extra_BE: cosines, not divided by tau, of columns that are no rows; -inf masks one out.
         anchors: None where the rows do not learn.
+        as_stored: whether rows count by their norms too (InstDisc, before it has written all its rows); such rows do not learn.
     Raises:
         ValueError: shapes that do not fit.
         UnusableError: queries that are not finite unit vectors, rows without a direction.
     """
     check_shapes(q_BD, w_RD, positive_B)
     taus = [tau] if anchors is None or bank_tau is None or bank_tau == tau else [tau, bank_tau]
-    return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors))
+    return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors, as_stored))

@@ -82,12 +82,12 @@ def instantiate(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
 
     Args:
         part: mapping with `_target_`, a dotted path; parts inside it that have one too are built first.
-        supplied: arguments that no YAML holds, such as a module or parameters.
+        supplied: arguments that no YAML holds, such as a module or parameters, or that come in place of what it holds.
     """
     arguments = cast(dict[str, Any], OmegaConf.to_container(part, resolve=True)) if isinstance(part, DictConfig) else dict(part)
     called = target({"_target_": arguments.pop("_target_")})
     arguments = {key: _build_inner(value) for key, value in arguments.items()}
-    return called(**arguments, **supplied)
+    return called(**arguments | supplied)
 
 
 def target(part: Mapping[str, Any] | DictConfig) -> Any:

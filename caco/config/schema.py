@@ -13,6 +13,8 @@ class Schedule:
     warmup_end: str = MISSING
     final_fraction: float | None = MISSING
     final_lr: float | None = MISSING
+    drops: list[float] = MISSING
+    drop_factor: float = MISSING
     unit: str = MISSING
     final_weight_decay: float | None = MISSING
     clip_gradient_norm: float | None = MISSING

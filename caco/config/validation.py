@@ -25,7 +25,8 @@ from caco.runs.identity import file_digest, flat, plain, read_yaml
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
 FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/nn/weights.py
 EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
-SUPPLIED = {"projector": ("in_dim",)}  # plain values that no YAML gives, because another component decides them
+# Plain values that no YAML gives, because another component or the data decide them.
+SUPPLIED = {"projector": ("in_dim",), "method": ("num_images",)}
 
 
 def check(
@@ -111,10 +112,15 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("schedule.warmup_end", schedule["warmup_end"] in ("last", "next"), "last or next")
     demand("schedule.final_fraction", 0 <= (schedule["final_fraction"] or 0) <= 1, "0 to 1, or null")
     demand("schedule.final_lr", (schedule["final_lr"] or 0) >= 0, "null, or 0 or more")
-    if (schedule["final_fraction"] is None) == (schedule["final_lr"] is None):
+    demand("schedule.drops", all(0 < share < 1 for share in schedule["drops"]), "shares of the run, between 0 and 1")
+    demand("schedule.drop_factor", 0 < schedule["drop_factor"] < 1, "a number between 0 and 1")
+    if [schedule["final_fraction"] is None, schedule["final_lr"] is None, not schedule["drops"]].count(False) != 1:
         problems.append(
-            "schedule: expected final_fraction or final_lr, and the other null; got {final_fraction} and {final_lr}".format(**schedule)
+            "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got {final_fraction}, "
+            "{final_lr} and {drops}".format(**schedule)
         )
+    by_image = tree["bank"] is not None and signatures.declared(tree["bank"]["_target_"], "by_image")
+    demand("bank.size", not by_image or tree["bank"].get("size") is None, "null: this bank has a row for each training image")
     demand("warm_start.steps", warm_start["steps"] is None or warm_start["steps"] >= 0, "null, or 0 or more")
     demand("warm_start.passes", warm_start["passes"] is None or warm_start["passes"] >= 0, "null, or 0 or more")
     if None not in warm_start.values():
@@ -262,6 +268,10 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
             if group == "bank" and tree.get("bank") is None:
                 without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
                 problems.append(f"{override}: {without} has no bank")
+                continue
+            if group == "bank" and tree["bank"].get("size", 0) is None:
+                method = choices.get("method")
+                problems.append(f"{override}: method={method} has a bank with a row for each training image; leave it out")
                 continue
             for key, wanted in _settings(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from caco import distributed
 from caco.banks.base import Bank
 from caco.config import folders, views_needed
-from caco.config.composition import instantiate
+from caco.config.composition import instantiate, target
 from caco.config.pretrained import CHECKPOINT, Location
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
@@ -31,7 +31,7 @@ from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
 from caco.evals.record import Record, say_sometimes
 from caco.launch import labels
-from caco.methods.base import Method
+from caco.methods.base import Method, Needs
 from caco.methods.treatments import Treatment
 from caco.nn import weights
 from caco.nn.backbones import feature_width
@@ -67,22 +67,39 @@ def build_encoder(cfg: DictConfig) -> Encoder:
     return Encoder(backbone=backbone, projector=instantiate(cfg.projector, in_dim=feature_width(backbone)))
 
 
-def build_method(cfg: DictConfig) -> Method:
-    """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone."""
+def counts_images(cfg: DictConfig) -> bool:
+    """Whether the method or its bank keeps something for each training image, and so is given how many there are."""
+    return (cfg.bank is not None and cfg.bank.size is None) or getattr(target(cfg.method), "needs", Needs()).indices
+
+
+def build_method(cfg: DictConfig, num_images: int | None = None) -> Method:
+    """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone.
+
+    Args:
+        num_images: of the training set; None counts them, where the method or its bank keeps something for each.
+    """
+    if num_images is None and counts_images(cfg):
+        num_images = len(build_splits(cfg).pretrain)
     torch.manual_seed(cfg.seed)
-    return method_on(build_encoder(cfg), cfg)[0]
+    return method_on(build_encoder(cfg), cfg, num_images)[0]
 
 
-def method_on(encoder: Encoder, cfg: DictConfig) -> tuple[Method, Bank | None]:
+def method_on(encoder: Encoder, cfg: DictConfig, num_images: int | None) -> tuple[Method, Bank | None]:
     """The objective on this encoder, and its bank. A part that is not there is no argument: a method that knows nothing of banks, or of
-    treatments of negatives, takes none."""
+    treatments of negatives, takes none.
+
+    Args:
+        num_images: of the training set; needed where `counts_images`.
+    """
     parts: dict[str, Any] = {}
     if cfg.get("negatives") is not None:
         parts["treatment"] = instantiate(cfg.negatives)
         require_contract("negatives", parts["treatment"], Treatment)
     if cfg.bank is not None:
-        parts["bank"] = instantiate(cfg.bank)
+        parts["bank"] = instantiate(cfg.bank, **({"size": num_images} if cfg.bank.size is None else {}))
         require_contract("bank", parts["bank"], Bank)
+    if getattr(target(cfg.method), "needs", Needs()).indices:
+        parts["num_images"] = num_images
     return instantiate(cfg.method, encoder=encoder, **parts), parts.get("bank")
 
 
@@ -192,7 +209,7 @@ def run_training(
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
     if cfg.norm_groups == "rank" and newest is not None:
         refuse_other_groups(len(newest[0]["random"]))
-    method = build_method(cfg)
+    method = build_method(cfg, len(splits.pretrain))
     refuse_unfit(method, views, splits.pretrain)
     if cfg.weights is not None and newest is None:
         message = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
@@ -245,9 +262,10 @@ def run_training(
     summary: dict = {}
     started = time.monotonic()
     if main:
+        rows = 0 if cfg.bank is None else cfg.bank.size or len(splits.pretrain)
         message = beginning(
             data=splits.pretrain.name, num_train=len(splits.pretrain), num_test=len(splits.test or ()) if cfg.eval else 0,
-            choices=label.choices, bank_rows=0 if cfg.bank is None else cfg.bank.size, batch=cfg.batch, epochs=cfg.epochs,
+            choices=label.choices, bank_rows=rows, batch=cfg.batch, epochs=cfg.epochs,
             warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip

@@ -15,17 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from caco.banks.base import Bank
 from caco.config import views_needed
 from caco.config.composition import instantiate
-from caco.engine.assembly import build_encoder, method_on
+from caco.engine.assembly import build_encoder, counts_images, method_on
 from caco.methods.base import Costs, Method
 from caco.nn.norm import BATCH_NORMS
 from caco.runs.identity import plain
 
 
-def parts(cfg: DictConfig) -> str:
+def parts(cfg: DictConfig, num_images: int) -> str:
     """What the counts depend on, so that runs that share it are counted once."""
     tree = plain(cfg)
     names = ("method", "bank", "negatives", "backbone", "projector", "optimizer", "augmentation", "precision", "norm_groups", "shuffle_keys")
     chosen = {name: tree.get(name) for name in names}
+    by_image = chosen["bank"] is not None and chosen["bank"]["size"] is None
+    chosen["num_images"] = None if not counts_images(cfg) else 2 if by_image else num_images
     if chosen["bank"] is not None:
         chosen["bank"] |= {"size": 2, "seed": 0}
     return json.dumps(chosen)
@@ -37,7 +39,7 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
         encoder = build_encoder(cfg)
-    method, bank = method_on(encoder, cfg)
+    method, bank = method_on(encoder, cfg, cfg.num_images)
     method.train()
     views = instantiate(cfg.augmentation)
     views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
@@ -82,6 +84,8 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "lookups": costs.lookups,
         "in_batch_columns": costs.columns_per_image,
         "columns": costs.columns,
+        "drawn_terms": costs.drawn_terms,
+        "drawn_rows": costs.drawn_rows,
         "key_gathers": costs.gathers,
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and bank.rows.learnable,
@@ -90,6 +94,7 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "scores": costs.prototypes * len(costs.encoded),
         "matrices": costs.matrices,
         "summed_bytes": costs.summed_bytes,
+        "pass_bytes": costs.pass_bytes,
     }
     return figures, method, bank
 
@@ -151,6 +156,7 @@ def sent_bytes(one: dict[str, float], batch: int, size: int, dim: int, world: in
     term += 8 * (part * (1 + 2 * one["sums"]) + ring * batch * one["sums"]) if one["sums"] else 0  # sums and derivatives, doubles
     scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
     lookup = part * 8 + ring * batch * 4 * dim
+    drawn = part * (4 * dim + 8) + ring * batch * (4 * dim + 8 + 8)  # query, image; gradient, sum, own score
     # Query and positive; candidates and their places, of which each rank gets its own queries'; the places that are wanted; the rows.
     mixing = part * (4 * dim + 8 * (one["scans"] > 0) + 12 * min(one["candidates"], -(-size // world)) + 8 * one["drawn"])
     mixing = one["bank_terms"] * mixing + ring * 4 * dim * min(size, one["bank_terms"] * batch * one["drawn"])
@@ -158,6 +164,7 @@ def sent_bytes(one: dict[str, float], batch: int, size: int, dim: int, world: in
     return (
         ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
         + one["bank_terms"] * term
+        + one["drawn_terms"] * drawn
         + one["scans"] * scan
         + one["lookups"] * lookup
         + keys + (mixing if one["candidates"] else 0)

@@ -10,7 +10,7 @@ from torch import nn
 from caco.errors import UserError
 from caco.methods.base import Now, ParameterGroup
 from caco.nn.layerwise import LARC, LARS
-from caco.schedules import RunShape, Table, cosine, scaled_lr, warmup_and_cosine
+from caco.schedules import RunShape, Table, cosine, drops, scaled_lr, warmup_and_cosine
 
 
 def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict[str, Any]]:
@@ -144,6 +144,8 @@ class OptimizerSchedule:
             Twins, VICReg, whose rate of 0 at the start is t / W).
         final_fraction: of the learning rate, at the end; 0.01 in the paper. None where `final_lr` says it.
         final_lr: the learning rate at the end by itself, whatever the batch makes of the peak (DINO).
+        drops: in place of the cosine and its end: shares of the run, rounded to whole epochs, from each of which on the learning rate
+            is `drop_factor` times what it was before (InstDisc, SeLa, CMC).
         final_weight_decay: at the end of a cosine from the optimiser's; None keeps that (DINO goes from 0.04 to 0.4).
         clip_gradient_norm: the gradient's largest norm over all parameters together; None does not clip.
         clip_each_gradient_norm: the largest norm of each parameter's gradient by itself (DINO).
@@ -157,6 +159,8 @@ class OptimizerSchedule:
         warmup_end: Literal["last", "next"] = "last",
         final_fraction: float | None = 0.01,
         final_lr: float | None = None,
+        drops: Sequence[float] = (),
+        drop_factor: float = 0.1,
         final_weight_decay: float | None = None,
         clip_gradient_norm: float | None = None,
         clip_each_gradient_norm: float | None = None,
@@ -166,10 +170,14 @@ class OptimizerSchedule:
                 "schedule needs warmup_epochs >= 0, and warmup_start and final_fraction in [0, 1] or null; got "
                 f"warmup_epochs={warmup_epochs}, warmup_start={warmup_start}, final_fraction={final_fraction}"
             )
-        if (final_fraction is None) == (final_lr is None) or (final_lr or 0) < 0:
+        if [final_fraction is None, final_lr is None, not drops].count(False) != 1 or (final_lr or 0) < 0:
             raise UserError(
-                "schedule needs final_fraction or final_lr, of 0 or more, and the other null; got "
-                f"final_fraction={final_fraction}, final_lr={final_lr}"
+                "schedule needs one of final_fraction, final_lr and drops, and the others null (of drops []); got "
+                f"final_fraction={final_fraction}, final_lr={final_lr}, drops={list(drops)}"
+            )
+        if not all(0 < share < 1 for share in drops) or not 0 < drop_factor < 1:
+            raise UserError(
+                f"schedule needs drops and drop_factor between 0 and 1; got drops={list(drops)}, drop_factor={drop_factor}"
             )
         if warmup_end not in ("last", "next"):
             raise UserError(f"schedule needs warmup_end last or next; got {warmup_end!r}")
@@ -181,16 +189,20 @@ class OptimizerSchedule:
             )
         self.warmup_epochs, self.warmup_start, self.warmup_end = warmup_epochs, warmup_start, warmup_end
         self.final_fraction, self.final_lr = final_fraction, final_lr
+        self.drops, self.drop_factor = drops, drop_factor
         self.final_weight_decay = final_weight_decay
         self.clip_gradient_norm, self.clip_each_gradient_norm = clip_gradient_norm, clip_each_gradient_norm
 
     def learning_rate(self, run: RunShape, base_lr: float = 1.0) -> Table:
-        """Factor on the base rate: a line up to 1 in the warm-up's W ticks, then a cosine to the end's fraction of it."""
+        """Factor on the base rate: a line up to 1 in the warm-up's W ticks, then a cosine to the end's fraction of it, or drops."""
         if self.warmup_epochs >= run.epochs:
             raise UserError(
                 f"schedule.warmup_epochs must be below epochs, {run.epochs}; got {self.warmup_epochs} "
                 "(a short run needs a shorter warm-up: schedule.warmup_epochs=0)"
             )
+        if self.drops:
+            level = warmup_and_cosine(run, 1.0, 1.0, self.warmup_epochs, start=self.warmup_start, end=self.warmup_end)
+            return [a * b for a, b in zip(level, drops(run, self.drops, self.drop_factor), strict=True)]
         final = self.final_lr / base_lr if self.final_lr is not None else self.final_fraction or 0.0
         return warmup_and_cosine(run, 1.0, final, self.warmup_epochs, start=self.warmup_start, end=self.warmup_end)
 
@@ -221,6 +233,10 @@ class Optimisation:
     def lr(self) -> float:
         """Of the first group, at the step that was prepared last."""
         return self.optimizer.param_groups[0]["lr"]
+
+    def rate(self, training_step: int, lr_factor: float | None) -> float:
+        """Of parameters whose group has no factor or schedule of its own; see `prepare`."""
+        return self.base_lr[0] * (self.lr_factor[training_step] if lr_factor is None else lr_factor)
 
     def prepare(self, now: Now, lr_factor: float | None) -> None:
         """Set the rates and decays of a step.

@@ -136,10 +136,12 @@ class Trainer:
         phase = self.phase(step)
         in_phase = step - self.first_step[self.phases.index(phase)]
         if phase.steps is not None:
-            return Now(step, phase.name, in_phase, in_phase + 1 == phase.steps, None, None, phase.values)
+            lr = self.optimisation.rate(0, phase.lr_factor)
+            return Now(step, phase.name, in_phase, in_phase + 1 == phase.steps, None, None, phase.values, lr)
         epoch, in_epoch = divmod(in_phase, self.run.steps_per_epoch)
         values = {name: table[in_phase] for name, table in self.tables.items()}
-        return Now(step, phase.name, in_phase, in_phase + 1 == self.run.steps, epoch, in_epoch, values)
+        lr = self.optimisation.rate(in_phase, None)
+        return Now(step, phase.name, in_phase, in_phase + 1 == self.run.steps, epoch, in_epoch, values, lr)
 
     def described(self, now: Now) -> str:
         """In words."""

@@ -68,7 +68,5 @@ def demand(key: str, got: Any, holds: bool, expected: str) -> None:
 def check_ranks(cfg: DictConfig, ranks: int, gpus: int) -> None:
     if cfg.batch % ranks:
         raise UserError(f"batch: expected a multiple of the {ranks} processes of a job, got {cfg.batch}")
-    if cfg.bank is not None and cfg.bank.size % ranks:
-        raise UserError(f"bank.size: expected a multiple of the {ranks} processes of a job, got {cfg.bank.size}")
     if (cfg.device == "cpu") != (gpus == 0) and cfg.device != "auto":
         raise UserError(f"device={cfg.device} and GPUs of the launcher: expected both or neither, got {gpus} GPUs")

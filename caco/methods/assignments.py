@@ -35,6 +35,40 @@ def balanced(score_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
     return q_BK.to(score_BK.dtype)
 
 
+@torch.no_grad()
+def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tensor:
+    """SeLa's labels of the images of all ranks together: int64 [N] of this rank's, so that the K labels have about as many images
+    each.
+
+    With P = p^power, c = 1/N' for N' images over all ranks: r = (1/K) / (P^T c), c' = (1/N') / (P r), again and again, until the sum
+    over images of |c / c' - 1|, looked at every tenth time, the first included, is at most `tolerance`; then the largest r_k P_ik
+    c_i. In float64. Only the sums over images travel, K numbers an iteration.
+
+    Source: arXiv 1911.05371; published code, sinkhornknopp.py: cpu_sk.
+    Args:
+        log_p_NK: log probabilities; the ranks may have different numbers of images.
+    Raises:
+        UserError: some label has a probability of 0 for every image, so no balance gives it any.
+    """
+    p_NK = (log_p_NK.double() * power).exp_()
+    num_images = distributed.sum_(p_NK.new_tensor(float(len(p_NK)))).item()
+    num_labels = p_NK.shape[1]
+    c_N = p_NK.new_full((len(p_NK),), 1 / num_images)
+    error, count = math.inf, 0
+    while error > tolerance:
+        r_K = 1 / num_labels / distributed.sum_(p_NK.T @ c_N)
+        if not r_K.isfinite().all():  # the same on every rank
+            raise UserError(
+                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have no probability for any image, to the power {power}: the "
+                "network has collapsed, or method.power is too high; try a lower one, or a lower optimizer.lr"
+            )
+        next_N = 1 / num_images / (p_NK @ r_K)
+        if count % 10 == 0:
+            error = distributed.sum_((c_N / next_N - 1).abs().sum()).item()
+        c_N, count = next_N, count + 1
+    return p_NK.mul_(r_K).mul_(c_N[:, None]).argmax(1)
+
+
 def cross_view_loss(targets: list[Tensor], scores: list[Tensor], temperature: float) -> Tensor:
     """`equations.cross_view_loss`, with one softmax and one sum for each predicting view; a scalar.
 

@@ -22,12 +22,14 @@ TRAINING = "training"  # the phase that the epochs are
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs of a batch; read before anything is built and by the Trainer.
+    """What a method needs of a batch and of the images; read before anything is built and by the Trainer.
 
     A class that says it in plain keywords, as `needs = Needs(patches="shuffled")`, is read without being imported, so that views
     which do not fit are refused at once; an instance may add to it.
 
     whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would change it.
+    indices: something is kept for each training image, found by the batch's `index`; the constructor is given `num_images`, how many
+        these are. (An unreadable image's stand-in has the other image's index, so that an image may be twice in a batch.)
     patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order; "none" refuses
         them.
     num_patches: how many of an image; None: any square number.
@@ -35,6 +37,7 @@ class Needs:
     """
 
     whole_batch: bool = False
+    indices: bool = False
     patches: Literal["none", "row by row", "shuffled"] = "none"
     num_patches: int | None = None
     lightness_first: bool = False
@@ -68,6 +71,7 @@ class Now:
         last_of_phase: whether the phase ends with this step.
         epoch, step_in_epoch: counted from 0; None before the training.
         values: name -> value.
+        lr: the optimiser's rate, for what moves beside it as its parameters do (PIC's class weights).
     """
 
     step: int
@@ -77,6 +81,7 @@ class Now:
     epoch: int | None
     step_in_epoch: int | None
     values: Mapping[str, float]
+    lr: float = 0.0
 
     def __getitem__(self, name: str) -> float:
         return self.values[name]
@@ -94,10 +99,12 @@ class Costs:
             leaves one row out of them, which PyTorch does, in blocks, and no kernel.
         candidates: rows that each query of a bank term looks for, drawn: of these, to make further negatives of them, synthetic: so many.
         columns_per_image: of a term, for each image of the global batch, beyond the bank's; columns: whatever the batch.
+        drawn_terms, drawn_rows: terms that meet, instead of all rows of the bank, so many that are drawn for a query.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
         prototypes: columns of the scores that each encoded view has.
         matrices: of products of all images' embeddings, D x D, that the loss takes.
         summed_bytes: of what the ranks add up besides gradients and BatchNorm.
+        pass_bytes: for each of a device's images of the training set, in a pass over all of them (SeLa).
         together: whether the views of one size go through the backbone at once, and all through the projector.
         patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are none. plan
             runs it.
@@ -116,11 +123,14 @@ class Costs:
     synthetic: int = 0
     columns_per_image: int = 0
     columns: int = 0
+    drawn_terms: int = 0
+    drawn_rows: int = 0
     gathers: int = 0
     gathers_with_gradient: int = 0
     prototypes: int = 0
     matrices: int = 0
     summed_bytes: int = 0
+    pass_bytes: int = 0
     together: bool = False
     patch_network: nn.Module | None = None
 

@@ -167,3 +167,20 @@ def feature_width(backbone: nn.Module) -> int:
     if not isinstance(width, int):
         raise UserError(f"a backbone must have an integer num_features; {type(backbone).__name__} has {width!r}")
     return width
+
+
+def preact_resnet(*, name: str = "resnetv2_50") -> nn.Module:
+    """A pre-activation ResNet of timm's as SeLa trains it (arXiv 1911.05371): no BatchNorm after the stem, and none, with its ReLU,
+    between the last block and the pooling.
+
+    Args:
+        name: timm's, resnetv2_50 or another with BatchNorm.
+    Raises:
+        UserError: timm knows no such model, or not as a pre-activation ResNet.
+    """
+    _must_be_known(name)
+    if not name.startswith("resnetv2_"):
+        raise UserError(f"backbone.name must be a pre-activation ResNet of timm's; got {name!r}")
+    model = timm.create_model(name, pretrained=False, num_classes=0, zero_init_last=False)
+    model.norm = nn.Identity()
+    return model

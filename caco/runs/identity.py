@@ -67,6 +67,8 @@ AS_BEFORE: dict[str, Any] = {
     "projector.last_bias": None,
     "schedule.clip_each_gradient_norm": None,
     "schedule.clip_gradient_norm": None,
+    "schedule.drop_factor": 0.1,
+    "schedule.drops": [],
     "schedule.final_lr": None,
     "schedule.final_weight_decay": None,
     "schedule.warmup_end": "last",

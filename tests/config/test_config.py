@@ -98,7 +98,8 @@ def test_bare_command_is_the_papers_recipe():
     assert cfg["optimizer"]["_target_"] == "caco.engine.optimizers.lars"
     assert (cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]) == (0.3, 1.5e-6)
     unused = dict.fromkeys(("warmup_start", "final_lr", "final_weight_decay", "clip_gradient_norm", "clip_each_gradient_norm"))
-    assert cfg["schedule"] == {"warmup_epochs": 10, "warmup_end": "last", "final_fraction": 0.01, "unit": "step", **unused}
+    cosine = {"warmup_epochs": 10, "warmup_end": "last", "final_fraction": 0.01, "unit": "step", "drops": [], "drop_factor": 0.1}
+    assert cfg["schedule"] == {**cosine, **unused}
     assert (cfg["bank"]["pull"], cfg["bank"]["push"], cfg["bank"]["lr"]) == (1, 1, 3.0)
     assert cfg["method"]["temperature"] == 0.08
 
@@ -224,7 +225,8 @@ def test_senseless_values_of_the_root_are_refused(override, expected, whole):
 
 
 def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
-    assert "schedule: expected final_fraction or final_lr, and the other null; got 0.01 and 0.1" in refusal("schedule.final_lr=0.1")
+    expected = "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1 and []"
+    assert expected in refusal("schedule.final_lr=0.1")
     accept("schedule.final_lr=0.1", "schedule.final_fraction=null")
 
 

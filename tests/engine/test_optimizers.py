@@ -78,7 +78,7 @@ def test_a_final_rate_is_the_same_at_every_batch():
 
 @pytest.mark.parametrize("both", [{"final_fraction": 0.1, "final_lr": 0.1}, {"final_fraction": None}])
 def test_one_final_rate_is_given(both):
-    with pytest.raises(ValueError, match="schedule needs final_fraction or final_lr"):
+    with pytest.raises(ValueError, match="schedule needs one of final_fraction, final_lr and drops"):
         OptimizerSchedule(**both)
 
 
@@ -291,3 +291,18 @@ def test_a_group_frozen_for_an_epoch_moves_with_the_first_step_of_the_second():
         first.grad, second.grad = torch.ones(2), torch.ones(2)
         optimisation.step(Now(step, "training", step, False, *divmod(step, 3), {}))
         assert (second == 1).all() == (step < 3) and (first != 1).all(), "neither gradient nor decay"
+
+
+def test_a_rate_that_drops_at_shares_of_the_run_rounded_to_whole_epochs():
+    """CMC: a tenth at epochs 120, 160 and 200 of 240, whatever the batch makes of the warm-up before them."""
+    factor = OptimizerSchedule(warmup_epochs=1, final_fraction=None, drops=[0.5, 0.6667, 0.8333]).learning_rate(RunShape(240, 2, 64))
+    by_epoch = [1, 120, 160, 200]
+    assert [factor[2 * epoch - 1] for epoch in by_epoch] == pytest.approx([1, 1, 0.1, 0.01])
+    assert [factor[2 * epoch] for epoch in by_epoch] == pytest.approx([1, 0.1, 0.01, 0.001])
+    assert factor[0] == 0.5
+
+
+@pytest.mark.parametrize("wrong", [{"drops": [0.5, 120]}, {"drops": [0.5], "drop_factor": 1.0}, {"drops": [0.5], "final_lr": 0.1}])
+def test_drops_without_a_meaning_are_refused(wrong):
+    with pytest.raises(ValueError, match="schedule needs"):
+        OptimizerSchedule(final_fraction=None, **wrong)

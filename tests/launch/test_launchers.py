@@ -69,8 +69,7 @@ def test_what_this_machine_or_the_ranks_cannot_do_is_refused():
     cfg = compose("batch=64", "bank.size=128", "device=auto")
     with pytest.raises(ValueError, match="batch: expected a multiple of the 3 processes of a job, got 64"):
         Local(**LOCAL | {"tasks_per_job": 3}).check(cfg)
-    with pytest.raises(ValueError, match="bank.size: expected a multiple of the 64 processes of a job, got 100"):
-        Local(**LOCAL | {"tasks_per_job": 64}).check(compose("bank.size=100"))
+    Local(**LOCAL | {"tasks_per_job": 64}).check(compose("bank.size=100"))  # the first of them have a row more
     here = torch.cuda.device_count()
     with pytest.raises(ValueError, match=f"launcher.gpus_per_job: expected at most {here}, as this machine has, got {here + 1}"):
         Local(**LOCAL | {"gpus_per_job": here + 1, "tasks_per_job": 1}).check(cfg)

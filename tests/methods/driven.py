@@ -36,7 +36,8 @@ def drive(
     losses = []
     for step in range(steps):
         values = {name: table[step] for name, table in tables.items()}
-        now = Now(step, "training", step, step + 1 == run.steps, *divmod(step, run.steps_per_epoch), values)
+        place = (step, "training", step, step + 1 == run.steps, *divmod(step, run.steps_per_epoch))
+        now = Now(*place, values, optimisation.rate(step, None))
         optimisation.prepare(now, None)
         method.train().before_step(now, None)
         loss = method(batch_at(step), now).loss

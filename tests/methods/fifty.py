@@ -34,18 +34,28 @@ def views_of(step: int, count: int = 2) -> list[torch.Tensor]:
     return [images + 0.3 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def train(method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "step", **schedule) -> list[float]:
-    """The losses of fifty steps, each made in the Trainer's order."""
+def train(
+    method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "step", count: int = 2, first=lambda step: 0, images=None,
+    patches=lambda step: None, **schedule,
+) -> list[float]:  # fmt: skip
+    """The losses of fifty steps, each made in the Trainer's order, of so many views of images first(step), first(step) + 1, ...
+
+    Args:
+        images: for passes over all of them.
+        patches: of a step's images.
+    """
     run = RunShape(epochs=10, steps_per_epoch=5, batch=B, unit=unit)
     optimisation, tables = Optimisation(optimizer, OptimizerSchedule(**schedule), run), method.schedules(run)
     method.train()
     losses = []
     for step in range(STEPS):
         values = {name: table[step] for name, table in tables.items()}
-        now = Now(step, "training", step, step + 1 == STEPS, *divmod(step, run.steps_per_epoch), values)
+        now = Now(step, "training", step, step + 1 == STEPS, *divmod(step, run.steps_per_epoch), values, optimisation.rate(step, None))
         optimisation.prepare(now, None)
-        method.before_step(now, None)
-        outputs = method(batch_of(views_of(step)), now)
+        if now.step_in_epoch == 0:
+            method.before_epoch(now, images)
+        method.train().before_step(now, images)
+        outputs = method(batch_of(views_of(step, count), first=first(step), patches=patches(step)), now)
         outputs.loss.backward()
         distributed.mean_gradients(optimisation.parameters)
         optimisation.step(now)

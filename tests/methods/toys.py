@@ -64,7 +64,8 @@ class LabelsMadeAnew(Toy):
         was_training = self.training
         self.eval()
         for batch in batches:
-            self.labels[batch.index] = self.prototypes(self.encoder(batch.views[0])).argmax(1)
+            label = self.prototypes(self.encoder(batch.views[0])).argmax(1)
+            self.labels[batch.index[batch.index >= 0]] = label[batch.index >= 0]  # -1: it fills the last batch of a pass
         self.times_made += 1
         self.train(was_training)
 

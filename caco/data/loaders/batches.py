@@ -18,8 +18,9 @@ from caco.data.views.augmentation import Views
 class Batch:
     """One step's images.
 
-    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source. label: int64
-    [B], -1 unlabelled. patches: float32 [B, P, 3, h, w], of the view that is cut into P patches; None where none is.
+    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source; -1 of an image that only
+    fills the last batch of a pass over all images (images.py). label: int64 [B], -1 unlabelled. patches: float32 [B, P, 3, h, w], of
+    the view that is cut into P patches; None where none is.
     """
 
     views: list[torch.Tensor]
@@ -68,10 +69,12 @@ class Order:
         first, count = step * self.batch, self.images_of(step)
         return slice(first + self.rank * count // self.world, first + (self.rank + 1) * count // self.world)
 
+    def permutation(self, epoch: int) -> np.ndarray:
+        """All images in the order of an epoch that was given none."""
+        return np.random.default_rng(mixed_seed(self.seed, epoch)).permutation(self.num_images)
+
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        order = self.chosen
-        if order is None:
-            order = np.random.default_rng(mixed_seed(self.seed, self.epoch)).permutation(self.num_images)
+        order = self.permutation(self.epoch) if self.chosen is None else self.chosen
         for step in range(self.start_step, self.steps):
             yield self.epoch, order[self.part_of(step)]
 

@@ -102,6 +102,10 @@ class BoundLoader:
         """Images of a step of an epoch, over all ranks: the batch, but for a smaller last one."""
         return self._order.images_of(step)
 
+    def left_over(self, epoch: int) -> np.ndarray:
+        """The images that the epoch's own order has beyond its steps, fewer than a batch, int64."""
+        return self._order.permutation(epoch)[self._order.taken :]
+
     def close(self) -> None:
         """End the workers."""
         self._running.close()

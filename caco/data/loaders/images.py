@@ -15,8 +15,9 @@ from caco.data.views.augmentation import Views
 class Images:
     """Called with "plain" or "train": an iterator over this rank's batches of one pass.
 
-    plain: every image once over all ranks, unaugmented, one view, in order; the last batch may be smaller. train: the training's own
-    augmented views, of full batches, in an order and with randomness that depend on the seed and `stream` alone.
+    plain: every image once over all ranks, unaugmented, one view, in order; the last batch may be smaller. train: every image once
+    over all ranks, in the training's own augmented views and whole batches, in an order and with randomness that depend on the seed
+    and `stream` alone; the last batch is filled with further images, whose index is -1.
 
     Args:
         bind: makes a loader of the training's batches, when the first pass of kind "train" needs one.
@@ -37,10 +38,20 @@ class Images:
         if kind == "plain":
             yield from self._plain()
         elif kind == "train":
-            self._loader = self._loader or self._bind()
-            yield from self._loader.epoch(-1_000_000_000 - stream)  # far from the epochs of any warm start
+            yield from self._train(stream)
         else:
             raise ValueError(f"images: expected plain or train, got {kind!r}")
+
+    def _train(self, stream: int) -> Iterator[Batch]:
+        loader = self._loader = self._loader or self._bind()
+        whole, rest = -1_000_000_000 - stream, -2_000_000_000 - stream  # far from the epochs of any warm start
+        yield from loader.epoch(whole)
+        left = loader.left_over(whole)
+        if len(left):
+            others = np.setdiff1d(np.arange(len(self)), left)
+            batch = next(iter(loader.epoch(rest, order=np.concatenate([left, others]))))
+            is_left = torch.isin(batch.index, torch.from_numpy(left).to(batch.index.device))
+            yield Batch(batch.views, torch.where(is_left, batch.index, -1), batch.label)
 
     def _plain(self) -> Iterator[Batch]:
         own = self._own

@@ -1,0 +1,140 @@
+"""The bank with a row for each training image, a running mean of its embeddings, written by index (InstDisc, PIRL, CMC)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco.banks import noise, scoring
+from caco.banks.base import Bank
+from caco.banks.rows import Norms, Rows
+from caco.errors import UserError
+from caco.schedules import RunShape, Table, constant
+
+
+class ImageBank(nn.Module, Bank):
+    """N rows, of which row i is image i's: V_i <- n(m V_i + (1 - m) v_i), once an optimiser step. The rows count as they are stored.
+
+    Before they are written for the first time they are as they were drawn, so that their norms may be about 1; then they are unit.
+
+    Args:
+        size: rows, N; None in a configuration, where it is the number of training images.
+        dim: width D of the embedding.
+        seed: of the rows as they were drawn.
+        momentum: m.
+        norms: of the rows as they were drawn, see `rows.random_rows`: "uniform" (InstDisc's and CMC's code), "unit" (PIRL's),
+            "normal".
+        parts: how many embeddings of an image a row holds side by side, each dim / parts wide, with a norm and a Z of its own; a bank
+            for each of CMC's inputs.
+
+    Source: arXiv 1805.01978; published code, lib/NCEAverage.py and lib/LinearAverage.py: rows, their motion and Z.
+    """
+
+    by_image = True
+    filled_by_keys = False
+    default_warm_start_passes = 0
+
+    normaliser: Tensor  # of each part Z of `contrast`, of the first step for ever; 0 before it
+
+    def __init__(self, *, size: int | None, dim: int, seed: int, momentum: float = 0.5, norms: Norms = "uniform", parts: int = 1):
+        super().__init__()
+        if size is None:
+            raise UserError("a bank by image needs size, the number of images; in a configuration null stands for it")
+        if not 0 <= momentum < 1:
+            raise UserError(f"bank.momentum must be in [0, 1); got {momentum}")
+        if norms not in ("unit", "normal", "uniform"):
+            raise UserError(f"bank.norms must be unit, normal or uniform; got {norms!r}")
+        if parts < 1 or dim % parts:
+            raise UserError(f"bank.parts: expected a divisor of dim, {dim}; got {parts}")
+        self.rows = Rows(size=size, dim=dim, seed=seed, learnable=False, norms=norms)
+        self.size, self.momentum, self.parts, self.width = size, momentum, parts, dim // parts
+        if parts > 1 and norms != "normal":
+            with torch.no_grad():  # norms are a part's, not a row's
+                drawn = self.rows.weight * parts**0.5
+                self.rows.weight.copy_(self._unit(drawn) if norms == "unit" else drawn)
+        self.register_buffer("normaliser", torch.zeros(parts, dtype=torch.float64))
+        self.normaliser_of_step: dict[int, float] = {}  # by part, of the first step, until `update` keeps it
+
+    def _unit(self, row_PD: Tensor) -> Tensor:
+        """Rows whose parts are each of norm 1."""
+        return F.normalize(row_PD.unflatten(1, (self.parts, self.width)), dim=2).flatten(1)
+
+    def rates(self, run: RunShape) -> Table:
+        """Rows that are written have no rate: 0 for every step."""
+        return constant(run, 0.0)
+
+    def fill(self, keys_GD: Tensor, step: int) -> None:
+        """Keys of a warm start become no rows: they come without their images."""
+
+    def score(
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None, learn: bool = True
+    ) -> scoring.Score:
+        """Loss of each query over all N rows and extra columns; see `scoring.score`. The rows take no gradient. A collective.
+
+        Args:
+            positive_B: the queries' images.
+            learn: not used; the learnable bank's score takes it.
+        """
+        if self.parts > 1:
+            raise UserError(
+                "a bank whose rows have several parts is contrasted with drawn rows alone; expected method.num_noise=NUMBER, got null"
+            )
+        # Once all rows are unit, which the fused kernels make them anyway, the rounding of a norm is all that is between the two.
+        return scoring.score(
+            q_BD, self.rows.weight, positive_B, first_row=self.rows.first, size=self.size, tau=temperature, extra_BE=extra_BE,
+            as_stored=not self.rows.are_unit(),
+        )  # fmt: skip
+
+    def contrast(
+        self,
+        q_BD: Tensor,
+        image_B: Tensor,
+        *,
+        temperature: float,
+        num_noise: int,
+        stream: int,
+        form: Literal["nce", "softmax"] = "nce",
+        epsilon: float = 1e-7,
+        part: int = 0,
+    ) -> noise.Contrast:
+        """Loss of each query against (a part of) its image's row and `num_noise` drawn ones; see `noise.contrast`. A collective.
+
+        Of "nce", the first step's first call estimates Z, as N times the mean of exp(q.V_j / tau) over all ranks' queries and what was
+        drawn for them; the step's `update` keeps it.
+        """
+        w_RD = self.rows.weight.detach()[:, part * self.width : (part + 1) * self.width]
+        where = noise.Draw(self.rows.first, self.size, temperature, num_noise, stream)
+        normaliser = self.normaliser[part].item() or self.normaliser_of_step.get(part, 0.0)
+        if form == "nce" and not normaliser:
+            self.normaliser_of_step[part] = normaliser = self.size * noise.mean_exponential(q_BD, w_RD, image_B, where)
+        return noise.contrast(q_BD, w_RD, image_B, where, form=form, normaliser=normaliser or 1.0, epsilon=epsilon)
+
+    def statistics(self) -> dict[str, float]:
+        """Of the rows since the last call, see `Rows.statistics`; and normaliser, Z, of several parts by their numbers."""
+        names = ["normaliser"] if self.parts == 1 else [f"normaliser_{number + 1}" for number in range(self.parts)]
+        return self.rows.statistics() | dict(zip(names, self.normaliser.tolist(), strict=True))
+
+    @torch.no_grad()
+    def update(self, *, lr: float, keys_GD: Tensor, index_G: Tensor | None = None) -> None:
+        """Move the rows of these images towards the keys; of several keys of one image the last counts.
+
+        Args:
+            lr: not used; the learnable bank's update takes it.
+            keys_GD: all ranks' unit embeddings; of several parts side by side.
+            index_G: int64, whose embeddings `keys_GD` are; all ranks'.
+        """
+        if index_G is None:
+            raise UserError(
+                "a bank by image is written by index, which this method does not give; expected method=instdisc, pirl or cmc"
+            )
+        own_G = (index_G >= self.rows.first) & (index_G < self.rows.last)
+        row_P, number_G = torch.unique(index_G[own_G] - self.rows.first, return_inverse=True)
+        places_G = torch.arange(len(number_G), device=number_G.device)
+        last_P = places_G.new_zeros(len(row_P)).scatter_reduce(0, number_G, places_G, "amax")
+        keys_PD = keys_GD[own_G][last_P].to(self.rows.weight.dtype)
+        moved_PD = self.rows.weight[row_P].mul(self.momentum).add(keys_PD, alpha=1 - self.momentum)
+        self.rows.weight[row_P] = self._unit(moved_PD)
+        for part, normaliser in self.normaliser_of_step.items():
+            self.normaliser[part] = normaliser
+        self.normaliser_of_step.clear()

@@ -1,0 +1,176 @@
+"""Contrast a query with a few rows of a bank that are drawn at random for it, in place of all rows: noise-contrastive estimation
+(InstDisc, PIRL, CMC) and a softmax over what was drawn.
+
+The rows may be sharded over ranks: queries are gathered, each rank scores those of the drawn rows that it holds, and sums and the
+queries' gradients are reduced. Neither the drawn rows nor a number for each of them travels; they are drawn and read a part at a time.
+
+Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, M rows drawn for a query, C those of them on this rank, b
+queries of one part, D width.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from caco import distributed
+
+PART_ELEMENTS = 1 << 22  # of one b x M x D part: 16 MiB in float32
+_STEP = 0x9E3779B97F4A7C15 - 2**64  # as signed numbers, which wrap modulo 2**64 like unsigned ones
+_FIRST_FACTOR, _SECOND_FACTOR = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+class Contrast(NamedTuple):
+    loss_B: Tensor  # its backward gives the queries' gradients
+    probability_B: Tensor  # that a query's positive is none of the noise, as the loss has it; no gradient
+
+
+def noise_rows(stream: int, image_B: Tensor, count: int, size: int) -> Tensor:
+    """For each image `count` rows of `size`, drawn uniformly with replacement, int64 [B, count]: SplitMix64, started from the two.
+
+    Of (stream, image) alone, on every device and whichever process draws.
+
+    Args:
+        stream: 64 bits, different for each seed and step.
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    start_B = _mix(_signed(stream) + _STEP * (image_B + 1))
+    bits_BM = _mix(start_B[:, None] + _STEP * torch.arange(1, count + 1, device=image_B.device))
+    return (_shifted(bits_BM, 11).double() * 2.0**-53 * size).long()
+
+
+def _signed(bits: int) -> int:
+    return (bits + 2**63) % 2**64 - 2**63
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """To the right as an unsigned number: without copies of the sign."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST_FACTOR
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND_FACTOR
+    return bits ^ _shifted(bits, 31)
+
+
+class Draw(NamedTuple):
+    """Which rows meet which queries.
+
+    first_row: of the whole bank, where this rank's rows begin. size: rows of the whole bank. tau: temperature. num_noise: rows drawn
+    for a query. stream: what the draws depend on besides the image, see `noise_rows`.
+    """
+
+    first_row: int
+    size: int
+    tau: float
+    num_noise: int
+    stream: int
+
+
+def contrast(
+    q_BD: Tensor,
+    w_RD: Tensor,
+    image_B: Tensor,
+    draw: Draw,
+    *,
+    form: Literal["nce", "softmax"],
+    normaliser: float = 1.0,
+    epsilon: float = 1e-7,
+) -> Contrast:
+    """Loss of each query against the row of its image and the drawn ones; the rows count as they are stored.
+
+    With P_j = exp(q.w_j / tau) / normaliser, c = num_noise / size, i the image and the sum over what was drawn for it, itself perhaps
+    among it: "nce": -log P_i / (P_i + c + epsilon) - sum_j log c / (P_j + c + epsilon). "softmax": -log P_i / (P_i + sum_j P_j).
+
+    Args:
+        q_BD: unit queries of this rank, float32 or float64.
+        w_RD: this rank's rows.
+        image_B: int64, each query's row.
+        normaliser, epsilon: of "nce" alone.
+    Source: published code, lib/NCEAverage.py and lib/NCECriterion.py of InstDisc: scores, losses.
+    """
+    return Contrast(*_Contrast.apply(q_BD, w_RD, image_B, draw, form, normaliser, epsilon))
+
+
+@torch.no_grad()
+def mean_exponential(q_BD: Tensor, w_RD: Tensor, image_B: Tensor, draw: Draw) -> float:
+    """Of exp(q.w_j / tau) over each query's own row and its drawn ones, and over all ranks' queries; times `size` it estimates the
+    normaliser Z of P. The arguments are `contrast`'s."""
+    with torch.autocast(q_BD.device.type, enabled=False):
+        q_GD, image_G = distributed.gather(q_BD), distributed.gather(image_B)
+        own_GD = _rows_of(image_G, w_RD, draw.first_row)
+        total = q_GD.new_zeros((), dtype=torch.float64)
+        for part, w_bCD, there_bC in _drawn(image_G, w_RD, draw):
+            e_bC = (torch.einsum("bcd,bd->bc", w_bCD, q_GD[part]) / draw.tau).exp()
+            total += (e_bC * there_bC).sum(dtype=torch.float64)
+        own_G = distributed.sum_((q_GD * own_GD).sum(1).double())
+        total = distributed.sum_(total) + (own_G / draw.tau).exp().sum()
+    return total.item() / (len(q_GD) * (draw.num_noise + 1))
+
+
+def _rows_of(image_G: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
+    """Each image's row where it is this rank's, else 0, [G, D]."""
+    own_G = (image_G >= first_row) & (image_G < first_row + len(w_RD))
+    return torch.where(own_G[:, None], w_RD[torch.where(own_G, image_G - first_row, 0)], 0.0)
+
+
+def _drawn(image_G: Tensor, w_RD: Tensor, draw: Draw) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For a part of the queries at a time: which they are, those of their drawn rows that this rank holds [b, C, D], and which of
+    these places are used, bool [b, C]."""
+    rows = max(1, PART_ELEMENTS // (draw.num_noise * w_RD.shape[1]))
+    for start in range(0, len(image_G), rows):
+        part = slice(start, start + rows)
+        local_bM = noise_rows(draw.stream, image_G[part], draw.num_noise, draw.size) - draw.first_row
+        there_bM = (local_bM >= 0) & (local_bM < len(w_RD))
+        if len(w_RD) < draw.size:  # those of other ranks would be read and multiplied for nothing
+            most = int(there_bM.sum(1).amax())
+            order_bC = there_bM.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+            local_bM, there_bM = local_bM.gather(1, order_bC), there_bM.gather(1, order_bC)
+        yield part, w_RD[torch.where(there_bM, local_bM, 0)], there_bM
+
+
+class _Contrast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BD, w_RD, image_B, draw, form, normaliser, epsilon):
+        with torch.autocast(q_BD.device.type, enabled=False):
+            q_GD, image_G = distributed.gather(q_BD), distributed.gather(image_B)
+            own_GD = _rows_of(image_G, w_RD, draw.first_row)
+            own_G = distributed.sum_((q_GD * own_GD).sum(1).double()) / draw.tau
+            longest = distributed.max_(w_RD.norm(dim=1).amax()).item() if form == "softmax" else 0.0
+            shift = max(0.0, longest / draw.tau - 60)  # float32 holds sums of 10^11 terms of e^60
+            c = draw.num_noise / draw.size
+            total_G = torch.zeros_like(own_G)
+            toward_GD = torch.zeros_like(q_GD)
+            for part, w_bCD, there_bC in _drawn(image_G, w_RD, draw):
+                logit_bC = torch.einsum("bcd,bd->bc", w_bCD, q_GD[part]) / draw.tau
+                if form == "nce":
+                    p_bC = logit_bC.exp() / normaliser
+                    total_G[part] = (torch.log1p((p_bC + epsilon) / c) * there_bC).sum(1, dtype=torch.float64)
+                    weight_bC = p_bC / (p_bC + c + epsilon) * there_bC
+                else:
+                    weight_bC = (logit_bC - shift).exp() * there_bC
+                    total_G[part] = weight_bC.sum(1, dtype=torch.float64)
+                toward_GD[part] = torch.einsum("bc,bcd->bd", weight_bC, w_bCD)
+            total_G = distributed.sum_(total_G)
+            if form == "nce":
+                odds_G = (own_G.exp() / normaliser) / (c + epsilon)
+                probability_G = odds_G / (1 + odds_G)
+                loss_G = total_G - probability_G.log()
+            else:
+                own_e_G = (own_G - shift).exp()
+                probability_G = own_e_G / (total_G + own_e_G)
+                loss_G = -probability_G.log()
+                toward_GD /= (total_G + own_e_G)[:, None].to(toward_GD.dtype)
+            toward_GD += (probability_G - 1)[:, None].to(q_GD.dtype) * own_GD
+            toward_BD = distributed.own(distributed.sum_(toward_GD), len(q_BD)) / draw.tau
+        ctx.save_for_backward(toward_BD)
+        loss_B, probability_B = (distributed.own(x_G, len(q_BD)).to(q_BD.dtype) for x_G in (loss_G, probability_G))
+        ctx.mark_non_differentiable(probability_B)
+        return loss_B, probability_B
+
+    @staticmethod
+    def backward(ctx, grad_B, _):
+        (toward_BD,) = ctx.saved_tensors
+        return toward_BD * grad_B[:, None], None, None, None, None, None, None

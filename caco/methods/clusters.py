@@ -1,0 +1,120 @@
+"""Prototypes from clustering the embeddings of all images (PCL): k-means, and how wide each cluster is.
+
+Shapes: N images, D width of the embedding, K clusters.
+"""
+
+import warnings
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco import distributed
+from caco.errors import UserError
+from caco.installed import is_installed
+
+Library = Literal["sklearn", "faiss"]
+
+
+class Clusters(nn.Module):
+    """K centroids, how wide the cluster of each is, and the cluster of each image; the same on every rank. `make` fills them.
+
+    Args:
+        num_images: N.
+        number: K.
+        dim: D.
+    """
+
+    centroids: Tensor  # [K, D], unit
+    width: Tensor  # [K], each cluster's own temperature
+    cluster: Tensor  # int32 [N]
+
+    def __init__(self, *, num_images: int, number: int, dim: int):
+        super().__init__()
+        self.register_buffer("centroids", torch.zeros(number, dim))
+        self.register_buffer("width", torch.zeros(number))
+        self.register_buffer("cluster", torch.zeros(num_images, dtype=torch.int32))
+
+    @torch.no_grad()
+    def make(self, x_ND: Tensor, *, temperature: float, iterations: int, restarts: int, seed: int, library: Library) -> None:
+        """Cluster all images' embeddings. A collective; rank 0 works while the others wait, however long.
+
+        Args:
+            x_ND: on rank 0 all images' unit embeddings, in order, in CPU memory; elsewhere not looked at.
+            temperature: the mean of the widths.
+        """
+        if distributed.is_main():
+            x = x_ND.numpy()
+            centroids, cluster = k_means(x, len(self.centroids), iterations=iterations, restarts=restarts, seed=seed, library=library)
+            self.width.copy_(torch.from_numpy(widths(x, centroids, cluster, temperature)))
+            self.centroids.copy_(F.normalize(torch.from_numpy(centroids), dim=1))  # only now: members are at a distance from means
+            self.cluster.copy_(torch.from_numpy(cluster))
+        distributed.wait_for_main()
+        for values in (self.width, self.centroids, self.cluster):
+            distributed.from_main(values)
+
+
+def k_means(
+    x: np.ndarray, number: int, *, iterations: int, restarts: int, seed: int, library: Library
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means [K, D] and each vector's nearest mean, int64 [N]: Lloyd's iterations from `restarts` random choices, of which the best
+    counts.
+
+    The same for the same vectors and seed: scikit-learn works in one thread, for several add up in the order in which they come.
+    Faiss, which the published code takes (of more than 1000 vectors a cluster it takes as many at random), has other random numbers.
+    """
+    if library == "faiss":
+        import faiss
+
+        made = faiss.Kmeans(
+            x.shape[1], number, niter=iterations, nredo=restarts, seed=seed, min_points_per_centroid=10, max_points_per_centroid=1000
+        )
+        made.train(np.ascontiguousarray(x, np.float32))
+        return made.centroids.astype(x.dtype), made.index.search(np.ascontiguousarray(x, np.float32), 1)[1][:, 0]
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct vectors than clusters: the method says what has collapsed
+        lloyd = KMeans(number, init="random", n_init=restarts, max_iter=iterations, tol=0.0, random_state=seed, algorithm="lloyd")
+        found = lloyd.fit(x)
+    return found.cluster_centers_, found.labels_.astype(np.int64)
+
+
+def widths(x: np.ndarray, centroids: np.ndarray, cluster: np.ndarray, temperature: float) -> np.ndarray:
+    """phi_c = mean distance of the members to their centroid / log(n_c + 10), [K]; of clusters with at most one member the largest of
+    all; then cut to the 10th and the 90th percentile, and scaled to a mean of `temperature`.
+
+    Source: published code, main_pcl.py: run_kmeans.
+    """
+    total, count = np.zeros(len(centroids)), np.bincount(cluster, minlength=len(centroids))
+    for start in range(0, len(x), 1 << 16):
+        part = slice(start, start + (1 << 16))
+        distance = np.linalg.norm(x[part].astype(np.float64) - centroids[cluster[part]], axis=1)
+        total += np.bincount(cluster[part], weights=distance, minlength=len(centroids))
+    several = count > 1
+    phi = np.where(several, total / np.maximum(count, 1) / np.log(count + 10), 0.0)
+    phi[~several] = phi.max()
+    phi = np.clip(phi, *np.percentile(phi, (10, 90)))
+    if not phi.mean() > 0:
+        raise UserError(
+            "every image has the same embedding, so there is nothing to cluster: the encoder has collapsed; try a lower optimizer.lr"
+        )
+    return temperature * phi / phi.mean()
+
+
+def check(num_images: int, numbers: list[int], library: str) -> None:
+    """Refuse numbers of clusters that so many images do not have, and a library that is not there."""
+    if library not in ("sklearn", "faiss"):
+        raise UserError(f"method.library must be sklearn or faiss; got {library!r}")
+    if not numbers or min(numbers) < 2 or max(numbers) >= num_images:
+        in_proportion = ",".join(str(max(2, round(num_images / share))) for share in (51, 26, 13))
+        raise UserError(
+            f"method.num_clusters: expected numbers from 2 to below the {num_images} images, got {list(numbers)}; in the published "
+            f"proportions method.num_clusters=[{in_proportion}]"
+        )
+    if library == "faiss" and not is_installed("faiss"):
+        raise UserError("method.library=faiss: it is not installed; to have it: pip install faiss-cpu; or method.library=sklearn")

@@ -1,0 +1,72 @@
+"""CMC: an image's lightness is to be told by its colours, and its colours by its lightness (arXiv 1906.05849).
+
+Shapes: B this rank's images, N views of these, D width of each of the two embeddings.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from caco.banks.by_image import ImageBank
+from caco.data.loaders.batches import Batch
+from caco.errors import UserError
+from caco.methods.base import Needs, Now, Outputs
+from caco.methods.instdisc import InstDisc
+from caco.nn.heads import Encoder
+
+
+class CMC(InstDisc):
+    """L = L(c, bank of lightness) + L(l, bank of colours): l and c embed an image's first channel and its two others, by networks of
+    their own, and each is contrasted with the rows that the other has written. Both against the same drawn rows; each bank has its
+    own Z.
+
+    Args:
+        encoder: gives both embeddings side by side, [B, 2 D], none yet unit: a `GroupedProjector` on `ChannelGroups`.
+        bank: an `ImageBank` of two parts.
+        num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views losses are averaged there too.
+    """
+
+    needs = Needs(indices=True, lightness_first=True)
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        bank: ImageBank,
+        num_images: int,
+        seed: int = 0,
+        temperature: float = 0.07,
+        loss: Literal["nce", "softmax"] = "nce",
+        num_noise: int | None = 16_384,
+        epsilon: float = 1e-7,
+    ):
+        super().__init__(
+            encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise,
+            epsilon=epsilon,
+        )  # fmt: skip
+        if num_noise is None:
+            raise UserError("method.num_noise: this method's bank is contrasted with drawn rows alone; expected a number, got null")
+        groups = getattr(encoder.projector, "groups", 1)
+        if (groups, bank.parts) != (2, 2):
+            raise UserError(
+                "this method needs an embedding of the lightness and one of the colours: a projector with 2 groups (projector=cmc) "
+                f"and a bank with 2 parts (bank.parts=2); got {groups} and {bank.parts}"
+            )
+
+    def embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of lightness and colours, [B, D] each."""
+        lightness_BD, colours_BD = self.encoder(images, unit=False).chunk(2, 1)
+        return F.normalize(lightness_BD, dim=1), F.normalize(colours_BD, dim=1)
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        both = [self.embeddings(view) for view in batch.views]
+        lightness_ND, colours_ND = (torch.cat(parts) for parts in zip(*both, strict=True))
+        image_N = batch.index.repeat(len(both))
+        of_colours = self.contrast(colours_ND, image_N, now.step, part=0)
+        of_lightness = self.contrast(lightness_ND, image_N, now.step, part=1)
+        first_BD = torch.cat(both[0], 1)
+        self.remember(batch.index, first_BD)
+        metrics = {"positive_probability": (of_colours.probability_B.mean() + of_lightness.probability_B.mean()) / 2}
+        return Outputs(of_colours.loss_B.mean() + of_lightness.loss_B.mean(), metrics, first_BD)

@@ -1,0 +1,180 @@
+"""PCL v2: MoCo v2, and besides each image is to be near the prototype of its cluster, anew before each epoch (arXiv 2005.04966).
+
+Shapes: B this rank's images, G all ranks', D width of the embedding, K clusters, E columns of a clustering's scores.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco import distributed
+from caco.banks.base import Bank
+from caco.data.loaders.batches import Batch, mixed_seed
+from caco.data.loaders.images import Images
+from caco.errors import UserError
+from caco.methods import assignments, clusters
+from caco.methods.base import Costs, Needs, Now, Outputs
+from caco.methods.clusters import Clusters
+from caco.methods.contrastive import WARM_START, Contrastive, contrast, weighted
+from caco.methods.sources import BankRows, OtherView
+from caco.nn.heads import Encoder
+
+
+class PCL(Contrastive):
+    """L = InfoNCE + mean over the clusterings of ProtoNCE; before `first_clustering_epoch` InfoNCE alone.
+
+    ProtoNCE of a query q_i of an image in cluster s: -log exp(q_i.c_s / phi_s) / sum_j exp(q_i.c_j / phi_j), over the prototypes of
+    the batch's images (also those of the same cluster, as published) and `num_negatives` others, drawn without replacement from
+    clusters that no image of the batch is in. Each prototype has a temperature phi of its own. The gradient is the query's alone.
+
+    Before each epoch from then on the twin embeds every image's plain view, in evaluation mode; these embeddings are clustered. What
+    comes of it is in the state, so that a run goes on with it in the middle of an epoch. The batch is that of all ranks, where the
+    published code's is a GPU's own.
+
+    Args:
+        encoder, bank: as in `Contrastive`; the bank is the queue.
+        num_images: of the training set.
+        seed: of the clusterings, three times it and 0, 1, 2 for three, and, with the step, of the drawn prototypes.
+        temperature: tau of InfoNCE, and the mean of a clustering's phi.
+        momentum, final_momentum: of the twin, as in `Contrastive`.
+        num_clusters: K of each clustering.
+        num_negatives: prototypes drawn besides the batch's own; fewer where fewer are left.
+        first_clustering_epoch: counted from 0.
+        library: of the k-means, "sklearn" or "faiss" (an extra, which the published code takes).
+        iterations, restarts: of it.
+        warm_start_temperature, warm_start_momentum, warm_start_steps, warm_start_passes: as in `Contrastive`.
+    """
+
+    needs = Needs(whole_batch=True, indices=True)
+
+    made: Tensor  # how often clusters have been made
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        bank: Bank,
+        num_images: int,
+        seed: int = 0,
+        temperature: float = 0.2,
+        momentum: float = 0.999,
+        final_momentum: float = 0.999,
+        num_clusters: Sequence[int] = (25_000, 50_000, 100_000),
+        num_negatives: int = 16_384,
+        first_clustering_epoch: int = 20,
+        library: clusters.Library = "sklearn",
+        iterations: int = 20,
+        restarts: int = 5,
+        warm_start_temperature: float = 0.2,
+        warm_start_momentum: float = 0.999,
+        warm_start_steps: int | None = None,
+        warm_start_passes: int | None = None,
+    ):
+        super().__init__(
+            encoder=encoder, bank=bank, positives=OtherView(), negatives=BankRows(), temperature=temperature, momentum=momentum,
+            final_momentum=final_momentum, symmetric=False, reduction="mean", warm_start_temperature=warm_start_temperature,
+            warm_start_momentum=warm_start_momentum, warm_start_steps=warm_start_steps, warm_start_passes=warm_start_passes,
+        )  # fmt: skip
+        clusters.check(num_images, list(num_clusters), library)
+        if min(num_negatives, first_clustering_epoch) < 0 or min(iterations, restarts) < 1:
+            raise UserError(
+                "method needs num_negatives and first_clustering_epoch of 0 or more, iterations and restarts of at least 1; got "
+                f"{num_negatives}, {first_clustering_epoch}, {iterations} and {restarts}"
+            )
+        self.needs = PCL.needs
+        dim = encoder.projector.dim
+        self.clusterings = nn.ModuleList(Clusters(num_images=num_images, number=number, dim=dim) for number in num_clusters)
+        self.register_buffer("made", torch.zeros((), dtype=torch.int64))
+        self.seed, self.num_negatives, self.first_clustering_epoch = seed, num_negatives, first_clustering_epoch
+        self.library, self.iterations, self.restarts = library, iterations, restarts
+
+    def overwritten(self) -> set[str]:
+        return super().overwritten() | {"clusterings"}
+
+    def before_epoch(self, now: Now, images: Images) -> None:
+        """Cluster the embeddings of all images. What comes of it follows from the twin, the images and the seed alone."""
+        if now.epoch is None or now.epoch < self.first_clustering_epoch:
+            return
+        x_ND = self._embeddings(images)
+        for number, clustering in enumerate(self._clusterings()):
+            clustering.make(
+                x_ND, temperature=self.temperature, iterations=self.iterations, restarts=self.restarts,
+                seed=(len(self.clusterings) * self.seed + number) % 2**31, library=self.library,
+            )  # fmt: skip
+        self.made += 1
+
+    def _clusterings(self) -> list[Clusters]:
+        return [child for child in self.clusterings if isinstance(child, Clusters)]
+
+    @torch.no_grad()
+    def _embeddings(self, images: Images) -> Tensor:
+        """The twin's, of every image's plain view, in order, on rank 0 in CPU memory."""
+        assert self.twin is not None
+        was_training = self.twin.training
+        self.twin.eval()
+        own_ND = torch.cat([self.twin(batch.views[0]).cpu() for batch in images("plain")])
+        self.twin.train(was_training)
+        device = self.made.device  # through which the ranks' messages go
+        return distributed.gather_on_main(own_ND.to(device) if distributed.world() > 1 else own_ND).cpu()
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        if now.phase == WARM_START:
+            return super().forward(batch, now)
+        q, k, all_k, terms = self.encode(batch.views)
+        positives = self.positives_of(k, terms)
+        score = contrast(
+            [q[term.query] for term in terms], [all_k[term.key] for term in terms], [positives[term.key] for term in terms],
+            self.negatives, self.bank, self.temperature,
+        )  # fmt: skip
+        self.keys.append([all_k[view].detach() for view in sorted(positives)])
+        loss = weighted(score, terms)
+        metrics = {"positive_probability": (-score.loss_B.detach()).exp().mean(), "max_probability": score.max_probability_B.mean()}
+        if self.made:
+            prototype_loss = torch.stack([self._prototype_loss(q_BD, batch.index, now) for q_BD in q.values()]).mean()
+            loss, metrics = loss + prototype_loss, metrics | {"prototype_loss": prototype_loss.detach()}
+        return Outputs(loss, metrics, q[0])
+
+    def _prototype_loss(self, q_BD: Tensor, image_B: Tensor, now: Now) -> Tensor:
+        """ProtoNCE, the mean over the clusterings."""
+        image_G = distributed.gather(image_B)
+        label_B = torch.arange(len(q_BD), device=q_BD.device) + distributed.rank() * len(q_BD)
+        losses = []
+        for number, clustering in enumerate(self._clusterings()):
+            own_G = clustering.cluster[image_G].long()
+            others = self._drawn(own_G, len(clustering.centroids), mixed_seed(self.seed, now.step, number))
+            column_E = torch.cat([own_G, others])
+            with torch.autocast(q_BD.device.type, enabled=False):
+                logit_BE = q_BD @ clustering.centroids[column_E].T / clustering.width[column_E]
+                losses.append(F.cross_entropy(logit_BE, label_B))
+        return torch.stack(losses).mean()
+
+    def _drawn(self, own_G: Tensor, number: int, stream: int) -> Tensor:
+        """Clusters that no image of the batch is in, at random without replacement; the same on every rank."""
+        free = torch.ones(number, dtype=torch.bool)
+        free[own_G.cpu()] = False
+        order = torch.randperm(number, generator=torch.Generator().manual_seed(stream % 2**63))
+        return order[free[order]][: self.num_negatives].to(own_G.device)
+
+    def statistics(self) -> dict[str, float]:
+        """Of the queue; and of the clustering with the most clusters, how evenly its prototypes have images."""
+        values = super().statistics()
+        if self.made:
+            largest = max(self._clusterings(), key=lambda clustering: len(clustering.centroids))
+            values |= assignments.use_statistics(torch.bincount(largest.cluster.long(), minlength=len(largest.centroids)))
+        return values
+
+    def warning(self, statistics: Mapping[str, Any]) -> str | None:
+        wrong = assignments.collapse(statistics)
+        if wrong is None:
+            return super().warning(statistics)
+        return f"The embedding has collapsed: {wrong}. What helps: a lower optimizer.lr, a later method.first_clustering_epoch."
+
+    def costs(self, sizes: list[int]) -> Costs:
+        """Scores of the prototypes: those of the batch's images, and the drawn ones."""
+        of_contrast = super().costs(sizes)
+        count = len(self.clusterings)
+        return replace(of_contrast, columns_per_image=count, prototypes=count * self.num_negatives)

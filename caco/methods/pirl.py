@@ -1,0 +1,100 @@
+"""PIRL: the embedding of an image and that of its shuffled patches both meet the image's row of a bank (arXiv 1912.01991).
+
+Shapes: B this rank's images, P patches, D width of the embedding.
+"""
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from caco.banks.by_image import ImageBank
+from caco.data.loaders.batches import Batch
+from caco.errors import UserError
+from caco.methods.base import Costs, Needs, Now, Outputs, ParameterGroup
+from caco.methods.instdisc import InstDisc
+from caco.nn.backbones import feature_width
+from caco.nn.heads import Encoder, JigsawHead, at_least_float32
+
+
+class PIRL(InstDisc):
+    """L = (1 - w) L(v) + w L(g), each InstDisc's loss, against rows drawn for itself: v embeds the image, g by a head of its own its
+    patches.
+
+    The two never meet directly: the bank's row is where they meet. Only v is written to it, after the step. Z is that of the first
+    batch of patches, for both.
+
+    Args:
+        encoder, bank, num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views losses are averaged
+            there too.
+        patches_weight: w.
+        patches_layers: linear layers between the features and what the head gives of each patch; 1 as published.
+        patches_hidden_dim: between these, where there are several.
+        num_patches: P.
+    """
+
+    needs = Needs(indices=True, patches="shuffled", num_patches=9)
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        bank: ImageBank,
+        num_images: int,
+        seed: int = 0,
+        temperature: float = 0.07,
+        loss: Literal["nce", "softmax"] = "nce",
+        num_noise: int | None = 32_000,
+        epsilon: float = 1.2e-7,
+        patches_weight: float = 0.5,
+        patches_layers: int = 1,
+        patches_hidden_dim: int = 2048,
+        num_patches: int = 9,
+    ):
+        super().__init__(
+            encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise,
+            epsilon=epsilon,
+        )  # fmt: skip
+        if not 0 <= patches_weight <= 1:
+            raise UserError(f"method.patches_weight must be in [0, 1]; got {patches_weight}")
+        self.jigsaw = JigsawHead(
+            in_dim=feature_width(encoder.backbone), hidden_dim=patches_hidden_dim, dim=encoder.projector.dim, layers=patches_layers,
+            num_patches=num_patches,
+        )  # fmt: skip
+        self.patches_weight = patches_weight
+        self.needs = dataclasses.replace(PIRL.needs, num_patches=num_patches)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All that learns, of which biases and BatchNorm do not decay, as published."""
+        learning = [p for p in self.parameters() if p.requires_grad]
+        return [ParameterGroup([p for p in learning if p.ndim > 1]), ParameterGroup([p for p in learning if p.ndim <= 1], decay=False)]
+
+    def forward(self, batch: Batch, now: Now) -> Outputs:
+        """Patches first: Z is theirs."""
+        if batch.patches is None:
+            raise UserError(
+                "this method takes patches of each image, and its batches have none; expected an augmentation that cuts a view"
+            )
+        features_NF = self.backbone(batch.patches.flatten(0, 1))
+        g_BD = F.normalize(at_least_float32(self.jigsaw(features_NF)), dim=1)
+        of_patches = self.contrast(g_BD, batch.index, now.step, 0)
+        v = [self.encoder(view) for view in batch.views]
+        of_images = self.contrast(torch.cat(v), batch.index.repeat(len(v)), now.step, 1)
+        w = self.patches_weight
+        loss = (1 - w) * of_images.loss_B.mean() + w * of_patches.loss_B.mean()
+        self.remember(batch.index, v[0])
+        metrics = {"positive_probability": of_images.probability_B.mean(), "jigsaw_probability": of_patches.probability_B.mean()}
+        return Outputs(loss, metrics, v[0])
+
+    def costs(self, sizes: list[int]) -> Costs:
+        """One query more, of patches."""
+        costs = super().costs(sizes)
+        return dataclasses.replace(
+            costs,
+            terms=costs.terms + 1,
+            bank_terms=costs.bank_terms + (1 if self.num_noise is None else 0),
+            drawn_terms=costs.drawn_terms + (0 if self.num_noise is None else 1),
+            patch_network=nn.Sequential(nn.Flatten(0, 1), self.backbone, self.jigsaw),
+        )
