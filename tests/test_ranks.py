@@ -23,8 +23,8 @@ from caco.runs.checkpoint import load
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
 OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, []), *OF_PATCHES.get(m, [])]) for m in METHODS if m != "caco"}
-for by_image in ("instdisc", "pic"):
-    OF_METHOD[by_image] += " data.limit=1399"  # a row for each: no even share for two or four
+for by_image, images in (("instdisc", 1399), ("pic", 1399), ("pirl", 511), ("cmc", 511)):
+    OF_METHOD[by_image] += f" data.limit={images}"  # a row for each: no even share for two or four
 # So few that a pass over all of them is two batches.
 OF_METHOD["sela"] += " data.limit=32"
 OF_METHOD["pcl"] += " data.limit=32 method.num_clusters=[4,6,8] method.num_negatives=1"

@@ -44,6 +44,11 @@ OF_PATCHES = {
         *COLOURED, "augmentation=cpcv2_cifar", "method.hidden_dim=8", "method.blocks=2", "method.averaging=0.9",
         "method.group_size=4", "batch=16",
     ],
+    "pirl": [*COLOURED, "augmentation=pirl_cifar", "method.num_noise=64"],
+    "cmc": [
+        *COLOURED, "augmentation=cmc_cifar", "backbone=cmc_small", "projector=cmc", "projector.hidden_dim=16", "projector.dim=16",
+        "method.num_noise=64",
+    ],
 }
 BANK = ["bank.size=128"]  # two steps of warm start at batch 64
 

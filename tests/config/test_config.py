@@ -52,16 +52,16 @@ def accept(*overrides: str) -> None:
     check_command(list(overrides), multirun=False)
 
 
-# Views that are cut into patches go with a method that takes them.
-WITH_METHOD = dict.fromkeys(("infomin", "infomin_cifar", "pirl", "pirl_cifar"), "infomin")
-WITH_METHOD |= dict.fromkeys(("cpcv2", "cpcv2_cifar"), "cpcv2")
+# Views that are cut into patches go with a method that takes them, and networks for lightness and colours with one that has both.
+WITH_METHOD = {f"augmentation={name}{size}": name for name in ("infomin", "pirl", "cpcv2") for size in ("", "_cifar")}
+WITH_METHOD |= {"projector=cmc": "cmc"}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_passes_the_checks(option):
     group, _, name = option.rpartition("/")
-    method = [f"method={WITH_METHOD[name]}"] if group == "augmentation" and name in WITH_METHOD else []
-    accept(f"{group}={name}", *method)
+    chosen = f"{group}={name}"
+    accept(chosen, *([f"method={WITH_METHOD[chosen]}"] if chosen in WITH_METHOD else []))
 
 
 def test_every_folder_of_conf_is_a_group_of_the_root():
@@ -78,9 +78,10 @@ def test_every_preset_goes_with_every_setting(preset, pn):
 
 @pytest.mark.parametrize("method", refusals.groups()["method"])
 def test_the_demo_goes_with_every_method(method):
-    """Digits are too small for patches: methods of these take its other settings to CIFAR."""
-    cifar = ["data=cifar10", f"augmentation={method}_cifar"] if method in WITH_METHOD else []
-    accept("preset=demo", f"method={method}", *cifar)
+    """Digits are too small for patches, and grey: methods of patches and of colours take its other settings to CIFAR."""
+    cifar = ["data=cifar10", f"augmentation={method}_cifar"] if method in WITH_METHOD.values() else []
+    heads = ["backbone=cmc_small", "projector=cmc"] if method == "cmc" else []
+    accept("preset=demo", f"method={method}", *cifar, *heads)
 
 
 @pytest.mark.parametrize("other", ["debug", "profile"])
