@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from caco.data.sets.folders import cifar10_jpeg75, digits, folder, imagenet, imagenet100, tiny_imagenet
+from caco.data.sets.folders import cifar10_jpeg75, digits, folder, imagenet, imagenet100, photo_tiles, tiny_imagenet
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
 from caco.errors import FileError
 
@@ -78,6 +78,31 @@ def test_digits_are_scikit_learns_pixels_each_once():
 def test_digits_below_their_own_size_are_refused():
     with pytest.raises(ValueError, match="data.size: expected at least the scans' own 8 pixels, got 4"):
         digits(size=4)
+
+
+# tiles of photographs
+
+
+def test_tiles_are_the_pixels_of_the_two_photographs_each_once():
+    from sklearn.datasets import load_sample_images
+
+    splits = photo_tiles(size=128)
+    assert (len(splits.train), len(splits.test)) == (24, 6) and splits.pretrain is splits.train
+    ours = {
+        (np.asarray(source.image(i)).tobytes(), int(source.labels[i])) for source in (splits.train, splits.test) for i in range(len(source))
+    }
+    photos = load_sample_images().images
+    assert ours == {
+        (photo[y * 128 : y * 128 + 128, x * 128 : x * 128 + 128].tobytes(), number)
+        for number, photo in enumerate(photos) for y in range(3) for x in range(5)
+    }  # fmt: skip
+    assert [len(photo_tiles().train), len(photo_tiles().test)] == [416, 104]
+
+
+@pytest.mark.parametrize("size", [7, 129])
+def test_tiles_of_other_sizes_are_refused(size):
+    with pytest.raises(ValueError, match=f"data.size: expected a tile of 8 to 128 pixels a side, got {size}"):
+        photo_tiles(size=size)
 
 
 # folder

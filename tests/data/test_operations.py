@@ -114,7 +114,7 @@ def test_what_is_drawn_is_drawn_as_published(photo, monkeypatch):
     assert abs(np.mean(np.array(levels) == 10.0) - norm.sf(10, 9, 0.8)) < 0.01
     assert kstest(below, lambda x: norm.cdf(x, 9, 0.8) / norm.cdf(10, 9, 0.8)).pvalue > 0.001
     assert abs(np.mean(negative) - 0.5) < 0.02 and abs(np.mean(bicubic) - 0.5) < 0.02
-    assert [RandAugment(spread=float("inf"), magnitude=8.0).level(u) for u in (0.0, 0.5)] == [0.0, 4.0]
+    assert [RandAugment(spread=None, magnitude=8.0).level(u) for u in (0.0, 0.5)] == [0.0, 4.0]
     assert RandAugment(spread=0.0, magnitude=8.0).level(0.1) == 8.0
 
 

@@ -45,7 +45,7 @@ class RandAugment:
 
     Args:
         operations: how many are drawn.
-        magnitude, spread: mean and standard deviation of L, which is cut to 0..10; an infinite spread draws it evenly from 0 to
+        magnitude, spread: mean and standard deviation of L, which is cut to 0..10; without a spread (None) it is drawn evenly from 0 to
             `magnitude`.
         p: probability of each operation that was drawn.
         names: the operations to draw from; None for all but identity.
@@ -58,16 +58,16 @@ class RandAugment:
         *,
         operations: int = 2,
         magnitude: float = 10.0,
-        spread: float = 0.5,
+        spread: float | None = 0.5,
         p: float = 0.5,
         names: list[str] | None = None,
         enhancement: Literal["two_sided", "one_sided"] = "two_sided",
         posterize_bits: Sequence[int] = (0, 4),
         fill: Sequence[int] = MEAN_COLOUR,
     ):
-        if operations < 1 or not 0 <= magnitude <= _LARGEST or spread < 0:
+        if operations < 1 or not 0 <= magnitude <= _LARGEST or (spread or 0) < 0:
             raise UserError(
-                "RandAugment: expected an operation or more, a magnitude in 0..10 and a spread of 0 or more, got "
+                "RandAugment: expected an operation or more, a magnitude in 0..10 and a spread of 0 or more or null, got "
                 f"operations={operations}, magnitude={magnitude}, spread={spread}"
             )
         check_probability("RandAugment p", p)
@@ -93,7 +93,7 @@ class RandAugment:
 
     def level(self, u: float) -> float:
         """The magnitude that a random number stands for."""
-        if self.spread == float("inf"):
+        if self.spread is None:
             return self.magnitude * u
         if self.spread == 0:
             return self.magnitude

@@ -1,0 +1,26 @@
+"""Every row of every table is trained from end to end, at the smallest scale."""
+
+import json
+import sys
+
+import pytest
+
+from experiments import run, tables
+from experiments.tables import experiments, load_scale, load_table
+
+
+@pytest.mark.long
+def test_every_row_of_every_table_is_trained_at_the_smallest_scale(monkeypatch, tmp_path):
+    """Digits for most; tiles of two photographs where digits are too small or too grey."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
+    for name in tables.tables():
+        monkeypatch.setattr(sys, "argv", ["run", name, "scale=smoke", "seed=0"])
+        with pytest.raises(SystemExit) as end:
+            run.main()
+        assert end.value.code in (0, None), name
+    made = json.loads((tmp_path / "runs/smoke/record.json").read_text())
+    trained = {entry["config_hash"]: entry["summary"] for entry in made["runs"]}
+    for name in tables.tables():
+        for one in experiments(load_table(name), load_scale("smoke")):
+            assert one.why_not is None and 0 <= trained[one.hash(0)]["knn20_top1"] <= 100, one.name
