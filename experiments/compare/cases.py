@@ -25,7 +25,9 @@ SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, negat
         "eval=[knn_all,probe,geometry,linear,semi]", "eval.linear.epochs=2", "eval.linear.batch=256", "eval.semi.epochs=[2,1]",
     ],
 }  # fmt: skip
-OF_PATCHES = {name: ["data.size=32", f"augmentation={name}_cifar"] for name in ("infomin", "cpcv2")}  # digits, enlarged to what patches need
+# Digits, enlarged to what patches need; and images that have colours, with a network and a head for lightness and one for the colours.
+PARTICULAR = {name: ["data.size=32", f"augmentation={name}_cifar"] for name in ("infomin", "cpcv2", "pirl")}
+PARTICULAR["cmc"] = ["data=photo_tiles", "augmentation=cmc_cifar", "backbone=cmc_small", "projector=cmc"]
 ON_TWO_RANKS = ["pn=both", "pn=positive", "method=simclr", "method=nnclr", "method=adco multi-crop"]
 CUT_AND_RESUMED = ["pn=both"]
 
@@ -55,7 +57,7 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
     epochs = max(2, steps // (IMAGES // BATCH) + 1)
     tiny = [*TINY, f"epochs={epochs}", f"max_steps={steps}"]
     cases = {
-        f"method={name}": Case(f"method={name}", replaced([*tiny, f"method={name}"], OF_PATCHES.get(name, [])))
+        f"method={name}": Case(f"method={name}", replaced([*tiny, f"method={name}"], PARTICULAR.get(name, [])))
         for name in options(tree, "method")
     }
     cases |= {
@@ -65,6 +67,8 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
     }
     chosen = [f"{group}={name}" for group in ("pn", "negatives", "optimizer", "projector") for name in options(tree, group)]
     settings = {name: [name] for name in chosen} | SETTINGS
+    if "projector=cmc" in settings:  # no other method takes it
+        settings["projector=cmc"] = ["method=cmc", *PARTICULAR["cmc"]]
     cases |= {name: Case(name, replaced(tiny, overrides)) for name, overrides in settings.items()}
     for name in set(ON_TWO_RANKS) & set(cases):
         cases[f"{name}, two ranks"] = Case(f"{name}, two ranks", cases[name].overrides, ranks=2)

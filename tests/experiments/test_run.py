@@ -136,8 +136,8 @@ def test_a_dry_run_says_what_a_run_took_if_it_is_known(here, capsys, tmp_path):
 
 
 def test_a_dry_run_says_why_a_row_is_not_run(here, capsys):
-    here("table1", "scale=paper", "rows=instdisc,mocov2", "data.root=/images", "--dry-run")
-    assert "# table1/instdisc: not run: caco has no InstDisc; the number is cited" in capsys.readouterr().out
+    here("table2", "scale=digits", "rows=cmc,mocov2", "--dry-run")
+    assert "# table2/cmc: not run: the digits are grey" in capsys.readouterr().out
 
 
 def test_a_begun_run_goes_on_where_it_is(here, trainings, tmp_path, capsys):

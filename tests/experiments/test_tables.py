@@ -69,7 +69,7 @@ def paper():
 
 
 def test_rows_at_the_papers_scale_are_configurations_with_the_papers_numbers(paper):
-    assert len(paper) == 12 + 4 + 3 + 4
+    assert len(paper) == 15 + 4 + 3 + 4
     for name, one in paper.items():
         assert (one.cfg.epochs, one.cfg.batch) == (one.row.epochs, one.row.batch), name
         assert (one.cfg.bank.size if one.cfg.bank else None) == one.row.bank, name
