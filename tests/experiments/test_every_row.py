@@ -10,6 +10,7 @@ from experiments.tables import experiments, load_scale, load_table
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # some fifty runs of five to ten seconds
 def test_every_row_of_every_table_is_trained_at_the_smallest_scale(monkeypatch, tmp_path):
     """Digits for most; tiles of two photographs where digits are too small or too grey."""
     monkeypatch.chdir(tmp_path)
