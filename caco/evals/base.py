@@ -1,7 +1,7 @@
 """The contract of an evaluator, and nothing else."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from torch import nn
@@ -19,10 +19,12 @@ class Evaluator(Protocol):
 
     when: "epoch" for every evaluation while training and the last one, "end" for the last one alone.
     on_all_ranks: whether `run` is a collective, because it trains. The others run on rank 0, and the other ranks wait.
+    departures: in what it differs from what was published by that name, a sentence each; caco.evaluate prints them with the results.
     """
 
     when: When
     on_all_ranks: bool = False
+    departures: Sequence[str] = ()
 
     @abstractmethod
     def build(self, store: FeatureStore, *, seed: int) -> None:
