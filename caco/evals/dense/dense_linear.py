@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from caco import distributed, metrics
 from caco.data.loaders.batches import mixed_seed
 from caco.errors import UserError
-from caco.evals.base import Evaluator
+from caco.evals.base import Evaluator, Work
 from caco.evals.dense import pixel_metric
+from caco.evals.dense.counting import work_of
 from caco.evals.dense.maps import Maps, as_evaluated
 from caco.evals.dense.segment import found_voc2012, resized
-from caco.evals.dense.segmentation_sets import CLASSES, IGNORED
+from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, NUM_IMAGES
 from caco.evals.dense.training import one_by_one
 from caco.evals.features import FeatureFiles, FeatureStore, Precision
 from caco.evals.logistic import fit, moments
@@ -184,7 +185,7 @@ class DenseLinear(Evaluator):
 
         def example(index: int) -> tuple[Tensor, Tensor]:
             image, labels = images.read(index)
-            return torch.from_numpy(np.array(resized(image, self.size, self.size))), torch.from_numpy(labels.copy())
+            return torch.from_numpy(np.array(resized(image, self.size, self.size))), torch.from_numpy(labels)
 
         for _, (pixels, labels) in one_by_one(example, len(images), self._store, name=self.protocol):
             scores = torch.einsum("bdhw,dk->bkhw", self._maps_of(maps, pixels[None]), weight_DK) + bias_K[:, None, None]
@@ -192,6 +193,12 @@ class DenseLinear(Evaluator):
             whole = nn.functional.interpolate(square, labels.shape, mode="bilinear", align_corners=False)
             matrix_KK += pixel_metric.confusion(labels.to(matrix_KK.device), whole[0].argmax(dim=0), num_classes)
         return distributed.sum_(matrix_KK)
+
+    def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
+        """The features alone: how many iterations the regression takes nobody knows before."""
+        images, maps = NUM_IMAGES[self.train] + NUM_IMAGES["val"], Maps(backbone(), purpose="dense_linear")
+        what = f"{self.protocol}: images of {self.size} px to take features of"
+        return [work_of(what, images, maps, height=self.size, width=self.size, training=False)]
 
 
 def drawn_places(labels: np.ndarray, at: Tensor, size: int, count: int, *, seed: int) -> tuple[Tensor, Tensor]:

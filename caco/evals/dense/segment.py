@@ -4,7 +4,7 @@ Shapes: B images of H x W pixels, S the side of a crop, K = 21 classes.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +18,11 @@ from caco.data.loaders.batches import mixed_seed
 from caco.data.sets.overlap import refuse_shared
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
-from caco.evals.base import Evaluator
+from caco.evals.base import Evaluator, Work
 from caco.evals.dense import pixel_metric, roots
+from caco.evals.dense.counting import VOC_IMAGE, work_of
 from caco.evals.dense.maps import Maps, dilated_last_stage, require_resnet
-from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, LabelledPixels, SegmentationSet, voc2012
+from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, NUM_IMAGES, LabelledPixels, SegmentationSet, voc2012
 from caco.evals.dense.training import Recipe, Task, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
@@ -133,8 +134,17 @@ class Segment(Evaluator):
             precision=self.precision,
             save_every_steps=self.save_every_steps,
         )
-        for measure, value in tested(network, self._set.test, store, name=self.protocol, precision=self.precision).items():
+        for measure, value in scored(network, self._set.test, store, name=self.protocol, precision=self.precision).items():
             yield f"{self.protocol}/voc2012_{measure}", value
+
+    def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
+        network, crop = FCN16(backbone(), channels=self.channels, seed=0), self.crop
+        seen = self.recipe.num_steps * self.recipe.images
+        height, width = VOC_IMAGE
+        return [
+            work_of(f"{self.protocol}: crops of {crop} px to train on", seen, network, height=crop, width=crop, training=True),
+            work_of(f"{self.protocol}: images to test on", NUM_IMAGES["val"], network, height=height, width=width, training=False),
+        ]
 
 
 def found_voc2012(root: str | None, evaluator: str, train: Literal["trainaug", "train"], store: FeatureStore) -> SegmentationSet:
@@ -147,8 +157,8 @@ def found_voc2012(root: str | None, evaluator: str, train: Literal["trainaug", "
     if store.overlap == "refuse":
         for source in (found.train.files, store.splits.pretrain):
             refuse_shared(source, found.test.files)
-    published = {"trainaug": "10,582", "train": "1,464"}[train]
-    there = f"{len(found.train):,} images to train on (published: {published}), {len(found.test):,} to test on (1,449)"
+    parts = {train: ("train on", found.train), "val": ("test on", found.test)}
+    there = ", ".join(f"{len(part):,} images to {use} (published: {NUM_IMAGES[name]:,})" for name, (use, part) in parts.items())
     store.say(f"{evaluator}: VOC 2012, {there}")
     return found
 
@@ -231,14 +241,14 @@ def resized(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 @torch.no_grad()
-def tested(network: nn.Module, images: LabelledPixels, store: FeatureStore, *, name: str, precision: Precision) -> dict[str, float]:
+def scored(network: nn.Module, images: LabelledPixels, store: FeatureStore, *, name: str, precision: Precision) -> dict[str, float]:
     """The scores of a network in eval mode on whole images at their own size, each on one rank. A collective; on every rank."""
     device, num_classes = store.device, len(CLASSES)
     matrix_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def example(index: int) -> tuple[Tensor, Tensor]:
         image, labels = images.read(index)
-        return torch.from_numpy(np.array(image)), torch.from_numpy(labels.copy())
+        return torch.from_numpy(np.array(image)), torch.from_numpy(labels)
 
     for _, (pixels, labels) in one_by_one(example, len(images), store, name=name):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

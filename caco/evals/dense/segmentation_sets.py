@@ -18,6 +18,7 @@ from caco.evals.dense import roots
 
 CLASSES = ("background", *VOC_CLASSES)
 IGNORED = 255
+NUM_IMAGES = {"train": 1_464, "trainaug": 10_582, "val": 1_449}  # as published
 
 LAYOUT = """\
   VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg, SegmentationClass/2007_000032.png, ImageSets/Segmentation/train.txt and val.txt
@@ -81,7 +82,7 @@ def read_labels(path: Path) -> np.ndarray:
             with Image.open(path) as image:
                 if image.mode not in ("P", "L"):
                     raise ValueError(f"colours ({image.mode}) and not numbers of classes; take the file as published")
-                labels = np.asarray(image)
+                labels = np.array(image)
     except (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UnreadableImage(f"{path}: expected the class of every pixel, got {type(error).__name__}: {error}") from error
     strange = np.setdiff1d(labels, [*range(len(CLASSES)), IGNORED])

@@ -99,7 +99,7 @@ def test_the_root_may_be_above_the_devkit_or_the_devkit_or_the_year(tmp_path, ab
 def test_all_that_is_missing_is_said_at_once_with_the_layout(tmp_path):
     with pytest.raises(UserError) as nothing:
         voc2012(tmp_path, "trainaug")
-    for part in ("Segmentation/train.txt", "Segmentation/val.txt", "SegmentationClassAug, or SBD (train=train needs neither", "benchmark.tgz"):
+    for part in ("Segmentation/train.txt", "Segmentation/val.txt", "SegmentationClassAug, or SBD (train=train needs", "benchmark.tgz"):
         assert part in str(nothing.value)
     top = toy_voc.write_voc(tmp_path)
     (top / "JPEGImages" / f"{VAL[1]}.jpg").unlink()
