@@ -7,6 +7,8 @@
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
     transfer/cifar10_top1, geometry/rank_me
+    segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of 8 images
+    dense_linear/voc2012_miou           a linear head on frozen features: never to be set beside fine-tuning
 
 The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables, figures, run
 directories and searches ask here too, without torch. A setting that can change a number and is not the one of the recipe with
@@ -36,6 +38,11 @@ FINE_TUNING_EPOCHS = {0.01: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
 PROBE = {"l2": 1e-3, "max_iterations": 500}
 TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5, "max_iterations": 1000, "tolerance": 1e-5}
 GEOMETRY = {"images": 2048}
+SEGMENT = {
+    "train": "trainaug", "images": 16, "steps": 30_000, "rate": 0.003, "milestones": [0.7, 0.9], "momentum": 0.9, "weight_decay": 1e-4,
+    "crop": 513, "scale": [0.5, 2.0], "channels": 256, "precision": "fp32",
+}  # fmt: skip
+DENSE_LINEAR = {"train": "trainaug", "size": 448, "places": 20, "l2": 1e-3, "max_iterations": 500, "precision": "fp32"}
 
 KNN = "caco.evals.knn.KNN"
 BASELINES = ("untrained/", "pixels/")  # of an evaluation: what it gave stands as untrained/NAME
@@ -75,6 +82,15 @@ def geometry(**settings: Any) -> str:
     return _with_changes("geometry", settings, GEOMETRY)
 
 
+def segment(**settings: Any) -> str:
+    """The head is in the name: numbers of different heads cannot be compared."""
+    return _with_changes("segment_fcn16", settings, SEGMENT)
+
+
+def dense_linear(**settings: Any) -> str:
+    return _with_changes("dense_linear", settings, DENSE_LINEAR)
+
+
 def _with_changes(name: str, settings: Mapping[str, Any], standard: Mapping[str, Any]) -> str:
     changed = (key for key, value in standard.items() if key in settings and _plain(settings[key]) != value)
     return "_".join([name, *(f"{key}-{_text(_plain(settings[key]))}" for key in changed)])
@@ -107,6 +123,8 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
         "caco.evals.linear.Linear": linear,
         "caco.evals.transfer.Transfer": transfer,
         "caco.evals.geometry.Geometry": geometry,
+        "caco.evals.dense.segment.Segment": segment,
+        "caco.evals.dense.dense_linear.DenseLinear": dense_linear,
     }
     return [named[target](**settings)] if target in named else []
 
@@ -134,7 +152,7 @@ def accuracies(names: Iterable[str]) -> list[str]:
 
 def is_percent(metric: str) -> bool:
     """Whether it is an accuracy, or another share of what there is to be right about."""
-    return re.search(r"_(top\d+|mean_per_class|map11|ap_per_image)$", metric) is not None
+    return re.search(r"_(top\d+|mean_per_class|map11|ap_per_image|miou|mean_accuracy|pixel_accuracy)$", metric) is not None
 
 
 def title(metric: str) -> str:

@@ -33,7 +33,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
 
     with FlopCounterMode(display=False) as counter:
         model()
-    speeds = {"tflops": counter.get_total_flops() / _seconds(model, device, runs) / 1e12}
+    speeds = {"tflops": counter.get_total_flops() / seconds(model, device, runs) / 1e12}
     if cfg.bank is None:
         return speeds
     bank: Any = instantiate(cfg.bank, size=rows).to(device)
@@ -48,13 +48,14 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
             bank.update(lr=0.0, keys_GD=q_BD.detach())
 
     products = 5 if bank.rows.learnable else 3
-    speeds["bank_tflops"] = products * 2 * queries * rows * cfg.projector.dim / _seconds(score, device, runs) / 1e12
+    speeds["bank_tflops"] = products * 2 * queries * rows * cfg.projector.dim / seconds(score, device, runs) / 1e12
     return speeds
 
 
-def _seconds(work: Callable[[], None], device: torch.device, runs: int) -> float:
+def seconds(work: Callable[[], None], device: torch.device, runs: int) -> float:
+    """The best of some runs, after one that warms up."""
     best = float("inf")
-    for _ in range(1 + runs):  # the first one warms up
+    for _ in range(1 + runs):
         started = time.perf_counter()
         work()
         if device.type == "cuda":

@@ -53,14 +53,19 @@ class _InPlaceOf(nn.BatchNorm1d):
 
 
 class AllRanksBatchNorm(_InPlaceOf):
-    """Statistics over all ranks, for CPU processes; the gradient flows through the statistics."""
+    """Statistics over all ranks, for CPU processes; the gradient flows through the statistics.
+
+    The ranks may have unequal numbers of images, and images of unequal shapes: what each has of both is added up with its sums.
+    """
 
     def _in_training(self, x: Tensor) -> Tensor:
         over = [0, *range(2, x.ndim)]
-        count = x.numel() // x.shape[1] * distributed.world()  # every rank has the same share of the batch
         shape = [1, -1] + [1] * (x.ndim - 2)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        mean = distributed.sum_with_gradient(wide.sum(over)) / count
+        own_count = wide.new_tensor([x.numel() // x.shape[1]])
+        sums = distributed.sum_with_gradient(torch.cat([wide.sum(over), own_count]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
         centred = wide - mean.view(shape)
         variance = distributed.sum_with_gradient(centred.square().sum(over)) / count
         with torch.no_grad():

@@ -30,6 +30,9 @@ NEUTRAL_KEYS = (
     "data.labelled_root",
     "data.in_memory_mb",
     "eval.transfer.root",
+    "eval.segment.root",
+    "eval.segment.save_every_steps",
+    "eval.dense_linear.root",
     "loader._target_",  # every loader makes the same batches
     "loader.num_workers",
     "loader.prefetch",
