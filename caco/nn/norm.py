@@ -30,7 +30,7 @@ class _InPlaceOf(nn.BatchNorm1d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    momentum: float
+    momentum: float | None
     drop: nn.Module
     act: nn.Module
 
@@ -53,20 +53,26 @@ class _InPlaceOf(nn.BatchNorm1d):
 
 
 class AllRanksBatchNorm(_InPlaceOf):
-    """Statistics over all ranks, for CPU processes; the gradient flows through the statistics."""
+    """Statistics over all ranks, which may have batches of other sizes, for CPU processes; the gradient flows through the statistics.
+
+    As torch's, it takes momentum None for the plain mean of all batches.
+    """
 
     def _in_training(self, x: Tensor) -> Tensor:
         over = [0, *range(2, x.ndim)]
-        count = x.numel() // x.shape[1] * distributed.world()  # every rank has the same share of the batch
         shape = [1, -1] + [1] * (x.ndim - 2)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        mean = distributed.sum_with_gradient(wide.sum(over)) / count
+        own_count = wide.new_full((1,), x.numel() // x.shape[1])
+        sums = distributed.sum_with_gradient(torch.cat([wide.sum(over), own_count]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
         centred = wide - mean.view(shape)
         variance = distributed.sum_with_gradient(centred.square().sum(over)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), share)
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
