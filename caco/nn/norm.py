@@ -53,16 +53,17 @@ class _InPlaceOf(nn.BatchNorm1d):
 
 
 class AllRanksBatchNorm(_InPlaceOf):
-    """Statistics over all ranks, which may have batches of other sizes, for CPU processes; the gradient flows through the statistics.
+    """Statistics over all ranks, for CPU processes; the gradient flows through the statistics.
 
-    As torch's, it takes momentum None for the plain mean of all batches.
+    The ranks may have unequal numbers of images, and images of unequal shapes: what each has of both is added up with its sums.
+    With momentum None the running statistics are the plain mean of all batches, as torch's are.
     """
 
     def _in_training(self, x: Tensor) -> Tensor:
         over = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        own_count = wide.new_full((1,), x.numel() // x.shape[1])
+        own_count = wide.new_tensor([x.numel() // x.shape[1]])
         sums = distributed.sum_with_gradient(torch.cat([wide.sum(over), own_count]))
         count = sums[-1].detach()
         mean = sums[:-1] / count

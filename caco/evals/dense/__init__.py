@@ -1,3 +1,3 @@
-"""Evaluators that fine-tune a network on tasks of places in an image: detection and segmentation.
+"""Evaluators of what stands where in an image: detection and segmentation, and the loop in which they fine-tune a network.
 
 Not here: evaluators of one feature an image, which are in caco/evals itself."""

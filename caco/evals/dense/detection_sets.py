@@ -6,7 +6,6 @@ a box that covers a whole image of width W goes from 0 to W.
 
 import hashlib
 import json
-import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,7 @@ import numpy as np
 from caco.data.sets.sources import ImageFiles
 from caco.data.sets.transfer import VOC_CLASSES
 from caco.errors import UserError
-
-COCO_CLASSES = 80
+from caco.evals.dense.roots import absent, first_with, refuse_missing
 
 
 class Objects(NamedTuple):
@@ -167,20 +165,20 @@ def voc(root: Path) -> DetectionSet:
     for part, (year, split, archive) in _VOC_PARTS.items():
         inside = [Path(), Path("VOCdevkit"), Path(archive, "VOCdevkit"), Path(archive)]
         tops = [root / folder / f"VOC{year}" for folder in inside]
-        lists = [top for top in tops if (top / "ImageSets" / "Main" / f"{split}.txt").is_file()]
-        if not lists:
-            some = next((top for top in tops if top.is_dir()), tops[1])
-            missing.append(f"{some / 'ImageSets' / 'Main' / f'{split}.txt'} (VOC {part})")
+        listed = f"ImageSets/Main/{split}.txt"
+        top = first_with(tops, listed)
+        if top is None:
+            missing.append(f"{(first_with(tops, '') or tops[1]) / listed} (VOC {part})")
             continue
-        names = [line.split()[0] for line in (lists[0] / "ImageSets" / "Main" / f"{split}.txt").read_text().splitlines() if line.strip()]
+        names = [line.split()[0] for line in (top / listed).read_text().splitlines() if line.strip()]
+        if not names:
+            missing.append(f"names of images in {top / listed} (VOC {part})")
         for folder, extension in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
-            there = set(os.listdir(lists[0] / folder)) if (lists[0] / folder).is_dir() else set()
-            absent = [name + extension for name in names if name + extension not in there]
-            if absent or not names:
-                of = f"{len(absent)} of {len(names)} files of VOC {part}, {absent[0]} for one" if names else f"VOC {part} has an empty list"
-                missing.append(f"{lists[0] / folder} ({of})")
-        found[part] = (lists[0], names)
-    _refuse_missing("VOC", root, missing, VOC_LAYOUT)
+            files = absent(top / folder, [name + extension for name in names])
+            if files:
+                missing.append(f"{len(files)} of the {len(names)} files of VOC {part} in {top / folder}, {files[0]} for one")
+        found[part] = (top, names)
+    refuse_missing("VOC", root, missing, VOC_LAYOUT)
     train = _voc_images(root, "voc/trainval0712", [found["2007 trainval"], found["2012 trainval"]])
     test = _voc_images(root, "voc/test07", [found["2007 test"]])
     return DetectionSet("voc", train, test, list(VOC_CLASSES))
@@ -234,23 +232,22 @@ def coco(root: Path) -> DetectionSet:
         UserError: parts are missing; all of them are named, with the layout.
     """
     tops = [root / name for name in ("", "coco", "coco2017", "COCO", "COCO2017", "coco-2017")]
-    top = next((top for top in tops if (top / "annotations").is_dir()), next((t for t in tops if (t / "train2017").is_dir()), root))
+    top = first_with(tops, "annotations") or first_with(tops, "train2017") or root
     missing, parts = [], {}
     for split in ("train2017", "val2017"):
         annotations = top / "annotations" / f"instances_{split}.json"
         if not annotations.is_file():
-            missing.append(f"{annotations}")
+            missing.append(str(annotations))
         folder = next((top / name for name in (split, f"images/{split}") if (top / name).is_dir()), None)
         if folder is None:
-            missing.append(f"{top / split}")
+            missing.append(str(top / split))
         elif annotations.is_file():
             parts[split] = _coco_part(annotations)
-            there = set(os.listdir(folder))
-            absent = [image["file_name"] for image in parts[split]["images"] if image["file_name"] not in there]
-            if absent:
-                missing.append(f"{folder} ({len(absent)} of {len(parts[split]['images'])} images, {absent[0]} for one)")
+            names = [image["file_name"] for image in parts[split]["images"]]
+            if files := absent(folder, names):
+                missing.append(f"{len(files)} of the {len(names)} images in {folder}, {files[0]} for one")
             parts[split]["folder"] = folder
-    _refuse_missing("COCO 2017", root, missing, COCO_LAYOUT)
+    refuse_missing("COCO 2017", root, missing, COCO_LAYOUT)
     categories = sorted(parts["train2017"]["categories"], key=lambda category: category["id"])
     number = {category["id"]: i for i, category in enumerate(categories)}
     train = _coco_images(root, "coco/train2017", parts.pop("train2017"), number, training=True)
@@ -296,8 +293,3 @@ def _coco_images(root: Path, name: str, part: dict[str, Any], number: dict[int, 
 
 READERS = {"voc": voc, "coco": coco}
 
-
-def _refuse_missing(name: str, root: Path, missing: list[str], layout: str) -> None:
-    if missing:
-        listed = "".join(f"\n  {line}" for line in missing)
-        raise UserError(f"root: {name} is not whole below {root}. Missing:{listed}\nExpected below root:\n{layout}")

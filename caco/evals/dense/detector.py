@@ -92,7 +92,7 @@ class Proposals(RegionProposalNetwork):
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets) -> tuple[Tensor, Tensor]:
         positive, negative = (torch.cat(masks) for masks in self.fg_bg_sampler(labels))
-        sampled, count = positive | negative, self.fg_bg_sampler.size * len(labels)
+        sampled, count = positive | negative, of_a_rank(self.fg_bg_sampler.size * len(labels), objectness)
         wanted = torch.cat(labels)[sampled]
         of_objects = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted, reduction="sum")
         of_boxes = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")

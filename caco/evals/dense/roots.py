@@ -1,0 +1,42 @@
+"""Sets of images with labels for places, where they lie, and one refusal that says all that is missing of one."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from caco.errors import UserError
+
+
+def existing(root: str | None, evaluator: str) -> Path:
+    """The folder that a setting names.
+
+    Raises:
+        UserError: none is named, or it is not there.
+    """
+    if root is None or not Path(root).expanduser().is_dir():
+        raise UserError(f"root: expected the folder that holds the set, as eval.{evaluator}.root=PATH, got {root}")
+    return Path(root).expanduser()
+
+
+def first_with(candidates: Sequence[Path], inside: str) -> Path | None:
+    """The first folder that has this file or folder in it."""
+    return next((folder for folder in candidates if (folder / inside).exists()), None)
+
+
+def absent(folder: Path, files: Iterable[str]) -> list[str]:
+    """Those of the files that are not in a folder, which is listed once: asking for ten thousand files by name takes long on network shares."""
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [file for file in files if file not in there]
+
+
+def refuse_missing(name: str, root: Path, missing: Sequence[str], layout: str) -> None:
+    """
+    Args:
+        missing: a line each; nothing is refused where there are none.
+        layout: how the set should lie, and which archives hold it.
+    Raises:
+        UserError: with all of it.
+    """
+    if missing:
+        listed = "".join(f"\n  {line}" for line in missing)
+        raise UserError(f"root: {name} is not whole below {root}. Missing:{listed}\nExpected below root:\n{layout}")

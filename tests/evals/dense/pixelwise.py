@@ -1,0 +1,70 @@
+"""The smallest dense task: the brightness of each pixel, of images of unequal shapes, in the shared loop. And what its processes do."""
+
+import torch
+from coloured import coloured
+from processes import PATIENCE_S
+from torch import nn
+from torch.nn import functional as F
+
+from caco import distributed
+from caco.data.loaders.torch_loader import TorchLoader
+from caco.data.sets.sources import Splits
+from caco.data.views.augmentation import View, Views
+from caco.evals.dense.training import Recipe, Task, train
+from caco.evals.features import FeatureStore
+
+RECIPE = Recipe(steps=7, images=3, rate=0.3, reference_images=3, milestones=[0.6], warmup_steps=2, weight_decay=0.01)
+
+
+class Brightness(Task):
+    """Eight images of unequal shapes; the target is the brightness, which the seed shifts a little."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images = [torch.rand(3, 4 + i, 9 - i // 2, generator=generator, dtype=torch.float64) for i in range(8)]
+        self.asked: list[tuple[int, int]] = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def example(self, index, seed):
+        self.asked.append((index, seed))
+        image = self.images[index] + 0.01 * (seed % 7)
+        return image, image.mean(dim=0)
+
+    def loss(self, network, examples):
+        pixels = torch.tensor(float(sum(wanted.numel() for _, wanted in examples)))
+        total = distributed.sum_(pixels)
+        # One at a time, as their shapes differ; normalised together, as one long row of pixels.
+        row = torch.cat([image.flatten(1) for image, _ in examples], dim=1)[None, :, None]
+        wanted = torch.cat([wanted.flatten() for _, wanted in examples])
+        return F.mse_loss(network(row).flatten(), wanted, reduction="sum") / total * distributed.world()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1)).double()
+
+
+def store_of(folder=None, num_workers=0, said=None) -> FeatureStore:
+    source = coloured(6, "train")
+    views = Views(size=8, plain_crop=1.0, views={"two": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)
+    loader = TorchLoader(num_workers=num_workers)
+    say = (lambda text, passing=False: said.append(text)) if said is not None else lambda text, passing=False: None
+    return FeatureStore(
+        Splits(source, source, source), views, batch=8, device="cpu", precision="fp32", loader=loader, folder=folder, say=say
+    )
+
+
+def trained(folder=None, recipe=RECIPE, task=None, **settings) -> dict[str, torch.Tensor]:
+    options = {"seed": 3, "name": "it", "made_from": {"a": 1}, "precision": "fp32", "save_every_steps": 2}
+    store = store_of(folder, settings.pop("num_workers", 0), settings.pop("said", None))
+    return train(network(), task or Brightness(), recipe, store, **options | settings).state_dict()
+
+
+def write_weights(path) -> None:
+    distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
+    weights = trained()
+    if distributed.is_main():
+        torch.save(weights, path)
+    distributed.stop()
