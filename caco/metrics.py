@@ -7,6 +7,7 @@
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
     transfer/cifar10_top1, geometry/rank_me
+    detect_voc_c4/ap50     detection on VOC 07+12 by MoCo's C4 recipe;  detect_voc_c4_steps-2400/ap50: by a tenth of its steps
 
 The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables, figures, run
 directories and searches ask here too, without torch. A setting that can change a number and is not the one of the recipe with
@@ -36,6 +37,22 @@ FINE_TUNING_EPOCHS = {0.01: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
 PROBE = {"l2": 1e-3, "max_iterations": 500}
 TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5, "max_iterations": 1000, "tolerance": 1e-5}
 GEOMETRY = {"images": 2048}
+
+_DETECT = {
+    "dataset": "coco", "head": "c4", "steps": 90_000, "images": 16, "rate": 0.02, "milestones": [60 / 90, 80 / 90], "warmup_steps": 1000,
+    "momentum": 0.9, "weight_decay": 1e-4, "short_sides": list(range(640, 801, 32)), "test_side": 800, "longest": 1333,
+    "anchors": [32, 64, 128, 256, 512], "proposal_samples": 256, "region_samples": 512, "region_cells": 14, "precise_batches": 200,
+    "precision": "fp32",
+}  # fmt: skip
+DETECT = {
+    "detect_voc_c4": {
+        **_DETECT, "dataset": "voc", "steps": 24_000, "milestones": [18 / 24, 22 / 24], "warmup_steps": 100,
+        "short_sides": list(range(480, 801, 32)),
+    },
+    "detect_coco_c4_1x": _DETECT,
+    "detect_coco_c4_2x": {**_DETECT, "steps": 180_000, "milestones": [120 / 180, 160 / 180]},
+    "detect_coco_fpn_1x": {**_DETECT, "head": "fpn"},
+}  # fmt: skip
 
 KNN = "caco.evals.knn.KNN"
 BASELINES = ("untrained/", "pixels/")  # of an evaluation: what it gave stands as untrained/NAME
@@ -75,6 +92,10 @@ def geometry(**settings: Any) -> str:
     return _with_changes("geometry", settings, GEOMETRY)
 
 
+def detect(*, name: str = "detect_voc_c4", **settings: Any) -> str:
+    return _with_changes(name, settings, DETECT.get(name, {}))
+
+
 def _with_changes(name: str, settings: Mapping[str, Any], standard: Mapping[str, Any]) -> str:
     changed = (key for key, value in standard.items() if key in settings and _plain(settings[key]) != value)
     return "_".join([name, *(f"{key}-{_text(_plain(settings[key]))}" for key in changed)])
@@ -107,6 +128,7 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
         "caco.evals.linear.Linear": linear,
         "caco.evals.transfer.Transfer": transfer,
         "caco.evals.geometry.Geometry": geometry,
+        "caco.evals.dense.detect.Detect": detect,
     }
     return [named[target](**settings)] if target in named else []
 
@@ -134,7 +156,7 @@ def accuracies(names: Iterable[str]) -> list[str]:
 
 def is_percent(metric: str) -> bool:
     """Whether it is an accuracy, or another share of what there is to be right about."""
-    return re.search(r"_(top\d+|mean_per_class|map11|ap_per_image)$", metric) is not None
+    return re.search(r"_(top\d+|mean_per_class|map11|ap_per_image)$|/((box|mask)_)?ap(50|75|_small|_medium|_large)?$", metric) is not None
 
 
 def title(metric: str) -> str:

@@ -135,6 +135,11 @@ class DetectionSet:
     truth: Path | None = None
     category_ids: np.ndarray | None = None
 
+    def inputs(self) -> list[Any]:
+        """What numbers on this set depend on, as plain values."""
+        truth = None if self.truth is None else hashlib.blake2b(self.truth.read_bytes(), digest_size=8).hexdigest()
+        return [self.name, self.train.digest(), self.test.digest(), truth]
+
 
 # ----------------------------------------------------------------------------------------------------------------- VOC
 

@@ -42,6 +42,11 @@ class Detection(NamedTuple):
     masks: Tensor | None
 
 
+def wide(x: Tensor) -> Tensor:
+    """float32 of what autocast made narrower."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class Anchors(AnchorGenerator):
     """Anchors at the places of each level, a fixed stride apart. torchvision rounds them to whole pixels, and divides the image's size by
     that of the level's map: 15 instead of 16 for an image of 801 pixels."""
@@ -57,7 +62,7 @@ class Anchors(AnchorGenerator):
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         device = feature_maps[0].device
-        self.set_cell_anchors(torch.float32, device)
+        self.set_cell_anchors(wide(feature_maps[0]).dtype, device)
         strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
         every = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in feature_maps], strides))
         return [every] * len(image_list.image_sizes)
@@ -100,11 +105,11 @@ class Proposals(RegionProposalNetwork):
 
 
 class FloatRPNHead(RPNHead):
-    """torchvision's; its answers are float32 under autocast too, in which boxes of whole images have 8 bits."""
+    """torchvision's; its answers are float32 under autocast too: bfloat16 has 8 bits for a place in an image of 1,333 pixels."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
-        return [level.float() for level in logits], [level.float() for level in deltas]
+        return [wide(level) for level in logits], [wide(level) for level in deltas]
 
 
 class AlignedPool(nn.Module):
@@ -121,14 +126,14 @@ class AlignedPool(nn.Module):
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
         """[R, C, size, size], image by image."""
-        levels = list(features.values())[: len(self.strides)]
+        levels = [wide(level) for level in list(features.values())[: len(self.strides)]]
         images = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
         regions = torch.cat([images, torch.cat(boxes)], dim=1)
         level_R = level_of(regions[:, 1:], len(levels))
-        out = levels[0].new_zeros(len(regions), levels[0].shape[1], self.size, self.size, dtype=torch.float32)
+        out = levels[0].new_zeros(len(regions), levels[0].shape[1], self.size, self.size)
         for i, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
             rows = (level_R == i).nonzero()[:, 0]
-            pooled = roi_align(level.float(), regions[rows], self.size, 1 / stride, sampling_ratio=0, aligned=True)
+            pooled = roi_align(level, regions[rows].to(level), self.size, 1 / stride, sampling_ratio=0, aligned=True)
             out[rows] = pooled
         return out
 
@@ -154,7 +159,7 @@ class Predictor(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.mean(dim=(2, 3)) if x.ndim == 4 else x
-        return self.scores(x).float(), self.boxes(x).float()
+        return wide(self.scores(x)), wide(self.boxes(x))
 
 
 def mask_layers(width: int, num_classes: int, *, convolutions: int) -> nn.Sequential:
@@ -199,7 +204,7 @@ class Regions(RoIHeads):
             maps = rows[torch.cat(positive)] if self.mask_pool is None else self.mask_pool(features, boxes)
             whose = [index[chosen].tolist() for index, chosen in zip(matched, positive, strict=True)]
             polygons = [target["polygons"][i] for target, own in zip(targets, whose, strict=True) for i in own]
-            losses["mask"] = mask_loss(self.mask_layers(maps).float(), torch.cat(labels)[torch.cat(positive)], polygons, torch.cat(boxes))
+            losses["mask"] = mask_loss(wide(self.mask_layers(maps)), torch.cat(labels)[torch.cat(positive)], polygons, torch.cat(boxes))
         return [], losses
 
     def _found(self, features, proposals, image_shapes) -> list[dict[str, Tensor]]:
@@ -208,7 +213,7 @@ class Regions(RoIHeads):
         found = [{"boxes": b, "scores": s, "labels": label} for b, s, label in zip(boxes, scores, labels, strict=True)]
         if self.mask_layers is not None:
             maps = self.box_head(self.box_roi_pool(features, boxes)) if self.mask_pool is None else self.mask_pool(features, boxes)
-            every = self.mask_layers(maps).float()
+            every = wide(self.mask_layers(maps))
             own = every[torch.arange(len(every), device=every.device), torch.cat(labels)].sigmoid()
             for one, masks in zip(found, own.split([len(label) for label in labels]), strict=True):
                 one["masks"] = masks
@@ -240,7 +245,7 @@ def mask_loss(logits: Tensor, labels: Tensor, polygons: list, boxes: Tensor) -> 
 
 def of_a_rank(count: int, like: Tensor) -> Tensor:
     """The mean of the ranks' counts: sums over it, averaged over the ranks, are the means of one process that has everything."""
-    return distributed.sum_(torch.tensor(float(count), device=like.device)) / distributed.world()
+    return distributed.sum_(torch.tensor(float(count), dtype=like.dtype, device=like.device)) / distributed.world()
 
 
 class Detector(nn.Module):
@@ -289,7 +294,7 @@ class Detector(nn.Module):
         height, width = (-(-max(sides) // self.divisible) * self.divisible for sides in zip(*sizes, strict=True))
         out = self.mean.new_zeros(len(images), 3, height, width)
         for row, image in zip(out, images, strict=True):
-            row[:, : image.shape[1], : image.shape[2]] = (image.to(self.mean.device).float() / 255 - self.mean) / self.std
+            row[:, : image.shape[1], : image.shape[2]] = (image.to(self.mean) / 255 - self.mean) / self.std
         return ImageList(out.contiguous(memory_format=torch.channels_last), sizes)
 
 

@@ -75,8 +75,8 @@ def write_voc(root: Path, *, train07: int = 5, train12: int = 3, test: int = 4, 
             (top / folder).mkdir(parents=True, exist_ok=True)
         names = []
         for i in range(count):
-            seed = i if same_test and split == "test" else first + i
-            image, objects = shapes(seed, count=1 if i == 0 else None)
+            seed = [*range(train07), *range(100, 100 + train12)][i] if same_test and split == "test" else first + i
+            image, objects = shapes(seed, count=1 if seed % 100 == 0 else None)
             marked = [(name, box, False) for name, box in objects]
             if i == 1 and not same_test:  # touches the right edge, and is difficult
                 drawn(ImageDraw.Draw(image), "car", (WIDTH - 20, 70, WIDTH, 94))
