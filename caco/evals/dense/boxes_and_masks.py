@@ -6,6 +6,7 @@ mask's own grid, the answer's mask put back by bilinear interpolation between th
 Shapes: H, W pixels of an image; n objects; M cells along a mask's side.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,8 +78,18 @@ def mask_targets(polygons: Sequence[list[np.ndarray]], boxes: np.ndarray, size: 
     for target, rings, (x0, y0, x1, y1) in zip(targets, polygons, boxes.astype(np.float64), strict=True):
         cells = size / np.maximum([x1 - x0, y1 - y0], 0.1)
         inside = [((ring - [x0, y0]) * cells).reshape(-1).tolist() for ring in rings]
-        target[:] = rle.decode(rle.merge(rle.frPyObjects(inside, size, size)))
+        target[:] = decoded(rle.merge(rle.frPyObjects(inside, size, size)))
     return targets
+
+
+def decoded(run_lengths: dict) -> np.ndarray:
+    """COCO's run lengths as a bool mask [H, W]."""
+    from pycocotools import mask as rle
+
+    with warnings.catch_warnings():
+        # pycocotools 2.0.11 hands NumPy 2 an array in a way that NumPy will no longer take one day.
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        return rle.decode(run_lengths).astype(bool)
 
 
 def pasted(mask: Tensor, box: Tensor, width: int, height: int) -> np.ndarray:

@@ -98,7 +98,7 @@ class Proposals(RegionProposalNetwork):
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets) -> tuple[Tensor, Tensor]:
         positive, negative = (torch.cat(masks) for masks in self.fg_bg_sampler(labels))
         sampled, count = positive | negative, of_a_rank(self.fg_bg_sampler.size * len(labels), objectness)
-        wanted = torch.cat(labels)[sampled]
+        wanted = torch.cat(labels)[sampled].to(objectness)
         of_objects = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted, reduction="sum")
         of_boxes = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
         return of_objects / count, of_boxes / count
@@ -273,7 +273,7 @@ class Detector(nn.Module):
             sampler.seeds = [example.seed for example in examples]
         device = self.mean.device
         targets = [{"boxes": e.boxes.to(device), "labels": e.labels.to(device), "polygons": e.polygons} for e in examples]
-        images = self._batch([example.image for example in examples])
+        images = self._batch([example.image for example in examples], over_ranks=True)
         features = self.body(images.tensors)
         proposals, losses = self.proposals(images, features, targets)
         _, more = self.regions(features, proposals, images.image_sizes, targets)
@@ -288,10 +288,15 @@ class Detector(nn.Module):
         found, _ = self.regions(features, proposals, batch.image_sizes)
         return [Detection(one["boxes"], one["labels"] - 1, one["scores"], one.get("masks")) for one in found]
 
-    def _batch(self, images: list[Tensor]) -> ImageList:
-        """Normalised, and padded with 0 to the right and below to a common size."""
+    def _batch(self, images: list[Tensor], *, over_ranks: bool = False) -> ImageList:
+        """Normalised, and padded with 0 to the right and below to a common size.
+
+        Args:
+            over_ranks: the size is that of the images of all ranks: padding is among what BatchNorm's statistics are of.
+        """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        height, width = (-(-max(sides) // self.divisible) * self.divisible for sides in zip(*sizes, strict=True))
+        largest = torch.tensor(sizes, device=self.mean.device).amax(dim=0)
+        height, width = (-(-side // self.divisible) * self.divisible for side in (distributed.max_(largest) if over_ranks else largest).tolist())
         out = self.mean.new_zeros(len(images), 3, height, width)
         for row, image in zip(out, images, strict=True):
             row[:, : image.shape[1], : image.shape[2]] = (image.to(self.mean) / 255 - self.mean) / self.std
