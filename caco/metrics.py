@@ -7,7 +7,9 @@
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
     transfer/cifar10_top1, geometry/rank_me
-    detect_voc_c4/ap50     detection on VOC 07+12 by MoCo's C4 recipe;  detect_voc_c4_steps-2400/ap50: by a tenth of its steps
+    detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: by a tenth of its steps
+    segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of 8 images
+    dense_linear/voc2012_miou           a linear head on frozen features: never to be set beside fine-tuning
 
 The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables, figures, run
 directories and searches ask here too, without torch. A setting that can change a number and is not the one of the recipe with
@@ -37,6 +39,11 @@ FINE_TUNING_EPOCHS = {0.01: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
 PROBE = {"l2": 1e-3, "max_iterations": 500}
 TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5, "max_iterations": 1000, "tolerance": 1e-5}
 GEOMETRY = {"images": 2048}
+SEGMENT = {
+    "train": "trainaug", "images": 16, "steps": 30_000, "rate": 0.003, "milestones": [0.7, 0.9], "momentum": 0.9, "weight_decay": 1e-4,
+    "crop": 513, "scale": [0.5, 2.0], "channels": 256, "precision": "fp32",
+}  # fmt: skip
+DENSE_LINEAR = {"train": "trainaug", "size": 448, "places": 20, "l2": 1e-3, "max_iterations": 500, "precision": "fp32"}
 
 _DETECT = {
     "dataset": "coco", "head": "c4", "steps": 90_000, "images": 16, "rate": 0.02, "milestones": [60 / 90, 80 / 90], "warmup_steps": 1000,
@@ -93,7 +100,17 @@ def geometry(**settings: Any) -> str:
 
 
 def detect(*, name: str = "detect_voc_c4", **settings: Any) -> str:
+    """A name that no recipe here has is its user's."""
     return _with_changes(name, settings, DETECT.get(name, {}))
+
+
+def segment(**settings: Any) -> str:
+    """The head is in the name: numbers of different heads cannot be compared."""
+    return _with_changes("segment_fcn16", settings, SEGMENT)
+
+
+def dense_linear(**settings: Any) -> str:
+    return _with_changes("dense_linear", settings, DENSE_LINEAR)
 
 
 def _with_changes(name: str, settings: Mapping[str, Any], standard: Mapping[str, Any]) -> str:
@@ -129,6 +146,8 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
         "caco.evals.transfer.Transfer": transfer,
         "caco.evals.geometry.Geometry": geometry,
         "caco.evals.dense.detect.Detect": detect,
+        "caco.evals.dense.segment.Segment": segment,
+        "caco.evals.dense.dense_linear.DenseLinear": dense_linear,
     }
     return [named[target](**settings)] if target in named else []
 
@@ -156,7 +175,8 @@ def accuracies(names: Iterable[str]) -> list[str]:
 
 def is_percent(metric: str) -> bool:
     """Whether it is an accuracy, or another share of what there is to be right about."""
-    return re.search(r"_(top\d+|mean_per_class|map11|ap_per_image)$|/((box|mask)_)?ap(50|75|_small|_medium|_large)?$", metric) is not None
+    names = "top\\d+|mean_per_class|map11|ap_per_image|miou|mean_accuracy|pixel_accuracy|ap(50|75|_small|_medium|_large)?"
+    return re.search(rf"_({names})$", metric) is not None
 
 
 def title(metric: str) -> str:

@@ -2,12 +2,14 @@
 
     python -m caco.plan data.root=/anywhere bank=12M batch=4096 world=32
     python -m caco.plan preset=demo measure=true          with this machine's own speed
+    python -m caco.plan data.root=/anywhere images=1281167 eval=[segment,dense_linear]     what these evaluations will take, too
 
 Counted from the configuration, on tensors without contents; neither data nor a GPU is needed. Time is arithmetic at an
 assumed speed plus messages at an assumed bandwidth, one after the other, as the trainer does them; loading, evaluation and
-saving are not in it.
+saving are not in it. Evaluations that fine-tune for hours have lines of their own.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -177,7 +179,26 @@ def _seconds(work: Callable[[], None], device: torch.device, runs: int) -> float
     return best
 
 
-def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str, float]) -> str:
+def evaluations(cfg: DictConfig, *, world: int, tflops: float, measured: bool) -> list[str]:
+    """A line for each part of what the run's evaluators take, of those that say so; with `measured` how long one image takes here."""
+    device = pick_device(cfg.device)
+
+    @functools.cache
+    def backbone() -> nn.Module:
+        return instantiate(cfg.backbone)
+
+    lines = []
+    for work in (part for node in cfg.eval.values() for part in instantiate(node).work(backbone)):
+        hours = work.images * work.flops / (tflops * 1e12 * world) / 3600
+        line = f"{work.what}: {work.images:,} of {work.flops / 1e9:.4g} GFLOP, {hours:.3g} hours"
+        if measured:
+            seconds = _seconds(lambda: work.once(device), device, runs=1)
+            line += f"; one takes {seconds:.3g} s here, all {work.images * seconds / world / 3600:.3g} hours"
+        lines.append(line)
+    return lines
+
+
+def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str, float], measured: bool = False) -> str:
     """The plan in words, and a table of bank sizes up to 100 million rows."""
     one = plan(cfg, world=world, images=images, **speeds)
     gib = {key: one[key] / 2**30 for key in one if key.endswith("_bytes")}
@@ -195,8 +216,9 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
         f"a checkpoint         {gib['checkpoint_bytes']:.2f} GiB",
         "at " + ", ".join(f"{name}={value:.4g}" for name, value in (_DEFAULTS | speeds).items()),
     ]
+    lines += evaluations(cfg, world=world, tflops=(_DEFAULTS | speeds)["tflops"], measured=measured)
     if costs.counted(costs.parts(cfg))[0]["left_out"]:
-        lines.insert(-2, "the bank's passes    PyTorch's, in blocks: each query's positive is left out of its sums, which no kernel does")
+        lines.insert(5, "the bank's passes    PyTorch's, in blocks: each query's positive is left out of its sums, which no kernel does")
     if cfg.bank is not None:
         lines.append(f"\n{'rows':>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
         for rows in sorted({*ROWS, cfg.bank.size}):
@@ -242,7 +264,7 @@ def _main(arguments: list[str]) -> str:
     cfg = composition.job_config(cfg)
     world, images = own.pop("world"), own.pop("images")
     speeds = (measure(cfg) if measured else {}) | own
-    return report(cfg, world=world, images=images, speeds=speeds)
+    return report(cfg, world=world, images=images, speeds=speeds, measured=measured)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def test_each_option_has_names_of_its_own():
     assert named == {
         "finetune": ["finetune"], "geometry": ["geometry"], "knn": ["knn20_20pct"], "knn_all": ["knn20"], "linear": ["linear"],
         "linear_lightly": ["linear_lightly"], "linear_moco": ["linear_moco"], "probe": ["probe"], "semi": ["semi_1", "semi_10"],
-        "transfer": ["transfer"],
+        "transfer": ["transfer"], "segment": ["segment_fcn16"], "dense_linear": ["dense_linear"],
     }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_whatever_can_change_a_number_changes_the_name(option):
     found = node(option)
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.25, str: lambda v: v + "x"}
     for key, value in found.items():
-        if key in ("_target_", "name", "when", "root", "sets", "lists", "fractions"):
+        if key in ("_target_", "name", "when", "root", "sets", "lists", "fractions", "save_every_steps"):
             continue
         changed = [other[type(item)](item) for item in value] or [1] if isinstance(value, list) else other[type(value)](value)
         names = metrics.protocols(found | {key: changed})
@@ -64,6 +64,9 @@ def test_whatever_can_change_a_number_changes_the_name(option):
         ("semi", ["fractions=[0.05]", "epochs=[30]"], ["semi_5_epochs-30"]),
         ("transfer", ["size=32"], ["transfer_size-32"]),
         ("geometry", ["images=512"], ["geometry_images-512"]),
+        ("segment", ["images=8", "save_every_steps=7", "root=there"], ["segment_fcn16_images-8"]),
+        ("segment", ["train=train", "precision=bf16"], ["segment_fcn16_train-train_precision-bf16"]),
+        ("dense_linear", ["size=224", "root=there"], ["dense_linear_size-224"]),
     ],
 )
 def test_what_differs_from_the_recipe_stands_in_the_name(option, overrides, expected):
@@ -90,6 +93,7 @@ def test_headings():
 
 def test_what_is_a_percentage():
     names = ["knn20_top1", "linear_top5", "transfer/voc2007_map11", "transfer/pets_mean_per_class", "transfer/voc2007_ap_per_image"]
+    names += ["segment_fcn16/voc2012_miou", "dense_linear/voc2012_mean_accuracy", "segment_fcn16/voc2012_pixel_accuracy"]
     assert all(map(metrics.is_percent, names))
     assert not any(map(metrics.is_percent, ["loss", "transfer/dtd_strength", "geometry/rank_me", "train_hours"]))
     assert metrics.accuracies(["loss", "probe_top1", "untrained/knn20_top1", "linear_top5", "knn20_top1"]) == ["knn20_top1", "probe_top1"]

@@ -9,6 +9,7 @@ from caco import plan
 from caco.config import composition
 from caco.config.composition import instantiate
 from caco.engine import assembly
+from caco.evals.dense.segment import FCN16
 
 
 def test_steps_are_those_of_the_run(tmp_path):
@@ -178,3 +179,21 @@ def test_the_command_tells_and_refuses(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         plan.main()
     assert end.value.code == 2 and capsys.readouterr().err == "caco: world: expected a number, got 'two'\n"
+
+
+def test_evaluations_that_fine_tune_say_what_they_will_take():
+    """As many images as the settings say, of as many operations as one real step has, at the speed that is assumed; and what one takes."""
+    cfg = compose("eval=[knn,segment,dense_linear]", "eval.segment.images=8", "eval.segment.crop=65", "eval.dense_linear.size=64")
+    lines = plan.evaluations(cfg, world=2, tflops=1e-3, measured=True)
+    for line, beginning in zip(lines, ("segment_fcn16_images-8_crop-65: crops of 65 px to train on: 480,000 of ",
+                                       "segment_fcn16_images-8_crop-65: images to test on: 1,449 of ",
+                                       "dense_linear_size-64: images of 64 px to take features of: 12,031 of "), strict=True):  # fmt: skip
+        assert line.startswith(beginning)
+    network = FCN16(instantiate(cfg.backbone), channels=256, seed=0)
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(2, 3, 65, 65)).sum().backward()
+    (work, _) = instantiate(cfg.eval.segment).work(lambda: instantiate(cfg.backbone))
+    assert work.flops == pytest.approx(counter.get_total_flops() / 2) and work.images == 480_000
+    hours = 480_000 * work.flops / (2 * 1e9) / 3600
+    assert f"GFLOP, {hours:.3g} hours; one takes " in lines[0] and all(line.endswith(" hours") for line in lines)
+    assert plan.evaluations(compose("eval=[knn]"), world=1, tflops=1.0, measured=True) == []

@@ -1,14 +1,30 @@
 """The contract of an evaluator, and nothing else."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 from caco.evals.features import FeatureStore
 
 When = Literal["epoch", "end"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part of what an evaluation takes, for caco.plan: so many images of one kind.
+
+    what: in words: "segment_fcn16: crops of 513 px to train on". images: how many, over all steps. flops: multiplications and additions
+    of one. once: computes one on a device, to be timed.
+    """
+
+    what: str
+    images: int
+    flops: float
+    once: Callable[[torch.device], Any]
 
 
 class Evaluator(Protocol):
@@ -19,10 +35,12 @@ class Evaluator(Protocol):
 
     when: "epoch" for every evaluation while training and the last one, "end" for the last one alone.
     on_all_ranks: whether `run` is a collective, because it trains. The others run on rank 0, and the other ranks wait.
+    departures: in what it differs from what was published by that name, a sentence each; caco.evaluate prints them with the results.
     """
 
     when: When
     on_all_ranks: bool = False
+    departures: Sequence[str] = ()
 
     @abstractmethod
     def build(self, store: FeatureStore, *, seed: int) -> None:
@@ -44,4 +62,12 @@ class Evaluator(Protocol):
     def inputs(self) -> list[Any]:
         """What the numbers depend on besides the constructor's arguments and the store's images, as plain values, after `build`: other
         sets of images, by name and digest. For caco.evaluate, which makes no result twice."""
+        return []
+
+    def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
+        """What `run` takes, without data and before `build`; nothing where nobody counted it.
+
+        Args:
+            backbone: makes one of the kind that is to be evaluated, on the CPU.
+        """
         return []

@@ -1,7 +1,7 @@
 """Detection: a detector around a copy of the backbone, fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once on the test images."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,33 +12,29 @@ from caco import distributed, metrics
 from caco.data.loaders.batches import mixed_seed
 from caco.data.sets.overlap import refuse_shared
 from caco.errors import UserError
-from caco.evals.base import Evaluator
+from caco.evals.base import Evaluator, Work
 from caco.evals.dense import roots
 from caco.evals.dense.boxes_and_masks import Example, encoded, example_of, pasted
 from caco.evals.dense.detection_metric import Boxes, coco_scores, voc_scores
 from caco.evals.dense.detection_sets import READERS, AnnotatedImages, DetectionSet
-from caco.evals.dense.detector import Detection, Detector, Head, detector, require_stages
+from caco.evals.dense.detector import Detection, Detector, Head, detector
+from caco.evals.dense.detector_work import counted
+from caco.evals.dense.maps import require_resnet
 from caco.evals.dense.training import Recipe, Task, batches, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
+from caco.evals.pixels import RawPixels
 
-DEPARTURES = (
-    "an image's anchors and regions are drawn by its own seed, and training images come in other orders",
-    "a step's images are not grouped by their aspect ratio",
-    "losses of regions and masks are means over all ranks, as on one GPU that has all images, not means of each GPU's own mean",
-    "proposals narrower than 0.001 pixels and detections narrower than 0.01 are left out",
-    "orientation tags of image files are not read",
-    "recalls of tenths are compared exactly (VOC)",
-)
+NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
 _NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
 
 
 class Detect(Evaluator):
-    """AP of boxes, and of masks for COCO: `<name>/ap50`, `.../ap`, `.../ap75` for VOC, `.../box_ap`, `.../mask_ap` and others for COCO,
-    percent. What is changed of the recipe with that name stands in the name (caco/metrics.py).
+    """AP of boxes, and of masks for COCO: `<protocol>/voc2007_ap50`, `_ap`, `_ap75`, or `<protocol>/coco2017_box_ap`, `_mask_ap` and others,
+    percent. The protocol is `name`; what is changed of the recipe with that name stands in it (caco/metrics.py).
 
     Protocol of MoCo (arXiv 1911.05722, and the configurations of its code): all layers learn, BatchNorm over the images of all ranks, boxes by a
     plain L1 loss, class by class, no weight decay on norms, statistics of BatchNorm taken anew before the test, which is the only one.
-    It differs from detectron2, with which MoCo ran, in DEPARTURES, which are said with the results.
+    It differs from detectron2, with which MoCo ran, in `departures`.
 
     Args:
         name: detect_voc_c4, detect_coco_c4_1x, detect_coco_c4_2x, detect_coco_fpn_1x, or one of your own.
@@ -56,6 +52,14 @@ class Detect(Evaluator):
     """
 
     on_all_ranks = True
+    _seed = 0
+    departures = (
+        "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors and regions, and the order "
+        "of images, are drawn otherwise; a step's images are not grouped by their aspect ratio, and all ranks pad to one size; losses of regions "
+        "and masks are means over all ranks, as on one GPU with all images; orientation tags of image files are not read; VOC's recalls are "
+        "compared with tenths exactly. None of this was measured.",
+        "detect: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
+    )
 
     def __init__(
         self,
@@ -148,15 +152,18 @@ class Detect(Evaluator):
         return self._set.inputs()
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<protocol>/<metric>`, percent). A collective; ranks other than 0 yield nothing."""
+        """Yields (`<protocol>/<set>_<measure>`, percent). A collective; ranks other than 0 yield nothing.
+
+        Raises:
+            UserError: the backbone is no ResNet of timm's; the loss is not finite.
+        """
         store, views = self._store, self._store.views
-        require_stages(backbone)
+        if isinstance(backbone, RawPixels):
+            store.say(f"{self.protocol} goes on without raw pixels, which have no stages to fine-tune")
+            return
+        require_resnet(backbone, "detect")
         task = Training(self._set.train, self.short_sides, self.longest, masks=self.masks)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mixed_seed(self._seed, _NEW_LAYERS))
-            network = detector(
-                backbone, num_classes=len(self._set.classes), masks=self.masks, mean=views.mean, std=views.std, **self.network_settings
-            )
+        network = self._network(backbone, num_classes=len(self._set.classes), mean=views.mean, std=views.std)
         of_pixels = {"mean": views.mean, "std": views.std, "short_sides": self.short_sides, "longest": self.longest}
         trained = train(
             network,
@@ -174,10 +181,26 @@ class Detect(Evaluator):
         rows = on_main(self._found(trained), store.device)
         if not distributed.is_main():
             return
-        for line in DEPARTURES:
-            store.say(f"{self.protocol}: differs from detectron2: {line}")
-        for name, value in self._scores(rows).items():
-            yield f"{self.protocol}/{name}", value
+        tested = {"voc": "voc2007", "coco": "coco2017"}[self.dataset]
+        for measure, value in self._scores(rows).items():
+            yield f"{self.protocol}/{tested}_{measure}", value
+
+    def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
+        network = self._network(backbone(), num_classes=80 if self.masks else 20, mean=[0.5] * 3, std=[0.5] * 3)
+        typical = round(sum(self.short_sides) / len(self.short_sides))
+        seen = self.recipe.num_steps * self.recipe.images
+        return [
+            counted(f"{self.protocol}: images of {4 * typical // 3} x {typical} px to train on", seen, network, typical, training=True),
+            counted(
+                f"{self.protocol}: images of {4 * self.test_side // 3} x {self.test_side} px to test on",
+                NUM_TEST_IMAGES[self.dataset], network, self.test_side, training=False,
+            ),
+        ]  # fmt: skip
+
+    def _network(self, backbone: nn.Module, *, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> Detector:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(self._seed, _NEW_LAYERS))
+            return detector(backbone, num_classes=num_classes, masks=self.masks, mean=mean, std=std, **self.network_settings)
 
     def _found(self, network: Detector) -> list[dict[str, Any]]:
         """A row for each detection in this rank's test images, in their own pixels."""

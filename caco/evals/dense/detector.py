@@ -25,6 +25,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from caco import distributed
 from caco.errors import UserError
 from caco.evals.dense.boxes_and_masks import Example, mask_targets
+from caco.evals.dense.maps import require_resnet
 
 Head = Literal["c4", "fpn"]
 RATIOS = (0.5, 1.0, 2.0)  # height by width of the anchors
@@ -366,7 +367,7 @@ def detector(
     Raises:
         UserError: the backbone has no such stages, or a pyramid has not five sizes of anchors.
     """
-    backbone = copy.deepcopy(require_stages(backbone)).requires_grad_(True)
+    backbone = copy.deepcopy(require_resnet(backbone, "detect")).requires_grad_(True)
     widths, strides = stages_of(backbone)
     counts: tuple[dict[str, int], dict[str, int]]
     if head == "c4":
@@ -412,19 +413,6 @@ def detector(
     proposals.fg_bg_sampler = SeededSampler(proposal_samples, 0.5)
     regions.fg_bg_sampler = SeededSampler(region_samples, 0.25)
     return Detector(body, proposals, regions, divisible=1 if head == "c4" else 32, mean=mean, std=std)
-
-
-def require_stages(backbone: nn.Module) -> ResNet:
-    """
-    Raises:
-        UserError: not a ResNet of timm's, with a stem and four stages.
-    """
-    if not isinstance(backbone, ResNet):
-        raise UserError(
-            f"detection needs a ResNet with four stages, from which boxes are read at several resolutions; got {type(backbone).__name__}. "
-            "Choose backbone=resnet50, resnet18 or small_resnet"
-        )
-    return backbone
 
 
 @torch.no_grad()

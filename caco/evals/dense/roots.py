@@ -24,7 +24,7 @@ def first_with(candidates: Sequence[Path], inside: str) -> Path | None:
 
 
 def absent(folder: Path, files: Iterable[str]) -> list[str]:
-    """Those of the files that are not in a folder, which is listed once: asking for ten thousand files by name takes long on network shares."""
+    """Those of the files that are not in a folder, listed once: asking for each of ten thousand takes long on network shares."""
     there = set(os.listdir(folder)) if folder.is_dir() else set()
     return [file for file in files if file not in there]
 

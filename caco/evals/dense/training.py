@@ -53,8 +53,8 @@ _NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
 class Recipe:
     """How long and how fast a network is fine-tuned.
 
-    `steps` and `rate` belong to `reference_images` a step, as published. Other `images` change both: half the images, half the rate and
-    twice the steps, of the warm-up too, so that as many images are seen.
+    `steps` and `rate` belong to `reference_images` a step, as published. Other `images` change both: half the images, half the rate
+    and twice the steps, of the warm-up too, so that as many images are seen.
 
     Args:
         steps, rate: at `reference_images` a step.
@@ -152,8 +152,8 @@ class Task(Protocol):
     def loss(self, network: nn.Module, examples: list[Any]) -> Tensor:
         """A scalar with gradient, of this rank's examples of a step. A collective, under the precision's autocast.
 
-        The mean over the ranks of what they return is the loss of the step's images together: where that divides by a number of pixels,
-        each rank divides its sum by that of all ranks (distributed.sum_) and multiplies by distributed.world().
+        The mean over the ranks of what they return is the loss of the step's images together: where that divides by a number of
+        pixels, each rank divides its sum by that of all ranks (distributed.sum_) and multiplies by distributed.world().
         """
 
 
@@ -171,8 +171,8 @@ def train(
 ) -> nn.Module:
     """The network, trained, in eval mode and on the store's device. A collective.
 
-    Deterministic on CPUs. With a folder in the store there is a checkpoint every `save_every_steps` steps and at the end, and a call with
-    the same arguments goes on from the last one to the same bits.
+    Deterministic on CPUs. With a folder in the store there is a checkpoint every `save_every_steps` steps and at the end, and a call
+    with the same arguments goes on from the last one to the same bits.
 
     Args:
         network: becomes the trained one; BatchNorm in it takes its statistics over all ranks' images.
@@ -246,13 +246,16 @@ def batches(
 
 
 def one_by_one(
-    example: Callable[[int], Any], count: int, store: FeatureStore, *, name: str, verb: str = "tested"
+    example: Callable[[int], Any], count: int, store: FeatureStore, *, name: str, verb: str = "tested", skip: int = 0
 ) -> Generator[tuple[int, Any], None, None]:
-    """(index, example(index)) of this rank's images of `count`, in order, made ahead in workers, with lines that say how many are left.
+    """(index, example(index)) of this rank's images of `count`, in order, made ahead in workers, with lines of how many are left.
 
-    Each rank has every image whose index leaves its rank when divided by their number; some have one more than others.
+    Rank r of w has images r, r + w, r + 2 w, and so on; some ranks may have one more than others.
+
+    Args:
+        skip: so many of this rank's images are done already.
     """
-    own = range(distributed.rank(), count, distributed.world())
+    own = range(distributed.rank(), count, distributed.world())[skip:]
     pace = Pace(len(own), 0, noun="image")
     made = _made(lambda index, _: example(index), 0, [(index, [0], [index]) for index in own], own, workers_of(store))
     for done, (index, (one,)) in enumerate(made, start=1):
@@ -330,4 +333,5 @@ def _made(
                 raise UnreadableImage(str(examples))
             yield number, examples
     finally:
-        del made  # an exception's traceback keeps this frame, and DataLoader's iterator, left to the garbage collector, ends its workers late
+        # An exception's traceback keeps this frame, and DataLoader's iterator, left to the garbage collector, ends its workers late.
+        del made

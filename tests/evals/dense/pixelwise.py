@@ -1,4 +1,4 @@
-"""The smallest dense task: the brightness of each pixel, of images of unequal shapes, in the shared loop. And what its processes do."""
+"""The smallest dense task, the brightness of each pixel of images of unequal shapes, and what the processes of its test do."""
 
 import torch
 from coloured import coloured

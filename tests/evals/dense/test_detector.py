@@ -183,7 +183,7 @@ def test_stages_are_those_of_the_network_itself():
 def test_a_backbone_without_stages_is_refused_and_a_pyramid_with_other_anchors():
     settings = {"num_classes": 3, "masks": False, "mean": [0.5] * 3, "std": [0.25] * 3}
     vit = timm_backbone(name="vit_tiny_patch16_224")
-    with pytest.raises(UserError, match="detection needs a ResNet with four stages.*got VisionTransformer"):
+    with pytest.raises(UserError, match="detect needs a ResNet of timm's, with a stem and four stages, got VisionTransformer"):
         detector(vit, head="c4", **settings)
     with pytest.raises(UserError, match="expected a size for each of the five levels"):
         small("fpn", anchors=(32, 64))

@@ -67,7 +67,7 @@ def test_workers_change_nothing():
 
 
 def test_two_ranks_with_unequal_images_equal_one_process(tmp_path):
-    """Of three images a step one rank has one and the other two, of other shapes: the loss is of all pixels, and so is BatchNorm's mean."""
+    """Of three images a step one rank has one, the other two, of other shapes: loss and BatchNorm's mean are of all pixels."""
     codes, outputs = ranks(2, pixelwise.write_weights, str(tmp_path / "two.pt"))
     assert codes == [0, 0], outputs[0][1][-3000:]
     one, two = trained(), torch.load(tmp_path / "two.pt", weights_only=True)

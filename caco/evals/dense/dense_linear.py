@@ -1,0 +1,222 @@
+"""A linear head on the frozen features of places: segmentation in minutes instead of days.
+
+Shapes: N images, P places drawn in each, D features, K = 21 classes, S the side of an image.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from caco import distributed, metrics
+from caco.data.loaders.batches import mixed_seed
+from caco.errors import UserError
+from caco.evals.base import Evaluator, Work
+from caco.evals.dense import pixel_metric
+from caco.evals.dense.counting import work_of
+from caco.evals.dense.maps import Maps, as_evaluated
+from caco.evals.dense.segment import found_voc2012, resized
+from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, NUM_IMAGES
+from caco.evals.dense.training import one_by_one
+from caco.evals.features import FeatureFiles, FeatureStore, Precision
+from caco.evals.logistic import fit, moments
+from caco.evals.pixels import RawPixels
+
+BATCH = 16  # images a forward pass: features are gone on with at a multiple of it
+UNLABELLED = -1.0
+
+
+class DenseLinear(Evaluator):
+    """Of the pixels of VOC 2012 val, classified by a linear layer on frozen features: `<protocol>/voc2012_miou`, `_mean_accuracy`,
+    `_pixel_accuracy`, percent. The protocol is `dense_linear`; what is changed of it stands in its name (caco/metrics.py).
+
+    Ours, and another quantity than `segment_fcn16`: nothing of the backbone learns, and places are as coarse as it has them (32 pixels
+    for a ResNet-50). Each image is resized to a square; of its places that have a label some are drawn, the same for every backbone
+    with those places; an L2-regularised multinomial logistic regression of their standardised features, as `probe` has it, gives the
+    1x1 layer. Its scores go from places to the square's pixels and to the image's own size by bilinear interpolation.
+
+    Args:
+        root, train: as in Segment.
+        size: S, pixels of the square; of a ViT a multiple of its patches.
+        places: P, drawn in each training image, or as many as it has.
+        l2, max_iterations: as in Probe.
+        precision: of the backbone, "fp32" or "bf16".
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    on_all_ranks = True
+    departures = ("dense_linear: a protocol of caco's own; its numbers cannot be set beside those of fine-tuning.",)
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        train: Literal["trainaug", "train"] = "trainaug",
+        size: int = 448,
+        places: int = 20,
+        l2: float = 1e-3,
+        max_iterations: int = 500,
+        precision: Precision = "fp32",
+        when: Literal["epoch", "end"] = "end",
+    ) -> None:
+        if when not in ("epoch", "end") or train not in ("trainaug", "train") or precision not in ("fp32", "bf16"):
+            raise UserError(
+                "dense_linear: expected when epoch or end, train trainaug or train, precision fp32 or bf16, got "
+                f"{when!r}, {train!r}, {precision!r}"
+            )
+        if size < 2 or places < 1 or not l2 > 0 or max_iterations < 1:
+            raise UserError(
+                f"dense_linear: expected a size of at least 2 pixels, places and max_iterations of at least 1 and a positive l2, got "
+                f"{size}, {places}, {max_iterations} and {l2}"
+            )
+        self.root, self.train, self.size, self.places, self.l2 = root, train, size, places, l2
+        self.max_iterations, self.precision, self.when = max_iterations, precision, when
+        self.protocol = metrics.dense_linear(
+            train=train, size=size, places=places, l2=l2, max_iterations=max_iterations, precision=precision
+        )
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Finds the set.
+
+        Raises:
+            UserError: it is not whole, or tests on images that the encoder was trained on.
+        """
+        self._store, self._seed = store, seed
+        self._set = found_voc2012(self.root, "dense_linear", self.train, store)
+
+    def inputs(self) -> list[Any]:
+        """The images and labels, by content."""
+        return [self._set.train.digest(), self._set.test.digest()]
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (`<protocol>/voc2012_<measure>`, percent).
+
+        Raises:
+            UserError: the backbone is neither a ResNet nor a ViT of timm's.
+        """
+        store = self._store
+        if isinstance(backbone, RawPixels):
+            store.say(f"{self.protocol} goes on without raw pixels, which have no maps of features")
+            return
+        maps = Maps(backbone, purpose="dense_linear")
+        with as_evaluated(backbone), torch.no_grad():
+            x_ND, labels_N = self._labelled_places(maps)
+            weight_DK, bias_K = torch.zeros(maps.width, len(CLASSES)), torch.zeros(len(CLASSES))
+            if distributed.is_main():
+                weight_DK, bias_K = self._fitted(x_ND, labels_N)
+            distributed.wait_for_main()  # the regression may take longer than a collective waits
+            weight_DK, bias_K = (distributed.from_main(one.to(store.device)) for one in (weight_DK, bias_K))
+            matrix_KK = self._confusion(maps, weight_DK, bias_K)
+        for measure, value in pixel_metric.scores(matrix_KK).items():
+            yield f"{self.protocol}/voc2012_{measure}", value
+
+    def _labelled_places(self, maps: Maps) -> tuple[Tensor, Tensor]:
+        """Features float32 [N P, D] and labels int64 [N P] of the drawn places of all training images, in their order, on rank 0."""
+        store, images = self._store, self._set.train
+        own = len(range(distributed.rank(), len(images), distributed.world()))
+        if store.folder is None:
+            pieces: list[Tensor] = []
+            self._features_of(maps, 0, lambda rows, _: pieces.append(rows))
+            rows = torch.cat(pieces)
+        else:
+            made_from = {
+                "dense_linear": store.digest_of(maps.backbone), "images": images.digest(), "size": self.size, "places": self.places,
+                "seed": self._seed, "mean": store.views.mean, "std": store.views.std, "precision": self.precision,
+                "device": store.device.type, "rank": distributed.rank(), "world": distributed.world(),
+            }  # fmt: skip
+            files = FeatureFiles(store.folder / "features")
+            rows = files.get(made_from, own, lambda first, take: self._features_of(maps, first, take), batch=BATCH)
+        # Every rank sends as many: one that has an image less adds one that counts for nothing.
+        each = -(-len(images) // distributed.world())
+        padded = torch.cat([rows, torch.full((each - own, rows.shape[1]), UNLABELLED)])
+        every = distributed.gather_on_main(padded.to(store.device)).cpu()
+        if distributed.is_main():
+            every = every.view(distributed.world(), each, -1).transpose(0, 1)
+        placed = every.reshape(-1, maps.width + 1)
+        labelled = placed[placed[:, -1] != UNLABELLED]
+        return labelled[:, :-1], labelled[:, -1].long()
+
+    def _features_of(self, maps: Maps, first: int, take: Callable[[Tensor, Tensor], Any]) -> None:
+        """Calls take([b, P (D + 1)], []) for each batch of this rank's images from its number `first` on: of each place its features
+        and its label, -1 where an image has fewer places with a label than P."""
+        store, images, batch = self._store, self._set.train, list[tuple[Tensor, Tensor, Tensor]]()
+        count = len(range(distributed.rank(), len(images), distributed.world()))
+
+        def example(index: int) -> tuple[Tensor, Tensor, Tensor]:
+            image, labels = images.read(index)
+            pixels = np.array(resized(image, self.size, self.size))
+            cells, classes = drawn_places(labels, maps.places(self.size), self.size, self.places, seed=mixed_seed(self._seed, index))
+            return torch.from_numpy(pixels), cells, classes
+
+        made = one_by_one(example, len(images), store, name=self.protocol, verb="features of", skip=first)
+        for done, (_, one) in enumerate(made, start=first + 1):
+            batch.append(one)
+            if len(batch) == BATCH or done == count:
+                pixels, cells, classes = (torch.stack(part).to(store.device) for part in zip(*batch, strict=True))
+                features = self._maps_of(maps, pixels).flatten(2).transpose(1, 2)  # [b, places, D]
+                chosen = features.gather(1, cells[..., None].expand(-1, -1, features.shape[-1]))
+                take(torch.cat([chosen, classes[..., None]], dim=-1).flatten(1).cpu(), torch.empty(0))
+                batch.clear()
+
+    def _maps_of(self, maps: Maps, pixels: Tensor) -> Tensor:
+        device = self._store.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            found = maps(self._store.views.normalise(pixels.to(device))).float()
+        if not torch.isfinite(found).all():
+            raise UserError("dense_linear: expected finite features, got inf or nan from the backbone")
+        return found
+
+    def _fitted(self, x_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [D, K] and bias [K] for the features as they come."""
+        x_ND, labels_N = x_ND.to(self._store.device), labels_N.to(self._store.device)
+        mean_D, scale_D = moments(x_ND)
+        self._store.say(f"{self.protocol}: logistic regression of {len(x_ND):,} places")
+        settings = {"num_classes": len(CLASSES), "l2": self.l2, "max_iterations": self.max_iterations}
+        weight_DK, bias_K = fit((x_ND - mean_D) / scale_D, labels_N, **settings)
+        weight_DK = weight_DK / scale_D[:, None]
+        return weight_DK, bias_K - mean_D @ weight_DK
+
+    def _confusion(self, maps: Maps, weight_DK: Tensor, bias_K: Tensor) -> Tensor:
+        """Of all test images over all ranks, int64 [K, K]."""
+        images, num_classes = self._set.test, len(CLASSES)
+        matrix_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self._store.device)
+
+        def example(index: int) -> tuple[Tensor, Tensor]:
+            image, labels = images.read(index)
+            return torch.from_numpy(np.array(resized(image, self.size, self.size))), torch.from_numpy(labels)
+
+        for _, (pixels, labels) in one_by_one(example, len(images), self._store, name=self.protocol):
+            scores = torch.einsum("bdhw,dk->bkhw", self._maps_of(maps, pixels[None]), weight_DK) + bias_K[:, None, None]
+            square = maps.to_pixels(scores, self.size, self.size)
+            whole = nn.functional.interpolate(square, labels.shape, mode="bilinear", align_corners=False)
+            matrix_KK += pixel_metric.confusion(labels.to(matrix_KK.device), whole[0].argmax(dim=0), num_classes)
+        return distributed.sum_(matrix_KK)
+
+    def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
+        """The features alone: how many iterations the regression takes nobody knows before."""
+        images, maps = NUM_IMAGES[self.train] + NUM_IMAGES["val"], Maps(backbone(), purpose="dense_linear")
+        what = f"{self.protocol}: images of {self.size} px to take features of"
+        return [work_of(what, images, maps, height=self.size, width=self.size, training=False)]
+
+
+def drawn_places(labels: np.ndarray, at: Tensor, size: int, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers int64 [count] of some of a square image's places, row by row, and their labels float32 [count].
+
+    Of those with a label, in an order drawn by the seed; where there are fewer, place 0 with -1 stands for the rest.
+
+    Args:
+        labels: uint8 [H, W], of the image at its own size.
+        at: the pixel of the square at which each place of a row stands, `Maps.places`; at `size` or beyond it has no label.
+    """
+    height, width = labels.shape
+    inside = at.numpy()[at.numpy() < size]
+    rows, columns = (((inside + 0.5) * pixels / size).astype(int) for pixels in (height, width))
+    grid = np.full((len(at), len(at)), IGNORED)
+    grid[: len(inside), : len(inside)] = labels[np.ix_(rows, columns)]
+    labelled = np.flatnonzero(grid != IGNORED)
+    cells = np.random.default_rng(seed).permutation(labelled)[:count]
+    found = torch.full((count,), UNLABELLED)
+    found[: len(cells)] = torch.from_numpy(grid.flatten()[cells]).float()
+    return torch.from_numpy(np.pad(cells, (0, count - len(cells)))), found

@@ -1,0 +1,257 @@
+"""Semantic segmentation: the whole network fine-tuned on VOC 2012 with MoCo's head, FCN-16s.
+
+Shapes: B images of H x W pixels, S the side of a crop, K = 21 classes.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco import distributed, metrics
+from caco.data.loaders.batches import mixed_seed
+from caco.data.sets.overlap import refuse_shared
+from caco.data.views.augmentation import Views
+from caco.errors import UserError
+from caco.evals.base import Evaluator, Work
+from caco.evals.dense import pixel_metric, roots
+from caco.evals.dense.counting import VOC_IMAGE, work_of
+from caco.evals.dense.maps import Maps, dilated_last_stage, require_resnet
+from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, NUM_IMAGES, LabelledPixels, SegmentationSet, voc2012
+from caco.evals.dense.training import Recipe, Task, one_by_one, train
+from caco.evals.features import FeatureStore, Precision
+from caco.evals.pixels import RawPixels
+
+DILATION = 6  # of the head
+
+
+class Segment(Evaluator):
+    """Of the pixels of VOC 2012 val: `<protocol>/voc2012_miou`, `_mean_accuracy`, `_pixel_accuracy`, percent. The protocol is
+    `segment_fcn16`; what is changed of it stands in its name (caco/metrics.py).
+
+    Protocol of MoCo (arXiv 1911.05722, appendix): a copy of the ResNet, the 3x3 convolutions of conv5 with stride 1 and dilation 2,
+    so that its stride is 16; two 3x3 convolutions of 256 channels, dilation 6, with BatchNorm and ReLU, and a 1x1 to 21 classes.
+    Everything learns, BatchNorm too, over all images of a step. Images are scaled by 0.5 to 2, cropped to 513 pixels and flipped;
+    tested whole, at their own size. The mIoU is of one confusion matrix over all pixels, of the network after the last step.
+
+    Args:
+        root: the folder that holds VOCdevkit, and SBD's labels in one of their layouts (docs/dense.md).
+        train: "trainaug", 10,582 images, or "train", 1,464.
+        images, steps, rate, milestones, momentum, weight_decay: see Recipe; steps and rate, at 16 images a step, follow `images`.
+        crop: pixels of a side. scale: drawn evenly from this range. channels: of the head's two layers.
+        precision: "fp32" as published, or "bf16".
+        save_every_steps: a checkpoint of the training; changes no number.
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    on_all_ranks = True
+    departures = (
+        "segment_fcn16: MoCo's code for it was not published. Where the paper is silent, the scale is drawn evenly from its range, "
+        "small images are padded with the mean colour and the label 255, weight decay is on all weights, new layers start with He's "
+        "spread and the last with 0.01, and scores are bilinear between the pixels at which places stand. None of this was measured.",
+        "segment_fcn16: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
+    )
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        train: Literal["trainaug", "train"] = "trainaug",
+        images: int = 16,
+        steps: int = 30_000,
+        rate: float = 0.003,
+        milestones: Sequence[float] = (0.7, 0.9),
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        crop: int = 513,
+        scale: Sequence[float] = (0.5, 2.0),
+        channels: int = 256,
+        precision: Precision = "fp32",
+        save_every_steps: int = 1000,
+        when: Literal["epoch", "end"] = "end",
+    ) -> None:
+        if when not in ("epoch", "end") or train not in ("trainaug", "train") or precision not in ("fp32", "bf16"):
+            raise UserError(
+                "segment: expected when epoch or end, train trainaug or train, precision fp32 or bf16, got "
+                f"{when!r}, {train!r}, {precision!r}"
+            )
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] or crop < 2 or channels < 1:
+            raise UserError(
+                f"segment: expected scale as [smallest, largest], crop of at least 2 pixels and a channel or more, got {list(scale)}, "
+                f"{crop} and {channels}"
+            )
+        self.recipe = Recipe(
+            steps=steps, images=images, rate=rate, milestones=list(milestones), momentum=momentum, weight_decay=weight_decay
+        )
+        self.root, self.train, self.crop, self.scale, self.channels = root, train, crop, list(scale), channels
+        self.precision, self.save_every_steps, self.when = precision, save_every_steps, when
+        self.protocol = metrics.segment(
+            train=train, images=images, steps=steps, rate=rate, milestones=milestones, momentum=momentum, weight_decay=weight_decay,
+            crop=crop, scale=scale, channels=channels, precision=precision,
+        )  # fmt: skip
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Finds the set.
+
+        Raises:
+            UserError: it is not whole, or tests on images that the encoder was trained on.
+        """
+        self._store, self._seed = store, seed
+        self._set = found_voc2012(self.root, "segment", self.train, store)
+
+    def inputs(self) -> list[Any]:
+        """The images and labels, by content."""
+        return [self._set.train.digest(), self._set.test.digest()]
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (`<protocol>/voc2012_<measure>`, percent).
+
+        Raises:
+            UserError: the backbone is no ResNet of timm's; the loss is not finite.
+        """
+        store = self._store
+        if isinstance(backbone, RawPixels):
+            store.say(f"{self.protocol} goes on without raw pixels, which have no stages to fine-tune")
+            return
+        require_resnet(backbone, "segment")
+        made_from = {
+            "backbone": store.digest_of(backbone), "inputs": self.inputs(), "crop": self.crop, "scale": self.scale,
+            "channels": self.channels, "mean": store.views.mean, "std": store.views.std,
+        }  # fmt: skip
+        network = train(
+            FCN16(backbone, channels=self.channels, seed=self._seed),
+            Crops(self._set.train, store.views, crop=self.crop, scale=self.scale),
+            self.recipe,
+            store,
+            seed=self._seed,
+            name=self.protocol,
+            made_from=made_from,
+            precision=self.precision,
+            save_every_steps=self.save_every_steps,
+        )
+        for measure, value in scored(network, self._set.test, store, name=self.protocol, precision=self.precision).items():
+            yield f"{self.protocol}/voc2012_{measure}", value
+
+    def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
+        network, crop = FCN16(backbone(), channels=self.channels, seed=0), self.crop
+        seen = self.recipe.num_steps * self.recipe.images
+        height, width = VOC_IMAGE
+        return [
+            work_of(f"{self.protocol}: crops of {crop} px to train on", seen, network, height=crop, width=crop, training=True),
+            work_of(f"{self.protocol}: images to test on", NUM_IMAGES["val"], network, height=height, width=width, training=False),
+        ]
+
+
+def found_voc2012(root: str | None, evaluator: str, train: Literal["trainaug", "train"], store: FeatureStore) -> SegmentationSet:
+    """VOC 2012 below a folder that a setting names; says how much of it there is.
+
+    Raises:
+        UserError: it is not whole, or its test images are among those that the encoder, or the head, is trained on.
+    """
+    found = voc2012(roots.existing(root, evaluator), train)
+    if store.overlap == "refuse":
+        for source in (found.train.files, store.splits.pretrain):
+            refuse_shared(source, found.test.files)
+    parts = {train: ("train on", found.train), "val": ("test on", found.test)}
+    there = ", ".join(f"{len(part):,} images to {use} (published: {NUM_IMAGES[name]:,})" for name, (use, part) in parts.items())
+    store.say(f"{evaluator}: VOC 2012, {there}")
+    return found
+
+
+class FCN16(nn.Module):
+    """MoCo's FCN-16s around a copy of a ResNet: images [B, 3, H, W] to scores [B, K, H, W], float32.
+
+    Args:
+        seed: of the new layers.
+    """
+
+    def __init__(self, backbone: nn.Module, *, channels: int, seed: int, num_classes: int = len(CLASSES)) -> None:
+        super().__init__()
+        body = dilated_last_stage(require_resnet(copy.deepcopy(backbone), "segment"))
+        self.maps = Maps(body.requires_grad_(True), purpose="segment")
+        layers: list[nn.Module] = []
+        for width in (self.maps.width, channels):
+            convolution = nn.Conv2d(width, channels, 3, padding=DILATION, dilation=DILATION, bias=False)
+            layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        self.head = nn.Sequential(*layers, nn.Conv2d(channels, num_classes, 1))
+        draws = torch.Generator().manual_seed(mixed_seed(seed, 0))
+        for layer in self.head:
+            if isinstance(layer, nn.Conv2d) and layer.bias is None:
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=draws)
+        nn.init.normal_(self.head[-1].weight, std=0.01, generator=draws)
+        nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.maps.to_pixels(self.head(self.maps(images)), *images.shape[-2:])
+
+
+class Crops(Task):
+    """Training images scaled, cropped and flipped.
+
+    Args:
+        views: whose mean and spread the pixels are normalised by.
+    """
+
+    def __init__(self, images: LabelledPixels, views: Views, *, crop: int, scale: Sequence[float]) -> None:
+        self.images, self.views, self.crop, self.scale = images, views, crop, list(scale)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def example(self, index: int, seed: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Pixels uint8 [S, S, 3], labels uint8 [S, S], and height and width of what is no padding, which is below and right."""
+        image, labels = self.images.read(index)
+        rng, side = np.random.default_rng(seed), self.crop
+        factor = rng.uniform(*self.scale)
+        width, height = (max(1, round(factor * pixels)) for pixels in image.size)
+        left, top = (int(rng.integers(0, max(0, pixels - side) + 1)) for pixels in (width, height))
+        flipped = rng.random() < 0.5
+        box = (left, top, min(left + side, width), min(top + side, height))
+        pixels = np.asarray(resized(image, width, height).crop(box))
+        classes = np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST).crop(box))
+        if flipped:
+            pixels, classes = pixels[:, ::-1], classes[:, ::-1]
+        shape = classes.shape
+        below, right = side - shape[0], side - shape[1]
+        pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)))
+        classes = np.pad(classes, ((0, below), (0, right)), constant_values=IGNORED)
+        return torch.from_numpy(pixels), torch.from_numpy(classes), shape
+
+    def loss(self, network: nn.Module, examples: list[tuple[Tensor, Tensor, tuple[int, int]]]) -> Tensor:
+        """The mean cross-entropy over the labelled pixels of all ranks."""
+        device = next(network.parameters()).device
+        pixels, classes = (torch.stack([example[i] for example in examples]).to(device) for i in (0, 1))
+        images = self.views.normalise(pixels)
+        for image, (_, _, (height, width)) in zip(images, examples, strict=True):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        labelled = distributed.sum_((classes != IGNORED).sum().float()).clamp(min=1)
+        each = F.cross_entropy(network(images), classes.long(), ignore_index=IGNORED, reduction="sum")
+        return each / labelled * distributed.world()
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bilinear; across, then down: from version 13 on Pillow turns the order for some shapes, and rounds in between."""
+    return image.resize((width, image.height), Image.Resampling.BILINEAR).resize((width, height), Image.Resampling.BILINEAR)
+
+
+@torch.no_grad()
+def scored(network: nn.Module, images: LabelledPixels, store: FeatureStore, *, name: str, precision: Precision) -> dict[str, float]:
+    """The scores of a network in eval mode on whole images at their own size, each on one rank. A collective; on every rank."""
+    device, num_classes = store.device, len(CLASSES)
+    matrix_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def example(index: int) -> tuple[Tensor, Tensor]:
+        image, labels = images.read(index)
+        return torch.from_numpy(np.array(image)), torch.from_numpy(labels)
+
+    for _, (pixels, labels) in one_by_one(example, len(images), store, name=name):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            scores = network(store.views.normalise(pixels[None].to(device)))
+        matrix_KK += pixel_metric.confusion(labels.to(device), scores[0].argmax(dim=0), num_classes)
+    return pixel_metric.scores(distributed.sum_(matrix_KK))

@@ -1,0 +1,186 @@
+"""Images with a class for every pixel: PASCAL VOC 2012 with the further labels of SBD, read from the layouts in which they lie about.
+
+Labels: uint8 [H, W]; 0 is the background, 1 to 20 the classes, 255 counts for nothing.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from caco.data.sets.sources import ImageFiles, UnreadableImage
+from caco.data.sets.transfer import VOC_CLASSES
+from caco.evals.dense import roots
+
+CLASSES = ("background", *VOC_CLASSES)
+IGNORED = 255
+NUM_IMAGES = {"train": 1_464, "trainaug": 10_582, "val": 1_449}  # as published
+
+LAYOUT = """\
+  VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg, SegmentationClass/2007_000032.png, ImageSets/Segmentation/train.txt and val.txt
+as VOCtrainval_11-May-2012.tar unpacks; VOC2012 may lie in root itself or be it. For train=trainaug, one of
+  VOCdevkit/VOC2012/SegmentationClassAug/2008_000002.png, with the list ImageSets/Segmentation/trainaug.txt or without
+  benchmark_RELEASE/dataset/cls/2008_000002.mat, img/2008_000002.jpg, train.txt and val.txt, as SBD's benchmark.tgz unpacks;
+    dataset may also be root/dataset, root/SBD, VOCdevkit/VOCaug/dataset or root itself"""
+
+
+@dataclass(frozen=True)
+class LabelledPixels:
+    """Image files and for each a file with the class of every pixel.
+
+    label_files: below files.root, as bytes: forked workers would copy the pages of a list by counting references.
+    """
+
+    files: ImageFiles
+    label_files: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def label_path(self, index: int) -> Path:
+        return self.files.root / os.fsdecode(self.label_files[index])
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """The image, RGB, and the labels, uint8 [H, W].
+
+        Raises:
+            UnreadableImage: one of the files cannot be read, is of another size than the other, or holds something else than classes.
+        """
+        image, path = self.files.image(index), self.label_path(index)
+        labels = read_labels(path)
+        if labels.shape != (image.height, image.width):
+            raise UnreadableImage(
+                f"{path}: expected labels of {image.width} x {image.height} pixels, as {self.files.path(index)} has, got "
+                f"{labels.shape[1]} x {labels.shape[0]}"
+            )
+        return image, labels
+
+    def digest(self) -> str:
+        """A short hash that changes when images, labels or their order do."""
+        state = hashlib.blake2b(self.files.digest().encode(), digest_size=8)
+        for index, file in enumerate(self.label_files):
+            state.update(b"%s\0%d\0" % (file, os.stat(self.label_path(index)).st_size))
+        return state.hexdigest()
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """uint8 [H, W] of a PNG whose pixels are numbers of classes, by palette or grey, or of SBD's .mat.
+
+    Raises:
+        UnreadableImage: it cannot be read, or holds something else.
+    """
+    try:
+        if path.suffix == ".mat":
+            from scipy.io import loadmat
+
+            labels = loadmat(path, mat_dtype=True)["GTcls"][0, 0]["Segmentation"].astype(np.uint8)
+        else:
+            with Image.open(path) as image:
+                if image.mode not in ("P", "L"):
+                    raise ValueError(f"colours ({image.mode}) and not numbers of classes; take the file as published")
+                labels = np.array(image)
+    except (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UnreadableImage(f"{path}: expected the class of every pixel, got {type(error).__name__}: {error}") from error
+    strange = np.setdiff1d(labels, [*range(len(CLASSES)), IGNORED])
+    if labels.ndim != 2 or len(strange):
+        raise UnreadableImage(
+            f"{path}: expected classes 0 to {len(CLASSES) - 1}, and {IGNORED} for what is not labelled, got {strange[:5].tolist()}"
+        )
+    return labels
+
+
+@dataclass(frozen=True)
+class SegmentationSet:
+    """What is trained on, and what is tested on."""
+
+    train: LabelledPixels
+    test: LabelledPixels
+
+
+def voc2012(root: Path, train: Literal["trainaug", "train"]) -> SegmentationSet:
+    """PASCAL VOC 2012: 1,449 images of its list val to test on, and to train on those of train, 1,464, or with SBD's 10,582.
+
+    SBD's own lists hold images of VOC's val: they are left out. VOC's own labels are taken of its own training images, except from a
+    folder SegmentationClassAug with a list trainaug.txt, which together are a set of its own.
+
+    Args:
+        train: "trainaug", as papers do, or "train".
+    Raises:
+        UserError: parts are missing, or the list to train on has images of val; all is named, with the layout.
+    """
+    inside = ("VOCdevkit/VOC2012", "VOC2012", ".", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012", "VOCtrainval_11-May-2012/VOC2012")
+    devkits = [root / folder for folder in inside]
+    top = roots.first_with(devkits, "ImageSets/Segmentation/val.txt") or roots.first_with(devkits, "SegmentationClass") or devkits[0]
+    missing: list[str] = []
+    lists = top / "ImageSets" / "Segmentation"
+    own, test = (_listed(lists / f"{name}.txt", missing) for name in ("train", "val"))
+    labels = top / "SegmentationClass"
+    parts = _augmented(root, top, own, test, missing) if train == "trainaug" else [(own, labels)]
+    train_pairs = [pair for names, folder in parts for pair in _pairs(root, top, names, folder, missing)]
+    test_pairs = _pairs(root, top, test, labels, missing)
+    shared = sorted({name for names, _ in parts for name in names} & set(test))
+    if shared:
+        missing.append(f"a list to train on without images of val.txt: {len(shared)} are in both, {shared[0]} for one")
+    roots.refuse_missing("VOC 2012", root, missing, LAYOUT)
+    return SegmentationSet(_images(root, f"voc2012/{train}", train_pairs), _images(root, "voc2012/val", test_pairs))
+
+
+def _augmented(root: Path, top: Path, own: list[str], test: list[str], missing: list[str]) -> list[tuple[list[str], Path]]:
+    """(names, folder of their labels) of the training images with SBD's."""
+    labels, converted, known = top / "SegmentationClass", top / "SegmentationClassAug", {*own, *test}
+    places = [top / "ImageSets" / folder for folder in ("Segmentation", "SegmentationAug")]
+    whole = next((file for place in places for file in (place / "trainaug.txt", place / "train_aug.txt") if file.is_file()), None)
+    if converted.is_dir() and whole is not None:
+        return [(_listed(whole, missing), converted)]
+    if converted.is_dir():
+        further = sorted(file.removesuffix(".png") for file in os.listdir(converted) if file.endswith(".png"))
+        return [(own, labels), ([name for name in further if name not in known], converted)]
+    sbd = _sbd(root)
+    if sbd is None:
+        missing.append(f"{converted}, or SBD (train=train needs neither, and has 1,464 images instead of 10,582)")
+        return [(own, labels)]
+    further = sorted({*_listed(sbd / "train.txt", missing), *_listed(sbd / "val.txt", missing)} - known)
+    return [(own, labels), (further, sbd / "cls")]
+
+
+def _sbd(root: Path) -> Path | None:
+    inside = ("benchmark_RELEASE/dataset", "VOCdevkit/VOCaug/dataset", "VOCaug/dataset", "dataset", "SBD", "sbd", ".")
+    return roots.first_with([root / folder for folder in inside], "cls")
+
+
+def _listed(file: Path, missing: list[str]) -> list[str]:
+    """Names of images, of a list that has one a line, or the paths of an image and its labels."""
+    if not file.is_file():
+        missing.append(str(file))
+        return []
+    names = [Path(line.split()[0]).stem for line in file.read_text().splitlines() if line.strip()]
+    if not names:
+        missing.append(f"{file} (it is empty)")
+    return names
+
+
+def _pairs(root: Path, top: Path, names: list[str], labels: Path, missing: list[str]) -> list[tuple[str, str]]:
+    """(image, labels) files below root. A photo that VOC has not, SBD has."""
+    photos, extension = top / "JPEGImages", ".mat" if labels.name == "cls" else ".png"
+    lost = roots.absent(photos, [f"{name}.jpg" for name in names])
+    sbd, of_sbd = _sbd(root) if lost else None, set()
+    if sbd is not None:
+        of_sbd = set(lost) - set(lost := roots.absent(sbd / "img", lost))
+    for folder, gone in ((photos, lost), (labels, roots.absent(labels, [name + extension for name in names]))):
+        if gone:
+            missing.append(f"{folder} ({len(gone)} of {len(names)} files, {gone[0]} for one)")
+
+    def photo(name: str) -> Path:
+        return sbd / "img" / name if sbd is not None and name in of_sbd else photos / name
+
+    return [(str(photo(f"{name}.jpg").relative_to(root)), str((labels / f"{name}{extension}").relative_to(root))) for name in names]
+
+
+def _images(root: Path, name: str, pairs: list[tuple[str, str]]) -> LabelledPixels:
+    return LabelledPixels(
+        ImageFiles(root, [image for image, _ in pairs], name=name), np.array([os.fsencode(labels) for _, labels in pairs])
+    )

@@ -1,0 +1,251 @@
+"""Segmentation with MoCo's head: the published protocol, learned from toy images, resumed to the bit, the same on unequal ranks."""
+
+import copy
+import json
+
+import numpy as np
+import pixelwise
+import pytest
+import segment_worker
+import timm
+import torch
+import toy_voc
+from PIL import Image
+from processes import ranks
+from segment_worker import FEW, backbone, of
+from torch import nn
+from torch.nn import functional as F
+
+from caco.config.composition import compose, instantiate
+from caco.errors import UserError
+from caco.evals.dense import segment as segment_module
+from caco.evals.dense.maps import Maps, stride_and_width
+from caco.evals.dense.segment import FCN16, Crops, Segment, scored
+from caco.evals.dense.segmentation_sets import voc2012
+from caco.evals.dense.training import train
+from caco.evals.pixels import RawPixels
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    root = tmp_path_factory.mktemp("voc")
+    toy_voc.write_voc(root)
+    return root
+
+
+@pytest.fixture
+def store():
+    made = pixelwise.store_of()
+    made.overlap = "allow"  # what it is tested on looks like what it is trained on
+    return made
+
+
+# The protocol.
+
+
+def test_the_option_is_mocos_protocol():
+    segment = instantiate(compose(["eval=[segment]"], "evaluate").eval.segment)
+    rates = segment.recipe.rates()
+    assert len(rates) == 30_000 and segment.recipe.images == 16 and segment.recipe.decay_norms
+    assert [rates[step] for step in (0, 20_999, 21_000, 26_999, 27_000)] == pytest.approx([0.003, 0.003, 3e-4, 3e-4, 3e-5])
+    assert (segment.crop, segment.scale, segment.channels) == (513, [0.5, 2.0], 256)
+    assert (segment.train, segment.precision) == ("trainaug", "fp32")
+    assert (segment.recipe.momentum, segment.recipe.weight_decay, segment.protocol) == (0.9, 1e-4, "segment_fcn16")
+
+
+@pytest.mark.parametrize(("name", "threes_of_conv5"), [("resnet50", 3), ("resnet18", 4), ("resnet26d", 2)])
+def test_conv5_has_dilation_2_in_all_blocks_and_a_stride_of_1_so_that_the_whole_has_16(name, threes_of_conv5):
+    body = timm.create_model(name, num_classes=0)
+    network = FCN16(body, channels=8, seed=0)
+    assert network.maps.stride == 16 and stride_and_width(body)[0] == 32, "a copy"
+    threes = [m for m in network.maps.backbone.layer4.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(threes) == threes_of_conv5 and all((m.stride, m.dilation, m.padding) == ((1, 1), (2, 2), (2, 2)) for m in threes)
+    assert all(m.stride == (1, 1) for m in network.maps.backbone.layer4.modules() if isinstance(m, nn.Conv2d))
+    head = [m for m in network.head if isinstance(m, nn.Conv2d)]
+    assert [(m.dilation[0], m.kernel_size[0], m.out_channels) for m in head] == [(6, 3, 8), (6, 3, 8), (1, 1, 21)]
+    network.eval()
+    with torch.no_grad():
+        assert network.maps(torch.zeros(1, 3, 129, 129)).shape[2:] == (9, 9), "places at 0, 16, ..., 128"
+        assert network(torch.zeros(1, 3, 50, 37)).shape == (1, 21, 50, 37)
+
+
+def test_the_last_stage_computes_what_it_computed_at_every_second_place():
+    """With a stride of 1 its first convolution gives the old values and some between them; with a dilation of 2 it sees twice as far."""
+    body = backbone().double().eval()
+    with torch.no_grad():
+        images = torch.rand(1, 3, 65, 65, dtype=torch.float64)
+        before = body.layer3(body.layer2(body.layer1(body.maxpool(body.act1(body.bn1(body.conv1(images)))))))
+        weight = body.layer4[0].conv1.weight
+        old = F.conv2d(before, weight, stride=2, padding=1)
+        dilated = FCN16(body, channels=16, seed=0).maps.backbone.layer4[0].conv1
+        plain, found = F.conv2d(before, weight, padding=1), dilated(before)
+    assert torch.allclose(plain[..., ::2, ::2], old, atol=1e-12)
+    spread = torch.zeros(*weight.shape[:2], 5, 5, dtype=torch.float64)
+    spread[..., ::2, ::2] = weight  # zeros between its nine weights
+    assert torch.allclose(found, F.conv2d(before, spread.detach(), padding=2), atol=1e-12)
+
+
+def test_scores_stand_at_the_pixels_of_their_places_in_crops_and_in_whole_images():
+    """A map that is its own place's pixel becomes, at every pixel, that pixel's number: nothing is shifted or stretched."""
+    maps = Maps(backbone(), purpose="it")
+    assert maps.stride == 16
+    for height, width in ((65, 65), (96, 128), (33, 50)):
+        rows, columns = (maps.places(side).double() for side in (height, width))
+        shape = maps(torch.zeros(1, 3, height, width)).shape[2:]
+        assert shape == (len(rows), len(columns)) and rows[-1] >= height - 1
+        pixels = maps.to_pixels(torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None], height, width)[0]
+        assert torch.allclose(pixels[0], torch.arange(height)[:, None].expand(-1, width).float(), atol=1e-4)
+        assert torch.allclose(pixels[1], torch.arange(width).expand(height, -1).float(), atol=1e-4)
+
+
+def test_a_crop_keeps_pixels_and_labels_together_and_pads_with_the_mean_and_255(voc, store):
+    images = voc2012(voc, "train").train
+    task = Crops(images, store.views, crop=120, scale=[0.5, 2.0])
+    sizes, flipped, padded = set(), set(), 0
+    for seed in range(12):
+        pixels, classes, (height, width) = task.example(0, seed)
+        again = task.example(0, seed)
+        assert torch.equal(pixels, again[0]) and pixels.shape == (120, 120, 3) and classes.shape == (120, 120)
+        assert (classes[height:] == 255).all() and (classes[:, width:] == 255).all() and not pixels[height:].any()
+        padded += height < 120
+        sizes.add((height, width))
+        # A cat is red, within its label and nowhere else, wherever the crop is.
+        inside, red = classes == 8, pixels[..., 0].int() - pixels[..., 1].int()
+        if inside.sum() > 200:
+            assert red[inside].float().mean() > 100 and red[:height, :width][(classes == 0)[:height, :width]].float().mean() < 20
+            flipped.add(bool(np.argwhere(inside.numpy())[:, 1].mean() > width / 2))
+    assert len(sizes) > 3 and 0 < padded < 12 and flipped == {True, False}
+
+
+def test_the_loss_is_the_mean_over_labelled_pixels_of_all_images_and_padding_is_zero(voc, store):
+    task = Crops(voc2012(voc, "train").train, store.views, crop=140, scale=[1.0, 1.0])
+    examples = [task.example(index, 0) for index in range(3)]
+    seen = []
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, images):
+            seen.append(images)
+            return self.scale * images.mean(dim=1, keepdim=True) * torch.arange(21.0)[:, None, None]
+
+    loss = task.loss(Network(), examples)
+    logits = Network()(seen[0]).double()
+    classes = torch.stack([classes for _, classes, _ in examples]).long()
+    by_pixel = -logits.log_softmax(dim=1).gather(1, classes.clamp(max=20)[:, None])[:, 0]
+    assert loss.item() == pytest.approx(by_pixel[classes != 255].mean().item(), rel=1e-5)
+    assert not seen[0][:, :, 96:].any() and not seen[0][..., 128:].any() and seen[0][:, :, :96, :128].all(dim=1).float().mean() > 0.9
+
+
+# What it gives.
+
+
+@pytest.mark.long
+def test_it_learns_the_toy_images(voc, store):
+    """Over 90, where an untrained network has what the background alone gives."""
+    settings = {"images": 3, "steps": 28, "rate": 0.5, "crop": 128, "scale": [1.0, 1.0], "channels": 32}
+    learned = of(Segment(root=str(voc), train="train", **settings), store)
+    assert learned["miou"] > 90 and learned["mean_accuracy"] > 90 and learned["pixel_accuracy"] > 95
+    untrained = scored(FCN16(backbone(), channels=32, seed=0).eval(), voc2012(voc, "train").test, store, name="it", precision="fp32")
+    assert untrained["miou"] < 30
+
+
+def test_two_unequal_ranks_give_what_one_process_gives(voc, tmp_path):
+    """Three images a step and four to test on: of two ranks one trains on one and the other on two."""
+    codes, outputs = ranks(2, segment_worker.write_results, str(voc), str(tmp_path / "two.json"))
+    assert codes == [0, 0], outputs[0][1][-3000:]
+    one, two = segment_worker.results(voc), json.loads((tmp_path / "two.json").read_text())
+    assert one.keys() == two.keys()
+    for evaluator, found in one.items():
+        assert two[evaluator] == pytest.approx(found, abs=0.3), "a few pixels of 48,000, by rounding"
+
+
+def test_killed_it_goes_on_to_the_same_bits_and_the_backbone_stays(voc, tmp_path, monkeypatch):
+    network = backbone()
+    before = copy.deepcopy(network.state_dict())
+
+    def trained(folder, **settings):
+        store = pixelwise.store_of(folder)
+        store.overlap = "allow"
+        found = []
+        monkeypatch.setattr(segment_module, "train", lambda *a, **k: found.append(train(*a, **k)) or found[0])
+        segment = Segment(root=str(voc), save_every_steps=2, **FEW, **settings)
+        segment.build(store, seed=0)
+        return dict(segment.run(network)), found[0].state_dict()
+
+    whole, weights = trained(tmp_path / "whole")
+    crops = []
+
+    class Killed(Exception):
+        pass
+
+    def example(self, index, seed, example=Crops.example):
+        if len(crops) == 3 * 9:
+            raise Killed
+        crops.append(index)
+        return example(self, index, seed)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Crops, "example", example)
+        trained(tmp_path / "cut")
+    crops.clear()
+    with monkeypatch.context() as patch:
+        whole_example = Crops.example
+        patch.setattr(Crops, "example", lambda self, index, seed: crops.append(index) or whole_example(self, index, seed))
+        results, resumed = trained(tmp_path / "cut")
+    assert len(crops) == 3 * (11 - 8), "two steps of 16 images are eleven of 3; eight were saved"
+    assert results == whole and all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()) and network.training
+
+
+# What is refused.
+
+
+def test_a_backbone_without_stages_is_refused_before_anything_is_read(voc, store, monkeypatch):
+    monkeypatch.setattr(Crops, "example", lambda *_: pytest.fail("read"))
+    segment = Segment(root=str(voc), **FEW)
+    segment.build(store, seed=0)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1)
+    with pytest.raises(UserError, match="segment needs a ResNet of timm's, .* got VisionTransformer: choose backbone=resnet50"):
+        list(segment.run(vit))
+
+
+def test_raw_pixels_are_left_out_and_said_so(voc):
+    said = []
+    store = pixelwise.store_of(said=said)
+    store.overlap = "allow"
+    segment = Segment(root=str(voc), **FEW)
+    segment.build(store, seed=0)
+    assert list(segment.run(RawPixels(32))) == [] and "goes on without raw pixels" in said[-1]
+    assert said[0] == "segment: VOC 2012, 6 images to train on (published: 1,464), 4 images to test on (published: 1,449)"
+
+
+def test_test_images_that_are_training_images_are_refused(voc, tmp_path):
+    top = toy_voc.write_voc(tmp_path)
+    (top / "JPEGImages" / "2008_000003.jpg").write_bytes((top / "JPEGImages" / "2007_000002.jpg").read_bytes())
+    for name in ("2008_000000", "2008_000001", "2008_000002"):  # the others are others
+        Image.new("RGB", (128, 96), (int(name[-1]) * 50, 3, 9)).save(top / "JPEGImages" / f"{name}.jpg")
+    with pytest.raises(UserError, match=r"1 of the 4 images of voc2012/val are images of voc2012/train too .*2007_000002.jpg is"):
+        Segment(root=str(tmp_path), **FEW).build(pixelwise.store_of(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": "all"}, "train trainaug or train"),
+        ({"precision": "fp16"}, "precision fp32 or bf16"),
+        ({"scale": [2.0, 0.5]}, r"scale as \[smallest, largest\]"),
+        ({"milestones": [0.9, 0.7]}, "milestones: expected ascending"),
+        ({"rate": 0.0}, "rate: expected a positive"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Segment(**settings)
+
+
+def test_without_a_root_it_says_how_to_give_one(store):
+    with pytest.raises(UserError, match="root: expected the folder that holds the set, as eval.segment.root=PATH, got None"):
+        Segment().build(store, seed=0)
