@@ -182,13 +182,15 @@ def test_the_command_tells_and_refuses(monkeypatch, capsys):
 
 
 def test_evaluations_that_fine_tune_say_what_they_will_take():
-    """As many images as the settings say, of as many operations as one real step has, at the speed that is assumed; and what one takes."""
+    """As many images as the settings say, of as many operations as one real step has, at the assumed speed; and what one takes."""
     cfg = compose("eval=[knn,segment,dense_linear]", "eval.segment.images=8", "eval.segment.crop=65", "eval.dense_linear.size=64")
     lines = plan.evaluations(cfg, world=2, tflops=1e-3, measured=True)
-    for line, beginning in zip(lines, ("segment_fcn16_images-8_crop-65: crops of 65 px to train on: 480,000 of ",
-                                       "segment_fcn16_images-8_crop-65: images to test on: 1,449 of ",
-                                       "dense_linear_size-64: images of 64 px to take features of: 12,031 of "), strict=True):  # fmt: skip
-        assert line.startswith(beginning)
+    beginnings = (
+        "segment_fcn16_images-8_crop-65: crops of 65 px to train on: 480,000 of ",
+        "segment_fcn16_images-8_crop-65: images to test on: 1,449 of ",
+        "dense_linear_size-64: images of 64 px to take features of: 12,031 of ",
+    )
+    assert all(line.startswith(beginning) for line, beginning in zip(lines, beginnings, strict=True))
     network = FCN16(instantiate(cfg.backbone), channels=256, seed=0)
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(2, 3, 65, 65)).sum().backward()

@@ -173,8 +173,8 @@ class DenseLinear(Evaluator):
         x_ND, labels_N = x_ND.to(self._store.device), labels_N.to(self._store.device)
         mean_D, scale_D = moments(x_ND)
         self._store.say(f"{self.protocol}: logistic regression of {len(x_ND):,} places")
-        settings = {"num_classes": len(CLASSES), "l2": self.l2, "max_iterations": self.max_iterations}
-        weight_DK, bias_K = fit((x_ND - mean_D) / scale_D, labels_N, **settings)
+        standardised_ND = (x_ND - mean_D) / scale_D
+        weight_DK, bias_K = fit(standardised_ND, labels_N, num_classes=len(CLASSES), l2=self.l2, max_iterations=self.max_iterations)
         weight_DK = weight_DK / scale_D[:, None]
         return weight_DK, bias_K - mean_D @ weight_DK
 

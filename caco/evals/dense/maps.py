@@ -5,6 +5,7 @@ Shapes: B images of H x W pixels, h x w places, D features.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.models.resnet import ResNet
@@ -28,12 +29,14 @@ class Maps(nn.Module):
         UserError: it is neither.
     """
 
+    backbone: Any  # timm's, without types
+
     def __init__(self, backbone: nn.Module, *, purpose: str) -> None:
         super().__init__()
         self.backbone = backbone
         self.in_patches = isinstance(backbone, VisionTransformer)
         if self.in_patches:
-            self.stride, self.width = int(backbone.patch_embed.patch_size[0]), int(backbone.num_features)
+            self.stride, self.width = int(self.backbone.patch_embed.patch_size[0]), int(self.backbone.num_features)
         else:
             self.stride, self.width = stride_and_width(require_resnet(backbone, purpose))
 
@@ -109,7 +112,8 @@ def as_evaluated(network: nn.Module) -> Iterator[None]:
     """In eval mode, and afterwards in the modes that its parts had."""
     was_training = {module: module.training for module in network.modules()}
     try:
-        yield network.eval()
+        network.eval()
+        yield
     finally:
         for module, training in was_training.items():
             module.training = training

@@ -178,13 +178,14 @@ class FCN16(nn.Module):
         for width in (self.maps.width, channels):
             convolution = nn.Conv2d(width, channels, 3, padding=DILATION, dilation=DILATION, bias=False)
             layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-        self.head = nn.Sequential(*layers, nn.Conv2d(channels, num_classes, 1))
+        last = nn.Conv2d(channels, num_classes, 1)
         draws = torch.Generator().manual_seed(mixed_seed(seed, 0))
-        for layer in self.head:
-            if isinstance(layer, nn.Conv2d) and layer.bias is None:
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=draws)
-        nn.init.normal_(self.head[-1].weight, std=0.01, generator=draws)
-        nn.init.zeros_(self.head[-1].bias)
+        nn.init.normal_(last.weight, std=0.01, generator=draws)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.head = nn.Sequential(*layers, last)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.maps.to_pixels(self.head(self.maps(images)), *images.shape[-2:])
@@ -207,7 +208,7 @@ class Crops(Task):
         """Pixels uint8 [S, S, 3], labels uint8 [S, S], and height and width of what is no padding, which is below and right."""
         image, labels = self.images.read(index)
         rng, side = np.random.default_rng(seed), self.crop
-        factor = rng.uniform(*self.scale)
+        factor = rng.uniform(self.scale[0], self.scale[1])
         width, height = (max(1, round(factor * pixels)) for pixels in image.size)
         left, top = (int(rng.integers(0, max(0, pixels - side) + 1)) for pixels in (width, height))
         flipped = rng.random() < 0.5
@@ -225,7 +226,7 @@ class Crops(Task):
     def loss(self, network: nn.Module, examples: list[tuple[Tensor, Tensor, tuple[int, int]]]) -> Tensor:
         """The mean cross-entropy over the labelled pixels of all ranks."""
         device = next(network.parameters()).device
-        pixels, classes = (torch.stack([example[i] for example in examples]).to(device) for i in (0, 1))
+        pixels, classes = (torch.stack(parts).to(device) for parts in list(zip(*examples, strict=True))[:2])
         images = self.views.normalise(pixels)
         for image, (_, _, (height, width)) in zip(images, examples, strict=True):
             image[:, height:] = 0

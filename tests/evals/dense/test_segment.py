@@ -70,7 +70,7 @@ def test_conv5_has_dilation_2_in_all_blocks_and_a_stride_of_1_so_that_the_whole_
 
 
 def test_the_last_stage_computes_what_it_computed_at_every_second_place():
-    """With a stride of 1 its first convolution gives the old values and some between them; with a dilation of 2 it sees twice as far."""
+    """With a stride of 1 its first convolution gives the old values and some between them; with dilation 2 it sees twice as far."""
     body = backbone().double().eval()
     with torch.no_grad():
         images = torch.rand(1, 3, 65, 65, dtype=torch.float64)
