@@ -7,7 +7,7 @@
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
     transfer/cifar10_top1, geometry/rank_me
-    detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: by a tenth of its steps
+    detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: a tenth of its steps
     segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of 8 images
     dense_linear/voc2012_miou           a linear head on frozen features: never to be set beside fine-tuning
 
@@ -46,8 +46,9 @@ SEGMENT = {
 DENSE_LINEAR = {"train": "trainaug", "size": 448, "places": 20, "l2": 1e-3, "max_iterations": 500, "precision": "fp32"}
 
 _DETECT = {
-    "dataset": "coco", "head": "c4", "steps": 90_000, "images": 16, "rate": 0.02, "milestones": [60 / 90, 80 / 90], "warmup_steps": 1000,
-    "momentum": 0.9, "weight_decay": 1e-4, "short_sides": list(range(640, 801, 32)), "test_side": 800, "longest": 1333,
+    "dataset": "coco", "head": "c4", "steps": 90_000, "images": 16, "rate": 0.02, "milestones": [60 / 90, 80 / 90],
+    "warmup_steps": 1000, "momentum": 0.9, "weight_decay": 1e-4, "short_sides": list(range(640, 801, 32)), "test_side": 800,
+    "longest": 1333,
     "anchors": [32, 64, 128, 256, 512], "proposal_samples": 256, "region_samples": 512, "region_cells": 14, "precise_batches": 200,
     "precision": "fp32",
 }  # fmt: skip

@@ -30,7 +30,7 @@ class _InPlaceOf(nn.BatchNorm1d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    momentum: float | None
+    momentum: float
     drop: nn.Module
     act: nn.Module
 

@@ -1,7 +1,7 @@
 """From annotated images to what a detector is given, and from its answers to boxes and masks of the whole image.
 
-Sizes are chosen, boxes scaled and masks drawn as detectron2 does it: the image resized by Pillow, polygons drawn at the resolution of the
-mask's own grid, the answer's mask put back by bilinear interpolation between the centres of its cells.
+Sizes are chosen, boxes scaled and masks drawn as detectron2 does it: the image resized by Pillow, polygons drawn at the resolution of
+the mask's own grid, the answer's mask put back by bilinear interpolation between the centres of its cells.
 
 Shapes: H, W pixels of an image; n objects; M cells along a mask's side.
 """

@@ -1,4 +1,5 @@
-"""Detection: a detector around a copy of the backbone, fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once on the test images."""
+"""Detection: a detector around a copy of the backbone, fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once on the test
+images."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -29,21 +30,23 @@ _NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop dr
 
 
 class Detect(Evaluator):
-    """AP of boxes, and of masks for COCO: `<protocol>/voc2007_ap50`, `_ap`, `_ap75`, or `<protocol>/coco2017_box_ap`, `_mask_ap` and others,
+    """AP of boxes, and of masks for COCO: `<protocol>/voc2007_ap50`, `_ap`, `_ap75`, or `<protocol>/coco2017_box_ap`, `_mask_ap` and
+    others,
     percent. The protocol is `name`; what is changed of the recipe with that name stands in it (caco/metrics.py).
 
-    Protocol of MoCo (arXiv 1911.05722, and the configurations of its code): all layers learn, BatchNorm over the images of all ranks, boxes by a
-    plain L1 loss, class by class, no weight decay on norms, statistics of BatchNorm taken anew before the test, which is the only one.
-    It differs from detectron2, with which MoCo ran, in `departures`.
+    Protocol of MoCo (arXiv 1911.05722, and the configurations of its code): all layers learn, BatchNorm over the images of all ranks,
+    boxes by a plain L1 loss, class by class, no weight decay on norms, statistics of BatchNorm taken anew before the test, which is
+    the only one. It differs from detectron2, with which MoCo ran, in `departures`.
 
     Args:
         name: detect_voc_c4, detect_coco_c4_1x, detect_coco_c4_2x, detect_coco_fpn_1x, or one of your own.
         root: the folder that holds the set.
         dataset: "voc" (07+12; MoCo's later tables) or "coco" (2017, with masks).
         head: "c4" or "fpn", see `detector`.
-        steps, images, rate, milestones, warmup_steps, momentum, weight_decay: see Recipe; steps and rate are for 16 images a step, and other
-            `images` scale both.
-        short_sides: pixels of the shorter side in training, drawn for each image. test_side: the one in the test. longest: of the longer side.
+        steps, images, rate, milestones, warmup_steps, momentum, weight_decay: see Recipe; steps and rate are for 16 images a step,
+            and other `images` scale both.
+        short_sides: pixels of the shorter side in training, drawn for each image. test_side: the one in the test. longest: of the
+            longer side.
         anchors, proposal_samples, region_samples, region_cells: see `detector`.
         precise_batches: training batches over which the running statistics are taken anew; 0 keeps those of training.
         precision: "fp32", as published, or "bf16" (autocast).
@@ -54,10 +57,10 @@ class Detect(Evaluator):
     on_all_ranks = True
     _seed = 0
     departures = (
-        "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors and regions, and the order "
-        "of images, are drawn otherwise; a step's images are not grouped by their aspect ratio, and all ranks pad to one size; losses of regions "
-        "and masks are means over all ranks, as on one GPU with all images; orientation tags of image files are not read; VOC's recalls are "
-        "compared with tenths exactly. None of this was measured.",
+        "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors and regions, and "
+        "the order of images, are drawn otherwise; a step's images are not grouped by their aspect ratio, and all ranks pad to one "
+        "size; losses of regions and masks are means over all ranks, as on one GPU with all images; orientation tags of image files "
+        "are not read; VOC's recalls are compared with tenths exactly. None of this was measured.",
         "detect: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
     )
 
@@ -119,7 +122,7 @@ class Detect(Evaluator):
         )
         self.root, self.dataset, self.head, self.when, self.precision = root, dataset, head, when, precision
         self.short_sides, self.test_side, self.longest = list(short_sides), test_side, longest
-        self.network_settings = {
+        self.network_settings: dict[str, Any] = {
             "head": head, "anchors": list(anchors), "proposal_samples": proposal_samples, "region_samples": region_samples,
             "region_cells": region_cells,
         }  # fmt: skip
@@ -190,7 +193,9 @@ class Detect(Evaluator):
         typical = round(sum(self.short_sides) / len(self.short_sides))
         seen = self.recipe.num_steps * self.recipe.images
         return [
-            counted(f"{self.protocol}: images of {4 * typical // 3} x {typical} px to train on", seen, network, typical, training=True),
+            counted(
+                f"{self.protocol}: images of {4 * typical // 3} x {typical} px to train on", seen, network, typical, training=True
+            ),
             counted(
                 f"{self.protocol}: images of {4 * self.test_side // 3} x {self.test_side} px to test on",
                 NUM_TEST_IMAGES[self.dataset], network, self.test_side, training=False,
@@ -263,7 +268,8 @@ class _TestImage:
 def take_statistics(
     network: nn.Module, task: Task, images: int, count: int, store: FeatureStore, *, seed: int, precision: Precision
 ) -> None:
-    """Replaces the running statistics of every BatchNorm by the mean over `count` training batches; the network is in eval mode after it.
+    """Replaces the running statistics of every BatchNorm by the mean over `count` training batches; the network is in eval mode after
+    it.
 
     Source: detectron2's PRECISE_BN, which MoCo's configurations turn on.
     """
@@ -331,4 +337,6 @@ def require_pycocotools() -> None:
     try:
         import pycocotools.mask  # noqa: F401
     except ImportError as error:
-        raise UserError('COCO\'s masks and scores need pycocotools: pip install "caco-ssl[dense]", or pip install pycocotools') from error
+        raise UserError(
+            'COCO\'s masks and scores need pycocotools: pip install "caco-ssl[dense]", or pip install pycocotools'
+        ) from error

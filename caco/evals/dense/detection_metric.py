@@ -26,10 +26,11 @@ class Boxes(NamedTuple):
 def voc_scores(found: Boxes, score: np.ndarray, truth: Boxes, difficult: np.ndarray) -> dict[str, float]:
     """`ap50`, `ap75` and `ap`, the mean over ten thresholds, each the mean over the classes, percent.
 
-    As detectron2 evaluates VOC, whose numbers MoCo's and later papers print, and not as COCO does: a detection, the surest first, is right
-    where its best truth of that class overlaps it by more than the threshold and was not hit before. Detections of difficult truths count
-    as neither right nor wrong, and difficult truths need not be found. Boxes count pixels, both edges included. Scores are rounded to
-    3 decimals and coordinates to 0.1, as in VOC's files of results; equal scores stand in the order in which they were given.
+    As detectron2 evaluates VOC, whose numbers MoCo's and later papers print, and not as COCO does: a detection, the surest first, is
+    right where its best truth of that class overlaps it by more than the threshold and was not hit before. Detections of difficult
+    truths count as neither right nor wrong, and difficult truths need not be found. Boxes count pixels, both edges included. Scores
+    are rounded to 3 decimals and coordinates to 0.1, as in VOC's files of results; equal scores stand in the order in which they were
+    given.
 
     Args:
         score: float [D], of the detections.
@@ -60,7 +61,9 @@ def voc_scores(found: Boxes, score: np.ndarray, truth: Boxes, difficult: np.ndar
     return {"ap50": float(means[0]), "ap75": float(means[THRESHOLDS.index(75)]), "ap": float(means.mean())}
 
 
-def best_truths(image_D: np.ndarray, box_D4: np.ndarray, truth_image_M: np.ndarray, truth_M4: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def best_truths(
+    image_D: np.ndarray, box_D4: np.ndarray, truth_image_M: np.ndarray, truth_M4: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Each detection's largest overlap with a truth of its image, [D], and which truth that is, [D]; 0 and -1 without one."""
     overlap, best = np.zeros(len(image_D)), np.full(len(image_D), -1)
     order = np.argsort(image_D, kind="stable")
@@ -84,7 +87,8 @@ def pixel_iou(a_N4: np.ndarray, b_M4: np.ndarray) -> np.ndarray:
 
 
 def eleven_points(right: np.ndarray, num_truths: int) -> float:
-    """Mean over recalls 0, 0.1, ..., 1 of the best precision at a recall no smaller; 0 where none is reached. Of detections in order."""
+    """Mean over recalls 0, 0.1, ..., 1 of the best precision at a recall no smaller; 0 where none is reached. Of detections in
+    order."""
     hits = np.cumsum(right)
     precision = hits / np.arange(1, len(hits) + 1)
     # In integers: 3 of 10 truths are a recall of exactly 0.3.

@@ -1,7 +1,7 @@
 """Images with boxes: PASCAL VOC 2007 and 2012, and COCO 2017, read from their published layouts and those of their mirrors.
 
-Shapes: N images, M objects, R rings of polygons, P points. Boxes are x, y of two corners in pixels, with 0 at the image's edge, so that
-a box that covers a whole image of width W goes from 0 to W.
+Shapes: N images, M objects, R rings of polygons, P points. Boxes are x, y of two corners in pixels, with 0 at the image's edge, so
+that a box that covers a whole image of width W goes from 0 to W.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from caco.evals.dense.roots import absent, first_with, refuse_missing
 class Objects(NamedTuple):
     """What is annotated in one image.
 
-    boxes: float32 [m, 4]. labels: int64 [m], from 0. difficult: bool [m], of VOC. polygons: of COCO, the rings [points, 2] of each object, float32.
+    boxes: float32 [m, 4]. labels: int64 [m], from 0. difficult: bool [m], of VOC. polygons: of COCO, the rings [points, 2] of each
+        object, float32.
     """
 
     boxes: np.ndarray
@@ -152,8 +153,8 @@ _VOC_PARTS = {
 VOC_LAYOUT = """\
   VOCdevkit/VOC2007/Annotations/000005.xml, JPEGImages/000005.jpg, ImageSets/Main/trainval.txt and test.txt
   VOCdevkit/VOC2012/Annotations/2008_000008.xml, JPEGImages/2008_000008.jpg, ImageSets/Main/trainval.txt
-as VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar unpack in one folder; VOC2007 and VOC2012 may lie
-in root itself, and each archive in a folder of its own name, as mirrors have it"""
+as VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar unpack in one folder; VOC2007 and VOC2012 may
+lie in root itself, and each archive in a folder of its own name, as mirrors have it"""
 
 
 def voc(root: Path) -> DetectionSet:
@@ -223,15 +224,15 @@ def _read_voc(path: Path, image: str, gathering: _Gathering, number: dict[str, i
 
 COCO_LAYOUT = """\
   annotations/instances_train2017.json and instances_val2017.json, train2017/000000000009.jpg, val2017/000000000139.jpg
-as annotations_trainval2017.zip, train2017.zip and val2017.zip unpack in one folder, which is root or root/coco (coco2017, COCO); the images
-may lie in images/train2017 and images/val2017, as mirrors have it"""
+as annotations_trainval2017.zip, train2017.zip and val2017.zip unpack in one folder, which is root or root/coco (coco2017, COCO); the
+images may lie in images/train2017 and images/val2017, as mirrors have it"""
 
 
 def coco(root: Path) -> DetectionSet:
     """COCO 2017: 118,287 images to train on, all 5,000 of val2017 to test on, 80 classes, polygons.
 
-    Of the training images crowds are left out, objects without area, and then images without objects. The test images keep all: what is
-    scored there is COCO's own file.
+    Of the training images crowds are left out, objects without area, and then images without objects. The test images keep all: what
+    is scored there is COCO's own file.
 
     Raises:
         UserError: parts are missing; all of them are named, with the layout.
@@ -258,7 +259,9 @@ def coco(root: Path) -> DetectionSet:
     train = _coco_images(root, "coco/train2017", parts.pop("train2017"), number, training=True)
     test = _coco_images(root, "coco/val2017", parts.pop("val2017"), number, training=False)
     if not len(train) or not len(test):
-        raise UserError(f"COCO 2017: expected images with objects to train on and images to test on in {root}, got {len(train)} and {len(test)}")
+        raise UserError(
+            f"COCO 2017: expected images with objects to train on and images to test on in {root}, got {len(train)} and {len(test)}"
+        )
     names, ids = [category["name"] for category in categories], np.array(list(number), dtype=np.int64)
     return DetectionSet("coco", train, test, names, top / "annotations" / "instances_val2017.json", ids)
 
@@ -297,4 +300,3 @@ def _coco_images(root: Path, name: str, part: dict[str, Any], number: dict[int, 
 
 
 READERS = {"voc": voc, "coco": coco}
-

@@ -3,7 +3,7 @@
 torchvision's own assemblies differ from the published ones: boxes are pooled without alignment, the box loss is smooth, layers start
 otherwise, and there is no C4. What is here overrides just that.
 
-Shapes: n images, R regions of all images, K classes (0 is the background), C channels, M cells along a mask's side.
+Shapes: n images, R regions of all images, C channels, M cells along a mask's side.
 """
 
 import copy
@@ -14,21 +14,18 @@ from typing import Literal, NamedTuple
 import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, roi_align
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from caco import distributed
 from caco.errors import UserError
-from caco.evals.dense.boxes_and_masks import Example, mask_targets
+from caco.evals.dense.boxes_and_masks import Example
 from caco.evals.dense.maps import require_resnet
+from caco.evals.dense.proposals import RATIOS, Anchors, FloatRPNHead, Proposals, SeededSampler
+from caco.evals.dense.regions import AlignedPool, Predictor, Regions, mask_layers
 
 Head = Literal["c4", "fpn"]
-RATIOS = (0.5, 1.0, 2.0)  # height by width of the anchors
 
 
 class Detection(NamedTuple):
@@ -41,212 +38,6 @@ class Detection(NamedTuple):
     labels: Tensor
     scores: Tensor
     masks: Tensor | None
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32 of what autocast made narrower."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-class Anchors(AnchorGenerator):
-    """Anchors at the places of each level, a fixed stride apart. torchvision rounds them to whole pixels, and divides the image's size by
-    that of the level's map: 15 instead of 16 for an image of 801 pixels."""
-
-    def __init__(self, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> None:
-        super().__init__(tuple(tuple(level) for level in sizes), (RATIOS,) * len(sizes))
-        self.strides = list(strides)
-
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=torch.device("cpu")) -> Tensor:
-        scale, ratio = torch.as_tensor(scales, dtype=dtype), torch.as_tensor(aspect_ratios, dtype=dtype).sqrt()
-        w, h = (scale[:, None] / ratio).flatten(), (scale[:, None] * ratio).flatten()
-        return (torch.stack([-w, -h, w, h], dim=1) / 2).to(device)
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        device = feature_maps[0].device
-        self.set_cell_anchors(wide(feature_maps[0]).dtype, device)
-        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
-        every = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in feature_maps], strides))
-        return [every] * len(image_list.image_sizes)
-
-
-class SeededSampler:
-    """Positive and negative positions of each image, at most `positive_fraction` of `size` positive; drawn by the image's own seed, so
-    that it does not matter which rank has it.
-
-    seeds: of the images of the next call, set before it.
-    """
-
-    def __init__(self, size: int, positive_fraction: float) -> None:
-        self.size, self.positive_fraction = size, positive_fraction
-        self.seeds: list[int] = []
-
-    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for label, seed in zip(labels, self.seeds, strict=True):
-            draw = torch.Generator(label.device).manual_seed(seed)
-            room = int(self.size * self.positive_fraction)
-            for masks, candidates in zip(chosen, (label >= 1, label == 0), strict=True):
-                places = candidates.nonzero()[:, 0]
-                places = places[torch.randperm(len(places), generator=draw, device=label.device)[:room]]
-                masks.append(torch.zeros_like(candidates).index_fill_(0, places, True))
-                room = self.size - len(places)
-        return chosen
-
-
-class Proposals(RegionProposalNetwork):
-    """torchvision's, with a plain L1 loss, and both losses over the number of anchors that are to be drawn."""
-
-    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(masks) for masks in self.fg_bg_sampler(labels))
-        sampled, count = positive | negative, of_a_rank(self.fg_bg_sampler.size * len(labels), objectness)
-        wanted = torch.cat(labels)[sampled].to(objectness)
-        of_objects = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted, reduction="sum")
-        of_boxes = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
-        return of_objects / count, of_boxes / count
-
-
-class FloatRPNHead(RPNHead):
-    """torchvision's; its answers are float32 under autocast too: bfloat16 has 8 bits for a place in an image of 1,333 pixels."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(x)
-        return [wide(level) for level in logits], [wide(level) for level in deltas]
-
-
-class AlignedPool(nn.Module):
-    """RoIAlign, aligned to half a pixel, with as many samples as a region has pixels; of several levels each region takes one, by its size.
-
-    Args:
-        strides: of the levels, which come first in the features; a single level, or those from 4 to 32.
-        size: cells along a side of what a region gives.
-    """
-
-    def __init__(self, strides: Sequence[int], size: int) -> None:
-        super().__init__()
-        self.strides, self.size = list(strides), size
-
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
-        """[R, C, size, size], image by image."""
-        levels = [wide(level) for level in list(features.values())[: len(self.strides)]]
-        images = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
-        regions = torch.cat([images, torch.cat(boxes)], dim=1)
-        level_R = level_of(regions[:, 1:], len(levels))
-        out = levels[0].new_zeros(len(regions), levels[0].shape[1], self.size, self.size)
-        for i, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
-            rows = (level_R == i).nonzero()[:, 0]
-            pooled = roi_align(level, regions[rows].to(level), self.size, 1 / stride, sampling_ratio=0, aligned=True)
-            out[rows] = pooled
-        return out
-
-
-def level_of(boxes_R4: Tensor, count: int) -> Tensor:
-    """The level of each region, int64 [R], from 0: a box of 224 pixels square takes the third, one of half the side the one before.
-
-    Source: Feature Pyramid Networks (arXiv 1612.03144), equation 1.
-    """
-    side = (boxes_R4[:, 2:] - boxes_R4[:, :2]).prod(dim=1).sqrt()
-    return (2 + torch.log2(side / 224 + 1e-8)).floor().clamp(0, count - 1).long()
-
-
-class Predictor(nn.Module):
-    """Scores [R, K + 1] and one box for each class [R, (K + 1) * 4], float32; of maps [R, C, h, w] it takes the mean over their places."""
-
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.scores, self.boxes = nn.Linear(width, num_classes + 1), nn.Linear(width, 4 * (num_classes + 1))
-        for layer, spread in ((self.scores, 0.01), (self.boxes, 0.001)):
-            nn.init.normal_(layer.weight, std=spread)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.mean(dim=(2, 3)) if x.ndim == 4 else x
-        return wide(self.scores(x)), wide(self.boxes(x))
-
-
-def mask_layers(width: int, num_classes: int, *, convolutions: int) -> nn.Sequential:
-    """Maps [R, width, M, M] to logits [R, K + 1, 2 M, 2 M]: convolutions of 256 channels, one that doubles the grid, one for each class."""
-    layers: list[nn.Module] = []
-    for _ in range(convolutions):
-        layers += [nn.Conv2d(width, 256, 3, padding=1), nn.ReLU(inplace=True)]
-        width = 256
-    layers += [nn.ConvTranspose2d(width, 256, 2, stride=2), nn.ReLU(inplace=True), nn.Conv2d(256, num_classes + 1, 1)]
-    for layer in layers[:-1]:
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-    nn.init.normal_(layers[-1].weight, std=0.001)
-    nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
-
-
-class Regions(RoIHeads):
-    """torchvision's, with its own pass: a plain L1 loss; losses over the regions of all ranks; masks, where `mask_pool` is None, from the
-    rows that the box head has computed already.
-
-    Args:
-        mask_layers, mask_pool: see `mask_layers` and AlignedPool; None without masks.
-        settings: of torchvision's RoIHeads.
-    """
-
-    def __init__(self, *, mask_layers: nn.Module | None, mask_pool: AlignedPool | None, **settings) -> None:
-        super().__init__(**settings)
-        self.mask_layers, self.mask_pool = mask_layers, mask_pool
-
-    def forward(self, features, proposals, image_shapes, targets=None):
-        if not self.training:
-            return self._found(features, proposals, image_shapes), {}
-        proposals, matched, labels, box_targets = self.select_training_samples(proposals, targets)
-        rows = self.box_head(self.box_roi_pool(features, proposals))
-        logits, deltas = self.box_predictor(rows)
-        losses = box_losses(logits, deltas, torch.cat(labels), torch.cat(box_targets))
-        if self.mask_layers is not None:
-            positive = [label > 0 for label in labels]
-            boxes = [box[chosen] for box, chosen in zip(proposals, positive, strict=True)]
-            maps = rows[torch.cat(positive)] if self.mask_pool is None else self.mask_pool(features, boxes)
-            whose = [index[chosen].tolist() for index, chosen in zip(matched, positive, strict=True)]
-            polygons = [target["polygons"][i] for target, own in zip(targets, whose, strict=True) for i in own]
-            losses["mask"] = mask_loss(wide(self.mask_layers(maps)), torch.cat(labels)[torch.cat(positive)], polygons, torch.cat(boxes))
-        return [], losses
-
-    def _found(self, features, proposals, image_shapes) -> list[dict[str, Tensor]]:
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals)))
-        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-        found = [{"boxes": b, "scores": s, "labels": label} for b, s, label in zip(boxes, scores, labels, strict=True)]
-        if self.mask_layers is not None:
-            maps = self.box_head(self.box_roi_pool(features, boxes)) if self.mask_pool is None else self.mask_pool(features, boxes)
-            every = wide(self.mask_layers(maps))
-            own = every[torch.arange(len(every), device=every.device), torch.cat(labels)].sigmoid()
-            for one, masks in zip(found, own.split([len(label) for label in labels]), strict=True):
-                one["masks"] = masks
-        return found
-
-
-def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of the classes and L1 of the box of each positive region's own class, both over the number of regions.
-
-    Args:
-        logits: [R, K + 1]. deltas: [R, (K + 1) * 4]. labels: int64 [R]. targets: [R, 4].
-    """
-    count = of_a_rank(len(labels), logits)
-    positive = (labels > 0).nonzero()[:, 0]
-    own = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
-    return {
-        "class": F.cross_entropy(logits, labels, reduction="sum") / count,
-        "box": F.l1_loss(own, targets[positive], reduction="sum") / count,
-    }
-
-
-def mask_loss(logits: Tensor, labels: Tensor, polygons: list, boxes: Tensor) -> Tensor:
-    """Binary cross-entropy of the mask of each positive region's own class, the mean over cells and regions."""
-    targets = torch.from_numpy(mask_targets(polygons, boxes.cpu().numpy(), logits.shape[-1])).to(logits)
-    own = logits[torch.arange(len(labels), device=labels.device), labels]
-    count = of_a_rank(len(labels), logits).clamp(min=1 / distributed.world())
-    return F.binary_cross_entropy_with_logits(own, targets, reduction="sum") / (count * logits.shape[-1] ** 2)
-
-
-def of_a_rank(count: int, like: Tensor) -> Tensor:
-    """The mean of the ranks' counts: sums over it, averaged over the ranks, are the means of one process that has everything."""
-    return distributed.sum_(torch.tensor(float(count), dtype=like.dtype, device=like.device)) / distributed.world()
 
 
 class Detector(nn.Module):
@@ -297,7 +88,9 @@ class Detector(nn.Module):
         """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         largest = torch.tensor(sizes, device=self.mean.device).amax(dim=0)
-        height, width = (-(-side // self.divisible) * self.divisible for side in (distributed.max_(largest) if over_ranks else largest).tolist())
+        height, width = (
+            -(-side // self.divisible) * self.divisible for side in (distributed.max_(largest) if over_ranks else largest).tolist()
+        )
         out = self.mean.new_zeros(len(images), 3, height, width)
         for row, image in zip(out, images, strict=True):
             row[:, : image.shape[1], : image.shape[2]] = (image.to(self.mean) / 255 - self.mean) / self.std
@@ -359,11 +152,12 @@ def detector(
     """A detector of a copy of the backbone, with new layers drawn by torch's random numbers.
 
     Args:
-        head: "c4": regions of the fourth stage go through the fifth and MoCo's extra BatchNorm. "fpn": a feature pyramid, two linear layers
-            for boxes and four convolutions for masks, without BatchNorm, as in MoCo's runs.
+        head: "c4": regions of the fourth stage go through the fifth and MoCo's extra BatchNorm. "fpn": a feature pyramid, two linear
+            layers for boxes and four convolutions for masks, without BatchNorm, as in MoCo's runs.
         anchors: sizes in pixels: of c4 all at each place, of fpn one for each of its five levels.
         proposal_samples, region_samples: anchors and regions of an image that losses are taken of.
-        region_cells: cells along the side of a pooled region: of c4 before the fifth stage, of fpn for masks, and half of it for boxes.
+        region_cells: cells along the side of a pooled region: of c4 before the fifth stage, of fpn for masks, and half of it for
+            boxes.
     Raises:
         UserError: the backbone has no such stages, or a pyramid has not five sizes of anchors.
     """
@@ -373,7 +167,8 @@ def detector(
     if head == "c4":
         body: nn.Module = Conv4(backbone)
         sizes, levels, width = [list(anchors)], [strides[2]], widths[2]
-        box_pool, box_head, box_width = AlignedPool(levels, region_cells), Conv5(backbone, widths[3]), widths[3]
+        box_head: nn.Module = Conv5(backbone, widths[3])
+        box_pool, box_width = AlignedPool(levels, region_cells), widths[3]
         layers, mask_pool = mask_layers(widths[3], num_classes, convolutions=0) if masks else None, None
         counts = {"training": 12_000, "testing": 6_000}, {"training": 2_000, "testing": 1_000}
     else:
@@ -381,8 +176,11 @@ def detector(
             raise UserError(f"anchors: expected a size for each of the five levels of head=fpn, got {list(anchors)}")
         body = Pyramid(backbone, widths)
         sizes, levels, width = [[size] for size in anchors], [*strides, 2 * strides[3]], 256
-        box_pool, box_head, box_width = AlignedPool(strides, region_cells // 2), _two_linear(256 * (region_cells // 2) ** 2, 1024), 1024
-        layers, mask_pool = (mask_layers(256, num_classes, convolutions=4), AlignedPool(strides, region_cells)) if masks else (None, None)
+        cells = region_cells // 2
+        box_pool, box_head, box_width = AlignedPool(strides, cells), _two_linear(256 * cells**2, 1024), 1024
+        layers, mask_pool = (
+            (mask_layers(256, num_classes, convolutions=4), AlignedPool(strides, region_cells)) if masks else (None, None)
+        )
         counts = {"training": 2_000, "testing": 1_000}, {"training": 1_000, "testing": 1_000}
     proposals = Proposals(
         Anchors(sizes, levels),

@@ -17,8 +17,8 @@ TEST_REGIONS = 1000  # proposals of a test image
 def counted(what: str, images: int, network: Detector, height: int, *, training: bool) -> Work:
     """Images of `height` pixels and a third more across through a detector on the CPU, and with `training` back.
 
-    The arithmetic is that of its layers, on as many regions as are drawn, a quarter of them with masks; RoIAlign and suppression, which have
-    little, are in the time alone.
+    The arithmetic is that of its layers, on as many regions as are drawn, a quarter of them with masks; RoIAlign and suppression,
+    which have little, are in the time alone.
     """
     width = 4 * height // 3
 
@@ -57,7 +57,11 @@ class _Layers(nn.Module):
         outputs = [*logits, *deltas, *regions.box_predictor(rows)]
         if regions.mask_layers is not None:
             part = self.num_regions // 4 if self.training else 100
-            own = rows[:part] if regions.mask_pool is None else levels[0].mean(dim=(2, 3), keepdim=True).expand(part, -1, *[regions.mask_pool.size] * 2)
+            own = (
+                rows[:part]
+                if regions.mask_pool is None
+                else levels[0].mean(dim=(2, 3), keepdim=True).expand(part, -1, *[regions.mask_pool.size] * 2)
+            )
             outputs.append(regions.mask_layers(own))
         return torch.stack([output.sum() for output in outputs]).sum()
 

@@ -30,7 +30,9 @@ def test_boxes_follow_the_image_when_it_is_resized_and_flipped():
     ring = np.array([[10, 20], [40, 20], [40, 60], [10, 60]], dtype=np.float32)
     for flip in (False, True):
         for short in (80, 160):
-            example = example_of(image, objects([[10, 20, 40, 60]], [4], [[ring]]), short=short, longest=999, flip=flip, masks=True, seed=7)
+            example = example_of(
+                image, objects([[10, 20, 40, 60]], [4], [[ring]]), short=short, longest=999, flip=flip, masks=True, seed=7
+            )
             x0, y0, x1, y1 = example.boxes[0].tolist()
             inside = np.zeros(example.image.shape[1:], dtype=bool)
             inside[int(y0) : int(y1), int(x0) : int(x1)] = True
@@ -42,7 +44,12 @@ def test_boxes_follow_the_image_when_it_is_resized_and_flipped():
 
 def test_objects_without_area_in_the_image_are_left_out_and_others_are_cut():
     example = example_of(
-        Image.new("RGB", (100, 50)), objects([[90, 40, 130, 70], [100, 0, 120, 20], [5, 5, 5, 9]]), short=50, longest=200, flip=False, masks=False
+        Image.new("RGB", (100, 50)),
+        objects([[90, 40, 130, 70], [100, 0, 120, 20], [5, 5, 5, 9]]),
+        short=50,
+        longest=200,
+        flip=False,
+        masks=False,
     )
     assert example.boxes.tolist() == [[90, 40, 100, 50]] and example.labels.tolist() == [1] and example.polygons is None
     none = example_of(Image.new("RGB", (100, 50)), objects([]), short=50, longest=200, flip=True, masks=False)

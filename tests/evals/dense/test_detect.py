@@ -22,7 +22,8 @@ from caco.nn.backbones import small_resnet, timm_backbone
 # Four steps of four images, a fourth of the published number of regions and less.
 FEW = {
     "name": "it", "images": 4, "steps": 1, "rate": 0.02, "warmup_steps": 0, "short_sides": [40, 48], "test_side": 48, "longest": 80,
-    "anchors": [8, 16, 24], "proposal_samples": 16, "region_samples": 8, "region_cells": 4, "precise_batches": 2, "save_every_steps": 2,
+    "anchors": [8, 16, 24], "proposal_samples": 16, "region_samples": 8, "region_cells": 4, "precise_batches": 2,
+    "save_every_steps": 2,
 }  # fmt: skip
 VOC_NAMES = ["it/voc2007_ap50", "it/voc2007_ap75", "it/voc2007_ap"]
 
@@ -54,14 +55,20 @@ def test_coco_gives_boxes_and_masks(tmp_path):
     said = []
     results = of(Detect(root=str(tmp_path), dataset="coco", **FEW), store_of(said=said))
     wanted = {f"it/coco2017_{kind}_{measure}" for kind in ("box", "mask") for measure in ("ap", "ap50", "ap75")}
-    assert wanted <= set(results) <= wanted | {f"it/coco2017_{kind}_ap_{size}" for kind in ("box", "mask") for size in ("small", "medium", "large")}
+    assert (
+        wanted
+        <= set(results)
+        <= wanted | {f"it/coco2017_{kind}_ap_{size}" for kind in ("box", "mask") for size in ("small", "medium", "large")}
+    )
 
 
 def test_killed_between_two_checkpoints_it_goes_on_to_the_same_numbers_and_bits(tmp_path, monkeypatch):
     """It finds little after four steps, so that what is compared is the network that is tested."""
     write_voc(tmp_path)
     tested = []
-    monkeypatch.setattr(Detect, "_found", lambda self, network: tested.append({k: v.clone() for k, v in network.state_dict().items()}) or [])
+    monkeypatch.setattr(
+        Detect, "_found", lambda self, network: tested.append({k: v.clone() for k, v in network.state_dict().items()}) or []
+    )
 
     class Killed(Exception):
         pass
@@ -117,7 +124,12 @@ def test_detections_are_scaled_to_the_image_and_cut_to_it():
         torch.tensor([[20.0, 40, 300, 80], [250, 10, 260, 20]]), torch.tensor([4, 1]), torch.tensor([0.75, 0.5]), torch.ones(2, 4, 4)
     )
     (row,) = rows_of(7, found, (200, 100), (100, 50))
-    assert {key: row[key] for key in ("image", "label", "score", "box")} == {"image": 7, "label": 4, "score": 0.75, "box": [10, 20, 100, 40]}
+    assert {key: row[key] for key in ("image", "label", "score", "box")} == {
+        "image": 7,
+        "label": 4,
+        "score": 0.75,
+        "box": [10, 20, 100, 40],
+    }
     assert row["mask"]["size"] == [50, 100]
     as_coco = coco_row({**row, "image": 1}, torch.tensor([9, 42]).numpy(), torch.tensor([1, 2, 3, 4, 90]).numpy())
     assert (as_coco["image_id"], as_coco["category_id"], as_coco["bbox"]) == (42, 90, [10, 20, 90, 20])
@@ -177,6 +189,7 @@ LEARNS = {
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dataset", ["voc", "coco"])
 def test_it_finds_what_it_was_trained_on(tmp_path, dataset):
     """Eight toy images, 100 steps of all of them: boxes, and for COCO masks, above 90 at an IoU of one half."""
@@ -187,5 +200,6 @@ def test_it_finds_what_it_was_trained_on(tmp_path, dataset):
     store = store_of()
     store.overlap = "allow"
     results = of(Detect(root=str(tmp_path), dataset=dataset, steps=50, **LEARNS), store)
-    print(results)
-    assert all(results[f"it/{name}"] > 90 for name in (["voc2007_ap50"] if dataset == "voc" else ["coco2017_box_ap50", "coco2017_mask_ap50"]))
+    assert all(
+        results[f"it/{name}"] > 90 for name in (["voc2007_ap50"] if dataset == "voc" else ["coco2017_box_ap50", "coco2017_mask_ap50"])
+    )

@@ -26,7 +26,8 @@ def test_a_perfect_class_has_100_at_every_threshold():
 
 
 def test_two_truths_of_which_the_second_detection_finds_one():
-    """Wrong, then right: precision 0, 1/2 at recall 0, 1/2. The best precision at recalls 0 .. 0.5 is 1/2, six of eleven points: 3/11."""
+    """Wrong, then right: precision 0, 1/2 at recall 0, 1/2. The best precision at recalls 0 .. 0.5 is 1/2, six of eleven points:
+    3/11."""
     scores = voc([(0, 0, 0.9, FAR), (0, 0, 0.8, HERE)], [(0, 0, HERE), (1, 0, HERE)])
     assert scores["ap50"] == pytest.approx(100 * 3 / 11)
 
@@ -47,7 +48,9 @@ def test_detections_of_a_difficult_truth_count_as_nothing_however_many():
     truth = [(0, 0, HERE), (0, 0, FAR)]
     found = [(0, 0, 0.9, FAR), (0, 0, 0.8, FAR), (0, 0, 0.7, HERE)]
     assert voc(found, truth, num_difficult=1)["ap50"] == 100
-    assert voc(found, truth)["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11), "were it not difficult, its second detection were wrong"
+    assert voc(found, truth)["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11), (
+        "were it not difficult, its second detection were wrong"
+    )
 
 
 def test_a_class_whose_truths_are_all_difficult_does_not_count_and_none_at_all_is_refused():
@@ -83,7 +86,8 @@ def test_a_truth_of_another_image_or_class_is_not_found():
 def coco_truth(path, truth, crowd=()):
     """A file of annotations, of (image, category, x, y, w, h)."""
     rows = [
-        {"id": i + 1, "image_id": row[0], "category_id": row[1], "bbox": list(row[2:]), "area": row[4] * row[5], "iscrowd": int(row in crowd),
+        {"id": i + 1, "image_id": row[0], "category_id": row[1], "bbox": list(row[2:]), "area": row[4] * row[5],
+         "iscrowd": int(row in crowd),
          "segmentation": [[row[2], row[3], row[2] + row[4], row[3], row[2] + row[4], row[3] + row[5], row[2], row[3] + row[5]]]}
         for i, row in enumerate(truth)
     ]  # fmt: skip
@@ -93,7 +97,9 @@ def coco_truth(path, truth, crowd=()):
 
 
 def coco(path, found):
-    return coco_scores(path, [dict(zip(("image_id", "category_id", "score", "bbox"), row, strict=True)) for row in found], masks=False, say=str)
+    return coco_scores(
+        path, [dict(zip(("image_id", "category_id", "score", "bbox"), row, strict=True)) for row in found], masks=False, say=str
+    )
 
 
 def test_coco_perfect_swapped_and_none(tmp_path):

@@ -28,7 +28,9 @@ def test_voc_reads_what_torchvision_reads(tmp_path):
     write_voc(tmp_path)
     found = voc(tmp_path)
     assert (len(found.train), len(found.test), found.classes) == (8, 4, list(VOC_CLASSES))
-    train07, train12, test = (of_torchvision(tmp_path, *part) for part in (("2007", "trainval"), ("2012", "trainval"), ("2007", "test")))
+    train07, train12, test = (
+        of_torchvision(tmp_path, *part) for part in (("2007", "trainval"), ("2012", "trainval"), ("2007", "test"))
+    )
     for images, (theirs, sizes) in ((found.train, tuple(map(list.__add__, train07, train12))), (found.test, test)):
         ours = [images.objects(i) for i in range(len(images))]
         assert [[VOC_CLASSES[label] for label in o.labels] for o in ours] == [[name for name, *_ in image] for image in theirs]
@@ -68,7 +70,9 @@ def test_voc_is_found_where_mirrors_have_it(tmp_path, inside):
 def test_voc_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
     with pytest.raises(UserError) as nothing:
         voc(tmp_path)
-    assert all(part in str(nothing.value) for part in ("VOC 2007 trainval", "VOC 2012 trainval", "VOC 2007 test", "VOCtest_06-Nov-2007.tar"))
+    assert all(
+        part in str(nothing.value) for part in ("VOC 2007 trainval", "VOC 2012 trainval", "VOC 2007 test", "VOCtest_06-Nov-2007.tar")
+    )
     write_voc(tmp_path)
     (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000002.jpg").unlink()
     (tmp_path / "VOCdevkit/VOC2012/Annotations/2008_000001.xml").unlink()
@@ -107,9 +111,14 @@ def test_coco_reads_what_torchvision_reads_but_crowds_and_empty_boxes(tmp_path, 
             assert [found.category_ids[label] for label in ours.labels] == [a["category_id"] for a in usable]
             boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in usable)]
             assert ours.boxes.tolist() == boxes
-            assert all(np.allclose(np.concatenate([r.ravel() for r in rings]), a["segmentation"][0]) for rings, a in zip(ours.polygons, usable, strict=True))
+            assert all(
+                np.allclose(np.concatenate([r.ravel() for r in rings]), a["segmentation"][0])
+                for rings, a in zip(ours.polygons, usable, strict=True)
+            )
             assert np.array_equal(images.files.image(index), image) and images.files.image(index).mode == "RGB"
-    assert len(found.train) == 5 and len(found.test) == 4, "of the training images the one with a crowd alone is left out; val keeps all"
+    assert len(found.train) == 5 and len(found.test) == 4, (
+        "of the training images the one with a crowd alone is left out; val keeps all"
+    )
     assert len(found.test.objects(2).labels) == 0
     assert found.truth == tmp_path / "annotations/instances_val2017.json"
 
@@ -122,7 +131,10 @@ def test_coco_is_found_where_mirrors_have_it(tmp_path, inside, images):
 
 
 def test_coco_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
-    with pytest.raises(UserError, match=r"instances_train2017.json\n.*train2017\n.*instances_val2017.json\n.*val2017\nExpected below root:\n.*train2017"):
+    with pytest.raises(
+        UserError,
+        match=r"instances_train2017.json\n.*train2017\n.*instances_val2017.json\n.*val2017\nExpected below root:\n.*train2017",
+    ):
         coco(tmp_path)
     write_coco(tmp_path)
     (tmp_path / f"val2017/{9 * 50 + 9:012d}.jpg").unlink()

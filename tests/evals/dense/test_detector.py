@@ -11,7 +11,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import roi_align
 
 from caco.errors import UserError
-from caco.evals.dense.detector import AlignedPool, Anchors, SeededSampler, box_losses, detector, level_of, mask_loss, stages_of
+from caco.evals.dense.detector import detector, stages_of
+from caco.evals.dense.proposals import Anchors, SeededSampler
+from caco.evals.dense.regions import AlignedPool, box_losses, level_of, mask_loss
 from caco.evals.dense.training import Recipe
 from caco.nn.backbones import small_resnet, timm_backbone
 
@@ -24,7 +26,9 @@ def test_anchors_are_a_stride_apart_and_not_rounded():
     places = found.view(3, 2, 6, 4)
     assert torch.allclose(places[2, 1] - places[0, 0], torch.tensor([16.0, 32, 16, 32]).expand(6, 4), atol=1e-5)
     w, h = (places[0, 0, :, 2:] - places[0, 0, :, :2]).unbind(1)
-    assert torch.allclose(h / w, torch.tensor([0.5, 1, 2] * 2)) and torch.allclose((w * h).sqrt(), torch.tensor([32.0] * 3 + [64.0] * 3))
+    assert torch.allclose(h / w, torch.tensor([0.5, 1, 2] * 2)) and torch.allclose(
+        (w * h).sqrt(), torch.tensor([32.0] * 3 + [64.0] * 3)
+    )
     assert torch.allclose(places[0, 0, :, :2], -places[0, 0, :, 2:]) and places[0, 0, 0, 2] == pytest.approx(16 * 2**0.5)
 
 
@@ -89,7 +93,11 @@ def test_every_layer_learns_and_all_of_the_body_is_the_encoders(head):
     torch.manual_seed(0)
     with torch.no_grad():
         encoder = small_resnet(stem_stride=2)
-    of_body = {name: value for name, value in network.state_dict().items() if "layer" in name and "mask_layers" not in name and "pyramid" not in name}
+    of_body = {
+        name: value
+        for name, value in network.state_dict().items()
+        if "layer" in name and "mask_layers" not in name and "pyramid" not in name
+    }
     theirs = {name: value for name, value in encoder.state_dict().items() if name.startswith("layer")}
     assert len(of_body) == len(theirs)
     assert all(torch.equal(value, theirs[name[name.index("layer") :]]) for name, value in of_body.items())
@@ -99,7 +107,9 @@ def test_every_layer_learns_and_all_of_the_body_is_the_encoders(head):
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     norms = len(norms_of(encoder))
-    assert len(norms_of(network)) == norms + (1 if head == "c4" else 8), "c4: the extra norm; fpn: two in each of four levels, none in the heads"
+    assert len(norms_of(network)) == norms + (1 if head == "c4" else 8), (
+        "c4: the extra norm; fpn: two in each of four levels, none in the heads"
+    )
     groups = Recipe(steps=1, images=1, rate=1.0, decay_norms=False).optimizer(network).param_groups
     assert {id(p) for p in groups[1]["params"]} == {id(p) for norm in norms_of(network) for p in norm.parameters()}
 
@@ -112,7 +122,11 @@ def test_new_layers_start_as_published():
         assert layer.weight.std().item() == pytest.approx(wanted, rel=0.05) and not layer.bias.any()
     assert network.regions.mask_layers[-1].weight.std().item() == pytest.approx(0.001, rel=0.05)
     assert network.proposals.head.conv[0][0].weight.std().item() == pytest.approx(0.01, rel=0.05)
-    assert all(not p.any() for name, p in network.named_parameters() if name.endswith("bias") and ("mask_layers" in name or "proposals" in name))
+    assert all(
+        not p.any()
+        for name, p in network.named_parameters()
+        if name.endswith("bias") and ("mask_layers" in name or "proposals" in name)
+    )
 
 
 def test_c4_in_the_test_is_what_is_written_down_here():

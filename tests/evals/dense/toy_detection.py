@@ -1,4 +1,5 @@
-"""Toy sets in the layouts of PASCAL VOC and COCO 2017: rectangles, ellipses and triangles on noise, whose colour and shape tell their class."""
+"""Toy sets in the layouts of PASCAL VOC and COCO 2017: rectangles, ellipses and triangles on noise, whose colour and shape tell their
+class."""
 
 import json
 from pathlib import Path
@@ -50,10 +51,13 @@ def ring(name: str, box: tuple[int, int, int, int]) -> list[tuple[float, float]]
 
 
 def xml(image: str, objects: list[tuple[str, tuple, bool]]) -> str:
-    """An annotation as the devkit has it: 1-based, inclusive. A first aeroplane has a part with a box of its own, the first edge a decimal."""
+    """An annotation as the devkit has it: 1-based, inclusive. A first aeroplane has a part with a box of its own, the first edge a
+    decimal."""
     body = ""
     for i, (name, (x0, y0, x1, y1), difficult) in enumerate(objects):
-        part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>" if i == 0 else ""
+        part = (
+            "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>" if i == 0 else ""
+        )
         left = f"{x0 + 1}.0" if i == 0 else f"{x0 + 1}"
         body += (
             f"<object><name>{name}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>{int(difficult)}</difficult>"
@@ -63,13 +67,19 @@ def xml(image: str, objects: list[tuple[str, tuple, bool]]) -> str:
     return f"<annotation><folder>VOC</folder><filename>{image}.jpg</filename>{size}<segmented>0</segmented>\n{body}</annotation>\n"
 
 
-def write_voc(root: Path, *, train07: int = 5, train12: int = 3, test: int = 4, same_test: bool = False, inside: str = "VOCdevkit") -> None:
+def write_voc(
+    root: Path, *, train07: int = 5, train12: int = 3, test: int = 4, same_test: bool = False, inside: str = "VOCdevkit"
+) -> None:
     """A set in the devkit's layout.
 
     Args:
         same_test: the test images are those that are trained on, without difficult objects.
     """
-    for year, split, count, first in (("2007", "trainval", train07, 0), ("2012", "trainval", train12, 100), ("2007", "test", test, 200)):
+    for year, split, count, first in (
+        ("2007", "trainval", train07, 0),
+        ("2012", "trainval", train12, 100),
+        ("2007", "test", test, 200),
+    ):
         top = root / inside / f"VOC{year}"
         for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
             (top / folder).mkdir(parents=True, exist_ok=True)
@@ -89,7 +99,8 @@ def write_voc(root: Path, *, train07: int = 5, train12: int = 3, test: int = 4, 
 
 
 def write_coco(root: Path, *, train: int = 6, val: int = 4, same_val: bool = False, images: str = "") -> None:
-    """A set in COCO's layout. Of the training images one has a crowd and nothing else, one a box without width beside others, one is grey;
+    """A set in COCO's layout. Of the training images one has a crowd and nothing else, one a box without width beside others, one is
+    grey;
     of val one has no truth and one a crowd too."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count, first in (("train2017", train, 0), ("val2017", val, 50)):
@@ -97,9 +108,18 @@ def write_coco(root: Path, *, train: int = 6, val: int = 4, same_val: bool = Fal
         folder.mkdir(parents=True, exist_ok=True)
         listed, annotations = [], []
 
-        def annotate(image: int, category: int, box: list[float], segmentation: object, crowd: int = 0, annotations=annotations) -> None:
+        def annotate(
+            image: int, category: int, box: list[float], segmentation: object, crowd: int = 0, annotations=annotations
+        ) -> None:
             area = box[2] * box[3]
-            row = {"image_id": image, "category_id": category, "bbox": box, "segmentation": segmentation, "area": area, "iscrowd": crowd}
+            row = {
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "segmentation": segmentation,
+                "area": area,
+                "iscrowd": crowd,
+            }
             annotations.append({**row, "id": len(annotations) + 1})
 
         for i in range(count):
