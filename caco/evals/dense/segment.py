@@ -99,8 +99,9 @@ class Segment(Evaluator):
         """Finds the set.
 
         Raises:
-            UserError: it is not whole, or tests on images that the encoder was trained on.
+            UserError: it is not whole, or tests on images that the encoder was trained on; fewer images a step than processes.
         """
+        self.recipe.refuse_more_ranks_than_images()
         self._store, self._seed = store, seed
         self._set = found_voc2012(self.root, "segment", self.train, store)
 

@@ -105,6 +105,14 @@ class Recipe:
     def highest_rate(self) -> float:
         return self.rate * self.images / self.reference_images
 
+    def refuse_more_ranks_than_images(self) -> None:
+        """
+        Raises:
+            UserError: a step has no image for some rank.
+        """
+        if self.images < distributed.world():
+            raise UserError(f"images: expected at least one a step for each of the {distributed.world()} processes, got {self.images}")
+
     def rates(self) -> Table:
         """The learning rate of each step."""
         drops = [round(share * self.num_steps) for share in self.milestones]
@@ -180,11 +188,10 @@ def train(
         made_from: plain values: all that decides the weights besides recipe, seed, precision and number of ranks.
         save_every_steps: changes no number.
     Raises:
-        UserError: fewer images a step than ranks; the loss is not finite; an image cannot be read.
+        UserError: fewer images a step than ranks; ranks that see other checkpoints; a loss that is not finite; an unreadable image.
     """
     world, device = distributed.world(), store.device
-    if recipe.images < world:
-        raise UserError(f"images: expected at least one a step for each of the {world} processes, got {recipe.images}")
+    recipe.refuse_more_ranks_than_images()
     if save_every_steps < 1:
         raise UserError(f"save_every_steps: expected at least 1, got {save_every_steps}")
     network = over_all_ranks(network, device).to(device).to(memory_format=torch.channels_last).train()
@@ -201,6 +208,8 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             first = state["step"]
             store.say(f"{name}: going on from {path}, step {first} of {len(rates)}")
+        if len(found := set(distributed.all_objects(first))) > 1:
+            raise UserError(f"{name}: the processes found checkpoints of steps {sorted(found)}; all must see {checkpoints.directory}")
     if first < len(rates):
         store.say(f"{name}: training on {len(task):,} images, {recipe.shown()}")
     pace = Pace(len(rates), first)
@@ -298,8 +307,8 @@ class _Steps:
     def __iter__(self) -> Iterator[tuple[int, list[int], list[int]]]:
         permutations: dict[int, np.ndarray] = {}
         for step in range(self.first, self.last):
-            begin, end = (step * self.images + rank * self.images // self.world for rank in (self.rank, self.rank + 1))
-            own = range(begin, end)
+            place, following = (step * self.images + rank * self.images // self.world for rank in (self.rank, self.rank + 1))
+            own = range(place, following)
             epochs = {position // self.num_images for position in own}
             permutations = {epoch: permutations[epoch] if epoch in permutations else self._permutation(epoch) for epoch in epochs}
             yield step, list(own), [int(permutations[p // self.num_images][p % self.num_images]) for p in own]

@@ -9,10 +9,11 @@ from processes import PATIENCE_S
 
 from caco import distributed
 from caco.evals.dense.dense_linear import DenseLinear
-from caco.evals.dense.segment import Segment
+from caco.evals.dense.segment import FCN16, Crops, scored
+from caco.evals.dense.segmentation_sets import voc2012
+from caco.evals.dense.training import Recipe, train
 from caco.nn.backbones import small_resnet
 
-# Three images a step, so that of two ranks one has one; so few steps that float32 is far from apart.
 FEW = {"train": "train", "images": 3, "steps": 2, "rate": 0.1, "crop": 65, "channels": 16}
 
 
@@ -27,18 +28,31 @@ def of(evaluator, store, *, seed=0) -> dict[str, float]:
     return {name.partition("/voc2012_")[2]: value for name, value in evaluator.run(backbone())}
 
 
-def results(root, folder=None) -> dict[str, dict[str, float]]:
-    store = pixelwise.store_of(folder)
+def trained(root, precision="fp32") -> dict[str, torch.Tensor]:
+    """The weights after three steps of three images."""
+    recipe, images = Recipe(steps=3, images=3, rate=0.02, reference_images=3), voc2012(Path(root), "train").train
+    store = pixelwise.store_of()
+    task, network = Crops(images, store.views, crop=65, scale=[0.5, 2.0]), FCN16(backbone(), channels=16, seed=0)
+    options = {"seed": 0, "name": "it", "made_from": {}, "precision": precision}
+    return train(network, task, recipe, store, **options).state_dict()
+
+
+def scores(root) -> dict[str, dict[str, float]]:
+    """Of a network that takes pixels for many classes, and of a linear head."""
+    store = pixelwise.store_of()
     store.overlap = "allow"  # the toy set's test images look like its training images
+    network = FCN16(backbone(), channels=16, seed=0).eval()
+    torch.nn.init.normal_(network.head[-1].weight, generator=torch.Generator().manual_seed(0))
     return {
-        "segment": of(Segment(root=str(root), **FEW), store),
+        "segment": scored(network, voc2012(Path(root), "train").test, store, name="it", precision="fp32"),
         "dense_linear": of(DenseLinear(root=str(root), train="train", size=64, places=30), store),
     }
 
 
-def write_results(root, path) -> None:
+def write_both(root, folder) -> None:
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
-    found = results(root)
+    weights, found = trained(root), scores(root)
     if distributed.is_main():
-        Path(path).write_text(json.dumps(found))
+        torch.save(weights, Path(folder) / "weights.pt")
+        (Path(folder) / "scores.json").write_text(json.dumps(found))
     distributed.stop()
