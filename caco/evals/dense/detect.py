@@ -120,7 +120,7 @@ class Detect(Evaluator):
             weight_decay=weight_decay,
             decay_norms=False,
         )
-        self.root, self.dataset, self.head, self.when, self.precision = root, dataset, head, when, precision
+        self.name, self.root, self.dataset, self.head, self.when, self.precision = root, dataset, head, when, precision
         self.short_sides, self.test_side, self.longest = list(short_sides), test_side, longest
         self.network_settings: dict[str, Any] = {
             "head": head, "anchors": list(anchors), "proposal_samples": proposal_samples, "region_samples": region_samples,
@@ -174,7 +174,7 @@ class Detect(Evaluator):
             self.recipe,
             store,
             seed=self._seed,
-            name=self.protocol,
+            name=self.name,
             made_from={"backbone": store.digest_of(backbone), "set": self.inputs(), **of_pixels, **self.network_settings},
             precision=self.precision,
             save_every_steps=self.save_every_steps,
@@ -212,7 +212,7 @@ class Detect(Evaluator):
         store, test, rows = self._store, self._set.test, []
         example = _TestImage(test, self.test_side, self.longest)
         with torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []):
-            for index, image in one_by_one(example, len(test), store, name=self.protocol):
+            for index, image in one_by_one(example, len(test), store, name=self.name):
                 with torch.autocast(store.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     (found,) = network.detect([image])
                 rows += rows_of(index, found, (image.shape[2], image.shape[1]), tuple(test.sizes[index].tolist()))

@@ -127,5 +127,6 @@ def coco_scores(truth: Path, rows: Iterable[dict[str, Any]], *, masks: bool, say
             evaluation.summarize()
             scores |= {f"{prefix}_{name}": 100 * float(v) for name, v in zip(names, evaluation.stats[:6], strict=True) if v > -1}
     for line in printed.getvalue().splitlines():
-        say(line)
+        if "Average" in line:  # not that it loads and is done
+            say(line.strip())
     return scores
