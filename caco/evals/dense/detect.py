@@ -120,7 +120,7 @@ class Detect(Evaluator):
             weight_decay=weight_decay,
             decay_norms=False,
         )
-        self.name, self.root, self.dataset, self.head, self.when, self.precision = root, dataset, head, when, precision
+        self.name, self.root, self.dataset, self.head, self.when, self.precision = name, root, dataset, head, when, precision
         self.short_sides, self.test_side, self.longest = list(short_sides), test_side, longest
         self.network_settings: dict[str, Any] = {
             "head": head, "anchors": list(anchors), "proposal_samples": proposal_samples, "region_samples": region_samples,
