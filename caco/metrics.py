@@ -7,6 +7,7 @@
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
     transfer/cifar10_top1, geometry/rank_me
+    detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: a tenth of its steps
     segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of 8 images
     dense_linear/voc2012_miou           a linear head on frozen features: never to be set beside fine-tuning
 
@@ -44,6 +45,23 @@ SEGMENT = {
 }  # fmt: skip
 DENSE_LINEAR = {"train": "trainaug", "size": 448, "places": 20, "l2": 1e-3, "max_iterations": 500, "precision": "fp32"}
 
+_DETECT = {
+    "dataset": "coco", "head": "c4", "steps": 90_000, "images": 16, "rate": 0.02, "milestones": [60 / 90, 80 / 90],
+    "warmup_steps": 1000, "momentum": 0.9, "weight_decay": 1e-4, "short_sides": list(range(640, 801, 32)), "test_side": 800,
+    "longest": 1333,
+    "anchors": [32, 64, 128, 256, 512], "proposal_samples": 256, "region_samples": 512, "region_cells": 14, "precise_batches": 200,
+    "precision": "fp32",
+}  # fmt: skip
+DETECT = {
+    "detect_voc_c4": {
+        **_DETECT, "dataset": "voc", "steps": 24_000, "milestones": [18 / 24, 22 / 24], "warmup_steps": 100,
+        "short_sides": list(range(480, 801, 32)),
+    },
+    "detect_coco_c4_1x": _DETECT,
+    "detect_coco_c4_2x": {**_DETECT, "steps": 180_000, "milestones": [120 / 180, 160 / 180]},
+    "detect_coco_fpn_1x": {**_DETECT, "head": "fpn"},
+}  # fmt: skip
+
 KNN = "caco.evals.knn.KNN"
 BASELINES = ("untrained/", "pixels/")  # of an evaluation: what it gave stands as untrained/NAME
 
@@ -80,6 +98,11 @@ def transfer(**settings: Any) -> str:
 
 def geometry(**settings: Any) -> str:
     return _with_changes("geometry", settings, GEOMETRY)
+
+
+def detect(*, name: str = "detect_voc_c4", **settings: Any) -> str:
+    """A name that no recipe here has is its user's."""
+    return _with_changes(name, settings, DETECT.get(name, {}))
 
 
 def segment(**settings: Any) -> str:
@@ -123,6 +146,7 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
         "caco.evals.linear.Linear": linear,
         "caco.evals.transfer.Transfer": transfer,
         "caco.evals.geometry.Geometry": geometry,
+        "caco.evals.dense.detect.Detect": detect,
         "caco.evals.dense.segment.Segment": segment,
         "caco.evals.dense.dense_linear.DenseLinear": dense_linear,
     }
@@ -152,7 +176,8 @@ def accuracies(names: Iterable[str]) -> list[str]:
 
 def is_percent(metric: str) -> bool:
     """Whether it is an accuracy, or another share of what there is to be right about."""
-    return re.search(r"_(top\d+|mean_per_class|map11|ap_per_image|miou|mean_accuracy|pixel_accuracy)$", metric) is not None
+    names = "top\\d+|mean_per_class|map11|ap_per_image|miou|mean_accuracy|pixel_accuracy|ap(50|75|_small|_medium|_large)?"
+    return re.search(rf"_({names})$", metric) is not None
 
 
 def title(metric: str) -> str:

@@ -20,7 +20,8 @@ def test_each_option_has_names_of_its_own():
     assert named == {
         "finetune": ["finetune"], "geometry": ["geometry"], "knn": ["knn20_20pct"], "knn_all": ["knn20"], "linear": ["linear"],
         "linear_lightly": ["linear_lightly"], "linear_moco": ["linear_moco"], "probe": ["probe"], "semi": ["semi_1", "semi_10"],
-        "transfer": ["transfer"], "segment": ["segment_fcn16"], "dense_linear": ["dense_linear"],
+        "transfer": ["transfer"], "segment": ["segment_fcn16"], "detect": ["detect_voc_c4"], "detect_coco": ["detect_coco_c4_1x"],
+        "detect_coco_2x": ["detect_coco_c4_2x"], "detect_coco_fpn": ["detect_coco_fpn_1x"], "dense_linear": ["dense_linear"],
     }  # fmt: skip
 
 
@@ -67,6 +68,9 @@ def test_whatever_can_change_a_number_changes_the_name(option):
         ("segment", ["images=8", "save_every_steps=7", "root=there"], ["segment_fcn16_images-8"]),
         ("segment", ["train=train", "precision=bf16"], ["segment_fcn16_train-train_precision-bf16"]),
         ("dense_linear", ["size=224", "root=there"], ["dense_linear_size-224"]),
+        ("detect", ["images=8", "save_every_steps=7", "root=there"], ["detect_voc_c4_images-8"]),
+        ("detect_coco_fpn", ["steps=9000", "precision=bf16"], ["detect_coco_fpn_1x_steps-9000_precision-bf16"]),
+        ("detect", ["name=mine", "steps=9000"], ["mine"]),
     ],
 )
 def test_what_differs_from_the_recipe_stands_in_the_name(option, overrides, expected):
@@ -94,6 +98,7 @@ def test_headings():
 def test_what_is_a_percentage():
     names = ["knn20_top1", "linear_top5", "transfer/voc2007_map11", "transfer/pets_mean_per_class", "transfer/voc2007_ap_per_image"]
     names += ["segment_fcn16/voc2012_miou", "dense_linear/voc2012_mean_accuracy", "segment_fcn16/voc2012_pixel_accuracy"]
+    names += ["detect_voc_c4/voc2007_ap50", "detect_coco_c4_1x/coco2017_mask_ap", "detect_coco_c4_1x/coco2017_box_ap_small"]
     assert all(map(metrics.is_percent, names))
     assert not any(map(metrics.is_percent, ["loss", "transfer/dtd_strength", "geometry/rank_me", "train_hours"]))
     assert metrics.accuracies(["loss", "probe_top1", "untrained/knn20_top1", "linear_top5", "knn20_top1"]) == ["knn20_top1", "probe_top1"]

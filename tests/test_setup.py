@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-TORCH, NEEDS, CACO, MLFLOW, REST = "torch torchvision", "@ @analysis", "--no-deps -e .", "@mlflow", "@slurm @test"
+TORCH, NEEDS, CACO, MLFLOW, REST = "torch torchvision", "@ @analysis", "--no-deps -e .", "@mlflow", "@slurm @dense @test"
 
 
 @pytest.fixture

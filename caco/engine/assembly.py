@@ -389,6 +389,6 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
         distributed.stop()
     if record.results:
         print(record.table())
-        for line in (line for evaluator in evaluation.evaluators.values() for line in evaluator.departures):
+        for line in dict.fromkeys(line for evaluator in evaluation.evaluators.values() for line in evaluator.departures):
             print(f"caco: {line}")
     return record.results

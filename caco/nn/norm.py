@@ -56,6 +56,7 @@ class AllRanksBatchNorm(_InPlaceOf):
     """Statistics over all ranks, for CPU processes; the gradient flows through the statistics.
 
     The ranks may have unequal numbers of images, and images of unequal shapes: what each has of both is added up with its sums.
+    With momentum None the running statistics are the plain mean of all batches, as torch's are.
     """
 
     def _in_training(self, x: Tensor) -> Tensor:
@@ -70,8 +71,9 @@ class AllRanksBatchNorm(_InPlaceOf):
         variance = distributed.sum_with_gradient(centred.square().sum(over)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), share)
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)

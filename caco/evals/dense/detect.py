@@ -1,0 +1,342 @@
+"""Detection: a detector around a copy of the backbone, fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once on the test
+images."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from caco import distributed, metrics
+from caco.data.loaders.batches import mixed_seed
+from caco.data.sets.overlap import refuse_shared
+from caco.errors import UserError
+from caco.evals.base import Evaluator, Work
+from caco.evals.dense import roots
+from caco.evals.dense.boxes_and_masks import Example, encoded, example_of, pasted
+from caco.evals.dense.detection_metric import Boxes, coco_scores, voc_scores
+from caco.evals.dense.detection_sets import READERS, AnnotatedImages, DetectionSet
+from caco.evals.dense.detector import Detection, Detector, Head, detector
+from caco.evals.dense.detector_work import counted
+from caco.evals.dense.maps import require_resnet
+from caco.evals.dense.training import Recipe, Task, batches, one_by_one, train
+from caco.evals.features import FeatureStore, Precision
+from caco.evals.pixels import RawPixels
+
+NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
+_NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
+
+
+class Detect(Evaluator):
+    """AP of boxes, and of masks for COCO: `<protocol>/voc2007_ap50`, `_ap`, `_ap75`, or `<protocol>/coco2017_box_ap`, `_mask_ap` and
+    others,
+    percent. The protocol is `name`; what is changed of the recipe with that name stands in it (caco/metrics.py).
+
+    Protocol of MoCo (arXiv 1911.05722, and the configurations of its code): all layers learn, BatchNorm over the images of all ranks,
+    boxes by a plain L1 loss, class by class, no weight decay on norms, statistics of BatchNorm taken anew before the test, which is
+    the only one. It differs from detectron2, with which MoCo ran, in `departures`.
+
+    Args:
+        name: detect_voc_c4, detect_coco_c4_1x, detect_coco_c4_2x, detect_coco_fpn_1x, or one of your own.
+        root: the folder that holds the set.
+        dataset: "voc" (07+12; MoCo's later tables) or "coco" (2017, with masks).
+        head: "c4" or "fpn", see `detector`.
+        steps, images, rate, milestones, warmup_steps, momentum, weight_decay: see Recipe; steps and rate are for 16 images a step,
+            and other `images` scale both.
+        short_sides: pixels of the shorter side in training, drawn for each image. test_side: the one in the test. longest: of the
+            longer side.
+        anchors, proposal_samples, region_samples, region_cells: see `detector`.
+        precise_batches: training batches over which the running statistics are taken anew; 0 keeps those of training.
+        precision: "fp32", as published, or "bf16" (autocast).
+        save_every_steps: between checkpoints.
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    on_all_ranks = True
+    _seed = 0
+    departures = (
+        "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors and regions, and "
+        "the order of images, are drawn otherwise; a step's images are not grouped by their aspect ratio, and all ranks pad to one "
+        "size; losses of regions and masks are means over all ranks, as on one GPU with all images; orientation tags of image files "
+        "are not read; VOC's recalls are compared with tenths exactly. None of this was measured.",
+        "detect: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
+    )
+
+    def __init__(
+        self,
+        *,
+        name: str = "detect_voc_c4",
+        root: str | None = None,
+        dataset: Literal["voc", "coco"] = "voc",
+        head: Head = "c4",
+        steps: int = 24_000,
+        images: int = 16,
+        rate: float = 0.02,
+        milestones: Sequence[float] = (18 / 24, 22 / 24),
+        warmup_steps: int = 100,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        short_sides: Sequence[int] = tuple(range(480, 801, 32)),
+        test_side: int = 800,
+        longest: int = 1333,
+        anchors: Sequence[int] = (32, 64, 128, 256, 512),
+        proposal_samples: int = 256,
+        region_samples: int = 512,
+        region_cells: int = 14,
+        precise_batches: int = 200,
+        precision: Precision = "fp32",
+        save_every_steps: int = 1000,
+        when: Literal["epoch", "end"] = "end",
+    ) -> None:
+        problems = [
+            f"{key}: expected {wanted}, got {value!r}"
+            for key, value, fine, wanted in (
+                ("dataset", dataset, dataset in READERS, "voc or coco"),
+                ("head", head, head in ("c4", "fpn"), "c4 or fpn"),
+                ("precision", precision, precision in ("fp32", "bf16"), "fp32 or bf16"),
+                ("when", when, when in ("epoch", "end"), "epoch or end"),
+                ("short_sides", short_sides, bool(short_sides) and min(short_sides) >= 32, "sides of at least 32 pixels"),
+                ("test_side", test_side, test_side >= 32, "at least 32 pixels"),
+                ("longest", longest, longest >= max(test_side, *short_sides), "at least each shorter side"),
+                ("anchors", anchors, bool(anchors) and (head != "fpn" or len(anchors) == 5), "sizes; with head=fpn five, one a level"),
+                ("proposal_samples", proposal_samples, proposal_samples >= 2, "at least 2"),
+                ("region_samples", region_samples, region_samples >= 4, "at least 4"),
+                ("region_cells", region_cells, region_cells >= 2 and region_cells % 2 == 0, "an even number"),
+                ("precise_batches", precise_batches, precise_batches >= 0, "0 or more"),
+            )
+            if not fine
+        ]
+        if problems:
+            raise UserError(f"{name} " + "; ".join(problems))
+        self.recipe = Recipe(
+            steps=steps,
+            images=images,
+            rate=rate,
+            milestones=list(milestones),
+            warmup_steps=warmup_steps,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decay_norms=False,
+        )
+        self.name, self.root, self.dataset, self.head, self.when, self.precision = name, root, dataset, head, when, precision
+        self.short_sides, self.test_side, self.longest = list(short_sides), test_side, longest
+        self.network_settings: dict[str, Any] = {
+            "head": head, "anchors": list(anchors), "proposal_samples": proposal_samples, "region_samples": region_samples,
+            "region_cells": region_cells,
+        }  # fmt: skip
+        self.precise_batches, self.save_every_steps = precise_batches, save_every_steps
+        self.protocol = metrics.detect(
+            name=name, dataset=dataset, steps=steps, images=images, rate=rate, milestones=list(milestones), warmup_steps=warmup_steps,
+            momentum=momentum, weight_decay=weight_decay, short_sides=list(short_sides), test_side=test_side, longest=longest,
+            precise_batches=precise_batches, precision=precision, **self.network_settings,
+        )  # fmt: skip
+
+    @property
+    def masks(self) -> bool:
+        return self.dataset == "coco"
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Reads the annotations and looks for every image.
+
+        Raises:
+            UserError: the set is not whole; masks need a package that is not installed; test images are among the pre-training images.
+        """
+        self._store, self._seed = store, seed
+        if self.dataset == "coco":
+            require_pycocotools()
+        self._set: DetectionSet = READERS[self.dataset](roots.existing(self.root, "detect"))
+        if store.overlap == "refuse":
+            refuse_shared(store.splits.pretrain, self._set.test.files)
+
+    def inputs(self) -> list[Any]:
+        """What the numbers depend on besides the arguments: the set, by name and content."""
+        return self._set.inputs()
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (`<protocol>/<set>_<measure>`, percent). A collective; ranks other than 0 yield nothing.
+
+        Raises:
+            UserError: the backbone is no ResNet of timm's; the loss is not finite.
+        """
+        store, views = self._store, self._store.views
+        if isinstance(backbone, RawPixels):
+            store.say(f"{self.protocol} goes on without raw pixels, which have no stages to fine-tune")
+            return
+        require_resnet(backbone, "detect")
+        task = Training(self._set.train, self.short_sides, self.longest, masks=self.masks)
+        network = self._network(backbone, num_classes=len(self._set.classes), mean=views.mean, std=views.std)
+        of_pixels = {"mean": views.mean, "std": views.std, "short_sides": self.short_sides, "longest": self.longest}
+        trained = train(
+            network,
+            task,
+            self.recipe,
+            store,
+            seed=self._seed,
+            name=self.name,
+            made_from={"backbone": store.digest_of(backbone), "set": self.inputs(), **of_pixels, **self.network_settings},
+            precision=self.precision,
+            save_every_steps=self.save_every_steps,
+        )
+        assert isinstance(trained, Detector)
+        take_statistics(trained, task, self.recipe.images, self.precise_batches, store, seed=self._seed, precision=self.precision)
+        rows = on_main(self._found(trained), store.device)
+        if not distributed.is_main():
+            return
+        tested = {"voc": "voc2007", "coco": "coco2017"}[self.dataset]
+        for measure, value in self._scores(rows).items():
+            yield f"{self.protocol}/{tested}_{measure}", value
+
+    def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
+        network = self._network(backbone(), num_classes=80 if self.masks else 20, mean=[0.5] * 3, std=[0.5] * 3)
+        typical = round(sum(self.short_sides) / len(self.short_sides))
+        seen = self.recipe.num_steps * self.recipe.images
+        return [
+            counted(
+                f"{self.protocol}: images of {4 * typical // 3} x {typical} px to train on", seen, network, typical, training=True
+            ),
+            counted(
+                f"{self.protocol}: images of {4 * self.test_side // 3} x {self.test_side} px to test on",
+                NUM_TEST_IMAGES[self.dataset], network, self.test_side, training=False,
+            ),
+        ]  # fmt: skip
+
+    def _network(self, backbone: nn.Module, *, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> Detector:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(self._seed, _NEW_LAYERS))
+            return detector(backbone, num_classes=num_classes, masks=self.masks, mean=mean, std=std, **self.network_settings)
+
+    def _found(self, network: Detector) -> list[dict[str, Any]]:
+        """A row for each detection in this rank's test images, in their own pixels."""
+        store, test, rows = self._store, self._set.test, []
+        example = _TestImage(test, self.test_side, self.longest)
+        with torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []):
+            for index, image in one_by_one(example, len(test), store, name=self.name):
+                with torch.autocast(store.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    (found,) = network.detect([image])
+                rows += rows_of(index, found, (image.shape[2], image.shape[1]), tuple(test.sizes[index].tolist()))
+        return rows
+
+    def _scores(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        rows.sort(key=lambda row: row["image"])  # stable: an image's detections stay in order, the surest first
+        test, known = self._set.test, self._set
+        if self.dataset == "coco":
+            assert known.truth is not None and known.category_ids is not None
+            results = [coco_row(row, test.names, known.category_ids) for row in rows]
+            return coco_scores(known.truth, results, masks=True, say=lambda line: self._store.say(line))
+        found = Boxes(
+            np.array([row["image"] for row in rows], dtype=np.int64),
+            np.array([row["label"] for row in rows], dtype=np.int64),
+            np.array([row["box"] for row in rows]).reshape(-1, 4),
+        )
+        truth = Boxes(np.repeat(np.arange(len(test)), np.diff(test.first)), test.labels, test.boxes)
+        return voc_scores(found, np.array([row["score"] for row in rows]), truth, test.difficult)
+
+
+class Training(Task):
+    """Training images, their shorter side drawn and every second one flipped."""
+
+    def __init__(self, images: AnnotatedImages, short_sides: Sequence[int], longest: int, *, masks: bool) -> None:
+        self.images, self.short_sides, self.longest, self.masks = images, list(short_sides), longest, masks
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def example(self, index: int, seed: int) -> Example:
+        draw = np.random.default_rng(seed)
+        short, flip = self.short_sides[draw.integers(len(self.short_sides))], bool(draw.random() < 0.5)
+        image, objects = self.images.files.image(index), self.images.objects(index)
+        return example_of(image, objects, short=short, longest=self.longest, flip=flip, masks=self.masks, seed=seed)
+
+    def loss(self, network: nn.Module, examples: list[Example]) -> Tensor:
+        return torch.stack(list(network(examples).values())).sum()
+
+
+class _TestImage:
+    """Test images resized, uint8 [3, H, W]; made in workers."""
+
+    def __init__(self, images: AnnotatedImages, short: int, longest: int) -> None:
+        self.images, self.short, self.longest = images, short, longest
+
+    def __call__(self, index: int) -> Tensor:
+        image, none = self.images.files.image(index), self.images.objects(index)
+        return example_of(image, none, short=self.short, longest=self.longest, flip=False, masks=False).image
+
+
+@torch.no_grad()
+def take_statistics(
+    network: nn.Module, task: Task, images: int, count: int, store: FeatureStore, *, seed: int, precision: Precision
+) -> None:
+    """Replaces the running statistics of every BatchNorm by the mean over `count` training batches; the network is in eval mode after
+    it.
+
+    Source: detectron2's PRECISE_BN, which MoCo's configurations turn on.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms if count else ():
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches
+    network.train()
+    with torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []):
+        for _, examples in batches(task, images, 0, count, store, seed=mixed_seed(seed, _STATISTICS)):
+            with torch.autocast(store.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                task.loss(network, examples)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
+def rows_of(index: int, found: Detection, seen: tuple[int, int], size: tuple[int, int]) -> list[dict[str, Any]]:
+    """A row of plain values for each detection of one image: image, label, score, box in the image's own pixels, mask as run lengths.
+
+    Args:
+        seen, size: (width, height) that the detector saw, and those of the image.
+    """
+    scale = torch.tensor([size[0] / seen[0], size[1] / seen[1]] * 2, dtype=torch.float64)
+    boxes = (found.boxes.double().cpu() * scale).clamp(min=0).minimum(torch.tensor(size * 2, dtype=torch.float64))
+    rows = []
+    for i, box in enumerate(boxes):
+        if box[2] <= box[0] or box[3] <= box[1]:
+            continue
+        row = {"image": index, "label": int(found.labels[i]), "score": float(found.scores[i]), "box": box.tolist()}
+        if found.masks is not None:
+            row["mask"] = encoded(pasted(found.masks[i], box, *size))
+        rows.append(row)
+    return rows
+
+
+def coco_row(row: dict[str, Any], image_ids: np.ndarray, category_ids: np.ndarray) -> dict[str, Any]:
+    """A row as COCO's results have it."""
+    x0, y0, x1, y1 = row["box"]
+    of_mask = {"segmentation": row["mask"]} if "mask" in row else {}
+    ids = {"image_id": int(image_ids[row["image"]]), "category_id": int(category_ids[row["label"]])}
+    return {**ids, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": row["score"], **of_mask}
+
+
+def on_main(rows: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """The rows of all ranks on rank 0, in the order of the ranks; the others keep their own."""
+    if distributed.world() == 1:
+        return rows
+    text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)
+    lengths = distributed.gather(torch.tensor([len(text)], device=device)).tolist()
+    padded = nn.functional.pad(text, (0, max(lengths) - len(text)))
+    every = distributed.gather_on_main(padded)
+    if not distributed.is_main():
+        return rows
+    parts = every.cpu().split(max(lengths))
+    return [row for part, length in zip(parts, lengths, strict=True) for row in json.loads(part[:length].numpy().tobytes())]
+
+
+def require_pycocotools() -> None:
+    """
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            'COCO\'s masks and scores need pycocotools: pip install "caco-ssl[dense]", or pip install pycocotools'
+        ) from error

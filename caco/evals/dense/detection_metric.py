@@ -1,0 +1,132 @@
+"""How good boxes are: PASCAL VOC's 11-point average precision at ten IoU thresholds, and COCO's by pycocotools.
+
+Shapes: D detections, M truths, K classes.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+THRESHOLDS = (50, 55, 60, 65, 70, 75, 80, 85, 90, 95)  # of the IoU, percent
+
+
+class Boxes(NamedTuple):
+    """Boxes of many images: image int64 [n], label int64 [n], box [n, 4] with 0 at the image's edge."""
+
+    image: np.ndarray
+    label: np.ndarray
+    box: np.ndarray
+
+
+def voc_scores(found: Boxes, score: np.ndarray, truth: Boxes, difficult: np.ndarray) -> dict[str, float]:
+    """`ap50`, `ap75` and `ap`, the mean over ten thresholds, each the mean over the classes, percent.
+
+    As detectron2 evaluates VOC, whose numbers MoCo's and later papers print, and not as COCO does: a detection, the surest first, is
+    right where its best truth of that class overlaps it by more than the threshold and was not hit before. Detections of difficult
+    truths count as neither right nor wrong, and difficult truths need not be found. Boxes count pixels, both edges included. Scores
+    are rounded to 3 decimals and coordinates to 0.1, as in VOC's files of results; equal scores stand in the order in which they were
+    given.
+
+    Args:
+        score: float [D], of the detections.
+        difficult: bool [M], of the truths.
+    Raises:
+        ValueError: no class has a truth that is not difficult.
+    """
+    score = np.round(np.asarray(score, dtype=np.float64), 3)
+    published = np.round(np.asarray(found.box, dtype=np.float64) + [1, 1, 0, 0], 1)
+    wanted = np.asarray(truth.box, dtype=np.float64) + [1, 1, 0, 0]
+    classes = np.unique(truth.label[~difficult])
+    if not len(classes):
+        raise ValueError("average precision: expected at least one truth that is not difficult, got none")
+    precisions = np.zeros((len(classes), len(THRESHOLDS)))
+    for row, c in enumerate(classes):
+        own, theirs = np.flatnonzero(found.label == c), np.flatnonzero(truth.label == c)
+        own = own[np.argsort(-score[own], kind="stable")]
+        overlap, best = best_truths(found.image[own], published[own], truth.image[theirs], wanted[theirs])
+        is_difficult = difficult[theirs]
+        for column, threshold in enumerate(THRESHOLDS):
+            hit = np.flatnonzero(overlap > threshold / 100)
+            right = np.zeros(len(own), dtype=bool)
+            right[hit[np.unique(best[hit], return_index=True)[1]]] = True  # the first to hit each truth
+            counts = np.ones(len(own), dtype=bool)
+            counts[hit] = ~is_difficult[best[hit]]
+            precisions[row, column] = eleven_points(right[counts], int((~is_difficult).sum()))
+    means = 100 * precisions.mean(axis=0)
+    return {"ap50": float(means[0]), "ap75": float(means[THRESHOLDS.index(75)]), "ap": float(means.mean())}
+
+
+def best_truths(
+    image_D: np.ndarray, box_D4: np.ndarray, truth_image_M: np.ndarray, truth_M4: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each detection's largest overlap with a truth of its image, [D], and which truth that is, [D]; 0 and -1 without one."""
+    overlap, best = np.zeros(len(image_D)), np.full(len(image_D), -1)
+    order = np.argsort(image_D, kind="stable")
+    sorted_images = image_D[order]
+    for image in np.unique(truth_image_M):
+        own = order[np.searchsorted(sorted_images, image) : np.searchsorted(sorted_images, image, side="right")]
+        theirs = np.flatnonzero(truth_image_M == image)
+        if len(own):
+            iou = pixel_iou(box_D4[own], truth_M4[theirs])
+            overlap[own], best[own] = iou.max(axis=1), theirs[iou.argmax(axis=1)]
+    return overlap, best
+
+
+def pixel_iou(a_N4: np.ndarray, b_M4: np.ndarray) -> np.ndarray:
+    """IoU [N, M] of boxes of whole pixels, both edges included."""
+    low = np.maximum(a_N4[:, None, :2], b_M4[None, :, :2])
+    high = np.minimum(a_N4[:, None, 2:], b_M4[None, :, 2:])
+    common = (high - low + 1).clip(0).prod(axis=2)
+    area_N, area_M = ((box[:, 2:] - box[:, :2] + 1).prod(axis=1) for box in (a_N4, b_M4))
+    return common / (area_N[:, None] + area_M[None] - common)
+
+
+def eleven_points(right: np.ndarray, num_truths: int) -> float:
+    """Mean over recalls 0, 0.1, ..., 1 of the best precision at a recall no smaller; 0 where none is reached. Of detections in
+    order."""
+    hits = np.cumsum(right)
+    precision = hits / np.arange(1, len(hits) + 1)
+    # In integers: 3 of 10 truths are a recall of exactly 0.3.
+    return float(sum(precision[10 * hits >= tenth * num_truths].max(initial=0.0) for tenth in range(11))) / 11
+
+
+def coco_scores(truth: Path, rows: Iterable[dict[str, Any]], *, masks: bool, say: Callable[[str], None]) -> dict[str, float]:
+    """COCO's `box_ap`, `box_ap50`, `box_ap75`, `box_ap_small`, `_medium`, `_large`, and `mask_ap` ... alike, percent.
+
+    By pycocotools, over every image of its truth. A size of which there is no truth gives no number.
+
+    Args:
+        truth: the published file of annotations.
+        rows: image_id, category_id, bbox (x, y, width, height), score, and segmentation (run lengths) where masks are scored.
+        say: is told what pycocotools prints.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    rows = list(rows)
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    scores: dict[str, float] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        known = COCO(str(truth))
+        for kind, prefix in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
+            if not rows:  # pycocotools refuses to load nothing
+                scores |= {f"{prefix}_{name}": 0.0 for name in names[:3]}
+                continue
+            # With `bbox` in them pycocotools would take the areas of masks from the boxes.
+            of_kind = [{k: v for k, v in row.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for row in rows]
+            found = known.loadRes(json.loads(json.dumps(of_kind)))
+            evaluation = COCOeval(known, found, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            scores |= {f"{prefix}_{name}": 100 * float(v) for name, v in zip(names, evaluation.stats[:6], strict=True) if v > -1}
+    for line in printed.getvalue().splitlines():
+        if "Average" in line:  # not that it loads and is done
+            say(line.strip())
+    return scores

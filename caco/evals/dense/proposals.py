@@ -1,0 +1,98 @@
+"""Proposals of regions in which there may be an object: torchvision's network, as detectron2 has it.
+
+Shapes: n images, R regions of all images.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+
+from caco import distributed
+
+RATIOS = (0.5, 1.0, 2.0)  # height by width of the anchors
+
+
+class Anchors(AnchorGenerator):
+    """Anchors at the places of each level, a fixed stride apart. torchvision rounds them to whole pixels, and divides the image's
+    size by
+    that of the level's map: 15 instead of 16 for an image of 801 pixels."""
+
+    def __init__(self, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> None:
+        super().__init__(tuple(tuple(level) for level in sizes), (RATIOS,) * len(sizes))
+        self.strides = list(strides)
+
+    def generate_anchors(
+        self, scales: Sequence[int], aspect_ratios: Sequence[float], dtype: torch.dtype = torch.float32, device: Any = "cpu"
+    ) -> Tensor:
+        scale, ratio = torch.as_tensor(scales, dtype=dtype), torch.as_tensor(aspect_ratios, dtype=dtype).sqrt()
+        w, h = (scale[:, None] / ratio).flatten(), (scale[:, None] * ratio).flatten()
+        return (torch.stack([-w, -h, w, h], dim=1) / 2).to(device)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        device = feature_maps[0].device
+        self.set_cell_anchors(wide(feature_maps[0]).dtype, device)
+        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
+        every = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in feature_maps], strides))
+        return [every] * len(image_list.image_sizes)
+
+
+class SeededSampler:
+    """Positive and negative positions of each image, at most `positive_fraction` of `size` positive; drawn by the image's own seed, so
+    that it does not matter which rank has it.
+
+    seeds: of the images of the next call, set before it.
+    """
+
+    def __init__(self, size: int, positive_fraction: float) -> None:
+        self.size, self.positive_fraction = size, positive_fraction
+        self.seeds: list[int] = []
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for label, seed in zip(labels, self.seeds, strict=True):
+            draw = torch.Generator(label.device).manual_seed(seed)
+            room = int(self.size * self.positive_fraction)
+            for masks, candidates in zip(chosen, (label >= 1, label == 0), strict=True):
+                places = candidates.nonzero()[:, 0]
+                places = places[torch.randperm(len(places), generator=draw, device=label.device)[:room]]
+                masks.append(torch.zeros_like(candidates).index_fill_(0, places, True))
+                room = self.size - len(places)
+        return chosen
+
+
+class Proposals(RegionProposalNetwork):
+    """torchvision's, with a plain L1 loss, and both losses over the number of anchors that are to be drawn."""
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        positive, negative = (torch.cat(masks) for masks in self.fg_bg_sampler(labels))
+        sampled, count = positive | negative, of_a_rank(self.fg_bg_sampler.size * len(labels), objectness)
+        wanted = torch.cat(labels)[sampled].to(objectness)
+        of_objects = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted, reduction="sum")
+        of_boxes = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
+        return of_objects / count, of_boxes / count
+
+
+class FloatRPNHead(RPNHead):
+    """torchvision's; its answers are float32 under autocast too: bfloat16 has 8 bits for a place in an image of 1,333 pixels."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [wide(level) for level in logits], [wide(level) for level in deltas]
+
+
+def of_a_rank(count: int, like: Tensor) -> Tensor:
+    """The mean of the ranks' counts: sums over it, averaged over the ranks, are the means of one process that has everything."""
+    return distributed.sum_(torch.tensor(float(count), dtype=like.dtype, device=like.device)) / distributed.world()
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 of what autocast made narrower."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
