@@ -132,6 +132,11 @@ def accuracies(names: Iterable[str]) -> list[str]:
     return sorted({name for name in names if name.endswith("_top1") and "/" not in name})
 
 
+def missing_at_the_end(summary: Mapping[str, Any]) -> list[str]:
+    """Why results of a run that came to its end are not there, an evaluator a line: those that failed then, not those before."""
+    return [one["message"] for one in summary.get("failed_evaluations", ()) if one["step"] == summary["steps"]]
+
+
 def is_percent(metric: str) -> bool:
     """Whether it is an accuracy, or another share of what there is to be right about."""
     return re.search(r"_(top\d+|mean_per_class|map11|ap_per_image)$", metric) is not None

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from caco import distributed, metrics
-from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, train_classifier
-from caco.evals.features import FeatureStore, extract
+from caco.evals.features import FeatureStore
 from caco.evals.knn import balanced_share
 
 
@@ -119,9 +118,9 @@ class FineTune(Evaluator):
                 seed=self._seed,
                 name=name,
             )
-            batches = plain_batches(test, store.views, batch=store.batch, num_workers=store.num_workers)
-            logits_NC, _ = extract(network, batches, device=store.device, precision=store.precision)
-            yield from accuracies(logits_NC, self._test_labels, name)
+            logits_NC = store.outputs(network, test, store.views)
+            if distributed.is_main():
+                yield from accuracies(logits_NC, self._test_labels, name)
 
 
 def listed(source: Source, path: str) -> np.ndarray:

@@ -11,7 +11,8 @@ from caco.config.composition import compose, instantiate
 from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.data.views.augmentation import View, Views
 from caco.evals.evaluation import Evaluation
-from caco.evals.features import FeatureStore, extract
+from caco.evals.extraction import extract
+from caco.evals.features import FeatureStore
 from caco.evals.knn import KNN
 from caco.evals.probe import Probe
 
