@@ -6,7 +6,7 @@
     linear_moco_top1       linear evaluation by MoCo's recipe
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
-    transfer/cifar10_top1, geometry/rank_me
+    transfer/cifar10_top1, geometry/rank_me, pacs/sketch_top1, pacs_finetune/mean_top1
 
 The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables, figures, run
 directories and searches ask here too, without torch. A setting that can change a number and is not the one of the recipe with
@@ -32,10 +32,18 @@ FINE_TUNING = {
     "batch": 1024, "lr": 0.05, "reference_batch": 256, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0, "unit": "step",
     "scale": [0.08, 1.0], "interpolation": "bilinear",
 }  # fmt: skip
-FINE_TUNING_EPOCHS = {0.01: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
+FINE_TUNING_EPOCHS = {0.01: 60, 0.05: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
+FROZEN_BELOW = {"semi": 0.0, "finetune": 0.0, "domain_labels": 0.1}  # the share from which on the whole network learns
 PROBE = {"l2": 1e-3, "max_iterations": 500}
 TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5, "max_iterations": 1000, "tolerance": 1e-5}
 GEOMETRY = {"images": 2048}
+DOMAIN_WAYS = {
+    "frozen": TRANSFER,
+    "finetune": {
+        "size": 224, "lrs": [0.001], "epochs": 30, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4, "milestones": [24], "decay": 0.1,
+        "scale": [0.8, 1.0],
+    },
+}  # fmt: skip
 
 KNN = "caco.evals.knn.KNN"
 BASELINES = ("untrained/", "pixels/")  # of an evaluation: what it gave stands as untrained/NAME
@@ -63,7 +71,8 @@ def fine_tuned(*, name: str, fraction: float, epochs: int, listed: bool, **recip
         listed: whether a list names the images; else they are drawn.
     """
     share = ("" if fraction == 1 else f"_{100 * fraction:g}") + ("_listed" if listed else "")
-    standard = {**FINE_TUNING, "epochs": FINE_TUNING_EPOCHS.get(fraction)} if name in ("semi", "finetune") else {}
+    of_share = {"epochs": FINE_TUNING_EPOCHS.get(fraction), "frozen_below": FROZEN_BELOW.get(name)}
+    standard = {**FINE_TUNING, **of_share} if name in FROZEN_BELOW else {}
     return _with_changes(name + share, {**recipe, "epochs": epochs}, standard)
 
 
@@ -73,6 +82,11 @@ def transfer(**settings: Any) -> str:
 
 def geometry(**settings: Any) -> str:
     return _with_changes("geometry", settings, GEOMETRY)
+
+
+def domain(*, ways: Iterable[str] = tuple(DOMAIN_WAYS), **settings: Any) -> list[str]:
+    """The protocol of each way."""
+    return [_with_changes("pacs" if way == "frozen" else f"pacs_{way}", settings, DOMAIN_WAYS[way]) for way in ways if way in DOMAIN_WAYS]
 
 
 def _with_changes(name: str, settings: Mapping[str, Any], standard: Mapping[str, Any]) -> str:
@@ -101,6 +115,8 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
         fractions, epochs = settings.pop("fractions", [1.0]), settings.pop("epochs", [30])
         shares = zip(fractions, epochs, strict=False)  # FineTune refuses lists of other lengths
         return [fine_tuned(name=name, fraction=part, epochs=count, listed=lists is not None, **settings) for part, count in shares]
+    if target == "caco.evals.domain.Domain":
+        return domain(**settings)
     named = {
         KNN: knn,
         "caco.evals.probe.Probe": probe,

@@ -116,15 +116,17 @@ def train_classifier(
     frozen: bool,
     seed: int,
     name: str,
+    like: Views | None = None,
 ) -> nn.Sequential:
     """Backbone and head trained on augmented views of a labelled source. A collective.
 
-    Deterministic: views depend on (seed, epoch, image). With a folder in the store, as a run's is while training, each epoch ends with a
-    checkpoint, and a call with the same backbone, images and settings goes on from the last one to the same bits.
+    Deterministic: views depend on (seed, epoch, image). With a folder in the store, as a run has while it trains, each epoch ends
+    with a checkpoint, and a call with the same backbone, images and settings goes on from the last one to the same bits.
 
     Args:
         frozen: only the head learns, on the eval-mode backbone; else a copy of the backbone learns too, in train mode.
         name: what its lines and its checkpoints are called.
+        like: views whose size and normalisation it takes; the store's without.
     Returns:
         nn.Sequential of the backbone (itself if frozen, else the trained copy) and the head.
     Raises:
@@ -142,7 +144,7 @@ def train_classifier(
     optimizer = recipe.optimizer(parameters)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    views = recipe.views(store.views)
+    views = recipe.views(like or store.views)
     loader = store.loader.bind(
         source, views, batch=recipe.batch, seed=seed, rank=distributed.rank(), world=distributed.world(), device=device,
         drop_last=recipe.drop_last,
@@ -150,8 +152,8 @@ def train_classifier(
     factors = recipe.lr_factors(loader.steps_per_epoch)
     first_epoch = 0
     made_from = {"recipe": vars(recipe), "backbone": backbone_digest, "images": "" if store.folder is None else source.digest(),
-                 "seed": seed, "frozen": frozen, "precision": store.precision, "size": views.size, "mean": views.mean, "std": views.std,
-                 "world": distributed.world()}  # fmt: skip
+                 "seed": seed, "frozen": frozen, "precision": store.precision, "size": views.size, "mean": views.mean,
+                 "std": views.std, "world": distributed.world()}  # fmt: skip
     checkpoints = store.checkpoints(name, made_from)
     if checkpoints is not None:
         newest = checkpoints.load_newest()

@@ -258,7 +258,7 @@ def choose_strength(
     max_iterations: int,
     tolerance: float,
 ) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The strength whose classifier, fitted to training images, is best on validation images, the first of equals; and that classifier.
+    """The strength whose classifier of training images is best on validation images, the first of equals; and that classifier.
 
     Args:
         measured: of a strength and its logits [M, C], on the CPU: how good they are.
@@ -270,7 +270,14 @@ def choose_strength(
     weight, best, found = None, -math.inf, None
     for strength in strengths:
         weight = fit_on_axes(
-            axes, z_NR, target, num_classes=num_classes, strength=strength, start=weight, max_iterations=max_iterations, tolerance=tolerance
+            axes,
+            z_NR,
+            target,
+            num_classes=num_classes,
+            strength=strength,
+            start=weight,
+            max_iterations=max_iterations,
+            tolerance=tolerance,
         )
         value = measured(strength, torch.addmm(weight[1], z_validation_MR, weight[0]).cpu())
         if value > best:

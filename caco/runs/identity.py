@@ -29,6 +29,7 @@ NEUTRAL_KEYS = (
     "data.download",
     "data.labelled_root",
     "data.in_memory_mb",
+    "eval.domain.root",
     "eval.transfer.root",
     "loader._target_",  # every loader makes the same batches
     "loader.num_workers",

@@ -54,7 +54,11 @@ def test_an_exchange_of_contents_under_the_same_times_and_inodes_is_seen(bitmaps
         status = path.stat()
         path.write_bytes((bitmaps / "two" / "c" / path.name).read_bytes())  # in place
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size) == (status.st_ino, status.st_mtime_ns, status.st_size)
+        assert (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size) == (
+            status.st_ino,
+            status.st_mtime_ns,
+            status.st_size,
+        )
     assert keys(bitmaps)[0] != before[0] and keys(bitmaps)[1] != before[1]
 
 

@@ -67,7 +67,11 @@ def test_of_a_set_that_is_compared_with_many_nothing_is_found_out_twice(folders,
     finder = Overlap()
     for other in (test, in_memory(test, "a"), in_memory(test, "b"), test):
         assert finder.shared(train, other) == [(0, 3), (4, 1)]
-    assert len(done) == len(set(done)) and {name for name, source, _ in done if source == "set/train"} == {"_pixels", "_shape", "_content"}
+    assert len(done) == len(set(done)) and {name for name, source, _ in done if source == "set/train"} == {
+        "_pixels",
+        "_shape",
+        "_content",
+    }
 
 
 def test_copies_are_found_among_betons_and_files_without_decoding_where_both_hold_jpegs(tmp_path, write_images, monkeypatch):
@@ -81,7 +85,9 @@ def test_copies_are_found_among_betons_and_files_without_decoding_where_both_hol
         packed[mode] = [BetonImages(tmp_path / mode / f"{split}.beton", name=mode) for split in ("train", "test")]
     assert shared_images(packed["raw"][0], test) == shared_images(train, packed["raw"][1]) == [(2, 4)]
     monkeypatch.setattr(overlap, "_pixels", lambda source, i: pytest.fail("decoded"))
-    assert shared_images(*packed["jpeg"]) == shared_images(packed["jpeg"][0], test) == shared_images(train, packed["jpeg"][1]) == [(2, 4)]
+    assert (
+        shared_images(*packed["jpeg"]) == shared_images(packed["jpeg"][0], test) == shared_images(train, packed["jpeg"][1]) == [(2, 4)]
+    )
 
 
 def test_two_ranks_find_what_one_does(folders, tmp_path):
@@ -99,7 +105,9 @@ def test_files_that_only_begin_alike_are_no_copies(tmp_path):
 
 def test_an_overlap_is_refused_with_the_files_and_what_to_do(folders):
     train, test = folders
-    with pytest.raises(ValueError, match=r"2 of the 5 images of set/test are images of set/train too \(.*0000.png is .*0003.png; .*overlap=allow"):
+    with pytest.raises(
+        ValueError, match=r"2 of the 5 images of set/test are images of set/train too \(.*0000.png is .*0003.png; .*overlap=allow"
+    ):
         refuse_overlap(Splits(train, train, test))
     with pytest.raises(ValueError, match="are images of set/train too"):  # pre-trained on, without labels
         refuse_overlap(Splits(train, None, test))

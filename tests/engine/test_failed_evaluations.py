@@ -38,7 +38,9 @@ def test_a_failed_evaluation_is_named_and_the_run_goes_on_as_if_it_had_not_been(
     message = "eval.knn failed after 1 of 2 epochs: no memory for the neighbours"
     told = capfd.readouterr().err
     assert f"caco: {message}" in told and "Traceback" in told, "a fault of the program's own is shown whole"
-    assert summary["failed_evaluations"] == [{"evaluator": "knn", "step": summary["failed_evaluations"][0]["step"], "message": message}]
+    assert summary["failed_evaluations"] == [
+        {"evaluator": "knn", "step": summary["failed_evaluations"][0]["step"], "message": message}
+    ]
     assert {k: v for k, v in summary.items() if k not in ("images_per_second", "failed_evaluations")} == {
         k: v for k, v in whole.items() if k != "images_per_second"
     }
@@ -106,7 +108,15 @@ class Cut(BaseException):
 
 
 def test_a_linear_evaluation_while_training_goes_on_from_its_last_epoch(tmp_path, monkeypatch):
-    linear = ["data.limit=300", "eval=[linear]", "eval.linear.epochs=4", "eval.linear.batch=64", "eval.linear.larc=false", "max_steps=3", "warm_start.steps=0"]
+    linear = [
+        "data.limit=300",
+        "eval=[linear]",
+        "eval.linear.epochs=4",
+        "eval.linear.batch=64",
+        "eval.linear.larc=false",
+        "max_steps=3",
+        "warm_start.steps=0",
+    ]
     whole = train(tmp_path / "whole", *linear)
     epochs, original = [], classifier._epoch
 
@@ -121,6 +131,8 @@ def test_a_linear_evaluation_while_training_goes_on_from_its_last_epoch(tmp_path
         train(tmp_path / "cut", *linear)
     resumed = train(tmp_path / "cut", *linear)
     assert epochs == [0, 1, 2, 2, 3]
-    assert {k: v for k, v in whole.items() if k != "images_per_second"} == {k: v for k, v in resumed.items() if k != "images_per_second"}
+    assert {k: v for k, v in whole.items() if k != "images_per_second"} == {
+        k: v for k, v in resumed.items() if k != "images_per_second"
+    }
     assert not list((tmp_path / "cut" / "evaluations" / "classifiers").iterdir()), "and is removed when its results are there"
     assert not (tmp_path / "cut" / "evaluations" / "features").exists(), "features of a training network are of one round"

@@ -1,4 +1,4 @@
-"""Who makes batches ahead: a thread, or the forked workers of a torch DataLoader, born, signalled and ended so that no run is hurt by one."""
+"""Who makes batches ahead: a thread, or forked workers of a torch DataLoader, born, signalled and ended so that no run is hurt by one."""
 
 import contextlib
 import os

@@ -1,17 +1,17 @@
 """What the images in files are known by: the one home of the rule for digests, for caches and for the overlap check.
 
 A look at a file is a hash of its size and of some of its content: all of a small file, else its first, middle and last 4 KiB. Two
-photographs that differ do so there, also where they have the same name and size: a JPEG's bytes after a changed one are others to the
-end, and an uncompressed image has its edges and its middle there. A look reads no more than reading the file once does, so 1.3 million of
-them take no longer than that; they are taken by threads, and by all ranks together.
+photographs that differ do so there, also where they have the same name and size: a JPEG's bytes after a changed one are others to
+the end, and an uncompressed image has its edges and its middle there. A look opens a file once and reads no more than is in it, so 1.3
+million of them take no longer than reading these files once; they are taken by threads, and by all ranks together.
 
 Two things are made of looks, which need different things:
-- A digest says which images these are, and is part of what a run is: a checkpoint is gone on from only with the same one. It is made of
-  names, looks, order and labels. Times and inodes are not in it: a folder that was copied to another machine, or touched, holds the
-  same images.
+- A digest says which images these are, and is part of what a run is: a checkpoint is gone on from only with the same one. It is made
+  of names, looks, order and labels. Times and inodes are not in it: a folder that was copied to another machine, or touched, holds
+  the same images.
 - A cache key is for what is kept on this machine in place of reading the images again. It is made of the digest and of each file's
-  modification time and inode: these change with every file that was written anew, exchanged or moved here, also where a change of a few
-  bytes escapes the look. That it changes with a copy too costs no more than computing again.
+  modification time and inode: these change with every file that was written anew, exchanged or moved here, also where a change of
+  a few bytes escapes the look. That it changes with a copy too costs no more than computing again.
 
 Within a process a look is taken once, and again when the file's size, times or inode have changed.
 """

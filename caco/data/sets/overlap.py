@@ -48,7 +48,7 @@ class Overlap:
         whole = _content
         if any(looks is None for looks in cheap):
             cheap, whole = [self._shapes(train), self._shapes(test)], _pixels
-        ours, theirs = (np.ascontiguousarray(one).view(f"V{one.dtype.itemsize * one.shape[1]}").ravel() for one in cheap if one is not None)
+        ours, theirs = (_rows(one) for one in cheap if one is not None)
         both = np.intersect1d(ours, theirs)
         where = [np.flatnonzero(np.isin(one, both)) for one in (ours, theirs)]
         found: dict[bytes, int] = {}
@@ -126,6 +126,11 @@ def refuse_overlap(splits: Splits) -> None:
 def refuse_shared(train: Source, test: Source) -> None:
     """As Overlap.refuse."""
     Overlap().refuse(train, test)
+
+
+def _rows(table: np.ndarray) -> np.ndarray:
+    """Each row of [N, n] as one value that can be compared."""
+    return np.ascontiguousarray(table).view(f"V{table.dtype.itemsize * table.shape[1]}").ravel()
 
 
 def _hash(content: bytes) -> bytes:

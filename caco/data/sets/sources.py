@@ -252,8 +252,9 @@ class ImageFiles(Source):
             used += decoded[-1].nbytes
             if used > budget:
                 return self
+        of = self._looks, self._at
         return ImageFiles(
-            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, of=(self._looks, self._at)
+            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, of=of
         )
 
     def digest(self) -> str:
