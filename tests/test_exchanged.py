@@ -1,4 +1,4 @@
-"""Exchange files of equal names and sizes, and no answer of before comes back: in evaluations, transfer, pixels, overlap and resume."""
+"""Exchange files of equal names and sizes, and no answer of before comes back: evaluations, transfer, pixels, overlap, resume."""
 
 import shutil
 import sys

@@ -311,8 +311,7 @@ class Trainer:
         """Evaluate the backbone; percent, 0-100. A collective. An evaluator that fails is named, and the training goes on."""
         if self.evaluation_due is None:
             return
-        # Right after a phase before the training, such as a warm start.
-        ended = next((p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None)
+        ended = next((p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None)  # a warm start
         after = f"the {ended.name}" if ended else f"{self.epochs_done():g} of {self.run.epochs} epochs"
 
         def failed(name: str, error: Exception) -> None:
@@ -326,12 +325,11 @@ class Trainer:
         with progress.pause():
             results = self.evaluation.run(self.method.backbone, self.evaluation_due, failed)
         self.evaluation_due = None
-        if not results:
-            return
-        self.latest |= results
-        self._record({"epochs": self.epochs_done(), **({"phase": ended.name} if ended else {}), **results}, "eval")
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-        progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
+        if results:
+            self.latest |= results
+            self._record({"epochs": self.epochs_done(), **({"phase": ended.name} if ended else {}), **results}, "eval")
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+            progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
 
     # The run's state.
 

@@ -125,7 +125,7 @@ class Domain(Evaluator):
         return [["pacs", self._store.key_of(self._pacs.every), lists]]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<protocol>/<domain>_top1`, percent) and what was chosen for it (`..._strength`, lambda, or `..._lr` of several), and
+        """Yields (`<protocol>/<domain>_top1`, percent), what was chosen for it (`..._strength`, lambda, or `..._lr` of several), and
         (`<protocol>/mean_top1`, percent)."""
         for way, protocol in self.protocols.items():
             found = list(self._frozen(backbone) if way == "frozen" else self._finetuned(backbone, protocol))

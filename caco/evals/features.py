@@ -209,7 +209,7 @@ class FeatureStore:
         self._digests.clear()
 
     def _own(self, indices: np.ndarray) -> np.ndarray:
-        """Of these images those that this rank reads: every so-manieth batch."""
+        """Of these images those that this rank reads: of eight ranks every eighth batch."""
         if not self.all_ranks:
             return indices
         batches = [indices[first : first + self.batch] for first in range(0, len(indices), self.batch)]

@@ -19,7 +19,7 @@ def look(folder: str, out: str) -> None:
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     real, original, read = time.time_ns, content._look, []
     content.time.time_ns = lambda: real() + 3_000_000_000  # the files are not that young
-    content._look = lambda path: (read.append(path), original(path))[1]
+    content._look = lambda path, size: (read.append(path), original(path, size))[1]
     source = class_folders(Path(folder), "set")
     source.look()
     digest = source.digest()

@@ -1,5 +1,5 @@
-"""What images are known by: a digest that a copy keeps and an exchange changes, a cache key that every new file changes, in the time of
-one reading."""
+"""What images are known by: a digest that a copy keeps and an exchange changes, a cache key that every new file changes, in the time
+of one reading."""
 
 import os
 import shutil
@@ -95,7 +95,7 @@ def test_a_file_is_read_once_as_long_as_it_stays_as_it_is(tmp_path, write_images
     write_images(tmp_path / "c", 5)
     source, read = class_folders(tmp_path, "set"), []
     original = content._look
-    monkeypatch.setattr(content, "_look", lambda path: (read.append(path), original(path))[1])
+    monkeypatch.setattr(content, "_look", lambda path, size: (read.append(path), original(path, size))[1])
     for path in (tmp_path / "c").iterdir():
         os.utime(path)
     source.digest()
@@ -121,7 +121,7 @@ def test_a_file_that_is_gone_is_named(tmp_path, write_images):
 
 
 def test_a_look_reads_no_more_than_the_file(tmp_path, write_images, monkeypatch):
-    """1.3 million files take at most what reading them once takes: counted in bytes and openings, for the clock of a test says little."""
+    """1.3 million files take at most what reading them once takes: counted in bytes and openings, as a test's clock says little."""
     write_images(tmp_path / "c", 40, size=80)
     counted = {"bytes": 0, "open": 0}
     pread, open_ = os.pread, os.open

@@ -10,7 +10,7 @@ from caco.evals import classifier
 from caco.evals.knn import KNN
 from caco.runs.files import read_json
 
-BOTH = ["data.limit=300", "eval=[knn,probe]", "eval.probe.when=epoch", "max_steps=null", "epochs=2"]
+BOTH = ["data.limit=300", "eval=[knn,probe]", "eval.probe.when=epoch", "eval_every_epochs=1", "max_steps=null", "epochs=2"]
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_checkpoint_is_saved_before_the_evaluation_whatever_the_cadence(tmp_
         yield from original(self, backbone)
 
     monkeypatch.setattr(KNN, "run", run)
-    cadence = ["data.limit=300", "eval=[knn]", "max_steps=null", "epochs=2", "checkpoint.every_epochs=100", "warm_start.steps=0"]
+    cadence = ["data.limit=300", "eval=[knn]", "max_steps=null", "epochs=2", "eval_every_epochs=1", "checkpoint.every_epochs=100"]
     with pytest.raises(SystemExit):
         train(tmp_path / "cut", *cadence)
     state = final(tmp_path / "cut")
@@ -87,9 +87,11 @@ def test_results_that_are_missing_at_the_end_are_said_and_made_by_the_same_comma
 
 
 def test_a_command_whose_run_lacks_results_ends_with_exit_code_3(tmp_path):
-    # A number of neighbours that fits the images and a rate that makes the loss infinite.
-    command = [*TINY, *BANK, "data.limit=300", "eval=[linear]", "eval.linear.epochs=1", "eval.linear.batch=64", "eval.linear.larc=false",
-               "eval.linear.lr=1e39", "epochs=1", "max_steps=3", "warm_start.steps=0", f"hydra.run.dir={tmp_path}"]  # fmt: skip
+    # A rate that makes the loss infinite: nobody could have said so before.
+    linear = ["eval=[linear]", "eval.linear.epochs=1", "eval.linear.batch=64", "eval.linear.larc=false", "eval.linear.lr=1e39"]
+    short = ["data.limit=300", "epochs=1", "max_steps=3", "warm_start.steps=0"]
+    tiny = [item for item in TINY if not item.startswith(("eval=", "epochs=", "max_steps="))]
+    command = [*tiny, *BANK, *linear, *short, f"hydra.run.dir={tmp_path}"]
     code, _, err = Process(caco_train, *command).end()
     assert code == 3, err
     assert "Traceback" not in err and "eval.linear failed after" in err and "the loss became" in err and "caco: finished in" in err

@@ -26,6 +26,10 @@ class CountingViews(Views):
         self.made += 1
         return super().plain_pixels(image)
 
+    def plain_batch(self, images, **settings):
+        self.made += len(images)
+        return super().plain_batch(images, **settings)
+
 
 def coloured(count, name, *, labelled=True, seed=0):
     """Noise whose colour tells its class."""

@@ -104,7 +104,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_makes_no_second_copy_of_the_features_and_the_same_classifier(digits, dtype):
     x, y, *_ = digits
-    x = (3 * x + 5).to(dtype)
+    x = torch.cat([3 * x + 5, x.roll(1, 0), x.roll(2, 0), x.roll(3, 0), x.roll(4, 0)], dim=1).to(dtype)
     x[:, 7] = 0.5  # never changes
     with Largest() as largest, pytest.warns(UserWarning, match="gradient"):
         standardised = Standardised.of(x)

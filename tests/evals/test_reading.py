@@ -5,6 +5,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from caco import saying
@@ -38,8 +39,6 @@ class Where(ImagesInMemory):
         return len(self.hidden)
 
     def image(self, index):
-        from PIL import Image
-
         if multiprocessing.parent_process() is None and not _is_worker():
             self.here.value += 1
         return Image.fromarray(self.hidden[index])
@@ -102,9 +101,12 @@ def test_a_plain_pass_of_a_method_has_the_workers_too():
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["array", "list", "mapped", "files", "not compiled"])
-def test_batches_are_the_same_however_they_are_read_and_in_whatever_pieces(tmp_path, monkeypatch, write_images, kind, workers):
+def test_batches_are_the_same_however_they_are_read_and_in_whatever_pieces(tmp_path, monkeypatch, kind, workers):
     for i, size in enumerate((20, 9, 33)):
-        write_images(tmp_path / "train" / f"c{i}", 5, size=size)
+        (tmp_path / "train" / f"c{i}").mkdir(parents=True)
+        for j in range(5):
+            pixels = np.random.default_rng([i, j]).integers(0, 256, (size, size + j, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / f"c{i}" / f"{j}.png")
     source = files = folder(root=str(tmp_path), in_memory_mb=0).train
     pixels = [np.asarray(files.image(i)) for i in range(15)]
     if kind in ("array", "mapped"):

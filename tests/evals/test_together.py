@@ -48,4 +48,6 @@ def test_what_fails_on_one_rank_fails_for_all_by_name_and_the_others_are_made(ro
     assert codes == [0, 0], outputs
     (results, told), (_, others) = (json.loads((root / f"out{rank}").read_text()) for rank in range(2))
     assert [line.partition(":")[0] for line in told] == [line.partition(":")[0] for line in others] == ["knn", "geometry", "probe"]
+    assert all("b/1.png: expected an image that can be read" in line for line in (told[0], others[0], told[2], others[2]))
+    assert told[1] == "geometry: of rank 0 alone" and others[1] == "geometry: rank 0: of rank 0 alone"
     assert {name.partition("/")[0] for name in results} == {"pacs_size-8_num_strengths-3"}

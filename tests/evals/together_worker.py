@@ -64,16 +64,17 @@ def evaluate(root: str, out: str, names: list[str], kept: bool) -> None:
 
 
 def fail(root: str, out: str) -> None:
-    """One image cannot be read, another evaluator fails on rank 0 alone, and a third has nothing to do with either."""
+    """A test image cannot be read, another evaluator fails on rank 0 alone, and a third has nothing to do with either."""
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     made = evaluation(root, ["knn", "geometry", "probe", "domain"])
-    made.store._batches = None
+    (Path(root) / "images" / "test" / "b" / "1.png").write_bytes(b"no image")
+    distributed.barrier()
     told = []
     original = FeatureStore.of
 
     def of(self, backbone, source, views):
         result = original(self, backbone, source, views)
-        if distributed.is_main() and source.name == "images/train":
+        if distributed.is_main() and source.name == "folder/train":
             raise MemoryError("of rank 0 alone")
         return result
 

@@ -23,7 +23,7 @@ class Loader(Protocol):
     num_workers: threads or processes that make views; passes over a whole set, as evaluations take them, have as many.
     """
 
-    num_workers: int
+    num_workers: int = 0
 
     @abstractmethod
     def bind(

@@ -73,10 +73,9 @@ def _looked_at(size: int) -> list[tuple[int, int]]:
     return [(first, first + BLOCK) for first in (0, (size - BLOCK) // 2, size - BLOCK)]
 
 
-def _look(path: str) -> bytes:
+def _look(path: str, size: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size = os.fstat(descriptor).st_size
         state = hashlib.blake2b(b"%d\0" % size, digest_size=LOOK_BYTES)
         for first, last in _looked_at(size):
             state.update(os.pread(descriptor, last - first, first))
@@ -122,7 +121,7 @@ class Looks:
                 status = os.stat(path)
                 stamp = _stamp(status)
                 if stamp == 0 or stamps[position] != stamp:
-                    looks[position] = np.frombuffer(_look(path), np.uint8)
+                    looks[position] = np.frombuffer(_look(path, status.st_size), np.uint8)
                     stamps[position] = stamp
             except OSError as error:
                 raise FileError(f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}") from error

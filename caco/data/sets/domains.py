@@ -26,8 +26,8 @@ DAMAGED = "sketch/dog/n02103406_4068-1.png"
 LAYOUTS = """\
   PACS/kfold/DOMAIN/CLASS/*.jpg    the original archive        PACS/DOMAIN/CLASS/*.jpg    its mirrors
   pacs/images/DOMAIN/CLASS/*.jpg   Dassl's                     (root is the folder above, or PACS itself; sketches are *.png)
-with the published lists DOMAIN_train_kfold.txt and DOMAIN_crossval_kfold.txt (a line is `art_painting/dog/pic_001.jpg 1`) in splits/ or in
-"Train val splits and h5py files pre-read/" beside the images' folder, or beside DOMAIN/"""
+with the published lists DOMAIN_train_kfold.txt and DOMAIN_crossval_kfold.txt (a line is `art_painting/dog/pic_001.jpg 1`) in splits/
+or in "Train val splits and h5py files pre-read/" beside the images' folder, or beside DOMAIN/"""
 
 
 @dataclass(frozen=True)
