@@ -10,7 +10,6 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
@@ -35,15 +34,18 @@ from caco.runs import directory
 EVALUATION_FAILED = 3  # the exit code of a run that came to its end and lacks an evaluation
 
 
-def run(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Train in run_dir, which is ours, what cfg says, which is checked; returns the run's summary."""
+def run(cfg: DictConfig, run_dir: Path) -> float | None:
+    """Train in run_dir, which is ours, what cfg says, which is checked."""
     try:
         with Stop() as stop:
             from caco.engine.assembly import run_training  # here and not above: it imports torch
 
-            return run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get()))
+            summary = run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get()))
     except Stopped as stopped:
         leave(stopped, is_first_rank=directory.is_first_rank())
+    if metrics.missing_at_the_end(summary) and HydraConfig.get().mode != RunMode.MULTIRUN:  # whose other runs go on
+        sys.exit(EVALUATION_FAILED)
+    return metrics.objective(summary, cfg.eval)
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -56,7 +58,7 @@ def job(cfg: DictConfig) -> float | None:
         if directory.is_first_rank():
             directory.open_run(run_dir, cfg, folders.record())
         opened = True
-        summary = run(cfg, run_dir)
+        return run(cfg, run_dir)
     except Exception as error:
         for_user = errors.is_for_user(error)
         if opened:  # else it is another process's
@@ -67,9 +69,6 @@ def job(cfg: DictConfig) -> float | None:
         if hydra_cfg.mode == RunMode.MULTIRUN:
             raise  # the sweep's other runs go on
         sys.exit(2)
-    if metrics.missing_at_the_end(summary) and hydra_cfg.mode != RunMode.MULTIRUN:
-        sys.exit(EVALUATION_FAILED)
-    return metrics.objective(summary, cfg.eval)
 
 
 def check(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -89,6 +89,8 @@ def for_each_batch(
                 one = computed.pop() if computed else None  # the last batches may not be one for each rank
                 arrived += [part for part in (distributed.on_main(one) if all_ranks else [one]) if part is not None]
     finally:
+        if isinstance(own, Generator):
+            own.close()  # now, and not when the last traceback that holds it goes: workers may wait behind it
         for module, training in was_training.items():
             module.training = training
 

@@ -109,8 +109,9 @@ class FeatureStore:
             return self.of(backbone, source if indices is None else source.part(indices, source.name), self.views)
         num_images = len(source)
         wanted = np.arange(num_images) if indices is None else indices
-        # The same on every rank, though rank 0 alone has the features.
         done = self._done.setdefault(split, np.zeros(num_images, dtype=bool))
+        if self.all_ranks:  # rank 0 has the features, and those too that another evaluator asked for there alone
+            done = self._done[split] = distributed.shared_object(done, patient=True)
         todo = wanted[~done[wanted]]
         taken = [0]
 

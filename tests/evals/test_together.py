@@ -9,7 +9,7 @@ from PIL import Image
 from processes import ranks
 from toy_pacs import write_pacs
 
-NAMES = ["knn", "probe", "geometry", "transfer", "domain", "linear"]
+NAMES = ["knn", "own", "probe", "geometry", "transfer", "domain", "linear"]
 
 
 def write_set(folder, train, test):
@@ -40,7 +40,7 @@ def test_two_ranks_find_what_one_does_with_half_of_the_images_each(root, kept):
     assert others == {} and list(results) == list(expected)
     # The same batches, so the same features to the bit; of two ranks the linear classifier's sums are rounded otherwise.
     assert {k: v for k, v in results.items() if "linear" not in k} == {k: v for k, v in expected.items() if "linear" not in k}
-    assert first + second == images and abs(first - second) <= 60
+    assert first + second == images and first < 0.7 * images
 
 
 def test_what_fails_on_one_rank_fails_for_all_by_name_and_the_others_are_made(root):

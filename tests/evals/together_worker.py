@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from coloured import Colours
 from processes import PATIENCE_S
@@ -11,6 +12,7 @@ from caco import distributed
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.folders import folder
 from caco.data.views.augmentation import View, Views
+from caco.evals.base import Evaluator
 from caco.evals.domain import Domain
 from caco.evals.evaluation import Evaluation
 from caco.evals.features import FeatureStore
@@ -31,12 +33,25 @@ class Counting(Colours):
         return super().forward(images)
 
 
+class Own(Evaluator):
+    """As one of a user's, which knows nothing of ranks: it runs on rank 0 and asks for half of what others ask for."""
+
+    when = "end"
+
+    def build(self, store, *, seed):
+        self.store = store
+
+    def run(self, backbone):
+        yield "own_mean", self.store.features(backbone, "train", np.arange(0, 33, 2)).mean().item()
+
+
 def evaluation(root: str, names: list[str], **settings) -> Evaluation:
     """Of the images in root/images, root/PACS, and root/own, a set to transfer to."""
     splits = folder(root=f"{root}/images", in_memory_mb=0)
     views = Views(size=8, plain_crop=1.0, views={"two": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)
     every = {
         "knn": KNN(k=3, fraction=0.5),
+        "own": Own(),
         "probe": Probe(),
         "geometry": Geometry(images=20),
         "transfer": Transfer(root=root, sets=["own"], size=8, num_strengths=3),
