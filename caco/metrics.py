@@ -37,7 +37,7 @@ FROZEN_BELOW = {"semi": 0.0, "finetune": 0.0, "domain_labels": 0.1}  # the share
 PROBE = {"l2": 1e-3, "max_iterations": 500}
 TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5, "max_iterations": 1000, "tolerance": 1e-5}
 GEOMETRY = {"images": 2048}
-DOMAIN_WAYS = {
+DOMAIN_WAYS: dict[str, Mapping[str, Any]] = {
     "frozen": TRANSFER,
     "finetune": {
         "size": 224, "lrs": [0.001], "epochs": 30, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4, "milestones": [24], "decay": 0.1,

@@ -155,7 +155,7 @@ def run_training(
     views: Views = instantiate(cfg.augmentation)
     say = say_sometimes(main)
     splits.pretrain.look(say)  # all ranks together: of a large set the digest takes its time
-    data_digest = distributed.shared_object(splits.pretrain.digest() if main else None, patient=True)
+    data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
 
     def bind_loader() -> BoundLoader:
         loader: Loader = instantiate(cfg.loader)
@@ -359,7 +359,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
             if distributed.is_main():
                 made_from = {name: record.made_from(name, evaluation, encoder) for name in cfg.eval}
                 todo = [name for name in cfg.eval if not record.known(prefix, name, made_from[name])]
-            todo = distributed.shared_object(todo)
+            todo = distributed.shared_object(todo, patient=True)
             begun = time.monotonic()
             for name, values in evaluation.each(encoder, todo):
                 if distributed.is_main():

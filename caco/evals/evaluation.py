@@ -82,9 +82,12 @@ class Evaluation:
         chosen = [name for name, evaluator in self.evaluators.items() if when == "end" or evaluator.when == "epoch"]
         results: dict[str, float] = {}
         for name, values in self.each(backbone, chosen, failed):
-            for key in values:
-                if key in results:
-                    raise UserError(f"eval.{name}: another evaluator already gave {key}")
+            if twice := results.keys() & values:
+                error = UserError(f"eval.{name}: another evaluator already gave {', '.join(sorted(twice))}")
+                if failed is None:
+                    raise error
+                failed(name, error)
+                continue
             results |= values
         return results
 

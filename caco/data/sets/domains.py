@@ -44,7 +44,8 @@ class Pacs:
     def at(self, domains: Sequence[str], which: Literal["all", "train", "crossval"] = "all") -> np.ndarray:
         """Positions of these domains' images that are on these lists."""
         of_domains = np.isin(self.domain, [DOMAINS.index(name) for name in domains])
-        return np.flatnonzero(of_domains & {"all": True, "train": self.train, "crossval": ~self.train}[which])
+        on_lists = np.ones(len(self.train), dtype=bool) if which == "all" else self.train == (which == "train")
+        return np.flatnonzero(of_domains & on_lists)
 
     def part(self, domains: Sequence[str], which: Literal["all", "train", "crossval"] = "all") -> ImageFiles:
         """Those images, labelled by class."""
