@@ -11,7 +11,7 @@ from processes import ranks
 from caco.data.sets import overlap
 from caco.data.sets.beton import BetonImages
 from caco.data.sets.folders import class_folders
-from caco.data.sets.overlap import Overlap, refuse_overlap, shared_images
+from caco.data.sets.overlap import Overlap, shared_images
 from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.write import write_splits
 
@@ -108,8 +108,8 @@ def test_an_overlap_is_refused_with_the_files_and_what_to_do(folders):
     with pytest.raises(
         ValueError, match=r"2 of the 5 images of set/test are images of set/train too \(.*0000.png is .*0003.png; .*overlap=allow"
     ):
-        refuse_overlap(Splits(train, train, test))
+        Overlap().refuse_in(Splits(train, train, test))
     with pytest.raises(ValueError, match="are images of set/train too"):  # pre-trained on, without labels
-        refuse_overlap(Splits(train, None, test))
-    refuse_overlap(Splits(train, train, None))
-    refuse_overlap(Splits(train, train, test.part(np.array([0, 2, 4]), "set/test")))
+        Overlap().refuse_in(Splits(train, None, test))
+    Overlap().refuse_in(Splits(train, train, None))
+    Overlap().refuse_in(Splits(train, train, test.part(np.array([0, 2, 4]), "set/test")))

@@ -118,11 +118,6 @@ def shared_images(train: Source, test: Source) -> list[tuple[int, int]]:
     return Overlap().shared(train, test)
 
 
-def refuse_overlap(splits: Splits) -> None:
-    """As Overlap.refuse_in."""
-    Overlap().refuse_in(splits)
-
-
 def refuse_shared(train: Source, test: Source) -> None:
     """As Overlap.refuse."""
     Overlap().refuse(train, test)
