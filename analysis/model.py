@@ -21,7 +21,7 @@ from caco.data.sets.sources import Source, Splits, choose, labels_of
 from caco.engine.assembly import build_method
 from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
-from caco.evals.features import extract
+from caco.evals.extraction import extract
 from caco.evals.knn import nearest
 from caco.evals.pixels import RawPixels
 from caco.methods.base import Method

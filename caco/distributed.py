@@ -5,8 +5,8 @@ Every function is an identity where there is one process, so no caller asks how 
 
 import datetime
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from caco.errors import UserError
 
-_patient: dist.ProcessGroup | None = None  # of wait_for_main, made when first needed
+_patient: dist.ProcessGroup | None = None  # of those who may wait for hours, made when first needed
+T = TypeVar("T")
 
 
 def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
@@ -57,14 +58,52 @@ def barrier() -> None:
 
 def wait_for_main() -> None:
     """A barrier of all ranks without the time-out: rank 0 may work for hours meanwhile."""
+    if world() > 1:
+        dist.barrier(group=_patient_group())
+
+
+def _patient_group() -> dist.ProcessGroup:
+    """All ranks, by gloo and without the time-out: for plain values and CPU tensors, and for work whose length nobody knows."""
     global _patient
-    if world() == 1:
-        return
     if _patient is None:
         made = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
         assert isinstance(made, dist.ProcessGroup), "every rank is in it"
         _patient = made
-    dist.barrier(group=_patient)
+    return _patient
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each rank, picklable, in rank order and on every rank, however long it takes.
+
+    What it raises on one rank is raised on all: no rank waits for one that has given up.
+    """
+    if world() == 1:
+        return [work()]
+    result: T | None = None
+    raised: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+        raised = error
+    told = None if raised is None else (isinstance(raised, UserError), str(raised) or type(raised).__name__)
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, (result, told), group=_patient_group())
+    if raised is not None:
+        raise raised
+    for number, (_, theirs) in enumerate(everyone):
+        if theirs is not None:
+            of_user, text = theirs
+            raise UserError(text) if of_user else RuntimeError(f"rank {number}: {text}")
+    return [value for value, _ in everyone]
+
+
+def on_main(value: T) -> list[T]:
+    """Every rank's value, picklable, in rank order on rank 0; no value on the others."""
+    if world() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world() if is_main() else None
+    dist.gather_object(value, values, dst=0, group=_patient_group())
+    return values or []
 
 
 def sum_(x: Tensor) -> Tensor:
@@ -193,12 +232,16 @@ def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def shared_object(value: Any) -> Any:
-    """Rank 0's value on every rank; small picklable things only."""
+def shared_object(value: Any, *, patient: bool = False) -> Any:
+    """Rank 0's value on every rank; small picklable things only.
+
+    Args:
+        patient: without the time-out: rank 0 may come hours after the others.
+    """
     if world() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_patient_group() if patient else None)
     return box[0]
 
 

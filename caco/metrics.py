@@ -6,7 +6,7 @@
     linear_moco_top1       linear evaluation by MoCo's recipe
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
-    transfer/cifar10_top1, geometry/rank_me
+    transfer/cifar10_top1, geometry/rank_me, pacs/sketch_top1, pacs_finetune/mean_top1
     detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: a tenth of its steps
     segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of 8 images
     dense_linear/voc2012_miou           a linear head on frozen features: never to be set beside fine-tuning
@@ -35,7 +35,8 @@ FINE_TUNING = {
     "batch": 1024, "lr": 0.05, "reference_batch": 256, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0, "unit": "step",
     "scale": [0.08, 1.0], "interpolation": "bilinear",
 }  # fmt: skip
-FINE_TUNING_EPOCHS = {0.01: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
+FINE_TUNING_EPOCHS = {0.01: 60, 0.05: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
+FROZEN_BELOW = {"semi": 0.0, "finetune": 0.0, "domain_labels": 0.1}  # the share from which on the whole network learns
 PROBE = {"l2": 1e-3, "max_iterations": 500}
 TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5, "max_iterations": 1000, "tolerance": 1e-5}
 GEOMETRY = {"images": 2048}
@@ -60,6 +61,13 @@ DETECT = {
     "detect_coco_c4_1x": _DETECT,
     "detect_coco_c4_2x": {**_DETECT, "steps": 180_000, "milestones": [120 / 180, 160 / 180]},
     "detect_coco_fpn_1x": {**_DETECT, "head": "fpn"},
+}  # fmt: skip
+DOMAIN_WAYS: dict[str, Mapping[str, Any]] = {
+    "frozen": TRANSFER,
+    "finetune": {
+        "size": 224, "lrs": [0.001], "epochs": 30, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4, "milestones": [24], "decay": 0.1,
+        "scale": [0.8, 1.0],
+    },
 }  # fmt: skip
 
 KNN = "caco.evals.knn.KNN"
@@ -88,7 +96,8 @@ def fine_tuned(*, name: str, fraction: float, epochs: int, listed: bool, **recip
         listed: whether a list names the images; else they are drawn.
     """
     share = ("" if fraction == 1 else f"_{100 * fraction:g}") + ("_listed" if listed else "")
-    standard = {**FINE_TUNING, "epochs": FINE_TUNING_EPOCHS.get(fraction)} if name in ("semi", "finetune") else {}
+    of_share = {"epochs": FINE_TUNING_EPOCHS.get(fraction), "frozen_below": FROZEN_BELOW.get(name)}
+    standard = {**FINE_TUNING, **of_share} if name in FROZEN_BELOW else {}
     return _with_changes(name + share, {**recipe, "epochs": epochs}, standard)
 
 
@@ -112,6 +121,11 @@ def segment(**settings: Any) -> str:
 
 def dense_linear(**settings: Any) -> str:
     return _with_changes("dense_linear", settings, DENSE_LINEAR)
+
+
+def domain(*, ways: Iterable[str] = tuple(DOMAIN_WAYS), **settings: Any) -> list[str]:
+    """The protocol of each way."""
+    return [_with_changes("pacs" if way == "frozen" else f"pacs_{way}", settings, DOMAIN_WAYS[way]) for way in ways if way in DOMAIN_WAYS]
 
 
 def _with_changes(name: str, settings: Mapping[str, Any], standard: Mapping[str, Any]) -> str:
@@ -140,6 +154,8 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
         fractions, epochs = settings.pop("fractions", [1.0]), settings.pop("epochs", [30])
         shares = zip(fractions, epochs, strict=False)  # FineTune refuses lists of other lengths
         return [fine_tuned(name=name, fraction=part, epochs=count, listed=lists is not None, **settings) for part, count in shares]
+    if target == "caco.evals.domain.Domain":
+        return domain(**settings)
     named = {
         KNN: knn,
         "caco.evals.probe.Probe": probe,
@@ -172,6 +188,11 @@ def objective(summary: Mapping[str, Any], evaluators: Mapping[str, Mapping[str, 
 def accuracies(names: Iterable[str]) -> list[str]:
     """Of these the top-1 accuracies of a run's own backbone on its own data, sorted."""
     return sorted({name for name in names if name.endswith("_top1") and "/" not in name})
+
+
+def missing_at_the_end(summary: Mapping[str, Any]) -> list[str]:
+    """Why results of a run that came to its end are not there, an evaluator a line: those that failed then, not those before."""
+    return [one["message"] for one in summary.get("failed_evaluations", ()) if one["step"] == summary["steps"]]
 
 
 def is_percent(metric: str) -> bool:

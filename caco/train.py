@@ -31,15 +31,21 @@ from caco.launch import labels
 from caco.runs import directory
 
 
+EVALUATION_FAILED = 3  # the exit code of a run that came to its end and lacks an evaluation
+
+
 def run(cfg: DictConfig, run_dir: Path) -> float | None:
     """Train in run_dir, which is ours, what cfg says, which is checked."""
     try:
         with Stop() as stop:
             from caco.engine.assembly import run_training  # here and not above: it imports torch
 
-            return metrics.objective(run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get())), cfg.eval)
+            summary = run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get()))
     except Stopped as stopped:
         leave(stopped, is_first_rank=directory.is_first_rank())
+    if metrics.missing_at_the_end(summary) and HydraConfig.get().mode != RunMode.MULTIRUN:  # whose other runs go on
+        sys.exit(EVALUATION_FAILED)
+    return metrics.objective(summary, cfg.eval)
 
 
 def job(cfg: DictConfig) -> float | None:

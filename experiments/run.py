@@ -21,10 +21,10 @@ from typing import Any
 from caco import errors, metrics, train
 from caco.config import composition, folders
 from caco.config.refusals import nearest
-from caco.engine.progress import clock
 from caco.errors import SweepFailed, UserError
 from caco.launch.jobs import Job
 from caco.runs.files import read_json, write_json
+from caco.saying import clock
 from experiments import record
 from experiments.tables import HERE, Experiment, experiments, load_scale, load_table, scales, tables
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from caco import distributed
+from caco import distributed, metrics
 from caco.banks.base import Bank
 from caco.config import folders, views_needed
 from caco.config.composition import instantiate, target
@@ -19,7 +19,7 @@ from caco.config.pretrained import CHECKPOINT, Location
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
 from caco.data.sets import unfit
-from caco.data.sets.overlap import refuse_overlap
+from caco.data.sets.overlap import Overlap
 from caco.data.sets.sources import Source, Splits
 from caco.data.views.augmentation import Views
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
@@ -165,7 +165,7 @@ def refuse_other_groups(saved_by: int) -> None:
 
 def run_training(
     cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: labels.Label | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Build everything, go on from the newest checkpoint if there is one, train, and write summary.json.
 
     Data come first, so that what is missing or too small is said before any model is built.
@@ -181,7 +181,9 @@ def run_training(
     tracker = build_tracker(cfg)
     splits = build_splits(cfg)
     views: Views = instantiate(cfg.augmentation)
-    data_digest = distributed.shared_object(splits.pretrain.digest() if main else None)
+    say = say_sometimes(main)
+    splits.pretrain.look(say)  # all ranks together: of a large set the digest takes its time
+    data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
 
     def bind_loader() -> BoundLoader:
         loader: Loader = instantiate(cfg.loader)
@@ -192,7 +194,7 @@ def run_training(
     loader = bind_loader()
     images = Images(
         splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device, rank=distributed.rank(),
-        world=distributed.world(),
+        world=distributed.world(), num_workers=instantiate(cfg.loader).num_workers,
     )  # fmt: skip
     evaluation = Evaluation(
         {name: instantiate(node) for name, node in cfg.eval.items()},
@@ -203,6 +205,9 @@ def run_training(
         precision=cfg.precision,
         seed=cfg.seed,
         loader=instantiate(cfg.loader),
+        folder=run_dir / "evaluations",
+        passing=True,
+        say=say,
     )
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
@@ -252,11 +257,12 @@ def run_training(
         trainer.load_state_dict(state)
         if main:
             print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
-        if trainer.step == trainer.total_steps and (run_dir / "summary.json").exists():
+        known = read_json(run_dir / "summary.json")
+        if trainer.step == trainer.total_steps and known and not metrics.missing_at_the_end(known):
             loader.close()
             images.close()
             distributed.stop()
-            return read_json(run_dir / "summary.json")
+            return known
 
     status = "FAILED"
     summary: dict = {}
@@ -281,9 +287,9 @@ def run_training(
             sweep=label.sweep,
         )
     try:
-        metrics = trainer.fit()
+        final = trainer.fit()
         about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
-        summary = {**metrics, "processes": distributed.world(), **about}
+        summary = {**final, "processes": distributed.world(), **about}
         if main:
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
@@ -348,8 +354,13 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     path, step = load_pretrained(cfg, location, backbone)
     splits = build_splits(cfg)
     views: Views = instantiate(cfg.augmentation)
-    if cfg.overlap == "refuse" and distributed.is_main():
-        refuse_overlap(splits)
+    say = say_sometimes(distributed.is_main())
+    for source in (splits.pretrain, splits.train, splits.test):
+        if source is not None:
+            source.look(say)
+    compared = Overlap(say)
+    if cfg.overlap == "refuse":
+        compared.refuse_in(splits)
     evaluation = Evaluation(
         {name: instantiate(node) for name, node in cfg.eval.items()},
         splits,
@@ -362,7 +373,8 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
         folder=results_dir / "evaluations",
         cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
         overlap=cfg.overlap,
-        say=say_sometimes(distributed.is_main()),
+        compared=compared,
+        say=say,
     )
     record = Record(
         results_dir, cfg, tracker=build_tracker(cfg), step=step, path=path, is_run=location is not None and cfg.to is None
@@ -377,7 +389,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
             if distributed.is_main():
                 made_from = {name: record.made_from(name, evaluation, encoder) for name in cfg.eval}
                 todo = [name for name in cfg.eval if not record.known(prefix, name, made_from[name])]
-            todo = distributed.shared_object(todo)
+            todo = distributed.shared_object(todo, patient=True)
             begun = time.monotonic()
             for name, values in evaluation.each(encoder, todo):
                 if distributed.is_main():

@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from caco import metrics
+from caco.saying import clock
 
 
 def beginning(
@@ -30,19 +32,19 @@ def beginning(
     )
 
 
-def ending(summary: Mapping[str, float], *, seconds: float, run_dir: Path, evaluators: list[str]) -> str:
-    """That a run is finished, its results, and a command to go on with."""
+def ending(summary: Mapping[str, Any], *, seconds: float, run_dir: Path, evaluators: list[str]) -> str:
+    """That a run is finished, its results, what of them is missing, and a command to go on with."""
     results = ", ".join(f"{name} {summary[name]:.2f}" for name in metrics.accuracies(summary))
     lines = [f"caco: finished in {clock(seconds)}: {run_dir}" + (f" ({results})" if results else "")]
     if evaluators:
         command = f"python -m caco.evaluate run={run_dir} eval=[{','.join(evaluators)}] baselines=true"
         lines += ["caco: next, beside the untrained network and raw pixels:", f"caco:   {command}"]
+    if failed := summary.get("failed_evaluations"):
+        lines += [f"caco: {len(failed)} evaluation{'s' * (len(failed) > 1)} failed:"]
+        lines += [f"caco:   {one['message'].splitlines()[0]}" for one in failed]
+        if metrics.missing_at_the_end(summary):
+            lines += ["caco: so results are missing, and the exit code is 3; the same command makes the evaluation at the end again"]
     return "\n".join(lines)
-
-
-def clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 class Progress:

@@ -5,6 +5,7 @@ A step, in order: rates, before_step, forward, backward, finite check, optimiser
 
 import contextlib
 import math
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +18,16 @@ from caco.banks.scoring import UnusableError
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.bound import BoundLoader
 from caco.data.loaders.images import Images
+from caco.engine.instruments import instruments
 from caco.engine.optimizers import Optimisation
 from caco.engine.preemption import Stop, Stopped
-from caco.engine.progress import Progress, clock
-from caco.errors import UserError
+from caco.engine.progress import Progress
+from caco.errors import UserError, is_for_user
 from caco.evals.evaluation import Evaluation
 from caco.methods.base import Method, Now, Outputs, Phase
 from caco.methods.diagnostics import Signs
 from caco.runs.checkpoint import Checkpoints
+from caco.saying import clock
 from caco.schedules import RunShape
 from caco.tracking.base import Row, Tracker
 
@@ -113,6 +116,7 @@ class Trainer:
         self.epoch_sums: dict[str, torch.Tensor] = {}
         self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
         self.evaluation_due: Literal["epoch", "end"] | None = "epoch"  # saved before it is made, and so made when a run goes on
+        self.failed_evaluations: list[dict[str, Any]] = []  # evaluator, step, and after what, in words, with the message
         self.has_warned = False
         self.time = {"steps": 0, "seconds": 0.0}  # how many steps have been timed, and how long they took; in all processes
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout and the like, from here on
@@ -173,7 +177,7 @@ class Trainer:
 
     # The loop.
 
-    def fit(self) -> dict[str, float]:
+    def fit(self) -> dict[str, Any]:
         """Train from the current step to the end; returns the final metrics.
 
         Raises:
@@ -183,7 +187,7 @@ class Trainer:
         progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
         before = self.time
         self.evaluate_if_due(progress)
-        with contextlib.closing(progress), self._instruments() as profiler:
+        with contextlib.closing(progress), instruments(anomaly=self.anomaly, profile_to=self.profile_to) as profiler:
             for now, batch in self.batches():
                 self.optimisation.prepare(now, None if now.epoch is not None else self.phase(now.step).lr_factor)
                 self.method.train()
@@ -231,6 +235,7 @@ class Trainer:
                     or stopping
                     or phase_over
                     or milestone
+                    or self.evaluation_due is not None  # which may end the process: what it would lose is saved first
                     or (ended is not None and (ended + 1) % self.save_every_epochs == 0)
                     or (self.save_every_steps and self.step % self.save_every_steps == 0)
                 ):
@@ -244,6 +249,7 @@ class Trainer:
             **self.latest,
             "steps": self.step,
             "epochs": self.epochs_done(),
+            **({"failed_evaluations": self.failed_evaluations} if self.failed_evaluations else {}),
             **({"images_per_second": self.time["steps"] * self.run.batch / self.time["seconds"]} if timed else {}),
         }
 
@@ -269,20 +275,6 @@ class Trainer:
         stop = torch.tensor(float(self.stop.requested()), dtype=torch.float64, device=self.device)
         together = torch.stack([outputs.loss.detach().double(), *(v.double() for v in outputs.metrics.values()), stop])
         return dict(zip(names, distributed.sum_(together) / distributed.world(), strict=True))
-
-    @contextlib.contextmanager
-    def _instruments(self):
-        with contextlib.ExitStack() as stack:
-            if self.anomaly:
-                stack.enter_context(torch.autograd.set_detect_anomaly(True))
-            profiler = None
-            if (folder := self.profile_to) is not None and distributed.is_main():
-                profiler = torch.profiler.profile(
-                    schedule=torch.profiler.schedule(wait=2, warmup=2, active=6, repeat=1),
-                    on_trace_ready=lambda p: p.export_chrome_trace(str(folder / "trace.json")),
-                )
-                stack.enter_context(profiler)
-            yield profiler
 
     # What is written down.
 
@@ -318,21 +310,28 @@ class Trainer:
             self._record({"epoch": epoch, "message": warning}, "warning")
 
     def evaluate_if_due(self, progress: Progress) -> None:
-        """Evaluate the backbone; percent, 0-100. A collective: some evaluators train on all ranks."""
+        """Evaluate the backbone; percent, 0-100. A collective. An evaluator that fails is named, and the training goes on."""
         if self.evaluation_due is None:
             return
-        with progress.pause():
-            results = self.evaluation.run(self.method.backbone, self.evaluation_due)
-        self.evaluation_due = None
-        if not results:
-            return
-        self.latest |= results
-        # Right after a phase before the training, such as a warm start.
-        ended = next((p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None)
-        self._record({"epochs": self.epochs_done(), **({"phase": ended.name} if ended else {}), **results}, "eval")
+        ended = next((p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None)  # a warm start
         after = f"the {ended.name}" if ended else f"{self.epochs_done():g} of {self.run.epochs} epochs"
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-        progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
+
+        def failed(name: str, error: Exception) -> None:
+            if distributed.is_main() and not is_for_user(error):
+                traceback.print_exception(error)
+            message = f"eval.{name} failed after {after}: {str(error) or type(error).__name__}"
+            self.failed_evaluations.append({"evaluator": name, "step": self.step, "message": message})
+            progress.say(f"caco: {message}")
+            self._record({"epochs": self.epochs_done(), "message": message}, "warning")
+
+        with progress.pause():
+            results = self.evaluation.run(self.method.backbone, self.evaluation_due, failed)
+        self.evaluation_due = None
+        if results:
+            self.latest |= results
+            self._record({"epochs": self.epochs_done(), **({"phase": ended.name} if ended else {}), **results}, "eval")
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+            progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
 
     # The run's state.
 
@@ -358,6 +357,7 @@ class Trainer:
             "place": self._place(),  # follows from the step, written for people
             "evaluation_due": self.evaluation_due,
             "has_warned": self.has_warned,
+            "failed_evaluations": list(self.failed_evaluations),
             "time": dict(self.time),
             "method": self.method.state_dict(),
             "backbone": self._name_of_backbone(),
@@ -384,7 +384,8 @@ class Trainer:
         self.step = state["step"]
         assert state["place"] == self._place(), "the same data and configuration give the same steps"
         self.evaluation_due, self.has_warned = state["evaluation_due"], state["has_warned"]
-        self.time = dict(state.get("time", self.time))  # an older checkpoint does not say
+        # An older checkpoint does not say.
+        self.time, self.failed_evaluations = dict(state.get("time", self.time)), list(state.get("failed_evaluations", []))
         self.method.load_state_dict(state["method"])
         self.optimisation.optimizer.load_state_dict(state["optimizer"])
         self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])

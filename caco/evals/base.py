@@ -34,7 +34,9 @@ class Evaluator(Protocol):
     its YAML. Who calls: caco/evals/evaluation.py, for the Trainer and for caco.evaluate.
 
     when: "epoch" for every evaluation while training and the last one, "end" for the last one alone.
-    on_all_ranks: whether `run` is a collective, because it trains. The others run on rank 0, and the other ranks wait.
+    on_all_ranks: whether `run` is a collective, because it trains, or because the ranks share the reading of images. Then what the
+        store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone has: it computes and yields, and
+        the other ranks, having asked for the same, yield nothing. Others run on rank 0, which reads by itself, and the other ranks wait.
     departures: in what it differs from what was published by that name, a sentence each; caco.evaluate prints them with the results.
     """
 

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,10 +20,11 @@ from caco.data.loaders.bound import BoundLoader
 from caco.data.sets.sources import Source
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
-from caco.evals.features import FeatureStore, extract, key_of
+from caco.evals.extraction import extract
+from caco.evals.features import FeatureStore
 from caco.nn.layerwise import LARC
 from caco.nn.norm import over_all_ranks
-from caco.runs.checkpoint import Checkpoints
+from caco.saying import counting
 from caco.schedules import RunShape, cosine, scaled_lr
 
 
@@ -116,15 +118,17 @@ def train_classifier(
     frozen: bool,
     seed: int,
     name: str,
+    like: Views | None = None,
 ) -> nn.Sequential:
     """Backbone and head trained on augmented views of a labelled source. A collective.
 
-    Deterministic: views depend on (seed, epoch, image). With a folder in the store, each epoch ends with a checkpoint,
-    and a call with the same backbone, images and settings goes on from the last one to the same bits.
+    Deterministic: views depend on (seed, epoch, image). With a folder in the store, as a run has while it trains, each epoch ends
+    with a checkpoint, and a call with the same backbone, images and settings goes on from the last one to the same bits.
 
     Args:
         frozen: only the head learns, on the eval-mode backbone; else a copy of the backbone learns too, in train mode.
         name: what its lines and its checkpoints are called.
+        like: views whose size and normalisation it takes; the store's without.
     Returns:
         nn.Sequential of the backbone (itself if frozen, else the trained copy) and the head.
     Raises:
@@ -142,18 +146,18 @@ def train_classifier(
     optimizer = recipe.optimizer(parameters)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    views = recipe.views(store.views)
+    views = recipe.views(like or store.views)
     loader = store.loader.bind(
         source, views, batch=recipe.batch, seed=seed, rank=distributed.rank(), world=distributed.world(), device=device,
         drop_last=recipe.drop_last,
     )  # fmt: skip
     factors = recipe.lr_factors(loader.steps_per_epoch)
-    checkpoints, first_epoch = None, 0
-    if store.folder is not None:
-        made_from = {"recipe": vars(recipe), "backbone": backbone_digest, "images": source.digest(), "seed": seed,
-                     "frozen": frozen, "precision": store.precision, "size": views.size, "mean": views.mean, "std": views.std,
-                     "world": distributed.world()}  # fmt: skip
-        checkpoints = Checkpoints(store.folder / "classifiers" / f"{name}-{key_of(made_from)}", keep=1)
+    first_epoch = 0
+    made_from = {"recipe": vars(recipe), "backbone": backbone_digest, "images": "" if store.folder is None else source.digest(),
+                 "seed": seed, "frozen": frozen, "precision": store.precision, "size": views.size, "mean": views.mean,
+                 "std": views.std, "world": distributed.world()}  # fmt: skip
+    checkpoints = store.checkpoints(name, made_from)
+    if checkpoints is not None:
         newest = checkpoints.load_newest()
         if newest is not None:
             state, path = newest
@@ -191,23 +195,31 @@ def _epoch(
     device = store.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     steps = loader.steps_per_epoch
+    count = counting(store.say, f"{name}: epoch {epoch + 1}, images", sum(map(loader.images_of, range(steps))))
     modes = {module: module.training for module in network.modules()}
     backbone.train(not frozen)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(mixed_seed(seed, epoch, distributed.rank()))  # dropout and the like
-            for step, batch in enumerate(loader.epoch(epoch)):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * factors[epoch * steps + step]
+            batches = loader.epoch(epoch)
+
+            def learn(step: int) -> None:
+                batch = next(batches)
                 features_BD = _features(backbone, batch.views[0], store, frozen=frozen)
                 # Of a smaller last batch the ranks may have one image more or less: each image counts the same.
                 share = len(batch.label) * distributed.world() / loader.images_of(step)
                 loss = share * F.cross_entropy(head(features_BD), batch.label)
                 loss.backward()
+                total.add_(loss.detach())
+
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factors[epoch * steps + step]
+                distributed.together(partial(learn, step))  # an image that one rank cannot read must not leave the others waiting
                 distributed.mean_gradients(parameters)
                 optimizer.step()
                 optimizer.zero_grad()
-                total += loss.detach()
+                count(loader.images_of(step))
     finally:
         for module, training in modes.items():
             module.training = training

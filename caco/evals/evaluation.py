@@ -9,11 +9,16 @@ from torch import nn
 
 from caco import distributed
 from caco.data.loaders.bound import Loader
+from caco.data.sets.overlap import Overlap
 from caco.data.sets.sources import Splits
 from caco.data.views.augmentation import Views
 from caco.errors import UserError, require_contract
 from caco.evals.base import Evaluator, When
-from caco.evals.features import FeatureStore, Precision
+from caco.evals.extraction import Precision
+from caco.evals.features import FeatureStore
+from caco.saying import Say, silent
+
+Failed = Callable[[str, Exception], None]  # an evaluator's name, and what it raised
 
 
 class Evaluation:
@@ -21,7 +26,7 @@ class Evaluation:
 
     Args:
         evaluators: by their config name (`eval.<name>`); may be empty. What they are asked, and when: caco/evals/base.py.
-        splits, views, batch, device, precision, num_workers, loader, folder, cache, overlap, say: see FeatureStore.
+        splits ... say: see FeatureStore.
         seed: of the evaluators' own draws.
     Raises:
         ValueError: an evaluator cannot work on these splits; names it and says what to do.
@@ -37,12 +42,13 @@ class Evaluation:
         device: torch.device | str,
         precision: Precision,
         seed: int,
-        num_workers: int = 0,
         loader: Loader | None = None,
         folder: Path | None = None,
         cache: Path | None = None,
+        passing: bool = False,
         overlap: Literal["refuse", "allow"] = "refuse",
-        say: Callable[..., None] = lambda text, passing=False: None,
+        compared: Overlap | None = None,
+        say: Say = silent,
     ) -> None:
         self.evaluators = evaluators
         self.store = FeatureStore(
@@ -51,11 +57,12 @@ class Evaluation:
             batch=batch,
             device=device,
             precision=precision,
-            num_workers=num_workers,
             loader=loader,
             folder=folder,
             cache=cache,
+            passing=passing,
             overlap=overlap,
+            compared=compared,
             say=say,
         )
         for name, evaluator in evaluators.items():
@@ -65,7 +72,7 @@ class Evaluation:
             except UserError as error:
                 raise UserError(f"eval.{name}: {error}") from error
 
-    def run(self, backbone: nn.Module, when: When) -> dict[str, float]:
+    def run(self, backbone: nn.Module, when: When, failed: Failed | None = None) -> dict[str, float]:
         """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was.
 
         A collective; ranks other than 0 get none.
@@ -74,24 +81,38 @@ class Evaluation:
             raise ValueError(f"when: expected epoch or end, got {when!r}")
         chosen = [name for name, evaluator in self.evaluators.items() if when == "end" or evaluator.when == "epoch"]
         results: dict[str, float] = {}
-        for name, values in self.each(backbone, chosen):
-            for key in values:
-                if key in results:
-                    raise UserError(f"eval.{name}: another evaluator already gave {key}")
+        for name, values in self.each(backbone, chosen, failed):
+            if twice := results.keys() & values:
+                error = UserError(f"eval.{name}: another evaluator already gave {', '.join(sorted(twice))}")
+                if failed is None:
+                    raise error
+                failed(name, error)
+                continue
             results |= values
         return results
 
-    def each(
-        self, backbone: nn.Module, names: list[str], before: Callable[[str], None] = lambda name: None
-    ) -> Iterator[tuple[str, dict[str, float]]]:
-        """(name, results) of these evaluators, one after the other; `before` is told which one begins."""
+    def each(self, backbone: nn.Module, names: list[str], failed: Failed | None = None) -> Iterator[tuple[str, dict[str, float]]]:
+        """(name, results) of these evaluators, one after the other.
+
+        Args:
+            failed: is told, on every rank, of an evaluator that raised, and the others go on; without it the error is raised.
+        """
         self.store.forget()
         try:
             for name in names:
-                before(name)
                 evaluator = self.evaluators[name]
-                values = dict(evaluator.run(backbone)) if evaluator.on_all_ranks or distributed.is_main() else {}
-                distributed.wait_for_main()
+                self.store.all_ranks = evaluator.on_all_ranks
+                work = evaluator.on_all_ranks or distributed.is_main()
+                try:
+                    # Whatever happens on one rank, all hear of it; and rank 0 may work for hours while the others wait.
+                    values = distributed.together(lambda: dict(evaluator.run(backbone)) if work else {})[0]
+                except Exception as error:
+                    self.store.over(failed=True)
+                    if failed is None:
+                        raise
+                    failed(name, error)
+                    continue
+                self.store.over(failed=False)
                 yield name, values if distributed.is_main() else {}
         finally:
             self.store.forget()  # a round's features must not lie in memory while training goes on

@@ -1,9 +1,6 @@
 """Frozen features of a backbone, computed once and shared by all evaluators: in memory for a round, or on disk for good."""
 
-import contextlib
-import hashlib
-import json
-import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,181 +9,38 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from caco.config import folders
+from caco import distributed
 from caco.data.loaders.bound import Loader
-from caco.data.loaders.plain import plain_batches
+from caco.data.loaders.plain import plain_batches, plain_pixels
 from caco.data.loaders.torch_loader import TorchLoader
-from caco.data.sets.sources import Source, Splits, labels_of
+from caco.data.sets.overlap import Overlap
+from caco.data.sets.sources import Source, Splits, UnreadableImage, labels_of
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
-from caco.runs.files import locked, read_json, write_json
-
-Precision = Literal["bf16", "fp32"]
-
-
-def extract(
-    backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str, precision: Precision
-) -> tuple[Tensor, Tensor]:
-    """Features of every image in order, by the backbone in eval mode; leaves its modes, buffers and the RNGs as they were.
-
-    Args:
-        batches: (images [b, 3, H, W], labels [b]) pairs.
-        precision: "bf16" (autocast) or "fp32".
-    Returns:
-        features [N, D] float32 and labels [N] int64, both on the CPU, where a large set fits.
-    Raises:
-        ValueError: unknown precision, no batches, an output that is not [b, D], a feature that is not finite.
-    """
-    features, labels = [], []
-
-    def take(features_bD: Tensor, labels_b: Tensor) -> None:
-        features.append(features_bD.float())
-        labels.append(labels_b)
-
-    for_each_batch(backbone, batches, take, device=device, precision=precision)
-    if not features:
-        raise ValueError("features: expected at least one batch of images, got none")
-    return torch.cat(features), torch.cat(labels)
-
-
-def for_each_batch(
-    backbone: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    take: Callable[[Tensor, Tensor], Any],
-    *,
-    device: torch.device | str,
-    precision: Precision,
-) -> None:
-    """As `extract`, but gives each batch's features [b, D] (in the backbone's own type, on the CPU) and labels to `take`."""
-    if precision not in ("bf16", "fp32"):
-        raise ValueError(f"precision: expected bf16 or fp32, got {precision!r}")
-    device = torch.device(device)
-    was_training = {module: module.training for module in backbone.modules()}
-    cuda_devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    try:
-        backbone.eval()
-        # Neither the batches' making nor a backbone that draws may be seen by the training that goes on afterwards.
-        with torch.random.fork_rng(devices=cuda_devices), torch.inference_mode(), autocast:
-            for images, labels_b in batches:
-                images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-                features_bD = backbone(images)
-                if features_bD.ndim != 2 or len(features_bD) != len(images):
-                    raise UserError(f"backbone: expected features [{len(images)}, D], got {list(features_bD.shape)}")
-                if not torch.isfinite(features_bD).all():
-                    raise UserError("features: expected finite numbers, got inf or nan from the backbone")
-                take(features_bD.cpu(), labels_b)
-    finally:
-        for module, training in was_training.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Matrix products without TF32 or bfloat16, whatever training allows itself: what we count must not depend on that."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def network_digest(network: nn.Module) -> str:
-    """Sixteen hexadecimal digits of what a network computes: its structure, every parameter and buffer, and code of the user's own."""
-    code = folders.code_of({type(module).__module__ for module in network.modules()})
-    state = hashlib.sha256(f"{network!r}{code or ''}".encode())
-    for name, tensor in network.state_dict().items():
-        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()[:16]
-
-
-def key_of(made_from: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits of plain values."""
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class FeatureFiles:
-    """Features on disk, each file found again by what it was made from; bounded memory, whatever the set's size.
-
-    A file is written from its first row to its last under another name and renamed when it is whole; one that a kill cut
-    off is gone on with. Two processes that want the same file make it once.
-
-    Args:
-        folder: where they are; made when needed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-
-    def get(
-        self,
-        made_from: dict[str, Any],
-        num_images: int,
-        make: Callable[[int, Callable[[Tensor, Tensor], Any]], None],
-        *,
-        batch: int,
-    ) -> Tensor:
-        """Features [num_images, D], mapped into memory and not read.
-
-        Args:
-            made_from: plain values that decide every number.
-            make: `make(first, take)` calls take(features, labels) for each batch from image `first` on.
-            batch: rows are gone on with at a multiple of it, so that the same batches give the same bits.
-        Raises:
-            OSError: the disk is full.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{key_of(made_from)}.bin"
-        with locked(path.with_suffix(".lock"), wait_s=24 * 3600):
-            if not path.is_file():
-                self._write(path, made_from, num_images, make, batch)
-        about = read_json(path.with_suffix(".json"))
-        dtype, width = getattr(torch, about["dtype"]), about["width"]
-        flat = torch.from_file(str(path), shared=False, size=num_images * width, dtype=dtype)
-        return flat.view(num_images, width)
-
-    def _write(self, path: Path, made_from: dict[str, Any], num_images: int, make: Callable, batch: int) -> None:
-        partial, header = path.with_suffix(".partial"), path.with_suffix(".json")
-        about = read_json(header)
-        row_bytes = about["width"] * getattr(torch, about["dtype"]).itemsize if about else 0
-        done = partial.stat().st_size // row_bytes // batch * batch if about and partial.is_file() else 0
-        with open(partial, "r+b" if done else "wb") as file:
-            file.seek(done * row_bytes)
-            file.truncate()
-
-            def take(features_bD: Tensor, labels_b: Tensor) -> None:
-                if file.tell() == 0:
-                    dtype = str(features_bD.dtype).removeprefix("torch.")
-                    write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
-                file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
-
-            if done < num_images:
-                make(done, take)
-            file.flush()
-            os.fsync(file.fileno())
-            width = read_json(header)["width"]
-            dtype = getattr(torch, read_json(header)["dtype"])
-            assert file.tell() == num_images * width * dtype.itemsize, "every image gives one row"
-        os.replace(partial, path)
+from caco.evals.extraction import Precision, for_each_batch, in_one, network_digest
+from caco.evals.feature_files import FeatureFiles, key_of
+from caco.runs.checkpoint import Checkpoints
+from caco.saying import Say, counting, silent
 
 
 class FeatureStore:
     """The train and test images and their features in this round; each feature is computed at most once a round.
 
-    Images of small sets are transformed once and stay in memory across rounds, those of large ones are read again.
+    Images of small sets are transformed once and stay in memory across rounds, those of large ones are read again, by the workers that
+    the loader has. Where all ranks run an evaluator (`all_ranks`, which Evaluation sets), `features`, `of` and `outputs` are
+    collectives: each rank reads and computes a share, and rank 0 gets the result, the others an empty tensor.
 
     Args:
         splits: only `train` and `test` are used.
         views: whose plain view of each image is taken.
         batch: images a forward pass.
-        num_workers: reading processes for sets that are not in memory.
         cache_bytes: a split whose transformed images take no more than this stays in memory.
-        loader: settings of the loader that training uses, for evaluators that train on augmented views.
-        folder: where features and evaluators' checkpoints are kept on disk; None keeps features in memory.
+        loader: settings of the loader that training uses: its workers read images, and evaluators train with it on augmented views.
+        folder: where features and evaluators' checkpoints are kept on disk; None keeps features in memory, and no checkpoint.
         cache: another folder for the features, which several evaluations may share.
+        passing: while training: features stay in memory all the same, and an evaluator's checkpoints are removed after its results.
         overlap: whether evaluators that bring images of their own may test on training images.
+        compared: finds images that sets share, and keeps what it knows of them.
         say: is told what an evaluator that takes its time is doing; `passing` lines may be left out.
     """
 
@@ -198,26 +52,31 @@ class FeatureStore:
         batch: int,
         device: torch.device | str,
         precision: Precision,
-        num_workers: int = 0,
-        cache_bytes: int = 2**30,
+        cache_bytes: int = 2**28,
         loader: Loader | None = None,
         folder: Path | None = None,
         cache: Path | None = None,
+        passing: bool = False,
         overlap: Literal["refuse", "allow"] = "refuse",
-        say: Callable[..., None] = lambda text, passing=False: None,
+        compared: Overlap | None = None,
+        say: Say = silent,
     ) -> None:
         if batch < 1:
             raise UserError(f"batch: expected at least 1, got {batch}")
         self.splits = splits
         self.views, self.batch, self.device, self.precision = views, batch, torch.device(device), precision
-        self.num_workers, self.cache_bytes = num_workers, cache_bytes
-        self.loader: Loader = loader if loader is not None else TorchLoader(num_workers=num_workers)
+        self.cache_bytes = cache_bytes
+        self.loader: Loader = loader if loader is not None else TorchLoader(num_workers=0)
+        self.num_workers = self.loader.num_workers
         self.folder = None if folder is None else Path(folder)
-        self.overlap, self.say = overlap, say
-        self._files = None if folder is None else FeatureFiles(cache or Path(folder) / "features")
+        self.passing, self.overlap, self.say = passing, overlap, say
+        self.all_ranks = False
+        self._compared = compared or Overlap(say)
+        self._files = None if folder is None or passing else FeatureFiles(cache or Path(folder) / "features")
+        self._begun: list[Path] = []  # folders of the checkpoints that evaluators have asked for
         self._digests: dict[int, str] = {}
-        self._images: dict[str, Tensor] = {}
-        self._labels: dict[str, Tensor] = {}
+        self._keys: dict[int, tuple[Source, str]] = {}  # by id, each beside its set, which stays alive with it
+        self._pixels: dict[str, tuple[Tensor, np.ndarray]] = {}  # uint8 [N, H, W, 3], and which of them are known
         self._features: dict[str, Tensor] = {}
         self._done: dict[str, np.ndarray] = {}
 
@@ -231,6 +90,15 @@ class FeatureStore:
         require_classes(train, test)
         return labels_of(train), labels_of(test)
 
+    def refuse_shared(self, train: Source, test: Source) -> None:
+        """Unless overlap=allow. A collective.
+
+        Raises:
+            UserError: they share images; the first ones are named.
+        """
+        if self.overlap == "refuse":
+            self._compared.refuse(train, test)
+
     def features(self, backbone: nn.Module, split: Literal["train", "test"], indices: np.ndarray | None = None) -> Tensor:
         """Features [n, D] of these images (None: all) of a split, on the CPU; those not yet known are computed.
 
@@ -242,37 +110,68 @@ class FeatureStore:
         num_images = len(source)
         wanted = np.arange(num_images) if indices is None else indices
         done = self._done.setdefault(split, np.zeros(num_images, dtype=bool))
+        if self.all_ranks:  # rank 0 has the features, and those too that another evaluator asked for there alone
+            done = self._done[split] = distributed.shared_object(done, patient=True)
         todo = wanted[~done[wanted]]
-        if len(todo):
-            new, _ = extract(backbone, self._batches(split, todo), device=self.device, precision=self.precision)
+        taken = [0]
+
+        def take(features_bD: Tensor, labels_b: Tensor) -> None:
             if split not in self._features:
-                self._features[split] = torch.empty(num_images, new.shape[1])
-            self._features[split][torch.from_numpy(todo)] = new
+                self._features[split] = torch.empty(num_images, features_bD.shape[1])
+            self._features[split][torch.from_numpy(todo[taken[0] : taken[0] + len(features_bD)])] = features_bD.float()
+            taken[0] += len(features_bD)
+
+        if len(todo):
+            self._each_batch(backbone, self._batches(split, self._own(todo)), take, f"features of {source.name}", len(todo))
             done[todo] = True
+        if split not in self._features:
+            return torch.empty(0)
         return self._features[split] if indices is None else self._features[split][torch.from_numpy(indices)]
 
     def of(self, backbone: nn.Module, source: Source, views: Views) -> Tensor:
         """Features [N, D] of the plain views of any images, on the CPU; from a file where features are kept on disk."""
+        if self._files is None:
+            return self.outputs(backbone, source, views)
+        if self.all_ranks and not distributed.is_main():
+            first = distributed.shared_object(None, patient=True)
+            if isinstance(first, str):
+                raise UserError(first)
+            if first is not None:
+                self._read_and_compute(backbone, source, views, first, _nothing)
+            return torch.empty(0)
+        told: list[int | str | None] = []
+
+        def tell(first: int | str | None) -> None:
+            """What the other ranks have to do: nothing, images from `first` on, or to hear what went wrong."""
+            if self.all_ranks and not told:
+                told.append(distributed.shared_object(first, patient=True))
 
         def make(first: int, take: Callable[[Tensor, Tensor], Any]) -> None:
-            rest = source if first == 0 else source.part(np.arange(first, len(source)), source.name)
-            batches = plain_batches(rest, views, batch=self.batch, num_workers=self.num_workers)
-            for_each_batch(backbone, batches, take, device=self.device, precision=self.precision)
+            tell(first)
+            self._read_and_compute(backbone, source, views, first, take)
 
-        if self._files is None:
-            features = []
-            make(0, lambda features_bD, _: features.append(features_bD.float()))
-            return torch.cat(features)
         plain: list[Any] = [views.size, views.plain_crop, views.plain_interpolation, views.mean, views.std]
         plain += [] if views.colours == "rgb" else [views.colours]  # as it was before there were others
-        made_from = {
-            "backbone": self.digest_of(backbone),
-            "images": source.digest(),
-            "plain_view": plain,
-            "precision": self.precision,
-            "device": self.device.type,
-        }
-        return self._files.get(made_from, len(source), make, batch=self.batch)
+        try:
+            made_from = {
+                "backbone": self.digest_of(backbone),
+                "images": self.key_of(source),
+                "plain_view": plain,
+                "precision": self.precision,
+                "device": self.device.type,
+            }
+            features = self._files.get(made_from, len(source), make, batch=self.batch)
+        except Exception as error:
+            tell(str(error))
+            raise
+        tell(None)
+        return features
+
+    def outputs(self, network: nn.Module, source: Source, views: Views) -> Tensor:
+        """What a network gives for the plain views of any images, [N, D] float32 on the CPU, computed anew."""
+        whole, take = in_one(len(source))
+        self._read_and_compute(network, source, views, 0, take)
+        return whole[0] if whole else torch.empty(0)
 
     def digest_of(self, backbone: nn.Module) -> str:
         """The backbone's digest, computed once a round."""
@@ -280,23 +179,89 @@ class FeatureStore:
             self._digests[id(backbone)] = network_digest(backbone)
         return self._digests[id(backbone)]
 
+    def key_of(self, source: Source) -> str:
+        """By which what is kept of these images is found again: their cache key, asked once."""
+        if id(source) not in self._keys:
+            self._keys[id(source)] = source, source.cache_key()
+        return self._keys[id(source)][1]
+
+    def checkpoints(self, name: str, made_from: dict[str, Any]) -> Checkpoints | None:
+        """Where an evaluator that trains keeps its state, found again by all that decides its numbers; None where nothing is kept.
+
+        Of images that is their digest and not their cache key: a job that goes on, on another node with a copy of the images, has to
+        find it.
+        """
+        if self.folder is None:
+            return None
+        path = self.folder / "classifiers" / f"{name}-{key_of(made_from)}"
+        self._begun.append(path)
+        return Checkpoints(path, keep=1)
+
+    def over(self, *, failed: bool) -> None:
+        """An evaluator is done: while training, the checkpoints that it began are of no more use, unless it failed."""
+        if self.passing and not failed and distributed.is_main():
+            for path in self._begun:
+                shutil.rmtree(path, ignore_errors=True)
+        self._begun.clear()
+
     def forget(self) -> None:
         """Drops the features, not the images: to be called when the backbone changes."""
         self._features.clear()
         self._done.clear()
         self._digests.clear()
 
+    def _own(self, indices: np.ndarray) -> np.ndarray:
+        """Of these images those that this rank reads: of eight ranks every eighth batch."""
+        if not self.all_ranks:
+            return indices
+        batches = [indices[first : first + self.batch] for first in range(0, len(indices), self.batch)]
+        own = batches[distributed.rank() :: distributed.world()]
+        return np.concatenate(own) if own else indices[:0]
+
+    def _read_and_compute(
+        self, network: nn.Module, source: Source, views: Views, first: int, take: Callable[[Tensor, Tensor], Any]
+    ) -> None:
+        """Gives what the network makes of images `first` and on to `take`, batch by batch and in order."""
+        own = self._own(np.arange(first, len(source)))
+        some = source if len(own) == len(source) else source.part(own, source.name)
+        batches = plain_batches(some, views, batch=self.batch, num_workers=self.num_workers, device=self.device)
+        self._each_batch(network, batches, take, f"features of {source.name}", len(source), first)
+
+    def _each_batch(self, network: nn.Module, batches: Iterable, take: Callable, what: str, total: int, first: int = 0) -> None:
+        count = counting(self.say, what, total, first)
+
+        def take_and_count(features_bD: Tensor, labels_b: Tensor) -> None:
+            take(features_bD, labels_b)
+            count(len(features_bD))
+
+        settings: dict[str, Any] = {"device": self.device, "precision": self.precision, "all_ranks": self.all_ranks}
+        for_each_batch(network, batches, take_and_count, **settings)
+
     def _batches(self, split: str, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         source = getattr(self.splits, split)
-        if split not in self._images:
-            if self.views.plain(source.image(0)).nbytes * len(source) > self.cache_bytes:
-                some = source.part(indices, source.name)
-                yield from plain_batches(some, self.views, batch=self.batch, num_workers=self.num_workers)
-                return
-            every = plain_batches(source, self.views, batch=self.batch, num_workers=self.num_workers)
-            self._images[split], self._labels[split] = (torch.cat(parts) for parts in zip(*every, strict=True))
+        if 3 * self.views.size**2 * len(source) > self.cache_bytes:
+            some = source.part(indices, source.name)
+            yield from plain_batches(some, self.views, batch=self.batch, num_workers=self.num_workers, device=self.device)
+            return
+        if split not in self._pixels:
+            size = self.views.size
+            self._pixels[split] = torch.empty(len(source), size, size, 3, dtype=torch.uint8), np.zeros(len(source), dtype=bool)
+        known, is_known = self._pixels[split]
+        new = np.unique(indices[~is_known[indices]])
+        if len(new):
+            some, read = source.part(new, source.name), 0
+            for one in plain_pixels(some, self.views, batch=self.batch, num_workers=self.num_workers):
+                if isinstance(one, UnreadableImage):
+                    raise UnreadableImage(str(one))
+                known[torch.from_numpy(new[read : read + len(one.index)])] = one.views[0]
+                read += len(one.index)
+            is_known[new] = True
         for chunk in torch.from_numpy(indices).split(self.batch):
-            yield self._images[split][chunk], self._labels[split][chunk]
+            yield self.views.normalise(known[chunk].to(self.device)), chunk
+
+
+def _nothing(features_bD: Tensor, labels_b: Tensor) -> None:
+    """A `take` of the ranks that nothing arrives on."""
 
 
 def require_classes(train: Source, test: Source) -> None:

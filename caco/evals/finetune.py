@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from caco import distributed, metrics
-from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, train_classifier
-from caco.evals.features import FeatureStore, extract
+from caco.evals.features import FeatureStore
 from caco.evals.knn import balanced_share
 
 
@@ -33,6 +32,7 @@ class FineTune(Evaluator):
         epochs: for each share.
         batch: at most; smaller where there are fewer labels, and the rate with it.
         lr ... interpolation: see Recipe.
+        frozen_below: of smaller shares than this the linear classifier alone learns, on the frozen backbone.
         when: "epoch" (while training, and at its end) or "end".
     """
 
@@ -54,6 +54,7 @@ class FineTune(Evaluator):
         unit: Literal["epoch", "step"] = "step",
         scale: Sequence[float] = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        frozen_below: float = 0.0,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):
@@ -65,7 +66,10 @@ class FineTune(Evaluator):
                 f"{name}: expected an entry of epochs (and of lists) for each of the {len(fractions)} fractions, got "
                 f"{list(epochs)} and {lists}"
             )
+        if not 0 <= frozen_below <= 1:
+            raise UserError(f"{name} frozen_below: expected a share in [0, 1], got {frozen_below}")
         self.fractions, self.lists, self.when = list(fractions), lists, when
+        self.frozen = [fraction < frozen_below for fraction in fractions]
         self.recipes = [
             Recipe(
                 epochs=count,
@@ -82,7 +86,7 @@ class FineTune(Evaluator):
             for count in epochs
         ]
         self.protocols = [
-            metrics.fine_tuned(name=name, fraction=fraction, listed=lists is not None, **vars(recipe))
+            metrics.fine_tuned(name=name, fraction=fraction, listed=lists is not None, frozen_below=frozen_below, **vars(recipe))
             for fraction, recipe in zip(fractions, self.recipes, strict=True)
         ]
 
@@ -106,7 +110,7 @@ class FineTune(Evaluator):
         """Yields (`<protocol>_top1`, percent), and `<protocol>_top5` of more than five classes, for each share."""
         store = self._store
         train, test = store.splits.labelled("fine-tuning")
-        for name, share, recipe in zip(self.protocols, self._shares, self.recipes, strict=True):
+        for name, share, recipe, frozen in zip(self.protocols, self._shares, self.recipes, self.frozen, strict=True):
             some = train.part(share, train.name)
             world = distributed.world()
             network = train_classifier(
@@ -115,13 +119,13 @@ class FineTune(Evaluator):
                 replace(recipe, batch=min(recipe.batch, len(some) // world * world)),
                 store,
                 num_classes=self._num_classes,
-                frozen=False,
+                frozen=frozen,
                 seed=self._seed,
                 name=name,
             )
-            batches = plain_batches(test, store.views, batch=store.batch, num_workers=store.num_workers)
-            logits_NC, _ = extract(network, batches, device=store.device, precision=store.precision)
-            yield from accuracies(logits_NC, self._test_labels, name)
+            logits_NC = store.outputs(network, test, store.views)
+            if distributed.is_main():
+                yield from accuracies(logits_NC, self._test_labels, name)
 
 
 def listed(source: Source, path: str) -> np.ndarray:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from caco import metrics
+from caco import distributed, metrics
 from caco.data.sets.sources import choose
 from caco.equations import rank_me
 from caco.errors import UserError
 from caco.evals.base import Evaluator
-from caco.evals.features import FeatureStore, extract, full_float32
+from caco.evals.extraction import extract, full_float32
+from caco.evals.features import FeatureStore
 
 
 def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
@@ -52,6 +53,8 @@ class Geometry(Evaluator):
         when: "epoch" (while training, and at its end) or "end".
     """
 
+    on_all_ranks = True  # they share the reading
+
     def __init__(self, *, images: int = 2048, when: Literal["epoch", "end"] = "end") -> None:
         if images < 2:
             raise UserError(f"geometry images: expected at least 2, got {images}")
@@ -70,7 +73,10 @@ class Geometry(Evaluator):
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/<name>`, number)."""
         store = self._store
-        x_ND = store.of(backbone, self._source, store.views).to(torch.float64)
+        x_ND = store.of(backbone, self._source, store.views)
+        if not distributed.is_main():
+            return
+        x_ND = x_ND.to(torch.float64)
         width = x_ND.shape[1]
         unit_ND = F.normalize(x_ND, dim=1)
         mean_D = unit_ND.mean(dim=0)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from caco import metrics
+from caco import distributed, metrics
 from caco.data.sets.sources import Source
 from caco.errors import UserError
 from caco.evals.base import Evaluator
-from caco.evals.features import FeatureStore, full_float32
+from caco.evals.extraction import full_float32
+from caco.evals.features import FeatureStore
 
 _LAST_INDEX = 2**32 - 1
 
@@ -144,6 +145,8 @@ class KNN(Evaluator):
         when: "epoch" (while training, and at its end) or "end".
     """
 
+    on_all_ranks = True  # they share the reading
+
     def __init__(
         self,
         *,
@@ -189,8 +192,11 @@ class KNN(Evaluator):
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>_top1`, percent)."""
         bank_ND = self._store.features(backbone, "train", self._bank)
+        test_QD = self._store.features(backbone, "test")
+        if not distributed.is_main():
+            return
         predicted = knn_predict(
-            self._store.features(backbone, "test"),
+            test_QD,
             bank_ND,
             self._bank_labels,
             k=self.k,

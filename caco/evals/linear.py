@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from caco import metrics
+from caco import distributed, metrics
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
@@ -102,5 +102,6 @@ class Linear(Evaluator):
         )
         head = network[1]
         assert isinstance(head, nn.Linear)
-        logits_NC = classify(head, store.features(backbone, "test"))
-        yield from accuracies(logits_NC, self._test_labels, self.protocol)
+        test_ND = store.features(backbone, "test")
+        if distributed.is_main():
+            yield from accuracies(classify(head, test_ND), self._test_labels, self.protocol)

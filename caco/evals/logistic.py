@@ -5,25 +5,61 @@ Shapes: N images, D feature width, C classes, R directions in which the features
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from caco.evals.features import full_float32
+from caco.evals.extraction import full_float32
 
 
 def moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and scale [D] by which features are standardised; a feature that never changes keeps scale 1."""
-    std_D, mean_D = torch.std_mean(x_ND, dim=0, correction=0)
-    constant_D = (x_ND == x_ND[0]).all(dim=0)
-    return torch.where(constant_D, x_ND[0], mean_D), torch.where(constant_D, 1.0, std_D)
+    """Mean and scale [D] float32 by which features are standardised; a feature that never changes keeps scale 1."""
+    # Of a block of columns at a time: torch would hold a second copy of the features to sum them up.
+    pieces = [torch.std_mean(x.float(), dim=0, correction=0) for x in x_ND.split(64, dim=1)]
+    std_D, mean_D = (torch.cat(part) for part in zip(*pieces, strict=True))
+    first_D = x_ND[0].float()
+    constant_D = x_ND.amin(dim=0) == x_ND.amax(dim=0)
+    return torch.where(constant_D, first_D, mean_D), torch.where(constant_D, 1.0, std_D)
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """Features as (x - mean) / scale, made a block of rows at a time: a million of them are in memory once, as they came.
+
+    x_ND: float32, or what a file of features holds. What `fit` and `objective` ask of features, this answers.
+    """
+
+    x_ND: Tensor
+    mean_D: Tensor
+    scale_D: Tensor
+
+    @classmethod
+    def of(cls, x_ND: Tensor) -> "Standardised":
+        return cls(x_ND, *moments(x_ND))
+
+    def __len__(self) -> int:
+        return len(self.x_ND)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x_ND.shape
+
+    def new_zeros(self, *shape: int) -> Tensor:
+        return self.mean_D.new_zeros(*shape)
+
+    def split(self, block: int) -> Iterator[Tensor]:
+        return (self(x) for x in self.x_ND.split(block))
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """Other features by the same mean and scale."""
+        return (x_ND.to(self.mean_D) - self.mean_D) / self.scale_D
 
 
 def objective(
-    weight_DC: Tensor, bias_C: Tensor, x_ND: Tensor, target: Tensor, *, l2: float, block: int = 65536
+    weight_DC: Tensor, bias_C: Tensor, x_ND: Tensor | Standardised, target: Tensor, *, l2: float, block: int = 65536
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Regularised cross-entropy and its gradients by weight and bias, in blocks of rows.
 
@@ -57,7 +93,7 @@ class _FlatEnough(Exception):
 @torch.no_grad()
 @full_float32()
 def fit(
-    x_ND: Tensor,
+    x_ND: Tensor | Standardised,
     target: Tensor,
     *,
     num_classes: int,
@@ -209,3 +245,47 @@ def strengths(count: int = 45, low: float = 1e-6, high: float = 1e5) -> list[flo
     """`count` strengths, evenly spaced in their logarithm, strongest first: each fit then starts from a simpler one."""
     spaced = torch.linspace(math.log10(high), math.log10(low), count, dtype=torch.float64)
     return [10.0**exponent for exponent in spaced.tolist()]
+
+
+def choose_strength(
+    train_ND: Tensor,
+    target: Tensor,
+    validation_MD: Tensor,
+    measured: Callable[[float, Tensor], float],
+    *,
+    strengths: list[float],
+    num_classes: int,
+    max_iterations: int,
+    tolerance: float,
+) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The strength whose classifier of training images is best on validation images, the first of equals; and that classifier.
+
+    Args:
+        measured: of a strength and its logits [M, C], on the CPU: how good they are.
+    Returns:
+        strength; weight [D, C] and bias [C], float64, for the features as they came.
+    """
+    axes = Axes.of(train_ND)
+    z_NR, z_validation_MR = axes.turn(train_ND), axes.turn(validation_MD)
+    weight, best, found = None, -math.inf, None
+    for strength in strengths:
+        weight = fit_on_axes(
+            axes,
+            z_NR,
+            target,
+            num_classes=num_classes,
+            strength=strength,
+            start=weight,
+            max_iterations=max_iterations,
+            tolerance=tolerance,
+        )
+        value = measured(strength, torch.addmm(weight[1], z_validation_MR, weight[0]).cpu())
+        if value > best:
+            best, found = value, (strength, axes.back(*weight))
+    assert found is not None, "at least one strength was tried, and gave a number"
+    return found
+
+
+def logits_of(x_ND: Tensor, weight_DC: Tensor, bias_C: Tensor, *, block: int = 8192) -> Tensor:
+    """[N, C] float64, on the CPU, in blocks of rows."""
+    return torch.cat([torch.addmm(bias_C, x.double(), weight_DC).cpu() for x in x_ND.split(block)])

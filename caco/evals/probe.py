@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from caco import metrics
+from caco import distributed, metrics
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore
-from caco.evals.logistic import fit, moments
+from caco.evals.logistic import Standardised, fit
 
 
 class Probe(Evaluator):
@@ -27,6 +27,8 @@ class Probe(Evaluator):
         max_iterations: of L-BFGS.
         when: "epoch" (while training, and at its end) or "end".
     """
+
+    on_all_ranks = True  # they share the reading
 
     def __init__(
         self, *, l2: float = 1e-3, max_iterations: int = 500, when: Literal["epoch", "end"] = "end"
@@ -54,15 +56,17 @@ class Probe(Evaluator):
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>_top1`, percent)."""
         device = self._store.device
-        x_ND = self._store.features(backbone, "train").to(device, torch.float32)
-        mean_D, scale_D = moments(x_ND)
+        train_ND = self._store.features(backbone, "train")
+        test_ND = self._store.features(backbone, "test")
+        if not distributed.is_main():
+            return
+        x_ND = Standardised.of(train_ND.to(device))  # on a CPU the store's own, no copy
         weight_DC, bias_C = fit(
-            (x_ND - mean_D) / scale_D,
+            x_ND,
             self._labels.to(device),
             num_classes=self._num_classes,
             l2=self.l2,
             max_iterations=self.max_iterations,
         )
-        test_ND = (self._store.features(backbone, "test").to(device, torch.float32) - mean_D) / scale_D
-        predicted = (test_ND @ weight_DC + bias_C).argmax(dim=1).cpu()
+        predicted = torch.cat([(x_ND(x.to(device)) @ weight_DC + bias_C).argmax(dim=1).cpu() for x in test_ND.split(65536)])
         yield f"{self.protocol}_top1", 100 * (predicted == self._test_labels).double().mean().item()

@@ -2,22 +2,23 @@
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
+from tqdm import tqdm
 
 from caco import metrics
 from caco.config import folders
 from caco.evals.evaluation import Evaluation
-from caco.evals.features import key_of
+from caco.evals.feature_files import key_of
 from caco.runs import renamed
 from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import flat, is_neutral, plain
+from caco.saying import Say
 from caco.tracking import recorded
 from caco.tracking.base import Tracker
 from caco.tracking.ledger import Ledger
@@ -79,7 +80,7 @@ class Record:
             | folders.code_of([node["_target_"]]),
             "inputs": evaluator.inputs(),
             "encoder": store.digest_of(encoder),
-            "images": {split: source and source.digest() for split, source in sources.items()},
+            "images": {split: source and store.key_of(source) for split, source in sources.items()},
             "augmentation": plain(self.cfg)["augmentation"],
             "plain_view": [views.size, views.plain_crop, views.plain_interpolation],
             "precision": store.precision,
@@ -148,14 +149,15 @@ class Record:
         return "\n".join(lines)
 
 
-def say_sometimes(enabled: bool, *, seconds: float = 5.0) -> Callable[..., None]:
-    """say(text, passing=False) for stderr: a passing line only if none was said for some seconds."""
+def say_sometimes(enabled: bool, *, seconds: float = 5.0) -> Say:
+    """say(text, passing=False) for stderr, past a bar that is there: a passing line only if none was said for some seconds."""
     last = [0.0]
 
     def say(text: str, passing: bool = False) -> None:
         now = time.monotonic()
         if enabled and not (passing and now - last[0] < seconds):
             last[0] = now
-            print(f"caco: {text}", file=sys.stderr, flush=True)
+            tqdm.write(f"caco: {text}", file=sys.stderr)
+            sys.stderr.flush()
 
     return say

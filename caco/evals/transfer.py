@@ -5,7 +5,6 @@ Shapes: N images, C classes.
 
 import statistics
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +13,14 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from caco import metrics
-from caco.data.sets.overlap import refuse_shared
+from caco import distributed, metrics
 from caco.data.sets.sources import Source, labels_of
 from caco.data.sets.transfer import MissingSet, TransferSet, load
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, require_classes
-from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
+from caco.evals.logistic import Axes, choose_strength, fit_on_axes, largest, logits_of, objective, strengths
 
 PUBLISHED = (
     "food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "voc2007", "dtd", "pets", "caltech101", "flowers",
@@ -47,6 +45,8 @@ class Transfer(Evaluator):
         max_iterations, tolerance: of L-BFGS; it ends where no entry of the gradient of the mean loss is above tolerance.
         when: "epoch" (while training, and at its end) or "end".
     """
+
+    on_all_ranks = True  # they share the reading
 
     def __init__(
         self,
@@ -89,13 +89,18 @@ class Transfer(Evaluator):
         self._store, self._found, missing = store, [], []
         for name in self.sets:
             try:
-                self._found.append(self._checked(load(name, Path(self.root).expanduser(), seed=seed)))
+                self._found.append(load(name, Path(self.root).expanduser(), seed=seed))
             except MissingSet as error:
                 missing.append(str(error))
         for line in missing:
             store.say(f"transfer goes on without {line}")
         if not self._found:
             raise UserError("none of the sets is there:\n" + "\n".join(missing))
+        found = distributed.all_objects([one.name for one in self._found])
+        if any(names != found[0] for names in found):
+            raise UserError(f"root: expected every rank to see the same sets in {self.root}, got, by rank, {found}")
+        for one in self._found:
+            self._check(one)
         crop = View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
         like = store.views
         self._views = Views(
@@ -103,18 +108,19 @@ class Transfer(Evaluator):
             colours=like.colours,
         )  # fmt: skip
 
-    def _checked(self, found: TransferSet) -> TransferSet:
+    def _check(self, found: TransferSet) -> None:
         if found.metric != "map11":
             require_classes(found.train, found.validation)
             require_classes(found.train, found.test)
-        if self._store.overlap == "refuse":
-            for source in (found.train, found.validation, self._store.splits.pretrain):
-                refuse_shared(source, found.test)
-        return found
+        for source in (found.train, found.validation, found.test):
+            source.look(self._store.say)  # all ranks together, where one alone would ask for their keys
+        for source in (found.train, found.validation, self._store.splits.pretrain):
+            self._store.refuse_shared(source, found.test)
 
     def inputs(self) -> list[Any]:
         """What the numbers depend on besides the arguments: the sets that were found, by name and content."""
-        return [[s.name, s.train.digest(), s.validation.digest(), s.test.digest()] for s in self._found]
+        key = self._store.key_of
+        return [[s.name, key(s.train), key(s.validation), key(s.test)] for s in self._found]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest entry)."""
@@ -123,39 +129,34 @@ class Transfer(Evaluator):
 
     def _one(self, backbone: nn.Module, one: TransferSet) -> Iterator[tuple[str, float]]:
         store = self._store
-        train, validation = self._features(backbone, one.train), self._features(backbone, one.validation)
+        train, validation, test = (store.of(backbone, source, self._views) for source in (one.train, one.validation, one.test))
+        if not distributed.is_main():
+            return
+        train, validation, test = (features.to(store.device) for features in (train, validation, test))
         known = labels_of(one.train)
         num_classes = known.shape[1] if one.metric == "map11" else int(known.max()) + 1
-        fit = partial(fit_on_axes, num_classes=num_classes, max_iterations=self.max_iterations, tolerance=self.tolerance)
+        settings: dict[str, Any] = {
+            "num_classes": num_classes, "max_iterations": self.max_iterations, "tolerance": self.tolerance
+        }  # fmt: skip
 
-        axes, labels = Axes.of(train), _labels(one.train, store)
-        z_NR, z_validation_NR = axes.turn(train), axes.turn(validation)
-        weight, best, chosen, start = None, -1.0, 0.0, None
-        for strength in self.strengths:
-            weight = fit(axes, z_NR, labels, strength=strength, start=weight)
-            logits_NC = torch.addmm(weight[1], z_validation_NR, weight[0]).cpu()
+        def measured(strength: float, logits_NC: Tensor) -> float:
             value = dict(score(logits_NC, labels_of(one.validation), one.metric))[one.metric]
-            if value > best:
-                best, chosen, start = value, strength, axes.back(*weight)
             store.say(f"{self.protocol}/{one.name}: strength {strength:.1e}, validation {value:.2f}", passing=True)
-        del z_NR, z_validation_NR
+            return value
+
+        labels = _labels(one.train, store)
+        chosen, start = choose_strength(train, labels, validation, measured, strengths=self.strengths, **settings)
 
         everything, labels = torch.cat([train, validation]), torch.cat([labels, _labels(one.validation, store)])
         axes = Axes.of(everything)
-        assert start is not None, "at least one strength was tried"
-        weight = fit(axes, axes.turn(everything), labels, strength=chosen, start=axes.start(*start))
+        weight = fit_on_axes(axes, axes.turn(everything), labels, strength=chosen, start=axes.start(*start), **settings)
         weight_DC, bias_C = axes.back(*weight)
         l2 = chosen / len(everything)
         _, grad_DC, grad_C = objective(weight_DC, bias_C, everything.double(), labels, l2=l2)
-        test = self._features(backbone, one.test)
-        logits_NC = torch.cat([torch.addmm(bias_C, x.double(), weight_DC).cpu() for x in test.split(8192)])
-        for metric, value in score(logits_NC, labels_of(one.test), one.metric):
+        for metric, value in score(logits_of(test, weight_DC, bias_C), labels_of(one.test), one.metric):
             yield f"{self.protocol}/{one.name}_{metric}", value
         yield f"{self.protocol}/{one.name}_strength", chosen
         yield f"{self.protocol}/{one.name}_gradient", largest(grad_DC, grad_C)
-
-    def _features(self, backbone: nn.Module, source: Source) -> Tensor:
-        return self._store.of(backbone, source, self._views).to(self._store.device)
 
 
 def _labels(source: Source, store: FeatureStore) -> Tensor:

@@ -79,7 +79,7 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
     waiting, active = [], {}
     for job in jobs:
         submitted = read_json(job.run_dir / "job.json")
-        if (job.run_dir / "summary.json").exists():
+        if not _lacks(job):
             _say(job, "is done already")
         elif submitted and _is_active(launcher, submitted["id"]):
             active[submitted["id"]] = job
@@ -118,9 +118,15 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
         print(f"\ncaco: the jobs go on; the same command follows them again, scancel {ids} ends them", file=sys.stderr)
         sys.exit(130)
     _wait_for_results(jobs)
-    failed = [job for job in jobs if not (job.run_dir / "summary.json").exists()]
+    failed = [job for job in jobs if _lacks(job)]
     if failed:
         raise SweepFailed(_report(jobs, failed, states))
+
+
+def _lacks(job: Job) -> str | None:
+    """What a run has not come to: its end, or an evaluation there."""
+    summary = read_json(job.run_dir / "summary.json")
+    return "; ".join(metrics.missing_at_the_end(summary)) or None if summary else "its end"
 
 
 def _is_active(launcher: Slurm | Local, id: str) -> bool:
@@ -145,7 +151,9 @@ def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
     for job in failed:
         submitted = read_json(job.run_dir / "job.json")
         failure = job.run_dir / "failure.txt"
-        if failure.exists():
+        if (job.run_dir / "summary.json").exists():
+            why = _lacks(job)
+        elif failure.exists():
             why = failure.read_text().strip().splitlines()[-1]
         else:
             why = f"ended as {states.get(submitted['id'], 'GONE')}, without a word"

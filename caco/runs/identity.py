@@ -29,6 +29,7 @@ NEUTRAL_KEYS = (
     "data.download",
     "data.labelled_root",
     "data.in_memory_mb",
+    "eval.domain.root",
     "eval.transfer.root",
     "eval.detect.root",
     "eval.detect.save_every_steps",

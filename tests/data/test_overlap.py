@@ -3,13 +3,17 @@
 import shutil
 from pathlib import Path
 
+import content_worker
 import numpy as np
 import pytest
+from processes import ranks
 
 from caco.data.sets import overlap
+from caco.data.sets.beton import BetonImages
 from caco.data.sets.folders import class_folders
-from caco.data.sets.overlap import refuse_overlap, shared_images
+from caco.data.sets.overlap import Overlap, shared_images
 from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.write import write_splits
 
 
 @pytest.fixture
@@ -31,9 +35,65 @@ def test_copies_are_found_among_files_and_among_pixels(folders):
 
 def test_files_of_other_size_or_beginning_are_not_read_whole(folders, monkeypatch):
     read = []
-    monkeypatch.setattr(overlap, "_whole", lambda source, i: read.append(source.path(i)) or Path(source.path(i)).read_bytes())
+    monkeypatch.setattr(overlap, "_content", lambda source, i: read.append(source.path(i)) or Path(source.path(i)).read_bytes())
     shared_images(*folders)
     assert len(read) == 4
+
+
+def in_memory(source, name="memory"):
+    return ImagesInMemory([np.asarray(source.image(i)) for i in range(len(source))], name=name)
+
+
+def test_only_images_of_a_size_that_the_other_set_has_too_are_decoded(folders, monkeypatch):
+    train, test = folders  # the test images are of 9 px but for two copies of training images, of 8
+    decoded = []
+    monkeypatch.setattr(overlap, "_pixels", lambda source, i: decoded.append((source.name, i)) or source.image(i).tobytes())
+    assert shared_images(in_memory(train), test) == [(0, 3), (4, 1)]
+    assert sorted(decoded) == [("memory", i) for i in range(6)] + [("set/test", 1), ("set/test", 3)]
+
+
+def test_of_a_set_that_is_compared_with_many_nothing_is_found_out_twice(folders, monkeypatch):
+    train, test = folders
+    done = []
+    for name in ("_pixels", "_shape", "_content"):
+        original = getattr(overlap, name)
+
+        def counted(source, i, original=original, name=name):
+            done.append((name, source.name, i))
+            return original(source, i)
+
+        counted.__name__ = name
+        monkeypatch.setattr(overlap, name, counted)
+    finder = Overlap()
+    for other in (test, in_memory(test, "a"), in_memory(test, "b"), test):
+        assert finder.shared(train, other) == [(0, 3), (4, 1)]
+    assert len(done) == len(set(done)) and {name for name, source, _ in done if source == "set/train"} == {
+        "_pixels",
+        "_shape",
+        "_content",
+    }
+
+
+def test_copies_are_found_among_betons_and_files_without_decoding_where_both_hold_jpegs(tmp_path, write_images, monkeypatch):
+    write_images(tmp_path / "train" / "cat", 6, suffix=".jpg")
+    write_images(tmp_path / "test" / "cat", 5, size=9, suffix=".jpg")
+    shutil.copy(tmp_path / "train" / "cat" / "0002.jpg", tmp_path / "test" / "cat" / "0004.jpg")
+    train, test = (class_folders(tmp_path / name, name) for name in ("train", "test"))
+    packed = {}
+    for mode in ("jpeg", "raw"):
+        write_splits(Splits(train, train, test), tmp_path / mode, mode=mode, num_workers=1)
+        packed[mode] = [BetonImages(tmp_path / mode / f"{split}.beton", name=mode) for split in ("train", "test")]
+    assert shared_images(packed["raw"][0], test) == shared_images(train, packed["raw"][1]) == [(2, 4)]
+    monkeypatch.setattr(overlap, "_pixels", lambda source, i: pytest.fail("decoded"))
+    assert (
+        shared_images(*packed["jpeg"]) == shared_images(packed["jpeg"][0], test) == shared_images(train, packed["jpeg"][1]) == [(2, 4)]
+    )
+
+
+def test_two_ranks_find_what_one_does(folders, tmp_path):
+    codes, outputs = ranks(2, content_worker.overlap, str(tmp_path), str(tmp_path / "out"))
+    assert codes == [0, 0], outputs
+    assert [(tmp_path / f"out{rank}").read_text() for rank in range(2)] == ["[(0, 3), (4, 1)] [(0, 3), (4, 1)]"] * 2
 
 
 def test_files_that_only_begin_alike_are_no_copies(tmp_path):
@@ -45,9 +105,11 @@ def test_files_that_only_begin_alike_are_no_copies(tmp_path):
 
 def test_an_overlap_is_refused_with_the_files_and_what_to_do(folders):
     train, test = folders
-    with pytest.raises(ValueError, match=r"2 of the 5 images of set/test are images of set/train too \(.*0000.png is .*0003.png; .*overlap=allow"):
-        refuse_overlap(Splits(train, train, test))
+    with pytest.raises(
+        ValueError, match=r"2 of the 5 images of set/test are images of set/train too \(.*0000.png is .*0003.png; .*overlap=allow"
+    ):
+        Overlap().refuse_in(Splits(train, train, test))
     with pytest.raises(ValueError, match="are images of set/train too"):  # pre-trained on, without labels
-        refuse_overlap(Splits(train, None, test))
-    refuse_overlap(Splits(train, train, None))
-    refuse_overlap(Splits(train, train, test.part(np.array([0, 2, 4]), "set/test")))
+        Overlap().refuse_in(Splits(train, None, test))
+    Overlap().refuse_in(Splits(train, train, None))
+    Overlap().refuse_in(Splits(train, train, test.part(np.array([0, 2, 4]), "set/test")))

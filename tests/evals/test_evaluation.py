@@ -11,7 +11,8 @@ from caco.config.composition import compose, instantiate
 from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.data.views.augmentation import View, Views
 from caco.evals.evaluation import Evaluation
-from caco.evals.features import FeatureStore, extract
+from caco.evals.extraction import extract
+from caco.evals.features import FeatureStore
 from caco.evals.knn import KNN
 from caco.evals.probe import Probe
 
@@ -24,6 +25,10 @@ class CountingViews(Views):
     def plain_pixels(self, image):
         self.made += 1
         return super().plain_pixels(image)
+
+    def plain_batch(self, images, **settings):
+        self.made += len(images)
+        return super().plain_batch(images, **settings)
 
 
 def coloured(count, name, *, labelled=True, seed=0):

@@ -10,7 +10,8 @@ from torch import nn
 
 from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.evals.evaluation import Evaluation
-from caco.evals.features import FeatureFiles, key_of, network_digest
+from caco.evals.extraction import network_digest
+from caco.evals.feature_files import FeatureFiles, key_of
 from caco.evals.knn import KNN
 from caco.evals.probe import Probe
 

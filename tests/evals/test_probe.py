@@ -6,8 +6,9 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from caco.evals.logistic import fit, moments, objective
+from caco.evals.logistic import Standardised, fit, moments, objective
 from caco.evals.probe import Probe
 
 
@@ -82,6 +83,40 @@ def test_standardising_leaves_a_feature_that_never_changes_at_zero():
     assert torch.equal(z[:, 1], torch.zeros(100))
     torch.testing.assert_close(z[:, [0, 2]].mean(0), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(z[:, [0, 2]].square().mean(0), torch.ones(2), atol=1e-4, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest number of elements of any tensor that an operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            given = {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            if isinstance(one, torch.Tensor) and one.data_ptr() not in given:
+                self.elements = max(self.elements, one.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_makes_no_second_copy_of_the_features_and_the_same_classifier(digits, dtype):
+    x, y, *_ = digits
+    x = torch.cat([3 * x + 5, x.roll(1, 0), x.roll(2, 0), x.roll(3, 0), x.roll(4, 0)], dim=1).to(dtype)
+    x[:, 7] = 0.5  # never changes
+    with Largest() as largest, pytest.warns(UserWarning, match="gradient"):
+        standardised = Standardised.of(x)
+        ours = fit(standardised, y, num_classes=10, l2=1e-3, max_iterations=3, block=100)
+    assert largest.elements < x.numel() / 4, "it works on blocks of rows, or of columns"
+    with pytest.warns(UserWarning, match="gradient"):
+        whole = fit((x.float() - standardised.mean_D) / standardised.scale_D, y, num_classes=10, l2=1e-3, max_iterations=3, block=100)
+    assert torch.equal(ours[0], whole[0]) and torch.equal(ours[1], whole[1])
+    mean, scale = x.double().mean(0), x.double().std(0, correction=0)
+    torch.testing.assert_close(standardised.mean_D.double(), mean, rtol=1e-5, atol=1e-6)
+    scale[7] = 1.0
+    torch.testing.assert_close(standardised.scale_D.double(), torch.where(scale == 0, 1.0, scale), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

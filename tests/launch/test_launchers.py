@@ -12,7 +12,8 @@ from tiny import BANK, TINY, compose
 
 from caco import instructions, train
 from caco.installed import command_to_install
-from caco.launch.jobs import environment_of_jobs
+from caco.launch import sweep
+from caco.launch.jobs import Job, environment_of_jobs
 from caco.launch.local import Local
 from caco.launch.slurm import _hours
 from caco.launch.snapshot import snapshot
@@ -26,6 +27,15 @@ def caco(*overrides, cwd, **environment):
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-P", "-m", "caco.train", *overrides]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_a_run_is_done_in_a_sweep_when_no_evaluation_at_its_end_is_missing(tmp_path):
+    job = Job((), tmp_path)
+    assert sweep._lacks(job) == "its end"
+    failed = [{"evaluator": "knn", "step": 5, "message": "eval.knn failed after 1 of 2 epochs: no memory"}]
+    for summary, lacks in (({}, None), ({"failed_evaluations": failed}, None), ({"failed_evaluations": failed, "steps": 5}, failed[0]["message"])):
+        (tmp_path / "summary.json").write_text(json.dumps({"steps": 10} | summary))
+        assert sweep._lacks(job) == lacks
 
 
 def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tmp_path):

@@ -18,7 +18,12 @@ Made = Pixels | UnreadableImage  # a batch, or why there is none
 
 
 class Loader(Protocol):
-    """Settings of a loader, whose `bind` gives them data; every loader makes the same batches, to the bit."""
+    """Settings of a loader, whose `bind` gives them data; every loader makes the same batches, to the bit.
+
+    num_workers: threads or processes that make views; passes over a whole set, as evaluations take them, have as many.
+    """
+
+    num_workers: int = 0
 
     @abstractmethod
     def bind(

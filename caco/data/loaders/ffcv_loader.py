@@ -73,6 +73,7 @@ class AutoLoader(Loader):
     """
 
     def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+        self.num_workers = num_workers
         self._torch = TorchLoader(num_workers=num_workers, prefetch=prefetch, corrupt=corrupt)
         self._ffcv = FFCVLoader(num_workers=max(1, num_workers), prefetch=prefetch, corrupt=corrupt)
 

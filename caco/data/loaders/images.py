@@ -22,12 +22,23 @@ class Images:
     Args:
         bind: makes a loader of the training's batches, when the first pass of kind "train" needs one.
         batch: images of this rank in a plain batch; rank, world: whose, of how many.
+        num_workers: that read the images of a plain pass.
     """
 
     def __init__(
-        self, source: Source, views: Views, bind: Callable[[], BoundLoader], *, batch: int, device: torch.device, rank: int = 0, world: int = 1
+        self,
+        source: Source,
+        views: Views,
+        bind: Callable[[], BoundLoader],
+        *,
+        batch: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
     ):
         self._source, self._views, self._bind, self._batch, self._device = source, views, bind, batch, device
+        self._num_workers = num_workers
         self._own = np.array_split(np.arange(len(source)), world)[rank]
         self._loader: BoundLoader | None = None
 
@@ -56,10 +67,12 @@ class Images:
     def _plain(self) -> Iterator[Batch]:
         own = self._own
         done = 0
-        for images, label in plain_batches(self._source.part(own, self._source.name), self._views, batch=self._batch):
+        part = self._source.part(own, self._source.name)
+        batches = plain_batches(part, self._views, batch=self._batch, num_workers=self._num_workers, device=self._device)
+        for images, label in batches:
             index = torch.from_numpy(own[done : done + len(images)])
             done += len(images)
-            yield Batch([images.to(self._device)], index.to(self._device), label.to(self._device))
+            yield Batch([images], index.to(self._device), label)
 
     def close(self) -> None:
         """End the workers."""

@@ -1,17 +1,15 @@
 """The loader that needs no more than torch: compiled views of images in memory, or workers that read files."""
 
 import contextlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 
 from caco.data.loaders.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
 from caco.data.loaders.bound import BoundLoader, Loader, Made, check_settings
-from caco.data.loaders.workers import data_loader
+from caco.data.loaders.workers import ahead_of, data_loader
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
@@ -116,7 +114,7 @@ class InMemory:
         self.table = native.table(images) if self.mapped is None else None
 
     def __iter__(self) -> Iterator[Pixels]:
-        return _ahead(self.make, self.keys, self.ahead)
+        return ahead_of(self.make, self.keys, self.ahead)
 
     def make(self, key: tuple[int, np.ndarray]) -> Pixels:
         epoch, indices = key
@@ -125,22 +123,3 @@ class InMemory:
         rows = native.table(images) if self.table is None else self.table[indices]
         made, _ = self.make_views(rows, indices, mixed_seed(self.seed, epoch))
         return pixels(made, self.source, indices, indices)
-
-
-def _ahead(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """make(key) of each key in order, by one thread that is `ahead` of the caller; what it raises is raised here."""
-    if ahead == 0:
-        yield from map(make, keys)
-        return
-    with ThreadPoolExecutor(1) as thread:
-        waiting: deque = deque()
-        try:
-            for key in keys:
-                waiting.append(thread.submit(make, key))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -1,11 +1,13 @@
-"""The forked workers of a torch DataLoader: born, signalled and ended so that no run is hurt by one."""
+"""Who makes batches ahead: a thread, or forked workers of a torch DataLoader, born, signalled and ended so that no run is hurt by one."""
 
 import contextlib
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -68,3 +70,22 @@ def _end_if_parent_asks(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def ahead_of(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """make(key) of each key in order, by one thread that is `ahead` of the caller; what it raises is raised here."""
+    if ahead == 0:
+        yield from map(make, keys)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque = deque()
+        try:
+            for key in keys:
+                waiting.append(thread.submit(make, key))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

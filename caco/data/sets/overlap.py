@@ -1,90 +1,162 @@
-"""Images that two sets share, found by the hash of their files or pixels."""
+"""Images that two sets share: by looks at their files and then all of the files' bytes, or by their sizes and then their pixels."""
 
+import ctypes
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
+from caco import distributed
+from caco.data.sets.content import in_threads
 from caco.data.sets.sources import Source, Splits
 from caco.errors import UserError
+from caco.saying import Say, silent
 
-_HEAD_BYTES = 4096
+_KEY_BYTES = 16
+R = TypeVar("R")
+
+
+class Overlap:
+    """Finds the images that sets share, and keeps what it found out of a set: one is compared with many.
+
+    Every rank does a share of the reading and has the whole answer, so each method is a collective.
+
+    Args:
+        say: is told how far it is with what takes its time.
+    """
+
+    def __init__(self, say: Say = silent) -> None:
+        self._say = say
+        # By id, each beside its set, which stays alive with it.
+        self._seen: dict[int, tuple[Source, np.ndarray | None]] = {}
+        self._sizes: dict[int, tuple[Source, np.ndarray]] = {}
+        self._hashes: dict[tuple[int, str], tuple[Source, dict[int, bytes]]] = {}
+
+    def shared(self, train: Source, test: Source) -> list[tuple[int, int]]:
+        """(position in train, position in test) of every test image that is also a training image, one pair a test image.
+
+        Where both sets lie encoded in files, files are compared byte by byte: only those whose looks are equal are read whole. Other
+        images are compared by their pixels, and only those are decoded whose height and width the other set has too. So a file
+        and its decoded copy are found, one re-encoded is not.
+        """
+        if len(train) == 0 or len(test) == 0:
+            return []
+        cheap = [self._looks(train), self._looks(test)]
+        whole = _content
+        if any(looks is None for looks in cheap):
+            cheap, whole = [self._shapes(train), self._shapes(test)], _pixels
+        ours, theirs = (_rows(one) for one in cheap if one is not None)
+        both = np.intersect1d(ours, theirs)
+        where = [np.flatnonzero(np.isin(one, both)) for one in (ours, theirs)]
+        found: dict[bytes, int] = {}
+        for key, i in zip(self._hashed(train, where[0], whole), where[0].tolist(), strict=True):
+            found.setdefault(key, i)
+        pairs = zip(self._hashed(test, where[1], whole), where[1].tolist(), strict=True)
+        return sorted((found[key], j) for key, j in pairs if key in found)
+
+    def refuse(self, train: Source, test: Source) -> None:
+        """
+        Raises:
+            UserError: they share images; the first ones are named.
+        """
+        pairs = self.shared(train, test)
+        if pairs:
+            shown = "; ".join(f"{_called(train, i)} is {_called(test, j)}" for i, j in pairs[:3])
+            raise UserError(
+                f"{len(pairs)} of the {len(test)} images of {test.name} are images of {train.name} too ({shown}"
+                f"{'; ...' if len(pairs) > 3 else ''}): expected test images that nothing was trained on. Take them out, or "
+                "evaluate all the same with overlap=allow"
+            )
+
+    def refuse_in(self, splits: Splits) -> None:
+        """
+        Raises:
+            UserError: a test image is among the images that are trained on, labelled or not.
+        """
+        if splits.test is None:
+            return
+        for train in {id(source): source for source in (splits.train, splits.pretrain) if source is not None}.values():
+            self.refuse(train, splits.test)
+
+    def _looks(self, source: Source) -> np.ndarray | None:
+        if id(source) not in self._seen:
+            source.look(self._say)
+            self._seen[id(source)] = source, source.looks()
+        return self._seen[id(source)][1]
+
+    def _shapes(self, source: Source) -> np.ndarray:
+        """int32 [N, 2], the smaller and the larger side of each image."""
+        if id(source) not in self._sizes:
+            made = self._shared_out(source, range(len(source)), _shape, f"sizes of the images of {source.name}")
+            self._sizes[id(source)] = source, np.sort(np.array(made, dtype=np.int32), axis=1)
+        return self._sizes[id(source)][1]
+
+    def _hashed(self, source: Source, indices: np.ndarray, whole: Callable[[Source, int], bytes]) -> list[bytes]:
+        """A hash of each of these images' content or pixels, computed once."""
+        _, known = self._hashes.setdefault((id(source), whole.__name__), (source, {}))
+        todo = [i for i in indices.tolist() if i not in known]
+        what = f"images of {source.name} compared whole with others like them"
+        known.update(zip(todo, self._shared_out(source, todo, lambda s, i: _hash(whole(s, i)), what), strict=True))
+        return [known[i] for i in indices.tolist()]
+
+    def _shared_out(self, source: Source, indices: Sequence[int], work: Callable[[Source, int], R], what: str) -> list[R]:
+        """work(source, i) of each index, in order, each rank a share of them."""
+        rank, world = distributed.rank(), distributed.world()
+        own = indices[rank::world]
+        parts = distributed.together(lambda: in_threads(lambda i: work(source, own[i]), len(own), say=self._say, what=what))
+        made: list[R | None] = [None] * len(indices)
+        for number, part in enumerate(parts):
+            made[number::world] = part
+        return made  # type: ignore[return-value]
 
 
 def shared_images(train: Source, test: Source) -> list[tuple[int, int]]:
-    """(position in train, position in test) of every test image that is also a training image, one pair a test image.
-
-    Files are compared byte by byte: only those of equal size and beginning are read whole. Other images are compared by
-    their pixels, so a file and its decoded copy are found, one re-encoded is not.
-    """
-    if _in_files(train) and _in_files(test):
-        heads, theirs = _positions(train, range(len(train)), _head), _positions(test, range(len(test)), _head)
-        both = heads.keys() & theirs.keys()
-        found = _positions(train, sorted(i for head in both for i in heads[head]), _whole)
-        places = _positions(test, sorted(j for head in both for j in theirs[head]), _whole)
-    else:
-        found, places = _positions(train, range(len(train)), _pixels), _positions(test, range(len(test)), _pixels)
-    return sorted((found[key][0], j) for key, positions in places.items() if key in found for j in positions)
+    """As Overlap.shared, of two sets that are compared once."""
+    return Overlap().shared(train, test)
 
 
-def refuse_overlap(splits: Splits) -> None:
-    """
-    Raises:
-        ValueError: a test image is among the images that are trained on, labelled or not.
-    """
-    if splits.test is None:
-        return
-    for train in {id(source): source for source in (splits.train, splits.pretrain) if source is not None}.values():
-        refuse_shared(train, splits.test)
+def _rows(table: np.ndarray) -> np.ndarray:
+    """Each row of [N, n] as one value that can be compared."""
+    return np.ascontiguousarray(table).view(f"V{table.dtype.itemsize * table.shape[1]}").ravel()
 
 
-def refuse_shared(train: Source, test: Source) -> None:
-    """
-    Raises:
-        ValueError: they share images; the first ones are named.
-    """
-    pairs = shared_images(train, test)
-    if pairs:
-        shown = "; ".join(f"{_called(train, i)} is {_called(test, j)}" for i, j in pairs[:3])
-        raise UserError(
-            f"{len(pairs)} of the {len(test)} images of {test.name} are images of {train.name} too ({shown}"
-            f"{'; ...' if len(pairs) > 3 else ''}): expected test images that nothing was trained on. Take them out, or "
-            "evaluate all the same with overlap=allow"
-        )
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_KEY_BYTES).digest()
 
 
-def _positions(source: Source, indices: Iterable[int], key: Callable[..., bytes]) -> dict[bytes, list[int]]:
-    found: dict[bytes, list[int]] = {}
-    for i in indices:
-        found.setdefault(key(source, i), []).append(i)
-    return found
-
-
-def _in_files(source: Source) -> bool:
-    return len(source) > 0 and source.path(0) is not None
-
-
-def _path(source: Source, index: int) -> Path:
+def _content(source: Source, index: int) -> bytes:
+    """An encoded image, whole."""
     path = source.path(index)
-    assert path is not None, "a file for every image, or for none"
-    return path
-
-
-def _head(source: Source, index: int) -> bytes:
-    path = _path(source, index)
-    with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
-    return hashlib.blake2b(b"%d\0" % path.stat().st_size + head, digest_size=16).digest()
-
-
-def _whole(source: Source, index: int) -> bytes:
-    return hashlib.blake2b(_path(source, index).read_bytes(), digest_size=16).digest()
+    if path is not None:
+        return Path(path).read_bytes()
+    assert source.packed is not None, "what has looks lies in files"
+    (row,) = source.packed.rows(np.array([index]))
+    return ctypes.string_at(int(row["data"]), int(row["bytes"]))
 
 
 def _pixels(source: Source, index: int) -> bytes:
     pixels = np.asarray(source.image(index))
-    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+    return repr(pixels.shape).encode() + pixels.tobytes()
+
+
+def _shape(source: Source, index: int) -> tuple[int, ...]:
+    """Height and width, without decoding the image where that can be."""
+    if source.arrays is not None:
+        return source.arrays[index].shape[:2]
+    if source.packed is not None:
+        (row,) = source.packed.rows(np.array([index]))
+        return int(row["height"]), int(row["width"])
+    path = source.path(index)
+    if path is not None:
+        try:
+            with Image.open(path) as image:
+                return image.size
+        except (OSError, SyntaxError, ValueError):
+            pass  # `image` says it, and names the file
+    return source.image(index).size
 
 
 def _called(source: Source, index: int) -> str:

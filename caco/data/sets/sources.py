@@ -12,7 +12,9 @@ from typing import ParamSpec, Protocol
 import numpy as np
 from PIL import Image
 
+from caco.data.sets.content import Looks, cache_key_of, digest_of
 from caco.errors import UserError
+from caco.saying import Say, silent
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -76,7 +78,21 @@ class Source(Protocol):
     @abstractmethod
     def digest(self) -> str:
         """A short hash that changes when the images, their order or their labels do. A checkpoint is gone on from only with the same
-        one, and features on disk are found by it, so what does not change an image (a root, say) is not in it."""
+        one, so what does not change an image (a root, a time, a copy) is not in it: caco/data/sets/content.py has the rule."""
+
+    def cache_key(self) -> str:
+        """A short hash by which what was computed of the images is found again on this machine: it changes with the digest, and
+        where files may have been written anew. The digest, of a set that is not in files."""
+        return self.digest()
+
+    def look(self, say: Say = silent) -> None:
+        """Find out, all ranks together, what `digest`, `cache_key` and `looks` need to know of the images, where that means reading
+        them. A collective; without it each rank that needs them does it by itself."""
+        return None
+
+    def looks(self) -> np.ndarray | None:
+        """uint8 [N, 16], of each image as it lies encoded in a file; None where images do not."""
+        return None
 
     def in_memory(self, max_mb: int) -> "Source":
         """The same set with its images decoded once, where that can be done and takes no more than `max_mb`; else itself."""
@@ -183,7 +199,12 @@ class ImageFiles(Source):
         labels: np.ndarray | None = None,
         classes: list[str] | None = None,
         decoded: Arrays | None = None,
+        of: tuple[Looks, np.ndarray] | None = None,
     ):
+        """
+        Args:
+            of: the looks of the set that this is a part of, and the positions there.
+        """
         assert labels is None or len(labels) == len(files)
         self.root = Path(root)
         # One array of bytes, not a list of strings: forked workers would copy a list's pages by counting references.
@@ -192,6 +213,11 @@ class ImageFiles(Source):
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
         self.arrays = decoded
+        if of is None:
+            every, top = self._files, str(self.root)
+            of = Looks(lambda i: f"{top}/{os.fsdecode(every[i])}", len(every)), np.arange(len(every))
+        self._looks: Looks = of[0]
+        self._at: np.ndarray = of[1]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -207,7 +233,8 @@ class ImageFiles(Source):
     def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
         decoded = None if self.arrays is None else _pick(self.arrays, indices)
-        return ImageFiles(self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded)
+        of = self._looks, self._at[indices]
+        return ImageFiles(self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded, of=of)
 
     def in_memory(self, max_mb: int) -> "ImageFiles":
         """The same set decoded once, if that takes no more than `max_mb`; else itself.
@@ -225,17 +252,24 @@ class ImageFiles(Source):
             used += decoded[-1].nbytes
             if used > budget:
                 return self
+        of = self._looks, self._at
         return ImageFiles(
-            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded
+            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, of=of
         )
 
     def digest(self) -> str:
         # Of the files also when decoded: how a set is held must not change what it is called.
-        state = hashlib.blake2b(digest_size=8)
-        for i, file in enumerate(self._files):
-            state.update(b"%s\0%d\0" % (file, os.stat(self.path(i)).st_size))
-        state.update(b"" if self.labels is None else self.labels.tobytes())
-        return state.hexdigest()
+        return digest_of(self._files, self.looks(), self.labels)
+
+    def cache_key(self) -> str:
+        looks, written = self._looks.of(self._at)
+        return cache_key_of(digest_of(self._files, looks, self.labels), written)
+
+    def look(self, say: Say = silent) -> None:
+        self._looks.together(self._at, say=say, what=f"files of {self.name} looked at")
+
+    def looks(self) -> np.ndarray:
+        return self._looks.of(self._at)[0]
 
 
 def read_image(path: Path) -> Image.Image:

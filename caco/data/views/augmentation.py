@@ -257,7 +257,9 @@ class Views:
         return whole if patches is None else [*whole, patches]
 
     def plain_batch(self, images: np.ndarray, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled."""
+        """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled, and so for
+        bilinear ones alone (`plain_is_compiled`)."""
+        assert self.plain_is_compiled
         made = np.empty((len(images), self.size, self.size, 3), np.uint8)
         settings = native.settings([(View(), self.size)], self._scale, self._offset)
         shorter = round(self.size / self.plain_crop)
@@ -265,6 +267,11 @@ class Views:
             settings, images, np.zeros(len(images)), 0, [made], plain=shorter, num_threads=num_threads
         )
         return made, unreadable
+
+    @property
+    def plain_is_compiled(self) -> bool:
+        """Whether `plain_batch` makes the plain view here."""
+        return native.library() is not None and self.plain_interpolation == "bilinear"
 
     def settings(self) -> native.Settings:
         """All views' settings as the compiled views take them."""

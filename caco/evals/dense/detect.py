@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from caco import distributed, metrics
 from caco.data.loaders.batches import mixed_seed
-from caco.data.sets.overlap import refuse_shared
 from caco.errors import UserError
 from caco.evals.base import Evaluator, Work
 from caco.evals.dense import roots
@@ -147,8 +146,7 @@ class Detect(Evaluator):
         if self.dataset == "coco":
             require_pycocotools()
         self._set: DetectionSet = READERS[self.dataset](roots.existing(self.root, "detect"))
-        if store.overlap == "refuse":
-            refuse_shared(store.splits.pretrain, self._set.test.files)
+        store.refuse_shared(store.splits.pretrain, self._set.test.files)
 
     def inputs(self) -> list[Any]:
         """What the numbers depend on besides the arguments: the set, by name and content."""

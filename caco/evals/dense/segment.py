@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from caco import distributed, metrics
 from caco.data.loaders.batches import mixed_seed
-from caco.data.sets.overlap import refuse_shared
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 from caco.evals.base import Evaluator, Work
@@ -155,9 +154,8 @@ def found_voc2012(root: str | None, evaluator: str, train: Literal["trainaug", "
         UserError: it is not whole, or its test images are among those that the encoder, or the head, is trained on.
     """
     found = voc2012(roots.existing(root, evaluator), train)
-    if store.overlap == "refuse":
-        for source in (found.train.files, store.splits.pretrain):
-            refuse_shared(source, found.test.files)
+    for source in (found.train.files, store.splits.pretrain):
+        store.refuse_shared(source, found.test.files)
     parts = {train: ("train on", found.train), "val": ("test on", found.test)}
     there = ", ".join(f"{len(part):,} images to {use} (published: {NUM_IMAGES[name]:,})" for name, (use, part) in parts.items())
     store.say(f"{evaluator}: VOC 2012, {there}")

@@ -39,9 +39,8 @@ from caco.data.loaders.batches import mixed_seed
 from caco.data.loaders.workers import begin, data_loader
 from caco.data.sets.sources import UnreadableImage
 from caco.errors import UserError
-from caco.evals.features import FeatureStore, Precision, key_of
+from caco.evals.features import FeatureStore, Precision
 from caco.nn.norm import BATCH_NORMS, over_all_ranks
-from caco.runs.checkpoint import Checkpoints
 from caco.schedules import Table
 
 LOOK_EVERY_STEPS = 20  # how often the loss is read, which a GPU has to be waited for
@@ -197,10 +196,9 @@ def train(
     network = over_all_ranks(network, device).to(device).to(memory_format=torch.channels_last).train()
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer, rates = recipe.optimizer(network), recipe.rates()
-    checkpoints, first = None, 0
-    if store.folder is not None:
-        key = key_of({**made_from, "recipe": vars(recipe), "seed": seed, "precision": precision, "world": world})
-        checkpoints = Checkpoints(store.folder / "networks" / f"{name}-{key}", keep=1)
+    checkpoints = store.checkpoints(name, {**made_from, "recipe": vars(recipe), "seed": seed, "precision": precision, "world": world})
+    first = 0
+    if checkpoints is not None:
         newest = checkpoints.load_newest()
         if newest is not None:
             state, path = newest

@@ -96,7 +96,7 @@ def test_what_changes_the_weights_changes_the_checkpoint(tmp_path):
     write_voc(tmp_path)
     for changed in ({}, {"test_side": 40}, {"short_sides": [48]}, {"region_samples": 12}):
         of(Detect(root=str(tmp_path), **FEW | changed), store_of(tmp_path / "kept"))
-    assert len(list((tmp_path / "kept" / "networks").iterdir())) == 3, "the side of the test images is no matter of training"
+    assert len(list((tmp_path / "kept" / "classifiers").iterdir())) == 3, "the side of the test images is no matter of training"
 
 
 def test_statistics_taken_anew_are_the_mean_over_training_batches(tmp_path):

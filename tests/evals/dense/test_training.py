@@ -100,7 +100,7 @@ def test_what_decides_the_weights_decides_the_checkpoint_and_how_often_it_is_sav
         trained(tmp_path, **settings)
     longer = Recipe(**{**vars(RECIPE), "steps": 8})
     trained(tmp_path, recipe=longer)
-    folders = sorted((tmp_path / "networks").iterdir())
+    folders = sorted((tmp_path / "classifiers").iterdir())
     assert len(folders) == 4
     assert sorted(Checkpoints(folder).load_newest()[0]["step"] for folder in folders) == [7, 7, 7, 8]
 
@@ -109,7 +109,7 @@ def test_more_ranks_than_images_a_step_and_ranks_that_see_other_checkpoints_are_
     trained(tmp_path, recipe=Recipe(**{**vars(RECIPE), "steps": 2}))
     with monkeypatch.context() as patch:
         patch.setattr("caco.distributed.all_objects", lambda mine: [mine, 0])
-        with pytest.raises(UserError, match=r"it: the processes found checkpoints of steps \[0, 2\]; all must see .*networks"):
+        with pytest.raises(UserError, match=r"it: the processes found checkpoints of steps \[0, 2\]; all must see .*classifiers"):
             trained(tmp_path, recipe=Recipe(**{**vars(RECIPE), "steps": 2}))
     monkeypatch.setattr("caco.distributed.world", lambda: 4)
     with pytest.raises(UserError, match="images: expected at least one a step for each of the 4 processes, got 3"):

@@ -1,0 +1,189 @@
+"""Domain generalisation on PACS: learned from three domains, tested on the fourth, in turn.
+
+Shapes: N images of all domains.
+"""
+
+import hashlib
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from caco import distributed, metrics
+from caco.data.sets.domains import CLASSES, DOMAINS, others_than, read
+from caco.data.sets.sources import labels_of
+from caco.data.views.augmentation import View, Views
+from caco.errors import UserError
+from caco.evals.base import Evaluator
+from caco.evals.classifier import Recipe, train_classifier
+from caco.evals.features import FeatureStore
+from caco.evals.logistic import choose_strength, logits_of, strengths
+
+
+class Domain(Evaluator):
+    """Accuracy on each domain of a classifier of the three others: `<protocol>/<domain>_top1`, and the mean of the four domains,
+    `<protocol>/mean_top1`, percent. The protocols are `pacs`, of frozen features, and `pacs_finetune`; what is changed of them stands
+    in their names (caco/metrics.py).
+
+    Protocol of the set's published lists, as Dassl has it: train on the train lists of three domains, choose by their crossval lists,
+    test once on all images of the fourth. Frozen: logistic regression by L-BFGS, as transfer's, whose strength is chosen so, and which
+    is not fitted again. Fine-tuned: JiGen's optimisation (SGD 0.001, batch 128, 30 epochs, a tenth of the rate after 24, crops and
+    flips, without its changes of colour), after the last epoch; of several rates the best by the crossval lists.
+
+    Args:
+        root: holds PACS in one of the published layouts (caco/data/sets/domains.py).
+        targets: the domains that are tested on; the mean is of all four, and given with all four.
+        ways: frozen, finetune.
+        size: pixels of an image, resized whole.
+        num_strengths, weakest, strongest, max_iterations, tolerance: see Transfer.
+        lrs: rates of fine-tuning to choose from.
+        epochs ... scale: see Recipe.
+        when: "epoch" (while training, and at its end) or "end".
+    """
+
+    on_all_ranks = True
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        targets: Sequence[str] = DOMAINS,
+        ways: Sequence[str] = ("frozen", "finetune"),
+        size: int = 224,
+        num_strengths: int = 45,
+        weakest: float = 1e-6,
+        strongest: float = 1e5,
+        max_iterations: int = 1000,
+        tolerance: float = 1e-5,
+        lrs: Sequence[float] = (0.001,),
+        epochs: int = 30,
+        batch: int = 128,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        milestones: Sequence[int] = (24,),
+        decay: float = 0.1,
+        scale: Sequence[float] = (0.8, 1.0),
+        when: Literal["epoch", "end"] = "end",
+    ) -> None:
+        if when not in ("epoch", "end"):
+            raise UserError(f"domain when: expected epoch or end, got {when!r}")
+        for name, chosen, known in (("targets", targets, DOMAINS), ("ways", ways, metrics.DOMAIN_WAYS)):
+            if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+                raise UserError(f"domain {name}: expected some of {', '.join(known)}, each once, got {list(chosen)}")
+        if num_strengths < 1 or not 0 < weakest <= strongest or max_iterations < 1 or not tolerance > 0:
+            raise UserError(
+                f"domain: expected strengths 0 < weakest <= strongest and max_iterations of at least 1, got {num_strengths} "
+                f"in {weakest}..{strongest}, {max_iterations} iterations, tolerance {tolerance}"
+            )
+        if not lrs or len(set(lrs)) < len(lrs) or not all(lr > 0 for lr in lrs):
+            raise UserError(f"domain lrs: expected positive rates, each once, got {list(lrs)}")
+        self.root, self.targets, self.size, self.when, self.lrs = root, list(targets), size, when, list(lrs)
+        self.solver: dict[str, Any] = {
+            "strengths": strengths(num_strengths, weakest, strongest), "max_iterations": max_iterations, "tolerance": tolerance
+        }  # fmt: skip
+        self.recipe = Recipe(
+            epochs=epochs, batch=batch, lr=self.lrs[0], reference_batch=None, momentum=momentum, weight_decay=weight_decay,
+            schedule="steps", milestones=list(milestones), decay=decay, scale=list(scale), drop_last=True,
+        )  # fmt: skip
+        protocols = metrics.domain(
+            ways=ways, size=size, num_strengths=num_strengths, weakest=weakest, strongest=strongest, max_iterations=max_iterations,
+            tolerance=tolerance, lrs=lrs, epochs=epochs, batch=batch, momentum=momentum, weight_decay=weight_decay,
+            milestones=milestones, decay=decay, scale=scale,
+        )  # fmt: skip
+        self.protocols = dict(zip(ways, protocols, strict=True))
+
+    def build(self, store: FeatureStore, *, seed: int) -> None:
+        """Finds the images and their lists; says what of them is unlike the published ones.
+
+        Raises:
+            UserError: no root, no PACS there or not whole, or the encoder was pre-trained on images of a target.
+        """
+        if self.root is None or not Path(self.root).expanduser().is_dir():
+            raise UserError(f"root: expected the folder that holds PACS, as eval.domain.root=PATH, got {self.root}")
+        self._store, self._seed = store, seed
+        self._pacs = read(Path(self.root).expanduser(), key="eval.domain.root", say=store.say)
+        self._pacs.every.look(store.say)
+        for target in self.targets:
+            try:
+                store.refuse_shared(store.splits.pretrain, self._pacs.part([target]))
+            except UserError as error:
+                raise UserError(
+                    f"{error}. An encoder that was pre-trained on domains of PACS is tested on one that it has not seen: "
+                    "eval.domain.targets=[DOMAIN]"
+                ) from error
+        like, crop = store.views, View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
+        self._views = Views(size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0)
+
+    def inputs(self) -> list[Any]:
+        """What the numbers depend on besides the arguments: the images, and which lists they are on."""
+        lists = hashlib.sha256(self._pacs.train.tobytes() + self._pacs.domain.tobytes()).hexdigest()[:16]
+        return [["pacs", self._store.key_of(self._pacs.every), lists]]
+
+    def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yields (`<protocol>/<domain>_top1`, percent), what was chosen for it (`..._strength`, lambda, or `..._lr` of several), and
+        (`<protocol>/mean_top1`, percent)."""
+        for way, protocol in self.protocols.items():
+            found = list(self._frozen(backbone) if way == "frozen" else self._finetuned(backbone, protocol))
+            for target, accuracy, chosen in found:
+                yield f"{protocol}/{target}_top1", accuracy
+                for name, value in chosen.items():
+                    yield f"{protocol}/{target}_{name}", value
+            if len(found) == len(DOMAINS):
+                yield f"{protocol}/mean_top1", statistics.mean(accuracy for _, accuracy, _ in found)
+
+    def _frozen(self, backbone: nn.Module) -> Iterator[tuple[str, float, dict[str, float]]]:
+        """(target, percent, what was chosen) by logistic regression; on rank 0."""
+        store, pacs = self._store, self._pacs
+        x_ND = store.of(backbone, pacs.every, self._views)  # once for all four targets
+        if not distributed.is_main():
+            return
+        x_ND = x_ND.to(store.device)
+        label_N = torch.from_numpy(labels_of(pacs.every))
+        for target in self.targets:
+            train, crossval = (torch.from_numpy(pacs.at(others_than(target), which)) for which in ("train", "crossval"))
+            test = torch.from_numpy(pacs.at([target]))
+
+            def measured(strength: float, logits_MC: Tensor, target: str = target, crossval: Tensor = crossval) -> float:
+                value = _percent(logits_MC, label_N[crossval])
+                store.say(f"{self.protocols['frozen']}/{target}: strength {strength:.1e}, crossval {value:.2f}", passing=True)
+                return value
+
+            strength, classifier = choose_strength(
+                x_ND[train], label_N[train].to(store.device), x_ND[crossval], measured, num_classes=len(CLASSES), **self.solver
+            )
+            yield target, _percent(logits_of(x_ND[test], *classifier), label_N[test]), {"strength": strength}
+
+    def _finetuned(self, backbone: nn.Module, protocol: str) -> Iterator[tuple[str, float, dict[str, float]]]:
+        """(target, percent, what was chosen) by fine-tuning a copy of the backbone for each target; on rank 0."""
+        store, pacs, world = self._store, self._pacs, distributed.world()
+        for target in self.targets:
+            train, crossval = pacs.part(others_than(target), "train"), pacs.part(others_than(target), "crossval")
+            batch = min(self.recipe.batch, len(train) // world * world)
+            best, network, chosen = -math.inf, None, 0.0
+            for lr in self.lrs:
+                trained = train_classifier(
+                    backbone, train, replace(self.recipe, lr=lr, batch=batch), store, num_classes=len(CLASSES), frozen=False,
+                    seed=self._seed, name=f"{protocol}-{target}", like=self._views,
+                )  # fmt: skip
+                value = 0.0
+                if len(self.lrs) > 1:
+                    logits_MC = store.outputs(trained, crossval, self._views)
+                    labels = torch.from_numpy(labels_of(crossval))
+                    value = distributed.shared_object(_percent(logits_MC, labels) if distributed.is_main() else None, patient=True)
+                if value > best:
+                    best, network, chosen = value, trained, lr
+            assert network is not None, "at least one rate was tried"
+            test = pacs.part([target])
+            logits_NC = store.outputs(network, test, self._views)
+            if distributed.is_main():
+                accuracy = _percent(logits_NC, torch.from_numpy(labels_of(test)))
+                yield target, accuracy, {"lr": chosen} if len(self.lrs) > 1 else {}
+
+
+def _percent(logits_NC: Tensor, label_N: Tensor) -> float:
+    return 100 * (logits_NC.argmax(dim=1) == label_N).double().mean().item()

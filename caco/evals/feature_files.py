@@ -1,0 +1,83 @@
+"""Features on disk, found again by what they were made from."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caco.runs.files import locked, read_json, write_json
+
+
+def key_of(made_from: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits of plain values."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class FeatureFiles:
+    """Features on disk, each file found again by what it was made from; bounded memory, whatever the set's size.
+
+    A file is written from its first row to its last under another name and renamed when it is whole; one that a kill cut
+    off is gone on with. Two processes that want the same file make it once.
+
+    Args:
+        folder: where they are; made when needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def get(
+        self,
+        made_from: dict[str, Any],
+        num_images: int,
+        make: Callable[[int, Callable[[Tensor, Tensor], Any]], None],
+        *,
+        batch: int,
+    ) -> Tensor:
+        """Features [num_images, D], mapped into memory and not read.
+
+        Args:
+            made_from: plain values that decide every number.
+            make: `make(first, take)` calls take(features, labels) for each batch from image `first` on.
+            batch: rows are gone on with at a multiple of it, so that the same batches give the same bits.
+        Raises:
+            OSError: the disk is full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{key_of(made_from)}.bin"
+        with locked(path.with_suffix(".lock"), wait_s=24 * 3600):
+            if not path.is_file():
+                self._write(path, made_from, num_images, make, batch)
+        about = read_json(path.with_suffix(".json"))
+        dtype, width = getattr(torch, about["dtype"]), about["width"]
+        flat = torch.from_file(str(path), shared=False, size=num_images * width, dtype=dtype)
+        return flat.view(num_images, width)
+
+    def _write(self, path: Path, made_from: dict[str, Any], num_images: int, make: Callable, batch: int) -> None:
+        partial, header = path.with_suffix(".partial"), path.with_suffix(".json")
+        about = read_json(header)
+        row_bytes = about["width"] * getattr(torch, about["dtype"]).itemsize if about else 0
+        done = partial.stat().st_size // row_bytes // batch * batch if about and partial.is_file() else 0
+        with open(partial, "r+b" if done else "wb") as file:
+            file.seek(done * row_bytes)
+            file.truncate()
+
+            def take(features_bD: Tensor, labels_b: Tensor) -> None:
+                if file.tell() == 0:
+                    dtype = str(features_bD.dtype).removeprefix("torch.")
+                    write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
+                file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
+
+            if done < num_images:
+                make(done, take)
+            file.flush()
+            os.fsync(file.fileno())
+            width = read_json(header)["width"]
+            dtype = getattr(torch, read_json(header)["dtype"])
+            assert file.tell() == num_images * width * dtype.itemsize, "every image gives one row"
+        os.replace(partial, path)

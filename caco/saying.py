@@ -1,0 +1,40 @@
+"""How far something is that takes its time, in words: for reading, evaluations and training alike."""
+
+import time
+from collections.abc import Callable
+
+Say = Callable[..., None]  # say(text, passing=False): a passing line may be left out
+_SECONDS = 5.0
+
+
+def silent(text: str, passing: bool = False) -> None:
+    """Says nothing; in the place of a `say` that nobody gave."""
+
+
+def clock(seconds: float) -> str:
+    """3725 -> 1:02:05."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def counting(say: Say, what: str, total: int, done: int = 0) -> Callable[[int], None]:
+    """A function that is told how many more are done, and says now and then how many that makes, how fast, and the time left.
+
+    What is over within seconds says nothing.
+
+    Args:
+        done: of `total`, before it began.
+    """
+    began = told = time.monotonic()
+    before, now_done = done, done
+
+    def count(more: int) -> None:
+        nonlocal told, now_done
+        now_done += more
+        now = time.monotonic()
+        if now - told >= _SECONDS:
+            told = now
+            rate = (now_done - before) / (now - began)
+            say(f"{what}: {now_done:,} of {total:,}, {rate:,.0f} a second, {clock((total - now_done) / rate)} left", passing=True)
+
+    return count

@@ -1,0 +1,51 @@
+"""What the processes of a test of several ranks do: look at the files of a set together."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from processes import PATIENCE_S
+
+from caco import distributed
+from caco.data.sets import content
+from caco.data.sets.folders import class_folders
+from caco.data.sets.overlap import shared_images
+from caco.data.sets.sources import ImagesInMemory
+from caco.errors import UserError
+
+
+def look(folder: str, out: str) -> None:
+    distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
+    real, original, read = time.time_ns, content._look, []
+    content.time.time_ns = lambda: real() + 3_000_000_000  # the files are not that young
+    content._look = lambda path, size: (read.append(path), original(path, size))[1]
+    source = class_folders(Path(folder), "set")
+    source.look()
+    digest = source.digest()
+    Path(f"{out}{distributed.rank()}").write_text(f"{digest} {len(read)}")
+    distributed.stop()
+
+
+def fail(folder: str) -> None:
+    distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
+    source = class_folders(Path(folder), "set")
+    distributed.barrier()  # both have found the files
+    if distributed.is_main():
+        (Path(folder) / "c" / "0003.png").unlink()  # which is rank 1's to look at
+    distributed.barrier()
+    try:
+        source.look()
+    except UserError as error:
+        print(error, flush=True)
+        sys.exit(3)
+
+
+def overlap(folder: str, out: str) -> None:
+    """What two sets share, each rank reading a share of them."""
+    distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
+    train, test = (class_folders(Path(folder) / name, name) for name in ("train", "test"))
+    decoded = train.in_memory(1)
+    in_memory = ImagesInMemory(decoded.arrays, name="memory")
+    Path(f"{out}{distributed.rank()}").write_text(f"{shared_images(train, test)} {shared_images(in_memory, test)}")
+    distributed.stop()
