@@ -15,6 +15,7 @@ from caco.errors import UserError
 from caco.evaluate import run_command
 from caco.runs.directory import command
 from caco.runs.environment import environment
+from caco.runs.files import remove_left_behind
 from caco.runs.identity import plain
 from caco.tracking import recorded
 
@@ -76,6 +77,7 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
             if not fits:
                 raise UserError(f"layouts: {layout} expects a ResNet with its usual stem (resnet18, resnet50, ...), got {node}")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_left_behind(folder, of_others=("*",))
     files = []
 
     def written(name: str, write: Callable[[Path], object]) -> None:

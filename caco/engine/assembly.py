@@ -1,6 +1,7 @@
 """From a checked configuration to a Trainer or an evaluation: the only place where components meet their settings."""
 
 import copy
+import json
 import os
 import sys
 import time
@@ -135,6 +136,45 @@ def refuse_other_groups(saved_by: int) -> None:
         )
 
 
+def images_read(evaluation: Evaluation) -> dict[str, Any]:
+    """The images that a run's evaluations read besides those that it is trained on, by digest: what images.json in its directory keeps.
+
+    They are no part of a run's identity, nor is where they lie; so this is how two test sets are kept out of one curve.
+    """
+    if not evaluation.evaluators:
+        return {}
+    splits = evaluation.store.splits
+    sources = {"train": splits.train, "test": splits.test}
+    inputs = {name: (one.when, one.inputs()) for name, one in evaluation.evaluators.items()}
+    read = {
+        "images": {split: source.digest() for split, source in sources.items() if source is not None},
+        "epoch": {name: read for name, (when, read) in inputs.items() if when == "epoch" and read},
+        "end": {name: read for name, (when, read) in inputs.items() if when != "epoch" and read},
+    }
+    return json.loads(json.dumps(read))  # as the file will say it: tuples are lists there
+
+
+def other_images(recorded: dict[str, Any], ours: dict[str, Any], *, is_done: bool) -> str | None:
+    """Why a run that has been evaluated on the recorded images cannot go on with these; None where it can.
+
+    Args:
+        is_done: whether what is evaluated at its end has been, too.
+    """
+    parts = [*recorded.get("images", {}), *recorded.get("epoch", {}), *(recorded.get("end", {}) if is_done else {})]
+    known, here = ({**of.get("images", {}), **of.get("epoch", {}), **of.get("end", {})} for of in (recorded, ours))
+    differ = [part for part in parts if part in here and here[part] != known[part]]
+    if not differ:
+        return None
+    where = {"train": "the labelled training images", "test": "the test images"}
+    named = " and ".join(where.get(part, f"those of eval.{part}") for part in differ)
+    shown = {part: (known[part], here[part]) if isinstance(known[part], str) else None for part in differ}
+    digests = "; ".join(f"{part}: digest {pair[0]}, now {pair[1]}" for part, pair in shown.items() if pair)
+    return (
+        f"this run has been evaluated on other images so far ({named}{': ' * bool(digests)}{digests}), and its curve would be of both: point "
+        "data.root, data.labelled_root or the evaluator's root at those, or choose another hydra.run.dir"
+    )
+
+
 def run_training(
     cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: labels.Label | None = None
 ) -> dict[str, float]:
@@ -176,6 +216,8 @@ def run_training(
         seed=cfg.seed,
         loader=instantiate(cfg.loader),
     )
+    images_file = run_dir / "images.json"
+    evaluated_on = images_read(evaluation) if main else {}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
@@ -221,9 +263,13 @@ def run_training(
     if newest is not None:
         state, path = newest
         trainer.load_state_dict(state)
+        is_done = trainer.step == trainer.total_steps and (run_dir / "summary.json").exists()
+        refused = other_images(read_json(images_file), evaluated_on, is_done=is_done) if main else None
+        if refused := distributed.shared_object(refused):
+            raise UserError(refused)
         if main:
             print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
-        if trainer.step == trainer.total_steps and (run_dir / "summary.json").exists():
+        if is_done:
             loader.close()
             images.close()
             distributed.stop()
@@ -240,6 +286,8 @@ def run_training(
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
         print(message, file=sys.stderr)
+        directory.write_config(run_dir, cfg)  # of a run that goes on: nothing has been refused, and this is how it does
+        write_json(images_file, evaluated_on)
         # Again: now PyTorch is here to say which GPUs and instructions it has.
         environment = directory.write_environment(run_dir, folders.record())
         tracker.start(
