@@ -320,7 +320,7 @@ def _version(package: str) -> str | None:
 
 
 def _read(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from caco.config.refusals import groups
 from caco.errors import UserError
 from caco.runs import directory
 from caco.runs.identity import plain
+from caco.runs.paths import expanded
 from caco.train import say_if_mlflow_is_missing
 
 HELP = """\
@@ -75,7 +76,7 @@ def _evaluate(cfg: DictConfig) -> None:
 
 def _results_dir(cfg: DictConfig, location: pretrained.Location | None) -> Path:
     if cfg.to is not None:
-        return Path(cfg.to).expanduser()
+        return expanded(cfg.to)
     if location is not None:
         return location.run_dir
     return Path("evaluations") / f"{Path(cfg.weights).stem}-{cfg.weights_digest}"

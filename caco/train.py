@@ -31,6 +31,7 @@ from caco.installed import command_to_install, is_installed
 from caco.launch import labels
 from caco.runs import directory
 from caco.runs.identity import flat
+from caco.runs.paths import require_writable, with_home
 
 
 _trained: dict[Path, dict[str, Any]] = {}  # by this process, one job of a sweep after the other: what is in each directory
@@ -153,6 +154,7 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
     Raises:
         UserError: one line per problem.
     """
+    refusals.refuse_empty(overrides)
     unfinished = 0
     placed: list[tuple[Path, dict[str, Any]]] = []
     try:
@@ -161,7 +163,9 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
             with open_dict(cfg.hydra.job):
                 cfg.hydra.job.num = number  # a directory may be named by it; Hydra counts in the same order
             of_sweep = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-            check(cfg, cfg.hydra, of_sweep if multirun else Path(cfg.hydra.run.dir))
+            run_dir = of_sweep if multirun else Path(cfg.hydra.run.dir)
+            check(cfg, cfg.hydra, run_dir)
+            require_writable(run_dir, "hydra.sweep.dir" if multirun else "hydra.run.dir")
             unfinished += not (of_sweep / "summary.json").exists()
             if multirun:
                 placed.append((of_sweep, flat(cfg)))
@@ -236,6 +240,7 @@ def help_text(overrides: list[str]) -> str:
 def main() -> None:
     """The console script: Hydra's command line, with refusals in plain words and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them its own way
+    sys.argv[1:] = with_home(sys.argv[1:])  # which Hydra reads again
     args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
     elsewhere = args.config_name or args.config_path or args.experimental_rerun

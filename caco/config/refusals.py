@@ -2,9 +2,11 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -16,6 +18,7 @@ from caco.config.folders import groups
 from caco.config.schema import ROOTS
 from caco.config.signatures import find
 from caco.config.validation import SUPPLIED
+from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
 from caco.runs import renamed
 from caco.runs.identity import plain
@@ -35,11 +38,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+def refuse_empty(overrides: Sequence[str]) -> None:
+    """Refuse `data.root=$UNSET`: without a value it would be the working directory, or no directory at all.
+
+    Raises:
+        UserError: names what has no value.
+    """
+    empty = [item for item in overrides if item.partition("=")[1:] == ("=", "") or item.partition("=")[2] in ("''", '""')]
+    if empty:
+        raise UserError(f"{', '.join(empty)} has no value after the =: is a variable of the shell unset? Nothing is written null")
+
+
 def explain(error: Exception, overrides: Sequence[str], root: str = "config") -> str:
     """One or two lines on why the command line `overrides` does not compose with the root conf/<root>.yaml."""
     if isinstance(error, OverrideParseException):
-        why = next(line for line in str(error).splitlines() if not line.startswith("Error parsing override"))
-        return f"{error.override or 'the command line'} cannot be read ({why}); expected key=value"
+        why = next((line for line in str(error).splitlines() if not line.startswith("Error parsing override")), "no key=value")
+        why = "a sign that Hydra's grammar does not know unquoted" if why.startswith("Lexer") else why
+        return f"{error.override or 'the command line'} cannot be read ({why}); expected key=value{_quoted(error.override)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _explain_option(error.missing_cfg_file)
     given = re.search(r"Could not override '([^'@]+)", str(error))
@@ -55,6 +70,21 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
             return f"{override}: {group} is one of {', '.join(groups()[group])}{size}"
     lines = [line.strip() for line in str(error if str(error) else cause).splitlines() if line.strip()]
     return " ".join(lines)
+
+
+def _quoted(override: str | None) -> str:
+    """How a value is written that Hydra's grammar does not take as it is (a path with blanks, umlauts, parentheses, =, ~): what a shell is
+    to be given, if that can be read."""
+    key, equals, value = (override or "").partition("=")
+    if not equals or not value:
+        return ""
+    inner = value.strip("'\"").replace("\\", "\\\\").replace("'", "\\'")
+    written = f"{key}='{inner}'"
+    try:
+        OverridesParser.create().parse_override(written)
+    except HydraException:
+        return ""
+    return f". Hydra takes such a value in quotes of its own, within the shell's: {shlex.quote(written)}"
 
 
 def _explain_option(missing: str) -> str:

@@ -40,6 +40,7 @@ from caco.runs import directory
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import flat, run_hash
+from caco.runs.paths import expanded
 from caco.schedules import RunShape
 from caco.tracking.base import Tracker
 
@@ -225,7 +226,7 @@ def run_training(
         refuse_other_groups(len(newest[0]["random"]))
     method = build_method(cfg)
     if cfg.weights is not None and newest is None:
-        message = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
+        message = weights.initialise(method, expanded(cfg.weights), cfg.format)
         if main:
             print(f"caco: {message}", file=sys.stderr)
     at_once = cfg.batch // distributed.world() // (cfg.accumulate or 1)
@@ -331,7 +332,7 @@ def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.
         ValueError: no file can be read, or it is of another architecture; the keys are named.
     """
     if location is None:
-        path = Path(cfg.weights).expanduser()
+        path = expanded(cfg.weights)
         weights.load_backbone(path, cfg.format, backbone)
         return path, 0
     if location.checkpoint is not None:
@@ -378,7 +379,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
         seed=cfg.seed,
         loader=instantiate(cfg.loader),
         folder=results_dir / "evaluations",
-        cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
+        cache=None if cfg.cache is None else expanded(cfg.cache),
         overlap=cfg.overlap,
         say=say_sometimes(distributed.is_main()),
     )

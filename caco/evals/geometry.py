@@ -17,6 +17,7 @@ from caco.equations import rank_me
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, extract, full_float32
+from caco.ranges import Several
 
 
 def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
@@ -52,7 +53,7 @@ class Geometry(Evaluator):
         when: "epoch" (while training, and at its end) or "end".
     """
 
-    def __init__(self, *, images: int = 2048, when: Literal["epoch", "end"] = "end") -> None:
+    def __init__(self, *, images: Several = 2048, when: Literal["epoch", "end"] = "end") -> None:
         if images < 2:
             raise UserError(f"geometry images: expected at least 2, got {images}")
         if when not in ("epoch", "end"):

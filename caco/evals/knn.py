@@ -16,6 +16,7 @@ from caco.data.sets.sources import Source
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, full_float32
+from caco.ranges import AboveZero, Count, ShareAboveZero
 
 _LAST_INDEX = 2**32 - 1
 
@@ -147,11 +148,11 @@ class KNN(Evaluator):
     def __init__(
         self,
         *,
-        k: int = 20,
-        temperature: float = 0.2,
-        fraction: float = 1.0,
+        k: Count = 20,
+        temperature: AboveZero = 0.2,
+        fraction: ShareAboveZero = 1.0,
         choice: Literal["random", "first"] = "random",
-        block: int = 2048,
+        block: Count = 2048,
         when: Literal["epoch", "end"] = "epoch",
     ) -> None:
         if k < 1 or block < 1:

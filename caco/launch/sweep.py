@@ -151,7 +151,7 @@ def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
         submitted = read_json(job.run_dir / "job.json")
         failure = job.run_dir / "failure.txt"
         if failure.exists():
-            why = failure.read_text().strip().splitlines()[-1]
+            why = failure.read_text(encoding="utf-8").strip().splitlines()[-1]
         else:
             why = f"ended as {states.get(submitted['id'], 'GONE')}, without a word"
         lines += [f"  {job.run_dir}", f"    {why}", f"    log: {submitted['log']}"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caco.errors import UserError
+from caco.ranges import AboveZero, NonNegative
 from caco.redaction import redacted
 from caco.runs.files import read_json
 from caco.tracking.base import Row, Tracker
@@ -49,10 +50,10 @@ class MLflowTracker(Tracker):
         *,
         uri: str | None,
         experiment: str,
-        feed_seconds: float = 2.0,
-        finish_seconds: float = 10.0,
+        feed_seconds: AboveZero = 2.0,
+        finish_seconds: NonNegative = 10.0,
         model: bool = True,
-        system_seconds: float = 10.0,
+        system_seconds: NonNegative = 10.0,
         paper: dict[str, float] | None = None,
     ) -> None:
         require_mlflow()
