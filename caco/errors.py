@@ -1,6 +1,7 @@
 """What went wrong on the user's side, told apart from a bug by one class. Imports nothing that takes time."""
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -67,6 +68,9 @@ def shown(*, interrupted: str = "") -> Iterator[None]:
         interrupted: what becomes of the work that Ctrl-C ends.
     """
     sys.excepthook = _without_secrets
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a locale without umlauts they are shown as \\xfc, which is better than not at all
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -17,7 +17,7 @@ from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import remove_left_behind, write_text
 from caco.runs.identity import plain
-from caco.runs.paths import expanded
+from caco.runs.paths import expanded, require_writable
 from caco.tracking import recorded
 
 HELP = """\
@@ -45,6 +45,7 @@ def main() -> None:
 
 def _export(cfg: DictConfig) -> None:
     location = None if cfg.run is None else pretrained.locate(cfg.run)
+    require_writable(expanded(cfg.to), "to")
     from caco.config.composition import instantiate
     from caco.engine.assembly import load_pretrained  # here and not above: it imports torch
 

@@ -162,13 +162,12 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
             cfg = composition.compose(job_overrides)
             with open_dict(cfg.hydra.job):
                 cfg.hydra.job.num = number  # a directory may be named by it; Hydra counts in the same order
-            of_sweep = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-            run_dir = of_sweep if multirun else Path(cfg.hydra.run.dir)
+            run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir if multirun else Path(cfg.hydra.run.dir)
             check(cfg, cfg.hydra, run_dir)
             require_writable(run_dir, "hydra.sweep.dir" if multirun else "hydra.run.dir")
-            unfinished += not (of_sweep / "summary.json").exists()
+            unfinished += not (run_dir / "summary.json").exists()
             if multirun:
-                placed.append((of_sweep, flat(cfg)))
+                placed.append((run_dir, flat(cfg)))
     except (*refusals.COMPOSITION_ERRORS, ValueError) as error:  # Hydra raises ValueErrors, too
         if isinstance(error, UserError):
             raise

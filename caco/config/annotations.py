@@ -3,6 +3,7 @@
 import ast
 import builtins
 import difflib
+import math
 import operator
 from collections.abc import Collection
 from typing import Any
@@ -83,6 +84,10 @@ def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: st
     if inner:
         return inner[0]
     choices = [item for _, member in members for item in _literals(member)]
+    if isinstance(value, str) and _reads_as_number(value) and "str" not in [_word(_head(member)) for _, member in members]:
+        # What a variable of the environment holds is text; in YAML, so is what stands in quotes.
+        return [f"{path}: expected {' or '.join(_shown(m, w) for w, m in members)}, got the text {value!r}; a variable is read as a number by "
+                "'${oc.decode:${oc.env:NAME}}'"]  # fmt: skip
     near = difflib.get_close_matches(str(value), [str(item) for item in choices], n=1)
     hint = f"; did you mean {near[0]}?" if near and isinstance(value, str) else ""
     expected = " or ".join(_shown(member, where) for where, member in members)
@@ -226,6 +231,13 @@ def _bounds_in_words(kind: str, limits: dict[str, float]) -> str:
     high = {"most": "up to {:.10g}", "below": "below {:g}"}
     words = [text.format(limits[name]) for part in (low, high) for name, text in part.items() if name in limits]
     return f" {' '.join(words)}"
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _kind(value: Any) -> str:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from caco.config import folders
 from caco.config.annotations import is_plain
-from caco.config.composition import compose
+from caco.config.composition import compose, job_config
 from caco.config.folders import groups
 from caco.config.schema import ROOTS
 from caco.config.signatures import find
@@ -21,7 +21,6 @@ from caco.config.validation import SUPPLIED
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
 from caco.runs import renamed
-from caco.runs.identity import plain
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 _OF_MLFLOW = ("tracking.uri", "tracking.experiment", "tracking.feed_seconds", "tracking.finish_seconds", "tracking.model")
@@ -39,11 +38,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def refuse_empty(overrides: Sequence[str]) -> None:
-    """Refuse `data.root=$UNSET`: without a value it would be the working directory, or no directory at all.
+    """Refuse what cannot be written down, and `data.root=$UNSET`: without a value it would be the working directory, or no directory at all.
 
     Raises:
         UserError: names what has no value.
     """
+    for item in overrides:
+        try:
+            item.encode()
+        except UnicodeEncodeError:
+            shown = item.encode(errors="backslashreplace").decode()
+            raise UserError(f"{shown} is no text in this locale's encoding; set LC_ALL=C.UTF-8, or rename the file") from None
     empty = [item for item in overrides if item.partition("=")[1:] == ("=", "") or item.partition("=")[2] in ("''", '""')]
     if empty:
         raise UserError(f"{', '.join(empty)} has no value after the =: is a variable of the shell unset? Nothing is written null")
@@ -57,6 +62,10 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
         return f"{error.override or 'the command line'} cannot be read ({why}); expected key=value{_quoted(error.override)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _explain_option(error.missing_cfg_file)
+    twice = re.search(r"Multiple values for ([^.\s]+)", str(error))
+    if twice:
+        those = [item for item in overrides if item.lstrip("+~").partition("=")[0].replace("/", ".") == twice.group(1).replace("/", ".")]
+        return f"{twice.group(1)} is chosen twice{': ' * bool(those)}{' '.join(those)}; leave all but one out"
     given = re.search(r"Could not override '([^'@]+)", str(error))
     if given:
         return _explain_key(given.group(1), overrides, root, in_defaults_list="defaults list" in str(error))
@@ -68,8 +77,13 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
         if group in groups() and re.fullmatch(r"[\d.-]*|null|true|false", option, re.IGNORECASE):
             size = f"; for another size bank.size={option}" if group == "bank" and option.isdigit() else ""
             return f"{override}: {group} is one of {', '.join(groups()[group])}{size}"
+    if "RecursionError" in str(error):
+        return "a setting is made of itself, by ${...} in a circle; write its value out"
     lines = [line.strip() for line in str(error if str(error) else cause).splitlines() if line.strip()]
-    return " ".join(lines)
+    said = " ".join(line for line in lines if not line.startswith(("full_key:", "reference_type=", "object_type=")))
+    said = said.replace(" full_key: ", ", asked for by ").partition(" reference_type=")[0]
+    made = [item for item in overrides if "${" in item and item.partition("=")[0] not in said]
+    return f"{made[0]}: {said}" if len(made) == 1 else said
 
 
 def _quoted(override: str | None) -> str:
@@ -105,14 +119,17 @@ def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_l
     if in_defaults_list:
         return f"{key}: no such group in this configuration{nearest(key, groups())}"
     cfg = _compose_without(key, overrides, root)
-    known = [*_names(plain(cfg)), *groups()] if cfg is not None else [*ROOTS[root].__dataclass_fields__, *groups()]
+    # Unresolved: another setting may be one that does not resolve, and what is looked for is what this one is called.
+    tree = None if cfg is None else OmegaConf.to_container(job_config(cfg), resolve=False)
+    known = [*ROOTS[root].__dataclass_fields__, *groups()] if tree is None else [*_names(tree), *groups()]
     parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if cfg is not None and parent else None
+    node = _selected(cfg, parent) if cfg is not None and parent else None
     if isinstance(node, DictConfig):
-        signature = find(node.get("_target_") or "")
+        target = OmegaConf.to_container(node, resolve=False).get("_target_")  # type: ignore[union-attr]
+        signature = find(target) if isinstance(target, str) else None
         taken = signature.parameters.get(name) if signature else None
         if signature and taken and is_plain(taken.annotation, signature.module) and name not in SUPPLIED.get(parent, ()):
-            value = next(item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}="))
+            value = next((item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}=")), "VALUE")
             return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
         if key in _OF_MLFLOW and not is_installed("mlflow"):
             return f"{key}: belongs to tracking=mlflow, and MLflow is not installed; to have it: {command_to_install('mlflow')}"
@@ -139,7 +156,15 @@ def _compose_without(key: str, overrides: Sequence[str], root: str) -> DictConfi
     others = [item for item in overrides if item.lstrip("+~").partition("=")[0] != key]
     try:
         return compose(others, root)
-    except COMPOSITION_ERRORS:
+    except (*COMPOSITION_ERRORS, ValueError):
+        return None
+
+
+def _selected(cfg: DictConfig, key: str) -> Any:
+    """The node of this name; None where there is none, or where it does not resolve."""
+    try:
+        return OmegaConf.select(cfg, key)
+    except (OmegaConfBaseException, RecursionError):
         return None
 
 

@@ -245,6 +245,7 @@ def _imagenet(
     validation = _expect_folder(top / "val")
     if not _subfolders(validation):
         raise UserError(f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first")
+    _require_folders(validation, train)
     test = class_folders(validation, f"{name}/val", train.classes)
     return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
 
@@ -264,6 +265,7 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
             subfolders = _subfolders(top / held_out)
             if classes is None:
                 _check_known(subfolders, train.classes or [], where=str(below))
+            _require_folders(top / held_out, train)
             return train, class_folders(top / held_out, f"{name}/{held_out}", train.classes)
     return train, None
 
@@ -275,6 +277,14 @@ def _read_class_list(path: str) -> list[str]:
     if not names or len(set(names)) != len(names):
         raise UserError(f"data.class_list: expected distinct names, one a line, got {len(names)} with repeats in {path}")
     return names
+
+
+def _require_folders(top: Path, train: ImageFiles) -> None:
+    found, classes = set(_subfolders(top)), train.classes or []
+    missing = [name for name in classes if name not in found]
+    if missing:
+        shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{top}: no folder here for {len(missing)} of the {len(classes)} classes that are trained on: {shown}; expected one for each")
 
 
 def _check_known(names: list[str], known: list[str], *, where: str) -> None:
