@@ -36,7 +36,7 @@ def holds_secret(text: str) -> bool:
 
 def names_secret(key: str) -> bool:
     """Whether a setting of this name is one, as `tracking.password`."""
-    return _NAME.search(key) is not None
+    return _NAME.search(key) is not None and key not in ("PWD", "OLDPWD")  # the shell's folders
 
 
 def completed(address: str, known: str | None) -> str | None:
@@ -54,4 +54,13 @@ def _of_the_environment(variables: Mapping[str, str]) -> list[str]:
     values = [value for name, value in variables.items() if names_secret(name)]
     for value in variables.values():
         values += [form for found in _IN_ADDRESS.finditer(value) for form in {found["secret"], unquote(found["secret"])}]
-    return sorted({value for value in values if len(value) >= _SHORTEST and value != HIDDEN}, key=len, reverse=True)
+    hidden = {value for value in values if len(value) >= _SHORTEST and value != HIDDEN}
+    return sorted((value for value in hidden if not _is_file(value)), key=len, reverse=True)
+
+
+def _is_file(value: str) -> bool:
+    """Whether it says where a secret lies, and is none itself (GOOGLE_APPLICATION_CREDENTIALS)."""
+    try:
+        return value.startswith("/") and os.path.exists(value)
+    except ValueError:
+        return False

@@ -121,7 +121,7 @@ def pictures(tmp_path):
     return make
 
 
-FOLDER = ["data=folder", "data.in_memory_mb=0", "max_steps=2", "epochs=1", "batch=8", "bank=null", "pn=none", "eval.knn.fraction=1"]
+FOLDER = ["data=folder", "data.in_memory_mb=0", "max_steps=2", "epochs=1", "batch=8", "pn=none", "eval.knn.fraction=1"]
 
 
 def test_a_run_is_never_evaluated_on_two_test_sets(pictures, tmp_path):
@@ -163,7 +163,7 @@ def test_an_evaluation_on_other_images_of_the_same_kind_says_so_in_the_names(pic
     cfg = compose(*FOLDER, f"data.root={photos}", bank=False)
     run_training(cfg, run_dir)
     write_config(run_dir, cfg)
-    command = [f"run={run_dir}", "eval=[knn_all]", "eval.knn_all.k=3", "overlap=allow"]
+    command = [f"run={run_dir}", "eval=[knn_all]", "eval.knn.k=3", "overlap=allow"]
     assert evaluated(*command) == 0
     assert evaluated(*command, f"data.root={others}") == 0
     digest = read_json(run_dir / "images.json")["images"]["test"]

@@ -35,6 +35,13 @@ def test_what_is_no_secret_stays(text):
     assert redacted(text) == text and not holds_secret(text)
 
 
+def test_folders_and_files_are_no_secrets(monkeypatch, tmp_path):
+    monkeypatch.setenv("PWD", "/some/where")
+    (tmp_path / "key.json").write_text("")
+    monkeypatch.setenv("CLOUD_CREDENTIALS", str(tmp_path / "key.json"))
+    assert redacted(f"/some/where {tmp_path}/key.json") == f"/some/where {tmp_path}/key.json"
+
+
 def test_what_the_environment_keeps_secret_is_hidden_wherever_it_stands(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "Gehe1m-77")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:an%20other1@host:5000")

@@ -128,9 +128,10 @@ def _mismatch(value: Any, annotation: ast.expr, module: Module, path: str) -> li
     if kind in ("Any", "object"):
         return []
     if kind == "Annotated":
-        found = mismatches(value, items[0], module, path)
+        inside = mismatches(value, items[0], module, path)
         # What is wrong within it is said by itself; what is wrong with it as a whole, together with its bounds.
-        return [line for line in found if not line.startswith(f"{path}: ")] or (wrong if found or not within(value, bounds(items[1:])) else [])
+        deeper = [line for line in inside if not line.startswith(f"{path}: ")]
+        return deeper or (wrong if inside or not within(value, bounds(items[1:])) else [])
     if kind in SCALARS:
         fits = isinstance(value, SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool))
         return [] if fits else wrong

@@ -72,7 +72,7 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else str(error)) from error
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError):
         raise
     except OSError as error:
         name = str(error.filename or "")

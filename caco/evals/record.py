@@ -76,7 +76,7 @@ class Record:
         store, evaluator = evaluation.store, evaluation.evaluators[name]
         splits, views, node = store.splits, store.views, plain(self.cfg)["eval"][name]
         sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
-        self._images = {split: source and source.digest() for split, source in sources.items()}
+        self._images = {split: None if source is None else source.digest() for split, source in sources.items()}
         return {
             "evaluator": {k: v for k, v in node.items() if not is_neutral(f"eval.{name}.{k}")}
             | folders.code_of([node["_target_"]]),

@@ -231,8 +231,8 @@ def _mix(bits: np.ndarray) -> np.ndarray:
 def crop_box(
     width: int,
     height: int,
-    scale: list[float],
-    ratio: list[float],
+    scale: Sequence[float],
+    ratio: Sequence[float],
     u_tries: Sequence[float],
     u_top: float,
     u_left: float,
@@ -315,6 +315,6 @@ def _check_size(name: str, size: int) -> None:
         raise UserError(f"{name}: expected a positive number of pixels, got {size}")
 
 
-def _check_range(name: str, pair: list[float], *, above_zero: bool, up_to: float) -> None:
+def _check_range(name: str, pair: Sequence[float], *, above_zero: bool, up_to: float) -> None:
     if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= up_to or (above_zero and pair[0] == 0):
         raise UserError(f"{name}: expected [low, high] within {'(' if above_zero else '['}0, {up_to:g}], got {pair}")
