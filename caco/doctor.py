@@ -28,6 +28,7 @@ from typing import Literal
 from caco import instructions
 from caco.data.sets.sources import EXTENSIONS
 from caco.installed import command_to_install
+from caco.redaction import redacted
 from caco.runs.environment import environment
 from caco.tracking.store import resolve_uri
 
@@ -180,9 +181,9 @@ def mlflow() -> Iterator[Finding]:
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
         except (urllib.error.URLError, OSError, ValueError) as error:
-            yield Finding("mlflow", "broken", f"{version}; {uri} does not answer: {_line(error)}", do)
+            yield Finding("mlflow", "broken", f"{version}; {redacted(uri)} does not answer: {_line(error)}", do)
             return
-        yield Finding("mlflow", "works", f"{version}; {uri} answers")
+        yield Finding("mlflow", "works", f"{version}; {redacted(uri)} answers")
         return
     if not uri.startswith("sqlite:///"):
         yield Finding("mlflow", "works", f"{version}; {uri.partition('://')[0]} database, not tried")
@@ -319,7 +320,7 @@ def _version(package: str) -> str | None:
 
 
 def _read(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _line(error: Exception) -> str:

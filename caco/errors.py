@@ -1,9 +1,14 @@
 """What went wrong on the user's side, told apart from a bug by one class. Imports nothing that takes time."""
 
 import contextlib
+import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator
+from types import TracebackType
+
+from caco.redaction import redacted
 
 
 class UserError(ValueError):
@@ -31,7 +36,7 @@ def is_for_user(error: BaseException) -> bool:
 def show(error: Exception) -> None:
     """Show the message, once: a job of a sweep tells it before the sweep ends with the same error."""
     if not getattr(error, "is_told", False):
-        print(f"caco: {error}", file=sys.stderr)
+        print(f"caco: {redacted(str(error))}", file=sys.stderr)
         setattr(error, "is_told", True)
 
 
@@ -50,6 +55,11 @@ def require_contract(key: str, part: object, contract: type) -> None:
         )
 
 
+def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python shows of a bug: an address with a password in it may be in the error."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def shown(*, interrupted: str = "") -> Iterator[None]:
     """Around a command: a UserError is shown in its own words and ends the process with exit code 2, Ctrl-C with 130.
@@ -57,6 +67,10 @@ def shown(*, interrupted: str = "") -> Iterator[None]:
     Args:
         interrupted: what becomes of the work that Ctrl-C ends.
     """
+    sys.excepthook = _without_secrets
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a locale without umlauts they are shown as \\xfc, which is better than not at all
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -15,6 +15,7 @@ from caco.config.refusals import groups
 from caco.errors import UserError
 from caco.runs import directory
 from caco.runs.identity import plain
+from caco.runs.paths import expanded, require_writable
 from caco.train import say_if_mlflow_is_missing
 
 HELP = """\
@@ -66,6 +67,7 @@ def _evaluate(cfg: DictConfig) -> None:
     results_dir = _results_dir(cfg, location)
     say_if_mlflow_is_missing(cfg, sys.argv[1:], results_dir)
     if directory.is_first_rank():
+        require_writable(results_dir, "to")
         results_dir.mkdir(parents=True, exist_ok=True)
         directory.hold(results_dir)
     from caco.engine.assembly import run_evaluation  # here and not above: it imports torch
@@ -75,7 +77,7 @@ def _evaluate(cfg: DictConfig) -> None:
 
 def _results_dir(cfg: DictConfig, location: pretrained.Location | None) -> Path:
     if cfg.to is not None:
-        return Path(cfg.to).expanduser()
+        return expanded(cfg.to)
     if location is not None:
         return location.run_dir
     return Path("evaluations") / f"{Path(cfg.weights).stem}-{cfg.weights_digest}"

@@ -15,7 +15,9 @@ from caco.errors import UserError
 from caco.evaluate import run_command
 from caco.runs.directory import command
 from caco.runs.environment import environment
+from caco.runs.files import remove_left_behind, write_text
 from caco.runs.identity import plain
+from caco.runs.paths import expanded, require_writable
 from caco.tracking import recorded
 
 HELP = """\
@@ -49,6 +51,7 @@ def main() -> None:
 
 def _export(cfg: DictConfig) -> None:
     location = None if cfg.run is None else pretrained.locate(cfg.run)
+    require_writable(expanded(cfg.to), "to")
     from caco.config.composition import instantiate
     from caco.engine.assembly import load_pretrained  # here and not above: it imports torch
 
@@ -56,7 +59,7 @@ def _export(cfg: DictConfig) -> None:
     path, step = load_pretrained(cfg, location, backbone)
     run = {} if location is None else {"run": location.run_dir.name, "step": step, "summary": recorded.read(location.run_dir).summary}
     about = {"weights": str(path), **run, "augmentation": plain(cfg)["augmentation"]}
-    for file in export(backbone, plain(cfg)["backbone"], list(cfg.layouts), Path(cfg.to).expanduser(), about):
+    for file in export(backbone, plain(cfg)["backbone"], list(cfg.layouts), expanded(cfg.to), about):
         print(file)
 
 
@@ -87,6 +90,7 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
                 expected = "a ResNet with its usual stem and BatchNorm (resnet18, resnet50, ...)"
                 raise UserError(f"layouts: {layout} expects {expected}, got {node}")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_left_behind(folder, of_others=("*",))
     files = []
 
     def written(name: str, write: Callable[[Path], object]) -> None:
@@ -98,13 +102,13 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     if {"safetensors", "timm"} & set(layouts):
         written("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     if "timm" in layouts:
-        written("config.json", lambda path: path.write_text(json.dumps(timm_config(backbone, node, about), indent=1) + "\n"))
+        written("config.json", lambda path: write_text(path, json.dumps(timm_config(backbone, node, about), indent=1) + "\n"))
     if "torchvision" in layouts:
         written("torchvision.pth", lambda path: torch.save(state, path))
     if "detectron2" in layouts:
         content = {"model": detectron2_names(state), "__author__": "caco", "matching_heuristics": True}
         written("detectron2.pkl", lambda path: path.write_bytes(pickle.dumps(content)))
-    written("README.md", lambda path: path.write_text(model_card(node, layouts, about)))
+    written("README.md", lambda path: write_text(path, model_card(node, layouts, about)))
     return files
 
 

@@ -103,7 +103,7 @@ def _shown(otherwise: Callable[..., None], kind: type[BaseException], error: Bas
 def flags() -> set[str]:
     """What the processor has, in Linux's words; nothing is known of other than x86 processors."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

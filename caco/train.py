@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
@@ -20,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from caco import errors, metrics
 from caco.config import composition, folders, refusals, signatures, validation
@@ -29,6 +30,10 @@ from caco.errors import SweepFailed, UserError
 from caco.installed import command_to_install, is_installed
 from caco.launch import labels
 from caco.runs import directory
+from caco.runs.identity import flat
+from caco.runs.paths import require_writable, with_home
+
+_trained: dict[Path, dict[str, Any]] = {}  # by this process, one job of a sweep after the other: what is in each directory
 
 
 EVALUATION_FAILED = 3  # the exit code of a run that came to its end and lacks an evaluation
@@ -55,6 +60,10 @@ def job(cfg: DictConfig) -> float | None:
     opened = False
     try:
         check(cfg, hydra_cfg, run_dir)
+        if hydra_cfg.mode == RunMode.MULTIRUN:  # again: what a search draws was not known before
+            before, leaves = _trained.setdefault(run_dir, flat(cfg)), flat(cfg)
+            if leaves != before:
+                refuse_shared_directories([(run_dir, before), (run_dir, leaves)])
         if directory.is_first_rank():
             directory.open_run(run_dir, cfg, folders.record())
         opened = True
@@ -150,18 +159,52 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
     Raises:
         UserError: one line per problem.
     """
+    refusals.refuse_empty(overrides)
     unfinished = 0
+    placed: list[tuple[Path, dict[str, Any]]] = []
     try:
-        for job_overrides in jobs(overrides, multirun=multirun):
+        for number, job_overrides in enumerate(jobs(overrides, multirun=multirun)):
             cfg = composition.compose(job_overrides)
-            of_sweep = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-            check(cfg, cfg.hydra, of_sweep if multirun else Path(cfg.hydra.run.dir))
-            unfinished += not (of_sweep / "summary.json").exists()
+            with open_dict(cfg.hydra.job):
+                cfg.hydra.job.num = number  # a directory may be named by it; Hydra counts in the same order
+            run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir if multirun else Path(cfg.hydra.run.dir)
+            check(cfg, cfg.hydra, run_dir)
+            require_writable(run_dir, "hydra.sweep.dir" if multirun else "hydra.run.dir")
+            unfinished += not (run_dir / "summary.json").exists()
+            if multirun:
+                placed.append((run_dir, flat(cfg)))
     except (*refusals.COMPOSITION_ERRORS, ValueError) as error:  # Hydra raises ValueErrors, too
         if isinstance(error, UserError):
             raise
         raise UserError(refusals.explain(error, overrides)) from error
+    refuse_shared_directories(placed)
     return unfinished
+
+
+def refuse_shared_directories(placed: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Of a sweep's jobs, the directory and the flat configuration of each: the second one that writes into a directory would be refused, or
+    taken for done already, and its numbers would be those of the first.
+
+    Raises:
+        UserError: names the directory, in what the jobs differ, and what gives each its own.
+    """
+    together: dict[Path, list[dict[str, Any]]] = {}
+    for folder, leaves in placed:
+        together.setdefault(folder, []).append(leaves)
+    for folder, those in together.items():
+        if len(those) == 1:
+            continue
+        differ = sorted(key for key in set().union(*those) if len({repr(leaves.get(key)) for leaves in those}) > 1)
+        if not differ:
+            raise UserError(f"{len(those)} jobs of this sweep are the same run, {_shown(folder)}: name each value once")
+        # A path's slashes would make folders of their own.
+        words = [f"${{{key}}}" for key in differ if all("/" not in str(leaves.get(key)) for leaves in those)]
+        own = "-".join(words) if len(words) == len(differ) else "${hydra.job.num}"
+        raise UserError(
+            f"{len(those)} jobs of this sweep have one directory, {_shown(folder)}: they differ in {', '.join(differ)} alone, which is no part "
+            "of what makes a run itself, so only the first would be trained. Leave that out of the sweep, or give each a directory of its "
+            f"own: hydra.sweep.subdir='${{run_name:}}-{own}'"
+        )
 
 
 def name_sweep(overrides: list[str], num_jobs: int) -> None:
@@ -201,6 +244,7 @@ def help_text(overrides: list[str]) -> str:
 def main() -> None:
     """The console script: Hydra's command line, with refusals in plain words and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them its own way
+    sys.argv[1:] = with_home(sys.argv[1:])  # which Hydra reads again
     args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
     elsewhere = args.config_name or args.config_path or args.experimental_rerun

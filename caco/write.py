@@ -32,6 +32,7 @@ from caco import errors
 from caco.data.sets import beton
 from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.errors import UserError
+from caco.runs.paths import expanded
 
 DEFAULT_QUALITY = 90
 
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
             cfg = compose(["eval=[]", "tracking=ledger", *overrides])
         except COMPOSITION_ERRORS as error:
             raise UserError(explain(error, overrides)) from error
-        for file in write_splits(instantiate(cfg.data), Path(out).expanduser(), **options):
+        for file in write_splits(instantiate(cfg.data), expanded(out), **options):
             facts = beton._sidecar(file)
             print(f"caco: wrote {file}: {facts['images']} images, {facts['bytes'] / 1e6:.1f} MB", file=sys.stderr)
 

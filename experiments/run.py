@@ -24,6 +24,7 @@ from caco.config.refusals import nearest
 from caco.errors import SweepFailed, UserError
 from caco.launch.jobs import Job
 from caco.runs.files import read_json, write_json
+from caco.runs.paths import expanded
 from caco.saying import clock
 from experiments import record
 from experiments.tables import HERE, Experiment, experiments, load_scale, load_table, scales, tables
@@ -228,7 +229,7 @@ def need_data(chosen: Sequence[Experiment]) -> None:
     """Refuse, before anything starts, to train on images that nobody said where to find."""
     for experiment in chosen:
         data = experiment.cfg.data
-        if "root" in data and (data.root is None or not (Path(data.root).expanduser().exists() or data.get("download"))):
+        if "root" in data and (data.root is None or not (expanded(data.root).exists() or data.get("download"))):
             where = "data.root=PATH must be given" if data.root is None else f"data.root={data.root}: there is nothing"
             raise UserError(f"{where}: scale {experiment.scale.id} reads {data._target_.rpartition('.')[2]}")
 

@@ -183,6 +183,7 @@ def test_another_run_in_the_same_directory_is_refused_with_the_difference(here, 
 def test_only_the_first_of_several_ranks_opens_the_run(here, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert here("hydra.run.dir=mine") == 0
     assert list((tmp_path / "mine").iterdir()) == []
 

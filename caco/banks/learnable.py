@@ -9,6 +9,7 @@ from caco.banks import motion, reweighted, scoring
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
 from caco.errors import UserError
+from caco.ranges import AboveZero, Count, NonNegative, Seed, Several, ShareBelowOne, Width
 from caco.schedules import RunShape, Table, warmup_and_cosine
 
 
@@ -43,18 +44,18 @@ class LearnableBank(nn.Module, Bank):
     def __init__(
         self,
         *,
-        size: int,
-        dim: int,
-        seed: int,
-        pull: float = 1.0,
-        push: float = 1.0,
-        lr: float = 3.0,
-        lr_reference_batch: int | None = None,
-        final_lr: float | None = None,
-        warmup_epochs: float = 10,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        temperature: float | None = None,
+        size: Several,
+        dim: Width,
+        seed: Seed,
+        pull: NonNegative = 1.0,
+        push: NonNegative = 1.0,
+        lr: NonNegative = 3.0,
+        lr_reference_batch: Count | None = None,
+        final_lr: NonNegative | None = None,
+        warmup_epochs: NonNegative = 10,
+        momentum: ShareBelowOne = 0.9,
+        weight_decay: NonNegative = 0.0,
+        temperature: AboveZero | None = None,
         reading: Literal["code", "paper"] = "code",
         initialisation: Literal["keys", "random"] = "keys",
         random_norms: Literal["unit", "normal"] = "unit",

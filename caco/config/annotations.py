@@ -3,10 +3,12 @@
 import ast
 import builtins
 import difflib
+import math
+import operator
 from collections.abc import Collection
 from typing import Any
 
-from caco.config.signatures import Module, Signature, lookup, signature
+from caco.config.signatures import Module, Parameter, Signature, is_group, lookup, signature
 
 # int is accepted for float, bool for neither: `true` where a number belongs is a mistake.
 SCALARS: dict[str, tuple[type, ...]] = {
@@ -35,9 +37,9 @@ def alternatives(annotation: ast.expr, module: Module) -> list[tuple[Module, ast
             return [*alternatives(annotation.slice, module), (module, ast.Constant(None))]
         if head == "Union":
             return [pair for item in _items(annotation.slice) for pair in alternatives(item, module)]
-        if head in ("Annotated", "Final"):
+        if head == "Final":
             return alternatives(_items(annotation.slice)[0], module)
-    known = {*SCALARS, *LISTS, *DICTS, "tuple", "Tuple", "Any", "object"}
+    known = {*SCALARS, *LISTS, *DICTS, "tuple", "Tuple", "Any", "object", "Annotated"}
     if isinstance(annotation, ast.Name) and annotation.id not in known:
         found = lookup(module, annotation.id)
         if found and not isinstance(found[1], (ast.ClassDef, ast.FunctionDef)):
@@ -54,9 +56,19 @@ def is_plain(annotation: ast.expr | None, module: Module) -> bool:
 def _is_plain(annotation: ast.expr, module: Module) -> bool:
     kind = _word(_head(annotation))
     items = _items(annotation.slice) if isinstance(annotation, ast.Subscript) else []
+    if kind == "Annotated":
+        return is_plain(items[0], module)
     if kind in LISTS or kind in DICTS or kind in ("tuple", "Tuple"):
         return all(_is_ellipsis(item) or is_plain(item, module) for item in items)
+    found = lookup(module, kind) if isinstance(annotation, ast.Name) and kind not in SCALARS else None
+    if found is not None and is_group(*found):
+        return all(is_plain(item.annotation, found[0]) for item in _parameters(*found))
     return kind in ("Literal", "Any", "object") or kind in SCALARS
+
+
+def _parameters(module: Module, node: ast.stmt) -> list[Parameter]:
+    taken = signature(module, node)
+    return [] if taken is None else list(taken.parameters.values())
 
 
 def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: str) -> list[str]:
@@ -72,9 +84,13 @@ def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: st
     if inner:
         return inner[0]
     choices = [item for _, member in members for item in _literals(member)]
+    if isinstance(value, str) and _reads_as_number(value) and "str" not in [_word(_head(member)) for _, member in members]:
+        # What a variable of the environment holds is text; in YAML, so is what stands in quotes.
+        return [f"{path}: expected {' or '.join(_shown(m, w) for w, m in members)}, got the text {value!r}; a variable is read as a number by "
+                "'${oc.decode:${oc.env:NAME}}'"]  # fmt: skip
     near = difflib.get_close_matches(str(value), [str(item) for item in choices], n=1)
     hint = f"; did you mean {near[0]}?" if near and isinstance(value, str) else ""
-    expected = " or ".join(_show(member) for _, member in members)
+    expected = " or ".join(_shown(member, where) for where, member in members)
     return [f"{path}: expected {expected}, got {value!r:.80}{_kind(value)}{hint}"]
 
 
@@ -100,7 +116,7 @@ def argument_mismatches(
             found.append(f"{inner_path}: {owner} takes no such argument{hint}")
     for name, parameter in taken.parameters.items():
         if parameter.required and name not in {*given, *supplied} and is_plain(parameter.annotation, taken.module):
-            found.append(f"{path}.{name}: {owner} needs it, expected {_show(parameter.annotation)}, got nothing")
+            found.append(f"{path}.{name}: {owner} needs it, expected {shown(parameter.annotation, taken.module)}, got nothing")
     return found
 
 
@@ -111,6 +127,11 @@ def _mismatch(value: Any, annotation: ast.expr, module: Module, path: str) -> li
     items = _items(annotation.slice) if isinstance(annotation, ast.Subscript) else []
     if kind in ("Any", "object"):
         return []
+    if kind == "Annotated":
+        inside = mismatches(value, items[0], module, path)
+        # What is wrong within it is said by itself; what is wrong with it as a whole, together with its bounds.
+        deeper = [line for line in inside if not line.startswith(f"{path}: ")]
+        return deeper or (wrong if inside or not within(value, bounds(items[1:])) else [])
     if kind in SCALARS:
         fits = isinstance(value, SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool))
         return [] if fits else wrong
@@ -168,10 +189,56 @@ def _literals(annotation: ast.expr) -> list[Any]:
     return [item.value for item in _items(annotation.slice) if isinstance(item, ast.Constant)]
 
 
-def _show(annotation: ast.expr | None) -> str:
-    if annotation is None:
-        return "a value"
-    return " | ".join(map(str, _literals(annotation))) or ast.unparse(annotation)
+def bounds(declared: list[ast.expr]) -> dict[str, dict[str, float]]:
+    """Of the `Range(...)` and `Length(...)` in an Annotated (caco/ranges.py): their arguments by name, read and not run. Others say nothing."""
+    calls = [item for item in declared if isinstance(item, ast.Call) and _word(item.func) in ("Range", "Length")]
+    return {_word(call.func): {str(word.arg): ast.literal_eval(word.value) for word in call.keywords} for call in calls}
+
+
+def within(value: Any, declared: dict[str, dict[str, float]]) -> bool:
+    """Whether a number is in its range, a list or a group as long as it has to be."""
+    holds = {"least": operator.ge, "most": operator.le, "above": operator.gt, "below": operator.lt}
+    measured = {"Range": value, "Length": len(value) if isinstance(value, list | dict) else None}
+    return all(
+        holds[name](measured[kind], bound)
+        for kind, limits in declared.items()
+        for name, bound in limits.items()
+        if isinstance(measured[kind], int | float)
+    )
+
+
+def shown(annotation: ast.expr | None, module: Module) -> str:
+    """What a value is expected to be, in words: "int from 1", "list[float] of 3", "a or b"."""
+    return "a value" if annotation is None else " or ".join(_shown(member, where) for where, member in alternatives(annotation, module))
+
+
+def _shown(member: ast.expr, module: Module) -> str:
+    kind, items = _word(_head(member)), _items(member.slice) if isinstance(member, ast.Subscript) else []
+    if kind == "Literal":
+        return " | ".join(map(str, _literals(member)))
+    if kind == "Annotated":
+        return shown(items[0], module) + "".join(_bounds_in_words(kind, limits) for kind, limits in bounds(items[1:]).items())
+    if kind in LISTS and len(items) == 1:
+        return f"list of {shown(items[0], module)}"
+    return ast.unparse(member)
+
+
+def _bounds_in_words(kind: str, limits: dict[str, float]) -> str:
+    if kind == "Length":
+        least, most = limits.get("least"), limits.get("most")
+        number = f"{least}" if least == most else f"{least or 0} to {most}" if most is not None else f"{least} or more"
+        return f", {number} of them"
+    low = {"least": "from {:g}", "above": "above {:g}"}
+    high = {"most": "up to {:.10g}", "below": "below {:g}"}
+    words = [text.format(limits[name]) for part in (low, high) for name, text in part.items() if name in limits]
+    return f" {' '.join(words)}"
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _kind(value: Any) -> str:

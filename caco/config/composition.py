@@ -10,7 +10,9 @@ from typing import Any, cast
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from caco.config import folders
@@ -70,6 +72,14 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else str(error)) from error
+    except (HydraException, OmegaConfBaseException, ValueError):
+        raise
+    except OSError as error:
+        name = str(error.filename or "")
+        shown = f": {name[:40]}...{name[-40:]}" if len(name) > 90 else f": {name}" if name else ""
+        raise UserError(f"an option's name must be that of a file ({error.strerror}{shown})") from error
+    except Exception as error:  # noqa: BLE001 - Hydra and OmegaConf raise what they like where a command line makes no sense to them
+        raise UserError(f"this command line cannot be composed: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
 def job_config(cfg: DictConfig) -> DictConfig:

@@ -14,6 +14,7 @@ from caco.config import composition, folders, refusals, schema, validation
 from caco.errors import UserError
 from caco.runs import renamed
 from caco.runs.files import read_json
+from caco.runs.paths import expanded
 
 CHECKPOINT = re.compile(r"step_(\d{9})\.pt")
 DEFAULTS_WITHOUT_A_RUN = {"augmentation": "caco", "loader": "auto"}
@@ -33,7 +34,7 @@ def locate(run: str) -> Location:
     Raises:
         UserError: there is none; says what was expected.
     """
-    path = Path(run).expanduser()
+    path = expanded(run)
     if path.is_dir():
         if not (path / "config.yaml").is_file():
             raise UserError(f"run: expected a run's directory, with config.yaml, got {run}, which has none")
@@ -73,6 +74,7 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: one line per problem.
     """
+    refusals.refuse_empty(overrides)
     try:
         chosen = _chosen(overrides)
         of_the_run: dict[str, Any] = {}

@@ -2,23 +2,25 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from caco.config import folders
 from caco.config.annotations import is_plain
-from caco.config.composition import compose
+from caco.config.composition import compose, job_config
 from caco.config.folders import groups
 from caco.config.schema import ROOTS
 from caco.config.signatures import find
 from caco.config.validation import SUPPLIED
+from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
 from caco.runs import renamed
-from caco.runs.identity import plain
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 _OF_MLFLOW = ("tracking.uri", "tracking.experiment", "tracking.feed_seconds", "tracking.finish_seconds", "tracking.model")
@@ -35,13 +37,35 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+def refuse_empty(overrides: Sequence[str]) -> None:
+    """Refuse what cannot be written down, and `data.root=$UNSET`: without a value it would be the working directory, or no directory at all.
+
+    Raises:
+        UserError: names what has no value.
+    """
+    for item in overrides:
+        try:
+            item.encode()
+        except UnicodeEncodeError:
+            shown = item.encode(errors="backslashreplace").decode()
+            raise UserError(f"{shown} is no text in this locale's encoding; set LC_ALL=C.UTF-8, or rename the file") from None
+    empty = [item for item in overrides if item.partition("=")[1:] == ("=", "") or item.partition("=")[2] in ("''", '""')]
+    if empty:
+        raise UserError(f"{', '.join(empty)} has no value after the =: is a variable of the shell unset? Nothing is written null")
+
+
 def explain(error: Exception, overrides: Sequence[str], root: str = "config") -> str:
     """One or two lines on why the command line `overrides` does not compose with the root conf/<root>.yaml."""
     if isinstance(error, OverrideParseException):
-        why = next(line for line in str(error).splitlines() if not line.startswith("Error parsing override"))
-        return f"{error.override or 'the command line'} cannot be read ({why}); expected key=value"
+        why = next((line for line in str(error).splitlines() if not line.startswith("Error parsing override")), "no key=value")
+        why = "a sign that Hydra's grammar does not know unquoted" if why.startswith("Lexer") else why
+        return f"{error.override or 'the command line'} cannot be read ({why}); expected key=value{_quoted(error.override)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _explain_option(error.missing_cfg_file)
+    twice = re.search(r"Multiple values for ([^.\s]+)", str(error))
+    if twice:
+        those = [item for item in overrides if item.lstrip("+~").partition("=")[0].replace("/", ".") == twice.group(1).replace("/", ".")]
+        return f"{twice.group(1)} is chosen twice{': ' * bool(those)}{' '.join(those)}; leave all but one out"
     given = re.search(r"Could not override '([^'@]+)", str(error))
     if given:
         return _explain_key(given.group(1), overrides, root, in_defaults_list="defaults list" in str(error))
@@ -53,8 +77,28 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
         if group in groups() and re.fullmatch(r"[\d.-]*|null|true|false", option, re.IGNORECASE):
             size = f"; for another size bank.size={option}" if group == "bank" and option.isdigit() else ""
             return f"{override}: {group} is one of {', '.join(groups()[group])}{size}"
+    if "RecursionError" in str(error):
+        return "a setting is made of itself, by ${...} in a circle; write its value out"
     lines = [line.strip() for line in str(error if str(error) else cause).splitlines() if line.strip()]
-    return " ".join(lines)
+    said = " ".join(line for line in lines if not line.startswith(("full_key:", "reference_type=", "object_type=")))
+    said = said.replace(" full_key: ", ", asked for by ").partition(" reference_type=")[0]
+    made = [item for item in overrides if "${" in item and item.partition("=")[0] not in said]
+    return f"{made[0]}: {said}" if len(made) == 1 else said
+
+
+def _quoted(override: str | None) -> str:
+    """How a value is written that Hydra's grammar does not take as it is (a path with blanks, umlauts, parentheses, =, ~): what a shell is
+    to be given, if that can be read."""
+    key, equals, value = (override or "").partition("=")
+    if not equals or not value:
+        return ""
+    inner = value.strip("'\"").replace("\\", "\\\\").replace("'", "\\'")
+    written = f"{key}='{inner}'"
+    try:
+        OverridesParser.create().parse_override(written)
+    except HydraException:
+        return ""
+    return f". Hydra takes such a value in quotes of its own, within the shell's: {shlex.quote(written)}"
 
 
 def _explain_option(missing: str) -> str:
@@ -75,14 +119,17 @@ def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_l
     if in_defaults_list:
         return f"{key}: no such group in this configuration{nearest(key, groups())}"
     cfg = _compose_without(key, overrides, root)
-    known = [*_names(plain(cfg)), *groups()] if cfg is not None else [*ROOTS[root].__dataclass_fields__, *groups()]
+    # Unresolved: another setting may be one that does not resolve, and what is looked for is what this one is called.
+    tree = None if cfg is None else OmegaConf.to_container(job_config(cfg), resolve=False)
+    known = [*ROOTS[root].__dataclass_fields__, *groups()] if tree is None else [*_names(tree), *groups()]
     parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if cfg is not None and parent else None
+    node = _selected(cfg, parent) if cfg is not None and parent else None
     if isinstance(node, DictConfig):
-        signature = find(node.get("_target_") or "")
+        target = OmegaConf.to_container(node, resolve=False).get("_target_")  # type: ignore[union-attr]
+        signature = find(target) if isinstance(target, str) else None
         taken = signature.parameters.get(name) if signature else None
         if signature and taken and is_plain(taken.annotation, signature.module) and name not in SUPPLIED.get(parent, ()):
-            value = next(item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}="))
+            value = next((item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}=")), "VALUE")
             return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
         if key in _OF_MLFLOW and not is_installed("mlflow"):
             return f"{key}: belongs to tracking=mlflow, and MLflow is not installed; to have it: {command_to_install('mlflow')}"
@@ -109,7 +156,15 @@ def _compose_without(key: str, overrides: Sequence[str], root: str) -> DictConfi
     others = [item for item in overrides if item.lstrip("+~").partition("=")[0] != key]
     try:
         return compose(others, root)
-    except COMPOSITION_ERRORS:
+    except (*COMPOSITION_ERRORS, ValueError):
+        return None
+
+
+def _selected(cfg: DictConfig, key: str) -> Any:
+    """The node of this name; None where there is none, or where it does not resolve."""
+    try:
+        return OmegaConf.select(cfg, key)
+    except (OmegaConfBaseException, RecursionError):
         return None
 
 

@@ -203,6 +203,11 @@ def is_typed_dict(module: Module, node: ast.stmt) -> bool:
     return False
 
 
+def is_group(module: Module, node: ast.stmt) -> bool:
+    """Whether it is a group of settings that YAML can hold: a dataclass, or a TypedDict."""
+    return is_typed_dict(module, node) or (isinstance(node, ast.ClassDef) and _is_dataclass(node))
+
+
 def _of_function(module: Module, node: ast.FunctionDef, *, skip: int = 0) -> Signature:
     positional = [*node.args.posonlyargs, *node.args.args]
     first_default = len(positional) - len(node.args.defaults)

@@ -5,6 +5,7 @@ checked against each other; and a choice on the command line that something late
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from caco.config.annotations import argument_mismatches
 from caco.config.schema import AnyRoot, Root
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
+from caco.redaction import HIDDEN, holds_secret, names_secret, redacted
 from caco.runs import renamed
 from caco.runs.identity import file_digest, flat, plain, read_yaml
 
@@ -48,15 +50,39 @@ def check(
         tree = plain(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise UserError("a setting is made of itself, by ${...} in a circle; write its value out") from error
     if missing:
         raise UserError("\n".join(f"{key}: must be given, as {key}=..." for key in missing))
-    problems = _shape(tree, root)
+    problems = _shape(tree, root) + _senseless(tree)
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
         problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
         problems = problems or _of_one_name(tree.get("eval", {})) + (views_needed.early_problems(tree) if root is Root else [])
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _senseless(tree: dict[str, Any]) -> list[str]:
+    """What is no value for any setting, whoever takes it: of own components, too, whose arguments declare no range."""
+    problems = []
+    for key, value in flat(tree).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{key}: expected a finite number, got {value}")
+        elif isinstance(value, int) and not -(2**32) < value < 2**32:
+            problems.append(f"{key}: expected a number below 2**32, got {str(value)[:40]}")
+        elif not isinstance(value, str):
+            continue
+        elif not value and not key.startswith("launcher.sbatch."):
+            problems.append(f"{key}: expected a value, got an empty text; is a variable of the shell unset? Nothing is written null")
+        elif "\0" in value:
+            problems.append(f"{key}: expected a text without a byte of zero, got {value!r:.60}")
+        elif names_secret(key.rpartition(".")[2]) or holds_secret(value):
+            problems.append(
+                f"{key}: holds a password or a token, and settings are written into files: {redacted(value) if holds_secret(value) else HIDDEN}. "
+                "Put it into the environment: MLFLOW_TRACKING_URI=ADDRESS, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+    return problems
 
 
 def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
@@ -67,8 +93,14 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
         near = difflib.get_close_matches(key, known, n=1)
         problems.append(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
     problems += [f"{key}: is missing" for key in known if key not in tree]
+    for key, field in root.__dataclass_fields__.items():
+        inner = getattr(field.default_factory, "__dataclass_fields__", {})  # schedule, warm_start, checkpoint
+        if key in tree and inner and not isinstance(tree[key], dict):
+            problems.append(f"{key}: expected {', '.join(inner)}, got {tree[key]!r:.60}")
+        elif key in tree:
+            problems += [f"{key}.{name}: is missing" for name in inner if name not in tree[key]]
     for key in COMPONENTS:
-        if key in tree and not (isinstance(tree[key], dict) and "_target_" in tree[key]):
+        if key in known and key in tree and not (isinstance(tree[key], dict) and "_target_" in tree[key]):
             problems.append(f"{key}: expected a component with a _target_, got {tree[key]!r:.60}")
     if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
         problems.append(
@@ -159,8 +191,8 @@ def _demands(tree: dict[str, Any]) -> tuple[list[str], Callable[[str, bool, str]
 
 def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> None:
     weights = tree["weights"]
-    demand("weights", weights is None or Path(weights).expanduser().is_file(), "a file that is there")
-    demand("weights_digest", tree["weights_digest"] == file_digest(weights), "it not to be set; weights=FILE does")
+    demand("weights", weights is None or tree["weights_digest"] is not None, "a file that is there and can be read")
+    demand("weights_digest", tree["weights_digest"] == (None if weights is None else file_digest(weights)), "it not to be set; weights=FILE does")
     if weights is None:
         demand("format", tree["format"] is None, "null, as there is no weights=FILE")
     else:

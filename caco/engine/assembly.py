@@ -25,6 +25,7 @@ from caco.data.views.augmentation import Views
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import beginning, ending
+from caco.engine.same_images import images_read, other_images
 from caco.engine.trainer import Trainer
 from caco.errors import UserError, require_contract
 from caco.evals.evaluation import Evaluation
@@ -41,6 +42,7 @@ from caco.runs import directory
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import flat, run_hash
+from caco.runs.paths import expanded
 from caco.schedules import RunShape
 from caco.tracking.base import Tracker
 
@@ -209,6 +211,8 @@ def run_training(
         passing=True,
         say=say,
     )
+    images_file = run_dir / "images.json"
+    evaluated_on = images_read(evaluation) if main else {}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
@@ -217,7 +221,7 @@ def run_training(
     method = build_method(cfg, len(splits.pretrain))
     refuse_unfit(method, views, splits.pretrain)
     if cfg.weights is not None and newest is None:
-        message = weights.initialise(method, Path(cfg.weights).expanduser(), cfg.format)
+        message = weights.initialise(method, expanded(cfg.weights), cfg.format)
         if main:
             print(f"caco: {message}", file=sys.stderr)
     at_once = cfg.batch // distributed.world() // (cfg.accumulate or 1)
@@ -255,10 +259,14 @@ def run_training(
     if newest is not None:
         state, path = newest
         trainer.load_state_dict(state)
+        known = read_json(run_dir / "summary.json")
+        is_done = trainer.step == trainer.total_steps and bool(known) and not metrics.missing_at_the_end(known)
+        refused = other_images(read_json(images_file), evaluated_on, is_done=is_done) if main else None
+        if refused := distributed.shared_object(refused):
+            raise UserError(refused)
         if main:
             print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
-        known = read_json(run_dir / "summary.json")
-        if trainer.step == trainer.total_steps and known and not metrics.missing_at_the_end(known):
+        if is_done:
             loader.close()
             images.close()
             distributed.stop()
@@ -276,6 +284,8 @@ def run_training(
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
         print(message, file=sys.stderr)
+        directory.write_config(run_dir, cfg)  # of a run that goes on: nothing has been refused, and this is how it does
+        write_json(images_file, evaluated_on)
         # Again: now PyTorch is here to say which GPUs and instructions it has.
         environment = directory.write_environment(run_dir, folders.record())
         tracker.start(
@@ -319,7 +329,7 @@ def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.
         ValueError: no file can be read, or it is of another architecture; the keys are named.
     """
     if location is None:
-        path = Path(cfg.weights).expanduser()
+        path = expanded(cfg.weights)
         weights.load_backbone(path, cfg.format, backbone)
         return path, 0
     if location.checkpoint is not None:
@@ -371,7 +381,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
         seed=cfg.seed,
         loader=instantiate(cfg.loader),
         folder=results_dir / "evaluations",
-        cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
+        cache=None if cfg.cache is None else expanded(cfg.cache),
         overlap=cfg.overlap,
         compared=compared,
         say=say,

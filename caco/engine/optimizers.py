@@ -10,6 +10,7 @@ from torch import nn
 from caco.errors import UserError
 from caco.methods.base import Now, ParameterGroup
 from caco.nn.layerwise import LARC, LARS
+from caco.ranges import Betas, Count, NonNegative, ShareBelowOne
 from caco.schedules import RunShape, Table, cosine, drops, scaled_lr, warmup_and_cosine
 
 
@@ -30,12 +31,12 @@ def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclu
 def lars(
     groups: list[ParameterGroup],
     *,
-    batch: int,
-    lr: float = 0.3,
-    reference_batch: int | None = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 1.5e-6,
-    trust_coefficient: float = 1e-3,
+    batch: Count,
+    lr: NonNegative = 0.3,
+    reference_batch: Count | None = 256,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 1.5e-6,
+    trust_coefficient: NonNegative = 1e-3,
 ) -> torch.optim.Optimizer:
     """LARS as published, see there. The rate is lr * batch / reference_batch."""
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
@@ -46,12 +47,12 @@ def lars(
 def lars_timm(
     groups: list[ParameterGroup],
     *,
-    batch: int,
-    lr: float = 0.3,
-    reference_batch: int | None = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 1.5e-6,
-    trust_coefficient: float = 1e-3,
+    batch: Count,
+    lr: NonNegative = 0.3,
+    reference_batch: Count | None = 256,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 1.5e-6,
+    trust_coefficient: NonNegative = 1e-3,
     trust_clip: bool = False,
 ) -> torch.optim.Optimizer:
     """timm's LARS: trust |p| / (|g| + wd |p|), up to a hundredth from the published |p| / |g + wd p|.
@@ -73,11 +74,11 @@ def lars_timm(
 def sgd(
     groups: list[ParameterGroup],
     *,
-    batch: int,
-    lr: float = 0.03,
-    reference_batch: int | None = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-4,
+    batch: Count,
+    lr: NonNegative = 0.03,
+    reference_batch: Count | None = 256,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 1e-4,
 ) -> torch.optim.Optimizer:
     """SGD with momentum; decay on every parameter, as in MoCo and AdCo. The rate is lr * batch / reference_batch."""
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
@@ -87,11 +88,11 @@ def sgd(
 def adamw(
     groups: list[ParameterGroup],
     *,
-    batch: int,
-    lr: float = 1e-3,
-    reference_batch: int | None = 256,
-    betas: Sequence[float] = (0.9, 0.999),
-    weight_decay: float = 0.05,
+    batch: Count,
+    lr: NonNegative = 1e-3,
+    reference_batch: Count | None = 256,
+    betas: Betas = (0.9, 0.999),
+    weight_decay: NonNegative = 0.05,
     decay_one_dimensional: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW, for ViTs. The rate is lr * batch / reference_batch.
@@ -106,11 +107,11 @@ def adamw(
 def adam(
     groups: list[ParameterGroup],
     *,
-    batch: int,
-    lr: float = 1e-3,
-    reference_batch: int | None = 256,
-    betas: Sequence[float] = (0.9, 0.999),
-    weight_decay: float = 0.0,
+    batch: Count,
+    lr: NonNegative = 1e-3,
+    reference_batch: Count | None = 256,
+    betas: Betas = (0.9, 0.999),
+    weight_decay: NonNegative = 0.0,
 ) -> torch.optim.Optimizer:
     """Adam, whose decay is part of the gradient; on every parameter. The rate is lr * batch / reference_batch."""
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
@@ -121,12 +122,12 @@ def adam(
 def larc(
     groups: list[ParameterGroup],
     *,
-    batch: int,
-    lr: float = 0.3,
-    reference_batch: int | None = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-6,
-    trust_coefficient: float = 1e-3,
+    batch: Count,
+    lr: NonNegative = 0.3,
+    reference_batch: Count | None = 256,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 1e-6,
+    trust_coefficient: NonNegative = 1e-3,
 ) -> torch.optim.Optimizer:
     """LARC, see there; decay on every parameter. The rate is lr * batch / reference_batch."""
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)

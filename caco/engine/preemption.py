@@ -1,9 +1,11 @@
 """Being told to stop, by a scheduler or a user: a flag that the loop reads, and what happens after its save.
 
 SIGUSR2 comes from SLURM ahead of a time limit or a preemption (`--signal`), SIGTERM on `scontrol requeue`, on the
-preemption of clusters that send nothing else, on `scancel`, and from any user's `kill`.
+preemption of clusters that send nothing else, on `scancel`, and from any user's `kill`, SIGHUP when the terminal is closed or
+the connection to it is lost. (Under nohup, which lets a run go on then, SIGHUP stays ignored.)
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
@@ -31,21 +33,29 @@ class Stop:
     def __init__(self):
         self.signum: int | None = None
         self._before: dict[int, Handler] = {}
+        self._terminals: list[int] = []
 
     def requested(self) -> bool:
         """Whether this process was told to stop; the ranks of a run agree among themselves."""
         return self.signum is not None
 
     def __enter__(self) -> "Stop":
-        self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        self._nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        heard = [signum for signum in SIGNALS if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN]
+        self._before = {signum: signal.signal(signum, self._note) for signum in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        os.close(self._nowhere)
 
     def _note(self, signum: int, frame: object) -> None:
         self.signum = signum
+        for stream in self._terminals:
+            if not os.isatty(stream):  # any more: what is printed there would be an error, before the run is saved
+                os.dup2(self._nowhere, stream)
 
 
 def leave(stopped: Stopped, *, is_first_rank: bool) -> NoReturn:
@@ -54,9 +64,10 @@ def leave(stopped: Stopped, *, is_first_rank: bool) -> NoReturn:
     Called outside `with Stop()`, where SIGUSR2 is submitit's again if submitit started this process.
     """
     executor = os.environ.get("SUBMITIT_EXECUTOR")
-    if executor is None or (executor == "local" and stopped.signum == signal.SIGTERM):
+    if executor is None or (executor == "local" and stopped.signum in (signal.SIGTERM, signal.SIGHUP)):
         if is_first_rank:
-            print(f"caco: {stopped}; the same command goes on from there", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"caco: {stopped}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + (stopped.signum or signal.SIGTERM))
     if not is_first_rank:
         sys.exit(0)

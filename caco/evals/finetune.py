@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -16,6 +15,8 @@ from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, train_classifier
 from caco.evals.features import FeatureStore
 from caco.evals.knn import balanced_share
+from caco.ranges import Count, Length, NonNegative, Several, ShareAboveZero, ShareBelowOne, ShareInterval
+from caco.runs.paths import expanded, read_text
 
 
 class FineTune(Evaluator):
@@ -42,17 +43,17 @@ class FineTune(Evaluator):
         self,
         *,
         name: str = "finetune",
-        fractions: Sequence[float] = (1.0,),
+        fractions: Annotated[Sequence[ShareAboveZero], Length(least=1)] = (1.0,),
         lists: list[str] | None = None,
-        epochs: Sequence[int] = (30,),
-        batch: int = 1024,
-        lr: float = 0.05,
-        reference_batch: int | None = 256,
-        momentum: float = 0.9,
+        epochs: Annotated[Sequence[Count], Length(least=1)] = (30,),
+        batch: Several = 1024,
+        lr: NonNegative = 0.05,
+        reference_batch: Count | None = 256,
+        momentum: ShareBelowOne = 0.9,
         nesterov: bool = True,
-        weight_decay: float = 0.0,
+        weight_decay: NonNegative = 0.0,
         unit: Literal["epoch", "step"] = "step",
-        scale: Sequence[float] = (0.08, 1.0),
+        scale: ShareInterval = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         frozen_below: float = 0.0,
         when: Literal["epoch", "end"] = "end",
@@ -134,13 +135,13 @@ def listed(source: Source, path: str) -> np.ndarray:
     Raises:
         ValueError: no such file, a source that is not files, a name that is not in it or twice.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"lists: expected a text file of image files' names, got {path}, which is not there")
     position = {file_of_image.name: i for i in range(len(source)) if (file_of_image := source.path(i)) is not None}
     if not position:
         raise UserError(f"lists: expected images in files, got {source.name}, whose images have no names; leave lists=null")
-    names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     unknown = [name for name in names if name not in position]
     if unknown or not names or len(set(names)) < len(names):
         raise UserError(

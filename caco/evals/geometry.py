@@ -18,6 +18,7 @@ from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.extraction import extract, full_float32
 from caco.evals.features import FeatureStore
+from caco.ranges import Several
 
 
 def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
@@ -55,7 +56,7 @@ class Geometry(Evaluator):
 
     on_all_ranks = True  # they share the reading
 
-    def __init__(self, *, images: int = 2048, when: Literal["epoch", "end"] = "end") -> None:
+    def __init__(self, *, images: Several = 2048, when: Literal["epoch", "end"] = "end") -> None:
         if images < 2:
             raise UserError(f"geometry images: expected at least 2, got {images}")
         if when not in ("epoch", "end"):

@@ -17,6 +17,7 @@ from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.extraction import full_float32
 from caco.evals.features import FeatureStore
+from caco.ranges import AboveZero, Count, ShareAboveZero
 
 _LAST_INDEX = 2**32 - 1
 
@@ -150,11 +151,11 @@ class KNN(Evaluator):
     def __init__(
         self,
         *,
-        k: int = 20,
-        temperature: float = 0.2,
-        fraction: float = 1.0,
+        k: Count = 20,
+        temperature: AboveZero = 0.2,
+        fraction: ShareAboveZero = 1.0,
         choice: Literal["random", "first"] = "random",
-        block: int = 2048,
+        block: Count = 2048,
         when: Literal["epoch", "end"] = "epoch",
     ) -> None:
         if k < 1 or block < 1:

@@ -11,6 +11,7 @@ from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
 from caco.evals.features import FeatureStore
+from caco.ranges import Count, NonNegative, Share, ShareBelowOne, ShareInterval
 
 
 class Linear(Evaluator):
@@ -31,19 +32,19 @@ class Linear(Evaluator):
         self,
         *,
         name: str = "linear",
-        epochs: int = 100,
-        batch: int = 4096,
-        lr: float = 0.025,
-        reference_batch: int | None = 256,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        epochs: Count = 100,
+        batch: Count = 4096,
+        lr: NonNegative = 0.025,
+        reference_batch: Count | None = 256,
+        momentum: ShareBelowOne = 0.9,
+        weight_decay: NonNegative = 0.0,
         larc: bool = True,
-        trust_coefficient: float = 1e-3,
+        trust_coefficient: NonNegative = 1e-3,
         schedule: Literal["cosine", "steps"] = "cosine",
-        milestones: Sequence[int] = (),
-        decay: float = 0.1,
+        milestones: Sequence[Count] = (),
+        decay: Share = 0.1,
         unit: Literal["epoch", "step"] = "epoch",
-        scale: Sequence[float] = (0.08, 1.0),
+        scale: ShareInterval = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         drop_last: bool = False,
         when: Literal["epoch", "end"] = "end",

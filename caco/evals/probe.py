@@ -14,6 +14,7 @@ from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore
 from caco.evals.logistic import Standardised, fit
+from caco.ranges import AboveZero, Count
 
 
 class Probe(Evaluator):
@@ -31,7 +32,7 @@ class Probe(Evaluator):
     on_all_ranks = True  # they share the reading
 
     def __init__(
-        self, *, l2: float = 1e-3, max_iterations: int = 500, when: Literal["epoch", "end"] = "end"
+        self, *, l2: AboveZero = 1e-3, max_iterations: Count = 500, when: Literal["epoch", "end"] = "end"
     ) -> None:
         if not l2 > 0:
             raise UserError(f"probe l2: expected a positive number, got {l2}")

@@ -30,7 +30,7 @@ class Record:
 
     evaluations/NAME-KEY.json holds what an evaluator gave, and of what; its key says of what, so the same question is
     answered from there. Ledger, MLflow and summary.json get the same numbers by name, those of other data than the run's
-    as DATA/NAME, of the baselines as untrained/NAME and pixels/NAME. What training measured at this step stays: where an
+    as DATA/NAME (DATA-DIGEST/NAME where only the images are others), of the baselines as untrained/NAME and pixels/NAME. What training measured at this step stays: where an
     evaluation with the same protocol gives another number (another seed, precision, batch, ...), that one is in its file alone.
 
     Args:
@@ -48,6 +48,7 @@ class Record:
         self.results: dict[str, float] = {}
         self._environment = environment() | folders.record()
         self._of_training: dict[str, Any] = {}
+        self._images: dict[str, str | None] = {}
 
     def open(self) -> str:
         """Open the ledger behind its last row; returns the status that the run had."""
@@ -64,6 +65,7 @@ class Record:
             tags=about.get("tags", {**self._environment, "weights": str(self.path)}),
             run_name=about.get("run_name", self.dir.name),
             state={"rows": len(ledger)},
+            sweep=about.get("sweep"),  # a job of a sweep stays one
         )
         return "FINISHED" if status == "RUNNING" else status
 
@@ -75,12 +77,13 @@ class Record:
         store, evaluator = evaluation.store, evaluation.evaluators[name]
         splits, views, node = store.splits, store.views, plain(self.cfg)["eval"][name]
         sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
+        self._images = {split: None if source is None else source.digest() for split, source in sources.items()}
         return {
             "evaluator": {k: v for k, v in node.items() if not is_neutral(f"eval.{name}.{k}")}
             | folders.code_of([node["_target_"]]),
             "inputs": evaluator.inputs(),
             "encoder": store.digest_of(encoder),
-            "images": {split: source and store.key_of(source) for split, source in sources.items()},
+            "images": {split: None if source is None else store.key_of(source) for split, source in sources.items()},
             "augmentation": plain(self.cfg)["augmentation"],
             "plain_view": [views.size, views.plain_crop, views.plain_interpolation],
             "precision": store.precision,
@@ -125,11 +128,19 @@ class Record:
             write_json(summary, {**recorded.read(self.dir).summary, **new})
 
     def _of_other_data(self) -> str:
+        """"" on the images of the run's own evaluations; else what the names of the results begin with."""
         if not self.is_run or not (self.dir / "config.yaml").is_file():
             return ""
-        theirs, ours = renamed.read_config(self.dir)["data"], plain(self.cfg)["data"]
-        same = {key: value for key, value in theirs.items() if key != "root"}
-        return "" if same == {key: value for key, value in ours.items() if key != "root"} else f"{self._data_name()}/"
+        recorded = read_json(self.dir / "images.json").get("images", {})  # by digest; runs of earlier versions have none
+        elsewhere = ("data.root", "data.download", "data.in_memory_mb", *(["data.labelled_root"] if recorded else []))
+        theirs, ours = (
+            {key: value for key, value in flat({"data": tree["data"]}).items() if key not in elsewhere}
+            for tree in (renamed.read_config(self.dir), plain(self.cfg))
+        )
+        if theirs != ours:
+            return f"{self._data_name()}/"
+        differ = [found for split, found in self._images.items() if split in recorded and found != recorded[split]]
+        return f"{self._data_name()}-{differ[-1]}/" if differ else ""
 
     def _data_name(self) -> str:
         return plain(self.cfg)["data"]["_target_"].rpartition(".")[2]

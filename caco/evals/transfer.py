@@ -5,7 +5,6 @@ Shapes: N images, C classes.
 
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +20,8 @@ from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, require_classes
 from caco.evals.logistic import Axes, choose_strength, fit_on_axes, largest, logits_of, objective, strengths
+from caco.ranges import AboveZero, Count, Pixels
+from caco.runs.paths import expanded
 
 PUBLISHED = (
     "food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "voc2007", "dtd", "pets", "caltech101", "flowers",
@@ -53,12 +54,12 @@ class Transfer(Evaluator):
         *,
         root: str | None = None,
         sets: Sequence[str] = PUBLISHED,
-        size: int = 224,
-        num_strengths: int = 45,
-        weakest: float = 1e-6,
-        strongest: float = 1e5,
-        max_iterations: int = 1000,
-        tolerance: float = 1e-5,
+        size: Pixels = 224,
+        num_strengths: Count = 45,
+        weakest: AboveZero = 1e-6,
+        strongest: AboveZero = 1e5,
+        max_iterations: Count = 1000,
+        tolerance: AboveZero = 1e-5,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):
@@ -84,12 +85,12 @@ class Transfer(Evaluator):
             ValueError: no root, none of the sets is there, one is damaged, has a class in its test images alone, or tests on
                 images that it trains on.
         """
-        if self.root is None or not Path(self.root).expanduser().is_dir():
+        if self.root is None or not expanded(self.root).is_dir():
             raise UserError(f"root: expected the folder that holds the sets, as eval.transfer.root=PATH, got {self.root}")
         self._store, self._found, missing = store, [], []
         for name in self.sets:
             try:
-                self._found.append(load(name, Path(self.root).expanduser(), seed=seed))
+                self._found.append(load(name, expanded(self.root), seed=seed))
             except MissingSet as error:
                 missing.append(str(error))
         for line in missing:

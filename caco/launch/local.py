@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from caco.launch.jobs import Job, check_ranks, demand, environment_of_jobs
+from caco.ranges import Count, Natural
 
 
 class Local:
@@ -20,7 +21,7 @@ class Local:
 
     needs_refill = True
 
-    def __init__(self, *, gpus_per_job: int, tasks_per_job: int | None, parallel: int, setup: list[str]):
+    def __init__(self, *, gpus_per_job: Natural, tasks_per_job: Count | None, parallel: Count, setup: list[str]):
         tasks = max(1, gpus_per_job) if tasks_per_job is None else tasks_per_job
         demand("gpus_per_job", gpus_per_job, gpus_per_job >= 0, "0 or more")
         demand("tasks_per_job", tasks_per_job, tasks >= 1, "null or at least 1")

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from caco.errors import UserError
 from caco.launch.jobs import Job, check_ranks, demand, environment_of_jobs
+from caco.ranges import AboveZero, Count, Natural
 
 # The outcome of jobs that are no longer in SLURM's hands; every other state means wait.
 ENDED = {
@@ -50,16 +51,16 @@ class Slurm:
         account: str | None,
         qos: str | None,
         constraint: str | None,
-        nodes: int,
-        gpus_per_node: int,
-        tasks_per_node: int | None,
-        cpus_per_task: int | None,
-        mem_gb: float | None,
-        hours: float,
-        signal_minutes: float,
-        max_timeouts: int,
-        max_crashes: int,
-        parallel: int,
+        nodes: Count,
+        gpus_per_node: Natural,
+        tasks_per_node: Count | None,
+        cpus_per_task: Count | None,
+        mem_gb: AboveZero | None,
+        hours: AboveZero,
+        signal_minutes: AboveZero,
+        max_timeouts: Natural,
+        max_crashes: Natural,
+        parallel: Count,
         setup: list[str],
         sbatch: dict[str, Any] | None,
         srun: list[str],

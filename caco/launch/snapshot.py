@@ -8,7 +8,7 @@ from pathlib import Path
 from caco.config import folders
 from caco.config.folders import CONF
 from caco.runs.environment import SOURCE, environment
-from caco.runs.files import write_json
+from caco.runs.files import remove_left_behind, write_json
 
 OWN = "config_dir"  # the folder of the user's own, in a copy
 
@@ -31,6 +31,7 @@ def snapshot(folder: Path) -> Path:
     for name, path in sorted(files.items()):
         content.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     target = folder / content.hexdigest()[:16]
+    remove_left_behind(folder, of_others=("*",), others_s=600)
     if not target.exists():
         aside = folder / f".{target.name}.{os.getpid()}"
         for name, path in files.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from caco import metrics
 from caco.config import composition, folders
@@ -48,7 +48,9 @@ class SubmititLauncher(Launcher):
         composed = [self.context.config_loader.load_sweep_config(self.config, list(item)) for item in job_overrides]
         launcher = composition.instantiate(self.config.launcher)
         jobs = []
-        for cfg in composed:
+        for number, cfg in enumerate(composed, start=initial_job_idx):
+            with open_dict(cfg.hydra.job):
+                cfg.hydra.job.num = number  # as Hydra's own launcher: a directory may be named by it
             launcher.check(cfg)
             run_dir = Path(cfg.hydra.sweep.dir).absolute() / cfg.hydra.sweep.subdir
             jobs.append(Job(tuple(o for o in cfg.hydra.overrides.task if not _of_launcher(o)), run_dir))
@@ -76,7 +78,7 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
     Raises:
         SweepFailed: some have failed.
     """
-    waiting, active = [], {}
+    waiting, active, begun = [], {}, []
     for job in jobs:
         submitted = read_json(job.run_dir / "job.json")
         if not _lacks(job):
@@ -95,13 +97,15 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
             starting, waiting = waiting[:room], waiting[room:]
             if starting:
                 assert code is not None
+                for job in starting:
+                    (job.run_dir / "failure.txt").unlink(missing_ok=True)
                 for job, id in zip(starting, launcher.submit(starting, folder / ".jobs", code), strict=True):
                     job.run_dir.mkdir(parents=True, exist_ok=True)
-                    (job.run_dir / "failure.txt").unlink(missing_ok=True)
                     log = launcher.log(folder / ".jobs", id)
                     at = time.strftime("%Y-%m-%d %H:%M:%S")
                     write_json(job.run_dir / "job.json", {"id": id, "at": at, "log": str(log), "code": str(code)})
                     active[id] = job
+                    begun.append(job)
             for id, state in launcher.states(list(active)).items():
                 if states.get(id) != state:
                     _say(active[id], f"job {id} {state}")
@@ -118,7 +122,8 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
         print(f"\ncaco: the jobs go on; the same command follows them again, scancel {ids} ends them", file=sys.stderr)
         sys.exit(130)
     _wait_for_results(jobs)
-    failed = [job for job in jobs if _lacks(job)]
+    # A job that was refused in the directory of a run that is done has failed, too: failure.txt was removed before it began.
+    failed = [job for job in jobs if _lacks(job) or (job in begun and (job.run_dir / "failure.txt").exists())]
     if failed:
         raise SweepFailed(_report(jobs, failed, states))
 
@@ -151,10 +156,10 @@ def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
     for job in failed:
         submitted = read_json(job.run_dir / "job.json")
         failure = job.run_dir / "failure.txt"
-        if (job.run_dir / "summary.json").exists():
+        if failure.exists():
+            why = failure.read_text(encoding="utf-8").strip().splitlines()[-1]
+        elif (job.run_dir / "summary.json").exists():
             why = _lacks(job)
-        elif failure.exists():
-            why = failure.read_text().strip().splitlines()[-1]
         else:
             why = f"ended as {states.get(submitted['id'], 'GONE')}, without a word"
         lines += [f"  {job.run_dir}", f"    {why}", f"    log: {submitted['log']}"]

@@ -12,6 +12,7 @@ from caco.errors import UserError
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup
 from caco.methods.terms import pairs_of
 from caco.nn.heads import Encoder
+from caco.ranges import NonNegative
 
 
 class BarlowTwins(Method):
@@ -37,9 +38,9 @@ class BarlowTwins(Method):
         self,
         *,
         encoder: Encoder,
-        off_diagonal_weight: float = 0.0051,
-        loss_scale: float = 1.0,
-        one_dimensional_rate: float = 0.024,
+        off_diagonal_weight: NonNegative = 0.0051,
+        loss_scale: NonNegative = 1.0,
+        one_dimensional_rate: NonNegative = 0.024,
     ):
         super().__init__()
         if off_diagonal_weight < 0 or loss_scale <= 0 or one_dimensional_rate <= 0:

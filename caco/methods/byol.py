@@ -14,6 +14,7 @@ from caco.methods.base import Costs, Method, Now, Outputs
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
 from caco.nn.twin import MomentumTwin
+from caco.ranges import Share, Width
 from caco.schedules import RunShape, Table, cosine
 
 
@@ -41,10 +42,10 @@ class BYOL(Method):
         self,
         *,
         encoder: Encoder,
-        predictor_hidden_dim: int = 4096,
+        predictor_hidden_dim: Width = 4096,
         predictor_initialisation: Literal["torch", "truncated_normal_fan_in"] = "truncated_normal_fan_in",
-        momentum: float = 0.996,
-        final_momentum: float = 1.0,
+        momentum: Share = 0.996,
+        final_momentum: Share = 1.0,
         twin_initialisation: Literal["random", "copy"] = "random",
         reduction: Literal["sum", "mean"] = "sum",
     ):

@@ -23,6 +23,7 @@ from caco.methods.terms import Term, terms_of
 from caco.methods.treatments import Step, Treatment, require_treatable
 from caco.nn.heads import Encoder
 from caco.nn.twin import MomentumTwin
+from caco.ranges import AboveZero, Natural, Share
 from caco.schedules import RunShape, Table, cosine
 
 WARM_START = "warm start"
@@ -130,15 +131,15 @@ class Contrastive(Method):
         positives: Positives,
         negatives: Negatives,
         treatment: Treatment | None = None,
-        temperature: float = 0.08,
-        momentum: float | None = 0.99,
-        final_momentum: float = 1.0,
+        temperature: AboveZero = 0.08,
+        momentum: Share | None = 0.99,
+        final_momentum: Share = 1.0,
         symmetric: bool = True,
         reduction: Literal["sum", "mean"] = "sum",
-        warm_start_temperature: float = 0.2,
-        warm_start_momentum: float = 0.999,
-        warm_start_steps: int | None = None,
-        warm_start_passes: int | None = None,
+        warm_start_temperature: AboveZero = 0.2,
+        warm_start_momentum: Share = 0.999,
+        warm_start_steps: Natural | None = None,
+        warm_start_passes: Natural | None = None,
         warm_start_key: Literal["second", "last"] = "second",
     ):
         super().__init__()

@@ -19,6 +19,7 @@ from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
 from caco.nn.heads import Encoder
 from caco.nn.prototypes import NormedPrototypes
 from caco.nn.twin import MomentumTwin
+from caco.ranges import AboveZero, Natural, Several, Share
 from caco.schedules import RunShape, Table, cosine
 
 NUM_TAUGHT = 2  # views that the teacher sees: the first two
@@ -51,16 +52,16 @@ class DINO(Method):
         self,
         *,
         encoder: Encoder,
-        num_prototypes: int = 65536,
+        num_prototypes: Several = 65536,
         norm_last_layer: bool = True,
-        last_layer_frozen_epochs: int = 1,
-        temperature: float = 0.1,
-        teacher_temperature: float = 0.04,
-        first_teacher_temperature: float = 0.04,
-        teacher_temperature_epochs: int = 0,
-        momentum: float = 0.996,
-        final_momentum: float = 1.0,
-        centre_momentum: float = 0.9,
+        last_layer_frozen_epochs: Natural = 1,
+        temperature: AboveZero = 0.1,
+        teacher_temperature: AboveZero = 0.04,
+        first_teacher_temperature: AboveZero = 0.04,
+        teacher_temperature_epochs: Natural = 0,
+        momentum: Share = 0.996,
+        final_momentum: Share = 1.0,
+        centre_momentum: Share = 0.9,
     ):
         super().__init__()
         for name, value in {"momentum": momentum, "final_momentum": final_momentum, "centre_momentum": centre_momentum}.items():

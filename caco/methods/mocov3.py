@@ -17,6 +17,7 @@ from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
 from caco.nn.twin import MomentumTwin
+from caco.ranges import AboveZero, Share, Width
 from caco.schedules import RunShape, Table, cosine
 
 
@@ -41,11 +42,11 @@ class MoCoV3(Method):
         self,
         *,
         encoder: Encoder,
-        temperature: float = 1.0,
-        predictor_hidden_dim: int = 4096,
+        temperature: AboveZero = 1.0,
+        predictor_hidden_dim: Width = 4096,
         predictor_last_batch_norm: bool = False,
-        momentum: float = 0.99,
-        final_momentum: float = 1.0,
+        momentum: Share = 0.99,
+        final_momentum: Share = 1.0,
         reduction: Literal["sum", "mean"] = "sum",
     ):
         super().__init__()

@@ -12,6 +12,7 @@ from caco.methods.contrastive import Contrastive, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
 from caco.methods.treatments import Step, Treatment
 from caco.nn.heads import Encoder, Projector, at_least_float32
+from caco.ranges import AboveZero, Natural, Width
 
 
 class NNCLR(Contrastive):
@@ -33,12 +34,12 @@ class NNCLR(Contrastive):
         *,
         encoder: Encoder,
         bank: Bank,
-        predictor_hidden_dim: int = 4096,
+        predictor_hidden_dim: Width = 4096,
         treatment: Treatment | None = None,
-        temperature: float = 0.1,
-        warm_start_temperature: float = 0.2,
-        warm_start_steps: int | None = None,
-        warm_start_passes: int | None = None,
+        temperature: AboveZero = 0.1,
+        warm_start_temperature: AboveZero = 0.2,
+        warm_start_steps: Natural | None = None,
+        warm_start_passes: Natural | None = None,
     ):
         super().__init__(
             encoder=encoder,

@@ -12,6 +12,7 @@ from caco.data.loaders.batches import Batch
 from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
+from caco.ranges import Width
 from caco.schedules import RunShape, Table, constant
 
 
@@ -35,7 +36,7 @@ class SimSiam(Method):
         self,
         *,
         encoder: Encoder,
-        predictor_hidden_dim: int = 512,
+        predictor_hidden_dim: Width = 512,
         constant_predictor_rate: bool = True,
         reduction: Literal["sum", "mean"] = "mean",
     ):

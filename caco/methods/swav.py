@@ -18,6 +18,7 @@ from caco.methods import assignments
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
 from caco.nn.heads import Encoder
 from caco.nn.prototypes import Prototypes
+from caco.ranges import AboveZero, Count, Natural, Several
 from caco.schedules import RunShape
 
 NUM_ASSIGNED = 2  # views whose assignments are predicted: the first two
@@ -48,13 +49,13 @@ class SwAV(Method):
         self,
         *,
         encoder: Encoder,
-        num_prototypes: int = 3000,
-        temperature: float = 0.1,
-        epsilon: float = 0.05,
-        sinkhorn_iterations: int = 3,
-        prototypes_frozen_steps: int = 313,
-        queue_size: int = 0,
-        queue_start_epoch: int = 15,
+        num_prototypes: Several = 3000,
+        temperature: AboveZero = 0.1,
+        epsilon: AboveZero = 0.05,
+        sinkhorn_iterations: Count = 3,
+        prototypes_frozen_steps: Natural = 313,
+        queue_size: Natural = 0,
+        queue_start_epoch: Natural = 15,
     ):
         super().__init__()
         if temperature <= 0 or not assignments.SMALLEST_EPSILON <= epsilon < math.inf or sinkhorn_iterations < 1:

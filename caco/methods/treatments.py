@@ -24,6 +24,7 @@ from caco.data.loaders.batches import mixed_seed
 from caco.errors import UserError
 from caco.methods.base import Now
 from caco.methods.sources import Negatives
+from caco.ranges import Count, Natural, NonNegative, Seed, ShareBelowOne
 
 PART_ELEMENTS = 1 << 23  # of the synthetic rows that are held at a time: 32 MiB in float32
 
@@ -90,7 +91,7 @@ class Reweighted(Treatment):
         concentration: beta, 0 or more. 0 gives all negatives the same weight: the debiased loss.
     """
 
-    def __init__(self, *, positive_share: float = 0.1, concentration: float = 1.0):
+    def __init__(self, *, positive_share: ShareBelowOne = 0.1, concentration: NonNegative = 1.0):
         if not 0 <= positive_share < 1:
             raise UserError(f"negatives.positive_share must be in [0, 1); got {positive_share}")
         if concentration < 0:
@@ -129,7 +130,7 @@ class Margin(Treatment):
 
     exponents = (1.0,)
 
-    def __init__(self, *, epsilon: float = 0.1, alpha: float | None = 1.0):
+    def __init__(self, *, epsilon: NonNegative = 0.1, alpha: NonNegative | None = 1.0):
         if epsilon < 0:
             raise UserError(f"negatives.epsilon must be 0 or more; got {epsilon}")
         if alpha is not None and alpha < 0:
@@ -165,7 +166,7 @@ class Mixed(Treatment):
 
     needs_bank_rows = True
 
-    def __init__(self, *, hardest: int = 1024, pairs: int = 1024, with_query: int = 128, warmup_epochs: int = 15, seed: int = 0):
+    def __init__(self, *, hardest: Count = 1024, pairs: Natural = 1024, with_query: Natural = 128, warmup_epochs: Natural = 15, seed: Seed = 0):
         if hardest < 1:
             raise UserError(f"negatives.hardest must be at least 1; got {hardest}")
         if min(pairs, with_query, warmup_epochs) < 0 or pairs + with_query == 0:

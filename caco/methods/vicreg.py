@@ -14,6 +14,7 @@ from caco.methods.barlow import off_diagonal
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.methods.terms import pairs_of
 from caco.nn.heads import Encoder
+from caco.ranges import NonNegative
 
 
 class VICReg(Method):
@@ -33,7 +34,7 @@ class VICReg(Method):
     needs = Needs(whole_batch=True)
 
     def __init__(
-        self, *, encoder: Encoder, invariance_weight: float = 25.0, variance_weight: float = 25.0, covariance_weight: float = 1.0
+        self, *, encoder: Encoder, invariance_weight: NonNegative = 25.0, variance_weight: NonNegative = 25.0, covariance_weight: NonNegative = 1.0
     ):
         super().__init__()
         self.weights = {"invariance": invariance_weight, "variance": variance_weight, "covariance": covariance_weight}

@@ -1,7 +1,7 @@
 """Backbones from timm: images in, pooled features out. Each has `num_features`, the width of what it gives."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import timm
 import torch
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from caco.errors import UserError
 from caco.nn.vit import created_vit, refuse_parts_of_patches, vit_options
+from caco.ranges import Count, Layers, Length, Pixels, ShareBelowOne, Small, Width
 
 
 def timm_backbone(
     *,
     name: str,
     cifar_stem: bool = False,
-    drop_path_rate: float = 0.0,
-    image_size: int | None = None,
+    drop_path_rate: ShareBelowOne = 0.0,
+    image_size: Pixels | None = None,
     zero_init_last: bool = False,
-    patch_size: int | None = None,
-    register_tokens: int | None = None,
+    patch_size: Pixels | None = None,
+    register_tokens: Small | None = None,
     pool: Literal["cls", "mean"] | None = None,
     variant: Literal["timm", "dino"] = "timm",
     layer_norm: bool = False,
@@ -72,11 +73,11 @@ def timm_backbone(
 def mocov3_vit(
     *,
     name: str,
-    num_heads: int = 12,
-    image_size: int = 224,
+    num_heads: Layers = 12,
+    image_size: Pixels = 224,
     frozen_patches: bool = True,
-    patch_size: int | None = None,
-    register_tokens: int | None = None,
+    patch_size: Pixels | None = None,
+    register_tokens: Small | None = None,
     pool: Literal["cls", "mean"] | None = None,
 ) -> nn.Module:
     """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the projection of the patches
@@ -122,7 +123,11 @@ def sines_and_cosines(rows: int, columns: int, width: int) -> Tensor:
 
 
 def small_resnet(
-    *, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1, layer_norm: bool = False
+    *,
+    width: Width = 16,
+    blocks: Annotated[Sequence[Layers], Length(least=4, most=4)] = (1, 1, 1, 1),
+    stem_stride: Count = 1,
+    layer_norm: bool = False,
 ) -> nn.Module:
     """A ResNet of basic blocks for images of 16 to 32 pixels on a CPU; its features are 8 * width wide.
 

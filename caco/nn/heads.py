@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.errors import UserError
+from caco.ranges import Layers, Width
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 INITIALISATIONS: dict[str, Callable[[int], tuple[float, float]] | None] = {  # by a layer's inputs: a normal law's spread and cut
@@ -45,9 +46,9 @@ class Projector(nn.Sequential):
         self,
         *,
         in_dim: int,
-        hidden_dim: int = 2048,
-        dim: int = 256,
-        layers: int = 3,
+        hidden_dim: Width = 2048,
+        dim: Width = 256,
+        layers: Layers = 3,
         batch_norm: bool = True,
         last_batch_norm: bool = False,
         last_affine: bool = True,

@@ -66,7 +66,7 @@ def _version(package: str) -> str:
 
 def _after_colon(path: Path, key: str) -> str:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

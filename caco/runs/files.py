@@ -5,40 +5,76 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from caco.errors import FileError
+from caco.errors import FileError, UserError
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` by `content`: whoever reads it sees the old file or the new one, never half of one.
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`: whoever reads it sees the old file or the new one, never half of one.
 
     Raises:
-        ValueError: there is a float in it that JSON has no word for.
         OSError: the disk is full or not writable; the old file is still there.
     """
-    text = json.dumps(content, indent=1, allow_nan=False)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "w") as file:
+        with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise FileError(error.errno, error.strerror, str(path)) from error
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """As `write_text`.
+
+    Raises:
+        ValueError: there is a float in it that JSON has no word for.
+        OSError: as `write_text`.
+    """
+    write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of `path`, or {} where there is no such file."""
+    """The content of `path`, or {} where there is no such file.
+
+    Raises:
+        UserError: it is damaged, or may not be read.
+    """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise FileError(error.errno, error.strerror, str(path)) from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, or take it from a copy of the run") from error
+
+
+def remove_left_behind(folder: Path, *, of_others: tuple[str, ...] = (), others_s: float = 60.0) -> None:
+    """Remove what a killed process was writing: `.NAME.PID` beside NAME, `NAME.partial`, and folders of the kind.
+
+    Args:
+        folder: nobody else writes into it now, but for these:
+        of_others: names that other processes write into it, ("*",): all; of these only what has not changed for `others_s` seconds.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = re.fullmatch(r"\.(.+)\.\d+|(.+)\.partial", path.name)
+        if found is None:
+            continue
+        with contextlib.suppress(OSError):  # its writer has ended it, or it is another user's
+            mine = "*" not in of_others and found[1] not in of_others
+            if mine or path.stat().st_mtime < time.time() - others_s:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

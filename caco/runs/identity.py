@@ -6,6 +6,7 @@ hashed: so a run moved to another machine stays the same run.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -151,11 +152,14 @@ def run_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
 
 def file_digest(path: str | None) -> str | None:
     """Sixteen hexadecimal digits of a file's content; None where there is no file."""
-    file = None if path is None else Path(path).expanduser().absolute()
-    if file is None or not file.is_file():
-        return None
-    status = file.stat()
-    return _digest(file, status.st_size, status.st_mtime_ns)
+    file = None if path is None else Path(os.path.expanduser(path)).absolute()
+    try:
+        if file is None or not file.is_file():
+            return None
+        status = file.stat()
+        return _digest(file, status.st_size, status.st_mtime_ns)
+    except (OSError, ValueError):
+        return None  # a name that no file can have, or one that may not be read: who uses the file says so
 
 
 @lru_cache(maxsize=None)

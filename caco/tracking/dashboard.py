@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from caco.errors import UserError, shown
+from caco.redaction import redacted
 from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.sync import find_runs, sync
 
@@ -98,17 +98,18 @@ def address(base: str, experiment_id: str) -> str:
     return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={_VIEW}&workflowType=machine_learning"
 
 
-def update(folder: Path, uri: str, *, named: bool) -> list[str]:
+def update(folder: Path, uri: str, *, named: bool, check: bool = False) -> list[str]:
     """sync() for the runs below `folder`, then prepare() for each experiment that has runs; lines on what happened.
 
     Args:
         named: the user chose the store: everything goes there. Else each run goes where it went before.
+        check: see sync().
     """
     try:
         run_dirs = find_runs([folder])
     except UserError:
         run_dirs = []  # no run yet
-    messages, _ = sync(run_dirs, uri=uri if named else None)
+    messages, _ = sync(run_dirs, uri=uri if named else None, check=check)
     lines = [line for line in messages if ": complete (" not in line and ": skipped: " not in line]
     client, _ = connect(uri, "caco")
     for experiment in client.search_experiments():
@@ -145,7 +146,7 @@ def server(uri: str, *, host: str, port: int, wait_s: float = 120.0) -> Iterator
             while not _answers(f"http://{host}:{port}/health"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise UserError(f"mlflow server does not start: {log.read()[-1500:]}")
+                    raise UserError(f"mlflow server does not start: {redacted(log.read()[-1500:])}")
                 time.sleep(0.3)
             yield process
         finally:
@@ -188,7 +189,7 @@ def _show(options: argparse.Namespace, uri: str) -> int:
     import_mlflow()
     named = options.uri is not None
     try:
-        _say(update(options.runs, uri, named=named))
+        _say(update(options.runs, uri, named=named, check=True))
         if uri.startswith("http"):
             _say(addresses(uri, uri))
             return 0
@@ -196,7 +197,7 @@ def _show(options: argparse.Namespace, uri: str) -> int:
         port = free_port(options.host, options.port)
         with server(uri, host=options.host, port=port) as process:
             base = f"http://{options.host}:{port}"
-            _say([*addresses(uri, base), f"the store is {re.sub('//[^/]*@', '//', uri)}; Ctrl-C ends this server, and no run"])
+            _say([*addresses(uri, base), f"the store is {redacted(uri)}; Ctrl-C ends this server, and no run"])
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=options.every)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caco.redaction import redacted
 from caco.runs.files import locked, read_json
 from caco.tracking.ledger import read_rows
 from caco.tracking.store import connect, first_line
@@ -37,6 +38,7 @@ class Feed:
         self.experiment = experiment
         self.mark = Watermark.load(self.run_dir)
         self.is_open = False
+        self._client: Any = None
         self._lock = contextlib.ExitStack()
         self._offset = 0  # bytes of the ledger that are read
         self._skip = 0  # of the rows behind them, how many MLflow has
@@ -51,10 +53,8 @@ class Feed:
         """
         from mlflow.entities import Param, RunTag
 
-        self._lock.enter_context(sending(self.run_dir, wait_s=0))
-        self.mark = Watermark.load(self.run_dir)
+        self._connect()
         about = read_json(self.run_dir / "tracking.json")
-        self._client, self._experiment_id = connect(self.uri, self.experiment)
         run = self._find()
         if run is None:
             if self.mark.run_id:
@@ -66,7 +66,7 @@ class Feed:
         else:
             self._client.update_run(run.info.run_id, status="RUNNING", name=about.get("run_name"))
         self.mark.run_id, self.mark.closed = run.info.run_id, ""
-        self.mark.uri, self.mark.experiment = self.uri, self.experiment
+        self.mark.uri, self.mark.experiment = redacted(self.uri), self.experiment
         self._names = self.mark.todays_names(self.run_dir)
         self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
@@ -91,6 +91,41 @@ class Feed:
         self._offset, self._skip = 0, self.mark.sent
         self._system_offset, self._system_skip = 0, self.mark.system_sent
         self.is_open = True
+
+    def _connect(self) -> None:
+        """Keep others from sending this run, and reach its store."""
+        if self._client is None:
+            self._lock.enter_context(sending(self.run_dir, wait_s=0))
+            self.mark = Watermark.load(self.run_dir)
+            self._client, self._experiment_id = connect(self.uri, self.experiment)
+
+    def missing(self) -> int:
+        """How many points the store lacks of those that it is believed to have: by run, key and step, as it answers now. Changes nothing.
+
+        Raises:
+            BlockingIOError: another process is sending this run.
+        """
+        self._connect()
+        names = self.mark.todays_names(self.run_dir)
+        rows = [names.row(row) for row in read_rows(self.run_dir / "ledger.jsonl")[0][: self.mark.sent]]
+        rows += read_rows(self.run_dir / "system.jsonl")[0][: self.mark.system_sent]
+        steps: dict[str, set[int]] = {}
+        for row in rows:
+            for (kind, step, name), value in points(row):
+                if is_finite(value):
+                    steps.setdefault(_name(f"{kind}/{name}"), set()).add(step)
+        run = self._find() if self.mark.run_id else None
+        if run is None:
+            return sum(map(len, steps.values())) or 1
+        there = {key: {point.step for point in self._client.get_metric_history(self.mark.run_id, key)} for key in steps if key in run.data.metrics}
+        return sum(len(known - there.get(key, set())) for key, known in steps.items())
+
+    def forget_what_was_sent(self) -> None:
+        """After `missing`: send() sends everything once more. MLflow keeps one of two equal points."""
+        self.mark.sent = self.mark.attempted = self.mark.system_sent = 0
+        self.mark.files, self.mark.model_id, self.mark.closed = {}, "", ""
+        self.mark.rolled_back = {point: old for point, old in self.mark.rolled_back.items() if old is not None}
+        self.mark.save(self.run_dir)
 
     def _data_set(self, run: Any, about: dict[str, Any]) -> None:
         """Name and digest of what is trained on, where MLflow has a column for it."""
@@ -132,7 +167,7 @@ class Feed:
 
     def release(self) -> None:
         """Let others send this run."""
-        self.is_open = False
+        self.is_open, self._client = False, None
         self._lock.close()
 
     def _find(self) -> Any:

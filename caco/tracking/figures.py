@@ -43,7 +43,7 @@ def add_figure(run_dir: Path, name: str, figure: Any) -> Path:
     if Watermark.load(run_dir).run_id:
         try:
             import_mlflow()
-            sync_run(run_dir)
+            sync_run(run_dir, check=False)
         except BlockingIOError:
             pass  # the run goes on, and sends it at its end
         except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caco.errors import FileError, UserError
+from caco.ranges import NonNegative
+from caco.redaction import redacted
 from caco.runs.files import process_start, read_json, write_json
 from caco.tracking import watermark
 from caco.tracking.base import Row, Tracker
@@ -166,10 +168,11 @@ class LedgerTracker(Tracker):
         paper: published values by the name of ours, such as {linear_top1: 71.3}; MLflow shows them beside ours.
     """
 
-    def __init__(self, *, system_seconds: float = 10.0, paper: dict[str, float] | None = None) -> None:
+    def __init__(self, *, system_seconds: NonNegative = 10.0, paper: dict[str, float] | None = None) -> None:
         if system_seconds < 0:
             raise UserError(f"tracking.system_seconds: expected 0 or more, got {system_seconds}")
         self._system_seconds, self._paper = system_seconds, dict(paper or {})
+        self.store: dict[str, str] | None = None  # of a tracker that feeds one besides: where the run belongs, for who sends it later
         self._ledger: Ledger | None = None
         self._sampler: Sampler | None = None
 
@@ -201,18 +204,20 @@ class LedgerTracker(Tracker):
             # First what MLflow has of the rows, then the rows: a kill in between forgets nothing.
             watermark.roll_back(run_dir, ledger.rows(), num_rows, wait_s=60)
         ledger.truncate(num_rows)
+        self._about = run_dir / "tracking.json"
+        store = self.store or read_json(self._about).get("store")
         about = {
             "run_name": run_name,
-            "params": {name: _text(value) for name, value in params.items()},
-            "tags": {name: _text(value) for name, value in tags.items()},
+            "params": {name: redacted(_text(value)) for name, value in params.items()},
+            "tags": {name: redacted(_text(value)) for name, value in tags.items()},
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_start": process_start(os.getpid()),
             "status": "RUNNING",
             "sweep": sweep,
             "paper": self._paper,
+            **({"store": store} if store else {}),
         }
-        self._about = run_dir / "tracking.json"
         write_json(self._about, about)
         self._ledger = ledger
         if self._system_seconds:

@@ -1,15 +1,20 @@
 """Tracking in the ledger and, fed from it by a thread, in MLflow."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caco.errors import UserError
+from caco.ranges import AboveZero, NonNegative
+from caco.redaction import redacted
+from caco.runs.files import read_json
 from caco.tracking.base import Row, Tracker
 from caco.tracking.feed import Feed
 from caco.tracking.ledger import Ledger, LedgerTracker
-from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.store import first_line, import_mlflow, own_uri, require_mlflow, resolve_uri
 from caco.tracking.watermark import Watermark
 
 if TYPE_CHECKING:
@@ -45,14 +50,14 @@ class MLflowTracker(Tracker):
         *,
         uri: str | None,
         experiment: str,
-        feed_seconds: float = 2.0,
-        finish_seconds: float = 10.0,
+        feed_seconds: AboveZero = 2.0,
+        finish_seconds: NonNegative = 10.0,
         model: bool = True,
-        system_seconds: float = 10.0,
+        system_seconds: NonNegative = 10.0,
         paper: dict[str, float] | None = None,
     ) -> None:
         require_mlflow()
-        self.uri = resolve_uri(uri)
+        self.uri, self._is_chosen = resolve_uri(uri), uri is not None
         self.experiment = experiment
         self.feed_seconds = feed_seconds
         self.finish_seconds = finish_seconds
@@ -73,6 +78,9 @@ class MLflowTracker(Tracker):
         """As LedgerTracker.start(); the MLflow run of this directory, or of the checkpoint's `state`, goes on."""
         import_mlflow()
         run_dir = Path(run_dir)
+        if not self._is_chosen:
+            self._go_on_in_its_own_store(run_dir)
+        self._ledger.store = {"uri": redacted(self.uri), "experiment": self.experiment}  # before it is reached: it may never be
         if state and state.get("mlflow_run_id") and not Watermark.load(run_dir).run_id:
             # The side file is gone: only the checkpoint knows the run, and later rows may have been sent, too.
             num_rows = len(Ledger(run_dir / "ledger.jsonl"))
@@ -84,6 +92,20 @@ class MLflowTracker(Tracker):
             # Creating a store takes seconds of computing: before the loop, not beside it.
             self._feeder.attempt()
         self._feeder.start()
+
+    def _go_on_in_its_own_store(self, run_dir: Path) -> None:
+        """A run that goes on in a shell with another MLFLOW_TRACKING_URI, or none, stays one run in one store."""
+        try:
+            own = own_uri(run_dir)
+        except UserError as error:
+            _log.warning("MLflow: of this run, %s; until then the ledger keeps all", error)
+            own = str(Watermark.load(run_dir).uri or read_json(run_dir / "tracking.json").get("store", {}).get("uri"))
+        if own != self.uri and os.environ.get("MLFLOW_TRACKING_URI"):
+            _log.warning(
+                "MLflow: this run goes on in its own store, %s, and not in %s, which MLFLOW_TRACKING_URI names; to move it: "
+                "python -m caco.tracking.sync %s --uri ADDRESS", redacted(own), redacted(self.uri), run_dir,
+            )  # fmt: skip
+        self.uri = own
 
     def log(self, step: int, values: Row, kind: str = "train") -> None:
         """Add one row to the ledger; raises OSError, with its path, when the disk is full, and nothing for MLflow."""
@@ -157,4 +179,4 @@ class _Feeder(threading.Thread):
             if not self._warned:
                 self._warned = True
                 what = first_line(error)
-                _log.warning("MLflow at %s: %s; training goes on, the ledger keeps all", self.feed.uri, what)
+                _log.warning("MLflow at %s: %s; training goes on, the ledger keeps all", redacted(self.feed.uri), what)

@@ -6,9 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from caco.errors import UserError
+from caco.errors import FileError, UserError
 from caco.installed import command_to_install, is_installed
-from caco.runs.files import locked
+from caco.redaction import completed, redacted
+from caco.runs.files import locked, read_json
+from caco.runs.identity import flat, read_yaml
 
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 
@@ -39,10 +41,40 @@ def resolve_uri(uri: str | None) -> str:
     if not separator or scheme.partition("+")[0] not in _SCHEMES or (scheme == "sqlite" and not _database(uri)):
         raise UserError(
             f"tracking.uri (or MLFLOW_TRACKING_URI): expected a server, http(s)://HOST:PORT, or a database, "
-            f"sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {uri!r}; a directory is no store"
+            f"sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {redacted(uri)!r}; a directory is no store"
         )
     database = _database(uri)
     return f"sqlite:///{database}" if database else uri
+
+
+def own_uri(run_dir: Path, chosen: str | None = None) -> str:
+    """Where a run belongs, whatever shell asks: `chosen`; else where it was sent; where it was to go when it started; what its configuration
+    says; and only of a run that names no store what resolve_uri says.
+
+    Addresses are written down without their passwords, which are taken from MLFLOW_TRACKING_URI if that names the same place.
+    Raises:
+        UserError: the password is not known here, or a database's folder is not there.
+    """
+    if chosen:
+        return resolve_uri(chosen)
+    about = read_json(run_dir / "tracking.json")
+    settings = about.get("params", {}).get("tracking.uri")
+    config = run_dir / "config.yaml"
+    if settings is None and config.is_file():
+        settings = flat(read_yaml(config)).get("tracking.uri")
+    named = read_json(run_dir / "mlflow.json").get("uri") or about.get("store", {}).get("uri") or settings
+    if named in (None, "", "null", "None"):
+        return resolve_uri(None)
+    known = completed(str(named), os.environ.get("MLFLOW_TRACKING_URI"))
+    if known is None:
+        raise UserError(
+            f"it belongs to {named}, whose password is written down nowhere: name the store with its password in MLFLOW_TRACKING_URI, or "
+            "choose another one with --uri"
+        )
+    uri = resolve_uri(known)
+    if (database := _database(uri)) and not database.parent.is_dir():
+        raise FileError(f"its store, {database}, was in a folder that is not here: make it for a new store, or choose another one with --uri")
+    return uri
 
 
 def _database(uri: str) -> Path | None:
@@ -59,6 +91,8 @@ def import_mlflow() -> None:
         os.environ.setdefault(name, value)
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a new store tells of its every table
+    for name in ("urllib3.connectionpool", "urllib3.util.retry"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # and of a server that is down each try; the feeder says it once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations among MLflow's own dependencies
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
@@ -101,4 +135,6 @@ def _connect(uri: str, experiment: str, artifacts: Path | None) -> tuple[Any, st
 
 def first_line(error: Exception) -> str:
     """An error in one line of a bearable length."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if isinstance(error, UserError):
+        return str(error).splitlines()[0]
+    return redacted(f"{type(error).__name__}: {error}".splitlines()[0])[:200]

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from caco.errors import UserError, shown
+from caco.redaction import redacted
 from caco.runs import renamed
 from caco.runs.files import process_start, read_json
 from caco.tracking.feed import Feed, has_new_model, new_files, refresh_sweep
 from caco.tracking.ledger import Ledger
-from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
+from caco.tracking.store import connect, first_line, import_mlflow, own_uri, require_mlflow, resolve_uri
 from caco.tracking.watermark import Watermark
 
 _SILENT_HOURS = 24  # an evaluation may take hours without a row
@@ -75,35 +76,49 @@ def _runs_in_slurm(job: str) -> bool | None:
     return any(state in shown.stdout.split() for state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"))
 
 
-def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = None) -> str:
-    """Bring MLflow up to date with one run directory; returns a line that says what happened.
+def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = None, check: bool = True) -> str:
+    """Bring MLflow up to date with one run directory; returns a line that says what happened, and where.
 
-    Where `uri` or `experiment` is None, what the run was sent to before holds.
+    The run's own store and experiment are asked (caco/tracking/store.py: own_uri), unless `uri` or `experiment` name others, which are its
+    own from then on.
+    Args:
+        check: count what the store has, too, in place of believing what was noted here when it was sent.
     Raises:
+        UserError: the store did not keep what it was sent; or its password is not known here.
         Exception: whatever MLflow raises; what arrived is noted, and the next call goes on from there.
     """
     mark = Watermark.load(run_dir)
-    uri = resolve_uri(uri or mark.uri or None)
+    uri = own_uri(run_dir, uri)
     status, summary = last_status(run_dir)
     num_rows = len(Ledger(run_dir / "ledger.jsonl"))
     is_complete = mark.sent == num_rows and mark.system_sent == len(Ledger(run_dir / "system.jsonl"))
     is_complete = is_complete and not new_files(run_dir, mark) and not has_new_model(run_dir, mark)
     is_complete = is_complete and (mark.has_todays_names or not renamed.is_old(run_dir))
-    if mark.closed == status and is_complete and mark.uri == uri:
-        return f"complete ({status}, {num_rows} rows)"
-    name = read_json(run_dir / "tracking.json")["params"].get("name")
+    is_complete = is_complete and mark.closed == status and mark.uri == redacted(uri)
+    complete = f"complete ({status}, {num_rows} rows in {redacted(uri)})"
+    if is_complete and not check:
+        return complete
+    about = read_json(run_dir / "tracking.json")
+    name = about.get("store", {}).get("experiment") or about["params"].get("name")
     feed = Feed(run_dir, uri=uri, experiment=experiment or mark.experiment or name or "caco")
     try:
+        if check and mark.run_id and mark.uri == redacted(uri):
+            if missing := feed.missing():
+                feed.forget_what_was_sent()
+            elif is_complete:
+                return complete
         feed.open()
         num_sent = feed.send()
         if status != "RUNNING":
             feed.end(status, summary)
+        if check and (missing := feed.missing()):
+            raise UserError(f"the store {redacted(uri)} lacks {missing} of the points that it was just sent; the ledger keeps all")
     finally:
         feed.release()
-    return f"sent {num_sent} rows of {feed.mark.sent} ({status}, run {feed.mark.run_id})"
+    return f"sent {num_sent} rows of {feed.mark.sent} to {redacted(uri)} ({status}, run {feed.mark.run_id})"
 
 
-def sync(run_dirs: list[Path], *, uri: str | None = None, experiment: str | None = None) -> tuple[list[str], int]:
+def sync(run_dirs: list[Path], *, uri: str | None = None, experiment: str | None = None, check: bool = True) -> tuple[list[str], int]:
     """sync_run() for each; then the runs of sweeps are told how their jobs are.
 
     Returns:
@@ -112,16 +127,16 @@ def sync(run_dirs: list[Path], *, uri: str | None = None, experiment: str | None
     lines, failed, parents = [], 0, {}
     for run_dir in run_dirs:
         try:
-            line = sync_run(run_dir, uri=uri, experiment=experiment)
+            line = sync_run(run_dir, uri=uri, experiment=experiment, check=check)
+            mark = Watermark.load(run_dir)
+            if mark.parent_id:
+                parents[own_uri(run_dir, uri), mark.parent_id] = mark.experiment
         except BlockingIOError:
             line = "skipped: a running process is sending it"
         except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like; the others go on
             failed += 1
             line = f"not sent: {first_line(error)}"
         lines.append(f"{run_dir}: {line}")
-        mark = Watermark.load(run_dir)
-        if mark.parent_id:
-            parents[mark.uri, mark.parent_id] = mark.experiment
     for (at, parent_id), name in parents.items():
         try:
             refresh_sweep(*connect(at, name), parent_id)
@@ -135,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns the number of runs that could not be sent, at most 1."""
     parser = argparse.ArgumentParser(prog="python -m caco.tracking.sync", description=__doc__.splitlines()[0])
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a directory of runs")
-    parser.add_argument("--uri", help="MLflow server or database; default: the run's, else as tracking=mlflow")
+    parser.add_argument("--uri", help="another MLflow server or database than the run's own, and its own from then on")
     parser.add_argument("--experiment", metavar="NAME", help="default: the run's name, else caco")
     options = parser.parse_args(arguments)
     with shown():

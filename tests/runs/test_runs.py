@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from caco.config.composition import compose
 from caco.launch.labels import SWEEP, label, sweep_label
-from caco.runs.directory import open_run
+from caco.runs.directory import open_run, write_config
 from caco.runs.identity import differences, flat, identity, run_hash, short_name
 
 CFG = {
@@ -177,6 +177,8 @@ def test_a_run_that_is_done_keeps_the_record_of_where_it_ran(tmp_path):
 def test_the_same_run_opens_again_elsewhere_with_more_workers(tmp_path):
     open_run(tmp_path, CFG)
     open_run(tmp_path, changed("loader.num_workers", 16))
+    assert OmegaConf.load(tmp_path / "config.yaml").loader.num_workers == 2, "its images may yet be found to be others"
+    write_config(tmp_path, changed("loader.num_workers", 16))  # as training does once it goes on
     assert OmegaConf.load(tmp_path / "config.yaml").loader.num_workers == 16
 
 

@@ -15,6 +15,7 @@ from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
+from caco.ranges import Count, Workers
 
 
 class FFCVLoader(Loader):
@@ -29,7 +30,7 @@ class FFCVLoader(Loader):
         ValueError: no thread, no batch ahead, another word for `corrupt`.
     """
 
-    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+    def __init__(self, *, num_workers: Workers = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
         if num_workers < 1:
             raise UserError(f"num_workers: expected at least 1 with loader=ffcv, got {num_workers}")
         check_settings(prefetch, corrupt)
@@ -72,7 +73,7 @@ class AutoLoader(Loader):
         num_workers, prefetch, corrupt: as of `TorchLoader`.
     """
 
-    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+    def __init__(self, *, num_workers: Workers = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
         self.num_workers = num_workers
         self._torch = TorchLoader(num_workers=num_workers, prefetch=prefetch, corrupt=corrupt)
         self._ffcv = FFCVLoader(num_workers=max(1, num_workers), prefetch=prefetch, corrupt=corrupt)

@@ -14,6 +14,7 @@ from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
+from caco.ranges import Count, Workers
 
 
 class TorchLoader(Loader):
@@ -30,7 +31,7 @@ class TorchLoader(Loader):
         ValueError: a negative number of workers, no batch ahead, another word for `corrupt`.
     """
 
-    def __init__(self, *, num_workers: int = 2, prefetch: int = 4, corrupt: Literal["fail", "skip"] = "fail"):
+    def __init__(self, *, num_workers: Workers = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
         if num_workers < 0:
             raise UserError(f"num_workers: expected 0 or more, got {num_workers}")
         check_settings(prefetch, corrupt)

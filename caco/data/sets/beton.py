@@ -20,6 +20,7 @@ from caco.data.sets.folders import existing_root, limited, reduced
 from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.data.views import native
 from caco.errors import FileError, UserError
+from caco.ranges import Count, ProperShare, Seed
 
 HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_at", "<u8")], align=True
@@ -124,7 +125,7 @@ class BetonImages(Source):
         return self._bytes[int(self.records["image"]["place"][at]) :][: self._sizes[at]]
 
 
-def beton(*, root: str | None, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0) -> Splits:
+def beton(*, root: str | None, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0) -> Splits:
     """What `python -m caco.write ... out=ROOT` wrote: train.beton, and where there are such test.beton, pretrain.beton.
 
     Arguments as of `caco.data.sets.folders.folder`.
@@ -207,7 +208,7 @@ def write(
         sidecar_path(file).unlink(missing_ok=True)  # of an older file: it must not vouch for this one
         os.replace(aside, file)
         note = sidecar_path(file).with_name(f".{sidecar_path(file).name}.part")
-        note.write_text(json.dumps(facts, indent=1) + "\n")
+        note.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         os.replace(note, sidecar_path(file))
     finally:
         aside.unlink(missing_ok=True)
@@ -220,7 +221,7 @@ def sidecar_path(file: Path) -> Path:
 
 def _sidecar(file: Path) -> dict[str, Any]:
     path = sidecar_path(file)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,6 +12,8 @@ import numpy as np
 from caco.data.sets.folders import limited, reduced
 from caco.data.sets.sources import ImagesInMemory, Splits, holds
 from caco.errors import FileError, UserError
+from caco.ranges import Count, ProperShare, Seed
+from caco.runs.paths import expanded
 
 CONNECT_TIMEOUT_SECONDS = 20
 
@@ -21,9 +23,9 @@ def cifar10(
     *,
     root: str | None,
     download: bool = True,
-    limit: int | None = None,
-    validation_fraction: float | None = None,
-    seed: int = 0,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
 ) -> Splits:
     """CIFAR-10 as published (the Python version): 50,000 and 10,000 images of 32 px.
 
@@ -44,9 +46,9 @@ def cifar100(
     *,
     root: str | None,
     download: bool = True,
-    limit: int | None = None,
-    validation_fraction: float | None = None,
-    seed: int = 0,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
 ) -> Splits:
     """CIFAR-100 with its fine labels; arguments as of `cifar10`."""
     from torchvision.datasets import CIFAR100
@@ -60,9 +62,9 @@ def stl10(
     root: str | None,
     pretrain: Literal["unlabeled", "train"] = "unlabeled",
     download: bool = True,
-    limit: int | None = None,
-    validation_fraction: float | None = None,
-    seed: int = 0,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
 ) -> Splits:
     """STL-10, 96 px: pre-train on its 100,000 unlabelled images, evaluate with its 5,000 and 8,000 labelled ones.
 
@@ -87,7 +89,7 @@ def stl10(
     labelled = reduced(train, test, name="stl10", limit=None, validation_fraction=validation_fraction, seed=seed)
     # Mapped, not read: 2.8 GB that all processes of a machine share. An image lies in the file column by column.
     assert root is not None, "_open has refused it"
-    file = Path(root).expanduser() / STL10.base_folder / STL10.train_list[2][0]
+    file = expanded(root) / STL10.base_folder / STL10.train_list[2][0]
     images = np.memmap(file, np.uint8, mode="r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
     unlabelled = ImagesInMemory(images, name="stl10/unlabeled")
     return replace(labelled, pretrain=limited(unlabelled, limit, seed=seed))
@@ -118,7 +120,7 @@ def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[
             f"data={name} needs its files: expected data.root=PATH, a folder that holds them or where to put them, got none.\n"
             "Without any data, preset=demo learns from scikit-learn's digits, which need none."
         )
-    top = Path(root).expanduser()
+    top = expanded(root)
     try:
         return list(read(root=top, download=False).items())
     except RuntimeError as error:

@@ -10,11 +10,13 @@ from PIL import Image
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
 from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose, holds
 from caco.errors import FileError, UserError
+from caco.ranges import Count, Natural, Pixels, ProperShare, Seed
+from caco.runs.paths import expanded, read_text
 
 
 @holds(1_400)
 def digits(
-    *, size: int = 16, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+    *, size: Pixels = 16, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
     """scikit-learn's digits: 1,797 real scans of 8 x 8 pixels, inside its wheel; 1,400 to train on, 397 to test.
 
@@ -76,10 +78,10 @@ def folder(
     name: str = "folder",
     labelled_root: str | None = None,
     class_list: str | None = None,
-    limit: int | None = None,
-    validation_fraction: float | None = None,
-    seed: int = 0,
-    in_memory_mb: int = 256,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
+    in_memory_mb: Natural = 256,
 ) -> Splits:
     """Any folder of images, labelled by class folders or not.
 
@@ -113,7 +115,7 @@ def folder(
 
 @holds(50_000)
 def cifar10_jpeg75(
-    *, root: str | None, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+    *, root: str | None, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
     """CIFAR-10 re-encoded as JPEG (quality 75, 4:2:0), unpacked: train/ and test/ of class folders. Not CIFAR-10.
 
@@ -129,9 +131,9 @@ def imagenet(
     *,
     root: str | None,
     class_list: str | None = None,
-    limit: int | None = None,
-    validation_fraction: float | None = None,
-    seed: int = 0,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
 ) -> Splits:
     """ImageNet (ILSVRC 2012): train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; 1,281,167 and 50,000 images.
 
@@ -142,7 +144,7 @@ def imagenet(
 
 
 def imagenet100(
-    *, root: str | None, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+    *, root: str | None, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
     """The 100 ImageNet classes of CMC (arXiv 1906.05849), read from a copy of ImageNet; 5,000 validation images.
 
@@ -156,10 +158,10 @@ def imagenet100(
 def tiny_imagenet(
     *,
     root: str | None,
-    limit: int | None = None,
-    validation_fraction: float | None = None,
-    seed: int = 0,
-    in_memory_mb: int = 2048,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
+    in_memory_mb: Natural = 2048,
 ) -> Splits:
     """Tiny-ImageNet as unpacked: train/<wnid>/images/*.JPEG, val/images/ with val_annotations.txt; 64 px, 200 classes.
 
@@ -170,7 +172,7 @@ def tiny_imagenet(
     annotations = top / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise FileError(f"expected the validation labels in {annotations}, got no such file: unpack the set again")
-    rows = sorted(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip())
+    rows = sorted(line.split("\t")[:2] for line in read_text(annotations).splitlines() if line.strip())
     classes = train.classes or []
     _check_known(sorted({wnid for _, wnid in rows}), classes, where=str(annotations))
     number = {wnid: i for i, wnid in enumerate(classes)}
@@ -187,12 +189,12 @@ def tiny_imagenet(
 def existing_root(root: str | None, *, example: str) -> Path:
     """The root as a path, or two lines that say how to give one."""
     got = "got none" if root is None else f"got {root}, which is not a folder"
-    if root is None or not Path(root).expanduser().is_dir():
+    if root is None or not expanded(root).is_dir():
         raise FileError(
             f"{example} needs images: expected data.root=PATH, a folder on this machine, {got}.\n"
             "Without any data, preset=demo learns from scikit-learn's digits, which need none."
         )
-    return Path(root).expanduser()
+    return expanded(root)
 
 
 def class_folders(top: Path, name: str, classes: list[str] | None = None) -> ImageFiles:
@@ -274,6 +276,7 @@ def _imagenet(
     validation = _expect_folder(top / "val")
     if not _subfolders(validation):
         raise UserError(f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first")
+    _require_folders(validation, train)
     test = class_folders(validation, f"{name}/val", train.classes)
     return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
 
@@ -293,17 +296,26 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
             subfolders = _subfolders(top / held_out)
             if classes is None:
                 _check_known(subfolders, train.classes or [], where=str(below))
+            _require_folders(top / held_out, train)
             return train, class_folders(top / held_out, f"{name}/{held_out}", train.classes)
     return train, None
 
 
 def _read_class_list(path: str) -> list[str]:
-    if not Path(path).is_file():
+    if not expanded(path).is_file():
         raise FileError(f"data.class_list: expected a text file with a class folder's name a line, got {path}")
-    names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(expanded(path)).splitlines() if line.strip()]
     if not names or len(set(names)) != len(names):
         raise UserError(f"data.class_list: expected distinct names, one a line, got {len(names)} with repeats in {path}")
     return names
+
+
+def _require_folders(top: Path, train: ImageFiles) -> None:
+    found, classes = set(_subfolders(top)), train.classes or []
+    missing = [name for name in classes if name not in found]
+    if missing:
+        shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{top}: no folder here for {len(missing)} of the {len(classes)} classes that are trained on: {shown}; expected one for each")
 
 
 def _check_known(names: list[str], known: list[str], *, where: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from caco.data.sets.folders import class_folders
 from caco.data.sets.sources import ImageFiles, ImagesInMemory, Source, choose
 from caco.errors import FileError, UserError
+from caco.runs.paths import read_text
 
 Metric = Literal["top1", "mean_per_class", "map11"]
 VOC_CLASSES = (
@@ -63,7 +64,7 @@ def food101(root: Path, seed: int) -> TransferSet:
     top = _there("food101", root / "food-101", "Food101")
 
     def part(split: str) -> ImageFiles:
-        listed = json.loads((top / "meta" / f"{split}.json").read_text())
+        listed = json.loads(read_text(top / "meta" / f"{split}.json"))
         classes = sorted(listed)
         files = [f"{image}.jpg" for name in classes for image in listed[name]]
         return _files(top / "images", files, f"food101/{split}", [c for c, name in enumerate(classes) for _ in listed[name]], classes)
@@ -89,14 +90,14 @@ def sun397(root: Path, seed: int) -> TransferSet:
         "SUN397",
         also="and Partitions.zip of the same page (Training_01.txt, Testing_01.txt) unpacked into it",
     )
-    classes = [line.strip() for line in (top / "ClassName.txt").read_text().splitlines() if line.strip()]
+    classes = [line.strip() for line in read_text(top / "ClassName.txt").splitlines() if line.strip()]
     number = {name: c for c, name in enumerate(classes)}
 
     def part(split: str, file: str) -> ImageFiles:
         lists = [folder / file for folder in (top, top / "Partitions") if (folder / file).is_file()]
         if not lists:
             raise MissingSet(f"sun397: expected {top / file} of Partitions.zip, from the set's page; got no such file")
-        images = [line.strip() for line in lists[0].read_text().splitlines() if line.strip()]
+        images = [line.strip() for line in read_text(lists[0]).splitlines() if line.strip()]
         return _files(top, [image.lstrip("/") for image in images], f"sun397/{split}", [number[image.rpartition("/")[0]] for image in images], classes)
 
     return _with_held_out("sun397", part("train", "Training_01.txt"), part("test", "Testing_01.txt"), "top1", 0.2, seed)
@@ -127,11 +128,11 @@ def cars(root: Path, seed: int) -> TransferSet:
 def aircraft(root: Path, seed: int) -> TransferSet:
     """FGVC Aircraft, variants: 3,334, 3,333 and 3,333 images as published. Mean accuracy per class."""
     top = _there("aircraft", root / "fgvc-aircraft-2013b", "FGVCAircraft") / "data"
-    classes = [line.strip() for line in (top / "variants.txt").read_text().splitlines() if line.strip()]
+    classes = [line.strip() for line in read_text(top / "variants.txt").splitlines() if line.strip()]
     number = {name: c for c, name in enumerate(classes)}
 
     def part(split: str) -> ImageFiles:
-        rows = [line.strip().split(" ", 1) for line in (top / f"images_variant_{split}.txt").read_text().splitlines()]
+        rows = [line.strip().split(" ", 1) for line in read_text(top / f"images_variant_{split}.txt").splitlines()]
         files = [f"images/{image}.jpg" for image, _ in rows]
         return _files(top, files, f"aircraft/{split}", [number[variant] for _, variant in rows], classes)
 
@@ -145,7 +146,7 @@ def voc2007(root: Path, seed: int) -> TransferSet:
     def part(split: str) -> ImageFiles:
         columns, files = [], []
         for name in VOC_CLASSES:
-            listed = _file("voc2007", top / "ImageSets" / "Main" / f"{name}_{split}.txt").read_text().splitlines()
+            listed = read_text(_file("voc2007", top / "ImageSets" / "Main" / f"{name}_{split}.txt")).splitlines()
             rows = [line.split() for line in listed if line.strip()]
             files.append([f"JPEGImages/{image}.jpg" for image, _ in rows])
             # Published: 1 present, -1 absent, 0 only difficult ones.
@@ -160,7 +161,7 @@ def voc2007(root: Path, seed: int) -> TransferSet:
 def dtd(root: Path, seed: int) -> TransferSet:
     """Describable Textures, partition 1: 1,880, 1,880 and 1,880 images. Top-1."""
     top = _there("dtd", root / "dtd" / "dtd" if (root / "dtd" / "dtd").is_dir() else root / "dtd", "DTD")
-    lists = {split: (top / "labels" / f"{split}1.txt").read_text().split() for split in ("train", "val", "test")}
+    lists = {split: read_text(top / "labels" / f"{split}1.txt").split() for split in ("train", "val", "test")}
     classes = sorted({image.partition("/")[0] for image in lists["train"]})
     number = {name: c for c, name in enumerate(classes)}
     parts = {
@@ -175,7 +176,7 @@ def pets(root: Path, seed: int) -> TransferSet:
     top = _there("pets", root / "oxford-iiit-pet", "OxfordIIITPet")
 
     def part(split: str, file: str) -> ImageFiles:
-        rows = [line.split() for line in (top / "annotations" / file).read_text().splitlines() if line.strip()]
+        rows = [line.split() for line in read_text(top / "annotations" / file).splitlines() if line.strip()]
         files = [f"images/{image}.jpg" for image, *_ in rows]
         labels = [int(breed) - 1 for _, breed, *_ in rows]
         names = {int(breed) - 1: image.rpartition("_")[0] for image, breed, *_ in rows}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,19 @@ from caco.data.views.colours import CONVERSIONS
 from caco.data.views.draws import NUM_UNIFORMS
 from caco.data.views.kinds import Kinds, Operation
 from caco.errors import UserError, require_contract
+from caco.ranges import (
+    Channels,
+    Count,
+    Interval,
+    Length,
+    NonNegative,
+    Pixels,
+    PositiveChannels,
+    Range,
+    Share,
+    ShareAboveZero,
+    ShareInterval,
+)
 
 # Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
 # one setting (say blur_p) leaves all other draws of the same seed as they were. (random.h has the same places.)
@@ -90,20 +103,20 @@ class View:
         ValueError: a value out of its range.
     """
 
-    count: int = 1
-    size: int | None = None
-    scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    count: Count = 1
+    size: Pixels | None = None
+    scale: ShareInterval = field(default_factory=lambda: [0.2, 1.0])
+    ratio: Interval = field(default_factory=lambda: [3 / 4, 4 / 3])
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    rotate: float = 0.0
-    shift: float = 0.0
-    jitter: list[float] = field(default_factory=lambda: [0.4, 0.4, 0.4, 0.1])
-    jitter_p: float = 0.8
-    gray_p: float = 0.2
-    blur: list[float] = field(default_factory=lambda: [0.1, 2.0])
-    blur_p: float = 0.0
-    solarize_p: float = 0.0
-    flip_p: float = 0.5
+    rotate: Annotated[float, Range(least=0, most=180)] = 0.0
+    shift: Share = 0.0
+    jitter: Annotated[Sequence[NonNegative], Length(least=4, most=4)] = field(default_factory=lambda: [0.4, 0.4, 0.4, 0.1])
+    jitter_p: Share = 0.8
+    gray_p: Share = 0.2
+    blur: Interval = field(default_factory=lambda: [0.1, 2.0])
+    blur_p: Share = 0.0
+    solarize_p: Share = 0.0
+    flip_p: Share = 0.5
     then: dict[str, Operation] = field(default_factory=dict)
     patches: Patches | None = None
 
@@ -195,11 +208,11 @@ class Views:
     def __init__(
         self,
         *,
-        size: int,
-        views: dict[str, View],
-        mean: list[float],
-        std: list[float],
-        plain_crop: float = 0.875,
+        size: Pixels,
+        views: Annotated[dict[str, View], Length(least=1)],
+        mean: Channels,
+        std: PositiveChannels,
+        plain_crop: ShareAboveZero = 0.875,
         plain_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         colours: Literal["rgb", "lab", "ydbdr", "ycbcr"] = "rgb",
     ):
@@ -301,8 +314,8 @@ class Views:
 def crop_box(
     width: int,
     height: int,
-    scale: list[float],
-    ratio: list[float],
+    scale: Sequence[float],
+    ratio: Sequence[float],
     u_tries: Sequence[float],
     u_top: float,
     u_left: float,
@@ -385,6 +398,6 @@ def _check_size(name: str, size: int) -> None:
         raise UserError(f"{name}: expected a positive number of pixels, got {size}")
 
 
-def _check_range(name: str, pair: list[float], *, above_zero: bool, up_to: float) -> None:
+def _check_range(name: str, pair: Sequence[float], *, above_zero: bool, up_to: float) -> None:
     if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= up_to or (above_zero and pair[0] == 0):
         raise UserError(f"{name}: expected [low, high] within {'(' if above_zero else '['}0, {up_to:g}], got {pair}")

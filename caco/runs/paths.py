@@ -1,0 +1,87 @@
+"""Paths as a user types them: ~ means the home folder, whatever shell or none has seen it, and one that cannot be is refused in words."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from caco.errors import FileError, UserError
+
+_MAX_NAME, _MAX_PATH = 255, 4000  # bytes, of every file system that runs lie on
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with its ~ replaced.
+
+    Raises:
+        UserError: nobody here has such a home.
+    """
+    text = str(path)
+    full = os.path.expanduser(text)
+    if text.startswith("~") and full.startswith("~"):
+        whose = "this user has no home folder (HOME is not set)" if text in ("~", "~/") or text.startswith("~/") else "there is no such user here"
+        raise UserError(f"{text}: {whose}; write the whole path")
+    return Path(full)
+
+
+def is_possible(path: str | Path) -> bool:
+    """Whether a file system can have a file of this name: not too long, without a byte of zero."""
+    text = os.fsencode(os.path.expanduser(str(path)))
+    return b"\0" not in text and len(text) <= _MAX_PATH and all(len(part) <= _MAX_NAME for part in text.split(b"/"))
+
+
+def require_writable(folder: Path, key: str) -> None:
+    """Refuse a directory that cannot be made, or not be written into, before anything is computed.
+
+    Args:
+        key: what chooses another one.
+    Raises:
+        UserError: says which folder is the cause.
+    """
+    if not is_possible(folder):
+        raise UserError(f"{str(folder)[:80]}...: its name is too long for a file system; choose another one with {key}")
+    for path in (folder.absolute(), *folder.absolute().parents):
+        try:
+            if not os.path.lexists(path):
+                continue
+        except OSError as error:
+            raise FileError(error.errno, f"{error.strerror}; choose another folder with {key}", str(path)) from error
+        if not path.is_dir():
+            raise FileError(f"{folder} cannot be made: {path} is no folder; choose another one with {key}")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise FileError(f"{folder} cannot be written: this user may not write into {path}; choose another folder with {key}")
+        return
+
+
+def read_text(file: Path) -> str:
+    """A text that a user supplies, in whatever encoding an editor writes: UTF-8 with or without its mark, UTF-16 with one, else Latin-1.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise FileError(error.errno, error.strerror, str(file)) from error
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def with_home(overrides: Sequence[str]) -> list[str]:
+    """A command line whose directories for runs have their ~ replaced: Hydra makes these itself, and would make a folder of that name.
+
+    Raises:
+        UserError: nobody here has such a home.
+    """
+    taken = []
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        bare = value.strip("'\"")
+        if equals and key.lstrip("+") in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir") and bare.startswith("~"):
+            quoted = str(expanded(bare)).replace("\\", "\\\\").replace("'", "\\'")
+            item = f"{key}='{quoted}'"
+        taken.append(item)
+    return taken

@@ -1,0 +1,171 @@
+"""Command lines that nobody meant, composed and checked in one process: each is accepted, or refused in words.
+
+    python -m tests.fuzz.command_lines --lines 10000              all of them, in batches that resume: --from 3000
+    python -m tests.fuzz.command_lines --line 'seed=1 batch=x'    one of them, with its traceback
+
+A line is refused by a UserError. Whatever else is raised is a bug, and is printed with the line. The lines follow from their numbers, so that
+number 4711 is the same line on every machine.
+"""
+
+import argparse
+import collections
+import copy
+import functools
+import random
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
+from hydra._internal.core_plugins import file_config_source
+
+from caco import train
+from caco.config import composition, folders, pretrained, validation
+from caco.errors import UserError
+from caco.redaction import redacted
+from caco.runs.identity import flat, plain
+
+LONG = "x" * 300
+NUMBERS = ["0", "1", "-1", "2", "3", "64", "1e-3", "0.5", "1.5", "-0.0", "nan", "inf", "-inf", "1e400", "1e-400", "99999999999999999999", "007", "1_000"]
+NUMBERS += ["0x10", "4294967296", "2147483648"]
+TEXTS = ["a", "null", "true", "false", "''", '""', '" "', "'a b'", "a b", "~", "~/x", "'~nobody/x'", "/dev/null", "/", ".", "..", "é", "'größe'", LONG]
+TEXTS += ["a=b", "'a=b'", "(a)", "'(a)'", "a,b", "1,2", "?", "???", "*", "a:b", "a/b/c", "http://u:secret@h", "'${name}'", "\\", "'", '"', "$", "#", "@", "\t"]
+TEXTS += ["caco.nn.backbones.small_resnet", "os.system", "caco.nope.Nope", "'a\\0b'", "None", "[", "]", "{", "}", "<", "%", "&", ";", "\U0001f600", "run_name"]
+LISTS = ["[]", "[1]", "[1,2]", "[0,0,0]", "[nan,1,1]", "[null]", "[[1]]", "[a,b]", "[1,1,1,1000000]", "[1,2,3,4,5]", "[-1,-2]", "[{a:1}]", "[knn,knn]"]
+GROUPS = ["{}", "{a:1}", "{a:{b:[1]}}", "{_target_:a}", "{_target_:1}", "{_target_:caco.nn.heads.Projector}", "{_target_:null}", "{size:1}", "{1:2}"]
+MADE = ["${batch}", "${name}", "${nope}", "${nope.nope}", "${oc.env:NOPE}", "${oc.env:HOME}", "${oc.env:PATH,1}", "${oc.decode:1}", "${nope:1}", "${bank}"]
+MADE += ["${.lr}", "${..seed}", "${run_name:}", "${hydra:job.num}", "${hydra.run.dir}", "${oc.create:{a:1}}", "${oc.decode:'[1'}", "${file_digest:/}", "${", "a${batch}"]
+SWEPT = ["1,2", "a,b", "range(1,3)", "choice(1,2)", "interval(0,1)", "glob(*)", "range(0)", "shuffle(1,2)", "sort(2,1)", "tag(a,1)", "[1],[2]", "{a:1},{b:2}", "1,1"]
+SWEPT += ["int(1.5)", "float(a)", "str(1)", "bool(2)", "json_str({a:1})", "extend_list(1)"]
+OF_HYDRA = ["hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra/launcher", "hydra.job.name", "hydra.mode", "hydra", "hydra.searchpath", "hydra/sweeper"]
+PREFIXES = ["", "", "", "", "", "", "+", "++", "~"]
+
+
+def quicker() -> None:
+    """Read each file of conf/ once, and not anew for each line: a third of a composition's time is YAML's."""
+    source = file_config_source.FileConfigSource
+    if hasattr(source.load_config, "read"):
+        return
+    load, read = source.load_config, {}
+
+    def load_config(self, config_path):
+        if (self.path, config_path) not in read:
+            read[self.path, config_path] = load(self, config_path)
+        return copy.deepcopy(read[self.path, config_path])
+
+    load_config.read = read
+    source.load_config = load_config
+
+
+@functools.cache
+def keys(root: str) -> list[str]:
+    """Every dotted name of a root, inner ones too; and, of training's, what the other options of its groups set."""
+    line = ["tracking=ledger"] if root == "config" else ["weights=x", "format=moco", "backbone=resnet18", "augmentation=caco"]
+    leaves = list(flat(plain(composition.compose(line, root))))
+    if root == "config":
+        files = [(group, folders.option_file(group, option)) for group, options in folders.groups().items() for option in options]
+        leaves += [key for group, file in files if file for key, _ in validation._settings(group, file)]
+    parts = [leaf.split(".") for leaf in leaves]
+    return sorted({".".join(names[:length]) for names in parts for length in range(1, len(names) + 1)})
+
+
+def line(number: int) -> tuple[str, list[str]]:
+    """A root and a command line for it."""
+    rng = random.Random(number)
+    root = rng.choices(["config", "sweep", "evaluate", "export"], [70, 15, 10, 5])[0]
+    known = keys("config" if root == "sweep" else root)
+    options = folders.groups()
+    words = [] if root in ("config", "sweep") else [rng.choice(["weights=/dev/null", "weights=setup.py", "run=runs", "run=tests/old_runs/old/tiny"])]
+    if root == "export":
+        words.append("to=/tmp/x")
+    words += rng.sample(["tracking=ledger", "data=digits", "preset=smoke", "backbone=small_resnet"], rng.randint(0, 3))
+    for _ in range(rng.choices([1, 2, 3, 5, 8], [40, 30, 15, 10, 5])[0]):
+        kind = rng.random()
+        if kind < 0.2:
+            group = rng.choice(list(options))
+            option = rng.choice([*options[group], *options[group], *options[group], "nope", "null", LONG, "1", "[a]", "a/b", "", *rng.sample(TEXTS, 2)])
+            words.append(f"{rng.choice(PREFIXES)}{group}={option}")
+        elif kind < 0.25:
+            words.append(rng.choice([*TEXTS, *OF_HYDRA, "=", "=1", "a", "+", "~", "~bank", "~data.root", "-m", "a.b.c=1", ".a=1", "a.=1", "a..b=1", "[a]=1", "1=1"]))
+        else:
+            key = rng.choice(known) if rng.random() < 0.92 else rng.choice(OF_HYDRA)
+            if rng.random() < 0.05:
+                key = rng.choice([key[:-1], key + "x", key.upper(), f"{key}.{key}", key.replace(".", "/")])
+            pool = rng.choices([NUMBERS, TEXTS, LISTS, GROUPS, MADE, SWEPT], [35, 25, 14, 10, 12, 30 if root == "sweep" else 4])[0]
+            value = rng.choice(pool)
+            prefix = rng.choice(PREFIXES)
+            words.append(f"{prefix}{key}" if prefix == "~" and rng.random() < 0.7 else f"{prefix}{key}={value}")
+    return root, words
+
+
+def outcome(root: str, words: list[str]) -> str | None:
+    """The refusal of a command line, or None where it is accepted.
+
+    Raises:
+        Exception: whatever is no refusal; that is a bug.
+    """
+    try:
+        if root in ("config", "sweep"):
+            train.check_command(words, multirun=root == "sweep" or train.is_launched(words))
+        else:
+            pretrained.compose(root, words)
+    except UserError as error:
+        return redacted(str(error))  # as it is shown
+    finally:
+        folders.use()
+    return None
+
+
+def fault(root: str, words: list[str]) -> str | None:
+    """What is wrong with how a command line is treated; None where nothing is."""
+    try:
+        refusal = outcome(root, words)
+    except (Exception, SystemExit):  # noqa: BLE001 - the bug that is looked for
+        return traceback.format_exc()
+    if refusal is None:
+        return None
+    if not refusal.strip():
+        return "refused without a word"
+    marks = ("Traceback", "Lexer", " object at 0x", "full_key", "object_type", "://u:secret@")
+    return next((f"the refusal shows {mark!r}: {refusal}" for mark in marks if mark in refusal), None)
+
+
+def faults(numbers: range, seconds: float) -> Iterator[tuple[int, str, list[str], str | None]]:
+    """(number, root, line, fault or None) of each line, until so many seconds of computing are over."""
+    quicker()
+    keys("config"), keys("evaluate"), keys("export")
+    end = time.process_time() + seconds
+    for number in numbers:
+        root, words = line(number)
+        yield number, root, words, fault(root, words)
+        if time.process_time() > end:
+            return
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.command_lines", description=__doc__.splitlines()[0])
+    parser.add_argument("--lines", type=int, default=10_000)
+    parser.add_argument("--from", dest="first", type=int, default=0, metavar="NUMBER", help="go on with this line")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="at most so long")
+    parser.add_argument("--line", help="this one alone, with what becomes of it")
+    options = parser.parse_args()
+    if options.line is not None:
+        print(outcome("config", shlex.split(options.line)) or "accepted")
+        return 0
+    found: collections.Counter[str] = collections.Counter()
+    number, began = options.first - 1, time.monotonic()
+    for number, root, words, wrong in faults(range(options.first, options.lines), options.seconds):
+        if wrong:
+            found[wrong.strip().splitlines()[-1][:100]] += 1
+            print(f"line {number}, {root}: {shlex.join(words)}\n{wrong}", flush=True)
+        if number % 500 == 499:
+            print(f"{number + 1} lines, {sum(found.values())} faults, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"{number + 1 - options.first} command lines, {sum(found.values())} faults of {len(found)} kinds")
+    for kind, count in found.most_common():
+        print(f"{count:6} {kind}")
+    return min(1, len(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Every command line is accepted or refused in words: the first lines of the fuzzer, and what each kind of fault it found looks like now."""
+
+import shlex
+
+import pytest
+from command_lines import fault, faults, line, outcome
+
+
+def test_the_first_command_lines_are_accepted_or_refused_in_words():
+    """As many as fit into some seconds; `python -m tests.fuzz.command_lines` goes through all of them."""
+    seen = [(number, shlex.join(words), wrong) for number, _, words, wrong in faults(range(10_000), seconds=6.0)]
+    assert [one for one in seen if one[2]] == [] and len(seen) >= 3
+
+
+def test_lines_follow_from_their_numbers():
+    assert line(7) == line(7) and line(7) != line(8)
+
+
+REFUSED = [
+    ("data=" + "x" * 300, "no such option. There are: beton"),
+    ("hydra.run.dir=" + "x" * 300, "its name is too long for a file system"),
+    ("schedule.final_lr='${name}'", "schedule.final_lr: "),
+    ("batch='${nope}'", "batch=${nope}: Interpolation key 'nope' not found"),
+    ("batch='${batch}'", "batch=${batch}: Recursive interpolation detected"),
+    ("seed={a:1}", "seed: "),
+    ("name=null", "name: "),
+    ("~schedule.unit", "~schedule.unit"),
+    ("data.root=", "data.root= has no value after the =: is a variable of the shell unset"),
+    ("data.root=''", "has no value after the ="),
+    ("hydra.run.dir=", "hydra.run.dir= has no value after the ="),
+    ("augmentation.mean=[1,2]", "augmentation.mean: expected list of float, 3 of them, got [1, 2]"),
+    ("augmentation.std=[0,0,0]", "augmentation.std.0: expected float above 0, got 0"),
+    ("augmentation.std=[nan,1,1]", "augmentation.std.0: expected a finite number, got nan"),
+    ("~augmentation.views", "augmentation.views: Views needs it"),
+    ("backbone=small_resnet backbone.blocks=[]", "backbone.blocks: expected list of int from 1 up to 1000, 4 of them, got []"),
+    ("backbone=small_resnet backbone.blocks=[1,1,1,1000000]", "backbone.blocks.3: expected int from 1 up to 1000, got 1000000"),
+    ("optimizer.lr=inf", "optimizer.lr: expected a finite number, got inf"),
+    ("optimizer.lr=nan", "optimizer.lr: expected a finite number, got nan"),
+    ("launcher=local launcher.parallel=0", "launcher.parallel: expected int from 1"),
+    ("eval.knn.temperature=0", "eval.knn.temperature: expected float above 0, got 0"),
+    ("bank=8M bank=12M", "bank"),
+    ("data.root=/bilder/größe(1)", "Hydra takes such a value in quotes of its own, within the shell's: "),
+]
+
+
+@pytest.mark.parametrize("typed, told", REFUSED, ids=[typed[:40] for typed, _ in REFUSED])
+def test_what_was_a_traceback_or_was_accepted_is_a_sentence(typed, told):
+    words = ["tracking=ledger", *shlex.split(typed, posix=False)]
+    words = [word.replace("'${", "${").replace("}'", "}") for word in words]
+    assert fault("config", words) is None
+    assert told in (outcome("config", words) or "accepted")
+
+
+@pytest.mark.parametrize("path", ["/bilder/größe", "/my photos", "/photos (2)", "/a=b", "/a~b", "/o'clock"])
+def test_the_quoting_that_a_refusal_shows_is_taken(path):
+    refusal = outcome("config", ["tracking=ledger", "data=folder", f"data.root={path}"])
+    if refusal is None:
+        return  # taken as it is
+    shown = shlex.split(refusal.rpartition("within the shell's: ")[2])
+    assert outcome("config", ["tracking=ledger", "data=folder", *shown]) is None

@@ -1,0 +1,43 @@
+"""Paths and texts as people have them: homes, long names, folders of others, files of any editor."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from caco.errors import UserError
+from caco.runs.paths import expanded, read_text, require_writable, with_home
+
+
+def test_a_tilde_is_the_home_folder_also_where_no_shell_has_seen_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "o'home"))
+    assert expanded("~/x") == tmp_path / "o'home" / "x"
+    assert with_home(["seed=1", "hydra.run.dir='~/x'", "name=~"]) == ["seed=1", f"hydra.run.dir='{tmp_path}/o\\'home/x'", "name=~"]
+    with pytest.raises(UserError, match="~nobody-of-this-name/x: there is no such user here"):
+        expanded("~nobody-of-this-name/x")
+
+
+def test_without_a_home_that_is_said(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as of a container's user that is in no list
+    with pytest.raises(UserError, match="~/x: this user has no home folder"):
+        expanded("~/x")
+
+
+def test_a_directory_that_cannot_be_is_refused_with_its_cause(tmp_path, monkeypatch):
+    require_writable(tmp_path / "a" / "b", "to")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"cannot be made: {tmp_path}/file is no folder; choose another one with to"):
+        require_writable(tmp_path / "file" / "x", "to")
+    with pytest.raises(UserError, match="too long for a file system; choose another one with hydra.run.dir"):
+        require_writable(tmp_path / ("x" * 300), "hydra.run.dir")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match=f"this user may not write into {tmp_path}"):
+        require_writable(tmp_path / "new", "to")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_a_list_is_read_in_whatever_encoding_an_editor_writes(tmp_path, encoding):
+    file = Path(tmp_path / "classes.txt")
+    file.write_bytes("größe\r\nHündin\n".encode(encoding))
+    assert read_text(file).split() == ["größe", "Hündin"]
