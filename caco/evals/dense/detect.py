@@ -23,6 +23,7 @@ from caco.evals.dense.maps import require_resnet
 from caco.evals.dense.training import Recipe, Task, batches, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
+from caco.nn.norm import BATCH_NORMS
 
 NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
 _NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
