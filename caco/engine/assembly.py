@@ -164,7 +164,7 @@ def run_training(
     loader = bind_loader()
     images = Images(
         splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device, rank=distributed.rank(),
-        world=distributed.world(),
+        world=distributed.world(), corrupt=cfg.loader.corrupt,
     )  # fmt: skip
     evaluation = Evaluation(
         {name: instantiate(node) for name, node in cfg.eval.items()},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.config import folders
+from caco.data.loaders.batches import refuse_unreadable
 from caco.data.loaders.bound import Loader
 from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
@@ -212,6 +213,9 @@ class FeatureStore:
         self.views, self.batch, self.device, self.precision = views, batch, torch.device(device), precision
         self.num_workers, self.cache_bytes = num_workers, cache_bytes
         self.loader: Loader = loader if loader is not None else TorchLoader(num_workers=num_workers)
+        for source in (splits.train, splits.test):
+            if source is not None:
+                refuse_unreadable(source, self.loader.corrupt)
         self.folder = None if folder is None else Path(folder)
         self.overlap, self.say = overlap, say
         self._files = None if folder is None else FeatureFiles(cache or Path(folder) / "features")
@@ -256,7 +260,7 @@ class FeatureStore:
 
         def make(first: int, take: Callable[[Tensor, Tensor], Any]) -> None:
             rest = source if first == 0 else source.part(np.arange(first, len(source)), source.name)
-            batches = plain_batches(rest, views, batch=self.batch, num_workers=self.num_workers)
+            batches = plain_batches(rest, views, batch=self.batch, num_workers=self.num_workers, corrupt=self.loader.corrupt)
             for_each_batch(backbone, batches, take, device=self.device, precision=self.precision)
 
         if self._files is None:
@@ -270,6 +274,7 @@ class FeatureStore:
             "plain_view": plain,
             "precision": self.precision,
             "device": self.device.type,
+            **({"corrupt": "skip"} if self.loader.corrupt == "skip" else {}),
         }
         return self._files.get(made_from, len(source), make, batch=self.batch)
 
@@ -288,11 +293,11 @@ class FeatureStore:
     def _batches(self, split: str, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         source = getattr(self.splits, split)
         if split not in self._images:
-            if self.views.plain(source.image(0)).nbytes * len(source) > self.cache_bytes:
+            if 12 * self.views.size**2 * len(source) > self.cache_bytes:  # three float32 a pixel
                 some = source.part(indices, source.name)
-                yield from plain_batches(some, self.views, batch=self.batch, num_workers=self.num_workers)
+                yield from plain_batches(some, self.views, batch=self.batch, num_workers=self.num_workers, corrupt=self.loader.corrupt)
                 return
-            every = plain_batches(source, self.views, batch=self.batch, num_workers=self.num_workers)
+            every = plain_batches(source, self.views, batch=self.batch, num_workers=self.num_workers, corrupt=self.loader.corrupt)
             self._images[split], self._labels[split] = (torch.cat(parts) for parts in zip(*every, strict=True))
         for chunk in torch.from_numpy(indices).split(self.batch):
             yield self._images[split][chunk], self._labels[split][chunk]

@@ -119,7 +119,9 @@ class FineTune(Evaluator):
                 seed=self._seed,
                 name=name,
             )
-            batches = plain_batches(test, store.views, batch=store.batch, num_workers=store.num_workers)
+            batches = plain_batches(
+                test, store.views, batch=store.batch, num_workers=store.num_workers, corrupt=store.loader.corrupt
+            )
             logits_NC, _ = extract(network, batches, device=store.device, precision=store.precision)
             yield from accuracies(logits_NC, self._test_labels, name)
 

@@ -50,7 +50,8 @@ def test_a_parent_that_ends_its_workers_is_obeyed(not_compiled, noise_source, tw
 def test_a_program_that_fails_with_a_loader_open_ends_at_once(repo_root: Path):
     script = """
 import numpy as np, torch
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1000.0
+import caco.data.loaders.workers
+caco.data.loaders.workers._LOOK_S = 1000.0
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.sources import ImagesInMemory
 from caco.data.views.augmentation import View, Views

@@ -135,14 +135,12 @@ class DecodeIntoViews(Operation):
         for row in np.flatnonzero(unreadable):
             if self.corrupt == "fail":
                 return self.packed.unreadable(indices[row])
-            for candidate in those_after(indices[row], len(self.source)):
+            for candidate in those_after(int(indices[row]), self.source):
                 rows = _rows(self.packed.at[[candidate]], records, storage)
                 out = [view[row : row + 1].numpy() for view in made]
                 if not native.make_views(self.make_views.settings, rows, indices[[row]], stream, out)[0]:
                     taken[row] = candidate
                     break
-            else:
-                return UnreadableImage(f"{self.packed.file}: expected an image that can be read, got none")
         return pixels(made, self.source, indices, taken)
 
 

@@ -1,6 +1,7 @@
 """Passes over the whole training set beside the training: for clusters, labels and memories that a method makes anew."""
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,14 +21,16 @@ class Images:
 
     Args:
         bind: makes a loader of the training's batches, when the first pass of kind "train" needs one.
-        batch: images of this rank in a plain batch; rank, world: whose, of how many.
+        batch: images of this rank in a plain batch; rank, world: whose, of how many; corrupt: as of the loader.
     """
 
     def __init__(
-        self, source: Source, views: Views, bind: Callable[[], BoundLoader], *, batch: int, device: torch.device, rank: int = 0, world: int = 1
-    ):
+        self, source: Source, views: Views, bind: Callable[[], BoundLoader], *, batch: int, device: torch.device, rank: int = 0,
+        world: int = 1, corrupt: Literal["fail", "skip"] = "fail",
+    ):  # fmt: skip
         self._source, self._views, self._bind, self._batch, self._device = source, views, bind, batch, device
         self._own = np.array_split(np.arange(len(source)), world)[rank]
+        self._corrupt = corrupt
         self._loader: BoundLoader | None = None
 
     def __len__(self) -> int:
@@ -45,7 +48,7 @@ class Images:
     def _plain(self) -> Iterator[Batch]:
         own = self._own
         done = 0
-        for images, label in plain_batches(self._source.part(own, self._source.name), self._views, batch=self._batch):
+        for images, label in plain_batches(self._source.part(own, self._source.name), self._views, batch=self._batch, corrupt=self._corrupt):
             index = torch.from_numpy(own[done : done + len(images)])
             done += len(images)
             yield Batch([images.to(self._device)], index.to(self._device), label.to(self._device))

@@ -1,10 +1,9 @@
 """Sets of images: what a source is, files on disk, arrays in memory, seeded parts of either."""
 
 import hashlib
-import io
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, Protocol
@@ -12,17 +11,14 @@ from typing import ParamSpec, Protocol
 import numpy as np
 from PIL import Image
 
-from caco.errors import UserError
+from caco.data.sets.reading import UnreadableImage, read_image, size_of
+from caco.errors import FileError, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
 
 P = ParamSpec("P")
 Arrays = Sequence[np.ndarray] | np.ndarray  # images as uint8 [H, W, 3], one by one or as [N, H, W, 3]
-
-
-class UnreadableImage(UserError):
-    """An image file that cannot be read; the message names it."""
 
 
 class Packed(Protocol):
@@ -49,13 +45,15 @@ class Source(Protocol):
 
     name: for people and the record. labels: int64 [N] (of VOC2007 [N, classes]); None where there are none. classes: classes[label]
     is a class's name; None where nobody knows. arrays: all images where they are in memory: loaders then make
-    views of them without calling `image`.
+    views of them without calling `image`. damaged: of those in memory, what `image` raises, by position; something of no meaning
+    stands for them in `arrays`.
     """
 
     name: str
     labels: np.ndarray | None
     classes: list[str] | None
     arrays: Arrays | None = None
+    damaged: Mapping[int, UnreadableImage] = {}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -183,6 +181,7 @@ class ImageFiles(Source):
         labels: np.ndarray | None = None,
         classes: list[str] | None = None,
         decoded: Arrays | None = None,
+        damaged: Mapping[int, UnreadableImage] = {},
     ):
         assert labels is None or len(labels) == len(files)
         self.root = Path(root)
@@ -191,7 +190,7 @@ class ImageFiles(Source):
         self.name = name
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
-        self.arrays = decoded
+        self.arrays, self.damaged = decoded, damaged
 
     def __len__(self) -> int:
         return len(self._files)
@@ -200,6 +199,8 @@ class ImageFiles(Source):
         return self.root / os.fsdecode(self._files[index])
 
     def image(self, index: int) -> Image.Image:
+        if index in self.damaged:
+            raise UnreadableImage(str(self.damaged[index]))
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])
         return read_image(self.path(index))
@@ -207,51 +208,42 @@ class ImageFiles(Source):
     def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
         decoded = None if self.arrays is None else _pick(self.arrays, indices)
-        return ImageFiles(self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded)
+        damaged = {place: self.damaged[index] for place, index in enumerate(indices.tolist()) if index in self.damaged}
+        return ImageFiles(
+            self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded, damaged=damaged
+        )
 
     def in_memory(self, max_mb: int) -> "ImageFiles":
-        """The same set decoded once, if that takes no more than `max_mb`; else itself.
-
-        Raises:
-            ValueError: an image cannot be read.
-        """
+        """The same set decoded once, if that takes no more than `max_mb`; else itself."""
         budget = max_mb * 2**20
         sample = np.unique(np.linspace(0, len(self) - 1, 16).astype(int))
         if budget == 0 or np.mean([_decoded_bytes(self.path(i)) for i in sample]) * len(self) > budget:
             return self
-        decoded, used = [], 0
+        decoded, used, damaged = list[np.ndarray](), 0, dict[int, UnreadableImage]()
         for i in range(len(self)):
-            decoded.append(np.asarray(read_image(self.path(i))))
+            try:
+                decoded.append(np.asarray(read_image(self.path(i))))
+            except UnreadableImage as error:
+                damaged[i] = error
+                decoded.append(np.zeros((1, 1, 3), np.uint8))
             used += decoded[-1].nbytes
             if used > budget:
                 return self
         return ImageFiles(
-            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded
+            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, damaged=damaged
         )
 
     def digest(self) -> str:
         # Of the files also when decoded: how a set is held must not change what it is called.
         state = hashlib.blake2b(digest_size=8)
         for i, file in enumerate(self._files):
-            state.update(b"%s\0%d\0" % (file, os.stat(self.path(i)).st_size))
+            try:
+                size = os.stat(self.path(i)).st_size
+            except OSError as error:
+                raise FileError(f"{self.path(i)}: expected an image of {self.name}, got: {error.strerror}. Are the images still there?") from error
+            state.update(b"%s\0%d\0" % (file, size))
         state.update(b"" if self.labels is None else self.labels.tobytes())
         return state.hexdigest()
-
-
-def read_image(path: Path) -> Image.Image:
-    """One image file as RGB.
-
-    Raises:
-        UnreadableImage: a ValueError that names the file.
-    """
-    try:
-        # The whole file in one read: Pillow's own small ones take longer than decoding a small image.
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for some broken PNGs
-        raise UnreadableImage(
-            f"{path}: expected an image that can be read, got {type(error).__name__}: {error}. Replace or remove the file."
-        ) from error
 
 
 def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, balanced: bool) -> np.ndarray:
@@ -279,10 +271,10 @@ def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, bala
 
 def _decoded_bytes(path: Path) -> int:
     try:
-        with Image.open(path) as image:
-            return 3 * image.width * image.height
-    except (OSError, SyntaxError, ValueError):
-        return 0  # read_image will name it
+        width, height = size_of(path)
+    except UnreadableImage:
+        return 0  # it will be named when it is read
+    return 3 * width * height
 
 
 def _pick(images: Arrays, indices: np.ndarray) -> Arrays:
