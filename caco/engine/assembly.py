@@ -32,7 +32,7 @@ from caco.launch import labels
 from caco.methods.base import Method
 from caco.methods.treatments import Treatment
 from caco.nn import weights
-from caco.nn.backbones import feature_width
+from caco.nn.backbones import feature_width, refuse_unfit
 from caco.nn.heads import Encoder
 from caco.nn.norm import in_groups
 from caco.runs import directory
@@ -59,8 +59,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def refuse_unfit_backbone(cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserError: a model of timm's that makes no features of images of the sizes that the views have.
+    """
+    settings = dict(cfg.backbone)
+    if settings.pop("_target_") == "caco.nn.backbones.timm_backbone":
+        views: Views = instantiate(cfg.augmentation)
+        refuse_unfit([views.size, *views.sizes], **settings)
+
+
 def build_encoder(cfg: DictConfig) -> Encoder:
     """Backbone and projector, random weights from torch's generator."""
+    refuse_unfit_backbone(cfg)
     backbone = instantiate(cfg.backbone)
     return Encoder(backbone=backbone, projector=instantiate(cfg.projector, in_dim=feature_width(backbone)))
 
@@ -310,6 +322,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     """
     device = pick_device(cfg.device)
     distributed.start(device)
+    refuse_unfit_backbone(cfg)
     torch.manual_seed(cfg.seed)
     backbone = instantiate(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
     encoders: dict[str, torch.nn.Module] = {"": backbone}
