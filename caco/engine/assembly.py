@@ -277,6 +277,13 @@ def run_training(
     except (KeyboardInterrupt, Stopped):
         status = "KILLED"
         raise
+    except RuntimeError as error:
+        if not distributed.has_lost_another(error):
+            raise
+        raise UserError(
+            "another of this run's processes has ended or does not answer; what it said, or failure.txt, says why. The same command goes on "
+            f"from the last checkpoint ({str(error).splitlines()[0][:200]})"
+        ) from error
     finally:
         if main:
             tracker.finish(status, summary)

@@ -18,7 +18,7 @@ import numpy as np
 from caco.errors import UserError
 
 KINDS = ("jpegs", "betons", "checkpoints", "weights", "disks")
-PATIENCE_S = 60.0  # for one case, on a machine that has other work too
+PATIENCE_S = 300.0  # for one case, on a machine that has ten times the work that it has cores for
 _fork = multiprocessing.get_context("fork")
 
 
@@ -34,6 +34,7 @@ def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Coun
             process.start()
             ours.close()
             try:
+                assert theirs.recv() == "ready"
                 while number < end:
                     if not theirs.poll(PATIENCE_S):
                         word, detail = "hang", f"not ended after {PATIENCE_S} s"
@@ -47,7 +48,7 @@ def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Coun
                     if word == "hang":
                         break
             except EOFError:
-                process.join()
+                process.join(PATIENCE_S)
                 found["crash"] += 1
                 bad.append(f"{kind} {number}: crash: exit code {process.exitcode}")
                 number += 1
@@ -61,6 +62,7 @@ def _work(kind: str, first: int, end: int, folder: Path, pipe) -> None:
     module = importlib.import_module(kind)
     own = Path(tempfile.mkdtemp(dir=folder))
     prepared = module.prepare(own)
+    pipe.send("ready")
     for number in range(first, end):
         try:
             pipe.send((module.case(prepared, np.random.default_rng([KINDS.index(kind), number])), ""))

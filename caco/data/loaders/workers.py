@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch
-
 from caco.errors import UserError
 
 PATIENCE_S = 600  # of whoever waits for a batch: as long as ranks wait for one another
@@ -97,7 +95,7 @@ class Workers:
         except OSError as error:
             self.close()
             raise UserError(
-                f"loader.num_workers={self._num_workers}: this machine starts no more processes ({error.strerror}); expected fewer, or 0"
+                f"num_workers={self._num_workers}: this machine starts no more processes ({error.strerror}); expected fewer num_workers"
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -162,8 +160,8 @@ class _Worker:
             if ready:
                 raise self.ended()
             raise UserError(
-                f"loader: a process has read images for {PATIENCE_S} s without an end; expected a batch. Does the storage that they are on "
-                "still answer? The same command goes on from the last checkpoint"
+                f"a process has read images for {PATIENCE_S} s without an end. Does the storage that they are on still answer? Then give the "
+                "same command again"
             )
         try:
             made = _unpacked(self.connection.recv(), slot)
@@ -178,8 +176,8 @@ class _Worker:
         code = self.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         return UserError(
-            f"loader: a process that reads images was ended from outside, {how}, perhaps for want of memory: fewer loader.num_workers or a "
-            "smaller loader.prefetch need less. The same command goes on from the last checkpoint"
+            f"a process that reads images was ended from outside, {how}, perhaps for want of memory: fewer num_workers or a smaller prefetch "
+            "need less. Then give the same command again"
         )
 
 
@@ -195,7 +193,8 @@ def _work(make: Callable[[Any], Any], slots: list[memoryview], connection: Conne
     """A worker's life: it ends when its parent closes the pipe, tells it to, or is gone."""
     for end in of_parent:
         end.close()  # or the parent's death would not close it
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     _leave_signals_to_parent(parent)
     while True:
         try:
@@ -253,8 +252,8 @@ def _shared(num_bytes: int) -> memoryview:
         return memoryview(mmap.mmap(-1, num_bytes))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"loader: expected {num_bytes / 2**30:.1f} GiB of memory for the batches that are made ahead, got none ({error}): fewer "
-            "loader.num_workers or a smaller loader.prefetch need less"
+            f"expected {num_bytes / 2**30:.1f} GiB of memory for the batches that are made ahead, got none ({error}): fewer num_workers or a "
+            "smaller prefetch need less"
         ) from error
 
 
