@@ -138,7 +138,7 @@ def _content(path: Path) -> object:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):
-            return checkpoint.load(path)
+            return checkpoint.contents(path)
         return torch.load(path, map_location="cpu", weights_only=True)  # as torch wrote before 1.6
     except UserError as error:
         code = _code(error.__cause__)
