@@ -51,9 +51,11 @@ class Checkpoints:
             os.replace(aside, path)
             if milestone:
                 _keep(path, self.directory / "milestones" / path.name)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
+        except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
-            raise FileError(f"checkpoint {path} could not be written ({error}); the ones before it are untouched") from error
+            # torch's zip writer turns a failed write into a RuntimeError, about positions.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise FileError(f"checkpoint {path} could not be written ({cause}); the ones before it are untouched") from error
         _sync_directory(self.directory)
         for old in self._files()[: -self.keep]:
             old.unlink()
