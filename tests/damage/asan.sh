@@ -11,7 +11,7 @@ cp -r "$here/caco" "$here/conf" "$here/tests" "$copy"
 views=$copy/caco/data/views
 library=$(ls "$views"/_views*.so)
 if [ ! -e "$copy/built" ]; then
-    g++ -shared -fPIC -g -O1 -std=c++17 -fno-omit-frame-pointer -fsanitize=address -ffp-contract=off -pthread \
+    g++ -shared -fPIC -g -O1 -std=c++17 -fno-omit-frame-pointer -fsanitize=address -ffp-contract=off -Wno-psabi -pthread \
         "$views"/*.cpp -o "$copy/built"
 fi
 cp "$copy/built" "$library"
