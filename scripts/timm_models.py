@@ -1,7 +1,7 @@
 """Which of timm's models serve as backbones: each one of timm.list_models() is made once, on tensors without contents, and docs/backbones.md
 is written from what came of it.
 
-  python scripts/timm_models.py          goes on where it stopped (docs/backbones.csv); some 30 minutes on an idle core
+  python scripts/timm_models.py          goes on where it stopped (docs/backbones.csv); some 30 minutes on an idle core; Ctrl-C ends it
   python scripts/timm_models.py NAME...  these names alone, shown and not written down
 """
 
@@ -53,8 +53,8 @@ def page(rows: list[dict[str, str]], num_models: int) -> str:
         "`backbone.image_size`, another `augmentation.size`, or the nearest names that fit. Where a layer between pooling and classifier gives the",
         "feature (MobileNetV3, VGG, ...), it is that layer's.",
         "",
-        f"Of the {num_models:,} names of `timm.list_models()` of timm {timm.__version__}, {len(rows):,} were tried so by `python",
-        "scripts/timm_models.py` (what came of each: [backbones.csv](backbones.csv)):",
+        f"Of the {num_models:,} names of `timm.list_models()` of timm {timm.__version__}, {len(rows):,} were tried so",
+        "(`python scripts/timm_models.py`; what came of each: [backbones.csv](backbones.csv)):",
         "",
         "| what | how many |",
         "|---|---|",
@@ -85,16 +85,18 @@ def main() -> None:
     rows = list(csv.DictReader(RECORD.open())) if RECORD.is_file() else []
     rows = [row for row in rows if row["timm"] == timm.__version__ and row["name"] in names]
     done = {row["name"] for row in rows}
-    with RECORD.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        for name in names:
-            if name not in done:
-                rows.append(tried(name))
-                writer.writerow(rows[-1])
-                file.flush()
-    PAGE.write_text(page(rows, len(names)))
+    try:
+        with RECORD.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+            for name in names:
+                if name not in done:
+                    rows.append(tried(name))
+                    writer.writerow(rows[-1])
+                    file.flush()
+    finally:  # Ctrl-C, too: the page says of how many it is
+        PAGE.write_text(page(rows, len(names)))
 
 
 if __name__ == "__main__":
