@@ -26,6 +26,7 @@ def test_links_to_images_and_folders_elsewhere_are_followed(pets, tmp_path, writ
     (pets / "train" / "bird").symlink_to(tmp_path / "elsewhere" / "birds")
     (pets / "train" / "dog" / "another.png").symlink_to(tmp_path / "elsewhere" / "birds" / "0001.png")
     (pets / "train" / "dog" / "more").symlink_to(pets / "test" / "dog")
+    write_images(pets / "test" / "bird", 1)
     (tmp_path / "link").symlink_to(pets)
     source = folder(root=str(tmp_path / "link" / "train")).train
     assert source.classes == ["bird", "cat", "dog"] and np.bincount(source.labels).tolist() == [4, 3, 4]
