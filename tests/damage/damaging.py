@@ -11,6 +11,7 @@ import os
 import signal
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Coun
 def _work(kind: str, first: int, end: int, folder: Path, pipe) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # what libraries say of damaged files
+    warnings.simplefilter("ignore")  # of torch, about kinds of tensors that it gives up
     module = importlib.import_module(kind)
     own = Path(tempfile.mkdtemp(dir=folder))
     prepared = module.prepare(own)
