@@ -203,16 +203,16 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
     Args:
         classes: only these folders, in this order of labels; None takes all, sorted.
     Raises:
-        ValueError: a class folder that is not there (with near matches) or holds no image.
+        ValueError: a class folder that is not there (with near matches) or holds no image; a link by which images come twice.
     """
     found = _subfolders(top)
     if classes is None:
         classes = found
     else:
         _check_known(classes, found, where=str(top))
-    files, labels = [], []
+    files, labels, walk = list[str](), list[int](), _Walk(top)
     for label, folder_name in enumerate(classes):
-        images = _images_below(top / folder_name)
+        images = walk.images_below(top / folder_name)
         if not images:
             raise UserError(f"{top / folder_name}: expected images ({', '.join(EXTENSIONS)}), got none in this class folder")
         files += [f"{folder_name}/{file}" for file in images]
@@ -222,7 +222,7 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
 
 def unlabelled_images(top: Path, name: str) -> ImageFiles:
     """All images below `top`, in sorted order, without labels."""
-    files = _images_below(top)
+    files = _Walk(top).images_below(top)
     if not files:
         raise UserError(f"{top}: expected images ({', '.join(EXTENSIONS)}) in it or in class folders, got none")
     return ImageFiles(top, files, name=name)
@@ -337,15 +337,75 @@ def _expect_folder(path: Path) -> Path:
 
 
 def _subfolders(top: Path) -> list[str]:
-    with os.scandir(top) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in _entries(top) if entry.is_dir())
 
 
-def _images_below(top: Path) -> list[str]:
-    found = []
-    for folder_path, subfolders, files in os.walk(top, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        below = os.path.relpath(folder_path, top)
-        kept = (file for file in files if file.lower().endswith(EXTENSIONS) and not file.startswith("."))
-        found += [file if below == "." else f"{below}/{file}" for file in kept]
-    return sorted(found)
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, without what is hidden.
+
+    Raises:
+        FileError: the folder cannot be read, or holds a link that leads nowhere.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in found:
+            if entry.is_symlink():
+                os.stat(entry.path)
+    except OSError as error:
+        of = error.filename or folder
+        link = f", a link to {os.readlink(of)}" if os.path.islink(of) else ""
+        raise FileError(f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Mend or remove it.") from error
+    return found
+
+
+class _Walk:
+    """Walks over folders, into each of them once: symbolic links are followed, but not to where the walk comes by anyway.
+
+    Args:
+        top: what holds all folders that are walked over.
+    """
+
+    def __init__(self, top: Path):
+        self._top = top
+        self._above = {_identity(folder): folder for folder in (top.resolve(), *top.resolve().parents)}
+        self._seen: dict[tuple[int, int], Path] = {}
+
+    def images_below(self, folder: Path) -> list[str]:
+        """All images, as paths relative to `folder`, sorted.
+
+        Raises:
+            FileError: a folder that cannot be read, a link that leads nowhere, an image that is no file.
+            UserError: a link to a folder that holds it, or to one whose images are there already.
+        """
+        found: list[str] = []
+        ahead = [(folder, "")]
+        while ahead:
+            current, prefix = ahead.pop()
+            self._enter(current)
+            for entry in _entries(current):
+                if entry.is_dir():
+                    ahead.append((current / entry.name, f"{prefix}{entry.name}/"))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    if not entry.is_file():
+                        raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
+                    found.append(prefix + entry.name)
+        return sorted(found)
+
+    def _enter(self, folder: Path) -> None:
+        identity = _identity(folder)
+        if folder != self._top and identity in self._above:
+            raise UserError(
+                f"{folder}: a link to {self._above[identity]}, which holds it: its images would come again, as those of another class. "
+                "Remove the link."
+            )
+        if identity in self._seen:
+            raise UserError(
+                f"{folder} and {self._seen[identity]} are one folder, by a link: its images would come twice. Remove one of them."
+            )
+        self._seen[identity] = folder
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
