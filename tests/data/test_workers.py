@@ -121,7 +121,9 @@ def test_storage_that_does_not_answer_is_not_waited_for_for_ever(not_compiled, n
     ):
         with pytest.raises(UserError, match=r"a process has read images for 0\.3 s without an end. Does the storage .* still answer"):
             made()
-    assert set(multiprocessing.active_children()) <= set(others)
+    for worker in set(multiprocessing.active_children()) - set(others):
+        worker.join(100)  # killed; on a busy machine it takes its time
+        assert not worker.is_alive()
 
 
 class Wrong(ImagesInMemory):

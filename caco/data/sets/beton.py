@@ -229,7 +229,7 @@ def _sidecar(file: Path) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"bytes": int, "checksum": str, "classes": (list, type(None))}
+        kinds: dict[str, Any] = {"bytes": int, "checksum": str, "classes": (list, type(None))}
         right = isinstance(facts, dict) and all(isinstance(facts[key], kind) for key, kind in kinds.items() if key in facts)
         if not right or not all(isinstance(name, str) for name in facts.get("classes") or ()):
             raise ValueError("other facts than python -m caco.write notes")

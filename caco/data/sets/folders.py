@@ -1,7 +1,6 @@
 """The sets that caco reads from disk or carries: each function returns `Splits`."""
 
 import difflib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
 from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose, holds
+from caco.data.sets.walking import Walk, folders_in
 from caco.errors import FileError, UserError
 from caco.ranges import Count, Natural, Pixels, ProperShare, Seed
 from caco.runs.paths import expanded, read_text
@@ -205,12 +205,12 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
     Raises:
         ValueError: a class folder that is not there (with near matches) or holds no image; a link by which images come twice.
     """
-    found = _subfolders(top)
+    found = folders_in(top)
     if classes is None:
         classes = found
     else:
         _check_known(classes, found, where=str(top))
-    files, labels, walk = list[str](), list[int](), _Walk(top)
+    files, labels, walk = list[str](), list[int](), Walk(top)
     for label, folder_name in enumerate(classes):
         images = walk.images_below(top / folder_name)
         if not images:
@@ -222,7 +222,7 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
 
 def unlabelled_images(top: Path, name: str) -> ImageFiles:
     """All images below `top`, in sorted order, without labels."""
-    files = _Walk(top).images_below(top)
+    files = Walk(top).images_below(top)
     if not files:
         raise UserError(f"{top}: expected images ({', '.join(EXTENSIONS)}) in it or in class folders, got none")
     return ImageFiles(top, files, name=name)
@@ -274,7 +274,7 @@ def _imagenet(
 ) -> Splits:
     train = class_folders(_expect_folder(top / "train"), f"{name}/train", classes)
     validation = _expect_folder(top / "val")
-    if not _subfolders(validation):
+    if not folders_in(validation):
         raise UserError(f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first")
     _require_folders(validation, train)
     test = class_folders(validation, f"{name}/val", train.classes)
@@ -286,14 +286,14 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
     split = (top / "train").is_dir()
     below = top / "train" if split else top
     train_name = f"{name}/train" if split else name
-    if not _subfolders(below):
+    if not folders_in(below):
         if classes is not None:
             raise UserError(f"data.class_list: expected class folders in {below}, got images without labels")
         return unlabelled_images(below, train_name), None
     train = class_folders(below, train_name, classes)
     for held_out in ("test", "val") if split else ():
-        if (top / held_out).is_dir() and _subfolders(top / held_out):
-            subfolders = _subfolders(top / held_out)
+        if (top / held_out).is_dir() and folders_in(top / held_out):
+            subfolders = folders_in(top / held_out)
             if classes is None:
                 _check_known(subfolders, train.classes or [], where=str(below))
             _require_folders(top / held_out, train)
@@ -311,7 +311,7 @@ def _read_class_list(path: str) -> list[str]:
 
 
 def _require_folders(top: Path, train: ImageFiles) -> None:
-    found, classes = set(_subfolders(top)), train.classes or []
+    found, classes = set(folders_in(top)), train.classes or []
     missing = [name for name in classes if name not in found]
     if missing:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
@@ -334,78 +334,3 @@ def _expect_folder(path: Path) -> Path:
     if not path.is_dir():
         raise FileError(f"expected a folder {path}, got none: data.root must hold it")
     return path
-
-
-def _subfolders(top: Path) -> list[str]:
-    return sorted(entry.name for entry in _entries(top) if entry.is_dir())
-
-
-def _entries(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder, without what is hidden.
-
-    Raises:
-        FileError: the folder cannot be read, or holds a link that leads nowhere.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".")]
-        for entry in found:
-            if entry.is_symlink():
-                os.stat(entry.path)
-    except OSError as error:
-        of = error.filename or folder
-        link = f", a link to {os.readlink(of)}" if os.path.islink(of) else ""
-        raise FileError(f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Mend or remove it.") from error
-    return found
-
-
-class _Walk:
-    """Walks over folders, into each of them once: symbolic links are followed, but not to where the walk comes by anyway.
-
-    Args:
-        top: what holds all folders that are walked over.
-    """
-
-    def __init__(self, top: Path):
-        self._top = top
-        self._above = {_identity(folder): folder for folder in (top.resolve(), *top.resolve().parents)}
-        self._seen: dict[tuple[int, int], Path] = {}
-
-    def images_below(self, folder: Path) -> list[str]:
-        """All images, as paths relative to `folder`, sorted.
-
-        Raises:
-            FileError: a folder that cannot be read, a link that leads nowhere, an image that is no file.
-            UserError: a link to a folder that holds it, or to one whose images are there already.
-        """
-        found: list[str] = []
-        ahead = [(folder, "")]
-        while ahead:
-            current, prefix = ahead.pop()
-            self._enter(current)
-            for entry in _entries(current):
-                if entry.is_dir():
-                    ahead.append((current / entry.name, f"{prefix}{entry.name}/"))
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    if not entry.is_file():
-                        raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
-                    found.append(prefix + entry.name)
-        return sorted(found)
-
-    def _enter(self, folder: Path) -> None:
-        identity = _identity(folder)
-        if folder != self._top and identity in self._above:
-            raise UserError(
-                f"{folder}: a link to {self._above[identity]}, which holds it: its images would come again, as those of another class. "
-                "Remove the link."
-            )
-        if identity in self._seen:
-            raise UserError(
-                f"{folder} and {self._seen[identity]} are one folder, by a link: its images would come twice. Remove one of them."
-            )
-        self._seen[identity] = folder
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
