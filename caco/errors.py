@@ -112,7 +112,8 @@ def shown(*, interrupted: str = "") -> Iterator[None]:
     sys.excepthook = _without_secrets
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # in a locale without umlauts they are shown as \\xfc, which is better than not at all
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # what was written before may not go out: a full disk, say
+                stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except Exception as error:

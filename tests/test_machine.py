@@ -103,7 +103,8 @@ def test_a_run_directory_that_cannot_be_written_to_is_one_sentence(tmp_path, beg
 
 def test_a_run_directory_below_a_file_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    assert_one_sentence(Process(caco_train, *TINY, *SHORT, f"hydra.run.dir={tmp_path}/file/run").end(), "Not a directory")
+    code, _, told = Process(caco_train, *TINY, *SHORT, f"hydra.run.dir={tmp_path}/file/run").end()
+    assert code == 2 and told.endswith(f"{tmp_path}/file is no folder; choose another one with hydra.run.dir\n") and "Traceback" not in told
 
 
 @pytest.mark.parametrize("workers", [0, 2])

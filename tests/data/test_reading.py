@@ -172,6 +172,17 @@ def test_in_evaluations_the_next_of_the_same_class_stand_in(pictures, two_views,
         list(plain_batches(source, two_views, batch=4, num_workers=workers))
 
 
+@pytest.mark.parametrize("in_memory_mb", [0, 16])
+def test_who_stands_in_does_not_depend_on_what_is_read_together(pictures, two_views, in_memory_mb, monkeypatch):
+    source = pictures(in_memory_mb).test
+    (whole, _), *_ = plain_batches(source, two_views, batch=20, corrupt="skip")
+    assert np.array_equal(whole[3], whole[5]) and np.array_equal(whole[4], whole[5]) and np.array_equal(whole[8], whole[9])
+    monkeypatch.setattr("caco.data.loaders.plain._PIECE_BYTES", 1)  # an image at once
+    for some in ([8], [3, 0], [19, 4, 8, 2, 3]):  # as the ranks read them, or a computation that goes on
+        ((images, _),) = plain_batches(source, two_views, batch=20, indices=np.array(some), num_workers=2, corrupt="skip")
+        assert np.array_equal(images, whole[some])
+
+
 def test_where_too_many_cannot_be_read_it_is_said_instead_of_tried_for_ever(tmp_path, write_images, two_views):
     write_images(tmp_path / "cat", 120)
     source = folder(root=str(tmp_path), in_memory_mb=0).train
@@ -183,7 +194,7 @@ def test_where_too_many_cannot_be_read_it_is_said_instead_of_tried_for_ever(tmp_
         list(plain_batches(source, two_views, batch=4, corrupt="skip"))
     with pytest.raises(UnreadableImage, match="FileNotFoundError: No such file or directory. Are the images still where they were"):
         batches(source, two_views)
-    with pytest.raises(OSError, match=r"cat/0000\.png: expected an image of .*, got: No such file"):
+    with pytest.raises(OSError, match=r"cat/0000\.png: expected an image that can be read, got FileNotFoundError: No such file"):
         source.digest()
 
 

@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as F
 
 from caco.config.composition import instantiate
 from caco.data.views import augmentation as module
-from caco.data.views.augmentation import View, Views, uniforms
+from caco.data.views.augmentation import View, Views
+from caco.data.views.draws import uniforms
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "augmentation"
 PAPER = {"jitter_p": 0.8, "gray_p": 0.2, "blur": [0.1, 2.0], "flip_p": 0.5}

@@ -333,5 +333,6 @@ def _made(
     with contextlib.closing(in_order(_Maker(example, seed), keys, num_workers)) as made:
         for number, examples in zip(numbers, made, strict=True):
             if isinstance(examples, UnreadableImage):
-                raise UnreadableImage(str(examples))
+                # Its labels are of that image alone, and a result on others is none of the published set.
+                raise UnreadableImage(f"{examples} An evaluator of this kind takes all of its images, whatever loader.corrupt says.")
             yield number, examples
