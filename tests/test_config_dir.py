@@ -21,6 +21,7 @@ from caco import evaluate, export, plan, train
 from caco.config import folders
 from caco.launch.snapshot import snapshot
 from caco.runs.files import read_json
+from caco.runs.directory import write_config
 from experiments import run
 
 OWN = Path(__file__).parent / "own"
@@ -93,7 +94,7 @@ def test_a_run_is_made_of_own_parts_and_records_their_folder_and_files(finished)
 
 
 def test_where_the_folder_lies_does_not_make_another_run(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
+    monkeypatch.setattr(train, "run", lambda cfg, run_dir: write_config(run_dir, cfg))  # as training does once it goes on
     assert typed(monkeypatch, train, "--config-dir", "own", "method=agree", *RUN) == 0
     (tmp_path / "own").rename("moved")
     assert typed(monkeypatch, train, f"--config-dir={tmp_path / 'moved'}", "method=agree", *RUN) == 0

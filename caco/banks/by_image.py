@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from caco.banks import noise, scoring
 from caco.banks.base import Bank
+from caco.banks.reweighted import Objective
 from caco.banks.rows import Norms, Rows
 from caco.errors import UserError
 from caco.schedules import RunShape, Table, constant
@@ -68,14 +69,17 @@ class ImageBank(nn.Module, Bank):
         """Keys of a warm start become no rows: they come without their images."""
 
     def score(
-        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None, learn: bool = True
-    ) -> scoring.Score:
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None,
+        objective: Objective | None = None, learn: bool = True,
+    ) -> scoring.Score:  # fmt: skip
         """Loss of each query over all N rows and extra columns; see `scoring.score`. The rows take no gradient. A collective.
 
         Args:
             positive_B: the queries' images.
+            objective: None; its negatives are not treated.
             learn: not used; the learnable bank's score takes it.
         """
+        assert objective is None, "no method treats the negatives of a bank by image"
         if self.parts > 1:
             raise UserError(
                 "a bank whose rows have several parts is contrasted with drawn rows alone; expected method.num_noise=NUMBER, got null"

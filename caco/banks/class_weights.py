@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from caco.banks import motion, scoring
 from caco.banks.base import Bank
+from caco.banks.reweighted import Objective
 from caco.banks.rows import Rows
 from caco.errors import UserError
 from caco.schedules import RunShape, Table, constant
@@ -55,13 +56,16 @@ class ClassWeights(nn.Module, Bank):
         """Keys of a warm start become no rows: they come without their images."""
 
     def score(
-        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None, learn: bool = True
-    ) -> scoring.Score:
+        self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None,
+        objective: Objective | None = None, learn: bool = True,
+    ) -> scoring.Score:  # fmt: skip
         """Cross-entropy of each query over all N rows and extra columns; see `scoring.score`. Its backward asks the rows to move.
 
         Args:
             positive_B: the queries' images.
+            objective: None; its negatives are not treated.
         """
+        assert objective is None, "no method treats the negatives of a bank by image"
         return scoring.score(
             q_BD, self.rows.weight if learn else self.rows.weight.detach(), positive_B, first_row=self.rows.first, size=self.size,
             tau=temperature, extra_BE=extra_BE, anchors=self.anchors if learn else None,

@@ -90,12 +90,12 @@ class Domain(Evaluator):
             epochs=epochs, batch=batch, lr=self.lrs[0], reference_batch=None, momentum=momentum, weight_decay=weight_decay,
             schedule="steps", milestones=list(milestones), decay=decay, scale=list(scale), drop_last=True,
         )  # fmt: skip
-        protocols = metrics.domain(
+        self.protocols = metrics.domain(
             ways=ways, size=size, num_strengths=num_strengths, weakest=weakest, strongest=strongest, max_iterations=max_iterations,
             tolerance=tolerance, lrs=lrs, epochs=epochs, batch=batch, momentum=momentum, weight_decay=weight_decay,
             milestones=milestones, decay=decay, scale=scale,
         )  # fmt: skip
-        self.protocols = dict(zip(ways, protocols, strict=True))
+        self._protocol_of = dict(zip(ways, self.protocols, strict=True))
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Finds the images and their lists; says what of them is unlike the published ones.
@@ -127,7 +127,7 @@ class Domain(Evaluator):
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/<domain>_top1`, percent), what was chosen for it (`..._strength`, lambda, or `..._lr` of several), and
         (`<protocol>/mean_top1`, percent)."""
-        for way, protocol in self.protocols.items():
+        for way, protocol in self._protocol_of.items():
             found = list(self._frozen(backbone) if way == "frozen" else self._finetuned(backbone, protocol))
             for target, accuracy, chosen in found:
                 yield f"{protocol}/{target}_top1", accuracy
@@ -150,7 +150,7 @@ class Domain(Evaluator):
 
             def measured(strength: float, logits_MC: Tensor, target: str = target, crossval: Tensor = crossval) -> float:
                 value = _percent(logits_MC, label_N[crossval])
-                store.say(f"{self.protocols['frozen']}/{target}: strength {strength:.1e}, crossval {value:.2f}", passing=True)
+                store.say(f"{self._protocol_of['frozen']}/{target}: strength {strength:.1e}, crossval {value:.2f}", passing=True)
                 return value
 
             strength, classifier = choose_strength(

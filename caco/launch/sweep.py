@@ -159,7 +159,7 @@ def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
         if failure.exists():
             why = failure.read_text(encoding="utf-8").strip().splitlines()[-1]
         elif (job.run_dir / "summary.json").exists():
-            why = _lacks(job)
+            why = _lacks(job) or ""
         else:
             why = f"ended as {states.get(submitted['id'], 'GONE')}, without a word"
         lines += [f"  {job.run_dir}", f"    {why}", f"    log: {submitted['log']}"]

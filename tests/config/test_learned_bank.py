@@ -23,7 +23,7 @@ def extended(tmp_path_factory, repo_root):
     folder = tmp_path_factory.mktemp("extended")
     for part in ("caco", "conf"):
         shutil.copytree(repo_root / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.h"))
-    insert(folder / "caco/banks/learnable.py", after="        push: float = 1.0,\n", line="        wobble: float = 0.5,\n")
+    insert(folder / "caco/banks/learnable.py", after="        push: NonNegative = 1.0,\n", line="        wobble: float = 0.5,\n")
     insert(folder / "conf/config.yaml", after="bank_learning:", line="  wobble: 0.25\n")
     code = """
         import json, sys

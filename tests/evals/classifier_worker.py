@@ -1,7 +1,7 @@
 """What the processes of a test of several ranks do: train a classifier whose last batch they cannot share evenly."""
 
 import torch
-from coloured import Colours, coloured
+from colours import Colours, coloured
 from processes import PATIENCE_S
 
 from caco import distributed

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from coloured import Colours, coloured
+from colours import Colours, coloured
 from torch import nn
 
 from caco.data.sets.sources import Splits

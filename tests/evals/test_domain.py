@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from coloured import Colours
+from colours import Colours
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from toy_pacs import write_pacs

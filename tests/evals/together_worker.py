@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coloured import Colours
+from colours import Colours
 from processes import PATIENCE_S
 
 from caco import distributed

@@ -274,7 +274,7 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (["weights=none.pth", "format=moco"], "weights: expected a file that is there, got 'none.pth'"),
+        (["weights=none.pth", "format=moco"], "weights: expected a file that is there and can be read, got 'none.pth'"),
         (["weights={file}"], "format: expected one of caco, adco, moco, torchvision, timm, that of weights={file}, got None"),
         (["weights={file}", "format=byol"], "format: expected one of caco, adco, moco, torchvision, timm, "),
         (["format=moco"], "format: expected null, as there is no weights=FILE, got 'moco'"),

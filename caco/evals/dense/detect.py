@@ -271,7 +271,7 @@ def take_statistics(
 
     Source: detectron2's PRECISE_BN, which MoCo's configurations turn on.
     """
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in network.modules() if isinstance(module, BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms if count else ():
         norm.reset_running_stats()

@@ -1,7 +1,7 @@
 """The smallest dense task, the brightness of each pixel of images of unequal shapes, and what the processes of its test do."""
 
 import torch
-from coloured import coloured
+from colours import coloured
 from processes import PATIENCE_S
 from torch import nn
 from torch.nn import functional as F
