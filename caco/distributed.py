@@ -22,14 +22,21 @@ def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
     """Join the process group that the environment describes; a single process joins none.
 
     Raises:
-        RuntimeError: from torch, when the other ranks do not come within the time-out.
+        UserError: the other ranks do not come within the time-out.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
+            )
+        except (RuntimeError, ValueError) as error:  # of torch's stores and backends; ValueError: a variable is missing
+            place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"the {os.environ['WORLD_SIZE']} processes of this run did not find one another within {timeout_s:g} s at {place} "
+                f"({str(error).splitlines()[0][:200]}): see that all are started and that their machines reach the first one's"
+            ) from error
 
 
 def stop() -> None:
@@ -37,6 +44,11 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _patient = None
+
+
+def has_lost_another(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended, or has not answered within the time-out."""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
 def rank() -> int:

@@ -1,6 +1,7 @@
 """What went wrong on the user's side, told apart from a bug by one class. Imports nothing that takes time."""
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -28,15 +29,55 @@ class SweepFailed(RuntimeError):
     """Some jobs of a sweep have failed: no refusal, others may be done. Says which, why, and how to go on."""
 
 
+# What a machine says when it cannot, wherever a file is opened, read or written.
+_OF_THE_MACHINE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or ask for a larger quota",
+    errno.EFBIG: "files there, or those of this shell (ulimit -f), may not grow so large",
+    errno.ENOTDIR: "choose a place below a folder",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose a place that you may use, or ask for the right to",
+    errno.EPERM: "choose a place that you may use, or ask for the right to",
+    errno.EIO: "the disk or the network storage fails: see to it first",
+    errno.ESTALE: "the network storage has lost it: see that it is mounted",
+    errno.ENOTCONN: "the network storage has lost it: see that it is mounted",
+    errno.ENODEV: "the storage is gone: see that it is mounted",
+    errno.EMFILE: "more files are open than this shell allows (ulimit -n): raise that",
+    errno.ENFILE: "more files are open than this machine allows: end what holds them",
+    errno.ENAMETOOLONG: "choose shorter names",
+    errno.EAGAIN: "wait for what holds it, or end that",
+    errno.ENOMEM: "there is not so much memory: see what else runs",
+}
+
+
+def of_the_machine(error: BaseException | None) -> OSError | None:
+    """The error of this kind that an error is, or was raised from: libraries wrap them in their own."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
+        error = error.__cause__
+    return error
+
+
 def is_for_user(error: BaseException) -> bool:
     """Whether its message alone is shown. CACO_TRACEBACK=1 in the environment asks for the traceback of each error."""
-    return isinstance(error, UserError) and os.environ.get("CACO_TRACEBACK") != "1"
+    if os.environ.get("CACO_TRACEBACK") == "1":
+        return False
+    return isinstance(error, UserError) or of_the_machine(error) is not None
+
+
+def message(error: BaseException) -> str:
+    """What is shown of an error that is for the user."""
+    if isinstance(error, UserError) and not (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
+        return str(error)
+    found = of_the_machine(error)
+    assert found is not None and found.errno is not None, "is_for_user"
+    where = f"{os.fsdecode(found.filename)}: " if isinstance(found.filename, str | bytes) else ""
+    return f"{where}{found.strerror}; what was written before is untouched. {_OF_THE_MACHINE[found.errno].capitalize()}, then give the same command again"
 
 
 def show(error: Exception) -> None:
     """Show the message, once: a job of a sweep tells it before the sweep ends with the same error."""
     if not getattr(error, "is_told", False):
-        print(f"caco: {redacted(str(error))}", file=sys.stderr)
+        print(f"caco: {redacted(message(error))}", file=sys.stderr)
         setattr(error, "is_told", True)
 
 
@@ -62,7 +103,8 @@ def _without_secrets(kind: type[BaseException], error: BaseException, trace: Tra
 
 @contextlib.contextmanager
 def shown(*, interrupted: str = "") -> Iterator[None]:
-    """Around a command: a UserError is shown in its own words and ends the process with exit code 2, Ctrl-C with 130.
+    """Around a command: a UserError is shown in its own words and ends the process with exit code 2, and so is what the machine cannot do
+    (a full disk, a folder that is read-only); Ctrl-C ends it with 130.
 
     Args:
         interrupted: what becomes of the work that Ctrl-C ends.
@@ -70,10 +112,11 @@ def shown(*, interrupted: str = "") -> Iterator[None]:
     sys.excepthook = _without_secrets
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # in a locale without umlauts they are shown as \\xfc, which is better than not at all
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # what was written before may not go out: a full disk, say
+                stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         if not is_for_user(error):
             raise
         show(error)

@@ -71,7 +71,7 @@ def job(cfg: DictConfig) -> float | None:
     except Exception as error:
         for_user = errors.is_for_user(error)
         if opened:  # else it is another process's
-            directory.record_failure(run_dir, str(error) if for_user else traceback.format_exc())
+            directory.record_failure(run_dir, errors.message(error) if for_user else traceback.format_exc())
         if not for_user:
             raise
         errors.show(error)

@@ -14,14 +14,9 @@ Options, besides data=..., data.KEY=... and --config-dir DIR as of caco.train:
 """
 
 import io
-import multiprocessing
 import os
-import signal
 import sys
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from caco import errors
+from caco.data.loaders.workers import in_order
 from caco.data.sets import beton
 from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.errors import UserError
@@ -106,44 +102,25 @@ class _Encoder:
         return beton.JPEG, image.height, image.width, encoded.getvalue()
 
 
-_encoder: _Encoder | None = None  # of a worker, which is forked: the source is not copied
 _CHUNK = 16
-
-
-def _encode(start: int) -> list[tuple[int, int, int, bytes] | UnreadableImage]:
-    assert _encoder is not None, "forked from a process that has set it"
-    return [_encoder(index) for index in range(start, min(start + _CHUNK, len(_encoder.source)))]
-
-
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _encoded(encoder: _Encoder, num_workers: int) -> Iterator[tuple[int, int, int, bytes]]:
     """All images encoded, in order; no more of them at a time than a few for each process."""
-    global _encoder
-    _encoder = encoder
-    waiting: deque = deque()
+    total = len(encoder.source)
 
-    def finished() -> Iterator[tuple[int, int, int, bytes]]:
-        for made in waiting.popleft().result():
-            if isinstance(made, UnreadableImage):
-                raise UnreadableImage(str(made))
-            yield made
+    def encode(start: int) -> list[tuple[int, int, int, bytes] | UnreadableImage]:
+        return [encoder(index) for index in range(start, min(start + _CHUNK, total))]
 
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_workers, fork, _leave_interrupts_to_parent) as pool:
-        try:
-            for start in range(0, len(encoder.source), _CHUNK):
-                waiting.append(pool.submit(_encode, start))
-                if len(waiting) > 4 * num_workers:
-                    yield from finished()
-            while waiting:
-                yield from finished()
-        except BrokenProcessPool as error:
-            raise UserError("a process that encoded images was ended from outside, perhaps for want of memory") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    chunks = in_order(encode, range(0, total, _CHUNK), num_workers, ahead=4)
+    try:
+        for chunk in chunks:
+            for made in chunk:
+                if isinstance(made, UnreadableImage):
+                    raise UnreadableImage(str(made))
+                yield made
+    finally:
+        chunks.close()
 
 
 def _counted(items: Iterator[Any], bar: tqdm) -> Iterator[Any]:

@@ -1,7 +1,9 @@
 """One class says what a user did; every command shows it in the same way, and a bug keeps its traceback."""
 
 import ast
+import errno
 import importlib
+import os
 import pickle
 import runpy
 import subprocess
@@ -97,3 +99,29 @@ def test_the_class_comes_without_anything_heavy():
     loaded = "import sys; before = set(sys.modules); import caco.errors; print(sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
     done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "hydra", "omegaconf"} & set(done.stdout.replace("'", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "Make room there"), (errno.EDQUOT, "a larger quota"), (errno.EROFS, "a place that can be written to"),
+        (errno.EACCES, "a place that you may use"), (errno.EIO, "the disk or the network storage fails"), (errno.ESTALE, "see that it is mounted"),
+    ],
+)  # fmt: skip
+def test_what_a_machine_cannot_do_is_one_sentence_with_exit_code_2(number, advice, capsys):
+    with pytest.raises(SystemExit) as ended, errors.shown():
+        try:
+            raise OSError(number, os.strerror(number), "/disk/file")
+        except OSError as error:
+            raise RuntimeError("a library's own words") from error
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1
+    assert told.startswith(f"caco: /disk/file: {os.strerror(number)}; what was written before is untouched. ") and advice.lower() in told.lower()
+
+
+def test_an_error_that_is_merely_on_the_way_to_a_slip_does_not_hide_it():
+    with pytest.raises(ZeroDivisionError), errors.shown():
+        try:
+            raise PermissionError(errno.EACCES, "Permission denied", "/file")
+        except PermissionError:
+            raise ZeroDivisionError  # noqa: B904

@@ -34,7 +34,7 @@ from caco.evals.record import Record, say_sometimes
 from caco.launch import labels
 from caco.methods.base import Method, Needs
 from caco.methods.treatments import Treatment
-from caco.nn import weights
+from caco.nn import backbones, weights
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder
 from caco.nn.norm import in_groups
@@ -63,8 +63,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def refuse_unfit_backbone(cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserError: a model of timm's that makes no features of images of the sizes that the views have.
+    """
+    settings = dict(cfg.backbone)
+    if settings.pop("_target_") == "caco.nn.backbones.timm_backbone":
+        views: Views = instantiate(cfg.augmentation)
+        backbones.refuse_unfit([views.size, *views.sizes], **settings)
+
+
 def build_encoder(cfg: DictConfig) -> Encoder:
     """Backbone and projector, random weights from torch's generator."""
+    refuse_unfit_backbone(cfg)
     backbone = instantiate(cfg.backbone)
     return Encoder(backbone=backbone, projector=instantiate(cfg.projector, in_dim=feature_width(backbone)))
 
@@ -187,16 +199,17 @@ def run_training(
     splits.pretrain.look(say)  # all ranks together: of a large set the digest takes its time
     data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
 
+    settings: Loader = instantiate(cfg.loader)
+
     def bind_loader() -> BoundLoader:
-        loader: Loader = instantiate(cfg.loader)
-        return loader.bind(
+        return settings.bind(
             splits.pretrain, views, batch=cfg.batch, seed=cfg.seed, rank=distributed.rank(), world=distributed.world(), device=device
         )
 
     loader = bind_loader()
     images = Images(
         splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device, rank=distributed.rank(),
-        world=distributed.world(), num_workers=instantiate(cfg.loader).num_workers,
+        world=distributed.world(), num_workers=settings.num_workers, corrupt=settings.corrupt,
     )  # fmt: skip
     evaluation = Evaluation(
         {name: instantiate(node) for name, node in cfg.eval.items()},
@@ -206,7 +219,7 @@ def run_training(
         device=device,
         precision=cfg.precision,
         seed=cfg.seed,
-        loader=instantiate(cfg.loader),
+        loader=settings,
         folder=run_dir / "evaluations",
         passing=True,
         say=say,
@@ -311,6 +324,13 @@ def run_training(
     except (KeyboardInterrupt, Stopped):
         status = "KILLED"
         raise
+    except RuntimeError as error:
+        if not distributed.has_lost_another(error):
+            raise
+        raise UserError(
+            "another of this run's processes has ended or does not answer; what it said, or failure.txt, says why. The same command goes on "
+            f"from the last checkpoint ({str(error).splitlines()[0][:200]})"
+        ) from error
     finally:
         if main:
             tracker.finish(status, summary)
@@ -356,6 +376,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     """
     device = pick_device(cfg.device)
     distributed.start(device)
+    refuse_unfit_backbone(cfg)
     torch.manual_seed(cfg.seed)
     backbone = instantiate(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
     encoders: dict[str, torch.nn.Module] = {"": backbone}

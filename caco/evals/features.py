@@ -1,5 +1,6 @@
 """Frozen features of a backbone, computed once and shared by all evaluators: in memory for a round, or on disk for good."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from caco import distributed
+from caco.data.loaders.batches import refuse_unreadable
 from caco.data.loaders.bound import Loader
 from caco.data.loaders.plain import plain_batches, plain_pixels
 from caco.data.loaders.torch_loader import TorchLoader
@@ -68,6 +70,9 @@ class FeatureStore:
         self.cache_bytes = cache_bytes
         self.loader: Loader = loader if loader is not None else TorchLoader(num_workers=0)
         self.num_workers = self.loader.num_workers
+        for source in (splits.train, splits.test):
+            if source is not None:
+                refuse_unreadable(source, self.loader.corrupt)
         self.folder = None if folder is None else Path(folder)
         self.passing, self.overlap, self.say = passing, overlap, say
         self.all_ranks = False
@@ -159,6 +164,7 @@ class FeatureStore:
                 "plain_view": plain,
                 "precision": self.precision,
                 "device": self.device.type,
+                **({"corrupt": "skip"} if self.loader.corrupt == "skip" else {}),
             }
             features = self._files.get(made_from, len(source), make, batch=self.batch)
         except Exception as error:
@@ -223,8 +229,7 @@ class FeatureStore:
     ) -> None:
         """Gives what the network makes of images `first` and on to `take`, batch by batch and in order."""
         own = self._own(np.arange(first, len(source)))
-        some = source if len(own) == len(source) else source.part(own, source.name)
-        batches = plain_batches(some, views, batch=self.batch, num_workers=self.num_workers, device=self.device)
+        batches = plain_batches(source, views, indices=own, device=self.device, **self._reading())
         self._each_batch(network, batches, take, f"features of {source.name}", len(source), first)
 
     def _each_batch(self, network: nn.Module, batches: Iterable, take: Callable, what: str, total: int, first: int = 0) -> None:
@@ -237,11 +242,14 @@ class FeatureStore:
         settings: dict[str, Any] = {"device": self.device, "precision": self.precision, "all_ranks": self.all_ranks}
         for_each_batch(network, batches, take_and_count, **settings)
 
+    def _reading(self) -> dict[str, Any]:
+        """How images are read, as `plain_batches` takes it."""
+        return {"batch": self.batch, "num_workers": self.num_workers, "corrupt": self.loader.corrupt}
+
     def _batches(self, split: str, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         source = getattr(self.splits, split)
         if 3 * self.views.size**2 * len(source) > self.cache_bytes:
-            some = source.part(indices, source.name)
-            yield from plain_batches(some, self.views, batch=self.batch, num_workers=self.num_workers, device=self.device)
+            yield from plain_batches(source, self.views, indices=indices, device=self.device, **self._reading())
             return
         if split not in self._pixels:
             size = self.views.size
@@ -249,12 +257,13 @@ class FeatureStore:
         known, is_known = self._pixels[split]
         new = np.unique(indices[~is_known[indices]])
         if len(new):
-            some, read = source.part(new, source.name), 0
-            for one in plain_pixels(some, self.views, batch=self.batch, num_workers=self.num_workers):
-                if isinstance(one, UnreadableImage):
-                    raise UnreadableImage(str(one))
-                known[torch.from_numpy(new[read : read + len(one.index)])] = one.views[0]
-                read += len(one.index)
+            read = 0
+            with contextlib.closing(plain_pixels(source, self.views, indices=new, **self._reading())) as made:
+                for one in made:
+                    if isinstance(one, UnreadableImage):
+                        raise UnreadableImage(str(one))
+                    known[torch.from_numpy(new[read : read + len(one.index)])] = one.views[0]
+                    read += len(one.index)
             is_known[new] = True
         for chunk in torch.from_numpy(indices).split(self.batch):
             yield self.views.normalise(known[chunk].to(self.device)), chunk

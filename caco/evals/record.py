@@ -88,6 +88,7 @@ class Record:
             "plain_view": [views.size, views.plain_crop, views.plain_interpolation],
             "precision": store.precision,
             "seed": self.cfg.seed,
+            **({"corrupt": "skip"} if store.loader.corrupt == "skip" else {}),
         }
 
     def known(self, prefix: str, name: str, made_from: dict[str, Any]) -> bool:

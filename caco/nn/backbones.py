@@ -1,7 +1,9 @@
 """Backbones from timm: images in, pooled features out. Each has `num_features`, the width of what it gives."""
 
+import difflib
+import functools
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -47,7 +49,7 @@ def timm_backbone(
             with.
     """
     _must_be_known(name)
-    options: dict = {"num_classes": 0, "drop_path_rate": drop_path_rate}
+    options: dict = {"num_classes": 0} | ({"drop_path_rate": drop_path_rate} if drop_path_rate else {})  # which not every model takes
     if image_size is not None:
         # Crops of several sizes go through one ViT, so its position embeddings are interpolated.
         options |= {"img_size": image_size, "dynamic_img_size": True}
@@ -60,7 +62,13 @@ def timm_backbone(
     if of_vits or variant != "timm":
         model: nn.Module = created_vit(name, variant=variant, **options, **of_vits)
     else:
-        model = timm.create_model(name, pretrained=False, **options)
+        try:
+            model = timm.create_model(name, pretrained=False, **options)
+        except (AssertionError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:  # timm's ways to refuse
+            shown = ", ".join(f"{key}={value}" for key, value in options.items())
+            raise UserError(f"backbone: timm makes no {name} with {shown}: {error}") from error
+    # Of some models (MobileNetV3, VGG) a layer between pooling and classifier gives the feature, and num_features is the width before it.
+    model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
     if image_size is not None or of_vits:
         refuse_parts_of_patches(model)
     if cifar_stem:
@@ -156,8 +164,67 @@ def small_resnet(
 
 def _must_be_known(name: str) -> None:
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name[:6]}*")[:5]
-        raise UserError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(near) or 'none'}")
+        raise UserError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(_near(name, 5)) or 'none'}")
+
+
+def _near(name: str, count: int) -> list[str]:
+    begins = timm.list_models(f"*{name[:6]}*") if name else []
+    near = difflib.get_close_matches(name, timm.list_models(), n=count, cutoff=0.5)
+    return list(dict.fromkeys([*near, *begins]))[:count]
+
+
+def refuse_unfit(sizes: Sequence[int], **settings: Any) -> None:
+    """Before any weight is drawn: a `timm_backbone` of these settings makes of images of each of these sizes features [B, num_features].
+
+    Tried on tensors without contents, once a process.
+    Raises:
+        UserError: it does not; with what helps, or the names that are nearest of those that do.
+    """
+    for size in dict.fromkeys(sizes):
+        problem = why_unfit(size, **settings)
+        if problem is None:
+            continue
+        name = settings["name"]
+        message = f"backbone.name={name} makes no features [images, width] of images of {size} x {size} pixels: {problem}."
+        if settings.get("image_size") != max(sizes) and all(why_unfit(s, **settings | {"image_size": max(sizes)}) is None for s in sizes):
+            raise UserError(f"{message} With backbone.image_size={max(sizes)} it does")
+        own = own_size(name)
+        if own != size and why_unfit(own, **settings) is None:
+            raise UserError(f"{message} It is made for {own} x {own}: augmentation.size={own}, or another of timm's models")
+        near: list[str] = []
+        for other in _near(name, 12):
+            if other != name and why_unfit(size, name=other) is None:
+                near.append(other)
+            if len(near) == 3:
+                break
+        raise UserError(f"{message} Near are {', '.join(near)}" if near else f"{message} See docs/backbones.md for those that do")
+
+
+def own_size(name: str) -> int:
+    """Pixels of the side of the images that a model of timm's is made for."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return config.input_size[-1] if config else 224
+
+
+def why_unfit(size: int, **settings: Any) -> str | None:
+    """What is wrong with a `timm_backbone` of these settings for images of this size; None: nothing."""
+    return _why_unfit(size, tuple(sorted(settings.items())))
+
+
+@functools.lru_cache(maxsize=256)
+def _why_unfit(size: int, settings: tuple[tuple[str, Any], ...]) -> str | None:
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = timm_backbone(**dict(settings))
+            out = model(torch.empty(2, 3, size, size))
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # whatever a model's own code raises
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'none given'}".rstrip(".")
+    shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if shape != [2, model.num_features]:
+        return f"it gives {shape} for two"
+    return None
 
 
 def _use_cifar_stem(model: ResNet, stride: int = 1) -> None:

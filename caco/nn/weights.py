@@ -122,7 +122,8 @@ def read(path: Path | str, format: str) -> dict[str, Tensor]:
     content = _content(Path(path))
     layout, named = _in_our_names(content)
     if not named:
-        shown = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        keys = [key[:60] if isinstance(key, str) else type(key).__name__ for key in list(content)[:5]] if isinstance(content, dict) else []
+        shown = ", ".join(keys) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"weights={path}: expected a network's state_dict; got {shown or 'nothing'}")
     if layout not in LAYOUTS[format]:
         others = " or ".join(f"format={name}" for name, layouts in LAYOUTS.items() if layout in layouts)
@@ -137,15 +138,23 @@ def _content(path: Path) -> object:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):
-            return checkpoint.load(path)
+            return checkpoint.contents(path)
         return torch.load(path, map_location="cpu", weights_only=True)  # as torch wrote before 1.6
-    except Exception as error:  # a damaged file leads torch's reader into errors of any type
-        # Not torch's own words: they go on to recommend loading it with the code in it.
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        why = f"it asks for {code[1]}" if code else f"it is of another kind, or damaged: {type(error).__name__}"
+    except UserError as error:
+        code = _code(error.__cause__)
         raise UserError(
-            f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; {why}"
+            f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; "
+            f"{code or f'it is of another kind, or damaged: {error}'}"
         ) from error
+    except Exception as error:  # a damaged file leads torch's reader into errors of any type
+        why = _code(error) or f"it is of another kind, or damaged: {type(error).__name__}"
+        raise UserError(f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; {why}") from error
+
+
+def _code(error: BaseException | None) -> str | None:
+    """What a file asks to be run, if that is why it was refused. Not torch's own words: they go on to recommend running it."""
+    found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return f"it asks for {found[1]}" if found else None
 
 
 def _in_our_names(content: object) -> tuple[str, dict[str, Tensor]]:
@@ -154,7 +163,8 @@ def _in_our_names(content: object) -> tuple[str, dict[str, Tensor]]:
         return PLAIN, {}
     method = _tensors(content.get("method"))
     if any(name.startswith(STUDENT) for name in method):
-        evaluated = f"{content.get('backbone', STUDENT[:-1])}."  # older checkpoints do not say
+        backbone = content.get("backbone")
+        evaluated = f"{backbone}." if isinstance(backbone, str) else STUDENT  # older checkpoints do not say
         return OURS, method | ({} if evaluated == STUDENT else {EVALUATED + name: x for name, x in _below(method, evaluated).items()})
     # Released pre-training and timm's training wrap the network as state_dict, torchvision's reference training as
     # model; DistributedDataParallel prefixes its names.
@@ -170,16 +180,21 @@ def _in_our_names(content: object) -> tuple[str, dict[str, Tensor]]:
             named[ours + (f"projector.{head[1] or 0}.{head[2]}" if head else f"backbone.{name}")] = tensor
     columns = {**state, **_tensors(content.get("Memory_Bank"))}
     for bank in ("W", "queue"):  # of CaCo and AdCo; of MoCo. Rows are columns there.
-        if bank in columns:
+        if bank in columns and columns[bank].ndim == 2:
             named["bank.rows.weight"] = columns[bank].T
-    if "queue_ptr" in state:
+    if "queue_ptr" in state and state["queue_ptr"].numel() == 1:
         named["bank.next_row"] = state["queue_ptr"].reshape(())
     return RELEASED, named
 
 
 def _tensors(state: object) -> dict[str, Tensor]:
+    """Those of a state that a module of ours could have: of plain numbers, and with contents."""
     items = state.items() if isinstance(state, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value)}
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout == torch.strided and value.device.type == "cpu" and not (value.is_complex() or value.is_quantized)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

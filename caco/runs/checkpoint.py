@@ -51,9 +51,11 @@ class Checkpoints:
             os.replace(aside, path)
             if milestone:
                 _keep(path, self.directory / "milestones" / path.name)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
+        except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
-            raise FileError(f"checkpoint {path} could not be written ({error}); the ones before it are untouched") from error
+            # torch's zip writer turns a failed write into a RuntimeError, about positions.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise FileError(f"checkpoint {path} could not be written ({cause}); the ones before it are untouched") from error
         _sync_directory(self.directory)
         for old in self._files()[: -self.keep]:
             old.unlink()
@@ -80,17 +82,33 @@ def load(path: Path) -> dict:
     """A checkpoint's state, on the CPU.
 
     Raises:
-        ValueError: the file is damaged.
+        UserError: the file is damaged, or would unpack to more than it is.
     """
+    state = contents(path)
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} is damaged (it holds a {type(state).__name__})")
+    return state
+
+
+def contents(path: Path) -> object:
+    """What torch.save wrote into a file, on the CPU; nothing in it is run, and what is damaged is refused, as by `load`."""
     try:
         # torch.load does not look at the checksums that torch.save writes.
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            unpacked = sum(part.file_size for part in archive.infolist())
+            if unpacked > path.stat().st_size:  # torch.save compresses nothing
+                raise UserError(f"checkpoint {path} would unpack to {unpacked:,} bytes and is no file of torch.save")
+            # torch's reader gives uninitialised memory for what calls itself a folder, whatever its checksum.
+            damaged = next((part.filename for part in archive.infolist() if part.external_attr & 0xFF or part.volume), None) or archive.testzip()
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({error})") from error
-    raise UserError(f"checkpoint {path} is damaged (checksum of {damaged})")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file leads the readers of zip files and of torch into errors of any type
+        # In short, and not torch's own advice, which is to load it with the code in it.
+        why = type(error).__name__ + (f": {str(error).splitlines()[0][:200]}" if isinstance(error, OSError | zipfile.BadZipFile) else "")
+        raise UserError(f"checkpoint {path} is damaged ({why})") from error
+    raise UserError(f"checkpoint {path} is damaged (in {damaged})")
 
 
 def _keep(path: Path, milestone: Path) -> None:

@@ -132,8 +132,13 @@ def test_a_file_that_ends_early_is_refused(in_memory, tmp_path):
         with pytest.raises(ValueError, match=message):
             BetonImages(file, name="cut")
     file.write_bytes(whole + b"more")
-    with pytest.raises(ValueError, match=r"expected the \d+ bytes that train\.json names"):
+    with pytest.raises(ValueError, match=r"whose table is at \d+ of \d+ bytes"):
         BetonImages(file, name="longer")
+    other = in_memory.train.part(np.arange(36), "noise")
+    write_splits(Splits(other, other, None), tmp_path / "other", mode="raw", num_workers=1)
+    file.write_bytes((tmp_path / "other" / "train.beton").read_bytes())
+    with pytest.raises(ValueError, match=r"expected the \d+ bytes that train\.json names"):
+        BetonImages(file, name="another")
     file.write_bytes(b"\1" + whole[1:])
     with pytest.raises(ValueError, match="got version 1 with 2 fields"):
         BetonImages(file, name="older")

@@ -11,9 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.folders import cifar10_jpeg75, digits, folder, imagenet, imagenet100, photo_tiles, tiny_imagenet
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
-from caco.errors import FileError
+from caco.errors import FileError, UserError
+from caco.evals.features import FeatureStore
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -232,10 +234,14 @@ def test_an_empty_folder_is_refused(tmp_path, write_images):
         folder(root=str(tmp_path))
 
 
-def test_an_unreadable_image_of_a_small_set_is_named_before_training(pets):
-    Path(pets, "train", "dog", "0003.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"train/dog/0003\.png: expected an image that can be read"):
-        folder(root=pets)
+def test_an_unreadable_image_of_a_small_set_is_named_before_training(pets, two_views):
+    for number in ("0003", "0005"):
+        Path(pets, "train", "dog", f"{number}.png").write_bytes(b"broken")
+    splits = folder(root=pets)
+    with pytest.raises(UserError, match=r"train/dog/0003\.png: expected an image .* 1 more of folder/train cannot be read either"):
+        TorchLoader().bind(splits.train, two_views, batch=4, seed=0)
+    with pytest.raises(UserError, match=r"train/dog/0003\.png"):
+        FeatureStore(splits, two_views, batch=4, device="cpu", precision="fp32")
 
 
 # The named ones.

@@ -1,6 +1,6 @@
 """The loader: the same batches whatever makes them, and errors that come at once and say which file.
 
-Nothing is measured by the clock, which other processes move. Where an error must not leave anybody waiting, PyTorch's wait of
+Nothing is measured by the clock, which other processes move. Where an error must not leave anybody waiting, our wait of
 five seconds for a worker is made a thousand: so whatever waits is ended by the test's time-out.
 """
 
@@ -16,6 +16,7 @@ from loaded import assert_same, batches, by_image
 from PIL import Image
 
 from caco import instructions
+from caco.data.loaders import workers as workers_of_loader
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.ffcv_loader import AutoLoader, FFCVLoader
 from caco.data.loaders.plain import plain_batches
@@ -113,7 +114,7 @@ def test_auto_takes_ffcv_for_a_beton_and_says_so(noise_source, beton_source, two
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(native, "turbojpeg", lambda: None)
     assert_same(batches(file, two_views, kind=AutoLoader), made)
-    assert "torch's DataLoader and the compiled views; no FFCV: needs libturbojpeg" in capsys.readouterr().err
+    assert "processes that read files and the compiled views; no FFCV: needs libturbojpeg" in capsys.readouterr().err
     with pytest.raises(ValueError, match="loader=ffcv: needs libturbojpeg .*; loader=auto and loader=torch do without"):
         batches(file, two_views, kind=FFCVLoader, workers=1)
     with pytest.raises(ValueError, match=r"loader=ffcv: reads a \.beton"):
@@ -222,7 +223,7 @@ def test_a_corrupt_jpeg_is_named_or_another_stands_in_for_it(photos, two_views, 
 @pytest.mark.parametrize("kind", [TorchLoader, FFCV])
 def test_where_nothing_can_be_read_skipping_ends_too(photos, two_views, kind):
     broken = photos.part(np.array([3, 4, 3, 4]), "broken")
-    with pytest.raises(ValueError, match="expected an image that can be read, got none"):
+    with pytest.raises(ValueError, match="broken: expected an image that can be read in place of image 0 of broken, got none among the 3 that"):
         batches(broken, two_views, kind=kind, workers=1, batch=4, corrupt="skip")
 
 
@@ -370,7 +371,7 @@ def test_unlabelled_images_have_label_minus_one(two_views):
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named_at_once(tmp_path: Path, write_images: Callable, two_views, workers, monkeypatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 1000.0)
+    monkeypatch.setattr(workers_of_loader, "_LOOK_S", 1000.0)
     write_images(tmp_path / "cat", 20)
     (tmp_path / "cat" / "0013.png").write_bytes(b"not an image")
     source = folder(root=str(tmp_path), in_memory_mb=0).pretrain

@@ -52,6 +52,16 @@ def test_only_images_of_a_size_that_the_other_set_has_too_are_decoded(folders, m
     assert sorted(decoded) == [("memory", i) for i in range(6)] + [("set/test", 1), ("set/test", 3)]
 
 
+def test_images_that_cannot_be_read_are_shared_with_none_unless_their_files_are(folders):
+    train, test = folders
+    for source, i in ((train, 2), (test, 0), (test, 2)):
+        source.path(i).write_bytes(b"no image" if i == 2 else b"nor this")
+    assert shared_images(train, test) == [(0, 3), (2, 2), (4, 1)]
+    kept = [i for i in range(len(train)) if i != 2]
+    decoded = in_memory(train.part(np.array(kept), "kept"))
+    assert [(kept[i], j) for i, j in shared_images(decoded, test)] == [(0, 3), (4, 1)]
+
+
 def test_of_a_set_that_is_compared_with_many_nothing_is_found_out_twice(folders, monkeypatch):
     train, test = folders
     done = []

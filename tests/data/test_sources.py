@@ -102,8 +102,11 @@ def test_an_unreadable_image_is_named(tmp_path, write_images):
         read_image(cut)
     with pytest.raises(ValueError, match=r"0002\.jpg: .* FileNotFoundError"):
         read_image(tmp_path / "0002.jpg")
+    held = ImageFiles(tmp_path, ["0000.jpg", "0001.jpg"], name="cut").in_memory(1)
+    assert list(held.damaged) == [1] and held.image(0).size == (8, 8)
     with pytest.raises(ValueError, match=r"0001\.jpg"):
-        ImageFiles(tmp_path, ["0000.jpg", "0001.jpg"], name="cut").in_memory(1)
+        held.image(1)
+    assert list(held.part(np.array([1, 0]), "turned").damaged) == [0]
 
 
 # Draws.

@@ -14,6 +14,7 @@ from caco.data.loaders.ffcv_loader import AutoLoader, FFCVLoader
 from caco.data.loaders.images import Images
 from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
+from caco.data.loaders.workers import in_order
 from caco.data.sets.folders import folder
 from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.data.views.augmentation import View, Views
@@ -39,7 +40,7 @@ class Where(ImagesInMemory):
         return len(self.hidden)
 
     def image(self, index):
-        if multiprocessing.parent_process() is None and not _is_worker():
+        if multiprocessing.parent_process() is None:
             self.here.value += 1
         return Image.fromarray(self.hidden[index])
 
@@ -51,10 +52,6 @@ class Where(ImagesInMemory):
 
     def digest(self):
         return "where"
-
-
-def _is_worker():
-    return torch.utils.data.get_worker_info() is not None
 
 
 VIEWS = Views(size=8, plain_crop=1.0, views={"two": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)
@@ -139,7 +136,7 @@ def test_a_bicubic_plain_view_is_bicubic_of_images_in_memory_too():
 
 def test_the_pieces_that_workers_make_are_of_eight_megabytes_whatever_the_batch(monkeypatch):
     pieces = []
-    monkeypatch.setattr(plain, "data_loader", lambda maker, keys, workers: (pieces.extend(keys), [])[1])
+    monkeypatch.setattr(plain, "in_order", lambda maker, keys, workers, **options: (pieces.extend(keys), in_order(maker, keys, 0))[1])
     views = Views(size=224, views={"one": View()}, mean=[0.5] * 3, std=[0.25] * 3)
     list(plain_batches(Where(1000), views, batch=512, num_workers=4))
     assert [len(piece) for piece in pieces] == ([55] * 9 + [17]) + ([55] * 8 + [48]) and 55 * 3 * 224**2 <= 2**23

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -251,6 +253,17 @@ def test_damaged_files_are_refused_whatever_torch_makes_of_them(tmp_path):
     (tmp_path / "file.safetensors").write_bytes(b"abc")
     with pytest.raises(ValueError, match="of another kind, or damaged"):
         load_backbone(tmp_path / "file.safetensors", "timm", resnet())
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(tmp_path):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("archive/data/0", "w") as part:
+        for _ in range(200):
+            part.write(bytes(2**20))
+    begun = time.process_time()
+    with pytest.raises(UserError, match=r"would unpack to 209,715,200 bytes and is no file of torch\.save"):
+        load_backbone(path, "moco", resnet())
+    assert time.process_time() - begun < 1
 
 
 def test_a_missing_file_is_refused(tmp_path):

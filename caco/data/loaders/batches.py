@@ -1,5 +1,6 @@
 """What every loader makes batches with: which images, whose random numbers, by the compiled views, in what memory."""
 
+import contextlib
 import hashlib
 import math
 import weakref
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from caco.data.sets.sources import Source
+from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
 
@@ -92,9 +93,14 @@ class Pixels:
     label: torch.Tensor
     stand_ins: list[tuple[int, int]] = field(default_factory=list)
 
-    def pin_memory(self) -> "Pixels":  # DataLoader calls it by this name
-        views = [view.pin_memory() for view in self.views]
-        return Pixels(views, self.index.pin_memory(), self.label.pin_memory(), self.stand_ins)
+    def __reduce__(self):
+        """Between processes, as arrays: pickled tensors would go through files of /dev/shm."""
+        return _received, ([view.numpy() for view in self.views], self.index.numpy(), self.label.numpy(), self.stand_ins)
+
+
+def _received(views: list[np.ndarray], index: np.ndarray, label: np.ndarray, stand_ins: list[tuple[int, int]]) -> Pixels:
+    """A batch from another process. The memory of its views is used again by a later one, that of what is kept is its own."""
+    return Pixels([torch.from_numpy(view) for view in views], torch.from_numpy(index.copy()), torch.from_numpy(label.copy()), stand_ins)
 
 
 def pixels(made: list[torch.Tensor], source: Source, indices: np.ndarray, taken: np.ndarray) -> Pixels:
@@ -104,9 +110,51 @@ def pixels(made: list[torch.Tensor], source: Source, indices: np.ndarray, taken:
     return Pixels(made, torch.from_numpy(taken.copy()), torch.from_numpy(labels), stand_ins)
 
 
-def those_after(index: int, count: int) -> Iterator[int]:
-    """The images that may stand in for an unreadable one, in order."""
-    return ((index + step) % count for step in range(1, count))
+MAX_TRIES = 100  # images one after the other that cannot be read: then something else is wrong
+
+
+def those_after(index: int, source: Source, *, same_class: bool = False) -> Iterator[int]:
+    """The images that may stand in for an unreadable one, in order: the next ones, of its class where labels must stay what they are.
+
+    Raises:
+        UnreadableImage: none of the first ones can be read either.
+    """
+    count, tried = len(source), 0
+    labels = source.labels if same_class else None
+    for other in ((index + step) % count for step in range(1, count)):
+        if labels is None or np.array_equal(labels[other], labels[index]):
+            if tried == MAX_TRIES:
+                break
+            tried += 1
+            yield other
+    raise UnreadableImage(
+        f"{source.name}: expected an image that can be read in place of {called(source, index)}, got none among the {tried} "
+        f"{'of its class ' if labels is not None else ''}that follow it. Are the images still where they were?"
+    )
+
+
+def first_readable(index: int, source: Source, *, same_class: bool = False) -> tuple[int, np.ndarray]:
+    """The image that stands in for an unreadable one: its position and pixels. See `those_after`."""
+    for other in those_after(index, source, same_class=same_class):
+        with contextlib.suppress(UnreadableImage):
+            return other, np.asarray(source.image(other))
+    raise AssertionError("unreachable: those_after has raised")
+
+
+def called(source: Source, index: int) -> str:
+    """An image by its file, where it has one."""
+    return str(source.path(index) or f"image {index} of {source.name}")
+
+
+def refuse_unreadable(source: Source, corrupt: str) -> None:
+    """Before anything begins, where it is known already which images cannot be read and none may stand in for them.
+
+    Raises:
+        UnreadableImage: the first one is named, and how many there are.
+    """
+    if source.damaged and corrupt == "fail":
+        more = f" {len(source.damaged) - 1} more of {source.name} cannot be read either." if len(source.damaged) > 1 else ""
+        raise UnreadableImage(f"{next(iter(source.damaged.values()))}{more}")
 
 
 class Compiled:

@@ -3,13 +3,13 @@
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from caco.data.loaders.batches import Batch, Order, Pixels
-from caco.data.loaders.workers import begin
+from caco.data.loaders.batches import Batch, Order, Pixels, called
+from caco.data.loaders.workers import Workers
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
@@ -21,9 +21,11 @@ class Loader(Protocol):
     """Settings of a loader, whose `bind` gives them data; every loader makes the same batches, to the bit.
 
     num_workers: threads or processes that make views; passes over a whole set, as evaluations take them, have as many.
+    corrupt: whether an image that cannot be read ends the run (fail), or another stands in for it (skip), in evaluations too.
     """
 
     num_workers: int = 0
+    corrupt: Literal["fail", "skip"] = "fail"
 
     @abstractmethod
     def bind(
@@ -75,12 +77,12 @@ class BoundLoader:
                 f"batch: expected at most the {len(source)} images of {source.name}, got {batch}. "
                 "Lower batch or give more images."
             )
-        self._views, self._device = views, device
+        self._source, self._views, self._device = source, views, device
         self._order = Order(len(source), batch=batch, seed=seed, rank=rank, world=world, drop_last=drop_last)
         self.steps_per_epoch = self._order.steps
         self._loader: Iterable[Made] | None = maker(self._order)
         self._stand_ins: dict[int, int] = {}
-        self._running = device_batches(iter(()), views, device, {})
+        self._running = device_batches(iter(()), source, views, device, {})
 
     def epoch(self, epoch: int, start_step: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
         """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
@@ -100,7 +102,7 @@ class BoundLoader:
         assert self._loader is not None, "the loader is closed"
         self._running.close()
         self._order.epoch, self._order.start_step, self._order.chosen = epoch, start_step, order
-        self._running = device_batches(begin(self._loader), self._views, self._device, self._stand_ins)
+        self._running = device_batches(iter(self._loader), self._source, self._views, self._device, self._stand_ins)
         return self._running
 
     def images_of(self, step: int) -> int:
@@ -114,30 +116,33 @@ class BoundLoader:
     def close(self) -> None:
         """End the workers."""
         self._running.close()
-        self._loader = None  # the last reference to DataLoader's iterator, whose deletion ends them
+        if isinstance(self._loader, Workers):
+            self._loader.close()
+        self._loader = None
 
 
 def device_batches(
-    made: Iterator[Made], views: Views, device: torch.device, stand_ins: dict[int, int]
+    made: Iterator[Made], source: Source, views: Views, device: torch.device, stand_ins: dict[int, int]
 ) -> Generator[Batch, None, None]:
-    try:
-        for one in made:
-            if isinstance(one, UnreadableImage):
-                raise UnreadableImage(str(one))
-            for index, other in one.stand_ins:
-                if index not in stand_ins:
-                    stand_ins[index] = other
-                    print(
-                        f"caco: image {index} cannot be read; image {other} stands in for it ({len(stand_ins)} such so far)",
-                        file=sys.stderr,
-                    )
-            normalised = [views.normalise(view.to(device, non_blocking=True)) for view in one.views]
-            patches = normalised.pop() if normalised[-1].ndim == 5 else None
-            yield Batch(normalised, one.index.to(device, non_blocking=True), one.label.to(device, non_blocking=True), patches)
-    finally:
-        # An exception's traceback keeps this frame. With DataLoader's iterator in it, that would be left to the garbage
-        # collector, where it fails to tell its workers to end and waits five seconds for each.
-        del made
+    for one in made:
+        if isinstance(one, UnreadableImage):
+            raise UnreadableImage(str(one))
+        for index, other in one.stand_ins:
+            if index not in stand_ins:
+                stand_ins[index] = other
+                print(
+                    f"caco: image {index} cannot be read; image {other} stands in for it ({len(stand_ins)} such so far): {called(source, index)}",
+                    file=sys.stderr,
+                )
+        normalised = [views.normalise(_on(device, view)) for view in one.views]
+        patches = normalised.pop() if normalised[-1].ndim == 5 else None
+        yield Batch(normalised, one.index.to(device, non_blocking=True), one.label.to(device, non_blocking=True), patches)
+
+
+def _on(device: torch.device, pixels: torch.Tensor) -> torch.Tensor:
+    if device.type == "cuda" and not pixels.is_pinned():
+        pixels = pixels.pin_memory()  # a copy: the GPU may still read it when a worker writes its memory again
+    return pixels.to(device, non_blocking=True)
 
 
 def check_settings(prefetch: int, corrupt: str) -> None:

@@ -6,6 +6,7 @@ process. Ours is one call of compiled code a batch, so it is run as plain Python
 """
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from queue import Empty
@@ -15,6 +16,9 @@ import numba
 import numba.typed
 import numpy as np
 import torch
+
+from caco.data.loaders.workers import PATIENCE_S
+from caco.errors import UserError
 
 
 def _import_ffcv() -> None:
@@ -91,8 +95,10 @@ def next_item(running: Any) -> Any | None:
 
     Raises:
         RuntimeError: the thread has died, for which FFCV's own `next` would wait for ever.
+        UserError: it makes nothing any more.
     """
-    while True:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
         alive = running.is_alive()  # asked before the queue: what it put there last is not overlooked
         try:
             item = running.output_queue.get(timeout=0.5)
@@ -104,12 +110,14 @@ def next_item(running: Any) -> Any | None:
             return None
         (made,) = item[1]
         return made
+    raise UserError(f"FFCV has made no batch for {PATIENCE_S} s. Does the storage that the .beton is on still answer?")
 
 
 def end(running: Any) -> None:
     """End FFCV's thread before anything else begins; it waits for room in its queue, or makes a batch."""
     running.terminate_event.set()
-    while running.is_alive():
+    deadline = time.monotonic() + PATIENCE_S
+    while running.is_alive() and time.monotonic() < deadline:
         try:
             running.output_queue.get_nowait()
         except Empty:

@@ -77,6 +77,7 @@ class AutoLoader(Loader):
         self.num_workers = num_workers
         self._torch = TorchLoader(num_workers=num_workers, prefetch=prefetch, corrupt=corrupt)
         self._ffcv = FFCVLoader(num_workers=max(1, num_workers), prefetch=prefetch, corrupt=corrupt)
+        self.corrupt = corrupt
 
     def bind(self, source: Source, views: Views, *, rank: int = 0, **options: Any) -> BoundLoader:
         """As `TorchLoader.bind`; rank 0 says what was chosen."""
@@ -93,7 +94,7 @@ def _chosen(source: Source, missing: str | None) -> str:
     how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "the compiled views"
     if source.arrays is not None:
         return f"{how} of images in memory"
-    return f"torch's DataLoader and {how}" + (f"; no FFCV: {missing}" if source.packed is not None else "")
+    return f"processes that read files and {how}" + (f"; no FFCV: {missing}" if source.packed is not None else "")
 
 
 def what_ffcv_lacks(source: Source) -> str | None:

@@ -135,7 +135,7 @@ class DecodeIntoViews(Operation):
         for row in np.flatnonzero(unreadable):
             if self.corrupt == "fail":
                 return self.packed.unreadable(indices[row])
-            for candidate in those_after(indices[row], len(self.source)):
+            for candidate in those_after(int(indices[row]), self.source):
                 rows = _rows(self.packed.at[[candidate]], records, storage)
                 instead, bad = self.make_views(rows, indices[[row]], stream)
                 if not bad[0]:
@@ -143,8 +143,6 @@ class DecodeIntoViews(Operation):
                         views[row] = view[0]
                     taken[row] = candidate
                     break
-            else:
-                return UnreadableImage(f"{self.packed.file}: expected an image that can be read, got none")
         return pixels(made, self.source, indices, taken)
 
 

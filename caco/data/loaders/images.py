@@ -1,6 +1,7 @@
 """Passes over the whole training set beside the training: for clusters, labels and memories that a method makes anew."""
 
 from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class Images:
     Args:
         bind: makes a loader of the training's batches, when the first pass of kind "train" needs one.
         batch: images of this rank in a plain batch; rank, world: whose, of how many.
-        num_workers: that read the images of a plain pass.
+        num_workers: that read the images of a plain pass; corrupt: as of the loader.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Images:
         rank: int = 0,
         world: int = 1,
         num_workers: int = 0,
+        corrupt: Literal["fail", "skip"] = "fail",
     ):
         self._source, self._views, self._bind, self._batch, self._device = source, views, bind, batch, device
         self._num_workers = num_workers
         self._own = np.array_split(np.arange(len(source)), world)[rank]
+        self._corrupt = corrupt
         self._loader: BoundLoader | None = None
 
     def __len__(self) -> int:
@@ -67,9 +70,8 @@ class Images:
     def _plain(self) -> Iterator[Batch]:
         own = self._own
         done = 0
-        part = self._source.part(own, self._source.name)
-        batches = plain_batches(part, self._views, batch=self._batch, num_workers=self._num_workers, device=self._device)
-        for images, label in batches:
+        settings: dict[str, Any] = {"num_workers": self._num_workers, "corrupt": self._corrupt, "device": self._device}
+        for images, label in plain_batches(self._source, self._views, indices=own, batch=self._batch, **settings):
             index = torch.from_numpy(own[done : done + len(images)])
             done += len(images)
             yield Batch([images], index.to(self._device), label)

@@ -1,13 +1,17 @@
 """Every image once, as evaluations see it: read and decoded by as many workers as training has."""
 
+import contextlib
+import sys
 from collections.abc import Callable, Generator, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
-from caco.data.loaders.batches import Pixels, pixels
+from caco.data.loaders.batches import Pixels, called, first_readable, pixels
 from caco.data.loaders.bound import Made, device_batches
-from caco.data.loaders.workers import ahead_of, begin, data_loader
+from caco.data.loaders.workers import ahead_of, in_order
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
@@ -18,90 +22,153 @@ _PIECE_BYTES = 2**23
 
 
 def plain_batches(
-    source: Source, views: Views, *, batch: int, num_workers: int = 0, device: torch.device | str = "cpu"
+    source: Source,
+    views: Views,
+    *,
+    batch: int,
+    indices: np.ndarray | None = None,
+    num_workers: int = 0,
+    corrupt: Literal["fail", "skip"] = "fail",
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Every image once, in order, as evaluations see it: (images float32 [b, 3, H, W], labels int64 [b], -1 unlabelled).
 
     The last batch may be smaller.
 
     Args:
+        indices: of the images that are read, int64; None takes all.
         num_workers: threads (of images in memory, or in a .beton) or forked processes (of files) that read, decode and resize; 0 does
             it when a batch is asked for.
+        corrupt: an image that cannot be read ends it (fail), or the next one of its class in the whole set stands in for it (skip), so
+            that labels stay what they are and nothing depends on which of the images are read at once; which ones, is said at the end.
         device: where the images are put; a GPU is sent bytes and normalises them.
     """
-    device = torch.device(device)
-    for one in device_batches(plain_pixels(source, views, batch=batch, num_workers=num_workers), views, device, {}):
-        yield one.views[0], one.label
+    with contextlib.closing(
+        plain_pixels(source, views, batch=batch, indices=indices, num_workers=num_workers, corrupt=corrupt)
+    ) as made:
+        for one in device_batches(made, source, views, torch.device(device), {}):
+            yield one.views[0], one.label
 
 
-def plain_pixels(source: Source, views: Views, *, batch: int, num_workers: int = 0) -> Generator[Made, None, None]:
-    """As `plain_batches`, before normalisation and on the CPU: a view uint8 [b, H, W, 3]; an UnreadableImage ends it."""
+def plain_pixels(
+    source: Source,
+    views: Views,
+    *,
+    batch: int,
+    indices: np.ndarray | None = None,
+    num_workers: int = 0,
+    corrupt: Literal["fail", "skip"] = "fail",
+) -> Generator[Made, None, None]:
+    """As `plain_batches`, before normalisation and on the CPU: a view uint8 [b, H, W, 3], whose memory may be used again when the next
+    batch is asked for; an UnreadableImage ends it."""
     if batch < 1:
         raise UserError(f"batch: expected at least 1, got {batch}")
-    piece = max(1, min(batch, _PIECE_BYTES // (3 * views.size**2)))
-    pieces = [
-        np.arange(first, min(first + piece, begun + batch, len(source)))
-        for begun in range(0, len(source), batch)
-        for first in range(begun, min(begun + batch, len(source)), piece)
-    ]
-    maker = PlainMaker(source, views, num_threads=max(1, num_workers))
-    if maker.rows is not None:
-        made: Iterator[Made] = ahead_of(maker.__getitem__, pieces, 1 if num_workers else 0)
-    else:
-        made = begin(data_loader(maker, pieces, min(num_workers, len(pieces))))
-    try:
-        while True:
-            parts: list[Pixels] = []
-            while sum(len(part.index) for part in parts) < batch and (part := next(made, None)) is not None:
-                if isinstance(part, UnreadableImage):
-                    yield part
-                    return
-                parts.append(part)
-            if not parts:
-                return
-            yield parts[0] if len(parts) == 1 else _joined(parts)
-    finally:
-        # As in `device_batches`: an exception's traceback keeps this frame, and with it DataLoader's iterator.
-        del made
+    indices = np.arange(len(source)) if indices is None else indices
+    num_bytes = 3 * views.size**2
+    size = max(1, min(batch, _PIECE_BYTES // num_bytes))
+    batches = [indices[first : first + batch] for first in range(0, len(indices), batch)]
+    pieces = [one[first : first + size] for one in batches for first in range(0, len(one), size)]
+    maker = PlainMaker(source, views, corrupt, num_threads=max(1, num_workers))
+    stand_ins: list[tuple[int, int]] = []
+    with contextlib.ExitStack() as stack:
+        if maker.rows is not None:
+            made = stack.enter_context(contextlib.closing(ahead_of(maker, pieces, 1 if num_workers else 0)))
+        else:
+            workers = in_order(maker, pieces, min(num_workers, len(pieces)), item_bytes=size * (num_bytes + 16))
+            stack.enter_context(contextlib.closing(workers))
+            made = iter(workers)
+        for one in batches:
+            joined = _joined(made, len(one), size)
+            if isinstance(joined, Pixels):
+                stand_ins += joined.stand_ins
+                joined.stand_ins.clear()  # they are said once for all
+            yield joined
+    if stand_ins:
+        shown = ", ".join(called(source, index) for index, _ in stand_ins[:3]) + (", ..." if len(stand_ins) > 3 else "")
+        print(
+            f"caco: {len(stand_ins)} of the {len(indices)} images of {source.name} cannot be read; the next of their class stand in for "
+            f"them: {shown}",
+            file=sys.stderr,
+        )
 
 
-def _joined(parts: list[Pixels]) -> Pixels:
-    view = torch.cat([part.views[0] for part in parts])
-    stand_ins = [pair for part in parts for pair in part.stand_ins]
-    return Pixels([view], torch.cat([part.index for part in parts]), torch.cat([part.label for part in parts]), stand_ins)
+def _joined(pieces: Iterator[Made], count: int, size: int) -> Made:
+    """A batch of `count` images, of pieces of `size` of them; or why there is none."""
+    if count <= size:
+        return next(pieces)
+    views, indices, labels, stand_ins = [], [], [], list[tuple[int, int]]()
+    for _ in range(0, count, size):
+        part = next(pieces)
+        if isinstance(part, UnreadableImage):
+            return part
+        views.append(part.views[0].clone())  # the next piece may take its memory
+        indices.append(part.index)
+        labels.append(part.label)
+        stand_ins += part.stand_ins
+    return Pixels([torch.cat(views)], torch.cat(indices), torch.cat(labels), stand_ins)
 
 
 class PlainMaker:
-    """The dataset of evaluations: indices to the pixels of plain views.
+    """Indices to the pixels of plain views.
 
     rows: of images that compiled code reads where they lie, in memory or in a .beton, where in memory those at some indices are; None
     of those that have to be read and decoded one by one.
     """
 
-    def __init__(self, source: Source, views: Views, *, num_threads: int = 1):
-        self.source, self.views, self.num_threads = source, views, num_threads
+    def __init__(self, source: Source, views: Views, corrupt: str, *, num_threads: int = 1):
+        self.source, self.views, self.corrupt, self.num_threads = source, views, corrupt, num_threads
         self.rows = _rows_of(source) if views.plain_is_compiled else None
 
-    def __getitem__(self, indices: np.ndarray) -> Pixels | UnreadableImage:
+    def __call__(self, indices: np.ndarray) -> Made:
         try:
-            made = self._make(indices)
+            made, taken = self._make(indices)
         except UnreadableImage as error:
             return error
-        return pixels([torch.from_numpy(made)], self.source, indices, indices)
+        return pixels([torch.from_numpy(made)], self.source, indices, taken)
 
-    def _make(self, indices: np.ndarray) -> np.ndarray:
-        if self.rows is not None:
-            rows, _images = self.rows(indices)  # which have to live until the views are made
-            made, unreadable = self.views.plain_batch(rows, num_threads=self.num_threads)
-            for row in np.flatnonzero(unreadable):
-                assert self.source.packed is not None, "images in memory are decoded"
-                raise self.source.packed.unreadable(indices[row])
-            return made
-        images = [self.source.image(index) for index in indices.tolist()]
-        if not self.views.plain_is_compiled:
-            return np.stack([self.views.plain_pixels(image) for image in images])
-        arrays = [np.ascontiguousarray(image) for image in images]
-        return self.views.plain_batch(native.table(arrays))[0]
+    def _make(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels, and of which images they are."""
+        taken = indices.copy()
+        made, wrong = self._where_they_lie(indices) if self.rows is not None else self._one_by_one(indices)
+        for row, error in wrong.items():
+            if self.corrupt == "fail":
+                raise error
+            taken[row], image = first_readable(int(indices[row]), self.source, same_class=True)
+            made[row] = self.views.plain_pixels(Image.fromarray(image))
+        return made, taken
+
+    def _where_they_lie(self, indices: np.ndarray) -> tuple[np.ndarray, dict[int, UnreadableImage]]:
+        """The pixels, and by row what is wrong with those that mean nothing."""
+        assert self.rows is not None
+        rows, _images = self.rows(indices)  # which have to live until the views are made
+        made, unreadable = self.views.plain_batch(rows, num_threads=self.num_threads)
+        damaged, packed = self.source.damaged, self.source.packed
+        wrong = {row: damaged[index] for row, index in enumerate(indices.tolist()) if index in damaged}
+        for row in np.flatnonzero(unreadable).tolist():
+            assert packed is not None, "images in memory are decoded"
+            wrong[row] = packed.unreadable(indices[row])
+        return made, wrong
+
+    def _one_by_one(self, indices: np.ndarray) -> tuple[np.ndarray, dict[int, UnreadableImage]]:
+        made = np.empty((len(indices), self.views.size, self.views.size, 3), np.uint8)
+        read: dict[int, Image.Image] = {}
+        wrong: dict[int, UnreadableImage] = {}
+        for row, index in enumerate(indices.tolist()):
+            try:
+                image = self.source.image(index)
+            except UnreadableImage as error:
+                wrong[row] = error
+                if self.corrupt == "fail":
+                    break
+                continue
+            if self.views.plain_is_compiled:
+                read[row] = image
+            else:
+                made[row] = self.views.plain_pixels(image)
+        if read:
+            arrays = [np.ascontiguousarray(image) for image in read.values()]
+            made[list(read)] = self.views.plain_batch(native.table(arrays))[0]
+        return made, wrong
 
 
 def _rows_of(source: Source) -> Callable[[np.ndarray], tuple[np.ndarray, object]] | None:

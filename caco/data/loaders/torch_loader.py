@@ -1,15 +1,15 @@
 """The loader that needs no more than torch: compiled views of images in memory, or workers that read files."""
 
-import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
 import torch
 
-from caco.data.loaders.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
+from caco.data.loaders.batches import Compiled, Order, Pixels, first_readable, mixed_seed, pixels, refuse_unreadable, those_after
 from caco.data.loaders.bound import BoundLoader, Loader, Made, check_settings
-from caco.data.loaders.workers import ahead_of, data_loader
+from caco.data.loaders.workers import ahead_of, in_order
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
@@ -21,7 +21,7 @@ class TorchLoader(Loader):
     """Settings of a loader that needs no more than torch; `bind` gives them data.
 
     Images in memory become views in one compiled call a batch, by threads; image files, and all images where nothing was
-    compiled, in the forked workers of a torch DataLoader. The bits are the same.
+    compiled, in forked workers. The bits are the same.
 
     Args:
         num_workers: threads or processes that make views; 0 makes them where and when the training asks for them.
@@ -55,29 +55,26 @@ class TorchLoader(Loader):
             ValueError: fewer images than one batch; a batch that the ranks cannot share evenly.
         """
         device = torch.device(device)
+        refuse_unreadable(source, self.corrupt)
 
         def maker(order: Order) -> Iterable[Made]:
             if source.arrays is not None and native.library() is not None:
                 return InMemory(source, views, seed, order, self.num_workers, self.prefetch, device)
-            return data_loader(
-                ViewMaker(source, views, seed, self.corrupt),
-                order,
-                self.num_workers,
-                prefetch_factor=self.prefetch if self.num_workers else None,
-                persistent_workers=self.num_workers > 0,
-                pin_memory=device.type == "cuda",
-            )
+            patches = 0 if views.patches is None else math.prod(views.kinds.shape_of_patches(1))
+            bytes_of_image = 3 * sum(size * size for size in views.sizes) + patches + 16  # and its index and label
+            make = ViewMaker(source, views, seed, self.corrupt)
+            return in_order(make, order, self.num_workers, ahead=self.prefetch, item_bytes=order.size * bytes_of_image)
 
         return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device, drop_last=drop_last)
 
 
 class ViewMaker:
-    """The dataset: (epoch, indices) to the pixels of all views."""
+    """(epoch, indices) to the pixels of all views."""
 
     def __init__(self, source: Source, views: Views, seed: int, corrupt: str):
         self.source, self.views, self.seed, self.corrupt = source, views, seed, corrupt
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Pixels | UnreadableImage:
+    def __call__(self, key: tuple[int, np.ndarray]) -> Pixels | UnreadableImage:
         epoch, indices = key
         try:
             read = [self._read(index) for index in indices.tolist()]
@@ -93,10 +90,7 @@ class ViewMaker:
         except UnreadableImage:
             if self.corrupt == "fail":
                 raise
-        for candidate in those_after(index, len(self.source)):
-            with contextlib.suppress(UnreadableImage):
-                return candidate, np.asarray(self.source.image(candidate))
-        raise UnreadableImage(f"{self.source.name}: expected an image that can be read, got none")
+        return first_readable(index, self.source)
 
 
 class InMemory:
@@ -113,14 +107,18 @@ class InMemory:
         # STL-10's are mapped in an order of their own: those of a batch are copied when it is made.
         self.mapped = images if isinstance(images, np.ndarray) and not images.flags.c_contiguous else None
         self.table = native.table(images) if self.mapped is None else None
+        self.shown = np.arange(len(source))  # which image is shown where one is asked for
+        for index in source.damaged:
+            self.shown[index] = next(other for other in those_after(index, source) if other not in source.damaged)
 
     def __iter__(self) -> Iterator[Pixels]:
         return ahead_of(self.make, self.keys, self.ahead)
 
     def make(self, key: tuple[int, np.ndarray]) -> Pixels:
         epoch, indices = key
+        taken = self.shown[indices]
         if self.mapped is not None:
-            images = np.ascontiguousarray(self.mapped[indices])  # has to live until the views are made
-        rows = native.table(images) if self.table is None else self.table[indices]
+            images = np.ascontiguousarray(self.mapped[taken])  # has to live until the views are made
+        rows = native.table(images) if self.table is None else self.table[taken]
         made, _ = self.make_views(rows, indices, mixed_seed(self.seed, epoch))
-        return pixels(made, self.source, indices, indices)
+        return pixels(made, self.source, indices, taken)

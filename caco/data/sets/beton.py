@@ -5,10 +5,9 @@ of all places. What `python -m caco.write` writes, FFCV's own loader reads; and 
 """
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from caco.data.sets.content import LOOK_BYTES, cache_key_of, in_threads, look_at
 from caco.data.sets.folders import existing_root, limited, reduced
+from caco.data.sets.reading import MAX_ASPECT, MAX_PIXELS, rgb
 from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.data.views import native
 from caco.errors import FileError, UserError
@@ -31,6 +31,7 @@ RECORD = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
 PLACE = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
 VERSION, INTEGER_FIELD, IMAGE_FIELD, JPEG, RAW = 2, 1, 2, 0, 1
 _UNLABELLED = -1
+MAX_CLASSES = 2**24
 
 
 class BetonImages(Source):
@@ -48,6 +49,7 @@ class BetonImages(Source):
         self.at = np.arange(len(records)) if at is None else at
         self.records = records
         sidecar = _sidecar(self.file)
+        _check_labels(self.file, records["label"], sidecar.get("classes"))
         self._checksum = sidecar.get("checksum")
         if "bytes" in sidecar and sidecar["bytes"] != len(self._bytes):
             raise UserError(
@@ -80,11 +82,8 @@ class BetonImages(Source):
         if record["mode"] == RAW:
             return Image.fromarray(content.reshape(record["height"], record["width"], 3))
         try:
-            with Image.open(io.BytesIO(content.data)) as image:
-                if image.size != (record["width"], record["height"]):
-                    raise ValueError(f"expected {record['width']} x {record['height']} pixels, got {image.size}")
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError):
+            return rgb(content.data, str(self.file), size=(int(record["width"]), int(record["height"])))
+        except UnreadableImage:
             raise self.unreadable(index) from None
 
     def unreadable(self, index: int) -> UnreadableImage:
@@ -220,46 +219,105 @@ def sidecar_path(file: Path) -> Path:
 
 
 def _sidecar(file: Path) -> dict[str, Any]:
+    """What the sidecar says, of the kinds that `write` gives; {} where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = sidecar_path(file)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        kinds: dict[str, Any] = {"bytes": int, "checksum": str, "classes": (list, type(None))}
+        right = isinstance(facts, dict) and all(isinstance(facts[key], kind) for key, kind in kinds.items() if key in facts)
+        if not right or not all(isinstance(name, str) for name in facts.get("classes") or ()):
+            raise ValueError("other facts than python -m caco.write notes")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected what python -m caco.write notes beside {file.name}, got {error}. Write both again.") from error
+    return facts
+
+
+def _check_labels(file: Path, labels: np.ndarray, classes: list[str] | None) -> None:
+    """All images are labelled, or none is; and nobody makes a classifier of 2^60 classes.
+
+    Raises:
+        UserError: names the first record that is wrong.
+    """
+    unlabelled = labels == _UNLABELLED
+    if unlabelled.all():
+        return
+    num_classes = MAX_CLASSES if classes is None else len(classes)
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise UserError(
+            f"{file}: expected a label in 0..{num_classes - 1} for every image, or {_UNLABELLED} for all of them, got {labels[wrong[0]]} in "
+            f"record {wrong[0]}. Copy it, or write it, again."
+        )
 
 
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mapped bytes, the records, and each image's size in bytes."""
+    """The mapped bytes, the records, and each image's size in bytes. What these say of the file is true of it: whoever reads an image where
+    they say that it is, FFCV too, stays inside.
 
-    def wrong(got: str) -> ValueError:
-        return ValueError(f"{file}: expected a .beton with the fields image (RGB) and label (integer), got {got}")
+    Raises:
+        UserError: it is not; the record is named.
+    """
 
-    content = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+    def wrong(got: str) -> UserError:
+        return UserError(f"{file}: expected a .beton with the fields image (RGB) and label (integer), got {got}")
+
+    try:
+        content = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise FileError(f"{file}: expected a .beton that can be read, got: {error.strerror}") from error
     content = content.view(np.ndarray)
-    if len(content) < HEADER.itemsize + 2 * FIELD.itemsize:
+    begin = HEADER.itemsize + 2 * FIELD.itemsize
+    if len(content) < begin:
         raise wrong(f"{len(content)} bytes")
     header = content[: HEADER.itemsize].view(HEADER)[0]
     if header["version"] != VERSION or header["num_fields"] != 2:
         raise wrong(f"version {header['version']} with {header['num_fields']} fields")
-    fields = content[HEADER.itemsize :][: 2 * FIELD.itemsize].view(FIELD)
+    fields = content[HEADER.itemsize : begin].view(FIELD)
     found = [(int(field["type"]), bytes(field["name"]).rstrip(b"\0")) for field in fields]
     if found != [(IMAGE_FIELD, b"image"), (INTEGER_FIELD, b"label")]:
         raise wrong(", ".join(f"{name.decode(errors='replace')} (type {kind})" for kind, name in found))
-    count, table_at = int(header["num_samples"]), int(header["table_at"])
-    begin = HEADER.itemsize + 2 * FIELD.itemsize
-    short = ValueError(
-        f"{file}: expected a complete .beton of {count} images, got one that ends after {len(content)} bytes. "
-        "Copy it, or write it, again."
-    )
-    if table_at == 0 or len(content) < max(table_at + count * PLACE.itemsize, begin + count * RECORD.itemsize):
-        raise short
-    records = content[begin : begin + count * RECORD.itemsize].view(RECORD)
-    places = content[table_at : table_at + count * PLACE.itemsize].view(PLACE)
+    count, table_at, page = int(header["num_samples"]), int(header["table_at"]), int(header["page_size"])
+    records_end = begin + count * RECORD.itemsize
+    if table_at == 0 or len(content) < max(table_at + count * PLACE.itemsize, records_end):
+        raise UserError(
+            f"{file}: expected a complete .beton of {count} images, got one that ends after {len(content)} bytes. "
+            "Copy it, or write it, again."
+        )
+    # FFCV takes all that follows for the table.
+    if count == 0 or page == 0 or table_at < records_end or table_at + count * PLACE.itemsize != len(content):
+        raise wrong(f"{count} images in pages of {page} bytes, whose table is at {table_at} of {len(content)} bytes. Copy it, or write it, again")
+    records = content[begin:records_end].view(RECORD)
+    places = content[table_at:].view(PLACE)
+    images = records["image"]
     order = np.argsort(places["place"], kind="stable")
-    at = order[np.searchsorted(places["place"][order], records["image"]["place"]).clip(max=max(0, count - 1))]
-    sizes = places["size"][at].astype(np.int64)
-    raw = records["image"]["mode"] == RAW
-    pixels = 3 * records["image"]["height"].astype(np.int64) * records["image"]["width"]
-    if (
-        (places["place"][at] != records["image"]["place"]).any()
-        or (places["place"] + places["size"] > len(content)).any()
-        or (sizes[raw] != pixels[raw]).any()
-    ):
-        raise short
+    at = order[np.searchsorted(places["place"][order], images["place"]).clip(max=count - 1)]
+    place, size = places["place"][order], places["size"][order]
+    inside = (place >= records_end) & (place <= table_at) & (size <= table_at - np.minimum(place, table_at)) & (size > 0)
+    _refuse(file, order[~inside], "a place inside the file", lambda i: f"{places['size'][i]} bytes at {places['place'][i]}")
+    apart = (place[1:] >= place[:-1] + size[:-1]) & (place[:-1] // page == (place[:-1] + size[:-1] - 1) // page)
+    _refuse(file, order[:-1][~apart], "a place of its own in one page", lambda i: f"{places['size'][i]} bytes at {places['place'][i]}")
+    width, height = images["width"].astype(np.int64), images["height"].astype(np.int64)
+    sizes, raw = places["size"][at].astype(np.int64), images["mode"] == RAW
+    usual = (width > 0) & (height > 0) & (width * height <= MAX_PIXELS) & (np.maximum(width, height) <= MAX_ASPECT * np.minimum(width, height))
+    known = (places["place"][at] == images["place"]) & (places["sample"][at] == np.arange(count)) & (raw | (images["mode"] == JPEG))
+    right = usual & known & (~raw | (sizes == 3 * width * height))
+    _refuse(
+        file,
+        np.flatnonzero(~right),
+        "a JPEG or pixels that the table has",
+        lambda i: f"{width[i]} x {height[i]} pixels of mode {images['mode'][i]}, {sizes[i]} bytes at {images['place'][i]}",
+    )
     return content, records, sizes
+
+
+def _refuse(file: Path, wrong: np.ndarray, expected: str, describe: Callable[[int], str]) -> None:
+    if len(wrong):
+        raise UserError(
+            f"{file}: expected {expected} for each image, got of record {wrong.min()}: {describe(int(wrong.min()))}. Copy it, or write it, again."
+        )

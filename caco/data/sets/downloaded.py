@@ -1,6 +1,5 @@
 """The sets that torchvision can fetch: CIFAR-10, CIFAR-100, STL-10."""
 
-import fcntl
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +12,11 @@ from caco.data.sets.folders import limited, reduced
 from caco.data.sets.sources import ImagesInMemory, Splits, holds
 from caco.errors import FileError, UserError
 from caco.ranges import Count, ProperShare, Seed
+from caco.runs.files import locked
 from caco.runs.paths import expanded
 
 CONNECT_TIMEOUT_SECONDS = 20
+FETCH_PATIENCE_S = 6 * 3600  # for another process to fetch the set: STL-10 over a slow line
 
 
 @holds(50_000)
@@ -139,8 +140,7 @@ def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[
 def _fetch(top: Path, read: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     top.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()
-    with (top / ".download.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(top / ".download.lock", wait_s=FETCH_PATIENCE_S):
         socket.setdefaulttimeout(CONNECT_TIMEOUT_SECONDS)  # torchvision sets none: a silent firewall would hold it for minutes
         try:
             return read(root=top, download=True)

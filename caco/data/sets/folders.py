@@ -1,7 +1,6 @@
 """The sets that caco reads from disk or carries: each function returns `Splits`."""
 
 import difflib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
 from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose, holds
+from caco.data.sets.walking import Walk, folders_in
 from caco.errors import FileError, UserError
 from caco.ranges import Count, Natural, Pixels, ProperShare, Seed
 from caco.runs.paths import expanded, read_text
@@ -203,16 +203,16 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
     Args:
         classes: only these folders, in this order of labels; None takes all, sorted.
     Raises:
-        ValueError: a class folder that is not there (with near matches) or holds no image.
+        ValueError: a class folder that is not there (with near matches) or holds no image; a link by which images come twice.
     """
-    found = _subfolders(top)
+    found = folders_in(top)
     if classes is None:
         classes = found
     else:
         _check_known(classes, found, where=str(top))
-    files, labels = [], []
+    files, labels, walk = list[str](), list[int](), Walk(top)
     for label, folder_name in enumerate(classes):
-        images = _images_below(top / folder_name)
+        images = walk.images_below(top / folder_name)
         if not images:
             raise UserError(f"{top / folder_name}: expected images ({', '.join(EXTENSIONS)}), got none in this class folder")
         files += [f"{folder_name}/{file}" for file in images]
@@ -222,7 +222,7 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
 
 def unlabelled_images(top: Path, name: str) -> ImageFiles:
     """All images below `top`, in sorted order, without labels."""
-    files = _images_below(top)
+    files = Walk(top).images_below(top)
     if not files:
         raise UserError(f"{top}: expected images ({', '.join(EXTENSIONS)}) in it or in class folders, got none")
     return ImageFiles(top, files, name=name)
@@ -274,7 +274,7 @@ def _imagenet(
 ) -> Splits:
     train = class_folders(_expect_folder(top / "train"), f"{name}/train", classes)
     validation = _expect_folder(top / "val")
-    if not _subfolders(validation):
+    if not folders_in(validation):
         raise UserError(f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first")
     _require_folders(validation, train)
     test = class_folders(validation, f"{name}/val", train.classes)
@@ -286,14 +286,14 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
     split = (top / "train").is_dir()
     below = top / "train" if split else top
     train_name = f"{name}/train" if split else name
-    if not _subfolders(below):
+    if not folders_in(below):
         if classes is not None:
             raise UserError(f"data.class_list: expected class folders in {below}, got images without labels")
         return unlabelled_images(below, train_name), None
     train = class_folders(below, train_name, classes)
     for held_out in ("test", "val") if split else ():
-        if (top / held_out).is_dir() and _subfolders(top / held_out):
-            subfolders = _subfolders(top / held_out)
+        if (top / held_out).is_dir() and folders_in(top / held_out):
+            subfolders = folders_in(top / held_out)
             if classes is None:
                 _check_known(subfolders, train.classes or [], where=str(below))
             _require_folders(top / held_out, train)
@@ -311,7 +311,7 @@ def _read_class_list(path: str) -> list[str]:
 
 
 def _require_folders(top: Path, train: ImageFiles) -> None:
-    found, classes = set(_subfolders(top)), train.classes or []
+    found, classes = set(folders_in(top)), train.classes or []
     missing = [name for name in classes if name not in found]
     if missing:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
@@ -334,18 +334,3 @@ def _expect_folder(path: Path) -> Path:
     if not path.is_dir():
         raise FileError(f"expected a folder {path}, got none: data.root must hold it")
     return path
-
-
-def _subfolders(top: Path) -> list[str]:
-    with os.scandir(top) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images_below(top: Path) -> list[str]:
-    found = []
-    for folder_path, subfolders, files in os.walk(top, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        below = os.path.relpath(folder_path, top)
-        kept = (file for file in files if file.lower().endswith(EXTENSIONS) and not file.startswith("."))
-        found += [file if below == "." else f"{below}/{file}" for file in kept]
-    return sorted(found)

@@ -1,5 +1,6 @@
 """Images that two sets share: by looks at their files and then all of the files' bytes, or by their sizes and then their pixels."""
 
+import contextlib
 import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
@@ -7,10 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
 from caco import distributed
 from caco.data.sets.content import in_threads
+from caco.data.sets.reading import UnreadableImage, size_of
 from caco.data.sets.sources import Source, Splits
 from caco.errors import UserError
 from caco.saying import Say, silent
@@ -138,12 +139,15 @@ def _content(source: Source, index: int) -> bytes:
 
 
 def _pixels(source: Source, index: int) -> bytes:
-    pixels = np.asarray(source.image(index))
+    try:
+        pixels = np.asarray(source.image(index))
+    except UnreadableImage:
+        return f"{id(source)} {index}".encode()  # no other's: whoever takes the image says that it cannot be read
     return repr(pixels.shape).encode() + pixels.tobytes()
 
 
 def _shape(source: Source, index: int) -> tuple[int, ...]:
-    """Height and width, without decoding the image where that can be."""
+    """Height and width, without decoding the image where that can be; 0 and 0 of one that cannot be read."""
     if source.arrays is not None:
         return source.arrays[index].shape[:2]
     if source.packed is not None:
@@ -151,12 +155,11 @@ def _shape(source: Source, index: int) -> tuple[int, ...]:
         return int(row["height"]), int(row["width"])
     path = source.path(index)
     if path is not None:
-        try:
-            with Image.open(path) as image:
-                return image.size
-        except (OSError, SyntaxError, ValueError):
-            pass  # `image` says it, and names the file
-    return source.image(index).size
+        with contextlib.suppress(UnreadableImage):
+            return size_of(path)
+    with contextlib.suppress(UnreadableImage):
+        return source.image(index).size
+    return 0, 0
 
 
 def _called(source: Source, index: int) -> str:

@@ -1,10 +1,9 @@
 """Sets of images: what a source is, files on disk, arrays in memory, seeded parts of either."""
 
 import hashlib
-import io
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, Protocol
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from caco.data.sets.content import Looks, cache_key_of, digest_of
+from caco.data.sets.reading import UnreadableImage, read_image, size_of
 from caco.errors import UserError
 from caco.saying import Say, silent
 
@@ -21,10 +21,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 
 P = ParamSpec("P")
 Arrays = Sequence[np.ndarray] | np.ndarray  # images as uint8 [H, W, 3], one by one or as [N, H, W, 3]
-
-
-class UnreadableImage(UserError):
-    """An image file that cannot be read; the message names it."""
 
 
 class Packed(Protocol):
@@ -51,13 +47,15 @@ class Source(Protocol):
 
     name: for people and the record. labels: int64 [N] (of VOC2007 [N, classes]); None where there are none. classes: classes[label]
     is a class's name; None where nobody knows. arrays: all images where they are in memory: loaders then make
-    views of them without calling `image`.
+    views of them without calling `image`. damaged: of those in memory, what `image` raises, by position; something of no meaning
+    stands for them in `arrays`.
     """
 
     name: str
     labels: np.ndarray | None
     classes: list[str] | None
     arrays: Arrays | None = None
+    damaged: Mapping[int, UnreadableImage] = {}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -199,6 +197,7 @@ class ImageFiles(Source):
         labels: np.ndarray | None = None,
         classes: list[str] | None = None,
         decoded: Arrays | None = None,
+        damaged: Mapping[int, UnreadableImage] = {},
         of: tuple[Looks, np.ndarray] | None = None,
     ):
         """
@@ -212,7 +211,7 @@ class ImageFiles(Source):
         self.name = name
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
-        self.arrays = decoded
+        self.arrays, self.damaged = decoded, damaged
         if of is None:
             every, top = self._files, str(self.root)
             of = Looks(lambda i: f"{top}/{os.fsdecode(every[i])}", len(every)), np.arange(len(every))
@@ -226,6 +225,8 @@ class ImageFiles(Source):
         return self.root / os.fsdecode(self._files[index])
 
     def image(self, index: int) -> Image.Image:
+        if index in self.damaged:
+            raise UnreadableImage(str(self.damaged[index]))
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])
         return read_image(self.path(index))
@@ -233,28 +234,31 @@ class ImageFiles(Source):
     def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
         decoded = None if self.arrays is None else _pick(self.arrays, indices)
+        damaged = {place: self.damaged[index] for place, index in enumerate(indices.tolist()) if index in self.damaged}
         of = self._looks, self._at[indices]
-        return ImageFiles(self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded, of=of)
+        return ImageFiles(
+            self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded, damaged=damaged, of=of
+        )
 
     def in_memory(self, max_mb: int) -> "ImageFiles":
-        """The same set decoded once, if that takes no more than `max_mb`; else itself.
-
-        Raises:
-            ValueError: an image cannot be read.
-        """
+        """The same set decoded once, if that takes no more than `max_mb`; else itself."""
         budget = max_mb * 2**20
         sample = np.unique(np.linspace(0, len(self) - 1, 16).astype(int))
         if budget == 0 or np.mean([_decoded_bytes(self.path(i)) for i in sample]) * len(self) > budget:
             return self
-        decoded, used = [], 0
+        decoded, used, damaged = list[np.ndarray](), 0, dict[int, UnreadableImage]()
         for i in range(len(self)):
-            decoded.append(np.asarray(read_image(self.path(i))))
+            try:
+                decoded.append(np.asarray(read_image(self.path(i))))
+            except UnreadableImage as error:
+                damaged[i] = error
+                decoded.append(np.zeros((1, 1, 3), np.uint8))
             used += decoded[-1].nbytes
             if used > budget:
                 return self
         of = self._looks, self._at
         return ImageFiles(
-            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, of=of
+            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, damaged=damaged, of=of
         )
 
     def digest(self) -> str:
@@ -270,22 +274,6 @@ class ImageFiles(Source):
 
     def looks(self) -> np.ndarray:
         return self._looks.of(self._at)[0]
-
-
-def read_image(path: Path) -> Image.Image:
-    """One image file as RGB.
-
-    Raises:
-        UnreadableImage: a ValueError that names the file.
-    """
-    try:
-        # The whole file in one read: Pillow's own small ones take longer than decoding a small image.
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for some broken PNGs
-        raise UnreadableImage(
-            f"{path}: expected an image that can be read, got {type(error).__name__}: {error}. Replace or remove the file."
-        ) from error
 
 
 def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, balanced: bool) -> np.ndarray:
@@ -313,10 +301,10 @@ def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, bala
 
 def _decoded_bytes(path: Path) -> int:
     try:
-        with Image.open(path) as image:
-            return 3 * image.width * image.height
-    except (OSError, SyntaxError, ValueError):
-        return 0  # read_image will name it
+        width, height = size_of(path)
+    except UnreadableImage:
+        return 0  # it will be named when it is read
+    return 3 * width * height
 
 
 def _pick(images: Arrays, indices: np.ndarray) -> Arrays:

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -64,13 +65,13 @@ class RowDecoder {
     if (setjmp(failed_)) return abort_(&info_), false;
     source_(&info_, const_cast<uint8_t*>(data), bytes);
     header_(&info_, TRUE);
+    if (int(info_.image_width) != width || int(info_.image_height) != height) return abort_(&info_), false;
     const bool plain = info_.jpeg_color_space == JCS_YCbCr || info_.jpeg_color_space == JCS_GRAYSCALE;
     if (!plain || info_.progressive_mode || info_.comps_in_scan != info_.num_components) return abort_(&info_), false;
     info_.out_color_space = JCS_RGB;
     start_(&info_);
     const int block = 8 * info_.max_v_samp_factor;  // one more each way: colours are interpolated across its edge
     first = first / block * block - block, last += block;
-    if (int(info_.output_width) != width || int(info_.output_height) != height) return abort_(&info_), false;
     if (first > 0) skip_(&info_, first);
     while (int(info_.output_scanline) < (last < height ? last : height)) {
       uint8_t* row = pixels + size_t(info_.output_scanline) * width * 3;
@@ -102,6 +103,15 @@ struct RowDecoder {
 
 #endif
 
+// As caco/data/sets/reading.py refuses it: every scan passes over all pixels.
+bool takes_too_long(const uint8_t* data, size_t bytes, int width, int height) {
+  int64_t scans = 0;
+  const uint8_t* const end = data + bytes;
+  for (const uint8_t* at = data; (at = static_cast<const uint8_t*>(std::memchr(at, 0xFF, end - at))); at++)
+    scans += at + 1 < end && at[1] == 0xDA;
+  return scans > 500 || int64_t(width) * height * scans > 1000000000;
+}
+
 // One thread's decoder.
 class Decoder {
  public:
@@ -112,11 +122,15 @@ class Decoder {
   // uint8 [height, width, 3] of which at least rows first..last are right; null where Pillow refuses the image too, so not
   // for a mere oddity that libjpeg warns of.
   const uint8_t* decode(const uint8_t* data, size_t bytes, int width, int height, int first, int last) {
-    pixels_.resize(size_t(width) * height * 3);
-    if (height - (last - first) >= 32 && rows_.decode(data, bytes, width, height, first, last, pixels_.data())) return pixels_.data();
     int w, h, subsampling, colours;
     if (library_.read_header(handle_, data, bytes, &w, &h, &subsampling, &colours) != 0) return nullptr;
-    if (w != width || h != height) return nullptr;
+    if (w != width || h != height || takes_too_long(data, bytes, width, height)) return nullptr;
+    try {
+      pixels_.resize(size_t(width) * height * 3);
+    } catch (const std::bad_alloc&) {
+      return nullptr;  // thrown in a thread, it would end the process
+    }
+    if (height - (last - first) >= 32 && rows_.decode(data, bytes, width, height, first, last, pixels_.data())) return pixels_.data();
     if (library_.decompress(handle_, data, bytes, pixels_.data(), w, 0, h, 0, 0) == 0) return pixels_.data();
     // The message is the last one: of a truncated file with several scans it may be another's.
     const uint8_t *const end = data + bytes, end_marker[] = {0xFF, 0xD9};

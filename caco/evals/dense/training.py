@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from caco import distributed
 from caco.data.loaders.batches import mixed_seed
-from caco.data.loaders.workers import begin, data_loader
+from caco.data.loaders.workers import in_order
 from caco.data.sets.sources import UnreadableImage
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, Precision
@@ -299,9 +299,6 @@ class _Steps:
         self.num_images, self.images, self.first, self.last, self.seed = num_images, images, first, last, seed
         self.rank, self.world = distributed.rank(), distributed.world()
 
-    def __len__(self) -> int:
-        return self.last - self.first
-
     def __iter__(self) -> Iterator[tuple[int, list[int], list[int]]]:
         permutations: dict[int, np.ndarray] = {}
         for step in range(self.first, self.last):
@@ -316,12 +313,12 @@ class _Steps:
 
 
 class _Maker:
-    """The dataset of a DataLoader: keys of `_Steps` to examples."""
+    """Keys of `_Steps` to examples."""
 
     def __init__(self, example: Callable[[int, int], Any], seed: int) -> None:
         self.example, self.seed = example, seed
 
-    def __getitem__(self, key: tuple[int, list[int], list[int]]) -> list[Any] | UnreadableImage:
+    def __call__(self, key: tuple[int, list[int], list[int]]) -> list[Any] | UnreadableImage:
         _, positions, indices = key
         try:
             seeds = [mixed_seed(self.seed, _EXAMPLE, position) for position in positions]
@@ -333,12 +330,9 @@ class _Maker:
 def _made(
     example: Callable[[int, int], Any], seed: int, keys: Iterable[Any], numbers: Iterable[int], num_workers: int
 ) -> Generator[tuple[int, list[Any]], None, None]:
-    made = begin(data_loader(_Maker(example, seed), keys, num_workers))
-    try:
+    with contextlib.closing(in_order(_Maker(example, seed), keys, num_workers)) as made:
         for number, examples in zip(numbers, made, strict=True):
             if isinstance(examples, UnreadableImage):
-                raise UnreadableImage(str(examples))
+                # Its labels are of that image alone, and a result on others is none of the published set.
+                raise UnreadableImage(f"{examples} An evaluator of this kind takes all of its images, whatever loader.corrupt says.")
             yield number, examples
-    finally:
-        # An exception's traceback keeps this frame, and DataLoader's iterator, left to the garbage collector, ends its workers late.
-        del made

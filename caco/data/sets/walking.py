@@ -1,0 +1,83 @@
+"""Walks over folders of images: symbolic links are followed, and refused where images would come twice or lead nowhere."""
+
+import os
+from pathlib import Path
+
+from caco.data.sets.sources import EXTENSIONS
+from caco.errors import FileError, UserError
+
+
+def folders_in(top: Path) -> list[str]:
+    """The names of a folder's folders, sorted, without those that are hidden."""
+    return sorted(entry.name for entry in _entries(top) if entry.is_dir())
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, without what is hidden.
+
+    Raises:
+        FileError: the folder cannot be read, or holds a link that leads nowhere.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in found:
+            if entry.is_symlink():
+                os.stat(entry.path)
+    except OSError as error:
+        of = error.filename or folder
+        link = f", a link to {os.readlink(of)}" if os.path.islink(of) else ""
+        raise FileError(f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Mend or remove it.") from error
+    return found
+
+
+class Walk:
+    """Walks over folders, into each of them once: symbolic links are followed, but not to where the walk comes by anyway.
+
+    Args:
+        top: what holds all folders that are walked over.
+    """
+
+    def __init__(self, top: Path):
+        self._top = top
+        self._above = {_identity(folder): folder for folder in (top.resolve(), *top.resolve().parents)}
+        self._seen: dict[tuple[int, int], Path] = {}
+
+    def images_below(self, folder: Path) -> list[str]:
+        """All images, as paths relative to `folder`, sorted.
+
+        Raises:
+            FileError: a folder that cannot be read, a link that leads nowhere, an image that is no file.
+            UserError: a link to a folder that holds it, or to one whose images are there already.
+        """
+        found: list[str] = []
+        ahead = [(folder, "")]
+        while ahead:
+            current, prefix = ahead.pop()
+            self._enter(current)
+            for entry in _entries(current):
+                if entry.is_dir():
+                    ahead.append((current / entry.name, f"{prefix}{entry.name}/"))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    if not entry.is_file():
+                        raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
+                    found.append(prefix + entry.name)
+        return sorted(found)
+
+    def _enter(self, folder: Path) -> None:
+        identity = _identity(folder)
+        if folder != self._top and identity in self._above:
+            raise UserError(
+                f"{folder}: a link to {self._above[identity]}, which holds it: its images would come again, as those of another class. "
+                "Remove the link."
+            )
+        if identity in self._seen:
+            raise UserError(
+                f"{folder} and {self._seen[identity]} are one folder, by a link: its images would come twice. Remove one of them."
+            )
+        self._seen[identity] = folder
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino

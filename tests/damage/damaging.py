@@ -1,0 +1,106 @@
+"""Files that are damaged on purpose, seeded, and what becomes of whoever reads them: refused in a sentence or read, and nothing else.
+
+Each kind is a module with `prepare(folder)` and `case(folder, rng)`, which damages something, reads it and returns a word for what came of
+it; what it must not do is raise anything but a UserError, end the process, or go on for ever.
+"""
+
+import collections
+import importlib
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from caco.errors import UserError
+
+KINDS = ("jpegs", "betons", "checkpoints", "weights", "disks")
+PATIENCE_S = 300.0  # for one case, on a machine that has ten times the work that it has cores for
+_fork = multiprocessing.get_context("fork")
+
+
+def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Counter, list[str]]:
+    """How cases number first ... first + count - 1 of a kind ended, in processes of their own; and of each that ended badly how."""
+    found: collections.Counter = collections.Counter()
+    bad: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        number, end = first, first + count
+        while number < end:
+            theirs, ours = _fork.Pipe(duplex=False)
+            process = _fork.Process(target=_work, args=(kind, number, end, Path(folder), ours))
+            process.start()
+            ours.close()
+            try:
+                assert theirs.recv() == "ready"
+                while number < end:
+                    if not theirs.poll(PATIENCE_S):
+                        word, detail = "hang", f"not ended after {PATIENCE_S} s"
+                        os.kill(process.pid, signal.SIGKILL)
+                    else:
+                        word, detail = theirs.recv()
+                    found[word] += 1
+                    if word in ("hang", "traceback"):
+                        bad.append(f"{kind} {number}: {word}: {detail}")
+                    number += 1
+                    if word == "hang":
+                        break
+            except EOFError:
+                process.join(PATIENCE_S)
+                found["crash"] += 1
+                bad.append(f"{kind} {number}: crash: exit code {process.exitcode}")
+                number += 1
+            process.join(PATIENCE_S)
+    return found, bad
+
+
+def _work(kind: str, first: int, end: int, folder: Path, pipe) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # what libraries say of damaged files
+    warnings.simplefilter("ignore")  # of torch, about kinds of tensors that it gives up
+    module = importlib.import_module(kind)
+    own = Path(tempfile.mkdtemp(dir=folder))
+    prepared = module.prepare(own)
+    pipe.send("ready")
+    for number in range(first, end):
+        try:
+            pipe.send((module.case(prepared, np.random.default_rng([KINDS.index(kind), number])), ""))
+        except UserError as error:
+            assert str(error)
+            pipe.send(("refused", str(error)))
+        except BaseException:
+            pipe.send(("traceback", traceback.format_exc()))
+    os._exit(0)
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """A file's bytes with some of them wrong: flipped, overwritten with what reads as a large number, cut, doubled, exchanged, inserted."""
+    made = bytearray(content)
+    for _ in range(int(rng.integers(1, 6))):
+        if not made:
+            break
+        # Headers are where most fields are: half of all damage is done to the first bytes or the last.
+        where = rng.integers(0, 4)
+        span = len(made) if where < 2 else min(len(made), 1500)
+        at = int(rng.integers(0, span)) if where < 3 else len(made) - 1 - int(rng.integers(0, span))
+        size = int(rng.integers(1, 9))
+        match int(rng.integers(0, 7)):
+            case 0:
+                made[at] ^= 1 << int(rng.integers(0, 8))
+            case 1:
+                made[at : at + size] = rng.integers(0, 256, size, np.uint8).tobytes()
+            case 2:
+                made[at : at + size] = bytes([int(rng.choice([0, 255, 127, 128]))]) * size
+            case 3 if rng.integers(0, 4) == 0:
+                del made[at:]
+            case 4:
+                other = int(rng.integers(0, len(made)))
+                made[at : at + size] = made[other : other + size]
+            case 5:
+                made[at:at] = rng.integers(0, 256, size, np.uint8).tobytes()
+            case 6:
+                del made[at : at + size]
+    return bytes(made)
