@@ -70,7 +70,7 @@ def _evaluate(cfg: DictConfig) -> None:
         require_writable(results_dir, "to")
         results_dir.mkdir(parents=True, exist_ok=True)
         directory.hold(results_dir)
-    from caco.engine.assembly import run_evaluation  # here and not above: it imports torch
+    from caco.engine.evaluating import run_evaluation  # here and not above: it imports torch
 
     run_evaluation(cfg, location, results_dir)
 

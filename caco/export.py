@@ -53,7 +53,7 @@ def _export(cfg: DictConfig) -> None:
     location = None if cfg.run is None else pretrained.locate(cfg.run)
     require_writable(expanded(cfg.to), "to")
     from caco.config.composition import instantiate
-    from caco.engine.assembly import load_pretrained  # here and not above: it imports torch
+    from caco.engine.evaluating import load_pretrained  # here and not above: it imports torch
 
     backbone = instantiate(cfg.backbone)
     path, step = load_pretrained(cfg, location, backbone)

@@ -333,8 +333,6 @@ class Trainer:
             shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
             progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
 
-    # The run's state.
-
     def _place(self) -> list[str | int | None]:
         """Phase, step in it, epoch, step in it."""
         now = self.now(min(self.step, self.training_starts + self.run.steps - 1))

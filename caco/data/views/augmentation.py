@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from caco.data.views import native
-from caco.data.views.colours import CONVERSIONS
+from caco.data.views.colours import CONVERSIONS, change_brightness, change_contrast, change_saturation, turn_hue
 from caco.data.views.draws import NUM_UNIFORMS
 from caco.data.views.kinds import Kinds, Operation
 from caco.errors import UserError, require_contract
@@ -362,29 +362,6 @@ def _jitter(
 
 
 # The four below are Pillow's ImageEnhance and torchvision's adjust_hue (the tests hold them equal) without their detours.
-def change_brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Towards black (0), away from it (above 1)."""
-    return Image.blend(Image.new("RGB", image.size), image, factor)
-
-
-def change_contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Towards (0), away from (above 1) the mean grey of the image."""
-    mean = int(np.asarray(image.convert("L")).mean() + 0.5)
-    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
-
-
-def change_saturation(image: Image.Image, factor: float) -> Image.Image:
-    """Towards (0), away from (above 1) its grayscale."""
-    return Image.blend(image.convert("L").convert("RGB"), image, factor)
-
-
-def turn_hue(image: Image.Image, turns: float) -> Image.Image:
-    """The hue turned by this share of the circle, in -0.5..0.5."""
-    hue, saturation, value = image.convert("HSV").split()
-    hue = ImageChops.add_modulo(hue, Image.new("L", image.size, int(turns * 255) % 256))
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-
-
 def _rotate_and_shift(image: Image.Image, *, degrees: float, right: float, down: float) -> Image.Image:
     return image.rotate(degrees, Image.Resampling.BILINEAR, translate=(right, down))  # type: ignore[arg-type] # Pillow takes floats
 

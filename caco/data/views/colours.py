@@ -1,12 +1,15 @@
-"""Colour spaces that set lightness apart from colour, for methods that contrast the one with the other (CMC).
+"""Colours: the four changes that a jitter is made of, and spaces that set lightness apart from colour, for methods that contrast the one
+with the other (CMC).
 
-Pixels are [..., 3] in sRGB, 0..1; what is made of them has the lightness first. The numbers are scikit-image's (skimage.color), which
+In these spaces pixels are [..., 3] in sRGB, 0..1; what is made of them has the lightness first. The numbers are scikit-image's (skimage.color), which
 the published code calls.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from PIL import Image, ImageChops
 from torch import Tensor
 
 _XYZ_OF_LINEAR_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -40,3 +43,26 @@ def to_ycbcr(rgb: Tensor) -> Tensor:
 
 # All but the first have lightness first (caco/config/views_needed.py names them).
 CONVERSIONS: dict[str, Callable[[Tensor], Tensor] | None] = {"rgb": None, "lab": to_lab, "ydbdr": to_ydbdr, "ycbcr": to_ycbcr}
+
+
+def change_brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Towards black (0), away from it (above 1)."""
+    return Image.blend(Image.new("RGB", image.size), image, factor)
+
+
+def change_contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Towards (0), away from (above 1) the mean grey of the image."""
+    mean = int(np.asarray(image.convert("L")).mean() + 0.5)
+    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
+
+
+def change_saturation(image: Image.Image, factor: float) -> Image.Image:
+    """Towards (0), away from (above 1) its grayscale."""
+    return Image.blend(image.convert("L").convert("RGB"), image, factor)
+
+
+def turn_hue(image: Image.Image, turns: float) -> Image.Image:
+    """The hue turned by this share of the circle, in -0.5..0.5."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = ImageChops.add_modulo(hue, Image.new("L", image.size, int(turns * 255) % 256))
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")

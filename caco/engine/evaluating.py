@@ -1,0 +1,118 @@
+"""From a checked configuration of caco.evaluate to results: whose weights, which images, what is not known yet."""
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from caco import distributed
+from caco.config.composition import instantiate
+from caco.config.pretrained import CHECKPOINT, Location
+from caco.data.sets.overlap import Overlap
+from caco.data.views.augmentation import Views
+from caco.engine.assembly import build_splits, build_tracker, pick_device, refuse_different_steps, refuse_unfit_backbone
+from caco.evals.evaluation import Evaluation
+from caco.evals.pixels import RawPixels
+from caco.evals.record import Record, say_sometimes
+from caco.nn import weights
+from caco.runs.checkpoint import Checkpoints
+from caco.runs.paths import expanded
+
+
+def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.nn.Module) -> tuple[Path, int]:
+    """Give a backbone the weights that run=, the newest checkpoint that can be read, or weights= names.
+
+    Returns:
+        the file, and the step at which it was saved (0: not one of our runs).
+    Raises:
+        ValueError: no file can be read, or it is of another architecture; the keys are named.
+    """
+    if location is None:
+        path = expanded(cfg.weights)
+        weights.load_backbone(path, cfg.format, backbone)
+        return path, 0
+    if location.checkpoint is not None:
+        path = location.checkpoint
+    else:
+        newest = Checkpoints(location.run_dir / "checkpoints").load_newest()
+        assert newest is not None, "`locate` has found one"
+        state, path = newest
+        refuse_different_steps(state["step"], location.run_dir)
+    weights.load_backbone(path, "caco", backbone)
+    name = CHECKPOINT.fullmatch(path.name)
+    assert name is not None, "`locate` takes no other file"
+    return path, int(name[1])
+
+
+def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path) -> dict[str, float]:
+    """Run the evaluators that have not given their results yet; each result is written as soon as it is there.
+
+    Args:
+        location: the run that is evaluated; None for weights=.
+        results_dir: where results go: the run's directory, or another.
+    Returns:
+        every result by name; baselines as untrained/NAME and pixels/NAME.
+    """
+    device = pick_device(cfg.device)
+    distributed.start(device)
+    refuse_unfit_backbone(cfg)
+    torch.manual_seed(cfg.seed)
+    backbone = instantiate(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
+    encoders: dict[str, torch.nn.Module] = {"": backbone}
+    if cfg.baselines:
+        encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size)}
+    path, step = load_pretrained(cfg, location, backbone)
+    splits = build_splits(cfg)
+    views: Views = instantiate(cfg.augmentation)
+    say = say_sometimes(distributed.is_main())
+    for source in (splits.pretrain, splits.train, splits.test):
+        if source is not None:
+            source.look(say)
+    compared = Overlap(say)
+    if cfg.overlap == "refuse":
+        compared.refuse_in(splits)
+    evaluation = Evaluation(
+        {name: instantiate(node) for name, node in cfg.eval.items()},
+        splits,
+        views,
+        batch=cfg.batch,
+        device=device,
+        precision=cfg.precision,
+        seed=cfg.seed,
+        loader=instantiate(cfg.loader),
+        folder=results_dir / "evaluations",
+        cache=None if cfg.cache is None else expanded(cfg.cache),
+        overlap=cfg.overlap,
+        compared=compared,
+        say=say,
+    )
+    record = Record(
+        results_dir, cfg, tracker=build_tracker(cfg), step=step, path=path, is_run=location is not None and cfg.to is None
+    )
+    status = None
+    try:
+        if distributed.is_main():
+            status = record.open()
+        for prefix, encoder in encoders.items():
+            encoder.to(device).to(memory_format=torch.channels_last).eval()
+            todo = None
+            if distributed.is_main():
+                made_from = {name: record.made_from(name, evaluation, encoder) for name in cfg.eval}
+                todo = [name for name in cfg.eval if not record.known(prefix, name, made_from[name])]
+            todo = distributed.shared_object(todo, patient=True)
+            begun = time.monotonic()
+            for name, values in evaluation.each(encoder, todo):
+                if distributed.is_main():
+                    record.add(prefix, name, made_from[name], values, seconds=time.monotonic() - begun)
+                begun = time.monotonic()
+    finally:
+        if status is not None:
+            record.close(status)
+        distributed.stop()
+    if record.results:
+        print(record.table())
+        for line in dict.fromkeys(line for evaluator in evaluation.evaluators.values() for line in evaluator.departures):
+            print(f"caco: {line}")
+    return record.results
