@@ -72,7 +72,7 @@ def plain_pixels(
     stand_ins: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
         if maker.rows is not None:
-            made = stack.enter_context(contextlib.closing(ahead_of(maker, pieces, 1 if num_workers else 0)))
+            made: Iterator[Made] = stack.enter_context(contextlib.closing(ahead_of(maker, pieces, 1 if num_workers else 0)))
         else:
             workers = in_order(maker, pieces, min(num_workers, len(pieces)), item_bytes=size * (num_bytes + 16))
             stack.enter_context(contextlib.closing(workers))

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -275,7 +275,7 @@ def _end_if_parent_asks(parent: int) -> None:
     os._exit(0)
 
 
-def ahead_of(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Iterator[Any]:
+def ahead_of(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Generator[Any, None, None]:
     """make(key) of each key in order, by one thread that is `ahead` of the caller; what it raises is raised here.
 
     Its results are waited for without a limit: it does nothing but compute, and could not be ended.
