@@ -69,7 +69,8 @@ def message(error: BaseException) -> str:
     if isinstance(error, UserError) and not (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
         return str(error)
     found = of_the_machine(error)
-    assert found is not None and found.errno is not None, "is_for_user"
+    if found is None or found.errno is None:  # of a sweep some of whose jobs have failed
+        return str(error)
     where = f"{os.fsdecode(found.filename)}: " if isinstance(found.filename, str | bytes) else ""
     return f"{where}{found.strerror}; what was written before is untouched. {_OF_THE_MACHINE[found.errno].capitalize()}, then give the same command again"
 

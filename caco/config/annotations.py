@@ -62,7 +62,7 @@ def _is_plain(annotation: ast.expr, module: Module) -> bool:
         return all(_is_ellipsis(item) or is_plain(item, module) for item in items)
     found = lookup(module, kind) if isinstance(annotation, ast.Name) and kind not in SCALARS else None
     if found is not None and is_group(*found):
-        return all(is_plain(item.annotation, found[0]) for item in _parameters(*found))
+        return all(is_plain(item.annotation, found[0]) for item in _parameters(*found) if item.required)
     return kind in ("Literal", "Any", "object") or kind in SCALARS
 
 
