@@ -9,7 +9,8 @@ from caco.config.composition import CONF
 from caco.train import check_command
 
 COMMAND = re.compile(r"python -m caco\.train((?: \S+=\S+)+)")
-OVERRIDES = re.compile(r"(?<![^ (])[a-z_]+(?:\.[a-z_]+)*=[^\s,;)]*[^\s,;:).](?: [a-z_]+(?:\.[a-z_]+)*=[^\s,;)]*[^\s,;:).])*")
+OVERRIDE = r"[a-z_]+(?:\.[a-z_]+)*=(?:\[[^\]\s]*\]|[^\s,;)\[]*[^\s,;:).\[])"
+OVERRIDES = re.compile(rf"(?<![^ (]){OVERRIDE}(?: {OVERRIDE})*")
 
 
 def header(file: Path) -> str:
