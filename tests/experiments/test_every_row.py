@@ -15,13 +15,16 @@ def test_every_row_of_every_table_is_trained_at_the_smallest_scale(monkeypatch, 
     """Digits for most; tiles of two photographs where digits are too small or too grey."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
-    for name in tables.tables():
+    scale = load_scale("smoke")
+    measured = [name for name in tables.tables() if load_table(name).columns.keys() & scale.metrics.keys()]
+    assert {f"table{number}" for number in (1, 2, 3, 4, 6, 7)} <= set(measured)
+    for name in measured:
         monkeypatch.setattr(sys, "argv", ["run", name, "scale=smoke", "seed=0"])
         with pytest.raises(SystemExit) as end:
             run.main()
         assert end.value.code in (0, None), name
     made = json.loads((tmp_path / "runs/smoke/record.json").read_text())
     trained = {entry["config_hash"]: entry["summary"] for entry in made["runs"]}
-    for name in tables.tables():
-        for one in experiments(load_table(name), load_scale("smoke")):
+    for name in tables.tables():  # the rows of Table V and of AdCo's page are runs of Table II, evaluated on more
+        for one in experiments(load_table(name), scale):
             assert one.why_not is None and 0 <= trained[one.hash(0)]["knn20_top1"] <= 100, one.name

@@ -192,14 +192,13 @@ LEARNS = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("dataset", ["voc", "coco"])
 def test_it_finds_what_it_was_trained_on(tmp_path, dataset):
-    """Eight toy images, 100 steps of all of them: boxes, and for COCO masks, above 90 at an IoU of one half."""
+    """Eight toy images, 200 steps of all of them: boxes, and for COCO masks, above 90 at an IoU of one half."""
     if dataset == "voc":
         write_voc(tmp_path, test=8, same_test=True)
     else:
         write_coco(tmp_path, train=8, val=8, same_val=True)
     store = store_of()
     store.overlap = "allow"
-    results = of(Detect(root=str(tmp_path), dataset=dataset, steps=50, **LEARNS), store)
-    assert all(
-        results[f"it/{name}"] > 90 for name in (["voc2007_ap50"] if dataset == "voc" else ["coco2017_box_ap50", "coco2017_mask_ap50"])
-    )
+    results = of(Detect(root=str(tmp_path), dataset=dataset, steps=100, **LEARNS), store)
+    found = {name: results[f"it/{name}"] for name in (["voc2007_ap50"] if dataset == "voc" else ["coco2017_box_ap50", "coco2017_mask_ap50"])}
+    assert min(found.values()) > 90, found
