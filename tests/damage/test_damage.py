@@ -13,7 +13,7 @@ def test_damaged_files_are_read_or_refused(kind, count):
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("kind", "first", "count"), [("jpegs", 150, 1000), ("betons", 100, 1000), ("checkpoints", 40, 200), ("weights", 40, 160)])
+@pytest.mark.parametrize(("kind", "first", "count"), [("jpegs", 150, 1000), ("betons", 100, 1000), ("checkpoints", 40, 200), ("weights", 40, 160), ("disks", 0, 12)])
 def test_many_more_are_too(kind, first, count):
     _, bad = damaging.outcomes(kind, count, first=first)
     assert not bad, "\n".join(bad)
