@@ -47,6 +47,7 @@ ShareBelowOne = Annotated[float, Range(least=0, below=1)]  # momenta of optimise
 ShareAboveZero = Annotated[float, Range(above=0, most=1)]
 ProperShare = Annotated[float, Range(above=0, below=1)]
 Channels = Annotated[list[float], Length(least=3, most=3)]  # red, green, blue
+Colour = Annotated[Sequence[Annotated[int, Range(least=0, most=255)]], Length(least=3, most=3)]  # a fill, of 8 bits
 PositiveChannels = Annotated[list[AboveZero], Length(least=3, most=3)]
 Betas = Annotated[Sequence[ShareBelowOne], Length(least=2, most=2)]
 Interval = Annotated[Sequence[NonNegative], Length(least=2, most=2)]  # lowest and highest

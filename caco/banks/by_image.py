@@ -11,6 +11,7 @@ from caco.banks.base import Bank
 from caco.banks.reweighted import Objective
 from caco.banks.rows import Norms, Rows
 from caco.errors import UserError
+from caco.ranges import Layers, Seed, Several, Share, Width
 from caco.schedules import RunShape, Table, constant
 
 
@@ -38,7 +39,7 @@ class ImageBank(nn.Module, Bank):
 
     normaliser: Tensor  # of each part Z of `contrast`, of the first step for ever; 0 before it
 
-    def __init__(self, *, size: int | None, dim: int, seed: int, momentum: float = 0.5, norms: Norms = "uniform", parts: int = 1):
+    def __init__(self, *, size: Several | None, dim: Width, seed: Seed, momentum: Share = 0.5, norms: Norms = "uniform", parts: Layers = 1):
         super().__init__()
         if size is None:
             raise UserError("a bank by image needs size, the number of images; in a configuration null stands for it")

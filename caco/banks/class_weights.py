@@ -8,6 +8,7 @@ from caco.banks.base import Bank
 from caco.banks.reweighted import Objective
 from caco.banks.rows import Rows
 from caco.errors import UserError
+from caco.ranges import AboveZero, NonNegative, Seed, Several, ShareBelowOne, Width
 from caco.schedules import RunShape, Table, constant
 
 
@@ -33,7 +34,7 @@ class ClassWeights(nn.Module, Bank):
     default_warm_start_passes = 0
 
     def __init__(
-        self, *, size: int | None, dim: int, seed: int, spread: float = 0.01, momentum: float = 0.9, weight_decay: float = 1e-4
+        self, *, size: Several | None, dim: Width, seed: Seed, spread: AboveZero = 0.01, momentum: ShareBelowOne = 0.9, weight_decay: NonNegative = 1e-4
     ):
         super().__init__()
         if size is None:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, train_classifier
 from caco.evals.features import FeatureStore
 from caco.evals.logistic import choose_strength, logits_of, strengths
+from caco.ranges import AboveZero, Count, Length, Natural, NonNegative, Pixels, Several, ShareBelowOne, ShareInterval
 
 
 class Domain(Evaluator):
@@ -54,20 +55,20 @@ class Domain(Evaluator):
         root: str | None = None,
         targets: Sequence[str] = DOMAINS,
         ways: Sequence[str] = ("frozen", "finetune"),
-        size: int = 224,
-        num_strengths: int = 45,
-        weakest: float = 1e-6,
-        strongest: float = 1e5,
-        max_iterations: int = 1000,
-        tolerance: float = 1e-5,
-        lrs: Sequence[float] = (0.001,),
-        epochs: int = 30,
-        batch: int = 128,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        milestones: Sequence[int] = (24,),
-        decay: float = 0.1,
-        scale: Sequence[float] = (0.8, 1.0),
+        size: Pixels = 224,
+        num_strengths: Count = 45,
+        weakest: AboveZero = 1e-6,
+        strongest: AboveZero = 1e5,
+        max_iterations: Count = 1000,
+        tolerance: AboveZero = 1e-5,
+        lrs: Annotated[Sequence[NonNegative], Length(least=1)] = (0.001,),
+        epochs: Count = 30,
+        batch: Several = 128,
+        momentum: ShareBelowOne = 0.9,
+        weight_decay: NonNegative = 5e-4,
+        milestones: Sequence[Natural] = (24,),
+        decay: NonNegative = 0.1,
+        scale: ShareInterval = (0.8, 1.0),
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):

@@ -15,7 +15,7 @@ from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, train_classifier
 from caco.evals.features import FeatureStore
 from caco.evals.knn import balanced_share
-from caco.ranges import Count, Length, NonNegative, Several, ShareAboveZero, ShareBelowOne, ShareInterval
+from caco.ranges import Count, Length, NonNegative, Several, Share, ShareAboveZero, ShareBelowOne, ShareInterval
 from caco.runs.paths import expanded, read_text
 
 
@@ -55,7 +55,7 @@ class FineTune(Evaluator):
         unit: Literal["epoch", "step"] = "step",
         scale: ShareInterval = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
-        frozen_below: float = 0.0,
+        frozen_below: Share = 0.0,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end"):

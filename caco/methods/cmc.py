@@ -15,6 +15,7 @@ from caco.errors import UserError
 from caco.methods.base import Needs, Now, Outputs
 from caco.methods.instdisc import InstDisc
 from caco.nn.heads import Encoder
+from caco.ranges import AboveZero, Count, NonNegative, Seed
 
 
 class CMC(InstDisc):
@@ -35,12 +36,12 @@ class CMC(InstDisc):
         *,
         encoder: Encoder,
         bank: ImageBank,
-        num_images: int,
-        seed: int = 0,
-        temperature: float = 0.07,
+        num_images: Count,
+        seed: Seed = 0,
+        temperature: AboveZero = 0.07,
         loss: Literal["nce", "softmax"] = "nce",
-        num_noise: int | None = 16_384,
-        epsilon: float = 1e-7,
+        num_noise: Count | None = 16_384,
+        epsilon: NonNegative = 1e-7,
     ):
         super().__init__(
             encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise,

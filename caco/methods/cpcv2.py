@@ -7,6 +7,7 @@ Shapes: B this rank's images, G all ranks', H = W patches a side, F features, D 
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from caco.methods.base import Costs, Method, Needs, Now, Outputs, Phase
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder, at_least_float32
 from caco.nn.twin import MomentumTwin
+from caco.ranges import AboveZero, Count, Layers, Length, Range, Several, ShareBelowOne, Width
 from caco.schedules import RunShape, Table, constant
 
 
@@ -102,14 +104,14 @@ class CPCv2(Method):
         self,
         *,
         encoder: Encoder,
-        grid: int = 6,
-        distances: Sequence[int] = (3, 4, 5),
-        directions: int = 4,
-        hidden_dim: int = 256,
-        blocks: int = 5,
-        scale: float = 0.1,
-        group_size: int | None = None,
-        averaging: float | None = 0.9999,
+        grid: Several = 6,
+        distances: Annotated[Sequence[Count], Length(least=1)] = (3, 4, 5),
+        directions: Annotated[int, Range(least=1, most=4)] = 4,
+        hidden_dim: Width = 256,
+        blocks: Layers = 5,
+        scale: AboveZero = 0.1,
+        group_size: Several | None = None,
+        averaging: ShareBelowOne | None = 0.9999,
     ):
         super().__init__()
         if not distances or len(set(distances)) != len(distances) or not all(1 <= k < grid for k in distances):

@@ -17,6 +17,7 @@ from caco.methods.contrastive import WARM_START, Contrastive, contrast, weighted
 from caco.methods.sources import Negatives, Positives
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder, JigsawHead, at_least_float32
+from caco.ranges import AboveZero, Count, Natural, Share, Width
 
 
 class InfoMin(Contrastive):
@@ -45,16 +46,16 @@ class InfoMin(Contrastive):
         bank: Bank | None = None,
         positives: Positives,
         negatives: Negatives,
-        temperature: float = 0.15,
-        momentum: float = 0.999,
-        final_momentum: float = 0.999,
-        jigsaw_weight: float = 0.5,
-        jigsaw_hidden_dim: int = 2048,
-        num_patches: int = 9,
-        warm_start_temperature: float = 0.2,
-        warm_start_momentum: float = 0.999,
-        warm_start_steps: int | None = None,
-        warm_start_passes: int | None = None,
+        temperature: AboveZero = 0.15,
+        momentum: Share = 0.999,
+        final_momentum: Share = 0.999,
+        jigsaw_weight: Share = 0.5,
+        jigsaw_hidden_dim: Width = 2048,
+        num_patches: Count = 9,
+        warm_start_temperature: AboveZero = 0.2,
+        warm_start_momentum: Share = 0.999,
+        warm_start_steps: Natural | None = None,
+        warm_start_passes: Natural | None = None,
     ):
         super().__init__(
             encoder=encoder,

@@ -15,6 +15,7 @@ from caco.data.loaders.batches import Batch, mixed_seed
 from caco.errors import UserError
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.nn.heads import Encoder
+from caco.ranges import AboveZero, Count, NonNegative, Seed
 
 
 class InstDisc(Method):
@@ -48,13 +49,13 @@ class InstDisc(Method):
         *,
         encoder: Encoder,
         bank: ImageBank,
-        num_images: int,
-        seed: int = 0,
-        temperature: float = 0.07,
+        num_images: Count,
+        seed: Seed = 0,
+        temperature: AboveZero = 0.07,
         loss: Literal["nce", "softmax"] = "nce",
-        num_noise: int | None = 4096,
-        epsilon: float = 1e-7,
-        proximal_weight: float = 0.0,
+        num_noise: Count | None = 4096,
+        epsilon: NonNegative = 1e-7,
+        proximal_weight: NonNegative = 0.0,
     ):
         super().__init__()
         if temperature <= 0 or min(epsilon, proximal_weight) < 0:

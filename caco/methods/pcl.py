@@ -5,7 +5,7 @@ Shapes: B this rank's images, G all ranks', D width of the embedding, K clusters
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from caco.methods.clusters import Clusters
 from caco.methods.contrastive import WARM_START, Contrastive, contrast, weighted
 from caco.methods.sources import BankRows, OtherView
 from caco.nn.heads import Encoder
+from caco.ranges import AboveZero, Count, Length, Natural, Seed, Several, Share
 
 
 class PCL(Contrastive):
@@ -58,21 +59,21 @@ class PCL(Contrastive):
         *,
         encoder: Encoder,
         bank: Bank,
-        num_images: int,
-        seed: int = 0,
-        temperature: float = 0.2,
-        momentum: float = 0.999,
-        final_momentum: float = 0.999,
-        num_clusters: Sequence[int] = (25_000, 50_000, 100_000),
-        num_negatives: int = 16_384,
-        first_clustering_epoch: int = 20,
+        num_images: Count,
+        seed: Seed = 0,
+        temperature: AboveZero = 0.2,
+        momentum: Share = 0.999,
+        final_momentum: Share = 0.999,
+        num_clusters: Annotated[Sequence[Several], Length(least=1)] = (25_000, 50_000, 100_000),
+        num_negatives: Natural = 16_384,
+        first_clustering_epoch: Natural = 20,
         library: clusters.Library = "sklearn",
-        iterations: int = 20,
-        restarts: int = 5,
-        warm_start_temperature: float = 0.2,
-        warm_start_momentum: float = 0.999,
-        warm_start_steps: int | None = None,
-        warm_start_passes: int | None = None,
+        iterations: Count = 20,
+        restarts: Count = 5,
+        warm_start_temperature: AboveZero = 0.2,
+        warm_start_momentum: Share = 0.999,
+        warm_start_steps: Natural | None = None,
+        warm_start_passes: Natural | None = None,
     ):
         super().__init__(
             encoder=encoder, bank=bank, positives=OtherView(), negatives=BankRows(), temperature=temperature, momentum=momentum,

@@ -14,6 +14,7 @@ from caco.data.loaders.batches import Batch, mixed_seed
 from caco.errors import UserError
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup
 from caco.nn.heads import Encoder
+from caco.ranges import AboveZero, Count, Seed
 
 Order = Literal["window", "released", "released_shuffled", "epoch"]
 
@@ -42,13 +43,13 @@ class PIC(Method):
         *,
         encoder: Encoder,
         bank: ClassWeights,
-        num_images: int,
-        batch: int,
-        seed: int = 0,
-        temperature: float = 0.2,
+        num_images: Count,
+        batch: Count,
+        seed: Seed = 0,
+        temperature: AboveZero = 0.2,
         order: Order = "window",
-        window_size: int = 131_072,
-        window_stride: int = 16_384,
+        window_size: Count = 131_072,
+        window_stride: Count = 16_384,
     ):
         super().__init__()
         if temperature <= 0:

@@ -17,6 +17,7 @@ from caco.methods.base import Costs, Needs, Now, Outputs, ParameterGroup
 from caco.methods.instdisc import InstDisc
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder, JigsawHead, at_least_float32
+from caco.ranges import AboveZero, Count, Layers, NonNegative, Seed, Share, Width
 
 
 class PIRL(InstDisc):
@@ -42,16 +43,16 @@ class PIRL(InstDisc):
         *,
         encoder: Encoder,
         bank: ImageBank,
-        num_images: int,
-        seed: int = 0,
-        temperature: float = 0.07,
+        num_images: Count,
+        seed: Seed = 0,
+        temperature: AboveZero = 0.07,
         loss: Literal["nce", "softmax"] = "nce",
-        num_noise: int | None = 32_000,
-        epsilon: float = 1.2e-7,
-        patches_weight: float = 0.5,
-        patches_layers: int = 1,
-        patches_hidden_dim: int = 2048,
-        num_patches: int = 9,
+        num_noise: Count | None = 32_000,
+        epsilon: NonNegative = 1.2e-7,
+        patches_weight: Share = 0.5,
+        patches_layers: Layers = 1,
+        patches_hidden_dim: Width = 2048,
+        num_patches: Count = 9,
     ):
         super().__init__(
             encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise,

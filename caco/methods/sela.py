@@ -18,6 +18,7 @@ from caco.errors import UserError
 from caco.methods import assignments
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.nn.heads import Encoder
+from caco.ranges import AboveZero, Count, Natural, Seed
 from caco.schedules import RunShape, Table
 
 
@@ -52,14 +53,14 @@ class SeLa(Method):
         self,
         *,
         encoder: Encoder,
-        num_images: int,
-        seed: int = 0,
-        num_heads: int = 10,
-        num_moments: int = 100,
+        num_images: Count,
+        seed: Seed = 0,
+        num_heads: Count = 10,
+        num_moments: Natural = 100,
         spacing: Literal["quadratic", "linear"] = "quadratic",
         one_head_at_a_time: bool = False,
-        power: float = 25.0,
-        tolerance: float = 0.1,
+        power: AboveZero = 25.0,
+        tolerance: AboveZero = 0.1,
     ):
         super().__init__()
         if num_heads < 1 or encoder.projector.dim % num_heads or encoder.projector.dim // num_heads < 2:

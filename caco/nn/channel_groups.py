@@ -1,6 +1,7 @@
 """Networks and heads for groups of an image's channels, side by side (CMC)."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from caco.errors import UserError
 from caco.nn.backbones import feature_width, small_resnet
 from caco.nn.heads import Projector
+from caco.ranges import Count, Layers, Length, Several, Width
 
 
 class ChannelGroups(nn.Module):
@@ -47,7 +49,7 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
     return down, across
 
 
-def small_channel_groups(*, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1), stem_stride: int = 1) -> nn.Module:
+def small_channel_groups(*, width: Width = 16, blocks: Annotated[Sequence[Layers], Length(least=4, most=4)] = (1, 1, 1, 1), stem_stride: Count = 1) -> nn.Module:
     """`ChannelGroups` of two `small_resnet`s; the arguments are of each."""
     lightness, colours = (small_resnet(width=width, blocks=blocks, stem_stride=stem_stride) for _ in range(2))
     return ChannelGroups(lightness=lightness, colours=colours)
@@ -63,7 +65,7 @@ class GroupedProjector(nn.Module):
         hidden_dim, layers: of each; with biases and without BatchNorm.
     """
 
-    def __init__(self, *, in_dim: int, hidden_dim: int = 2048, dim: int = 256, layers: int = 1, groups: int = 2):
+    def __init__(self, *, in_dim: Width, hidden_dim: Width = 2048, dim: Width = 256, layers: Layers = 1, groups: Several = 2):
         super().__init__()
         if groups < 2 or in_dim % groups or dim % groups:
             raise UserError(

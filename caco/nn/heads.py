@@ -45,7 +45,7 @@ class Projector(nn.Sequential):
     def __init__(
         self,
         *,
-        in_dim: int,
+        in_dim: Width,
         hidden_dim: Width = 2048,
         dim: Width = 256,
         layers: Layers = 3,

@@ -13,6 +13,7 @@ import numpy as np
 from caco.data.sets.folders import existing_root, reduced
 from caco.data.sets.sources import ImageFiles, Splits, UnreadableImage, read_image
 from caco.errors import FileError, UserError
+from caco.ranges import Count, Natural, ProperShare, Seed
 from caco.runs.directory import is_first_rank
 from caco.saying import Say
 
@@ -62,10 +63,10 @@ def pacs(
     *,
     root: str | None,
     target: Literal["art_painting", "cartoon", "photo", "sketch"] = "art_painting",
-    limit: int | None = None,
-    validation_fraction: float | None = None,
-    seed: int = 0,
-    in_memory_mb: int = 256,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
+    in_memory_mb: Natural = 256,
 ) -> Splits:
     """Pre-train without labels on the train lists of three domains, and test on all images of the fourth.
 

@@ -42,7 +42,7 @@ def digits(
 
 
 def photo_tiles(
-    *, size: int = 32, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+    *, size: Pixels = 32, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
     """Square tiles of the two colour photographs inside scikit-learn's wheel, a temple and a flower; of 32 pixels there are 416 to train
     on and 104 to test. They show that a method which digits are too small or too grey for runs, and nothing else.

@@ -6,13 +6,14 @@ leaves the other draws as they were. Magnitudes of RandAugment are those of the 
 
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
 from caco.errors import UserError
+from caco.ranges import AboveZero, Colour, Count, Length, NonNegative, Range, Several, Share
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet
 _LARGEST = 10.0  # magnitude
@@ -56,14 +57,14 @@ class RandAugment:
     def __init__(
         self,
         *,
-        operations: int = 2,
-        magnitude: float = 10.0,
-        spread: float | None = 0.5,
-        p: float = 0.5,
+        operations: Count = 2,
+        magnitude: Annotated[float, Range(least=0, most=10)] = 10.0,
+        spread: NonNegative | None = 0.5,
+        p: Share = 0.5,
         names: list[str] | None = None,
         enhancement: Literal["two_sided", "one_sided"] = "two_sided",
-        posterize_bits: Sequence[int] = (0, 4),
-        fill: Sequence[int] = MEAN_COLOUR,
+        posterize_bits: Annotated[Sequence[Annotated[int, Range(least=0, most=8)]], Length(least=2, most=2)] = (0, 4),
+        fill: Colour = MEAN_COLOUR,
     ):
         if operations < 1 or not 0 <= magnitude <= _LARGEST or (spread or 0) < 0:
             raise UserError(
@@ -169,7 +170,7 @@ class Photometric:
 
     numbers = 4
 
-    def __init__(self, *, p: float = 0.66):
+    def __init__(self, *, p: Share = 0.66):
         check_probability("Photometric p", p)
         self.p = p
 
@@ -187,7 +188,7 @@ class Grayscale:
 
     numbers = 1
 
-    def __init__(self, *, p: float = 0.2):
+    def __init__(self, *, p: Share = 0.2):
         check_probability("Grayscale p", p)
         self.p = p
 
@@ -209,7 +210,7 @@ class SampledBlur:
 
     numbers = 2
 
-    def __init__(self, *, p: float = 0.5, sigma: Sequence[float] = (0.1, 2.0), taps: int = 23):
+    def __init__(self, *, p: Share = 0.5, sigma: Annotated[Sequence[AboveZero], Length(least=2, most=2)] = (0.1, 2.0), taps: Count = 23):
         check_probability("SampledBlur p", p)
         if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1] or taps < 1 or taps % 2 == 0:
             raise UserError(
@@ -242,7 +243,7 @@ class Elastic:
         lattice: points a side.
     """
 
-    def __init__(self, *, p: float = 0.2, shear: float = 0.3, displacement: float = 0.04, lattice: int = 3):
+    def __init__(self, *, p: Share = 0.2, shear: NonNegative = 0.3, displacement: NonNegative = 0.04, lattice: Several = 3):
         check_probability("Elastic p", p)
         if shear < 0 or displacement < 0 or lattice < 2:
             raise UserError(
@@ -282,7 +283,7 @@ class DropChannels:
 
     numbers = 2
 
-    def __init__(self, *, p: float = 0.8, fill: Sequence[int] = MEAN_COLOUR):
+    def __init__(self, *, p: Share = 0.8, fill: Colour = MEAN_COLOUR):
         check_probability("DropChannels p", p)
         check_fill("DropChannels fill", fill)
         self.p, self.fill = p, list(fill)

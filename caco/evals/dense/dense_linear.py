@@ -23,6 +23,7 @@ from caco.evals.dense.training import one_by_one
 from caco.evals.features import FeatureFiles, FeatureStore, Precision
 from caco.evals.logistic import fit, moments
 from caco.evals.pixels import RawPixels
+from caco.ranges import AboveZero, Count, Pixels
 
 BATCH = 16  # images a forward pass: features are gone on with at a multiple of it
 UNLABELLED = -1.0
@@ -54,10 +55,10 @@ class DenseLinear(Evaluator):
         *,
         root: str | None = None,
         train: Literal["trainaug", "train"] = "trainaug",
-        size: int = 448,
-        places: int = 20,
-        l2: float = 1e-3,
-        max_iterations: int = 500,
+        size: Pixels = 448,
+        places: Count = 20,
+        l2: AboveZero = 1e-3,
+        max_iterations: Count = 500,
         precision: Precision = "fp32",
         when: Literal["epoch", "end"] = "end",
     ) -> None:

@@ -3,7 +3,7 @@ images."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from caco.evals.dense.training import Recipe, Task, batches, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
 from caco.nn.norm import BATCH_NORMS
+from caco.ranges import Count, Length, Natural, NonNegative, Pixels, Share, ShareBelowOne
 
 NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
 _NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
@@ -71,23 +72,23 @@ class Detect(Evaluator):
         root: str | None = None,
         dataset: Literal["voc", "coco"] = "voc",
         head: Head = "c4",
-        steps: int = 24_000,
-        images: int = 16,
-        rate: float = 0.02,
-        milestones: Sequence[float] = (18 / 24, 22 / 24),
-        warmup_steps: int = 100,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        short_sides: Sequence[int] = tuple(range(480, 801, 32)),
-        test_side: int = 800,
-        longest: int = 1333,
-        anchors: Sequence[int] = (32, 64, 128, 256, 512),
-        proposal_samples: int = 256,
-        region_samples: int = 512,
-        region_cells: int = 14,
-        precise_batches: int = 200,
+        steps: Count = 24_000,
+        images: Count = 16,
+        rate: NonNegative = 0.02,
+        milestones: Sequence[Share] = (18 / 24, 22 / 24),
+        warmup_steps: Natural = 100,
+        momentum: ShareBelowOne = 0.9,
+        weight_decay: NonNegative = 1e-4,
+        short_sides: Annotated[Sequence[Pixels], Length(least=1)] = tuple(range(480, 801, 32)),
+        test_side: Pixels = 800,
+        longest: Pixels = 1333,
+        anchors: Annotated[Sequence[Pixels], Length(least=1)] = (32, 64, 128, 256, 512),
+        proposal_samples: Count = 256,
+        region_samples: Count = 512,
+        region_cells: Count = 14,
+        precise_batches: Natural = 200,
         precision: Precision = "fp32",
-        save_every_steps: int = 1000,
+        save_every_steps: Count = 1000,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         problems = [

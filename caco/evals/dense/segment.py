@@ -25,6 +25,7 @@ from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, NUM_IMAGES, Lab
 from caco.evals.dense.training import Recipe, Task, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
+from caco.ranges import Count, Interval, NonNegative, Pixels, Share, ShareBelowOne, Width
 
 DILATION = 6  # of the head
 
@@ -61,17 +62,17 @@ class Segment(Evaluator):
         *,
         root: str | None = None,
         train: Literal["trainaug", "train"] = "trainaug",
-        images: int = 16,
-        steps: int = 30_000,
-        rate: float = 0.003,
-        milestones: Sequence[float] = (0.7, 0.9),
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        crop: int = 513,
-        scale: Sequence[float] = (0.5, 2.0),
-        channels: int = 256,
+        images: Count = 16,
+        steps: Count = 30_000,
+        rate: NonNegative = 0.003,
+        milestones: Sequence[Share] = (0.7, 0.9),
+        momentum: ShareBelowOne = 0.9,
+        weight_decay: NonNegative = 1e-4,
+        crop: Pixels = 513,
+        scale: Interval = (0.5, 2.0),
+        channels: Width = 256,
         precision: Precision = "fp32",
-        save_every_steps: int = 1000,
+        save_every_steps: Count = 1000,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if when not in ("epoch", "end") or train not in ("trainaug", "train") or precision not in ("fp32", "bf16"):

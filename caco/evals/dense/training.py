@@ -22,7 +22,6 @@ workers. The ranks may have unequal numbers of images in a step, of unequal shap
 """
 
 import contextlib
-import datetime
 import math
 import time
 from abc import abstractmethod
@@ -41,6 +40,7 @@ from caco.data.sets.sources import UnreadableImage
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, Precision
 from caco.nn.norm import BATCH_NORMS, over_all_ranks
+from caco.saying import clock
 from caco.schedules import Table
 
 LOOK_EVERY_STEPS = 20  # how often the loss is read, which a GPU has to be waited for
@@ -287,8 +287,7 @@ class Pace:
 
     def at(self, done: int) -> str:
         each = (time.monotonic() - self.started) / max(1, done - self.first)
-        left = datetime.timedelta(seconds=round(each * (self.total - done)))
-        return f"{self.noun} {done} of {self.total}, {each:.2g} s each, {left} left"
+        return f"{self.noun} {done} of {self.total}, {each:.2g} s each, {clock(each * (self.total - done))} left"
 
 
 class _Steps:
