@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator
 
 from hydra._internal.core_plugins import file_config_source
+from hydra.core.config_store import ConfigStore
 
 from caco import train
 from caco.config import composition, folders, pretrained, validation
@@ -62,6 +63,7 @@ def quicker() -> None:
 def keys(root: str) -> list[str]:
     """Every dotted name of a root, inner ones too; and, of training's, what the other options of its groups set."""
     line = ["tracking=ledger"] if root == "config" else ["weights=x", "format=moco", "backbone=resnet18", "augmentation=caco"]
+    ConfigStore.instance().store("of_the_run", {})  # the run of an earlier evaluation in this process
     leaves = list(flat(plain(composition.compose(line, root))))
     if root == "config":
         files = [(group, folders.option_file(group, option)) for group, options in folders.groups().items() for option in options]
@@ -131,7 +133,7 @@ def fault(root: str, words: list[str]) -> str | None:
     return next((f"the refusal shows {mark!r}: {refusal}" for mark in marks if mark in refusal), None)
 
 
-def faults(numbers: range, seconds: float) -> Iterator[tuple[int, str, list[str], str | None]]:
+def faults(numbers: range, seconds: float = float("inf")) -> Iterator[tuple[int, str, list[str], str | None]]:
     """(number, root, line, fault or None) of each line, until so many seconds of computing are over."""
     quicker()
     keys("config"), keys("evaluate"), keys("export")

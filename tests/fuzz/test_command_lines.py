@@ -7,9 +7,9 @@ from command_lines import fault, faults, line, outcome
 
 
 def test_the_first_command_lines_are_accepted_or_refused_in_words():
-    """As many as fit into some seconds; `python -m tests.fuzz.command_lines` goes through all of them."""
-    seen = [(number, shlex.join(words), wrong) for number, _, words, wrong in faults(range(10_000), seconds=6.0)]
-    assert [one for one in seen if one[2]] == [] and len(seen) >= 3
+    """`python -m tests.fuzz.command_lines` goes through all of them."""
+    seen = [(number, shlex.join(words), wrong) for number, _, words, wrong in faults(range(40))]
+    assert [one for one in seen if one[2]] == [] and len(seen) == 40
 
 
 def test_lines_follow_from_their_numbers():
