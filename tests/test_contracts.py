@@ -29,6 +29,7 @@ CASES |= {f"method={m} negatives={name}": [*CASES[f"method={m}"], *TREATED[name]
 # A method's own contract is fast to see; that small views change nothing of it is seen of CaCo, and of the rest in the long tier.
 LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
 LONG |= {case for case in CASES if " negatives=" in case and case != "pn=both negatives=hard"} | {"method=ifm", "method=debiased"}
+LONG |= {f"method={name}" for name in ("cpcv2", "cmc", "pirl", "sela", "hcl")}
 PARAMETERS = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
 
 

@@ -35,7 +35,8 @@ def train_on_a_full_disk(limit: int, *overrides: str) -> None:
     caco_train(*overrides)
 
 
-@pytest.mark.parametrize("limit", [0, 1500, 12_000])  # the first file of all; the run's records; its checkpoint
+@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.long), 1500,
+                                   pytest.param(12_000, marks=pytest.mark.long)])  # the first file of all; the run's records; its checkpoint
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, limit):
     run_dir = tmp_path / "run"
     command = [*TINY, *SHORT, f"hydra.run.dir={run_dir}"]

@@ -29,7 +29,7 @@ from caco.runs.files import read_json, write_json
         ("tracking.system_seconds=0,1", "tracking.system_seconds", "${run_name:}-${tracking.system_seconds}"),
     ],
 )
-@pytest.mark.parametrize("launcher", ["none", "local"])
+@pytest.mark.parametrize("launcher", ["none", pytest.param("local", marks=pytest.mark.long)])
 def test_a_sweep_whose_jobs_would_share_a_directory_is_refused_and_told_what_works(varied, differ, shown, launcher):
     command = ["data=cifar10", "tracking=ledger", varied, f"launcher={launcher}"]
     with pytest.raises(UserError, match="^[23] jobs of this sweep have one directory, runs/caco/") as refused:

@@ -168,6 +168,7 @@ def test_a_commit_s_own_words_are_put_into_a_case_s_overrides():
     assert told == ["pn=both", "bank_learning.filling_passes=3", "seed=1"]
 
 
+@pytest.mark.long
 def test_every_case_is_one_that_caco_accepts(repo_root):
     """As caco.train checks a command, before anything is trained."""
     for case in cases_of(repo_root, 50).values():

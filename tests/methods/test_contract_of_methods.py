@@ -51,7 +51,10 @@ def rows_of(runs, toy, kind="train"):
     return [row for row in record(runs[toy]) if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("toy", toys.ALL)
+FAST = (toys.Toy, toys.MemoryByImage)  # the whole contract, and what a memory adds to it
+
+
+@pytest.mark.parametrize("toy", [pytest.param(toy, marks=() if toy in FAST else pytest.mark.long) for toy in toys.ALL])
 def test_it_goes_on_to_the_same_bits_from_the_middle_of_an_epoch_and_from_a_phase_s_end(runs, tmp_path, toy):
     run_training(configured(toy, "max_steps=15"), tmp_path)  # ends within epoch 0, where a longer run saves at 11 and 22
     for path in (tmp_path / "checkpoints").glob("*015.pt"):

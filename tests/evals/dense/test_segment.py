@@ -152,6 +152,7 @@ def test_it_learns_the_toy_images(voc, store):
     assert untrained["miou"] < 30
 
 
+@pytest.mark.long
 def test_two_unequal_ranks_give_what_one_process_gives(voc, tmp_path):
     """Three images a step: of two ranks one trains on one and the other on two, with other numbers of labelled pixels."""
     codes, outputs = ranks(2, segment_worker.write_both, str(voc), str(tmp_path))
