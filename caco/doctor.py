@@ -242,9 +242,12 @@ def data(roots: list[Path]) -> Iterator[Finding]:
 
 def dataset_at(root: Path) -> str:
     """The option of `data` that reads what lies at root, with a remark; "" if none does."""
-    for option, part in {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}.items():
+    for option, part in {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary",
+                         "fashion_mnist": "FashionMNIST"}.items():  # fmt: skip
         if (root / part).is_dir():
             return option
+    if (root / "t10k-images-idx3-ubyte.gz").is_file():
+        return "fashion_mnist"
     if (root / "wnids.txt").is_file() and (root / "train").is_dir():
         return "tiny_imagenet"
     train = _classes(root / "train")

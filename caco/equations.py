@@ -179,6 +179,30 @@ def bank_update(
     return w_KD, velocity_KD
 
 
+# Of remedies for a bank that young keys use badly; ours, in the manner of later papers on CaCo's code.
+
+
+def several_positives_loss(loss_CB: Tensor, weight_CB: Tensor) -> Tensor:
+    """Of queries with C positives each, -sum_c weight_c log p_c, [B]: the loss of Eq. 3 with each positive alone, by their weights.
+
+    For k rows nearest to a key the weights are the softmax of their cosines with it over a temperature (`nearest_row_weights`); for a
+    key and its row they are 1 - a and a.
+    """
+    return (weight_CB * loss_CB).sum(0)
+
+
+def nearest_row_weights(k_BD: Tensor, m_KD: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The `count` rows nearest to each key, int64 [B, C], and the softmax of their cosines with it, [B, C]."""
+    cosine_BC, row_BC = (k_BD @ m_KD.T).topk(count, dim=1)
+    return row_BC, torch.softmax(cosine_BC / temperature, 1)
+
+
+def mean_activation_divergence(q_BD: Tensor, m_KD: Tensor, tau: float) -> Tensor:
+    """KL(p || 1/K) = sum_j p_j log(K p_j), p_j = mean_i p_ij: 0 where all rows are equally probable on average, log K where one is."""
+    mean_K = probabilities(q_BD, m_KD, tau).mean(0)
+    return torch.special.xlogy(mean_K, mean_K * len(m_KD)).sum()
+
+
 # Of other losses over the same positives and negatives. A positive that is a bank row is not among its query's negatives; N is their
 # number.
 

@@ -43,7 +43,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path):
 def test_help_names_groups_options_and_values_without_torch(tmp_path):
     done = caco("--help", "preset=demo", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
-    assert "  pn: both, negative, none, positive\n" in done.stdout
+    assert "  pn: both, both_blended, both_weighted, negative, none, positive\n" in done.stdout
     assert "data:\n  _target_: caco.data.sets.folders.digits\n" in done.stdout
     assert "| torch\n" not in done.stderr and "| hydra\n" in done.stderr
 

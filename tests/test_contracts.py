@@ -22,6 +22,7 @@ CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
 QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
 CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]
 CASES["method=adco with shuffled keys"] = [*CASES["method=adco"], "norm_groups=4", "shuffle_keys=true"]
+CASES["rows renewed and in balance"] = ["bank_learning.renewed_after_steps=2", "bank_learning.balance=0.5"]
 # Each treatment of negatives, of a bank's rows that are positives too, of those that are none, and of a batch's.
 TREATED = {name: [f"negatives={name}", *(MIXED if name == "mixed" else [])] for name in ("debiased", "hard", "margin", "mixed")}
 CASES |= {f"pn={pn} negatives={name}": [f"pn={pn}", *treated] for pn in ("both", "negative") for name, treated in TREATED.items()}
@@ -29,6 +30,7 @@ CASES |= {f"method={m} negatives={name}": [*CASES[f"method={m}"], *TREATED[name]
 # A method's own contract is fast to see; that small views change nothing of it is seen of CaCo, and of the rest in the long tier.
 LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
 LONG |= {case for case in CASES if " negatives=" in case and case != "pn=both negatives=hard"} | {"method=ifm", "method=debiased"}
+LONG |= {"pn=both_blended"}
 LONG |= {f"method={name}" for name in ("cpcv2", "cmc", "pirl", "sela", "hcl")}
 PARAMETERS = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
 

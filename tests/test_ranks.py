@@ -28,7 +28,7 @@ for by_image, images in (("instdisc", 1399), ("pic", 1399), ("pirl", 511), ("cmc
 # So few that a pass over all of them is two batches.
 OF_METHOD["sela"] += " data.limit=32"
 OF_METHOD["pcl"] += " data.limit=32 method.num_clusters=[4,6,8] method.num_negatives=1"
-CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper"]
+CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper", "bank.renewed_after_steps=1 bank.balance=0.5"]
 CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
 CASES += [" ".join([case, *treated]) for case in ("pn=both", "pn=negative", OF_METHOD["adco"]) for treated in TREATED.values()]
 CASES += [OF_METHOD["instdisc"] + " method.loss=softmax method.num_noise=null"]

@@ -75,7 +75,7 @@ def now(phase: str = "training", step: int = 0, **values: float):
     from caco.methods.base import Now
 
     epoch = (0, step) if phase == "training" else (None, None)
-    set_by_hand = {"twin_momentum": 0.99, "bank_lr": 0.0, "teacher_temperature": 0.04, "labels_made": 0.0, **values}
+    set_by_hand = {"twin_momentum": 0.99, "bank_lr": 0.0, "teacher_temperature": 0.04, "labels_made": 0.0, "row_share": 0.5, **values}
     return Now(step, phase, step, False, *epoch, set_by_hand, lr=0.01)
 
 

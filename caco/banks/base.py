@@ -30,10 +30,11 @@ class Bank(Protocol):
     temperature: of the rows' own gradient; None where it is the queries'.
     filled_by_keys: whether the keys of a warm start become rows. default_warm_start_passes: how often these go over the rows where
     nobody says how long the warm start is. by_image: whether each training image has a row, its own: the program then says how many
-    there are, where the configuration has bank.size=null.
+    there are, where the configuration has bank.size=null. needs_whole_batch: whether the loss is of all queries of a batch together.
     """
 
     by_image: bool = False
+    needs_whole_batch: bool = False
     size: int
     rows: Rows
     temperature: float | None = None
@@ -57,6 +58,10 @@ class Bank(Protocol):
             objective: the loss where it is another than InfoNCE; see `reweighted.score`. Given to a bank only where there is one.
             learn: whether the backward pass notes what it asks of the rows, for `update`.
         """
+
+    def regulariser(self, q_BD: Tensor, *, temperature: float) -> Tensor | None:
+        """A term of the loss, a scalar, of the queries of all views of a step; None: there is none."""
+        return None
 
     @abstractmethod
     def fill(self, keys_GD: Tensor, step: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.banks import motion, reweighted, scoring
+from caco.banks.balance import mean_activation_divergence
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
 from caco.errors import UserError
@@ -37,6 +38,10 @@ class LearnableBank(nn.Module, Bank):
             were drawn, and there is no warm start unless its steps are asked for.
         random_norms: of rows as they were drawn: "normal": about sqrt(dim), of a plain normal law, so that they turn slowly; "unit":
             uniform on the sphere. As published is what conf/learned_bank.yaml takes.
+        renewed_after_steps: a row that no key has chosen for so many steps becomes one of the step's keys (`Rows.renew`); None, as
+            published: never.
+        balance: weight of a term of the queries' loss that is 0 where all rows are equally probable on average over the batch
+            (`equations.mean_activation_divergence`); 0, as published: without.
 
     Source: arXiv 2203.14370, Eqs. 6-11.
     """
@@ -59,6 +64,8 @@ class LearnableBank(nn.Module, Bank):
         reading: Literal["code", "paper"] = "code",
         initialisation: Literal["keys", "random"] = "keys",
         random_norms: Literal["unit", "normal"] = "unit",
+        renewed_after_steps: Count | None = None,
+        balance: NonNegative = 0.0,
     ):
         super().__init__()
         at_least_zero = {
@@ -76,12 +83,16 @@ class LearnableBank(nn.Module, Bank):
             raise UserError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
         if random_norms not in ("unit", "normal"):
             raise UserError(f"bank.random_norms must be unit or normal; got {random_norms!r}")
-        self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0, norms=random_norms)
-        self.size, self.pull, self.push = size, pull, push
+        learnable = pull > 0 or push > 0
+        if renewed_after_steps is not None and not learnable:
+            raise UserError(f"bank.renewed_after_steps: rows that do not learn are not renewed; expected null, got {renewed_after_steps}")
+        self.rows = Rows(size=size, dim=dim, seed=seed, learnable=learnable, norms=random_norms, renewed_after_steps=renewed_after_steps)
+        self.size, self.pull, self.push, self.balance = size, pull, push, balance
         self.lr, self.final_lr, self.lr_reference_batch, self.warmup_epochs = lr, final_lr, lr_reference_batch, warmup_epochs
         self.momentum, self.weight_decay, self.temperature, self.reading = momentum, weight_decay, temperature, reading
         self.filled_by_keys = initialisation == "keys"
         self.default_warm_start_passes = 1 if self.filled_by_keys else 0
+        self.needs_whole_batch = balance > 0
         self.anchors: list[scoring.Anchors] = []  # of the rows by the step in progress
 
     def rates(self, run: RunShape) -> Table:
@@ -114,6 +125,10 @@ class LearnableBank(nn.Module, Bank):
             anchors=self.anchors if learn else None,
         )
 
+    def regulariser(self, q_BD: Tensor, *, temperature: float) -> Tensor | None:
+        """`balance` times the divergence of the rows' mean activation; it asks nothing of the rows."""
+        return self.balance * mean_activation_divergence(q_BD, self.rows, self.temperature or temperature) if self.balance else None
+
     @torch.no_grad()
     def fill(self, keys_GD: Tensor, step: int) -> None:
         """Write the keys of warm-start step `step` over the next rows, in order; a pass ends at the last row."""
@@ -136,7 +151,7 @@ class LearnableBank(nn.Module, Bank):
         """Move the rows along the gradients asked for since the last update (`equations.bank_update`).
 
         Args:
-            keys_GD: not used; the queue's update takes them.
+            keys_GD: for rows that are renewed.
         """
         if not self.anchors:
             return
@@ -145,3 +160,5 @@ class LearnableBank(nn.Module, Bank):
             pull=self.pull, push=self.push, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, normalise=self.reading == "paper",
         )  # fmt: skip
         self.anchors.clear()
+        if self.rows.renewed_after_steps:
+            self.rows.renew(keys_GD)

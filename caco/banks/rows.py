@@ -16,6 +16,7 @@ FEWEST_CHOSEN = 5.0  # percent of the rows that an epoch could choose; below it 
 MOST_NEAR_DUPLICATES = 50.0  # percent of the rows; above it a bank has collapsed
 
 
+BY_ROW = ("weight", "uses", "velocity", "idle")  # of a state: a line for each row, shared out over the ranks
 Norms = Literal["unit", "normal", "uniform"]
 
 
@@ -56,15 +57,19 @@ def many_near_duplicates(statistics: dict[str, float]) -> str | None:
 
 def _gather_rows(rows: "Rows", state: dict[str, Any], prefix: str, metadata: object) -> None:
     """The whole bank on rank 0, so that a checkpoint does not depend on the number of ranks. A collective."""
-    for name in ("weight", "uses", "velocity"):
+    for name in BY_ROW:
         if prefix + name in state:
             state[prefix + name] = distributed.gather_on_main(state[prefix + name])
+    if rows.renewed_after_steps:
+        state[prefix + "renewed"] = distributed.sum_(state[prefix + "renewed"].clone())
 
 
 def _take_shard(rows: "Rows", state: dict[str, Any], prefix: str, *_: object) -> None:
-    for name in ("weight", "uses", "velocity"):
+    for name in BY_ROW:
         if prefix + name in state:
             state[prefix + name] = state[prefix + name][rows.first : rows.last]
+    if prefix + "renewed" in state and not distributed.is_main():
+        state[prefix + "renewed"] = torch.zeros_like(state[prefix + "renewed"])  # of all ranks together; the first goes on counting from it
 
 
 class Rows(nn.Module):
@@ -78,12 +83,17 @@ class Rows(nn.Module):
         seed: of the initial rows.
         learnable: whether the rows receive gradients.
         norms: of the initial rows; see `random_rows`.
+        renewed_after_steps: see `renew`; None: rows are never renewed.
     """
 
     uses: Tensor  # int64 [R], how often each of this rank's rows was chosen since the last `statistics`
     velocity: Tensor  # [R, D], of rows that learn; others have none
+    idle: Tensor  # int64 [R], steps since each was chosen, of rows that are renewed; others have none
+    renewed: Tensor  # int64, how many of this rank's were, since the last `statistics`
 
-    def __init__(self, *, size: int, dim: int, seed: int, learnable: bool, norms: Norms = "unit"):
+    def __init__(
+        self, *, size: int, dim: int, seed: int, learnable: bool, norms: Norms = "unit", renewed_after_steps: int | None = None
+    ):
         super().__init__()
         if size < 2:
             raise UserError(f"a bank needs at least 2 rows; got size={size}")
@@ -98,17 +108,45 @@ class Rows(nn.Module):
         self.register_buffer("uses", torch.zeros(self.last - self.first, dtype=torch.int64))
         if learnable:
             self.register_buffer("velocity", torch.zeros_like(self.weight))
+        self.renewed_after_steps = renewed_after_steps
+        if renewed_after_steps:
+            self.register_buffer("idle", torch.zeros(self.last - self.first, dtype=torch.int64))
+            self.register_buffer("renewed", torch.zeros((), dtype=torch.int64))
         self.register_state_dict_post_hook(_gather_rows)
         self.register_load_state_dict_pre_hook(_take_shard)
 
     def most_probable(self, k_BD: Tensor) -> Tensor:
         """Index of each key's nearest row (Eq. 11), int64 [B]; counted in the statistics of use when training."""
         row_B = scoring.most_probable_row(k_BD, self.weight, self.first)
+        self.note_chosen(row_B)
+        return row_B
+
+    def note_chosen(self, row_B: Tensor) -> None:
+        """Count, when training, that these rows were chosen, int64 [B]."""
         if self.training:
             row_G = distributed.gather(row_B)
             here_G = row_G[(row_G >= self.first) & (row_G < self.last)] - self.first
             self.uses += torch.bincount(here_G, minlength=len(self.uses))
-        return row_B
+            if self.renewed_after_steps:
+                self.idle[here_G] = -1  # `renew`, after the step, makes it 0
+
+    @torch.no_grad()
+    def renew(self, k_GD: Tensor) -> None:
+        """After a step, make its keys the rows that no key has chosen for `renewed_after_steps` steps, with a velocity of 0.
+
+        The rows in order take the keys in order, each key at most one row; rows for which no key is left wait for the next step.
+
+        Args:
+            k_GD: all ranks' unit keys of the step.
+        """
+        self.idle += 1
+        old_R = (self.idle >= self.renewed_after_steps).nonzero()[:, 0]
+        by_rank = distributed.gather(torch.tensor([len(old_R)], device=old_R.device))
+        before = int(by_rank[: distributed.rank()].sum())
+        old_R = old_R[: max(len(k_GD) - before, 0)]
+        self.weight[old_R] = k_GD[before : before + len(old_R)].to(self.weight.dtype)
+        self.velocity[old_R], self.idle[old_R] = 0.0, 0
+        self.renewed += len(old_R)
 
     def lookup(self, row_B: Tensor, *, as_stored: bool = False) -> Tensor:
         """Rows by index over the whole bank, [B, D], unit ones unless they are wanted as they are stored; no gradient."""
@@ -138,7 +176,7 @@ class Rows(nn.Module):
         rows_used: percent of rows chosen as a positive at least once; rows_used_of_possible: the same as a share of the
         rows that so many choices could have reached, the smaller of K and the choices. use_entropy: of the choices, as a share of the
         entropy of even use, percent. row_norm_mean, row_norm_std: of the stored rows. near_duplicates: percent of a
-        fixed sample of rows that have another row within a cosine of 0.99.
+        fixed sample of rows that have another row within a cosine of 0.99. rows_renewed: percent of the rows (`renew`).
         """
         total = distributed.sum_(self.uses.sum().double()).item()
         used = distributed.sum_((self.uses > 0).sum().double()).item()
@@ -154,6 +192,9 @@ class Rows(nn.Module):
         values["row_norm_mean"] = moments[0].item()
         values["row_norm_std"] = max(moments[1].item() - moments[0].item() ** 2, 0.0) ** 0.5
         values["near_duplicates"] = self._near_duplicates()
+        if self.renewed_after_steps:
+            values["rows_renewed"] = 100 * distributed.sum_(self.renewed.double()).item() / self.size
+            self.renewed.zero_()
         self.uses.zero_()
         return values
 

@@ -34,9 +34,14 @@ def warm_start_steps(steps: int | None, passes: int | None, bank_size: int, batc
     return steps if steps is not None else (passes or 0) * -(-bank_size // batch)
 
 
-def weighted(score: Score, terms: list[Term]) -> Tensor:
-    """The loss: the terms' means, [T, B] over B, by their weights."""
-    return sum(term.weight * loss_B.mean() for term, loss_B in zip(terms, score.loss_B, strict=True))
+def weighted(score: Score, terms: list[Term], positives: Sequence[Positive] = ()) -> Tensor:
+    """The loss: the terms' means, [T, B] over B, by their weights and, where a query has several positives, by those of these."""
+    losses = [_shares(loss_B, positive) for loss_B, positive in zip(score.loss_B, positives or [Positive()] * len(terms), strict=True)]
+    return sum(term.weight * loss_B.mean() for term, loss_B in zip(terms, losses, strict=True))
+
+
+def _shares(x_B: Tensor, positive: Positive) -> Tensor:
+    return x_B if positive.weight_B is None else x_B * positive.weight_B
 
 
 def contrast(
@@ -61,7 +66,8 @@ def contrast(
         Score of [T, B] each, for T terms.
     """
     treatment = treatment or Treatment()
-    extra = [columns_BE for term in zip(q, k, positives, strict=True) if (columns_BE := _columns(*term, negatives)) is not None]
+    vectors = any(positive.vector_BD is not None for positive in positives)
+    extra = [columns_BE for term in zip(q, k, positives, strict=True) if (columns_BE := _columns(*term, negatives, vectors)) is not None]
     chosen = [positive.row_B for positive in positives if positive.row_B is not None]
     made_NE = treatment.columns(torch.cat(q), torch.cat(chosen) if chosen else None, bank, step)
     columns = [torch.cat(extra)] if extra else []
@@ -90,9 +96,14 @@ def contrast(
     return Score(*(of_all.unflatten(0, (len(q), -1)) for of_all in score))
 
 
-def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives: Negatives) -> Tensor | None:
-    """Cosines beyond the bank's rows, [B, E]: of a positive that is none of these, and of other images."""
-    columns = [] if positive.vector_BD is None else [(q_BD * positive.vector_BD).sum(1, keepdim=True)]
+def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives: Negatives, vectors: bool) -> Tensor | None:
+    """Cosines beyond the bank's rows, [B, E]: of a positive that is none of these, and of other images. Where positives of other terms
+    are `vectors`, a term whose positive is a row has an empty column in their place."""
+    columns = []
+    if positive.vector_BD is not None:
+        columns = [(q_BD * positive.vector_BD).sum(1, keepdim=True)]
+    elif vectors:
+        columns = [torch.full_like(q_BD[:, :1], -torch.inf)]
     others = negatives(q_BD, k_GD)
     columns += [] if others is None else [others]
     return torch.cat(columns, 1) if columns else None
@@ -158,6 +169,11 @@ class Contrastive(Method):
             )
         if bank is None and (negatives.bank_rows or positives.needs_bank):
             raise UserError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
+        if positives.of_both_kinds and treatment is not None:
+            raise UserError(
+                f"{type(positives).__name__} has positives of two kinds, and negatives that are treated go with one; got "
+                f"{type(treatment).__name__}, expected negatives=plain"
+            )
         require_treatable(treatment, negatives, bank)
         if warm_start_steps is not None and warm_start_passes is not None:
             raise UserError(
@@ -185,7 +201,8 @@ class Contrastive(Method):
         self.keys: list[list[Tensor]] = []  # of the step in progress, by part of the batch and view, for the bank's update
 
         in_warm_start = bool(warm_start_steps or warm_start_passes) and not self._rows_are_filled
-        self.needs = dataclasses.replace(self.needs, whole_batch=in_warm_start or negatives.columns_per_image > 0)
+        together = in_warm_start or negatives.columns_per_image > 0 or (bank is not None and bank.needs_whole_batch)
+        self.needs = dataclasses.replace(self.needs, whole_batch=together)
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
@@ -206,7 +223,7 @@ class Contrastive(Method):
             tables["twin_momentum"] = cosine(run, self.momentum, self.final_momentum)
         if self.bank is not None:
             tables["bank_lr"] = self.bank.rates(run)
-        return tables
+        return tables | self.positives.schedules(run)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Everything that learns but the bank's rows."""
@@ -245,8 +262,8 @@ class Contrastive(Method):
         return Costs(
             encoded=sorted(encoded),
             followed=sorted(followed),
-            terms=len(terms),
-            bank_terms=len(terms) if self.negatives.bank_rows else 0,
+            terms=len(terms) * self.positives.per_query,
+            bank_terms=len(terms) * self.positives.per_query if self.negatives.bank_rows else 0,
             searches=len(chosen) * self.positives.searches,
             lookups=len(chosen) * self.positives.lookups,
             columns_per_image=self.negatives.columns_per_image,
@@ -275,21 +292,33 @@ class Contrastive(Method):
             step: of what draws depend on; None where nothing is drawn.
         """
         q, k, all_k, terms = self.encode(views)
-        positives = self.positives_of(k, terms)
+        by_view = self.positives_of(k, terms, None if step is None else step.now)
+        positives = [positive for term in terms for positive in by_view[term.key]]
+        terms = [term for term in terms for _ in by_view[term.key]]
         score = contrast(
-            [q[term.query] for term in terms], [all_k[term.key] for term in terms], [positives[term.key] for term in terms],
+            [q[term.query] for term in terms], [all_k[term.key] for term in terms], positives,
             self.negatives, self.bank, self.temperature, treatment=self.treatment, step=step,
         )  # fmt: skip
-        self.keys.append([all_k[v].detach() for v in sorted(positives)])
-        metrics = {"positive_probability": (-score.loss_B.detach()).exp().mean(), "max_probability": score.max_probability_B.mean()}
-        return Outputs(weighted(score, terms), metrics, q[0])
+        self.keys.append([all_k[v].detach() for v in sorted(by_view)])
+        loss = weighted(score, terms, positives)
+        metrics = {"positive_probability": self._mean_probability(score, positives), "max_probability": score.max_probability_B.mean()}
+        extra = None if self.bank is None else self.bank.regulariser(torch.cat(list(q.values())), temperature=self.temperature)
+        if extra is not None:
+            loss, metrics["bank_regulariser"] = loss + extra, extra.detach()
+        return Outputs(loss, metrics, q[0])
 
-    def positives_of(self, k: Mapping[int, Tensor], terms: list[Term]) -> dict[int, Positive]:
-        """Of each view whose keys choose, [B] or [B, D]; a bank is searched once for all."""
+    def _mean_probability(self, score: Score, positives: list[Positive]) -> Tensor:
+        """Of a query's positives by their weights, on average."""
+        probability_TB = (-score.loss_B.detach()).exp()
+        shares = [_shares(of_term_B, positive) for of_term_B, positive in zip(probability_TB, positives, strict=True)]
+        return self.positives.per_query * torch.stack(shares).mean()
+
+    def positives_of(self, k: Mapping[int, Tensor], terms: list[Term], now: Now | None = None) -> dict[int, list[Positive]]:
+        """Of each view whose keys choose, [B] or [B, D] each; a bank is searched once for all."""
         views = sorted({term.key for term in terms})
-        together = self.positives(torch.cat([k[v] for v in views]), self.bank)
-        vectors, rows = _by_view(together.vector_BD, len(views)), _by_view(together.row_B, len(views))
-        return {v: Positive(vector, row) for v, vector, row in zip(views, vectors, rows, strict=True)}
+        together = self.positives.all_of(torch.cat([k[v] for v in views]), self.bank, now)
+        parts = [zip(*(_by_view(of_all, len(views)) for of_all in positive), strict=True) for positive in together]
+        return {v: [Positive(*part) for part in of_view] for v, of_view in zip(views, zip(*parts, strict=True), strict=True)}
 
     def _step_keys(self) -> Tensor:
         """The step's keys by view, rank and image, into however many parts the batch was cut."""

@@ -89,7 +89,7 @@ class InfoMin(Contrastive):
         assert batch.patches is not None, "needs"
         q, k, all_k, terms = self.encode(batch.views)
         jigsaw_BD = F.normalize(at_least_float32(self.jigsaw(self.backbone(batch.patches.flatten(0, 1)))), dim=1)
-        positives, key = self.positives_of(k, terms), terms[0].key
+        positives, key = {view: one for view, [one] in self.positives_of(k, terms).items()}, terms[0].key
         keys = [term.key for term in terms] + [key]
         score = contrast(
             [q[term.query] for term in terms] + [jigsaw_BD], [all_k[key] for key in keys], [positives[key] for key in keys],

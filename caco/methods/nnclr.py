@@ -64,7 +64,7 @@ class NNCLR(Contrastive):
         p = [F.normalize(at_least_float32(self.predictor(x_BD)), dim=1) for x_BD in projected]
         z = [F.normalize(x_BD.detach(), dim=1) for x_BD in projected]
         everyone = [distributed.gather_with_gradient(p_BD) for p_BD in p]
-        neighbours = self.positives_of(dict(enumerate(z)), terms)
+        neighbours = {view: one for view, [one] in self.positives_of(dict(enumerate(z)), terms).items()}
         # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
         score = contrast(
             [vector_BD for term in terms if (vector_BD := neighbours[term.key].vector_BD) is not None], [everyone[term.query] for term in terms],

@@ -126,7 +126,7 @@ class PCL(Contrastive):
         if now.phase == WARM_START:
             return super().forward(batch, now)
         q, k, all_k, terms = self.encode(batch.views)
-        positives = self.positives_of(k, terms)
+        positives = {view: one for view, [one] in self.positives_of(k, terms).items()}
         score = contrast(
             [q[term.query] for term in terms], [all_k[term.key] for term in terms], [positives[term.key] for term in terms],
             self.negatives, self.bank, self.temperature,

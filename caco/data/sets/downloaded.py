@@ -1,6 +1,8 @@
-"""The sets that torchvision can fetch: CIFAR-10, CIFAR-100, STL-10."""
+"""The sets that torchvision can fetch: CIFAR-10, CIFAR-100, STL-10, Fashion-MNIST (which Debian has too)."""
 
+import gzip
 import socket
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from caco.runs.files import locked
 from caco.runs.paths import expanded
 
 CONNECT_TIMEOUT_SECONDS = 20
+FASHION_OF_DEBIAN = "/usr/share/datasets/fashion-mnist"  # where its package dataset-fashion-mnist puts the files
 FETCH_PATIENCE_S = 6 * 3600  # for another process to fetch the set: STL-10 over a slow line
 
 
@@ -94,6 +97,58 @@ def stl10(
     images = np.memmap(file, np.uint8, mode="r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
     unlabelled = ImagesInMemory(images, name="stl10/unlabeled")
     return replace(labelled, pretrain=limited(unlabelled, limit, seed=seed))
+
+
+@holds(60_000)
+def fashion_mnist(
+    *,
+    root: str | None = FASHION_OF_DEBIAN,
+    download: bool = True,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
+) -> Splits:
+    """Fashion-MNIST: 60,000 and 10,000 grey photographs of clothes, 28 px, ten classes; each grey is red, green and blue alike.
+
+    Args:
+        root: the folder of its four files (train-images-idx3-ubyte.gz, ...) as published, such as Debian's package has them; or where
+            FashionMNIST/raw/ is, or where torchvision puts that.
+        download: fetch it if it is not there; not into Debian's folder.
+        limit, validation_fraction, seed: see caco.data.sets.folders.folder.
+    Raises:
+        FileError: it is not there and cannot be fetched, or a file is not what its name says.
+    """
+    from torchvision.datasets import FashionMNIST
+
+    top = None if root is None else expanded(root)
+    if top is not None and (top / "train-images-idx3-ubyte.gz").is_file():
+        parts = [(split, _idx(top, prefix, "images", 3), _idx(top, prefix, "labels", 1)) for split, prefix in (("train", "train"), ("test", "t10k"))]
+    elif root == FASHION_OF_DEBIAN:
+        raise FileError(
+            f"data=fashion_mnist: expected its files in {root}, where Debian's package puts them (apt install dataset-fashion-mnist), "
+            "or data.root=PATH, a folder that holds them or that they are fetched into; got neither"
+        )
+    else:
+        opened = _open("fashion_mnist", root, download, lambda **where: {s: FashionMNIST(train=s == "train", **where) for s in ("train", "test")})
+        parts = [(split, part.data.numpy(), part.targets.numpy()) for split, part in opened]
+    train, test = (
+        ImagesInMemory(np.repeat(grey[..., None], 3, 3), name=f"fashion_mnist/{split}", labels=labels.astype(np.int64), classes=FashionMNIST.classes)
+        for split, grey, labels in parts
+    )
+    return reduced(train, test, name="fashion_mnist", limit=limit, validation_fraction=validation_fraction, seed=seed)
+
+
+def _idx(top: Path, prefix: str, kind: str, dimensions: int) -> np.ndarray:
+    """The array of bytes in one file of the format of MNIST: 0, 0, 8, its dimensions, each size in four bytes, the values."""
+    path = top / f"{prefix}-{kind}-idx{dimensions}-ubyte.gz"
+    try:
+        content = gzip.decompress(path.read_bytes())
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+        if content[:4] != bytes([0, 0, 8, dimensions]):
+            raise ValueError(f"its first bytes are {content[:4]!r}")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise FileError(f"data=fashion_mnist: {path} is no file of Fashion-MNIST as published ({error}); install or fetch it again") from error
 
 
 def _cifar(
