@@ -1,5 +1,6 @@
 """The sets that torchvision reads, on tiny files of their published layouts."""
 
+import gzip
 import io
 import pickle
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import STL10, cifar, utils
 
-from caco.data.sets.downloaded import cifar10, cifar100, stl10
+from caco.data.sets.downloaded import cifar10, cifar100, fashion_mnist, stl10
 from caco.errors import FileError
 
 
@@ -103,7 +104,7 @@ def test_stl10_pretrains_on_its_unlabelled_images(stl_root):
         stl10(root=stl_root, pretrain="everything")
 
 
-@pytest.mark.parametrize("load", [cifar10, cifar100, stl10])
+@pytest.mark.parametrize("load", [cifar10, cifar100, fashion_mnist, stl10])
 def test_a_missing_set_takes_two_lines_to_put_right(load, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("Network is unreachable")
@@ -133,3 +134,47 @@ def test_download_happens_once_and_only_where_files_are_missing(tmp_path, monkey
     assert len(cifar10(root=str(tmp_path / "new")).train) == 20
     assert len(cifar10(root=str(tmp_path / "new")).train) == 20
     assert len(fetched) == 1
+
+
+def write_fashion(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The four files as published, six and four images; all greys, and all labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    grey, labels = generator.integers(0, 256, (10, 28, 28), dtype=np.uint8), np.arange(10, dtype=np.uint8)
+    for prefix, part in (("train", slice(6)), ("t10k", slice(6, None))):
+        for kind, values in (("images", grey[part]), ("labels", labels[part])):
+            sizes = np.array(values.shape, ">i4").tobytes()
+            content = bytes([0, 0, 8, values.ndim]) + sizes + values.tobytes()
+            (folder / f"{prefix}-{kind}-idx{values.ndim}-ubyte.gz").write_bytes(gzip.compress(content))
+    return grey, labels
+
+
+def test_fashion_mnist_is_read_as_debian_has_it_and_as_torchvision_does(tmp_path, any_checksum, monkeypatch):
+    grey, labels = write_fashion(tmp_path / "debian")
+    splits = fashion_mnist(root=str(tmp_path / "debian"))
+    assert splits.train.labels.tolist() == labels[:6].tolist() and splits.test.labels.tolist() == labels[6:].tolist()
+    assert splits.train.name == "fashion_mnist/train" and splits.train.classes[9] == "Ankle boot"
+    for i in range(6):
+        assert np.array_equal(np.asarray(splits.train.image(i)), np.stack([grey[i]] * 3, 2))
+
+    raw = tmp_path / "theirs" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (tmp_path / "debian").iterdir():
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    monkeypatch.setattr("torchvision.datasets.mnist.check_integrity", lambda path: Path(path).is_file())
+    theirs = fashion_mnist(root=str(tmp_path / "theirs"), download=False)
+    assert np.array_equal(np.asarray(theirs.test.image(3)), np.asarray(splits.test.image(3))) and theirs.train.digest() == splits.train.digest()
+
+
+@pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(bytes([0, 0, 8, 3] + 40 * [0])), gzip.compress(b"\0" * 3)])
+def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path, damage):
+    write_fashion(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damage)
+    with pytest.raises(FileError, match="t10k-images-idx3-ubyte.gz is no file of Fashion-MNIST as published"):
+        fashion_mnist(root=str(tmp_path))
+
+
+def test_without_debian_s_files_it_is_said_how_they_come(monkeypatch, tmp_path):
+    monkeypatch.setattr("caco.data.sets.downloaded.FASHION_OF_DEBIAN", str(tmp_path))
+    with pytest.raises(FileError, match=r"apt install dataset-fashion-mnist\), or data.root=PATH"):
+        fashion_mnist(root=str(tmp_path))

@@ -188,7 +188,7 @@ def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[
             problem = error
     raise FileError(
         f"data={name}: expected its files below data.root={root}, or a network to fetch them; got {type(problem).__name__}: "
-        f"{problem}.\nWhere there is no network, fetch the set elsewhere and point data.root to it; preset=demo needs no data."
+        f"{' '.join(str(problem).split())}.\nWhere there is no network, fetch the set elsewhere and point data.root to it; preset=demo needs no data."
     ) from problem
 
 
