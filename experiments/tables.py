@@ -32,6 +32,7 @@ class Row:
         label: as the paper prints it.
         epochs, batch, bank: the paper's; bank in rows, null where it has none or the paper does not say.
         run: overrides of caco.train that choose the method; null where caco does not have it.
+        after: overrides that come after the scale's, where a row is there for what they change (a study of a setting).
         published: the paper's numbers by column.
         note: what a reader must know about them.
         seeds: null for the table's.
@@ -42,6 +43,7 @@ class Row:
     batch: int | None = None
     bank: int | None = None
     run: list[str] | None = None
+    after: list[str] = field(default_factory=list)
     published: dict[str, float] = field(default_factory=dict)
     note: str | None = None
     seeds: list[int] | None = None
@@ -246,6 +248,7 @@ class Experiment:
             *(f"{key}={size}" for key, size in sizes.items() if size is not None),
             *self.scale.overrides,
             *(extra for override, extras in self.scale.where.items() if override in (self.row.run or ()) for extra in extras),
+            *self.row.after,
             *self.further,
             f"seed={seed}",
         ]

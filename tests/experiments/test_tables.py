@@ -8,7 +8,7 @@ import yaml
 
 from caco.config import refusals
 from caco.errors import UserError
-from caco.runs.identity import plain
+from caco.runs.identity import identity, plain
 from experiments import tables
 from experiments.tables import HERE, experiments, load_scale, load_table
 
@@ -106,6 +106,33 @@ def test_the_study_of_negatives_differs_in_their_treatment_alone_and_begins_with
     assert rows["mixed"].cfg.negatives.warmup_epochs < rows["mixed"].cfg.epochs, "some are mixed"
 
 
+CHANGED_BY = {  # keys of a row's identity that are not those of CaCo's
+    "size_quarter": {"bank.size"}, "size_sixteenth": {"bank.size"}, "size_four": {"bank.size"},
+    "no_warm_start": {"epochs", "method.warm_start_steps"}, "short_warm_start": {"epochs", "method.warm_start_steps"},
+    "constant_rate": {"bank.final_lr"}, "low_rate": {"bank.lr"}, "full_push": {"bank.push"}, "no_push": {"bank.push"},
+    "code_reading": {"bank.reading"}, "frozen": {"bank.pull", "bank.push"}, "cold": {"method.temperature"}, "own_temperature": {"bank.temperature"},
+    "weighted": {f"method.positives.{key}" for key in ("_target_", "count", "temperature")},
+    "blended": {f"method.positives.{key}" for key in ("_target_", "first_share", "last_share")},
+    "half_blended": {f"method.positives.{key}" for key in ("_target_", "first_share", "last_share")},
+    "balanced": {"bank.balance"}, "renewed": {"bank.renewed_after_steps"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", ["digits", pytest.param("fashion", marks=pytest.mark.long)])
+def test_the_study_of_the_bank_changes_one_thing_a_row_and_all_rows_train_for_as_many_steps(scale):
+    rows = {one.row_id: one for one in experiments(load_table("study_bank"), load_scale(scale))}
+    assert rows["caco"].hash(0) == experiment("7", "both", scale).hash(0) and rows["none"].hash(0) == experiment("7", "none", scale).hash(0)
+    caco = identity(rows["caco"].cfg)
+    for row_id, changed in CHANGED_BY.items():
+        own = identity(rows[row_id].cfg)
+        differ = {key for key in {*caco, *own} if caco.get(key) != own.get(key)}
+        assert differ <= changed and differ, row_id
+    assert rows.keys() - CHANGED_BY == {"none", "mocov2", "adco", "caco"}
+    per_epoch = {"digits": 1400 // 64, "fashion": 10_000 // 128}[scale]
+    steps = {row_id: (one.cfg.warm_start.steps or 0) + one.cfg.epochs * per_epoch for row_id, one in rows.items()}
+    assert max(steps.values()) - min(steps.values()) < per_epoch, steps
+
+
 def test_a_seed_reaches_the_bank_too(paper):
     assert paper["table7/both"].with_seed(3).bank.seed == 3
 
@@ -158,7 +185,7 @@ def test_every_method_that_a_table_names_and_caco_has_is_run():
     ours = {"simclr", "mocov2", "mocov3", "simsiam", "swav", "nnclr", "byol", "adco", "dino", "barlow", "vicreg", "caco"}
     ours |= {"mochi", "ifm", "hcl", "debiased", "infomin", "cpcv2", "instdisc", "pirl", "cmc", "pic", "pcl", "sela"}
     assert ours == {name for name in refusals.groups()["method"] if "_" not in name}
-    settings = ("table7", "negatives")  # of CaCo alone
+    settings = ("table7", "negatives", "study_bank", "cifar10_repetitions")  # whose rows are settings of a method
     for name in tables.tables():
         for row in load_table(name).rows.values():
             method = row.label.split(" ")[0].lower() if row.label[-1] == "M" else SHORT.get(row.label, row.label.lower().replace(" ", ""))
