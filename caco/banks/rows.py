@@ -139,6 +139,7 @@ class Rows(nn.Module):
         Args:
             k_GD: all ranks' unit keys of the step.
         """
+        assert self.renewed_after_steps is not None
         self.idle += 1
         old_R = (self.idle >= self.renewed_after_steps).nonzero()[:, 0]
         by_rank = distributed.gather(torch.tensor([len(old_R)], device=old_R.device))

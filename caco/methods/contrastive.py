@@ -36,8 +36,8 @@ def warm_start_steps(steps: int | None, passes: int | None, bank_size: int, batc
 
 def weighted(score: Score, terms: list[Term], positives: Sequence[Positive] = ()) -> Tensor:
     """The loss: the terms' means, [T, B] over B, by their weights and, where a query has several positives, by those of these."""
-    losses = [_shares(loss_B, positive) for loss_B, positive in zip(score.loss_B, positives or [Positive()] * len(terms), strict=True)]
-    return sum(term.weight * loss_B.mean() for term, loss_B in zip(terms, losses, strict=True))
+    of_each = zip(terms, positives or [Positive()] * len(terms), score.loss_B, strict=True)
+    return sum((term.weight * _shares(loss_B, positive).mean() for term, positive, loss_B in of_each), torch.zeros_like(score.loss_B[0, 0]))
 
 
 def _shares(x_B: Tensor, positive: Positive) -> Tensor:
