@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo demo-record demo-check test test-long dashboard clean
+.PHONY: setup demo demo-record demo-check gpu-check test test-long dashboard clean
 
 SET_UP = @AGAIN="$(findstring B,$(firstword -$(MAKEFLAGS)))" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
@@ -24,6 +24,11 @@ demo-record:
 demo-check:
 	$(SET_UP) demo
 	.venv/bin/python -m experiments.demo --check $(ARGS)
+
+# On a GPU for the first time: stages with time limits, results in gpu-check/. ARGS="B --data gpu-data.zip"; benchmarks/gpu_check.py --help.
+gpu-check:
+	$(SET_UP) all
+	.venv/bin/python benchmarks/gpu_check.py $(ARGS)
 
 # All runs of runs/ in a browser, also while they go on; ARGS="--port 8080", python -m caco.tracking.dashboard --help.
 dashboard:

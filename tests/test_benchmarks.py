@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
 
 import benchmarks.bank
 import benchmarks.evals
+import benchmarks.gpu_check
 import benchmarks.kernels
 import benchmarks.loader
 import benchmarks.step
@@ -150,3 +152,62 @@ def test_their_imports_go_one_way(repo_root):
     }
     other = {name: {module or first for module, first in found} - {"common", "published"} for name, found in known.items()}
     assert other == {"bank": {"step"}, **{name: set() for name in ("common", "evals", "kernels", "loader", "published", "step")}}
+
+
+def test_the_check_of_a_gpu_packs_20_000_images_from_one_seed_and_says_where_there_are_fewer(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarks.gpu_check, "PACKED_IMAGES", 10)
+    for split in ("train", "test"):
+        for number in range(12):
+            file = tmp_path / "images" / split / f"class{number % 2}" / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(f"{split} {number}".encode())
+    benchmarks.gpu_check.pack(tmp_path / "images", tmp_path / "packed.zip")
+    with zipfile.ZipFile(tmp_path / "packed.zip") as packed:
+        names = packed.namelist()
+        assert len([name for name in names if name.startswith("train/")]) == 8 and len(names) == 10
+        assert all(packed.read(name) == (tmp_path / "images" / name).read_bytes() for name in names)
+    first = (tmp_path / "packed.zip").read_bytes()
+    benchmarks.gpu_check.pack(tmp_path / "images", tmp_path / "again.zip")
+    assert zipfile.ZipFile(tmp_path / "again.zip").namelist() == names and len((tmp_path / "again.zip").read_bytes()) == len(first)
+    monkeypatch.setattr(benchmarks.gpu_check, "PACKED_IMAGES", 20)
+    with pytest.raises(SystemExit, match="expected at least 16 images in class folders below .*train, got 12"):
+        benchmarks.gpu_check.pack(tmp_path / "images", tmp_path / "packed.zip")
+
+
+def test_the_check_of_a_gpu_holds_the_bank_to_the_equations_and_sees_a_wrong_one(monkeypatch):
+    found = benchmarks.gpu_check.kernels(torch.device("cpu"), tiny=True)
+    assert len(found["off"]) == 2 and all(off["rows"] < 3e-2 for off in found["off"].values())
+    update = benchmarks.gpu_check.LearnableBank.update
+    monkeypatch.setattr(benchmarks.gpu_check.LearnableBank, "update", lambda self, *, lr, keys_GD: update(self, lr=1.1 * lr, keys_GD=keys_GD))
+    with pytest.raises(AssertionError, match="fp32: off by"):
+        benchmarks.gpu_check.kernels(torch.device("cpu"), tiny=True)
+
+
+def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_starts(monkeypatch, tmp_path):
+    ran = {
+        "fails": benchmarks.gpu_check.Stage("A", 60, [], ["-c", "raise SystemExit(3)"]),
+        "hangs": benchmarks.gpu_check.Stage("A", 1, [], ["-c", "import time; time.sleep(60)"]),
+        "works": benchmarks.gpu_check.Stage("A", 60, [], ["-c", "import sys; open(sys.argv[1], 'w').write('{}')", "{to}"]),
+        "other": benchmarks.gpu_check.Stage("B", 60, [], ["-c", ""]),
+    }
+    monkeypatch.setattr(benchmarks.gpu_check, "STAGES", ran)
+    monkeypatch.setattr(benchmarks.gpu_check, "lacks_gpu", lambda: "PyTorch sees none here")
+    assert benchmarks.gpu_check.stages(["A"], tmp_path, None) == 2
+    results = {name: json.loads((tmp_path / f"{name}.stage.json").read_text())["result"] for name in ("fails", "hangs", "works")}
+    assert "failed with exit code 3" in results["fails"] and "ended by its limit" in results["hangs"] and results["works"] == "done"
+    assert (tmp_path / "works.json").read_text() == "{}" and not (tmp_path / "other.stage.json").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, it is the check itself: make gpu-check")
+def test_every_stage_of_the_check_of_a_gpu_runs_at_a_tiny_size_without_one(tmp_path, monkeypatch):
+    for stage in benchmarks.gpu_check.STAGES.values():
+        monkeypatch.setattr(stage, "limit_s", 300)  # on two cores that others use too
+    assert benchmarks.gpu_check.stages(["A", "B"], tmp_path, None) == 0
+    for name in benchmarks.gpu_check.STAGES:
+        assert json.loads((tmp_path / f"{name}.json").read_text()), name
+
+
+def test_the_sets_of_the_check_keep_within_their_minutes():
+    limits = {chosen: sum(stage.limit_s for stage in benchmarks.gpu_check.STAGES.values() if stage.set == chosen) for chosen in "AB"}
+    assert limits["A"] <= 4 * 60 and limits["B"] <= 6 * 60
