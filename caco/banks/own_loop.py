@@ -1,6 +1,6 @@
 """A bank in anyone's own loop: the loss of a batch of embeddings against it, without a configuration, a Trainer or a process group.
 
-    bank = LearnableBank(size=65536, dim=128)                  # caco.banks; or FifoBank, MoCo's queue
+    bank = LearnableBank(size=65536, dim=128)                  # of caco.banks.learnable; or FifoBank of caco.banks.fifo, MoCo's queue
     ...
         loss = bank.loss(q, k)                                 # q of the encoder, k of its momentum twin, [B, D] each
         loss.backward()                                        # gradients of q; what it asks of the rows is noted

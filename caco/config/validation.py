@@ -25,7 +25,10 @@ from caco.runs import renamed
 from caco.runs.identity import file_digest, flat, plain, read_yaml
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
-FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/nn/weights.py
+FORMATS = (  # of released weights, caco/nn/formats.py
+    "caco", "adco", "moco", "torchvision", "timm", "transformers", "vissl", "dino", "dinov2", "lightly", "stable_pretraining", "solo",
+    "instdisc", "pycontrast", "pcl", "mocov3", "simsiam", "swav", "barlow", "vicreg", "simclr", "sela", "mmselfsup", "byol",
+)  # fmt: skip
 EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
 # Plain values that no YAML gives, because another component or the data decide them.
 SUPPLIED = {"projector": ("in_dim",), "method": ("num_images",)}
@@ -196,7 +199,9 @@ def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> 
     if weights is None:
         demand("format", tree["format"] is None, "null, as there is no weights=FILE")
     else:
-        demand("format", tree["format"] in FORMATS, f"one of {', '.join(FORMATS)}, that of weights={weights}")
+        family, _, choice = (tree["format"] or FORMATS[0]).partition(":")
+        expected = f"null, for what the keys of weights={weights} say, or one of {', '.join(FORMATS)}, with :online or :twin after it or not"
+        demand("format", family in FORMATS and choice in ("", "online", "twin"), expected)
 
 
 def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:

@@ -5,18 +5,20 @@ import copy
 import pytest
 import torch
 from processes import ranks
+from tiny import now
 from torch import nn
 from torch.nn import functional as F
 
 from caco import distributed
-from caco.banks import FifoBank, LearnableBank, leave_to_ranks
+from caco.banks.fifo import FifoBank
+from caco.banks.learnable import LearnableBank
+from caco.banks.own_loop import leave_to_ranks
 from caco.data.loaders.batches import Batch
 from caco.errors import UserError
 from caco.methods.contrastive import Contrastive
 from caco.methods.sources import BankRow, BankRows, OtherView
 from caco.nn.heads import Encoder, Projector
 from caco.nn.twin import MomentumTwin
-from tiny import now
 
 B, D, K, E = 8, 6, 13, 3
 
