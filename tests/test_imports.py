@@ -22,7 +22,7 @@ FLOORS = [
     ["caco.data", "caco.nn", "caco.banks", "caco.tracking", "caco.config"],
     ["caco.methods", "caco.evals", "caco.launch"],
     ["caco.engine", "hydra_plugins"],
-    ["caco.train", "caco.evaluate", "caco.export", "caco.plan", "caco.doctor", "caco.write"],
+    ["caco.train", "caco.evaluate", "caco.export", "caco.embed", "caco.plan", "caco.doctor", "caco.write"],
     ["experiments"],
     ["analysis"],
 ]
@@ -30,6 +30,7 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # Neighbours on one floor that do know each other, with the reason.
 NEIGHBOURS = {
     ("caco.export", "caco.evaluate"): "both start from a run or from weights, and share that part of a command",
+    ("caco.embed", "caco.evaluate"): "the same",
     ("caco.evaluate", "caco.train"): "a missing MLflow is said in the same words",
 }
 

@@ -205,7 +205,7 @@ def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> 
 
 
 def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
-    """Plain values of conf/evaluate.yaml and conf/export.yaml."""
+    """Plain values of conf/evaluate.yaml, conf/export.yaml and conf/embed.yaml."""
     problems, demand = _demands(tree)
     if (tree["run"] is None) == (tree["weights"] is None):
         got = "both" if tree["run"] else "neither"
@@ -214,13 +214,21 @@ def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
     if "layouts" in tree:
         demand("to", tree["to"] is not None, "a folder to write to, as to=FOLDER")
         demand("layouts", bool(tree["layouts"]) and set(tree["layouts"]) <= set(EXPORTS), f"some of {', '.join(EXPORTS)}")
-    else:
-        demand("batch", tree["batch"] >= 1, "at least 1 image")
+        return problems
+    demand("batch", tree["batch"] >= 1, "at least 1 image")
+    demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
+    demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+    if "eval" in tree:
         demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
-        demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
-        demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         demand("overlap", tree["overlap"] in ("refuse", "allow"), "refuse or allow")
         demand("eval", bool(tree["eval"]), "at least one evaluator, as eval=[knn,linear]")
+    else:
+        demand("to", (tree["to"] or "").endswith((".npz", ".parquet")), "a file to write to, as to=FILE.npz or to=FILE.parquet")
+        if (tree["to"] or "").endswith(".parquet") and not is_installed("pyarrow"):
+            problems.append("to: a .parquet is written by pyarrow, which is not installed: pip install pyarrow, or take to=FILE.npz")
+        unreadable = tree["loader"].get("corrupt", "fail") if isinstance(tree["loader"], dict) else "fail"
+        if unreadable != "fail":
+            problems.append(f"loader.corrupt: expected fail, got {unreadable!r}: an image that cannot be read would get another's features")
     return problems
 
 

@@ -3,6 +3,7 @@
 Not here: which file has which (formats.py)."""
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     def layer(found: re.Match[str]) -> str:
         return f"layer{int(found[1]) + 1}.{found[2]}."
 
-    for theirs, ours in {
+    table: dict[str, str | Callable[[re.Match[str]], str]] = {
         r"^embedder\.embedder\.convolution\.": "conv1.", r"^embedder\.embedder\.normalization\.": "bn1.",
         r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.": layer, r"\blayer\.(\d)\.convolution\.": lambda f: f"conv{int(f[1]) + 1}.",
         r"\blayer\.(\d)\.normalization\.": lambda f: f"bn{int(f[1]) + 1}.", r"\bshortcut\.convolution\.": "downsample.0.",
@@ -71,6 +72,7 @@ def transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         r"\blayernorm_before\.": "norm1.", r"\blayernorm_after\.": "norm2.", r"\battention\.output\.dense\.": "attn.proj.",
         r"\bintermediate\.dense\.": "mlp.fc1.", r"\boutput\.dense\.": "mlp.fc2.", r"^layernorm\.": "norm.",
         r"\blayer_scale(\d)\.lambda1$": r"ls\1.gamma", r"\bmlp\.weights_in\.": "mlp.fc1.", r"\bmlp\.weights_out\.": "mlp.fc2.",
-    }.items():  # fmt: skip
-        named = {re.sub(theirs, ours, name): tensor for name, tensor in named.items()}  # type: ignore[arg-type]
+    }  # fmt: skip
+    for theirs, ours in table.items():
+        named = {re.sub(theirs, ours, name): tensor for name, tensor in named.items()}
     return named

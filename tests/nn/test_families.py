@@ -174,6 +174,7 @@ def test_transformers_names_of_a_resnet_and_of_a_vit(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # lightly's own
 @pytest.mark.parametrize("kind", ["byol", "dino", "moco"])
 def test_what_lightlys_own_modules_save(tmp_path, kind):
     heads = pytest.importorskip("lightly.models.modules.heads")
