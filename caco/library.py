@@ -97,7 +97,9 @@ def evaluate(
     assert sources[0] is not None
     made = dict(evaluators) if isinstance(evaluators, Mapping) else {name: _made("eval", name, {}) for name in evaluators}
     where = pick_device(device)
-    evaluation = Evaluation(made, Splits(sources[0], sources[0], sources[1]), chosen, batch=batch, device=where, precision=precision, seed=seed)
+    evaluation = Evaluation(
+        made, Splits(sources[0], sources[0], sources[1]), chosen, batch=batch, device=where, precision=precision, seed=seed
+    )
     home = next((parameter.device for parameter in backbone.parameters()), where)
     try:
         return evaluation.run(backbone.to(where), "end")

@@ -7,15 +7,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import ranks
+from tiny import train
 
 from caco import embed
 from caco.config.composition import compose, instantiate
 from caco.data.views.augmentation import Views
 from caco.nn.backbones import small_resnet
-from processes import ranks
-from tiny import train
 
-WEIGHTS = ["format=timm", "backbone=small_resnet", "backbone.width=8", "augmentation=digits", "precision=fp32", "device=cpu", "loader.num_workers=0"]
+WEIGHTS = [
+    "format=timm",
+    "backbone=small_resnet",
+    "backbone.width=8",
+    "augmentation=digits",
+    "precision=fp32",
+    "device=cpu",
+    "loader.num_workers=0",
+]
 
 
 def caco_embed(*words):

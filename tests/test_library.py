@@ -1,13 +1,19 @@
 """What a program of one's own calls: backbones with their preprocessing, views of images and batches, evaluators of any network on any images."""
 
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import train
 from torch import nn
 
 import caco
 from caco import library
+from caco.banks.learnable import LearnableBank
+from caco.config import pretrained
 from caco.config.composition import compose as composed
 from caco.config.composition import instantiate
 from caco.data.loaders.torch_loader import TorchLoader
@@ -20,7 +26,6 @@ from caco.evals.geometry import Geometry
 from caco.evals.knn import KNN
 from caco.evals.linear import Linear
 from caco.nn.backbones import small_resnet
-from tiny import train
 
 
 def images(number=6, side=20):
@@ -202,3 +207,40 @@ def test_load_gives_weights_from_elsewhere(tmp_path):
     assert torch.equal(backbone.state_dict()["conv1.weight"], source.state_dict()["conv1.weight"]) and preprocess.views.size == 16
     with pytest.raises(UserError, match="expected a run's directory, a checkpoint file or an MLflow run id, got nowhere"):
         caco.load("nowhere")
+
+
+# The pages.
+
+
+def blocks(page, language):
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    return [block.partition("```")[0] for block in text.split(f"```{language}\n")[1:]]
+
+
+def test_the_pages_loops_run_as_they_stand(monkeypatch):
+    (loop, evaluated, loaded) = blocks("docs/library.md", "python")
+    exec(loop, {})
+    of_readme = next(block for block in blocks("README.md", "python") if "bank.loss" in block)
+    network = nn.Linear(8, 128)
+    names = {"LearnableBank": LearnableBank, "q": network(torch.randn(4, 8)), "k": torch.randn(4, 128), "caco": caco}
+    monkeypatch.setattr("caco.library.load", lambda run: library.Loaded(Flat().eval(), Preprocessing(SMALL)))
+    exec(of_readme, names | {"optimizer": torch.optim.SGD(network.parameters(), lr=0.1)})
+    exec(loaded, names | {"image": images()[0]})
+    views = library.views("digits")
+    monkeypatch.setattr(library, "_made", lambda group, *rest: views.views if group == "augmentation" else Geometry(images=4))
+    exec(evaluated.replace('"knn_all", ', ""), names | {"backbone": Flat(), "images": images(8, 16), "labels": [0, 1] * 4})
+
+
+@pytest.mark.parametrize("page", ["docs/library.md", "docs/weights.md", "README.md"])
+def test_the_pages_commands_can_be_typed(tmp_path, monkeypatch, page):
+    monkeypatch.chdir(tmp_path)
+    for name in ("FILE", "dino_deitsmall16_pretrain_full_checkpoint.pth"):
+        (tmp_path / name).write_bytes(b"1")
+    lines = [line for block in blocks(page, "console") for line in block.splitlines() if "caco.embed" in line or "weights" in page]
+    typed = [shlex.split(line.partition(" #")[0])[3:] for line in lines]
+    assert typed
+    for (program, *words), line in zip(typed, lines, strict=True):
+        if any(word.startswith("run=") for word in words):  # of no run that is here: its settings are given
+            words = ["weights=FILE", "backbone=resnet50", *(word for word in words if not word.startswith("run="))]
+        cfg = pretrained.compose(program.removeprefix("caco."), words)
+        assert cfg.weights is not None, line

@@ -48,12 +48,14 @@ class FifoBank(nn.Module, Bank):
         return few_rows_chosen(statistics)
 
     def loss(
-        self, q_BD: Tensor, k_BD: Tensor, *, temperature: float = 0.2, positive: own_loop.PositiveOf = "key", extra_BE: Tensor | None = None
+        self, q_BD: Tensor, k_BD: Tensor, *, temperature: float = 0.2, positive: own_loop.PositiveOf = "key", extra_BE: Tensor | None = None,
+        learn: bool = True,
     ) -> Tensor:
         """As `LearnableBank.loss`, over the queue; in training mode the keys are noted for `update`.
 
         Args:
             temperature: tau; 0.2 in MoCo v2.
+            learn: not used; the learnable bank's loss takes it.
             positive: "key": the key, and all rows are negatives (MoCo); "row": the row of the queue that is nearest to it.
         """
         value = own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE)

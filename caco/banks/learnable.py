@@ -93,7 +93,8 @@ class LearnableBank(nn.Module, Bank):
         return warmup_and_cosine(run, self.lr * scale, final_lr * scale, self.warmup_epochs)
 
     def loss(
-        self, q_BD: Tensor, k_BD: Tensor, *, temperature: float = 0.08, positive: own_loop.PositiveOf = "row", extra_BE: Tensor | None = None
+        self, q_BD: Tensor, k_BD: Tensor, *, temperature: float = 0.08, positive: own_loop.PositiveOf = "row", extra_BE: Tensor | None = None,
+        learn: bool = True,
     ) -> Tensor:
         """-log p of each query's positive among all rows of the bank and any extra columns (Eq. 3), averaged over this rank's queries.
 
@@ -109,12 +110,13 @@ class LearnableBank(nn.Module, Bank):
             positive: "row": the bank's row that is nearest to the key (CaCo, Eq. 11); "key": the key itself, and all rows are negatives
                 (AdCo).
             extra_BE: cosines of the queries with further negatives, not divided by tau; -inf masks one out.
+            learn: whether the rows are to move for it; not in a warm start, whose keys `fill` writes over them.
         Returns:
             a scalar.
         Raises:
             UserError: shapes, precisions or devices that do not fit, all of them at once; queries that are not finite.
         """
-        return own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE)
+        return own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE, learn=learn)
 
     def score(
         self,

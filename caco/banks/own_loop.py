@@ -33,7 +33,14 @@ def unit(embedding_BD: Tensor, rows: Rows) -> Tensor:
 
 
 def loss(
-    bank: Bank, q_BD: Tensor, k_BD: Tensor, *, temperature: float, positive: PositiveOf, extra_BE: Tensor | None = None
+    bank: Bank,
+    q_BD: Tensor,
+    k_BD: Tensor,
+    *,
+    temperature: float,
+    positive: PositiveOf,
+    extra_BE: Tensor | None = None,
+    learn: bool = True,
 ) -> Tensor:
     """The mean over this rank's queries of InfoNCE over all rows of the bank, a scalar; see `LearnableBank.loss`."""
     _refuse_unfit(bank, q_BD, k_BD, temperature, positive, extra_BE)
@@ -46,7 +53,7 @@ def loss(
         extra_BE = key_B1 if extra_BE is None else torch.cat([key_B1, extra_BE.to(key_B1.dtype)], 1)
     if extra_BE is not None:
         extra_BE = extra_BE.to(q_BD.dtype)
-    return bank.score(q_BD, row_B, temperature=temperature, extra_BE=extra_BE).loss_B.mean()
+    return bank.score(q_BD, row_B, temperature=temperature, extra_BE=extra_BE, learn=learn).loss_B.mean()
 
 
 def _refuse_unfit(bank: Bank, q_BD: Tensor, k_BD: Tensor, temperature: float, positive: str, extra_BE: Tensor | None) -> None:
@@ -54,7 +61,9 @@ def _refuse_unfit(bank: Bank, q_BD: Tensor, k_BD: Tensor, temperature: float, po
     rows, problems = bank.rows, list[str]()
     expected = rows.weight.shape[1]
     if q_BD.ndim != 2 or q_BD.shape != k_BD.shape or q_BD.shape[1] != expected or not len(q_BD):
-        problems.append(f"queries and keys: expected [B, {expected}] both, as wide as the bank's rows; got {list(q_BD.shape)} and {list(k_BD.shape)}")
+        problems.append(
+            f"queries and keys: expected [B, {expected}] both, as wide as the bank's rows; got {list(q_BD.shape)} and {list(k_BD.shape)}"
+        )
     elif extra_BE is not None and (extra_BE.ndim != 2 or len(extra_BE) != len(q_BD)):
         problems.append(f"extra: expected cosines [{len(q_BD)}, E]; got {list(extra_BE.shape)}")
     if temperature <= 0:

@@ -134,7 +134,9 @@ def _pieces(features: list[Tensor]) -> Iterator[np.ndarray]:
             yield rows.float().numpy()
 
 
-def _npz(path: Path, features: list[Tensor], files: list[str], label: np.ndarray | None, classes: list[str] | None, about: str) -> None:
+def _npz(
+    path: Path, features: list[Tensor], files: list[str], label: np.ndarray | None, classes: list[str] | None, about: str
+) -> None:
     others = {"files": np.array(files), "about": np.array(about)}
     if label is not None:
         others |= {"label": label} | ({} if classes is None else {"classes": np.array(classes)})
@@ -149,7 +151,9 @@ def _npz(path: Path, features: list[Tensor], files: list[str], label: np.ndarray
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _parquet(path: Path, features: list[Tensor], files: list[str], label: np.ndarray | None, classes: list[str] | None, about: str) -> None:
+def _parquet(
+    path: Path, features: list[Tensor], files: list[str], label: np.ndarray | None, classes: list[str] | None, about: str
+) -> None:
     import pyarrow
     from pyarrow import parquet
 

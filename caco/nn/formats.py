@@ -144,7 +144,10 @@ LIGHTLY = (
     (r"prediction_head\.layers\.", PREDICTOR), (r"(?:student_|key_|teacher_)?(?:projection_|prediction_)?head[._]", "~head"),
     (r"prototypes\.", "~prototypes"), (r"criterion\.", "~loss"), (r"online_classifier\.", "~classifier trained with labels"),
 )  # fmt: skip
-LIGHTLY_HOLDS = r"(?:(?:student_|key_|teacher_)?(?:projection|prediction)|student|teacher)_head(?:_momentum)?\.layers\.|online_classifier\.classification_head\."
+LIGHTLY_HOLDS = (
+    r"(?:(?:student_|key_|teacher_)?(?:projection|prediction)|student|teacher)_head(?:_momentum)?\.layers\.|"
+    r"online_classifier\.classification_head\."
+)
 CHILD = r"(?:student_|key_|teacher_)?backbone(?:_momentum)?"
 OF_RELEASED = (
     *two_encoders(rf"{DDP}encoder_q", rf"{DDP}encoder_k"), (rf"{DDP}queue_ptr$", "bank.next_row"), (r"bank/velocity", "~bank's momentum"),
@@ -158,7 +161,8 @@ FAMILIES = (
     Family(
         "Hugging Face transformers", ("transformers",),
         lambda f: f.has(r"(?:\w+\.)?(?:embeddings|embedder)\.", r"(?:\w+\.)?encoder\.(?:layer|stages)\."),
-        ((r"pooler\.", "~pooler"), (r"classifier\.", "~classifier"), (r"mask_token$", "~mask token"), ("", BACKBONE)), lambda f: transformers(f.state),
+        ((r"pooler\.", "~pooler"), (r"classifier\.", "~classifier"), (r"mask_token$", "~mask token"), ("", BACKBONE)),
+        lambda f: transformers(f.state),
     ),
     Family(
         "a shard of VISSL", ("vissl",), lambda f: f.content.get("type") in ("shard", "shard_list", "slice_list"),
@@ -178,26 +182,30 @@ FAMILIES = (
     Family(
         "DINOv2", ("dinov2",),
         lambda f: bool(f.below("teacher")) or f.has(r"blocks\.\d+\.(?:\d+\.)?ls1\.gamma", "mask_token"),
-        ((r"(?:dino|ibot)_head\.", "~head"), (r"(?:backbone\.)?mask_token", "~mask token"), (r"backbone\.", BACKBONE), ("", BACKBONE)), lambda f: dinov2(f.below("teacher") or f.state),
+        ((r"(?:dino|ibot)_head\.", "~head"), (r"(?:backbone\.)?mask_token", "~mask token"), (r"(?:backbone\.)?", BACKBONE)),
+        lambda f: dinov2(f.below("teacher") or f.state),
     ),
     Family(
         "lightly, DINO", ("lightly",), lambda f: f.has(LIGHTLY_HOLDS, r"student_backbone\."),
         (*LIGHTLY, (r"backbone\.(?:vit\.)?", TWIN + BACKBONE)), lambda f: children(f.state, CHILD), "twin",
     ),
     Family(
-        "lightly", ("lightly",), lambda f: f.has(LIGHTLY_HOLDS, r"backbone\."), (*LIGHTLY, (r"backbone\.(?:vit\.)?", BACKBONE)), lambda f: children(f.state, CHILD),
+        "lightly", ("lightly",), lambda f: f.has(LIGHTLY_HOLDS, r"backbone\."), (*LIGHTLY, (r"backbone\.(?:vit\.)?", BACKBONE)),
+        lambda f: children(f.state, CHILD),
     ),
     Family(
         "stable-pretraining", ("stable_pretraining",), lambda f: f.has(r"callbacks_modules\.") or f.has(r"backbone\.student\."),
         (
-            (r"callbacks_modules\.", "~classifier trained with labels"), (r"backbone\.student\.", BACKBONE), (r"backbone\.teacher\.", TWIN + BACKBONE),
-            (r"backbone\.(?:base_ema_coefficient|ema_coefficient)", "~numbers"), (r"backbone\.", BACKBONE), (r"projector\.teacher\.", TWIN + PROJECTOR),
+            (r"callbacks_modules\.", "~classifier trained with labels"), (r"backbone\.student\.", BACKBONE),
+            (r"backbone\.teacher\.", TWIN + BACKBONE), (r"backbone\.(?:base_ema_coefficient|ema_coefficient)", "~numbers"),
+            (r"backbone\.", BACKBONE), (r"projector\.teacher\.", TWIN + PROJECTOR),
             (r"projector\.(?:student\.)?", PROJECTOR), (r"predictor\.", PREDICTOR), (r"prototypes", "~prototypes"), (r"queue", "~bank"),
         ),
     ),
     Family(
         "solo-learn", ("solo",),
-        lambda f: f.has(r"(?:backbone|encoder)\.") and (f.has(r"momentum_(?:backbone|encoder)\.") or f.has(r"classifier\.", r"projector\.|head\.")),
+        lambda f: f.has(r"(?:backbone|encoder)\.")
+        and (f.has(r"momentum_(?:backbone|encoder)\.") or f.has(r"classifier\.", r"projector\.|head\.")),
         SOLO,
     ),
     Family(
@@ -265,15 +273,21 @@ FAMILIES = (
         ((rf"{DDP}features\.", BACKBONE), (rf"{DDP}top_layer", "~pseudo-labels")), lambda f: children(f.state, rf"{DDP}features"),
     ),
     Family(
-        "detectron2", (), lambda f: f.has(r"stem\.conv1\.|backbone\.bottom_up\."), refuses="it was made for detectron2: take the file that it was made from",
+        "detectron2", (), lambda f: f.has(r"stem\.conv1\.|backbone\.bottom_up\."),
+        refuses="it was made for detectron2: take the file that it was made from",
     ),
     Family(
         "MMSelfSup", ("mmselfsup",), lambda f: f.has(r"backbone\.") and f.has(r"(?:neck|head)\."),
-        ((r"backbone\.", BACKBONE), (r"(?:neck|head)\.", "~head"), (r"queue|.*(?:memory|ema|momentum|data_preprocessor|target)", "~other parts")),
+        ((r"backbone\.", BACKBONE), (r"(?:neck|head)\.", "~head"),
+         (r"queue|.*(?:memory|ema|momentum|data_preprocessor|target)", "~other parts")),
     ),
-    Family("a classifier of VICReg's", (), lambda f: f.has(rf"{DDP}0\.conv1\.", rf"{DDP}1\."), refuses="it is a classifier: take the backbone that it was trained on"),
     Family(
-        ONE_NETWORK, ANYBODY, lambda f: True, ((r"ema/(?:module\.)?n_averaged", "~numbers"), (r"ema/(?:module\.)*", TWIN + BACKBONE), (DDP, BACKBONE)), _plain,
+        "a classifier of VICReg's", (), lambda f: f.has(rf"{DDP}0\.conv1\.", rf"{DDP}1\."),
+        refuses="it is a classifier: take the backbone that it was trained on",
+    ),
+    Family(
+        ONE_NETWORK, ANYBODY, lambda f: True,
+        ((r"ema/(?:module\.)?n_averaged", "~numbers"), (r"ema/(?:module\.)*", TWIN + BACKBONE), (DDP, BACKBONE)), _plain,
     ),
 )  # fmt: skip
 FORMATS = tuple(dict.fromkeys(["caco", "adco", "moco", "torchvision", "timm", *(name for family in FAMILIES for name in family.formats)]))

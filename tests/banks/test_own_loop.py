@@ -77,6 +77,18 @@ def test_the_rows_descend_the_loss_as_positives_and_climb_it_as_negatives(positi
     assert torch.allclose(bank.rows.weight, before - 0.5 * expected, atol=1e-12)
 
 
+def test_a_warm_start_moves_no_row_and_its_keys_fill_the_bank():
+    bank = LearnableBank(size=2 * B, dim=D)
+    for step in range(2):
+        q, k = embeddings(step, dtype=torch.float32)
+        before = bank.rows.weight.detach().clone()
+        bank.loss(q.requires_grad_(), k, positive="key", learn=False).backward()
+        bank.update()
+        assert torch.equal(bank.rows.weight, before)
+        bank.fill(F.normalize(k, dim=1), step)
+        assert torch.equal(bank.rows.weight[step * B : (step + 1) * B], F.normalize(k, dim=1))
+
+
 def test_a_queue_takes_the_steps_keys_of_all_calls_once_and_none_in_eval_mode():
     bank = FifoBank(size=20, dim=D).double()
     (q1, k1), (q2, k2) = embeddings(2), embeddings(3)

@@ -21,7 +21,11 @@ def layers(prefix: str, spec: str) -> State:
         if kind == "n":
             state |= {at + "weight": torch.randn(4)}
         if kind in ("n", "s"):
-            state |= {at + "running_mean": torch.randn(4), at + "running_var": torch.rand(4), at + "num_batches_tracked": torch.tensor(7)}
+            state |= {
+                at + "running_mean": torch.randn(4),
+                at + "running_var": torch.rand(4),
+                at + "num_batches_tracked": torch.tensor(7),
+            }
     return state
 
 
@@ -105,7 +109,10 @@ def dino_full(net: State) -> dict:
 
     import numpy as np
 
-    head = layers("head.mlp.", "0b 2b 4b") | {"head.last_layer.weight_g": torch.randn(4, 1), "head.last_layer.weight_v": torch.randn(4, 4)}
+    head = layers("head.mlp.", "0b 2b 4b") | {
+        "head.last_layer.weight_g": torch.randn(4, 1),
+        "head.last_layer.weight_v": torch.randn(4, 4),
+    }
     student = below("module.", below("backbone.", net) | head)
     inside = below("backbone.", other(net)) | other(head)
     teacher = inside if "cls_token" in net else below("module.", inside)
@@ -118,7 +125,9 @@ def dino_full(net: State) -> dict:
 
 def barlow_full(net: State) -> dict:
     state = below("module.", below("backbone.", net) | layers("projector.", "0 1n 3 4n 6"))
-    state |= {f"module.bn.{name}": torch.randn(4) for name in ("running_mean", "running_var")} | {"module.bn.num_batches_tracked": torch.tensor(3)}
+    state |= {f"module.bn.{name}": torch.randn(4) for name in ("running_mean", "running_var")} | {
+        "module.bn.num_batches_tracked": torch.tensor(3)
+    }
     return {"epoch": 1000, "model": state, **OPTIMIZER}
 
 
@@ -138,7 +147,14 @@ def cmc_moco(net: State) -> dict:
 
     model = below("encoder.module.", net | {"fc.weight": torch.randn(4, 4), "fc.bias": torch.randn(4)})
     ema = below("encoder.module.", other(net) | {"fc.weight": torch.randn(4, 4), "fc.bias": torch.randn(4)})
-    return {"opt": argparse.Namespace(alpha=0.9), "model": model, "contrast": {"memory": torch.randn(32, 4)}, "model_ema": ema, "epoch": 1, **OPTIMIZER}
+    return {
+        "opt": argparse.Namespace(alpha=0.9),
+        "model": model,
+        "contrast": {"memory": torch.randn(32, 4)},
+        "model_ema": ema,
+        "epoch": 1,
+        **OPTIMIZER,
+    }
 
 
 def instdisc(net: State) -> dict:
@@ -154,7 +170,9 @@ def children(net: State) -> State:
 
 
 def sela_training(net: State) -> dict:
-    state = below("features.", children(net)) | {f"top_layer{i}.{part}": torch.randn(4) for i in range(3) for part in ("weight", "bias")}
+    state = below("features.", children(net)) | {
+        f"top_layer{i}.{part}": torch.randn(4) for i in range(3) for part in ("weight", "bias")
+    }
     return {"epoch": 3, "arch": "resnetv2", "state_dict": state, "L": torch.arange(7), **OPTIMIZER}
 
 
@@ -165,7 +183,10 @@ def sela_released(net: State) -> dict:
 def vissl(net: State) -> dict:
     heads = layers("0.clf.", "0b 2b") | {"0.prototypes0.weight": torch.randn(30, 4)}
     model = {"trunk": below("_feature_blocks.", net), "heads": heads}
-    inner = {"base_model": {"model": model, "meta": {}}, "loss": {"momentum_teacher.trunk._feature_blocks.conv1.weight": torch.randn(2)}}
+    inner = {
+        "base_model": {"model": model, "meta": {}},
+        "loss": {"momentum_teacher.trunk._feature_blocks.conv1.weight": torch.randn(2)},
+    }
     return {"phase_idx": 3, "iteration": 5, "train_phase_idx": 3, "loss": {}, "classy_state_dict": inner, "type": "consolidated"}
 
 
@@ -186,25 +207,49 @@ def simclr2(net: State) -> dict:
             kind, number = part[2][:-1], int(part[2][-1])
             at = names[kind].format(2 * (number - 1) + (kind == "bn"))
             state[f"net.{part[0][-1]}.blocks.{part[1]}.{at}.{part[-1]}"] = value
-    return {"resnet": state | {"fc.weight": torch.randn(1000, 4), "fc.bias": torch.randn(1000)}, "head": layers("layers.", "0 1n 3 4n 6 7n")}
+    return {
+        "resnet": state | {"fc.weight": torch.randn(1000, 4), "fc.bias": torch.randn(1000)},
+        "head": layers("layers.", "0 1n 3 4n 6 7n"),
+    }
 
 
-LIGHTNING = {"epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.1.0", "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
+LIGHTNING = {
+    "epoch": 3,
+    "global_step": 9,
+    "pytorch-lightning_version": "2.1.0",
+    "loops": {},
+    "callbacks": {},
+    "optimizer_states": [],
+    "lr_schedulers": [],
+}
 
 
 def lightly_byol(net: State) -> dict:
     """Of its ImageNet benchmarks."""
     head = layers("layers.", "0 1n 3b")
-    state = below("backbone.", net) | below("teacher_backbone.", other(net)) | below("projection_head.", head) | below("prediction_head.", other(head))
+    state = (
+        below("backbone.", net)
+        | below("teacher_backbone.", other(net))
+        | below("projection_head.", head)
+        | below("prediction_head.", other(head))
+    )
     state |= below("teacher_projection_head.", other(head))
-    state |= {"online_classifier.classification_head.weight": torch.randn(10, 4), "online_classifier.classification_head.bias": torch.randn(10)}
+    state |= {
+        "online_classifier.classification_head.weight": torch.randn(10, 4),
+        "online_classifier.classification_head.bias": torch.randn(10),
+    }
     return {**LIGHTNING, "state_dict": state}
 
 
 def lightly_dino(net: State) -> dict:
     """Of its ImageNet benchmarks: `backbone` is the teacher's."""
     head = layers("layers.", "0b 2b 4b") | {"last_layer.weight_g": torch.randn(4, 1), "last_layer.weight_v": torch.randn(4, 4)}
-    state = below("student_backbone.", net) | below("backbone.", other(net)) | below("projection_head.", head) | below("student_projection_head.", other(head))
+    state = (
+        below("student_backbone.", net)
+        | below("backbone.", other(net))
+        | below("projection_head.", head)
+        | below("student_projection_head.", other(head))
+    )
     return {**LIGHTNING, "state_dict": state | {"criterion.center": torch.randn(1, 1, 4)}}
 
 
@@ -218,18 +263,31 @@ def lightly_moco_example(net: State) -> dict:
 def solo_moco(net: State) -> dict:
     head = layers("projector.", "0b 2b")
     state = below("backbone.", net) | below("momentum_backbone.", other(net)) | head | below("momentum_", other(head))
-    state |= {"classifier.weight": torch.randn(10, 4), "classifier.bias": torch.randn(10), "queue": torch.randn(2, 4, 32), "queue_ptr": torch.tensor([0])}
+    state |= {
+        "classifier.weight": torch.randn(10, 4),
+        "classifier.bias": torch.randn(10),
+        "queue": torch.randn(2, 4, 32),
+        "queue_ptr": torch.tensor([0]),
+    }
     return {**LIGHTNING, "state_dict": state}
 
 
 def solo_barlow_old(net: State) -> dict:
-    state = below("encoder.", net) | layers("projector.", "0b 1n 3b 4n 6b") | {"classifier.weight": torch.randn(10, 4), "classifier.bias": torch.randn(10)}
+    state = (
+        below("encoder.", net)
+        | layers("projector.", "0b 1n 3b 4n 6b")
+        | {"classifier.weight": torch.randn(10, 4), "classifier.bias": torch.randn(10)}
+    )
     return {**LIGHTNING, "state_dict": state}
 
 
 def stable_pretraining(net: State) -> dict:
     state = below("backbone.student.", net) | below("backbone.teacher.", other(net)) | {"backbone.ema_coefficient": torch.tensor(0.9)}
-    state |= layers("projector.student.", "0b 1n 3b") | layers("projector.teacher.", "0b 1n 3b") | {"callbacks_modules.probe.weight": torch.randn(3, 4)}
+    state |= (
+        layers("projector.student.", "0b 1n 3b")
+        | layers("projector.teacher.", "0b 1n 3b")
+        | {"callbacks_modules.probe.weight": torch.randn(3, 4)}
+    )
     return {**LIGHTNING, "state_dict": state}
 
 
@@ -245,7 +303,14 @@ def torchvision_training(net: State) -> dict:
     import argparse
 
     averaged = below("module.", other(net)) | {"n_averaged": torch.tensor(3)}
-    return {"model": net, "model_ema": averaged, "args": argparse.Namespace(model="resnet50"), "epoch": 9, "lr_scheduler": {}, **OPTIMIZER}
+    return {
+        "model": net,
+        "model_ema": averaged,
+        "args": argparse.Namespace(model="resnet50"),
+        "epoch": 9,
+        "lr_scheduler": {},
+        **OPTIMIZER,
+    }
 
 
 def timm_training(net: State) -> dict:

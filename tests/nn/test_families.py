@@ -83,7 +83,9 @@ def test_a_backbone_is_read_whole_by_the_keys_or_by_the_name_and_all_else_is_cou
         assert not left or told.endswith("left out: " + ", ".join(f"{count} ({what})" for what, count in left.items()))
 
 
-@pytest.mark.parametrize("kind", ["moco_v2", "mocov3", "lightly_byol", "solo_moco", "pycontrast", "timm_training", "torchvision_training"])
+@pytest.mark.parametrize(
+    "kind", ["moco_v2", "mocov3", "lightly_byol", "solo_moco", "pycontrast", "timm_training", "torchvision_training"]
+)
 def test_the_twins_backbone_is_taken_where_it_is_asked_for_and_only_where_there_is_one(tmp_path, kind):
     net, backbone = noise(resnet().state_dict()), resnet()
     torch.manual_seed(1)
@@ -107,7 +109,9 @@ def test_vits_of_dino_mocov3_and_their_heads_of_attention(tmp_path):
         load_backbone(path, f"{format}:online", backbone)
         assert_holds(backbone, net)
         for said in (None, format):
-            with pytest.raises(UserError, match=f"{format}'s ViT-S has {heads} attention heads, this backbone {18 - heads}; take backbone="):
+            with pytest.raises(
+                UserError, match=f"{format}'s ViT-S has {heads} attention heads, this backbone {18 - heads}; take backbone="
+            ):
                 load_backbone(path, said, vit(**wide, num_heads=18 - heads))
 
 
@@ -123,7 +127,9 @@ def test_dinov2_by_the_names_that_timm_gives_it(tmp_path, registers):
     expected = timm.models.vision_transformer.checkpoint_filter_fn(dict(theirs), vit(**options))
     load_backbone(saved(tmp_path / "dinov2.pth", theirs), None, backbone)
     assert_holds(backbone, {name: expected[name] for name in backbone.state_dict()})
-    chunked = {f"backbone.{name.replace('blocks.', 'blocks.0.')}": x for name, x in theirs.items()} | {"dino_head.last_layer.weight": torch.randn(3)}
+    chunked = {f"backbone.{name.replace('blocks.', 'blocks.0.')}": x for name, x in theirs.items()} | {
+        "dino_head.last_layer.weight": torch.randn(3)
+    }
     again = vit(**options)
     load_backbone(saved(tmp_path / "teacher.pth", {"teacher": chunked}), "dinov2", again)
     assert_holds(again, backbone.state_dict())
@@ -166,7 +172,11 @@ def test_transformers_names_of_a_resnet_and_of_a_vit(tmp_path):
         else:
             new = {"cls_token": "cls_token", "pos_embed": "position_embeddings"}.get(name)
             state["embeddings." + (new or name.replace("patch_embed.proj", "patch_embeddings.projection"))] = value
-    load_backbone(saved(tmp_path / "vit.pth", state | {"pooler.dense.weight": torch.randn(4, 4), "pooler.dense.bias": torch.randn(4)}), "transformers", backbone)
+    load_backbone(
+        saved(tmp_path / "vit.pth", state | {"pooler.dense.weight": torch.randn(4, 4), "pooler.dense.bias": torch.randn(4)}),
+        "transformers",
+        backbone,
+    )
     assert_holds(backbone, net)
 
 
@@ -211,7 +221,9 @@ def test_a_method_takes_projector_predictor_and_twin_too(tmp_path):
     from caco.nn.heads import Encoder, Projector
 
     head = {"hidden_dim": 16, "dim": 8, "layers": 2, "batch_norm": True, "bias": False, "last_batch_norm": True, "last_affine": False}
-    made = [MoCoV3(encoder=Encoder(backbone=resnet(), projector=Projector(in_dim=64, **head)), predictor_hidden_dim=16) for _ in range(2)]
+    made = [
+        MoCoV3(encoder=Encoder(backbone=resnet(), projector=Projector(in_dim=64, **head)), predictor_hidden_dim=16) for _ in range(2)
+    ]
     source, method = made
     source.load_state_dict(noise(source.state_dict()))
     state = {}
@@ -275,7 +287,9 @@ def test_settings_and_numbers_beside_the_weights_are_read_without_being_made_and
             load_backbone(path, None, resnet())
 
 
-@pytest.mark.parametrize("name, expected", [("byol.pkl", "runs code when it is read"), ("model.ckpt.index", "a checkpoint of TensorFlow's")])
+@pytest.mark.parametrize(
+    "name, expected", [("byol.pkl", "runs code when it is read"), ("model.ckpt.index", "a checkpoint of TensorFlow's")]
+)
 def test_files_of_other_programs_are_named(tmp_path, name, expected):
     (tmp_path / name).write_bytes(b"\x80\x02.")
     with pytest.raises(UserError, match=expected):
@@ -287,7 +301,16 @@ def test_a_networks_tensors_are_as_many_as_the_sheet_of_layouts_counts():
     with torch.device("meta"):
         names = [name for name in torchvision.models.resnet50().state_dict() if not name.startswith("fc.")]
     net = {name: torch.zeros(1) for name in names}
-    counted = {"moco_v1": 642, "moco_v2": 646, "adco": 644, "caco": 662, "mocov3": 663, "simsiam": 343, "swav": 328, "deepcluster": 330}
+    counted = {
+        "moco_v1": 642,
+        "moco_v2": 646,
+        "adco": 644,
+        "caco": 662,
+        "mocov3": 663,
+        "simsiam": 343,
+        "swav": 328,
+        "deepcluster": 330,
+    }
     for kind, count in counted.items():
         content = getattr(families, kind)(net)
         assert len(content.get("state_dict", content)) == count, kind

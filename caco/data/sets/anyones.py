@@ -42,7 +42,15 @@ def rgb(image: Any, name: str) -> Image.Image:
 class DatasetImages(Source):
     """The images of a dataset of anyone's, read when asked for."""
 
-    def __init__(self, dataset: Indexed, *, name: str, labels: np.ndarray | None, indices: np.ndarray | None = None, classes: list[str] | None = None):
+    def __init__(
+        self,
+        dataset: Indexed,
+        *,
+        name: str,
+        labels: np.ndarray | None,
+        indices: np.ndarray | None = None,
+        classes: list[str] | None = None,
+    ):
         self._dataset, self.name, self.classes = dataset, name, classes
         self._indices = np.arange(len(dataset)) if indices is None else indices
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
@@ -88,7 +96,9 @@ def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Sourc
         number = len(images)
         first = images[0] if number else None
     except (TypeError, KeyError, IndexError) as error:
-        raise UserError(f"{name}: expected arrays, Pillow images or a dataset with a length and an index, got {type(images).__name__}") from error
+        raise UserError(
+            f"{name}: expected arrays, Pillow images or a dataset with a length and an index, got {type(images).__name__}"
+        ) from error
     if not number:
         raise UserError(f"{name}: expected images, got none")
     rgb(first[0] if isinstance(first, (tuple, list)) else first, f"{name}, image 0")
@@ -101,7 +111,9 @@ def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Sourc
         if wrong is not None:
             rgb(images[wrong], f"{name}, image {wrong}")
         else:
-            return ImagesInMemory(images if isinstance(images, np.ndarray) else list(images), name=name, labels=labels, classes=classes)
+            return ImagesInMemory(
+                images if isinstance(images, np.ndarray) else list(images), name=name, labels=labels, classes=classes
+            )
     return DatasetImages(images, name=name, labels=labels, classes=classes)
 
 

@@ -1,7 +1,7 @@
 """The views of a recipe as transforms in a program of one's own: of one image, or of a batch of them.
 
-    two = Transform(views)                     # of one image two tensors [3, H, W], of a batch two of [B, 3, H, W]; other draws at each call
-    plain = Preprocessing(views)               # what evaluations take of an image, always the same
+two = Transform(views)                     # of one image two tensors [3, H, W], of a batch two of [B, 3, H, W]; other draws at each call
+plain = Preprocessing(views)               # what evaluations take of an image, always the same
 """
 
 from collections.abc import Sequence
