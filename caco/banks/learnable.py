@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from caco.banks import motion, reweighted, scoring
+from caco import distributed
+from caco.banks import motion, own_loop, reweighted, scoring
 from caco.banks.balance import mean_activation_divergence
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
@@ -16,6 +17,8 @@ from caco.schedules import RunShape, Table, warmup_and_cosine
 
 class LearnableBank(nn.Module, Bank):
     """K rows that take a cooperative-adversarial gradient step with every optimiser step.
+
+    In one's own loop it takes `loss` and `update` (caco/banks/own_loop.py); an optimiser that is given its parameters leaves them alone.
 
     Args:
         size: rows, K. The paper's 1M, 2M, 4M, 8M, 12M are 8192, 16384, 32768, 65536, 98304.
@@ -51,7 +54,7 @@ class LearnableBank(nn.Module, Bank):
         *,
         size: Several,
         dim: Width,
-        seed: Seed,
+        seed: Seed = 0,
         pull: NonNegative = 1.0,
         push: NonNegative = 1.0,
         lr: NonNegative = 3.0,
@@ -93,6 +96,7 @@ class LearnableBank(nn.Module, Bank):
         self.filled_by_keys = initialisation == "keys"
         self.default_warm_start_passes = 1 if self.filled_by_keys else 0
         self.needs_whole_batch = balance > 0
+        self.keys: list[Tensor] = []  # of the step in progress, those of all ranks, that `loss` was given, for rows that are renewed
         self.anchors: list[scoring.Anchors] = []  # of the rows by the step in progress
 
     def rates(self, run: RunShape) -> Table:
@@ -100,6 +104,32 @@ class LearnableBank(nn.Module, Bank):
         scale = run.batch / self.lr_reference_batch if self.lr_reference_batch else 1.0
         final_lr = self.lr if self.final_lr is None else self.final_lr
         return warmup_and_cosine(run, self.lr * scale, final_lr * scale, self.warmup_epochs)
+
+    def loss(
+        self, q_BD: Tensor, k_BD: Tensor, *, temperature: float = 0.08, positive: own_loop.PositiveOf = "row", extra_BE: Tensor | None = None,
+        learn: bool = True,
+    ) -> Tensor:
+        """-log p of each query's positive among all rows of the bank and any extra columns (Eq. 3), averaged over this rank's queries.
+
+        Its backward pass gives gradients to the queries, to the extra columns and, with positive="key", to keys that take one; what it
+        asks of the rows is noted for `update`. Several calls, of several pairs of views or parts of a batch, add up until then. With a
+        process group every call is a collective, of as many queries on each rank; gradients are then to be averaged over the ranks.
+
+        Args:
+            q_BD: embeddings of the encoder, of any length: unit vectors are made of them here. bf16 ones are scored in float32; under
+                autocast of bf16 the products may round their factors, as in a run with precision=bf16.
+            k_BD: embeddings of the same images' other views, in general of a momentum twin (caco.nn.twin.MomentumTwin).
+            temperature: tau; 0.08 in CaCo.
+            positive: "row": the bank's row that is nearest to the key (CaCo, Eq. 11); "key": the key itself, and all rows are negatives
+                (AdCo).
+            extra_BE: cosines of the queries with further negatives, not divided by tau; -inf masks one out.
+            learn: whether the rows are to move for it; not in a warm start, whose keys `fill` writes over them.
+        Returns:
+            a scalar.
+        Raises:
+            UserError: shapes, precisions or devices that do not fit, all of them at once; queries that are not finite.
+        """
+        return own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE, learn=learn)
 
     def score(
         self,
@@ -147,18 +177,21 @@ class LearnableBank(nn.Module, Bank):
         return motion.row_gradient(self.rows.weight, self.rows.first, anchors, pull=self.pull, push=self.push)
 
     @torch.no_grad()
-    def update(self, *, lr: float, keys_GD: Tensor) -> None:
+    def update(self, *, lr: float | None = None, keys_GD: Tensor | None = None) -> None:
         """Move the rows along the gradients asked for since the last update (`equations.bank_update`).
 
         Args:
-            keys_GD: for rows that are renewed.
+            lr: of this step; None for the constructor's.
+            keys_GD: all ranks' unit keys of the step, for rows that are renewed; None for those that `loss` was given.
         """
         if not self.anchors:
             return
         motion.move(
             self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors),
-            pull=self.pull, push=self.push, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, normalise=self.reading == "paper",
+            pull=self.pull, push=self.push, lr=self.lr if lr is None else lr, momentum=self.momentum, weight_decay=self.weight_decay,
+            normalise=self.reading == "paper",
         )  # fmt: skip
         self.anchors.clear()
         if self.rows.renewed_after_steps:
-            self.rows.renew(keys_GD)
+            self.rows.renew(torch.cat(self.keys) if keys_GD is None else keys_GD)
+        self.keys.clear()

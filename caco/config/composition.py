@@ -17,7 +17,7 @@ from yaml import MarkedYAMLError
 
 from caco.config import folders
 from caco.config.folders import CONF
-from caco.config.schema import EvaluateRoot, ExportRoot, Root
+from caco.config.schema import EmbedRoot, EvaluateRoot, ExportRoot, Root
 from caco.errors import UserError
 from caco.installed import is_installed
 from caco.runs.identity import file_digest, run_name
@@ -28,6 +28,7 @@ def register() -> None:
     ConfigStore.instance().store("schema", Root)
     ConfigStore.instance().store("evaluate_schema", EvaluateRoot)
     ConfigStore.instance().store("export_schema", ExportRoot)
+    ConfigStore.instance().store("embed_schema", EmbedRoot)
     ConfigStore.instance().store("of_the_run", {})  # caco/config/pretrained.py replaces it by what a run recorded
     ConfigStore.instance().store("bank_learning_taken_whole", bank_learning_taken_whole())
     ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")

@@ -70,7 +70,7 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     The folder of the user's own that the run recorded is looked into from then on.
 
     Args:
-        name: "evaluate" or "export".
+        name: "evaluate", "export" or "embed".
     Raises:
         UserError: one line per problem.
     """
@@ -114,4 +114,6 @@ def _recorded(run_dir: Path, root: schema.AnyRoot, chosen: dict[str, Any]) -> di
     folders.use_recorded(tree.get("config_dir"))
     tree["batch"] = max(1, min(tree["batch"], 512))  # as in training: then features, and what is counted on them, are the same
     taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed", "batch")
+    if root is schema.EmbedRoot:  # its images are others
+        tree.pop("data", None)
     return {key: tree[key] for key in taken if key in root.__dataclass_fields__ and key in tree and key not in chosen}

@@ -118,5 +118,23 @@ class ExportRoot:
     augmentation: Any = MISSING
 
 
-AnyRoot = type[Root] | type[EvaluateRoot] | type[ExportRoot]
-ROOTS: dict[str, AnyRoot] = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot}
+@dataclass
+class EmbedRoot:
+    """As Root, of conf/embed.yaml."""
+
+    run: str | None = MISSING
+    weights: str | None = MISSING
+    format: str | None = MISSING
+    weights_digest: str | None = MISSING
+    to: str | None = MISSING
+    batch: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    backbone: Any = MISSING
+    augmentation: Any = MISSING
+    data: Any = MISSING
+    loader: Any = MISSING
+
+
+AnyRoot = type[Root] | type[EvaluateRoot] | type[ExportRoot] | type[EmbedRoot]
+ROOTS: dict[str, AnyRoot] = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot, "embed": EmbedRoot}

@@ -25,7 +25,10 @@ from caco.runs import renamed
 from caco.runs.identity import file_digest, flat, plain, read_yaml
 
 COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
-FORMATS = ("caco", "adco", "moco", "torchvision", "timm")  # of released weights, caco/nn/weights.py
+FORMATS = (  # of released weights, caco/nn/formats.py
+    "caco", "adco", "moco", "torchvision", "timm", "transformers", "vissl", "dino", "dinov2", "lightly", "stable_pretraining", "solo",
+    "instdisc", "pycontrast", "pcl", "mocov3", "simsiam", "swav", "barlow", "vicreg", "simclr", "sela", "mmselfsup", "byol",
+)  # fmt: skip
 EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
 # Plain values that no YAML gives, because another component or the data decide them.
 SUPPLIED = {"projector": ("in_dim",), "method": ("num_images",)}
@@ -196,11 +199,13 @@ def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> 
     if weights is None:
         demand("format", tree["format"] is None, "null, as there is no weights=FILE")
     else:
-        demand("format", tree["format"] in FORMATS, f"one of {', '.join(FORMATS)}, that of weights={weights}")
+        family, _, choice = (tree["format"] or FORMATS[0]).partition(":")
+        expected = f"null, for what the keys of weights={weights} say, or one of {', '.join(FORMATS)}, with :online or :twin after it or not"
+        demand("format", family in FORMATS and choice in ("", "online", "twin"), expected)
 
 
 def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
-    """Plain values of conf/evaluate.yaml and conf/export.yaml."""
+    """Plain values of conf/evaluate.yaml, conf/export.yaml and conf/embed.yaml."""
     problems, demand = _demands(tree)
     if (tree["run"] is None) == (tree["weights"] is None):
         got = "both" if tree["run"] else "neither"
@@ -209,13 +214,21 @@ def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
     if "layouts" in tree:
         demand("to", tree["to"] is not None, "a folder to write to, as to=FOLDER")
         demand("layouts", bool(tree["layouts"]) and set(tree["layouts"]) <= set(EXPORTS), f"some of {', '.join(EXPORTS)}")
-    else:
-        demand("batch", tree["batch"] >= 1, "at least 1 image")
+        return problems
+    demand("batch", tree["batch"] >= 1, "at least 1 image")
+    demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
+    demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+    if "eval" in tree:
         demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
-        demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
-        demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         demand("overlap", tree["overlap"] in ("refuse", "allow"), "refuse or allow")
         demand("eval", bool(tree["eval"]), "at least one evaluator, as eval=[knn,linear]")
+    else:
+        demand("to", (tree["to"] or "").endswith((".npz", ".parquet")), "a file to write to, as to=FILE.npz or to=FILE.parquet")
+        if (tree["to"] or "").endswith(".parquet") and not is_installed("pyarrow"):
+            problems.append("to: a .parquet is written by pyarrow, which is not installed: pip install pyarrow, or take to=FILE.npz")
+        unreadable = tree["loader"].get("corrupt", "fail") if isinstance(tree["loader"], dict) else "fail"
+        if unreadable != "fail":
+            problems.append(f"loader.corrupt: expected fail, got {unreadable!r}: an image that cannot be read would get another's features")
     return problems
 
 

@@ -1,6 +1,7 @@
 """From a checked configuration of caco.evaluate to results: whose weights, which images, what is not known yet."""
 
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.
     """
     if location is None:
         path = expanded(cfg.weights)
-        weights.load_backbone(path, cfg.format, backbone)
+        message = weights.load_backbone(path, cfg.format, backbone)
+        if distributed.is_main():
+            print(f"caco: {message}", file=sys.stderr)
         return path, 0
     if location.checkpoint is not None:
         path = location.checkpoint

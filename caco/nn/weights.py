@@ -1,7 +1,6 @@
-"""Weights from elsewhere: our own checkpoints, the released CaCo, AdCo and MoCo ones, torchvision's and timm's.
+"""Weights from elsewhere: our own checkpoints, released ones of many families, torchvision's and timm's.
 
-Whatever the layout, its tensors are first given our own names, those of a method's state_dict; then all go one way.
-torchvision, timm and the released checkpoints name a ResNet's layers alike, so its names need no table.
+Whatever the layout, its tensors are first given our own names, those of a method's state_dict (caco/nn/formats.py); then all go one way.
 """
 
 import pickle
@@ -17,19 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from caco.errors import UserError
+from caco.nn.formats import BACKBONE, EVALUATED, FORMATS, HEADS_OF_384, TWIN, Reading, below, reading
 from caco.runs import checkpoint
 
-OURS, RELEASED, PLAIN = "a checkpoint of this program", "encoder_q, encoder_k", "one network"
-LAYOUTS = {
-    "caco": (OURS, RELEASED),
-    "adco": (RELEASED,),
-    "moco": (RELEASED,),
-    "torchvision": (PLAIN,),
-    "timm": (PLAIN,),
-}
 CLASSIFIERS = ("fc.", "head.", "classifier.")  # of torchvision's and timm's models, left out where the backbone has none
-STUDENT, EVALUATED = "encoder.backbone.", "evaluated."  # in our names: the backbone that learns, and that which is evaluated if it is another
 OWN_OF_A_RUN = ("rows.velocity", "rows.uses")  # the bank's momentum and statistics: a new run starts its own
+CHOICES = ("online", "twin")
 
 
 class Initialised(Protocol):
@@ -43,7 +35,7 @@ class Initialised(Protocol):
     def overwritten(self) -> set[str]: ...
 
 
-def initialise(method: Initialised, path: Path | str, format: str) -> str:
+def initialise(method: Initialised, path: Path | str, format: str | None) -> str:
     """Give a freshly built method the weights of a file, and say what it got.
 
     The backbone must fit. The projector, the momentum twin, the bank and what else a method has are taken where the
@@ -55,11 +47,12 @@ def initialise(method: Initialised, path: Path | str, format: str) -> str:
     Raises:
         ValueError: as in `load_backbone`.
     """
-    named = read(path, format)
+    found = read(path, format)
+    named = found.named
     parts = dict(method.named_children())
     encoder, twin, bank = parts.pop("encoder"), parts.pop("twin", None), parts.pop("bank", None)
     projector = encoder.get_submodule("projector")
-    _fill_backbone(encoder.get_submodule("backbone"), _below(named, STUDENT), path)
+    filled = _fill_backbone(encoder.get_submodule("backbone"), below(named, BACKBONE), path, found, _family(format))
     loaded, fresh = ["backbone"], list[str]()
 
     def take(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> bool:
@@ -69,13 +62,13 @@ def initialise(method: Initialised, path: Path | str, format: str) -> str:
         (loaded if fits else fresh).append(name)
         return fits
 
-    has_projector = take("projector", projector, _below(named, "encoder.projector."))
+    has_projector = take("projector", projector, below(named, "encoder.projector."))
     for name, module in parts.items():  # a predictor, for example
         if name not in method.overwritten() and module.state_dict():
-            take(name, module, _below(named, f"{name}."))
+            take(name, module, below(named, f"{name}."))
     if twin is not None:
         of_twin = twin.get_submodule("encoder")
-        theirs = _below(named, "twin.encoder.")
+        theirs = below(named, "twin.encoder.")
         if not has_projector:
             theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith("projector.")}
             theirs |= {f"projector.{name}": tensor for name, tensor in projector.state_dict().items()}
@@ -86,60 +79,103 @@ def initialise(method: Initialised, path: Path | str, format: str) -> str:
             of_twin.load_state_dict(theirs, strict=False)
             loaded.append("twin")
     if bank is not None:
-        rows = {name: tensor for name, tensor in _below(named, "bank.").items() if name not in OWN_OF_A_RUN}
+        rows = {name: tensor for name, tensor in below(named, "bank.").items() if name not in OWN_OF_A_RUN}
         whole = (getattr(bank, "size"), bank.get_parameter("rows.weight").shape[1])  # of all ranks' shards
         if has_projector and "bank" not in method.overwritten() and "rows.weight" in rows and rows["rows.weight"].shape == whole:
             bank.load_state_dict(rows, strict=False)
             loaded.append("bank")
         else:
             fresh.append("bank")
-    message = f"weights of {path} ({format}): {', '.join(loaded)}"
+    message = f"{filled}\ncaco: weights of {path} ({format or found.family}): {', '.join(loaded)}"
     return message + (f"; as initialised: {', '.join(fresh)}" if fresh else "")
 
 
-def load_backbone(path: Path | str, format: str, backbone: nn.Module) -> None:
-    """Give a backbone the weights of a file; of an encoder and its momentum twin, the encoder's, unless the run that saved them says
-    that it evaluated the twin's (DINO).
+def load_backbone(path: Path | str, format: str | None, backbone: nn.Module) -> str:
+    """Give a backbone the weights of a file, and say what it got; of an encoder and its momentum twin, the encoder's, unless that family
+    evaluates the twin's (DINO), or the run that saved them did.
 
     Raises:
         ValueError: as in `read`; or the file's network has another architecture.
     """
-    named = read(path, format)
-    _fill_backbone(backbone, _below(named, EVALUATED) or _below(named, STUDENT), path)
+    found = read(path, format)
+    return _fill_backbone(backbone, below(found.named, EVALUATED) or below(found.named, BACKBONE), path, found, _family(format))
 
 
-def read(path: Path | str, format: str) -> dict[str, Tensor]:
+def read(path: Path | str, format: str | None) -> Reading:
     """The tensors of a file under the names of a method's state_dict, on the CPU. Nothing in the file is run.
 
     Args:
         path: a file of torch.save, or .safetensors.
-        format: caco (our checkpoints and the authors'), adco, moco, torchvision or timm.
+        format: one of `FORMATS` (docs/weights.md), or None to go by the file's keys; `FORMAT:twin` takes the momentum twin's weights for the
+            encoder's (and what timm's training averages), `FORMAT:online` the encoder's where the family evaluates the twin's.
     Raises:
         ValueError: no such file or format; the file is damaged, holds more than data, or looks like another format.
     """
-    if format not in LAYOUTS:
-        raise UserError(f"format: expected one of {', '.join(LAYOUTS)}; got {format!r}")
+    family, _, choice = (format or "").partition(":")
+    if family and family not in FORMATS or choice and choice not in CHOICES:
+        raise UserError(f"format: expected one of {', '.join(FORMATS)}, with :online or :twin after it or not; got {format!r}")
     content = _content(Path(path))
-    layout, named = _in_our_names(content)
-    if not named:
+    try:
+        found = reading(content if isinstance(content, dict) else {}, choice or None)
+    except UserError as error:
+        raise UserError(f"weights={path}: {error}") from error
+    if not found.named:
         keys = [key[:60] if isinstance(key, str) else type(key).__name__ for key in list(content)[:5]] if isinstance(content, dict) else []
         shown = ", ".join(keys) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"weights={path}: expected a network's state_dict; got {shown or 'nothing'}")
-    if layout not in LAYOUTS[format]:
-        others = " or ".join(f"format={name}" for name, layouts in LAYOUTS.items() if layout in layouts)
-        raise UserError(f"weights={path}: its keys look like {others} ({layout}); got format={format}")
-    return named
+    if family and family not in found.formats:
+        others = " or ".join(f"format={name}" for name in found.formats)
+        raise UserError(f"weights={path}: its keys look like {others} ({found.family}); got format={format}")
+    return _chosen(found, choice, path)
+
+
+def _chosen(found: Reading, choice: str, path: Path | str) -> Reading:
+    """The reading with the encoder that was asked for."""
+    if not choice:
+        return found
+    named = {name: tensor for name, tensor in found.named.items() if not name.startswith(EVALUATED)}
+    if choice == "twin":
+        if not below(named, TWIN + BACKBONE):
+            raise UserError(f"weights={path}: format=...:twin expects a momentum twin, or an average of the weights; {found.family} has none here")
+        encoder = below(named, TWIN)
+        named = {name: tensor for name, tensor in named.items() if not name.startswith("encoder.")} | encoder
+    return found._replace(named=named, evaluated=choice)
+
+
+def _family(format: str | None) -> str | None:
+    return None if format is None else format.partition(":")[0]
+
+
+class _Inert:
+    """In the place of what training saves beside the weights: takes anything, holds nothing, does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        """Of whatever arguments."""
+
+    def __setstate__(self, _: object) -> None:
+        """Of whatever state."""
+
+
+# argparse's settings and NumPy's numbers, in old and new names: DINO, SwAV, CMC and torchvision save them. What a file calls so is `_Inert`.
+INERT = ("argparse.Namespace", "numpy.dtype") + tuple(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core"))
+ELSEWHERE = {
+    ".pkl": "a .pkl, which runs code when it is read: BYOL's and detectron2's. Take a converted file, or the one it was made from",
+    ".index": "a checkpoint of TensorFlow's: convert it first (github.com/tonylins/simclr-converter does SimCLR's)",
+}
 
 
 def _content(path: Path) -> object:
     if not path.is_file():
         raise UserError(f"weights={path}: there is no such file")
+    if path.suffix in ELSEWHERE:
+        raise UserError(f"weights={path}: expected a file of torch.save, or .safetensors; got {ELSEWHERE[path.suffix]}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path):
-            return checkpoint.contents(path)
-        return torch.load(path, map_location="cpu", weights_only=True)  # as torch wrote before 1.6
+        with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
+            if zipfile.is_zipfile(path):
+                return checkpoint.contents(path)
+            return torch.load(path, map_location="cpu", weights_only=True)  # as torch wrote before 1.6
     except UserError as error:
         code = _code(error.__cause__)
         raise UserError(
@@ -157,50 +193,6 @@ def _code(error: BaseException | None) -> str | None:
     return f"it asks for {found[1]}" if found else None
 
 
-def _in_our_names(content: object) -> tuple[str, dict[str, Tensor]]:
-    """A file's layout, and its tensors as a method's state_dict has them."""
-    if not isinstance(content, dict):
-        return PLAIN, {}
-    method = _tensors(content.get("method"))
-    if any(name.startswith(STUDENT) for name in method):
-        backbone = content.get("backbone")
-        evaluated = f"{backbone}." if isinstance(backbone, str) else STUDENT  # older checkpoints do not say
-        return OURS, method | ({} if evaluated == STUDENT else {EVALUATED + name: x for name, x in _below(method, evaluated).items()})
-    # Released pre-training and timm's training wrap the network as state_dict, torchvision's reference training as
-    # model; DistributedDataParallel prefixes its names.
-    inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    state = {name.removeprefix("module."): tensor for name, tensor in _tensors(inner).items()}
-    if not any(name.startswith("encoder_q.") for name in state):
-        return PLAIN, {STUDENT + name: tensor for name, tensor in state.items()}
-    named = {}
-    for theirs, ours in (("encoder_q.", "encoder."), ("encoder_k.", "twin.encoder.")):
-        for name, tensor in _below(state, theirs).items():
-            # The projector stands where a ResNet has its classifier: fc.0, fc.2, ... or, in MoCo v1, one layer alone.
-            head = re.fullmatch(r"fc\.(?:(\d+)\.)?(\w+)", name)
-            named[ours + (f"projector.{head[1] or 0}.{head[2]}" if head else f"backbone.{name}")] = tensor
-    columns = {**state, **_tensors(content.get("Memory_Bank"))}
-    for bank in ("W", "queue"):  # of CaCo and AdCo; of MoCo. Rows are columns there.
-        if bank in columns and columns[bank].ndim == 2:
-            named["bank.rows.weight"] = columns[bank].T
-    if "queue_ptr" in state and state["queue_ptr"].numel() == 1:
-        named["bank.next_row"] = state["queue_ptr"].reshape(())
-    return RELEASED, named
-
-
-def _tensors(state: object) -> dict[str, Tensor]:
-    """Those of a state that a module of ours could have: of plain numbers, and with contents."""
-    items = state.items() if isinstance(state, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value)}
-
-
-def _is_plain(value: Tensor) -> bool:
-    return value.layout == torch.strided and value.device.type == "cpu" and not (value.is_complex() or value.is_quantized)
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def _mismatches(module: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
     """Names that are missing, unexpected, of another shape."""
     own = module.state_dict()
@@ -215,8 +207,11 @@ def _mismatches(module: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str
     return missing, unexpected, shapes
 
 
-def _fill_backbone(backbone: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
-    own = backbone.state_dict()
+def _fill_backbone(
+    backbone: nn.Module, tensors: dict[str, Tensor], path: Path | str, found: Reading, family: str | None
+) -> str:
+    """Fill it whole or refuse; says what was loaded, left out and missing."""
+    own, given = backbone.state_dict(), len(tensors)
     tensors = {name: value for name, value in tensors.items() if name in own or not name.startswith(CLASSIFIERS)}
     missing, unexpected, shapes = _mismatches(backbone, tensors)
     if missing or unexpected or shapes:
@@ -227,4 +222,26 @@ def _fill_backbone(backbone: nn.Module, tensors: dict[str, Tensor], path: Path |
             if names
         ]
         raise UserError(f"weights={path}: another architecture than the backbone's; keys: {'; '.join(lines)}")
+    _refuse_other_heads(backbone, path, found, family)
     backbone.load_state_dict(tensors, strict=False)
+    left = found.left | ({"classifier": given - len(tensors)} if given > len(tensors) else {})
+    others = len(found.named) - len(below(found.named, EVALUATED)) - given
+    whose = "" if not below(found.named, TWIN + BACKBONE) else f", of the {'momentum twin' if found.evaluated == 'twin' else 'online network'}"
+    parts = [f"weights of {path} are {found.family} by their keys: {len(tensors)} of the backbone's {len(own)} tensors{whose}"]
+    if len(own) > len(tensors):
+        parts.append(f"{len(own) - len(tensors)} counters of batches are missing, and not needed")
+    parts += [f"{others} are of other parts that caco knows"] if others > 0 else []
+    parts += [f"left out: {', '.join(f'{count} ({kind})' for kind, count in left.items())}"] if left else []
+    return "; ".join(parts)
+
+
+def _refuse_other_heads(backbone: nn.Module, path: Path | str, found: Reading, family: str | None) -> None:
+    """A ViT-S has the same tensors whatever the number of its attention heads, so the family says it."""
+    known = family if family in HEADS_OF_384 else next((name for name in found.formats if len(found.formats) == 1 and name in HEADS_OF_384), None)
+    blocks = getattr(backbone, "blocks", None)
+    if known is None or blocks is None or getattr(backbone, "num_features", None) != 384:
+        return
+    heads = blocks[0].attn.num_heads
+    if heads != HEADS_OF_384[known]:
+        use = "backbone=mocov3_vit_small" if known == "mocov3" else "backbone=vit_small or dino_vit_small"
+        raise UserError(f"weights={path}: {known}'s ViT-S has {HEADS_OF_384[known]} attention heads, this backbone {heads}; take {use}")

@@ -13,7 +13,8 @@ import torch
 from damaging import damaged
 
 from caco.nn.backbones import small_resnet
-from caco.nn.weights import LAYOUTS, load_backbone
+from caco.nn.formats import FORMATS
+from caco.nn.weights import load_backbone
 
 SECONDS, MEGABYTES = 5.0, 400
 CALLS = [
@@ -110,7 +111,7 @@ def case(prepared: dict, rng: np.random.Generator) -> str:
     begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     word = "refused"
     try:
-        load_backbone(path, str(rng.choice(list(LAYOUTS))), prepared["backbone"])
+        load_backbone(path, str(rng.choice(list(FORMATS))), prepared["backbone"])
         word = "read"
     finally:
         assert not ran.exists(), "something in the file was run"

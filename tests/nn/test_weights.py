@@ -25,8 +25,9 @@ from caco.methods.contrastive import Contrastive
 from caco.methods.nnclr import NNCLR
 from caco.methods.sources import BatchBothViews, OtherView
 from caco.nn.backbones import timm_backbone
+from caco.nn.formats import FORMATS
 from caco.nn.heads import Encoder, Projector
-from caco.nn.weights import LAYOUTS, initialise, load_backbone
+from caco.nn.weights import initialise, load_backbone
 from caco.runs.checkpoint import load
 from caco.runs.identity import identity, run_hash
 from caco.tracking.ledger import read_rows
@@ -48,7 +49,7 @@ def test_a_released_file_gives_encoder_projector_twin_and_bank(tmp_path, kind, z
         assert method.bank.next_row == 12
     else:
         assert not method.bank.rows.velocity.any()  # the published momentum belongs to the published run
-    assert told == f"weights of {path} ({kind}): backbone, projector, twin, bank"
+    assert told.splitlines()[-1] == f"caco: weights of {path} ({kind}): backbone, projector, twin, bank"
 
 
 def test_a_twin_that_the_file_lacks_is_a_copy_of_the_encoder(tmp_path):
@@ -215,7 +216,8 @@ OWN = {"method": {f"encoder.backbone.{name}": value for name, value in resnet().
         (resnet().state_dict(), "adco", "look like format=torchvision or format=timm"),
         ({"epoch": 3, "arch": "resnet50"}, "moco", "expected a network's state_dict; got epoch, arch"),
         (torch.ones(3), "moco", "expected a network's state_dict; got Tensor"),
-        (OWN, "mocov3", "expected one of caco, adco, moco, torchvision, timm; got 'mocov3'"),
+        (OWN, "moco3", "expected one of caco, adco, moco, torchvision, timm, "),
+        (OWN, "moco:key", "with :online or :twin after it or not; got 'moco:key'"),
     ],
 )
 def test_another_format_is_refused_with_what_the_keys_look_like(tmp_path, content, format, expected):
@@ -275,8 +277,8 @@ def test_a_missing_file_is_refused(tmp_path):
     "overrides, expected",
     [
         (["weights=none.pth", "format=moco"], "weights: expected a file that is there and can be read, got 'none.pth'"),
-        (["weights={file}"], "format: expected one of caco, adco, moco, torchvision, timm, that of weights={file}, got None"),
-        (["weights={file}", "format=byol"], "format: expected one of caco, adco, moco, torchvision, timm, "),
+        (["weights={file}", "format=moco3"], "format: expected null, for what the keys of weights={file} say, or one of caco, adco, moco, "),
+        (["weights={file}", "format=moco:key"], "with :online or :twin after it or not, got 'moco:key'"),
         (["format=moco"], "format: expected null, as there is no weights=FILE, got 'moco'"),
         (["weights_digest=0123"], "weights_digest: expected it not to be set; weights=FILE does, got '0123'"),
     ],
@@ -290,7 +292,7 @@ def test_weights_and_format_go_together_and_are_checked_before_anything_starts(t
 
 
 def test_the_early_check_knows_the_formats_that_can_be_read():
-    assert set(validation.FORMATS) == set(LAYOUTS)
+    assert set(validation.FORMATS) == set(FORMATS)
 
 
 # Runs.

@@ -113,6 +113,16 @@ def folder(
     return Splits(pretrain.in_memory(in_memory_mb), labelled.train, labelled.test)
 
 
+def images(*, root: str | None) -> Splits:
+    """All images below a folder, whatever their folders are called, without labels, in the order of their names.
+
+    Raises:
+        FileError: no root given, or nothing there.
+        ValueError: no image.
+    """
+    return Splits(unlabelled_images(existing_root(root, example="data=images"), "images"), None, None)
+
+
 @holds(50_000)
 def cifar10_jpeg75(
     *, root: str | None, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0

@@ -1,0 +1,59 @@
+"""`python -m caco.embed` and `caco-embed`: a folder of images as a file of features."""
+
+import shutil
+
+from omegaconf import DictConfig
+
+from caco.config import pretrained
+from caco.errors import UserError
+from caco.evaluate import run_command
+from caco.runs import directory
+from caco.runs.paths import expanded, require_writable
+
+HELP = """\
+caco: a folder of images as a file of features.
+
+  python -m caco.embed run=RUN data.root=FOLDER to=FILE.npz       a run's directory, a checkpoint file or an MLflow run id
+  python -m caco.embed run=RUN data.root=FOLDER to=FILE.parquet
+  python -m caco.embed weights=FILE backbone=resnet50 data.root=FOLDER to=FILE.npz
+
+  .npz       numpy.load(FILE): features [N, D] float32, files [N] (below data.root), label [N] and classes where data= has labels
+  .parquet   a row for each image: file, features, and label where data= has labels
+
+Features are those of the backbone on the plain view, as evaluations see it; they are computed batch by batch in bounded memory. The same
+command again goes on where it stopped, to the same bytes. Every image below data.root is read, in the order of the names; another
+`data=`, images to train on first and then those to test.
+
+Groups, chosen by group=option:
+
+{groups}
+"""
+
+
+def main() -> None:
+    """The console script."""
+    run_command("embed", HELP, ("backbone", "augmentation", "data", "loader"), _embed)
+
+
+def _embed(cfg: DictConfig) -> None:
+    location = None if cfg.run is None else pretrained.locate(cfg.run)
+    to = expanded(cfg.to)
+    if to.is_dir():
+        raise UserError(f"to: expected a file, got {to}, which is a folder")
+    require_writable(to.parent, "to")
+    aside = to.with_name(f".{to.name}.unfinished")
+    if directory.is_first_rank():
+        aside.mkdir(parents=True, exist_ok=True)
+        directory.hold(aside)
+    from caco.engine.embedding import run_embedding  # here and not above: it imports torch
+
+    try:
+        run_embedding(cfg, location, to, aside)
+    except UserError:
+        if directory.is_first_rank() and not [path for path in aside.iterdir() if path.name != ".lock"]:
+            shutil.rmtree(aside)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""From a checked configuration of caco.embed to a file of features."""
+
+import json
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from caco import distributed
+from caco.config.composition import instantiate
+from caco.config.pretrained import Location
+from caco.data.sets.sources import Source
+from caco.data.views.augmentation import Views
+from caco.engine.assembly import build_splits, pick_device, refuse_unfit_backbone
+from caco.engine.evaluating import load_pretrained
+from caco.errors import UserError
+from caco.evals.features import FeatureStore
+from caco.evals.record import say_sometimes
+from caco.runs.paths import expanded
+from caco.saying import clock
+
+ROWS = 8192  # that are written at once
+
+
+def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: Path) -> None:
+    """Features of all images, kept aside batch by batch, then written into one file under its name; one that is there already stays.
+
+    Args:
+        location: the run whose backbone it is; None for weights=.
+        to: FILE.npz or FILE.parquet. aside: a folder for what is not finished, removed at the end.
+    Raises:
+        UserError: `to` holds something else; images that cannot be read.
+    """
+    began = time.monotonic()
+    device = pick_device(cfg.device)
+    distributed.start(device)
+    try:
+        main = distributed.is_main()
+        refuse_unfit_backbone(cfg)
+        backbone = instantiate(cfg.backbone)
+        load_pretrained(cfg, location, backbone)
+        backbone.to(device).to(memory_format=torch.channels_last).eval()
+        splits, views = build_splits(cfg), instantiate(cfg.augmentation)
+        say = say_sometimes(main)
+        sources = [source for source in dict.fromkeys([splits.pretrain, splits.train, splits.test]) if source is not None]
+        for source in sources:
+            source.look(say)
+        store = FeatureStore(
+            splits, views, batch=cfg.batch, device=device, precision=cfg.precision, loader=instantiate(cfg.loader), folder=aside, say=say,
+        )  # fmt: skip
+        store.all_ranks = distributed.world() > 1
+        about = distributed.together(lambda: _about(cfg, store, sources, backbone, views) if main else {})[0]
+        there = distributed.together(lambda: already(to, about) if main else None)[0]
+        if there is None:
+            features = [store.of(backbone, source, views) for source in sources]
+            distributed.together(lambda: _write(to, aside, features, sources, cfg, about) if main else None)
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+            number = sum(len(source) for source in sources)
+            done = f"finished in {clock(time.monotonic() - began)}" if there is None else f"finished already on {there}"
+            print(f"caco: {done}: {to} (features of {number:,} images)", file=sys.stderr)
+    finally:
+        distributed.stop()
+
+
+def _about(cfg: DictConfig, store: FeatureStore, sources: list[Source], backbone: torch.nn.Module, views: Views) -> dict[str, Any]:
+    """What decides the features, as plain values."""
+    return {
+        "backbone": store.digest_of(backbone),
+        "images": [source.digest() for source in sources],
+        "plain_view": [views.size, views.plain_crop, views.plain_interpolation, views.colours, views.mean, views.std],
+        "precision": cfg.precision,
+        "device": store.device.type,
+    }
+
+
+def already(to: Path, about: dict[str, Any]) -> str | None:
+    """The day on which this very file was written; None where none is there.
+
+    Raises:
+        UserError: what is there was made from something else.
+    """
+    if not to.exists():
+        return None
+    try:
+        if to.suffix == ".npz":
+            with np.load(to, allow_pickle=False) as file:
+                found = json.loads(str(file["about"]))
+        else:
+            from pyarrow import parquet
+
+            found = json.loads(parquet.read_schema(to).metadata[b"caco"])
+    except Exception as error:  # noqa: BLE001 - a file of anyone's leads its readers into errors of any type
+        raise UserError(f"to: {to} is there already and is no file of caco.embed's; choose another name, or remove it") from error
+    if found != about:
+        differs = ", ".join(name for name in about if found.get(name) != about[name])
+        raise UserError(f"to: {to} is there already, of another {differs}; choose another name, or remove it")
+    return time.strftime("%Y-%m-%d", time.localtime(to.stat().st_mtime))
+
+
+def names_of(source: Source, root: Path | None) -> list[str]:
+    """Of each image its file below the root, or, where it has none of its own, the set's name and the image's position."""
+    if not len(source) or source.path(0) is None:
+        return [f"{source.name}/{index}" for index in range(len(source))]
+    paths = [Path(path) for path in map(source.path, range(len(source))) if path is not None]
+    inside = root is not None and all(path.is_relative_to(root) for path in paths)
+    names = [str(path.relative_to(root)) if inside and root is not None else str(path) for path in paths]
+    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]  # a name may be of any bytes
+
+
+def _write(to: Path, aside: Path, features: list[Tensor], sources: list[Source], cfg: DictConfig, about: dict[str, Any]) -> None:
+    root = cfg.data.get("root")
+    files = [name for source in sources for name in names_of(source, None if root is None else expanded(root))]
+    labels = [source.labels for source in sources]
+    label = None if any(one is None or one.ndim != 1 for one in labels) else np.concatenate([one for one in labels if one is not None])
+    unfinished = aside / to.name
+    writer = _npz if to.suffix == ".npz" else _parquet
+    writer(unfinished, features, files, label, sources[0].classes, json.dumps(about))
+    unfinished.replace(to)
+
+
+def _pieces(features: list[Tensor]) -> Iterator[np.ndarray]:
+    """float32 [b, D], in order."""
+    for part in features:
+        for rows in part.split(ROWS):
+            yield rows.float().numpy()
+
+
+def _npz(
+    path: Path, features: list[Tensor], files: list[str], label: np.ndarray | None, classes: list[str] | None, about: str
+) -> None:
+    others = {"files": np.array(files), "about": np.array(about)}
+    if label is not None:
+        others |= {"label": label} | ({} if classes is None else {"classes": np.array(classes)})
+    with zipfile.ZipFile(path, "w") as archive:  # without dates: the same features are the same bytes
+        with archive.open(zipfile.ZipInfo("features.npy"), "w", force_zip64=True) as file:
+            shape = (len(files), features[0].shape[1])
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for rows in _pieces(features):
+                file.write(np.ascontiguousarray(rows, dtype="<f4").data)
+        for name, array in others.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _parquet(
+    path: Path, features: list[Tensor], files: list[str], label: np.ndarray | None, classes: list[str] | None, about: str
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    width, first = features[0].shape[1], 0
+    fields = [("file", pyarrow.string()), ("features", pyarrow.list_(pyarrow.float32(), width))]
+    fields += [] if label is None else [("label", pyarrow.int64())]
+    names = {} if classes is None else {"classes": json.dumps(classes)}
+    schema = pyarrow.schema(fields, metadata={"caco": about, **names})
+    with parquet.ParquetWriter(path, schema, compression="none") as writer:
+        for rows in _pieces(features):
+            part = slice(first, first + len(rows))
+            columns = [pyarrow.array(files[part]), pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), width)]
+            columns += [] if label is None else [pyarrow.array(label[part])]
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+            first += len(rows)

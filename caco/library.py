@@ -1,0 +1,127 @@
+"""What a program of one's own calls, without a command line: trained backbones with their preprocessing, views, evaluators.
+
+The bank and its loss are caco/banks/own_loop.py's, the momentum twin is caco.nn.twin.MomentumTwin.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from caco.config import composition, pretrained
+from caco.config.composition import instantiate
+from caco.config.folders import CONF
+from caco.data.sets.anyones import as_source
+from caco.data.sets.sources import Splits
+from caco.data.views.augmentation import Views
+from caco.data.views.transform import Preprocessing, Transform
+from caco.engine.assembly import pick_device
+from caco.engine.evaluating import load_pretrained
+from caco.errors import UserError
+from caco.evals.base import Evaluator
+from caco.evals.evaluation import Evaluation
+from caco.evals.extraction import Precision
+from caco.runs.identity import read_yaml
+
+
+class Loaded(NamedTuple):
+    """backbone: images float32 [B, 3, H, W] to features [B, D], on the CPU and in eval mode. preprocess: a Pillow image or an array, or a
+    batch of them, to those."""
+
+    backbone: nn.Module
+    preprocess: Preprocessing
+
+
+def load(run: str | Path | None = None, **chosen: Any) -> Loaded:
+    """A trained backbone and its preprocessing, to be unpacked: `backbone, preprocess = caco.load("runs/caco/NAME")`.
+
+    Args:
+        run: a run's directory, one of its checkpoint files, or its MLflow run id.
+        chosen: settings of caco.export by name, groups among them: `weights="FILE", backbone="resnet50"` in place of a run (docs/weights.md),
+            `augmentation="byol"` for other views.
+    Raises:
+        UserError: there is no such run, or the weights are of another backbone.
+    """
+    given = {**({} if run is None else {"run": str(run)}), **chosen}
+    words = [f"{key}={_word(value)}" for key, value in given.items()]
+    # An export's settings are those of a backbone and of the images that it takes; nothing is written.
+    cfg = pretrained.compose("export", [*words, "to=nowhere"])
+    location = None if cfg.run is None else pretrained.locate(cfg.run)
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten, and must not move the caller's generator
+        backbone = instantiate(cfg.backbone)
+    load_pretrained(cfg, location, backbone)
+    return Loaded(backbone.eval(), Preprocessing(instantiate(cfg.augmentation)))
+
+
+def views(recipe: str = "caco", **settings: Any) -> Transform:
+    """The views of a published recipe as a transform.
+
+    Args:
+        recipe: an option of `augmentation=` (README): caco, simclr, byol, dino, cifar, ...
+        settings: of `Views`, in place of the recipe's: size, mean, std, plain_crop, ...
+    Raises:
+        UserError: there is no such recipe.
+    """
+    return Transform(_made("augmentation", recipe, settings))
+
+
+def evaluate(
+    backbone: nn.Module,
+    evaluators: Sequence[str] | Mapping[str, Evaluator],
+    *,
+    train: Any,
+    test: Any = None,
+    views: Transform | Preprocessing | Views | None = None,
+    batch: int = 256,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    seed: int = 0,
+) -> dict[str, float]:
+    """Results of evaluators by name, accuracies in percent; the names say the protocols (docs/evaluation.md).
+
+    Args:
+        backbone: any module from images [B, 3, H, W] to features [B, D]; it is left as it was.
+        evaluators: options of `eval=` by name, as ["knn_all", "geometry"], or evaluators made by hand, as {"linear": Linear(epochs=10, batch=64)}.
+        train, test: images and labels: (uint8 [N, H, W, 3], int [N]), a list of Pillow images, a PyTorch dataset without a transform; see
+            caco.data.sets.anyones.as_source. Evaluators that ask for no labels (geometry) take images alone, those of `train`.
+        views: of which each image's plain view is taken, and two for geometry's alignment; `load(...).preprocess` is that of a run.
+            None: 224 px with ImageNet's mean and standard deviation.
+        batch: images a forward pass. device: auto, cpu or cuda. precision: fp32 or bf16. seed: of the evaluators' draws.
+    Raises:
+        UserError: the images do not suffice for an evaluator, which is named.
+    """
+    chosen = views if isinstance(views, Views) else views.views if views is not None else _made("augmentation", "caco", {})
+    sources = [None if images is None else as_source(images, name=name) for name, images in (("train", train), ("test", test))]
+    assert sources[0] is not None
+    made = dict(evaluators) if isinstance(evaluators, Mapping) else {name: _made("eval", name, {}) for name in evaluators}
+    where = pick_device(device)
+    evaluation = Evaluation(
+        made, Splits(sources[0], sources[0], sources[1]), chosen, batch=batch, device=where, precision=precision, seed=seed
+    )
+    home = next((parameter.device for parameter in backbone.parameters()), where)
+    try:
+        return evaluation.run(backbone.to(where), "end")
+    finally:
+        backbone.to(home)
+
+
+def _made(group: str, option: str, settings: dict[str, Any]) -> Any:
+    """What an option of a group makes, with some settings in place of its own."""
+    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if option not in options:
+        raise UserError(f"{group}: expected one of {', '.join(options)}, got {option!r}")
+    if group == "augmentation":
+        node = composition.compose([f"augmentation={option}"]).augmentation
+    else:
+        node = read_yaml(CONF / group / f"{option}.yaml")
+    return instantiate(node, **settings)
+
+
+def _word(value: Any) -> str:
+    """A value as a command line has it."""
+    if not isinstance(value, (str, Path)):
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"

@@ -1,0 +1,75 @@
+"""Runs a notebook from its first cell to its last and writes it with its outputs: python scripts/notebook.py FILE.ipynb [--to FILE.ipynb]
+
+Plain Python cells, which need no kernel: what a cell prints, the value of its last line and Matplotlib's figures are its outputs. A cell that
+raises ends it with that error. So a test runs the notebooks with nothing installed for them; in Jupyter they run as any other.
+"""
+
+import argparse
+import ast
+import base64
+import contextlib
+import io
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import caco  # noqa: F401 - before torch, whose instructions it may choose
+
+
+def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a cell leaves below it, as the notebook format has it (nbformat 4)."""
+    body = ast.parse(source).body
+    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+    printed, value = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        exec(compile(ast.Module(body, []), "cell", "exec"), names)  # noqa: S102 - the notebook's own code
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)  # noqa: S307
+    outputs: list[dict[str, Any]] = []
+    if printed.getvalue():
+        outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)})
+    if value is not None:
+        outputs.append(
+            {
+                "output_type": "execute_result",
+                "execution_count": None,
+                "metadata": {},
+                "data": {"text/plain": repr(value).splitlines(keepends=True)},
+            }
+        )
+    if "matplotlib.pyplot" in sys.modules:
+        pyplot = sys.modules["matplotlib.pyplot"]
+        for number in pyplot.get_fignums():
+            image = io.BytesIO()
+            pyplot.figure(number).savefig(image, format="png", dpi=60, bbox_inches="tight", metadata={"Software": None})
+            png = base64.b64encode(image.getvalue()).decode()
+            outputs.append({"output_type": "display_data", "metadata": {}, "data": {"image/png": png, "text/plain": ["<Figure>"]}})
+        pyplot.close("all")
+    return outputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--to", type=Path, help="where it is written with its outputs; without it, in its place")
+    chosen = parser.parse_args()
+    os.environ.setdefault("MPLBACKEND", "agg")
+    notebook = json.loads(chosen.file.read_text(encoding="utf-8"))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate((cell for cell in notebook["cells"] if cell["cell_type"] == "code"), 1):
+        try:
+            cell["outputs"], cell["execution_count"] = outputs_of("".join(cell["source"]), names), number
+        except Exception:
+            traceback.print_exc()
+            sys.exit(f"{chosen.file}: cell {number} raised this:\n{''.join(cell['source'])}")
+        for output in cell["outputs"]:
+            if "execution_count" in output:
+                output["execution_count"] = number
+    (chosen.to or chosen.file).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""caco.embed: each image of a folder to its features, under its name, in two formats, to the same bytes however often it was stopped."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import ranks
+from tiny import train
+
+from caco import embed
+from caco.config.composition import compose, instantiate
+from caco.data.views.augmentation import Views
+from caco.nn.backbones import small_resnet
+
+WEIGHTS = [
+    "format=timm",
+    "backbone=small_resnet",
+    "backbone.width=8",
+    "augmentation=digits",
+    "precision=fp32",
+    "device=cpu",
+    "loader.num_workers=0",
+]
+
+
+def caco_embed(*words):
+    """What `caco-embed` does with this command line; its exit code."""
+    before, sys.argv = sys.argv, ["caco-embed", *map(str, words)]
+    try:
+        embed.main()
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Forty images in folders and beside them, of other sizes, some grey, one of an odd name."""
+    root = tmp_path_factory.mktemp("folder")
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        pixels = draw.integers(0, 256, (20 + number % 7, 24, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        path = root / ("" if number < 5 else f"class {number % 3}") / ("naïve 'x'.png" if number == 7 else f"{number}.png")
+        path.parent.mkdir(exist_ok=True)
+        (image.convert("L") if number % 9 == 0 else image).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(small_resnet(width=8).state_dict(), path)
+    return path
+
+
+def views() -> Views:
+    return instantiate(compose(["preset=demo"]).augmentation)
+
+
+def test_each_file_has_the_features_of_its_image_in_both_formats(tmp_path, folder, weights, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}", "batch=16"]
+    assert caco_embed(*common, f"to={tmp_path / 'features.npz'}") == caco_embed(*common, f"to={tmp_path / 'features.parquet'}") == 0
+    told = capsys.readouterr().err
+    assert "are one network by their keys" in told and "features.npz (features of 40 images)" in told
+    with np.load(tmp_path / "features.npz") as file:
+        features, files = file["features"], file["files"].tolist()
+        assert sorted(file) == ["about", "features", "files"]
+    expected = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    assert sorted(files) == expected
+    backbone = small_resnet(width=8).eval()
+    backbone.load_state_dict(torch.load(weights))
+    for name, row in zip(files, features, strict=True):
+        plain = views().plain(Image.open(folder / name).convert("RGB"))
+        with torch.no_grad():
+            assert np.allclose(backbone(plain[None])[0].numpy(), row, atol=1e-5), name
+    table = parquet.read_table(tmp_path / "features.parquet")
+    assert table.column("file").to_pylist() == files
+    assert np.array_equal(np.array(table.column("features").to_pylist(), dtype=np.float32), features)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.npz", "features.parquet"]
+
+
+@pytest.mark.parametrize("kind", ["npz", pytest.param("parquet", marks=pytest.mark.long)])
+def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path, folder, weights, monkeypatch, kind):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}", "batch=8"]
+    assert caco_embed(*common, f"to={tmp_path / f'whole.{kind}'}") == 0
+    forward, seen = type(small_resnet(width=8)).forward, []
+
+    def stopped(self, images):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(type(small_resnet(width=8)), "forward", stopped)
+    assert caco_embed(*common, f"to={tmp_path / f'stopped.{kind}'}") == 130
+    assert not (tmp_path / f"stopped.{kind}").exists()
+
+    def counted(self, images):
+        seen.append(len(images))
+        return forward(self, images)
+
+    seen.clear()
+    monkeypatch.setattr(type(small_resnet(width=8)), "forward", counted)
+    assert caco_embed(*common, f"to={tmp_path / f'stopped.{kind}'}") == 0
+    assert seen == [8, 8]  # three of the five batches were kept
+    assert (tmp_path / f"whole.{kind}").read_bytes() == (tmp_path / f"stopped.{kind}").read_bytes()
+
+
+def test_a_second_time_it_is_said_and_another_file_is_never_written_over(tmp_path, folder, weights, capsys):
+    common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}"]
+    to = tmp_path / "features.npz"
+    assert caco_embed(*common, f"to={to}") == 0
+    content = to.read_bytes()
+    capsys.readouterr()
+    assert caco_embed(*common, f"to={to}") == 0 and "finished already on 20" in capsys.readouterr().err
+    assert caco_embed(*common, "augmentation.plain_crop=0.5", f"to={to}") == 2
+    assert "is there already, of another plain_view; choose another name" in capsys.readouterr().err
+    assert to.read_bytes() == content
+    to.write_bytes(b"mine")
+    assert caco_embed(*common, f"to={to}") == 2 and "is no file of caco.embed's" in capsys.readouterr().err
+    assert to.read_bytes() == b"mine" and [path.name for path in tmp_path.iterdir()] == ["features.npz"]
+
+
+def test_a_runs_own_views_and_labels_of_other_data(tmp_path, folder):
+    train(tmp_path / "run", "max_steps=2", "eval=[]")
+    assert caco_embed(f"run={tmp_path / 'run'}", "data=digits", f"to={tmp_path / 'digits.npz'}") == 0
+    with np.load(tmp_path / "digits.npz") as file:
+        assert file["features"].shape[0] == len(file["label"]) == 1797 and file["files"][0] == "digits/train/0"
+        assert file["classes"].tolist() == [str(digit) for digit in range(10)]
+        assert json.loads(str(file["about"]))["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["to=features.csv"], "to: expected a file to write to, as to=FILE.npz or to=FILE.parquet, got 'features.csv'"),
+        (["loader.corrupt=skip", "to=x.npz"], "would get another's features"),
+        (["data.root=nowhere", "to=x.npz"], "data=images needs images"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_leaves_nothing(tmp_path, weights, monkeypatch, capsys, words, expected):
+    monkeypatch.chdir(tmp_path)
+    assert caco_embed(f"weights={weights}", *WEIGHTS, *words) == 2
+    assert expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def _by_ranks(words):
+    assert caco_embed(*words) == 0
+
+
+@pytest.mark.long
+def test_two_ranks_write_what_one_does(tmp_path, folder, weights):
+    common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}", "batch=8"]
+    codes, told = ranks(2, _by_ranks, [*common, f"to={tmp_path / 'two.npz'}"])
+    assert codes == [0, 0], told
+    assert caco_embed(*common, f"to={tmp_path / 'one.npz'}") == 0
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert one["files"].tolist() == two["files"].tolist() and np.allclose(one["features"], two["features"], atol=1e-6)
