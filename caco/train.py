@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from caco import errors, metrics
-from caco.config import composition, folders, refusals, signatures, validation
+from caco.config import composition, continued, folders, refusals, signatures, validation
 from caco.engine.preemption import Stop, Stopped, leave
 from caco.errors import SweepFailed, UserError
 from caco.installed import command_to_install, is_installed
@@ -83,7 +83,7 @@ def job(cfg: DictConfig) -> float | None:
 def check(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) -> None:
     """Refuse what cannot be run, as validation.check does; and say it where MLflow is missing but was not asked for."""
     overrides = list(hydra_cfg.overrides.task)
-    validation.check(cfg, overrides=overrides, choices=dict(hydra_cfg.runtime.choices))
+    validation.check(cfg, overrides=overrides, choices={**continued.choices(), **hydra_cfg.runtime.choices})
     # Runs of one sweep, or of one table, lie side by side and go to MLflow together: one sentence for all of them.
     together = Path(hydra_cfg.sweep.dir).absolute()
     say_if_mlflow_is_missing(cfg, overrides, together if together in run_dir.absolute().parents else run_dir)
@@ -160,11 +160,12 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
         UserError: one line per problem.
     """
     refusals.refuse_empty(overrides)
+    root = continued.root(overrides)
     unfinished = 0
     placed: list[tuple[Path, dict[str, Any]]] = []
     try:
         for number, job_overrides in enumerate(jobs(overrides, multirun=multirun)):
-            cfg = composition.compose(job_overrides)
+            cfg = composition.compose(job_overrides, root)
             with open_dict(cfg.hydra.job):
                 cfg.hydra.job.num = number  # a directory may be named by it; Hydra counts in the same order
             run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir if multirun else Path(cfg.hydra.run.dir)
@@ -176,7 +177,7 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
     except (*refusals.COMPOSITION_ERRORS, ValueError) as error:  # Hydra raises ValueErrors, too
         if isinstance(error, UserError):
             raise
-        raise UserError(refusals.explain(error, overrides)) from error
+        raise UserError(refusals.explain(error, overrides, root)) from error
     refuse_shared_directories(placed)
     return unfinished
 
@@ -261,7 +262,8 @@ def main() -> None:
             if elsewhere:
                 raise UserError("launcher: a job composes the root conf/config.yaml; take launcher=none or no other root")
             offer_launcher()
-        hydra.main(config_path=str(composition.CONF), config_name="config", version_base="1.3")(job)()
+        root = "config" if elsewhere else continued.root(args.overrides)
+        hydra.main(config_path=str(composition.CONF), config_name=root, version_base="1.3")(job)()
     except refusals.COMPOSITION_ERRORS as error:
         if starts and not elsewhere and not args.help:
             raise

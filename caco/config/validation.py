@@ -125,6 +125,7 @@ def _root(tree: dict[str, Any]) -> list[str]:
     """Plain values: sense, not taste. What depends on the data is checked where the data are known."""
     problems, demand = _demands(tree)
     demand("config_dir", tree["config_dir"] == folders.config_dir(), "it not to be set; --config-dir DIR does")
+    _continued(tree, problems, demand)
     schedule, checkpoint, warm_start = tree["schedule"], tree["checkpoint"], tree["warm_start"]
     demand("name", re.fullmatch(r"\w[\w.+-]*", tree["name"]) is not None, "letters, digits and ._+- (a folder's name)")
     demand("batch", tree["batch"] >= 2, "at least 2 images")
@@ -197,6 +198,24 @@ def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> 
         demand("format", tree["format"] is None, "null, as there is no weights=FILE")
     else:
         demand("format", tree["format"] in FORMATS, f"one of {', '.join(FORMATS)}, that of weights={weights}")
+
+
+def _continued(tree: dict[str, Any], problems: list[str], demand: Callable[[str, bool, str], None]) -> None:
+    """Of a run that trains a finished one longer; of any other that it says nothing of it."""
+    run, schedule, before, epochs = tree["continue_from"], tree["continued_schedule"], tree["continued_epochs"], tree["epochs"]
+    if run is None:
+        for key in ("continued_schedule", "continued_run", "continued_epochs"):
+            demand(key, tree[key] is None, "null, as there is no continue_from=RUN")
+        return
+    demand(
+        "continued_schedule", schedule in ("restart", "planned"),
+        "restart (the schedule anew, over the added epochs) or planned (that of all epochs, from where they stand)",
+    )  # fmt: skip
+    demand("epochs", epochs > before, f"more than the {before:g} that {run} has trained, those included")
+    if schedule == "restart" and before != int(before):
+        problems.append(
+            f"continued_schedule: {run} has ended within an epoch, after {before:g}, and a schedule begins anew with a whole one; expected planned"
+        )
 
 
 def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
