@@ -32,6 +32,7 @@ from caco.launch import labels
 from caco.runs import directory
 from caco.runs.identity import flat
 from caco.runs.paths import require_writable, with_home
+from caco.tracking import comparison, recorded
 
 _trained: dict[Path, dict[str, Any]] = {}  # by this process, one job of a sweep after the other: what is in each directory
 
@@ -153,8 +154,9 @@ def offer_launcher() -> None:
     Plugins.instance().register(SubmititLauncher)
 
 
-def check_command(overrides: list[str], *, multirun: bool) -> int:
-    """Compose and check every job before the first one starts or a directory is made; how many are not done already.
+def check_command(overrides: list[str], *, multirun: bool) -> tuple[int, list[Path]]:
+    """Compose and check every job before the first one starts or a directory is made; how many are not done already, and the directories of a
+    sweep's (none of a search, which has not drawn them yet).
 
     Raises:
         UserError: one line per problem.
@@ -179,7 +181,7 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
             raise
         raise UserError(refusals.explain(error, overrides, root)) from error
     refuse_shared_directories(placed)
-    return unfinished
+    return unfinished, [folder for folder, _ in placed]
 
 
 def refuse_shared_directories(placed: list[tuple[Path, dict[str, Any]]]) -> None:
@@ -213,6 +215,13 @@ def name_sweep(overrides: list[str], num_jobs: int) -> None:
     parsed = OverridesParser.create().parse_overrides(overrides)
     if varied := [item.get_key_element() for item in parsed if item.is_sweep_override()]:
         os.environ[labels.SWEEP] = labels.sweep_label(overrides, varied, num_jobs)
+
+
+def show_sweep(folders: list[Path]) -> None:
+    """The runs of a sweep side by side, whatever became of each; nothing of one that was refused before its first run."""
+    runs = comparison.outlines(dict.fromkeys(folders), recorded.outline)
+    if runs:
+        print(comparison.table(runs, title=f"The {len(runs)} runs of this sweep; again, with more to choose: python -m caco.results {_shown(runs[0].run_dir.parent)}"))
 
 
 HELP = """\
@@ -249,13 +258,14 @@ def main() -> None:
     args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
     elsewhere = args.config_name or args.config_path or args.experimental_rerun
+    of_sweep: list[Path] = []
     try:
         if args.help:
             print(help_text(args.overrides), end="")
             return
         launched = is_launched(args.overrides)
         if starts and not elsewhere:
-            num_jobs = check_command(args.overrides, multirun=args.multirun or launched)
+            num_jobs, of_sweep = check_command(args.overrides, multirun=args.multirun or launched)
             if args.multirun or launched:
                 name_sweep(args.overrides, num_jobs)
         if launched:
@@ -271,6 +281,9 @@ def main() -> None:
     except SweepFailed as error:
         errors.show(error)
         sys.exit(1)
+    finally:
+        if starts and (args.multirun or of_sweep) and directory.is_first_rank():
+            show_sweep(of_sweep or list(_trained))
 
 
 if __name__ == "__main__":
