@@ -28,7 +28,7 @@ GROUPS = ("eval", "tracking", "loader", "launcher")  # chosen anew as a whole; a
 MAY_DIFFER = (
     "continue_from", "continued_schedule", "epochs", "max_steps", "name", "precision", "device", "compile", "schedule.", "optimizer.lr", "bank.lr",
     "bank.final_lr", "data.root", "data.labelled_root", "data.download", "data.in_memory_mb", "log_every_steps", "eval_every_epochs",
-    "checkpoint.", "profile", "anomaly", "hydra.", *(f"{group}." for group in GROUPS),
+    "checkpoint.", "profile", "anomaly", "hydra.", "derived", *(f"{group}." for group in GROUPS),
 )  # fmt: skip
 _choices: dict[str, str] = {}  # the options that the run was started with, for whoever names them
 
@@ -122,7 +122,7 @@ def _composed_of(tree: dict[str, Any], summary: Mapping[str, Any], overrides: Se
     for key, value in tree.items():
         merged[key] = {**merged[key], **value} if isinstance(merged.get(key), dict) and isinstance(value, dict) else value
     merged |= {
-        "max_steps": None, "weights": None, "format": None, "weights_digest": None, "config_dir": "${config_dir:}",
+        "max_steps": None, "weights": None, "format": None, "weights_digest": None, "config_dir": "${config_dir:}", "derived": [],
         "continued_schedule": None, "continued_run": run_hash(tree), "continued_epochs": summary["epochs"],
     }  # fmt: skip
     chosen = {key_of(item) for item in overrides}

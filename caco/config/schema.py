@@ -60,6 +60,7 @@ class Root:
     continued_schedule: str | None = MISSING
     continued_run: str | None = MISSING
     continued_epochs: float | None = MISSING
+    derived: list[str] = MISSING
     config_dir: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     warm_start: WarmStart = field(default_factory=WarmStart)

@@ -324,7 +324,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
                 method = choices.get("method")
                 problems.append(f"{override}: method={method} has a bank with a row for each training image; leave it out")
                 continue
-            for key, wanted in _settings(group, file):
+            for key, wanted in settings_of(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
                 # A method's wishes for the root and for other components (its warm-up, its rate) are there to be changed by a preset.
                 own_of_option = key.split(".")[0] in (("method", "bank") if group == "method" else (*COMPONENTS, "bank", "negatives", "eval"))
@@ -370,7 +370,7 @@ def _takes(target: str, argument: str) -> bool:
 def _targets_of_methods() -> dict[str, str]:
     """Of every option of `method` that names its class itself."""
     files = {name: folders.option_file("method", name) for name in folders.groups()["method"]}
-    settings = {name: dict(_settings("method", file)) for name, file in files.items() if file is not None}
+    settings = {name: dict(settings_of("method", file)) for name, file in files.items() if file is not None}
     return {name: found["method._target_"] for name, found in settings.items() if "method._target_" in found}
 
 
@@ -381,7 +381,7 @@ def _composes_pn(method: str | None) -> bool:
     return any("/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults)
 
 
-def _settings(group: str, file: Path) -> list[tuple[str, Any]]:
+def settings_of(group: str, file: Path) -> list[tuple[str, Any]]:
     """The dotted keys that an option's file sets, and their values."""
     text = file.read_text(encoding="utf-8")
     header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)

@@ -49,6 +49,7 @@ NEUTRAL_KEYS = (
     "loader.prefetch",
     "tracking",
     "launcher",
+    "derived",  # what they are stands where they are
     "config_dir",  # where it lies; of what is in it environment.json has the digests
     "hydra",
 )
