@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from scipy import stats
 
 from caco import metrics
@@ -19,6 +18,7 @@ from caco.config.schema import Root
 from caco.errors import UserError
 from caco.runs import renamed
 from caco.runs.identity import differences, identity, run_hash
+from caco.sheets import Spread
 from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
 from experiments import record
 from experiments.run import RECORDS
@@ -262,30 +262,6 @@ def find(table: Table, scale: Scale, results: Sequence[Result], rows: Sequence[s
                     f"{experiment.hash(result.seed)}) and is not counted: {'; '.join(changed[:3])}{more}"
                 )
     return found
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (None of one value) of n values."""
-
-    mean: float
-    sd: float | None
-    n: int
-
-    @classmethod
-    def of_some(cls, values: Iterable[float]) -> "Spread":
-        """Of values of which there is at least one."""
-        spread = cls.of(values)
-        assert spread is not None, "at least one value"
-        return spread
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread | None":
-        """None of no values."""
-        array = np.fromiter(values, dtype=float)
-        if not len(array):
-            return None
-        return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array))
 
 
 @dataclass(frozen=True)

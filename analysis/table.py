@@ -11,48 +11,18 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from analysis import results
-from analysis.results import Found, Gain, Result, Spread, heading
+from analysis.results import Found, Gain, Result, heading
 from caco import errors, metrics
 from caco.config import folders
 from caco.errors import UserError
+from caco.sheets import Sheet, Spread, as_markdown, as_text, number, spread
 from experiments.tables import Scale, Table, load_scale, load_table, scales
 
 FORMATS = ("text", "markdown", "latex", "csv")
 REFERENCE, CITED, ELSEWHERE, MISSING, UNMEASURED = "ref.", "cited", "not at this scale", "missing", "not measured"
-
-
-@dataclass
-class Sheet:
-    """A table ready to be printed: nothing but text.
-
-    Args:
-        groups: (heading, number of columns) over the headers.
-        notes: what a reader must know; missing: what is not there, and the command that makes it.
-    """
-
-    title: str
-    groups: list[tuple[str, int]]
-    headers: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-
-def number(value: float, *, percent: bool, signed: bool = False) -> str:
-    """Percent to 0.01; anything else to three digits, thousands in full."""
-    sign = "+" if signed else ""
-    if abs(value) >= 1000:
-        return f"{value:{sign},.0f}"
-    return f"{value:{sign}.2f}" if percent else f"{value:{sign}.3g}"
-
-
-def spread(of: Spread, *, percent: bool, signed: bool = False) -> str:
-    mean = number(of.mean, percent=percent, signed=signed)
-    return mean if of.sd is None else f"{mean} ± {number(of.sd, percent=percent)}"
 
 
 def state(found: Found, metric: str) -> str | None:
@@ -225,38 +195,6 @@ def _evaluation(scale: Scale, metric: str, result: Result) -> str:
 
 
 # The formats.
-
-
-def as_text(of: Sheet) -> str:
-    widths = [max(len(row[i]) for row in (of.headers, *of.rows)) for i in range(len(of.headers))]
-    over, at = [], 0
-    for name, size in of.groups:
-        if size:
-            room = sum(widths[at : at + size]) + 2 * (size - 1)
-            widths[at + size - 1] += max(0, len(name) - room)
-            over.append(name.ljust(max(room, len(name))))
-            at += size
-    lines = [of.title, "", "  ".join(over).rstrip()]
-    for row in (of.headers, ["-" * width for width in widths], *of.rows):
-        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip())
-    lines += ["", *of.notes]
-    if of.missing:
-        lines += ["", "Missing:", *(f"  {line}" for line in of.missing)]
-    return "\n".join(lines)
-
-
-def as_markdown(of: Sheet) -> str:
-    heads = []
-    for name, size in of.groups:
-        heads += [name] * size
-    named = [f"{group}: {header}" if group else header for group, header in zip(heads, of.headers, strict=True)]
-    lines = [f"**{of.title}**", "", _pipes(named), _pipes([":--", *["--:"] * (len(named) - 1)]), *map(_pipes, of.rows), ""]
-    lines += [f"- {note}" for note in of.notes]
-    return "\n".join(lines + [f"- missing: {line}" for line in of.missing])
-
-
-def _pipes(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def as_latex(of: Sheet) -> str:

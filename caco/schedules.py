@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from caco.errors import UserError
@@ -19,16 +19,26 @@ class RunShape:
         steps_per_epoch: optimiser steps in each.
         batch: images a step, over all ranks.
         unit: "step" changes a schedule's number with every step; "epoch" holds it within an epoch, as CaCo's published code does.
+        restart_epoch: how many epochs are over when all schedules begin anew (a run that is trained longer); 0: never.
     """
 
     epochs: int
     steps_per_epoch: int
     batch: int
     unit: Literal["step", "epoch"] = "step"
+    restart_epoch: int = 0
 
     @property
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    def of_schedules(self) -> "RunShape":
+        """The stretch over which schedules go from their start to their end."""
+        return replace(self, epochs=self.epochs - self.restart_epoch, restart_epoch=0)
+
+    def placed(self, table: Table) -> Table:
+        """A number for each step of the run, of a table over `of_schedules`. The steps before, which an earlier run made, have its first."""
+        return table[:1] * (self.steps - len(table)) + table
 
     def ticks(self) -> tuple[list[int], float]:
         """For each step, how many units have passed; and the units of an epoch."""

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from caco import errors, metrics
-from caco.config import composition, folders, refusals, signatures, validation
+from caco.config import composition, continued, folders, refusals, signatures, validation
+from caco.engine import fitting
 from caco.engine.preemption import Stop, Stopped, leave
 from caco.errors import SweepFailed, UserError
 from caco.installed import command_to_install, is_installed
@@ -32,6 +34,7 @@ from caco.launch import labels
 from caco.runs import directory
 from caco.runs.identity import flat
 from caco.runs.paths import require_writable, with_home
+from caco.tracking import comparison, recorded
 
 _trained: dict[Path, dict[str, Any]] = {}  # by this process, one job of a sweep after the other: what is in each directory
 
@@ -58,6 +61,7 @@ def job(cfg: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
     opened = False
+    is_new = not (run_dir / "config.yaml").exists()
     try:
         check(cfg, hydra_cfg, run_dir)
         if hydra_cfg.mode == RunMode.MULTIRUN:  # again: what a search draws was not known before
@@ -70,7 +74,9 @@ def job(cfg: DictConfig) -> float | None:
         return run(cfg, run_dir)
     except Exception as error:
         for_user = errors.is_for_user(error)
-        if opened:  # else it is another process's
+        if opened and for_user and is_new and hydra_cfg.mode != RunMode.MULTIRUN and directory.discard(run_dir):
+            pass  # it was refused before anything came of it
+        elif opened:  # else it is another process's
             directory.record_failure(run_dir, errors.message(error) if for_user else traceback.format_exc())
         if not for_user:
             raise
@@ -83,7 +89,7 @@ def job(cfg: DictConfig) -> float | None:
 def check(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) -> None:
     """Refuse what cannot be run, as validation.check does; and say it where MLflow is missing but was not asked for."""
     overrides = list(hydra_cfg.overrides.task)
-    validation.check(cfg, overrides=overrides, choices=dict(hydra_cfg.runtime.choices))
+    validation.check(cfg, overrides=overrides, choices={**continued.choices(), **hydra_cfg.runtime.choices})
     # Runs of one sweep, or of one table, lie side by side and go to MLflow together: one sentence for all of them.
     together = Path(hydra_cfg.sweep.dir).absolute()
     say_if_mlflow_is_missing(cfg, overrides, together if together in run_dir.absolute().parents else run_dir)
@@ -153,32 +159,86 @@ def offer_launcher() -> None:
     Plugins.instance().register(SubmititLauncher)
 
 
-def check_command(overrides: list[str], *, multirun: bool) -> int:
-    """Compose and check every job before the first one starts or a directory is made; how many are not done already.
+@dataclass
+class Checked:
+    """A command line that can be run.
+
+    unfinished: how many of its jobs are not done already. folders: the directory of each; of a search, which draws its jobs later, none.
+    derived: the overrides that were made to fit, `derived`, which records that, among them.
+    """
+
+    unfinished: int = 0
+    folders: list[Path] = field(default_factory=list)
+    derived: list[str] = field(default_factory=list)
+
+
+def check_command(overrides: list[str], *, multirun: bool) -> Checked:
+    """Compose and check every job, and look at its images where these lie in folders, before the first one starts or a directory is made.
 
     Raises:
-        UserError: one line per problem.
+        UserError: one line per problem, of all of them.
     """
     refusals.refuse_empty(overrides)
-    unfinished = 0
+    root = continued.root(overrides)
+    checked, problems = Checked(), list[str]()
     placed: list[tuple[Path, dict[str, Any]]] = []
+    derivations: list[list[str]] = []
+    images = fitting.remembered()
     try:
         for number, job_overrides in enumerate(jobs(overrides, multirun=multirun)):
-            cfg = composition.compose(job_overrides)
+            cfg, words = compose_what_can_be(job_overrides, root, problems)
+            if cfg is None:
+                continue
             with open_dict(cfg.hydra.job):
                 cfg.hydra.job.num = number  # a directory may be named by it; Hydra counts in the same order
-            run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir if multirun else Path(cfg.hydra.run.dir)
-            check(cfg, cfg.hydra, run_dir)
-            require_writable(run_dir, "hydra.sweep.dir" if multirun else "hydra.run.dir")
-            unfinished += not (run_dir / "summary.json").exists()
-            if multirun:
+            before = len(problems)
+            try:
+                check(cfg, cfg.hydra, run_directory(cfg, multirun))
+            except UserError as error:
+                problems += str(error).splitlines()
+            derived = fitting.overrides_that_fit(cfg, words, problems, images, recorded=root != "config", is_sound=before == len(problems))
+            derivations.append(derived)
+            if derived:
+                cfg = composition.compose([*words, *derived], root)
+                with open_dict(cfg.hydra.job):
+                    cfg.hydra.job.num = number
+            if not problems:
+                run_dir = run_directory(cfg, multirun)
+                require_writable(run_dir, "hydra.sweep.dir" if multirun else "hydra.run.dir")
+                checked.unfinished += not (run_dir / "summary.json").exists()
                 placed.append((run_dir, flat(cfg)))
     except (*refusals.COMPOSITION_ERRORS, ValueError) as error:  # Hydra raises ValueErrors, too
         if isinstance(error, UserError):
             raise
-        raise UserError(refusals.explain(error, overrides)) from error
-    refuse_shared_directories(placed)
-    return unfinished
+        raise UserError(refusals.explain(error, overrides, root)) from error
+    if any(derived != derivations[0] for derived in derivations):
+        every = sorted(set(itertools.chain(*derivations)) - {item for item in itertools.chain(*derivations) if item.startswith("derived=")})
+        problems.append(f"the jobs of this sweep would need different values of what nobody gave: {', '.join(every)}; give them, or a command for each")
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    checked.folders, checked.derived = [folder for folder, _ in placed], derivations[0] if derivations else []
+    if multirun:
+        refuse_shared_directories(placed)
+    return checked
+
+
+def run_directory(cfg: DictConfig, multirun: bool) -> Path:
+    return Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir if multirun else Path(cfg.hydra.run.dir)
+
+
+def compose_what_can_be(overrides: list[str], root: str, problems: list[str]) -> tuple[DictConfig | None, list[str]]:
+    """The configuration of those overrides that compose, and these; what is wrong with each other one is added to the problems."""
+    words = list(overrides)
+    while True:
+        try:
+            return composition.compose(words, root), words
+        except (*refusals.COMPOSITION_ERRORS, ValueError) as error:
+            said = str(error) if isinstance(error, UserError) else refusals.explain(error, words, root)
+            problems.append(said)
+            wrong = refusals.culprit(said, words)
+            if wrong is None:
+                return None, words
+            words.remove(wrong)
 
 
 def refuse_shared_directories(placed: list[tuple[Path, dict[str, Any]]]) -> None:
@@ -212,6 +272,13 @@ def name_sweep(overrides: list[str], num_jobs: int) -> None:
     parsed = OverridesParser.create().parse_overrides(overrides)
     if varied := [item.get_key_element() for item in parsed if item.is_sweep_override()]:
         os.environ[labels.SWEEP] = labels.sweep_label(overrides, varied, num_jobs)
+
+
+def show_sweep(folders: list[Path]) -> None:
+    """The runs of a sweep side by side, whatever became of each; nothing of one that was refused before its first run."""
+    runs = comparison.outlines(dict.fromkeys(folders), recorded.outline)
+    if runs:
+        print(comparison.table(runs, title=f"The {len(runs)} runs of this sweep; again, with more to choose: python -m caco.results {_shown(runs[0].run_dir.parent)}"))
 
 
 HELP = """\
@@ -248,20 +315,24 @@ def main() -> None:
     args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
     elsewhere = args.config_name or args.config_path or args.experimental_rerun
+    of_sweep: list[Path] = []
     try:
         if args.help:
             print(help_text(args.overrides), end="")
             return
         launched = is_launched(args.overrides)
         if starts and not elsewhere:
-            num_jobs = check_command(args.overrides, multirun=args.multirun or launched)
+            checked = check_command(args.overrides, multirun=args.multirun or launched)
             if args.multirun or launched:
-                name_sweep(args.overrides, num_jobs)
+                of_sweep = checked.folders
+                name_sweep(args.overrides, checked.unfinished)
+            sys.argv += checked.derived  # which Hydra reads
         if launched:
             if elsewhere:
                 raise UserError("launcher: a job composes the root conf/config.yaml; take launcher=none or no other root")
             offer_launcher()
-        hydra.main(config_path=str(composition.CONF), config_name="config", version_base="1.3")(job)()
+        root = "config" if elsewhere else continued.root(args.overrides)
+        hydra.main(config_path=str(composition.CONF), config_name=root, version_base="1.3")(job)()
     except refusals.COMPOSITION_ERRORS as error:
         if starts and not elsewhere and not args.help:
             raise
@@ -269,6 +340,9 @@ def main() -> None:
     except SweepFailed as error:
         errors.show(error)
         sys.exit(1)
+    finally:
+        if starts and (args.multirun or of_sweep) and directory.is_first_rank():
+            show_sweep(of_sweep or list(_trained))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ MODULES = {
 # The lowest first. What stands on one floor does not import what stands beside it: each name is a room or a single module.
 FLOORS = [
     ["caco.redaction", "caco.ranges"],
-    ["caco.errors", "caco.installed", "caco.instructions", "caco.equations", "caco.metrics", "caco.saying"],
+    ["caco.errors", "caco.installed", "caco.instructions", "caco.equations", "caco.metrics", "caco.saying", "caco.sheets"],
     ["caco.distributed", "caco.schedules", "caco.runs"],
     ["caco.data", "caco.nn", "caco.banks", "caco.tracking", "caco.config"],
     ["caco.methods", "caco.evals", "caco.launch"],
     ["caco.engine", "hydra_plugins"],
-    ["caco.train", "caco.evaluate", "caco.export", "caco.embed", "caco.plan", "caco.doctor", "caco.write", "caco.library"],
+    ["caco.train", "caco.evaluate", "caco.export", "caco.embed", "caco.plan", "caco.doctor", "caco.write", "caco.results", "caco.library"],
     ["experiments"],
     ["analysis"],
 ]

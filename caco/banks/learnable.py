@@ -129,7 +129,10 @@ class LearnableBank(nn.Module, Bank):
         Raises:
             UserError: shapes, precisions or devices that do not fit, all of them at once; queries that are not finite.
         """
-        return own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE, learn=learn)
+        value = own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE, learn=learn)
+        if self.rows.renewed_after_steps and learn:
+            self.keys.append(distributed.gather(own_loop.unit(k_BD.detach(), self.rows)))
+        return value
 
     def score(
         self,

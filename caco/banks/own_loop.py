@@ -53,7 +53,9 @@ def loss(
         extra_BE = key_B1 if extra_BE is None else torch.cat([key_B1, extra_BE.to(key_B1.dtype)], 1)
     if extra_BE is not None:
         extra_BE = extra_BE.to(q_BD.dtype)
-    return bank.score(q_BD, row_B, temperature=temperature, extra_BE=extra_BE, learn=learn).loss_B.mean()
+    value = bank.score(q_BD, row_B, temperature=temperature, extra_BE=extra_BE, learn=learn).loss_B.mean()
+    extra = bank.regulariser(q_BD, temperature=temperature) if learn else None
+    return value if extra is None else value + extra
 
 
 def _refuse_unfit(bank: Bank, q_BD: Tensor, k_BD: Tensor, temperature: float, positive: str, extra_BE: Tensor | None) -> None:

@@ -206,3 +206,8 @@ def _refuse_what_would_be_ignored(folder: Path, ours: Sequence[Path]) -> None:
         elif origin is None or any(Path(origin).resolve().is_relative_to(one.resolve()) for one in ours):
             continue
         raise UserError(f"{path}: Python would import {origin} by the name {name}; give yours another one")
+
+
+def groups_chosen_by(file: Path) -> list[str]:
+    """The groups whose option the defaults of an option's file choose anew: of conf/preset/demo.yaml method, bank, ..."""
+    return re.findall(r"^\s*- override /([\w/]+):", file.read_text(encoding="utf-8"), re.MULTILINE)

@@ -28,35 +28,37 @@ class Location:
     checkpoint: Path | None
 
 
-def locate(run: str) -> Location:
+def locate(run: str, key: str = "run") -> Location:
     """A run from its directory, one of its checkpoint files, or its MLflow run id (looked for below runs/).
 
+    Args:
+        key: the setting that names it.
     Raises:
         UserError: there is none; says what was expected.
     """
     path = expanded(run)
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise UserError(f"run: expected a run's directory, with config.yaml, got {run}, which has none")
+            raise UserError(f"{key}: expected a run's directory, with config.yaml, got {run}, which has none")
         if not checkpoints(path):
-            raise UserError(f"run: expected checkpoints in {run}/checkpoints, got none: the run has not saved one yet")
+            raise UserError(f"{key}: expected checkpoints in {run}/checkpoints, got none: the run has not saved one yet")
         return Location(path, None)
     if path.is_file():
         folders = [folder for folder in path.absolute().parents[:3] if (folder / "config.yaml").is_file()]
         if not CHECKPOINT.fullmatch(path.name) or not folders:
             raise UserError(
-                f"run: expected a checkpoint file where its run left it (RUN/checkpoints/step_000001000.pt), got {run}; "
+                f"{key}: expected a checkpoint file where its run left it (RUN/checkpoints/step_000001000.pt), got {run}; "
                 f"for a file from elsewhere: weights={run} format=... backbone=... data=..."
             )
         return Location(folders[0], path)
     if re.fullmatch(r"[0-9a-f]{32}", run):
         for mark in sorted(Path("runs").glob("**/mlflow.json")):
             if read_json(mark).get("run_id") == run:
-                return locate(str(mark.parent))
+                return locate(str(mark.parent), key)
         raise UserError(
-            f"run: no run below {Path('runs').absolute()} was sent to MLflow as {run}; expected its directory, run=DIRECTORY"
+            f"{key}: no run below {Path('runs').absolute()} was sent to MLflow as {run}; expected its directory, {key}=DIRECTORY"
         )
-    raise UserError(f"run: expected a run's directory, a checkpoint file or an MLflow run id, got {run}, which is not there")
+    raise UserError(f"{key}: expected a run's directory, a checkpoint file or an MLflow run id, got {run}, which is not there")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

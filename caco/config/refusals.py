@@ -86,6 +86,15 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
     return f"{made[0]}: {said}" if len(made) == 1 else said
 
 
+def culprit(said: str, overrides: Sequence[str]) -> str | None:
+    """The override that a line of `explain` is about; None where it is about none of them."""
+    for item in overrides:
+        key = item.lstrip("+~").partition("=")[0]
+        if said.startswith((f"{item} ", f"{item}:", f"{key}:", f"{key} ", f"{key}=")):
+            return item
+    return None
+
+
 def _quoted(override: str | None) -> str:
     """How a value is written that Hydra's grammar does not take as it is (a path with blanks, umlauts, parentheses, =, ~): what a shell is
     to be given, if that can be read."""

@@ -56,6 +56,11 @@ class Root:
     weights: str | None = MISSING
     format: str | None = MISSING
     weights_digest: str | None = MISSING
+    continue_from: str | None = MISSING
+    continued_schedule: str | None = MISSING
+    continued_run: str | None = MISSING
+    continued_epochs: float | None = MISSING
+    derived: list[str] = MISSING
     config_dir: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     warm_start: WarmStart = field(default_factory=WarmStart)
@@ -137,4 +142,4 @@ class EmbedRoot:
 
 
 AnyRoot = type[Root] | type[EvaluateRoot] | type[ExportRoot] | type[EmbedRoot]
-ROOTS: dict[str, AnyRoot] = {"config": Root, "evaluate": EvaluateRoot, "export": ExportRoot, "embed": EmbedRoot}
+ROOTS: dict[str, AnyRoot] = {"config": Root, "continued": Root, "evaluate": EvaluateRoot, "export": ExportRoot, "embed": EmbedRoot}

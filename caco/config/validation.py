@@ -128,6 +128,7 @@ def _root(tree: dict[str, Any]) -> list[str]:
     """Plain values: sense, not taste. What depends on the data is checked where the data are known."""
     problems, demand = _demands(tree)
     demand("config_dir", tree["config_dir"] == folders.config_dir(), "it not to be set; --config-dir DIR does")
+    _continued(tree, problems, demand)
     schedule, checkpoint, warm_start = tree["schedule"], tree["checkpoint"], tree["warm_start"]
     demand("name", re.fullmatch(r"\w[\w.+-]*", tree["name"]) is not None, "letters, digits and ._+- (a folder's name)")
     demand("batch", tree["batch"] >= 2, "at least 2 images")
@@ -202,6 +203,24 @@ def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> 
         family, _, choice = (tree["format"] or FORMATS[0]).partition(":")
         expected = f"null, for what the keys of weights={weights} say, or one of {', '.join(FORMATS)}, with :online or :twin after it or not"
         demand("format", family in FORMATS and choice in ("", "online", "twin"), expected)
+
+
+def _continued(tree: dict[str, Any], problems: list[str], demand: Callable[[str, bool, str], None]) -> None:
+    """Of a run that trains a finished one longer; of any other that it says nothing of it."""
+    run, schedule, before, epochs = tree["continue_from"], tree["continued_schedule"], tree["continued_epochs"], tree["epochs"]
+    if run is None:
+        for key in ("continued_schedule", "continued_run", "continued_epochs"):
+            demand(key, tree[key] is None, "null, as there is no continue_from=RUN")
+        return
+    demand(
+        "continued_schedule", schedule in ("restart", "planned"),
+        "restart (the schedule anew, over the added epochs) or planned (that of all epochs, from where they stand)",
+    )  # fmt: skip
+    demand("epochs", epochs > before, f"more than the {before:g} that {run} has trained, those included")
+    if schedule == "restart" and before != int(before):
+        problems.append(
+            f"continued_schedule: {run} has ended within an epoch, after {before:g}, and a schedule begins anew with a whole one; expected planned"
+        )
 
 
 def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
@@ -318,7 +337,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
                 method = choices.get("method")
                 problems.append(f"{override}: method={method} has a bank with a row for each training image; leave it out")
                 continue
-            for key, wanted in _settings(group, file):
+            for key, wanted in settings_of(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
                 # A method's wishes for the root and for other components (its warm-up, its rate) are there to be changed by a preset.
                 own_of_option = key.split(".")[0] in (("method", "bank") if group == "method" else (*COMPONENTS, "bank", "negatives", "eval"))
@@ -364,7 +383,7 @@ def _takes(target: str, argument: str) -> bool:
 def _targets_of_methods() -> dict[str, str]:
     """Of every option of `method` that names its class itself."""
     files = {name: folders.option_file("method", name) for name in folders.groups()["method"]}
-    settings = {name: dict(_settings("method", file)) for name, file in files.items() if file is not None}
+    settings = {name: dict(settings_of("method", file)) for name, file in files.items() if file is not None}
     return {name: found["method._target_"] for name, found in settings.items() if "method._target_" in found}
 
 
@@ -375,7 +394,7 @@ def _composes_pn(method: str | None) -> bool:
     return any("/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults)
 
 
-def _settings(group: str, file: Path) -> list[tuple[str, Any]]:
+def settings_of(group: str, file: Path) -> list[tuple[str, Any]]:
     """The dotted keys that an option's file sets, and their values."""
     text = file.read_text(encoding="utf-8")
     header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)

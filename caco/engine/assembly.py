@@ -19,6 +19,7 @@ from caco.data.loaders.images import Images
 from caco.data.sets import unfit
 from caco.data.sets.sources import Source, Splits
 from caco.data.views.augmentation import Views
+from caco.engine.continuing import last_state, taken_over
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import beginning, ending
@@ -225,8 +226,11 @@ def run_training(
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
     newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
-    if cfg.norm_groups == "rank" and newest is not None:
-        refuse_other_groups(len(newest[0]["random"]))
+    before = last_state(cfg, expanded(cfg.continue_from)) if cfg.continue_from is not None and newest is None else None
+    if before is not None:
+        refuse_different_steps(before[0]["step"], expanded(cfg.continue_from))
+    if cfg.norm_groups == "rank" and (begun := newest or before) is not None:
+        refuse_other_groups(len(begun[0]["random"]))
     method = build_method(cfg, len(splits.pretrain))
     refuse_unfit(method, views, splits.pretrain)
     if cfg.weights is not None and newest is None:
@@ -239,7 +243,8 @@ def run_training(
     if cfg.compile:
         method.get_submodule("encoder").compile()
     schedule = dict(cfg.schedule)
-    run = RunShape(cfg.epochs, loader.steps_per_epoch, cfg.batch, schedule.pop("unit"))
+    restart_epoch = int(cfg.continued_epochs) if cfg.continued_schedule == "restart" else 0
+    run = RunShape(cfg.epochs, loader.steps_per_epoch, cfg.batch, schedule.pop("unit"), restart_epoch)
     trainer = Trainer(
         method=method,
         loader=loader,
@@ -281,6 +286,12 @@ def run_training(
             distributed.stop()
             return known
 
+    elif before is not None:
+        trainer.load_state_dict(taken_over(before[0], place=trainer.place(before[0]["step"]), config_hash=config_hash))
+        if main:
+            print(f"caco: continues {before[1]} ({cfg.continued_schedule}), step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
+
+    of_parent = {} if cfg.continue_from is None else {"continued_from": cfg.continue_from, "continued_run": cfg.continued_run}
     status = "FAILED"
     summary: dict = {}
     started = time.monotonic()
@@ -300,14 +311,14 @@ def run_training(
         tracker.start(
             run_dir,
             params={**label.choices, **flat(cfg)},
-            tags={**environment, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest},
+            tags={**environment, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest, **of_parent},
             run_name=label.name,
             state=newest[0]["tracker"] if newest else None,
             sweep=label.sweep,
         )
     try:
         final = trainer.fit()
-        about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest}
+        about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest, **of_parent}
         summary = {**final, "processes": distributed.world(), **about}
         if main:
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again

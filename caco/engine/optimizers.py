@@ -221,10 +221,12 @@ class Optimisation:
         self.optimizer = optimizer
         self.clip_gradient_norm, self.clip_each_gradient_norm = schedule.clip_gradient_norm, schedule.clip_each_gradient_norm
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
-        self.lr_factor = schedule.learning_rate(run, self.base_lr[0])
+        self.lr_factor = run.placed(schedule.learning_rate(run.of_schedules(), self.base_lr[0]))
         decays = [group["weight_decay"] for group in optimizer.param_groups]
         final = schedule.final_weight_decay
-        self.weight_decay = None if final is None else [cosine(run, decay, final) if decay else None for decay in decays]
+        self.weight_decay = None if final is None else [
+            run.placed(cosine(run.of_schedules(), decay, final)) if decay else None for decay in decays
+        ]
 
     @property
     def parameters(self) -> list[nn.Parameter]:

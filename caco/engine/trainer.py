@@ -88,9 +88,8 @@ class Trainer:
         self.device, self.config_hash, self.data_digest = device, config_hash, data_digest
         self.precision, self.anomaly, self.profile_to = precision, anomaly, profile_to
         self.stop = stop or Stop()
-        self.log_every_steps, self.eval_every_epochs = log_every_steps, eval_every_epochs
-        self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
-        self.milestone_epochs = set(milestone_epochs)
+        self.log_every_steps, self.eval_every_epochs, self.save_every_epochs = log_every_steps, eval_every_epochs, save_every_epochs
+        self.save_every_steps, self.milestone_epochs = save_every_steps, set(milestone_epochs)
 
         self.accumulate = accumulate or 1
         own = run.batch // distributed.world()
@@ -104,7 +103,8 @@ class Trainer:
                 "accumulate: the images of a batch meet one another in this method's loss, and a part of a batch has fewer of "
                 f"them; expected null, got {accumulate}"
             )
-        self.phases, self.tables = method.phases(run), method.schedules(run)
+        self.phases = method.phases(run)
+        self.tables = {name: run.placed(table) for name, table in method.schedules(run.of_schedules()).items()}
         self._check_phases()
         self.first_step = [sum(phase.steps or 0 for phase in self.phases[:number]) for number in range(len(self.phases))]
         self.training_starts = self.first_step[-1]
@@ -333,9 +333,9 @@ class Trainer:
             shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
             progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
 
-    def _place(self) -> list[str | int | None]:
+    def place(self, step: int) -> list[str | int | None]:
         """Phase, step in it, epoch, step in it."""
-        now = self.now(min(self.step, self.training_starts + self.run.steps - 1))
+        now = self.now(min(step, self.training_starts + self.run.steps - 1))
         return [now.phase, now.step_in_phase, now.epoch, now.step_in_epoch]
 
     def _name_of_backbone(self) -> str:
@@ -352,7 +352,7 @@ class Trainer:
             "config_hash": self.config_hash,
             "data_digest": self.data_digest,
             "step": self.step,
-            "place": self._place(),  # follows from the step, written for people
+            "place": self.place(self.step),  # follows from the step, written for people
             "evaluation_due": self.evaluation_due,
             "has_warned": self.has_warned,
             "failed_evaluations": list(self.failed_evaluations),
@@ -380,7 +380,7 @@ class Trainer:
                 f"({state['data_digest']}): point data.root to those, or choose another hydra.run.dir"
             )
         self.step = state["step"]
-        assert state["place"] == self._place(), "the same data and configuration give the same steps"
+        assert state["place"] == self.place(self.step), "the same data and configuration give the same steps"
         self.evaluation_due, self.has_warned = state["evaluation_due"], state["has_warned"]
         # An older checkpoint does not say.
         self.time, self.failed_evaluations = dict(state.get("time", self.time)), list(state.get("failed_evaluations", []))

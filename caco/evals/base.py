@@ -37,11 +37,13 @@ class Evaluator(Protocol):
     on_all_ranks: whether `run` is a collective, because it trains, or because the ranks share the reading of images. Then what the
         store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone has: it computes and yields, and
         the other ranks, having asked for the same, yield nothing. Others run on rank 0, which reads by itself, and the other ranks wait.
+    needs_labels: whether it needs labelled training and test images of the run's own `data`: then a run without any is told before it begins.
     departures: in what it differs from what was published by that name, a sentence each; caco.evaluate prints them with the results.
     """
 
     when: When
     on_all_ranks: bool = False
+    needs_labels: bool = False
     departures: Sequence[str] = ()
 
     @abstractmethod

@@ -38,6 +38,7 @@ class FineTune(Evaluator):
     """
 
     on_all_ranks = True
+    needs_labels = True
 
     def __init__(
         self,

@@ -147,6 +147,7 @@ class KNN(Evaluator):
     """
 
     on_all_ranks = True  # they share the reading
+    needs_labels = True
 
     def __init__(
         self,

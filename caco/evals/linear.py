@@ -27,6 +27,7 @@ class Linear(Evaluator):
     """
 
     on_all_ranks = True
+    needs_labels = True
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class Probe(Evaluator):
     """
 
     on_all_ranks = True  # they share the reading
+    needs_labels = True
 
     def __init__(
         self, *, l2: AboveZero = 1e-3, max_iterations: Count = 500, when: Literal["epoch", "end"] = "end"

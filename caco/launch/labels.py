@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra.conf import HydraConf
 
+from caco.config import continued
 from caco.runs.identity import is_neutral, key_of
 
 SWEEP = "CACO_SWEEP"  # the environment variable that tells a sweep's jobs, wherever they run, which sweep they are of
@@ -32,7 +33,8 @@ def label(hydra_cfg: HydraConf) -> Label:
     overrides = list(hydra_cfg.overrides.task)
     sweep = json.loads(os.environ.get(SWEEP, "null"))
     varied = [item for item in overrides if sweep and key_of(item) in sweep["keys"]]
-    choices = {group: option for group, option in hydra_cfg.runtime.choices.items() if option and "/" not in group}
+    chosen = {**continued.choices(), **hydra_cfg.runtime.choices}
+    choices = {group: option for group, option in chosen.items() if option and "/" not in group}
     return Label(" ".join(varied) or title(overrides), choices, sweep)
 
 

@@ -40,7 +40,7 @@ def initialise(method: Initialised, path: Path | str, format: str | None) -> str
 
     The backbone must fit. The projector, the momentum twin, the bank and what else a method has are taken where the
     file holds them in the same shapes, and stay as they were where not; a twin that the file lacks becomes a copy of
-    the encoder. The bank is taken only with its projector; what the run fills anyway is left out.
+    the encoder. The bank is taken only with its projector; what the run fills anyway is left out. What is said tells why a bank is not taken.
 
     Args:
         path, format: as in `read`.
@@ -81,11 +81,18 @@ def initialise(method: Initialised, path: Path | str, format: str | None) -> str
     if bank is not None:
         rows = {name: tensor for name, tensor in below(named, "bank.").items() if name not in OWN_OF_A_RUN}
         whole = (getattr(bank, "size"), bank.get_parameter("rows.weight").shape[1])  # of all ranks' shards
-        if has_projector and "bank" not in method.overwritten() and "rows.weight" in rows and rows["rows.weight"].shape == whole:
+        theirs = tuple(rows["rows.weight"].shape) if "rows.weight" in rows else None
+        why_not = (
+            "the file has none" if theirs is None
+            else "the warm start fills it" if "bank" in method.overwritten()
+            else f"{theirs[0]:,} x {theirs[1]} there, {whole[0]:,} x {whole[1]} here" if theirs != whole
+            else None if has_projector else "its projector does not fit"
+        )  # fmt: skip
+        if why_not is None:
             bank.load_state_dict(rows, strict=False)
             loaded.append("bank")
         else:
-            fresh.append("bank")
+            fresh.append(f"bank ({why_not})")
     message = f"{filled}\ncaco: weights of {path} ({format or found.family}): {', '.join(loaded)}"
     return message + (f"; as initialised: {', '.join(fresh)}" if fresh else "")
 

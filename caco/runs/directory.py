@@ -106,6 +106,26 @@ def record_failure(run_dir: Path, text: str) -> None:
         file.write(redacted(text.rstrip()) + "\n")
 
 
+def discard(run_dir: Path) -> bool:
+    """Remove the directory of a run that was refused before it wrote anything of its own; whether it was removed.
+
+    Not that of a launcher's job, whose sweep reads there why it failed.
+    """
+    ours = {"config.yaml", "environment.json", ".lock"}
+    run_dir = run_dir.absolute()
+    if not is_first_rank() or not {path.name for path in run_dir.iterdir()} <= ours:
+        return False
+    for name in ours:
+        (run_dir / name).unlink(missing_ok=True)
+    if (lock := _locks.pop(run_dir, None)) is not None:
+        os.close(lock)
+    with contextlib.suppress(OSError):  # something has come there meanwhile
+        run_dir.rmdir()
+        run_dir.parent.rmdir()
+        run_dir.parent.parent.rmdir()
+    return True
+
+
 def is_first_rank() -> bool:
     """Whether this process, of those that train one run together, is the one that writes; known before torch is.
 

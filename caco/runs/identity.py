@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 NEUTRAL_KEYS = (
     "name",
     "weights",  # weights_digest is what counts
+    "continue_from",  # continued_run is what counts
     "warm_start",  # what comes of it is under method
     "bank_learning",  # what comes of it is under bank
     "log_every_steps",
@@ -48,6 +49,7 @@ NEUTRAL_KEYS = (
     "loader.prefetch",
     "tracking",
     "launcher",
+    "derived",  # what they are stands where they are
     "config_dir",  # where it lies; of what is in it environment.json has the digests
     "hydra",
 )
@@ -65,6 +67,9 @@ AS_BEFORE: dict[str, Any] = {
     "bank.final_lr": None,
     "bank.random_norms": "unit",
     "bank.renewed_after_steps": None,
+    "continued_epochs": None,
+    "continued_run": None,
+    "continued_schedule": None,
     "eval.knn.choice": "random",
     "eval.linear.drop_last": True,
     "eval.linear_lightly.drop_last": True,

@@ -1,12 +1,19 @@
 """A run as it lies in its directory, by today's names, whichever version made it. What reads several runs reads them through this."""
 
+import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caco import metrics
+from caco.errors import UserError
 from caco.runs.files import read_json
-from caco.runs.renamed import Names
+from caco.runs.identity import flat
+from caco.runs.renamed import Names, nested
 from caco.tracking.ledger import read_rows
+from caco.tracking.sync import last_status
 
 
 @dataclass(frozen=True)
@@ -23,3 +30,85 @@ def read(run_dir: Path) -> Recorded:
     names = Names.of(run_dir)
     rows, _ = read_rows(run_dir / "ledger.jsonl")
     return Recorded(names.config, [names.row(row) for row in rows], names.summary(read_json(run_dir / "summary.json"), rows))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A run as one of many: what is known of it without reading its ledger.
+
+    run_dir: its directory. state: finished, running, killed, failed, incomplete (an evaluation at its end is missing), begun (it has not come
+    to its first step), damaged. note: why it failed or what it lacks; "". options: group -> option that it was started with, as far as that
+    was written down. settings: the leaves of its configuration by today's dotted names. summary: {} before its end.
+    """
+
+    run_dir: Path
+    state: str
+    note: str
+    options: dict[str, str]
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+
+    def value(self, name: str) -> Any:
+        """The state, a setting, a metric of its summary, or an option; None of what it has not."""
+        for values in ({"state": self.state, "note": self.note, "run": str(self.run_dir)}, self.settings, self.summary, self.options):
+            if name in values:
+                return values[name]
+        return None
+
+
+def directories(paths: Iterable[Path]) -> list[Path]:
+    """The run directories at or below these folders, each once, those of each folder sorted; looked for in none of theirs.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        before = len(found)
+        for folder, below, files in os.walk(path, followlinks=True):
+            if "config.yaml" in files and ("environment.json" in files or "tracking.json" in files):
+                found[Path(folder)] = None
+                below.clear()
+            below[:] = sorted(name for name in below if not name.startswith("."))
+        if len(found) == before:
+            raise UserError(f"expected a run's directory, or a folder of some, got {path}, which has none")
+    return list(found)
+
+
+def outline(run_dir: Path) -> Outline:
+    """What there is to say of a run in one row; safe beside a process that is writing."""
+    try:
+        return _outline(run_dir)
+    except UserError as error:
+        return Outline(run_dir, "damaged", str(error), {}, {}, {})
+
+
+def _outline(run_dir: Path) -> Outline:
+    about, summary = read_json(run_dir / "tracking.json"), read_json(run_dir / "summary.json")
+    params = {name: typed(value) for name, value in about.get("params", {}).items()}
+    groups = {"pn", "preset", *(name.partition(".")[0] for name in params if "." in name)}
+    options = {name: str(value) for name, value in params.items() if name in groups}
+    leaves = {name: value for name, value in params.items() if name not in options}
+    names = Names(nested(leaves)) if leaves else Names.of(run_dir)
+    if names.is_old:  # only its ledger tells which of its numbers training measured
+        run = read(run_dir)
+        names, summary = Names.of(run_dir), run.summary
+    failure = run_dir / "failure.txt"
+    note = failure.read_text(encoding="utf-8", errors="replace").strip().splitlines() if failure.is_file() else []
+    missing = metrics.missing_at_the_end(summary) if summary else []
+    if summary:
+        state = "incomplete" if missing else "finished"
+    elif note:
+        state = "failed"
+    else:
+        state = last_status(run_dir)[0].lower() if about else "begun"
+    why = (missing or note)[-1] if missing or note else ""
+    return Outline(run_dir, state, why if state in ("failed", "incomplete") else "", options, flat(names.config), summary)
+
+
+def typed(text: Any) -> Any:
+    """A parameter as it was before the tracker made text of it."""
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError):
+        return text

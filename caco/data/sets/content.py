@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from caco import distributed
 from caco.errors import FileError
 from caco.saying import Say, counting, silent
 
@@ -136,6 +135,8 @@ class Looks:
         Raises:
             FileError: on every rank, where a file cannot be read on one.
         """
+        from caco import distributed  # here and not above: it imports torch, which looking at a folder does not need
+
         if distributed.world() == 1:
             self.of(at, say=say, what=what)
             return

@@ -1,10 +1,30 @@
 """Walks over folders of images: symbolic links are followed, and refused where images would come twice or lead nowhere."""
 
+import contextlib
 import os
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from caco.data.sets.sources import EXTENSIONS
 from caco.errors import FileError, UserError
+from caco.runs.directory import is_first_rank
+
+_kept: dict[Path, list[str]] = {}  # of folders walked over inside `kept`: their images, for the next walk alone
+_keeping = False
+_QUIET_S = 2.0
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """What is found inside is handed to the next walk over the same folder in this process, which looks no second time."""
+    global _keeping
+    _keeping = True
+    try:
+        yield
+    finally:
+        _keeping = False
 
 
 def folders_in(top: Path) -> list[str]:
@@ -42,6 +62,7 @@ class Walk:
         self._top = top
         self._above = {_identity(folder): folder for folder in (top.resolve(), *top.resolve().parents)}
         self._seen: dict[tuple[int, int], Path] = {}
+        self._images, self._next_line = 0, time.monotonic() + _QUIET_S
 
     def images_below(self, folder: Path) -> list[str]:
         """All images, as paths relative to `folder`, sorted.
@@ -50,11 +71,14 @@ class Walk:
             FileError: a folder that cannot be read, a link that leads nowhere, an image that is no file.
             UserError: a link to a folder that holds it, or to one whose images are there already.
         """
+        if not _keeping and folder in _kept:
+            return _kept.pop(folder)
         found: list[str] = []
         ahead = [(folder, "")]
         while ahead:
             current, prefix = ahead.pop()
             self._enter(current)
+            self._say_how_far(len(found))
             for entry in _entries(current):
                 if entry.is_dir():
                     ahead.append((current / entry.name, f"{prefix}{entry.name}/"))
@@ -62,7 +86,17 @@ class Walk:
                     if not entry.is_file():
                         raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
                     found.append(prefix + entry.name)
-        return sorted(found)
+        self._images += len(found)
+        found.sort()
+        if _keeping:
+            _kept[folder] = found
+        return found
+
+    def _say_how_far(self, found: int) -> None:
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + 5
+            if is_first_rank():
+                print(f"caco: looking through {self._top}: {self._images + found:,} images so far", file=sys.stderr, flush=True)
 
     def _enter(self, folder: Path) -> None:
         identity = _identity(folder)

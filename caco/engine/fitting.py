@@ -1,0 +1,206 @@
+"""What settings and a folder of images lack of one another: found before torch is imported or a directory made, and named all at once.
+
+Where a value that nobody gave does not fit and a sensible one follows from the images or the length of the run, it is derived.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from caco.config import composition, folders, signatures
+from caco.config.validation import settings_of
+from caco.data.sets import walking
+from caco.data.sets.sources import Splits
+from caco.errors import UserError
+from caco.runs.directory import is_first_rank
+from caco.runs.identity import plain
+
+FOLDERS = "caco.data.sets.folders"  # what is read from files that need not be opened to be counted
+IN_WHEELS = ("digits", "photo_tiles")  # of its sets those that are small, and need scikit-learn
+KNN, LINEAR = "caco.evals.knn.KNN", "caco.evals.linear.Linear"
+WARMUP_SHARE, HELD_OUT = 0.1, 0.1
+
+
+@dataclass
+class Fit:
+    """What came of it.
+
+    problems: a line for each thing that does not fit. derived: override -> why, of what was derived.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    derived: dict[str, str] = field(default_factory=dict)
+
+
+class Given:
+    """Which settings the command line or a preset gives, and are left alone.
+
+    Args:
+        overrides: the command line. presets: the options of `preset`.
+        recorded: whether all but the schedule is given, too, as a run recorded it that is continued.
+    """
+
+    def __init__(self, overrides: Sequence[str], presets: Sequence[str] = (), recorded: bool = False):
+        keys = [item.lstrip("+~").partition("=")[0].replace("/", ".") for item in overrides]
+        for name in presets:
+            if (file := folders.option_file("preset", name)) is not None:
+                keys += [key for key, _ in settings_of("preset", file)] + folders.groups_chosen_by(file)
+        self._keys, self._recorded = set(keys), recorded
+
+    def __call__(self, key: str) -> bool:
+        options = folders.groups().keys()  # choosing one of these gives no value in it
+        return (self._recorded and not key.startswith("schedule.")) or any(
+            key == one or one.startswith(f"{key}.") or (key.startswith(f"{one}.") and one not in options) for one in self._keys
+        )
+
+
+def fit(tree: Mapping[str, Any], given: Given, read: Callable[[Mapping[str, Any]], Splits | None], *, world: int = 1) -> Fit:
+    """What does not fit in a configuration that is otherwise right, and what was derived so that it does.
+
+    Args:
+        tree: the configuration as dicts and lists.
+        read: the images of its `data`, or None where these are not known yet; raises UserError.
+        world: how many processes share a batch.
+    """
+    found = Fit()
+    _warmup(tree, given, found)
+    try:
+        splits = read(tree["data"])
+    except UserError as error:
+        found.problems.append(str(error))
+        return found
+    if splits is None:
+        return found
+    num_train, batch = len(splits.pretrain), tree["batch"]
+    evaluators = dict(tree["eval"])
+    needing = [name for name, node in evaluators.items() if signatures.declared(node["_target_"], "needs_labels")]
+    labels = None if splits.train is None else splits.train.labels
+    if needing and labels is not None and splits.test is None:
+        if not given("data.validation_fraction") and not given("data.labelled_root") and tree["data"].get("validation_fraction") is None:
+            found.derived[f"data.validation_fraction={HELD_OUT}"] = "there are no test images, and a tenth of the training images takes their place"
+            held_out = round(HELD_OUT * num_train)
+            num_train, labels = num_train - held_out, labels[held_out:]  # to count by; which are held out is drawn later
+        else:
+            found.problems.append(_missing("no test images", splits, needing))
+            needing = []
+    elif needing and (labels is None or splits.test is None or splits.test.labels is None):
+        if given("eval"):
+            found.problems.append(_missing("no labels" if labels is None else "no labelled test images", splits, needing))
+        else:
+            found.derived["eval=[geometry]"] = f"the images have no labels, which {' and '.join(needing)} need; geometry needs none"
+        needing = []
+    if num_train < batch:
+        largest = 2 ** int(np.log2(max(num_train, 1)))
+        found.problems.append(
+            f"batch: expected at most the {num_train:,} images of {splits.pretrain.name} to train on, got {batch:,}"
+            + (f"; batch={largest} leaves {num_train // largest} steps an epoch" if largest >= 2 else "; give more images")
+        )
+    for name in needing if labels is not None else ():
+        _evaluator(name, evaluators[name], labels, given, found, world)
+    return found
+
+
+def _warmup(tree: Mapping[str, Any], given: Given, found: Fit) -> None:
+    key, length = "schedule.warmup_epochs", tree["schedule"]["warmup_epochs"]
+    epochs = tree["epochs"] - (tree["continued_epochs"] if tree["continued_schedule"] == "restart" else 0)
+    if length < epochs:
+        return
+    if given(key):
+        found.problems.append(f"{key}: expected less than the {epochs:g} epochs of the schedule, got {length:g}; 0 is none")
+    else:
+        found.derived[f"{key}={WARMUP_SHARE * epochs:g}"] = f"{length:g} epochs of warm-up do not fit into {epochs:g}; a tenth of them does"
+
+
+def _missing(what: str, splits: Splits, needing: Sequence[str]) -> str:
+    return (
+        f"eval=[{','.join(needing)}]: expected labelled training and test images, got {splits.pretrain.name} with {what}; give data.labelled_root=PATH "
+        f"(train/ and test/ of class folders){', hold some out with data.validation_fraction=0.1' * (splits.train is not None)}, or take "
+        "eval=[geometry], which needs none"
+    )
+
+
+def _evaluator(name: str, node: Mapping[str, Any], labels: np.ndarray, given: Given, found: Fit, world: int) -> None:
+    """What an evaluator takes no less of than there is."""
+    total = len(labels)
+    if node["_target_"] == LINEAR and total < node["batch"]:
+        fits = total // world * world
+        if given(f"eval.{name}.batch") or fits < 2:
+            found.problems.append(f"eval.{name}.batch: expected at most the {total:,} labelled training images, got {node['batch']:,}")
+        else:
+            found.derived[f"eval.{name}.batch={fits}"] = f"there are {total:,} labelled training images; the rate goes with the batch"
+    if node["_target_"] == KNN:
+        counts = np.unique(labels, return_counts=True)[1]
+        bank = sum(max(1, round(node["fraction"] * count)) for count in counts.tolist())
+        if bank >= node["k"]:
+            return
+        if given(f"eval.{name}.fraction") or given(f"eval.{name}.k") or total < 2:
+            found.problems.append(f"eval.{name}.k: expected at most {bank}, the labelled training images it looks among, got {node['k']}")
+            return
+        if node["fraction"] < 1:
+            found.derived[f"eval.{name}.fraction=1"] = f"{node['fraction']:g} of the training images are {bank}, fewer than its {node['k']} neighbours"
+        if total < node["k"]:
+            found.derived[f"eval.{name}.k={total}"] = f"there are {total} labelled training images"
+
+
+def images_of(data: Mapping[str, Any]) -> Splits | None:
+    """The images of a `data` that is read from a folder, none of them opened; None of others. A run in this process walks over no folder again.
+
+    Raises:
+        UserError: the folder is not there, or not as it should be.
+    """
+    module, _, name = data["_target_"].rpartition(".")
+    if module != FOLDERS or name in IN_WHEELS:
+        return None
+    with walking.kept():
+        return composition.instantiate({**data, **({"in_memory_mb": 0} if "in_memory_mb" in data else {})})
+
+
+def remembered() -> Callable[[Mapping[str, Any]], Splits | None]:
+    """`images_of` that reads each `data` once, for a sweep whose jobs share it."""
+    known: dict[str, Splits | UserError | None] = {}
+
+    def read(data: Mapping[str, Any]) -> Splits | None:
+        if (key := repr(data)) not in known:
+            try:
+                known[key] = images_of(data)
+            except UserError as error:
+                known[key] = error
+        found = known[key]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    return read
+
+
+def overrides_that_fit(
+    cfg: DictConfig, overrides: Sequence[str], problems: list[str], read: Callable[[Mapping[str, Any]], Splits | None], *, recorded: bool,
+    is_sound: bool,
+) -> list[str]:  # fmt: skip
+    """What was derived for this command line, as overrides, and said; what does not fit is added to the problems.
+
+    Args:
+        recorded: whether the configuration is that of a run which is continued.
+        is_sound: whether nothing else is wrong with it; else what cannot be looked at is left out.
+    """
+    presets = [item.partition("=")[2].strip("[]").split(",") for item in overrides if item.startswith("preset=")]
+    given = Given(overrides, [name.strip() for names in presets for name in names], recorded)
+    try:
+        found = fit(plain(cfg), given, read, world=int(os.environ.get("WORLD_SIZE", "1")))
+    except Exception:  # noqa: BLE001 - of a configuration that is refused anyway anything may be wrong
+        if is_sound:
+            raise
+        return []
+    problems += [line for line in found.problems if line not in problems]
+    if problems or not found.derived:
+        return []
+    if is_first_rank():
+        for override, why in found.derived.items():
+            print(f"caco: nobody gave {override.partition('=')[0]}: it is {override.partition('=')[2]}, as {why}", file=sys.stderr)
+    names = ",".join(override.partition("=")[0] for override in found.derived)
+    return [*found.derived, f"derived=[{names}]"]

@@ -1,0 +1,54 @@
+"""`python -m caco.results runs/`: runs as a table in the terminal. Imports no torch.
+
+Without --columns it shows what differs between the runs, and nothing that they share, beside their results; runs that have not
+finished stand with their state, and runs of earlier versions by today's names.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from caco.errors import UserError, shown
+from caco.runs.paths import expanded
+from caco.tracking import comparison
+from caco.tracking.recorded import directories, outline
+
+EXAMPLES = """\
+  python -m caco.results runs/                                        every run below runs/
+  python -m caco.results runs/ --seeds --sort knn20_top1              means and standard deviations over seeds
+  python -m caco.results runs/ --where method=byol "epochs>=100"      of these conditions all
+  python -m caco.results runs/ --columns bank.size,lr,knn20_top1      settings and metrics by name, or by the end of it
+  python -m caco.results runs/ --format csv > runs.csv
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script."""
+    parser = argparse.ArgumentParser(
+        prog="python -m caco.results", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER", help="a run, or a folder of runs; default: runs")
+    parser.add_argument("--where", nargs="+", default=[], metavar="CONDITION", help="KEY=VALUE, or !=, <, <=, > and >=, of settings, metrics, state")
+    parser.add_argument("--sort", metavar="KEY", help="by a setting or a metric; what has none comes last")
+    parser.add_argument("--reverse", action="store_true", help="the largest first")
+    parser.add_argument("--columns", metavar="KEY,...", help="settings, options and metrics, in place of what differs")
+    parser.add_argument("--seeds", action="store_true", help="one row for runs that differ in their seed alone: mean, standard deviation, n")
+    parser.add_argument("--format", choices=comparison.FORMATS, default="text")
+    with shown():
+        given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+        runs = comparison.outlines(directories([expanded(folder) for folder in given.folders]), outline)
+        total = len(runs)
+        runs = comparison.chosen(runs, given.where)
+        if not runs:
+            raise UserError(f"none of the {total} runs there is such that {' and '.join(given.where)}")
+        title = f"{len(runs)} runs" if len(runs) == total else f"{len(runs)} of {total} runs"
+        columns = given.columns.split(",") if given.columns else None
+        print(
+            comparison.table(
+                runs, columns=columns, by=given.sort, reverse=given.reverse, over_seeds=given.seeds, format=given.format, title=title
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
