@@ -46,6 +46,7 @@ Share = Annotated[float, Range(least=0, most=1)]
 ShareBelowOne = Annotated[float, Range(least=0, below=1)]  # momenta of optimisers: at 1 nothing is ever forgotten
 ShareAboveZero = Annotated[float, Range(above=0, most=1)]
 ProperShare = Annotated[float, Range(above=0, below=1)]
+NumChannels = Annotated[int, Range(least=1, most=1024)]  # of an image as it is stored
 Channels = Annotated[list[float], Length(least=3, most=3)]  # red, green, blue
 Colour = Annotated[Sequence[Annotated[int, Range(least=0, most=255)]], Length(least=3, most=3)]  # a fill, of 8 bits
 PositiveChannels = Annotated[list[AboveZero], Length(least=3, most=3)]

@@ -48,6 +48,7 @@ class Domain(Evaluator):
     """
 
     on_all_ranks = True
+    reads_photographs = True
 
     def __init__(
         self,

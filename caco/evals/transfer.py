@@ -48,6 +48,7 @@ class Transfer(Evaluator):
     """
 
     on_all_ranks = True  # they share the reading
+    reads_photographs = True
 
     def __init__(
         self,

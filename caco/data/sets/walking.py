@@ -36,10 +36,12 @@ class Walk:
 
     Args:
         top: what holds all folders that are walked over.
+        extensions: of the names of images.
+    passed_by: the name of a file, in lower case, that was no image; "" where there was none.
     """
 
-    def __init__(self, top: Path):
-        self._top = top
+    def __init__(self, top: Path, extensions: tuple[str, ...] = EXTENSIONS):
+        self._top, self._extensions, self.passed_by = top, extensions, ""
         self._above = {_identity(folder): folder for folder in (top.resolve(), *top.resolve().parents)}
         self._seen: dict[tuple[int, int], Path] = {}
 
@@ -58,10 +60,12 @@ class Walk:
             for entry in _entries(current):
                 if entry.is_dir():
                     ahead.append((current / entry.name, f"{prefix}{entry.name}/"))
-                elif entry.name.lower().endswith(EXTENSIONS):
+                elif entry.name.lower().endswith(self._extensions):
                     if not entry.is_file():
                         raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
                     found.append(prefix + entry.name)
+                else:
+                    self.passed_by = entry.name.lower()
         return sorted(found)
 
     def _enter(self, folder: Path) -> None:
