@@ -40,6 +40,7 @@ Seed = Annotated[int, Range(least=0, most=4294967295)]
 Pixels = Annotated[int, Range(least=1, most=65535)]  # of a side
 Width = Annotated[int, Range(least=1, most=1048576)]  # of a layer
 Layers = Annotated[int, Range(least=1, most=1000)]
+Finite = Annotated[float, Range(least=-1e30, most=1e30)]  # within float32, and its square within float64
 AboveZero = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]

@@ -37,13 +37,11 @@ class Evaluator(Protocol):
     on_all_ranks: whether `run` is a collective, because it trains, or because the ranks share the reading of images. Then what the
         store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone has: it computes and yields, and
         the other ranks, having asked for the same, yield nothing. Others run on rank 0, which reads by itself, and the other ranks wait.
-    reads_photographs: whether it has a set of images of its own, RGB of 8 bits, on which a backbone for others (data.channels) cannot be.
     departures: in what it differs from what was published by that name, a sentence each; caco.evaluate prints them with the results.
     """
 
     when: When
     on_all_ranks: bool = False
-    reads_photographs: bool = False
     departures: Sequence[str] = ()
 
     @abstractmethod

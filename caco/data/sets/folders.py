@@ -12,7 +12,7 @@ from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Sourc
 from caco.data.sets.stored import EXTENSIONS as STORED
 from caco.data.sets.walking import Walk, folders_in
 from caco.errors import FileError, UserError
-from caco.ranges import AboveZero, Count, Natural, NumChannels, Pixels, ProperShare, Seed
+from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, Pixels, ProperShare, Seed
 from caco.runs.paths import expanded, read_text
 
 
@@ -85,7 +85,7 @@ def folder(
     seed: Seed = 0,
     in_memory_mb: Natural = 256,
     channels: NumChannels | None = None,
-    mean: list[float] | None = None,
+    mean: list[Finite] | None = None,
     std: list[AboveZero] | None = None,
 ) -> Splits:
     """Any folder of images, labelled by class folders or not.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ class Views:
     """
 
     channels: int | None = None
-    dtype = np.dtype(np.uint8)
+    dtype: np.dtype = np.dtype(np.uint8)
 
     def __init__(
         self,
@@ -293,8 +293,8 @@ class Views:
         """All views' settings as the compiled views take them."""
         return self.kinds.settings(self._scale.tolist(), self._offset.tolist())
 
-    def plain_pixels(self, image: Image.Image) -> np.ndarray:
-        """The plain view before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
+    def plain_pixels(self, image: Any) -> np.ndarray:
+        """The plain view of an image of Pillow's before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
         (width, height), box = plain_box(*image.size, self.size, self.plain_crop)
         if (width, height) != image.size:
             image = resize(image, width, height, self.plain_interpolation)

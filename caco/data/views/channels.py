@@ -65,7 +65,7 @@ class ChannelViews(Views):
 
     compiled_alone = False
     plain_is_compiled = False
-    dtype = np.dtype(np.float32)
+    dtype: np.dtype = np.dtype(np.float32)
 
     def with_views(self, views: dict[str, View]) -> "ChannelViews":
         return ChannelViews(self._like.with_views(views), mean=self.mean, std=self.std)
@@ -91,8 +91,10 @@ class ChannelViews(Views):
 class ChannelKinds(Kinds):
     """Kinds of view of images of so many channels, in float32."""
 
+    dtype: np.dtype = np.dtype(np.float32)
+
     def __init__(self, kinds: Sequence[tuple[Any, int]], channels: int):
-        self.channels, self.dtype = channels, np.dtype(np.float32)
+        self.channels = channels
         for view, _ in kinds:
             if view.then:
                 raise UserError(

@@ -36,7 +36,7 @@ class Kinds:
     """
 
     channels = 3
-    dtype = np.dtype(np.uint8)
+    dtype: np.dtype = np.dtype(np.uint8)
 
     def __init__(self, kinds: Sequence[tuple[Any, int]]):
         self.kinds = list(kinds)
