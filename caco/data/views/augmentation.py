@@ -295,7 +295,7 @@ class Views:
 
     def plain_pixels(self, image: Any) -> np.ndarray:
         """The plain view of an image of Pillow's before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
-        (width, height), box = plain_box(*image.size, self.size, self.plain_crop)
+        (width, height), box = plain_box(image.width, image.height, self.size, self.plain_crop)
         if (width, height) != image.size:
             image = resize(image, width, height, self.plain_interpolation)
         return np.array(image.crop(box))
