@@ -19,6 +19,7 @@ from caco.config.composition import instantiate
 from caco.data.loaders.plain import plain_batches
 from caco.data.sets.sources import Source, Splits, choose, labels_of
 from caco.engine.assembly import build_method
+from caco.engine.channels import views_of
 from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.evals.extraction import extract
@@ -85,7 +86,7 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
         raise UserError(f"{run_dir}: expected the images that it was trained on ({newest[0]['data_digest']}), got others ({digest})")
     method = build_method(cfg)
     method.load_state_dict(newest[0]["method"])
-    return Trained(cfg, method.eval(), splits, instantiate(cfg.augmentation), newest[0]["step"])
+    return Trained(cfg, method.eval(), splits, views_of(cfg, splits, run_dir=run_dir), newest[0]["step"])
 
 
 def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -> tuple[Figure, Data]:
@@ -307,5 +308,5 @@ def pixels_knn(trained: Trained) -> float | None:
     evaluation = Evaluation(
         {name: instantiate(node)}, splits, trained.views, batch=256, device="cpu", precision="fp32", seed=trained.cfg.seed
     )
-    (accuracy,) = evaluation.run(RawPixels(trained.cfg.augmentation.size), "end").values()
+    (accuracy,) = evaluation.run(RawPixels(trained.cfg.augmentation.size, channels=trained.views.channels or 3), "end").values()
     return accuracy

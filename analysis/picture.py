@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from analysis.model import BankRows, Trained
+    from caco.data.sets.sources import Source
+    from caco.data.views.augmentation import Views
 
 # Inches. A tile has 80 dots: a whole number for each pixel of images of 8, 16, 20, 40 or 80.
 TILE, GAP, DOTS_PER_INCH = 0.4, 0.04, 200
@@ -218,6 +220,15 @@ def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) 
         axes.annotate(what, xytext=(9, -1), fontsize=8.5, va="top", **beside)
 
 
+def _plain(views: "Views", images: "Source", index: int) -> np.ndarray:
+    """An image's plain view for the eye, uint8 [H, W, 3]."""
+    if views.channels is None:
+        return views.plain_pixels(images.image(index))
+    from caco.data.sets.stored import shown
+
+    return np.asarray(shown(views.plain_pixels(images.pixels(index))))
+
+
 def _inches(axes: "Axes") -> float:
     return axes.get_position().height * axes.get_figure().get_figheight()
 
@@ -249,7 +260,7 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
         axes.text(0, middle + 0.02, f"chosen by {int(rows.uses_R[r]):,}", fontsize=8, color=FAINT, va="top")
         for n in range(tiles):
             left = BEFORE + n * (TILE + GAP)
-            pixels = trained.views.plain_pixels(rows.images.image(int(rows.image_RN[r, n])))
+            pixels = _plain(trained.views, rows.images, int(rows.image_RN[r, n]))
             smooth = len(pixels) > TILE * DOTS_PER_INCH  # larger than its tile
             position = (left, left + TILE, top + TILE, top)
             axes.imshow(pixels, extent=position, interpolation="antialiased" if smooth else "nearest")

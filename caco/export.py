@@ -52,13 +52,14 @@ def main() -> None:
 def _export(cfg: DictConfig) -> None:
     location = None if cfg.run is None else pretrained.locate(cfg.run)
     require_writable(expanded(cfg.to), "to")
-    from caco.config.composition import instantiate
+    from caco.engine.channels import backbone_of, noted
     from caco.engine.evaluating import load_pretrained  # here and not above: it imports torch
 
-    backbone = instantiate(cfg.backbone)
+    images = {} if location is None else dict(noted(location.run_dir))
+    backbone = backbone_of(cfg.backbone, images.get("channels"))
     path, step = load_pretrained(cfg, location, backbone)
     run = {} if location is None else {"run": location.run_dir.name, "step": step, "summary": recorded.read(location.run_dir).summary}
-    about = {"weights": str(path), **run, "augmentation": plain(cfg)["augmentation"]}
+    about = {"weights": str(path), **run, "augmentation": plain(cfg)["augmentation"] | images}
     for file in export(backbone, plain(cfg)["backbone"], list(cfg.layouts), expanded(cfg.to), about):
         print(file)
 
@@ -85,6 +86,8 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
         if layout == "timm" and not is_plain:
             raise UserError("layouts: timm has no model with this backbone's stem or norms; expected safetensors alone, got timm")
         if layout in ("torchvision", "detectron2"):
+            if "channels" in about["augmentation"]:
+                raise UserError(f"layouts: {layout} expects images of red, green and blue; this backbone has {about['augmentation']['channels']} channels")
             fits = is_plain and re.fullmatch(r"resnet(18|34|50|101|152)", node["name"])
             if not fits:
                 expected = "a ResNet with its usual stem and BatchNorm (resnet18, resnet50, ...)"
@@ -124,10 +127,10 @@ def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> d
         "architecture": node["name"],
         "num_classes": 0,
         "num_features": backbone.num_features,
-        "model_args": own | ({"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {}),
+        "model_args": own | ({"in_chans": views["channels"]} if "channels" in views else {}) | ({"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {}),
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [3, size, size],
+            "input_size": [views.get("channels", 3), size, size],
             "interpolation": "bilinear",
             "crop_pct": views.get("plain_crop", 0.875),
             "mean": views["mean"],
@@ -164,6 +167,7 @@ def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) 
         "detectron2": "# detectron2: MODEL.WEIGHTS detectron2.pkl, INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False,\n"
         f"# MODEL.PIXEL_MEAN {[round(255 * m, 3) for m in views['mean']]}, MODEL.PIXEL_STD {[round(255 * s, 3) for s in views['std']]}",
     }
+    images = f"{views['channels']} channels as stored, unsigned integers divided by their type's largest" if "channels" in views else _IMAGES[views.get("colours", "rgb")]
     shown = "\n".join(usage[layout] for layout in usage if layout in layouts)
     tags = "library_name: timm\n" if "timm" in layouts else ""
     return (
@@ -171,7 +175,7 @@ def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) 
         f"# {node.get('name') or node['_target_'].rpartition('.')[2]}, pre-trained without labels\n\n"
         f"A backbone without a classifier, from `{about['weights']}`"
         + (f", run `{about['run']}`, step {about['step']}" if "run" in about else "")
-        + f".\n\nBackbone: `{json.dumps(node)}`. Images: {_IMAGES[views.get('colours', 'rgb')]}, {views['size']} px, "
+        + f".\n\nBackbone: `{json.dumps(node)}`. Images: {images}, {views['size']} px, "
         f"mean {views['mean']}, std {views['std']}.\n"
         + (f"\nWhat the run's summary says, percent (data: {summary.get('data')}):\n\n| result | value |\n|---|---|\n{table}" if table else "")
         + f"\n```python\n{shown}\n```\n\n"

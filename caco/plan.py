@@ -19,10 +19,12 @@ from torch import nn
 from caco import errors
 from caco.banks import noise, scoring
 from caco.config import composition, folders, refusals, validation
+from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate
 from caco.data.sets.sources import num_images_of
 from caco.engine import costs, speed
 from caco.engine.assembly import pick_device
+from caco.engine.channels import backbone_of
 from caco.errors import UserError
 from caco.nn.norm import groups_of_a_rank
 from caco.schedules import RunShape
@@ -138,7 +140,7 @@ def evaluations(cfg: DictConfig, *, world: int, tflops: float, measured: bool) -
 
     @functools.cache
     def backbone() -> nn.Module:
-        return instantiate(cfg.backbone)
+        return backbone_of(cfg.backbone, channels_of(cfg))
 
     lines = []
     for work in (part for node in cfg.eval.values() for part in instantiate(node).work(backbone)):

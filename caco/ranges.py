@@ -40,12 +40,14 @@ Seed = Annotated[int, Range(least=0, most=4294967295)]
 Pixels = Annotated[int, Range(least=1, most=65535)]  # of a side
 Width = Annotated[int, Range(least=1, most=1048576)]  # of a layer
 Layers = Annotated[int, Range(least=1, most=1000)]
+Finite = Annotated[float, Range(least=-1e30, most=1e30)]  # within float32, and its square within float64
 AboveZero = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 ShareBelowOne = Annotated[float, Range(least=0, below=1)]  # momenta of optimisers: at 1 nothing is ever forgotten
 ShareAboveZero = Annotated[float, Range(above=0, most=1)]
 ProperShare = Annotated[float, Range(above=0, below=1)]
+NumChannels = Annotated[int, Range(least=1, most=1024)]  # of an image as it is stored
 Channels = Annotated[list[float], Length(least=3, most=3)]  # red, green, blue
 Colour = Annotated[Sequence[Annotated[int, Range(least=0, most=255)]], Length(least=3, most=3)]  # a fill, of 8 bits
 PositiveChannels = Annotated[list[AboveZero], Length(least=3, most=3)]

@@ -55,6 +55,11 @@ def write_splits(
         raise UserError(f"max_resolution: expected a positive number of pixels, got {max_resolution}")
     if num_workers is not None and num_workers < 1:
         raise UserError(f"num_workers: expected at least 1, got {num_workers}")
+    if splits.pretrain.channels is not None:
+        raise UserError(
+            "data.channels: a .beton holds photographs, RGB of 8 bits, and these images would not be the same in it; train on them as they "
+            "are, data=folder, which reads them in num_workers processes or keeps them in memory (data.in_memory_mb)"
+        )
     out.mkdir(parents=True, exist_ok=True)
     parts = {"train": splits.train or splits.pretrain, "test": splits.test}
     if splits.train is not None and splits.pretrain is not splits.train:

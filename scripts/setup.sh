@@ -100,7 +100,7 @@ do_caco() {
 about_mlflow() { echo "MLflow, which shows runs in a browser (100 MB; 180 MB without the other steps)"; }
 do_mlflow() { pip_install 100 @mlflow; }
 
-about_rest() { echo "FFCV, submitit, pycocotools and what the tests need (160 MB)"; }
+about_rest() { echo "FFCV, submitit, pycocotools and what the tests need (200 MB)"; }
 do_rest() {
   local missing
   missing=$(echo "$(missing_python)" "$(missing_for_ffcv)" | xargs)
@@ -108,9 +108,9 @@ do_rest() {
   # FFCV builds from source, against a known setuptools; in .venv itself torch decides which one it wants.
   echo 'setuptools==84.2.1' >.venv/build-constraints.txt
   if [ -z "$missing" ]; then
-    pip_install 160 --build-constraint .venv/build-constraints.txt @ffcv @slurm @dense @test
+    pip_install 200 --build-constraint .venv/build-constraints.txt @ffcv @slurm @dense @test
   else
-    pip_install 40 @slurm @dense @test
+    pip_install 80 @slurm @dense @test
     say "*** INCOMPLETE: no ffcv, for want of system packages. All else works. To complete it, as root:"
     say "***   apt-get install $missing"
     say "*** and then: make -B setup"

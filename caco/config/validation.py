@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caco import metrics
-from caco.config import folders, signatures, views_needed
+from caco.config import channels_needed, folders, signatures, views_needed
 from caco.config.annotations import argument_mismatches
 from caco.config.schema import AnyRoot, Root
 from caco.errors import UserError
@@ -31,7 +31,7 @@ FORMATS = (  # of released weights, caco/nn/formats.py
 )  # fmt: skip
 EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
 # Plain values that no YAML gives, because another component or the data decide them.
-SUPPLIED = {"projector": ("in_dim",), "method": ("num_images",)}
+SUPPLIED = {"projector": ("in_dim",), "method": ("num_images",), "backbone": ("in_channels",)}
 
 
 def check(
@@ -62,6 +62,7 @@ def check(
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
         problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
         problems = problems or _of_one_name(tree.get("eval", {})) + (views_needed.early_problems(tree) if root is Root else [])
+        problems = problems or channels_needed.problems(tree, overrides)
     if problems:
         raise UserError("\n".join(problems))
 

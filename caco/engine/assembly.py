@@ -13,12 +13,14 @@ from omegaconf import DictConfig
 from caco import distributed, metrics
 from caco.banks.base import Bank
 from caco.config import folders, views_needed
+from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate, target
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
 from caco.data.sets import unfit
 from caco.data.sets.sources import Source, Splits
 from caco.data.views.augmentation import Views
+from caco.engine.channels import backbone_of, note, views_of
 from caco.engine.continuing import last_state, taken_over
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.preemption import Stop, Stopped
@@ -65,7 +67,8 @@ def refuse_unfit_backbone(cfg: DictConfig) -> None:
     Raises:
         UserError: a model of timm's that makes no features of images of the sizes that the views have.
     """
-    settings = dict(cfg.backbone)
+    channels = channels_of(cfg)
+    settings = dict(cfg.backbone) | ({} if channels is None else {"in_channels": channels})
     if settings.pop("_target_") == "caco.nn.backbones.timm_backbone":
         views: Views = instantiate(cfg.augmentation)
         backbones.refuse_unfit([views.size, *views.sizes], **settings)
@@ -74,7 +77,7 @@ def refuse_unfit_backbone(cfg: DictConfig) -> None:
 def build_encoder(cfg: DictConfig) -> Encoder:
     """Backbone and projector, random weights from torch's generator."""
     refuse_unfit_backbone(cfg)
-    backbone = instantiate(cfg.backbone)
+    backbone = backbone_of(cfg.backbone, channels_of(cfg))
     return Encoder(backbone=backbone, projector=instantiate(cfg.projector, in_dim=feature_width(backbone)))
 
 
@@ -139,7 +142,7 @@ def refuse_unfit(method: Method, views: Views, source: Source) -> None:
 
 def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
     """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no other rank."""
-    backbone = instantiate(cfg.backbone)
+    backbone = backbone_of(cfg.backbone, channels_of(cfg))
     backbone.load_state_dict(method.backbone.state_dict())
     return backbone.eval()
 
@@ -191,8 +194,8 @@ def run_training(
         raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
     tracker = build_tracker(cfg)
     splits = build_splits(cfg)
-    views: Views = instantiate(cfg.augmentation)
     say = say_sometimes(main)
+    views = views_of(cfg, splits, run_dir=run_dir, say=say)
     splits.pretrain.look(say)  # all ranks together: of a large set the digest takes its time
     data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
 
@@ -306,6 +309,7 @@ def run_training(
         print(message, file=sys.stderr)
         directory.write_config(run_dir, cfg)  # of a run that goes on: nothing has been refused, and this is how it does
         write_json(images_file, evaluated_on)
+        note(views, run_dir)
         # Again: now PyTorch is here to say which GPUs and instructions it has.
         environment = directory.write_environment(run_dir, folders.record())
         tracker.start(

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from caco.banks.base import Bank
 from caco.config import views_needed
+from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate
 from caco.engine.assembly import build_encoder, counts_images, method_on
 from caco.methods.base import Costs, Method
@@ -28,6 +29,7 @@ def parts(cfg: DictConfig, num_images: int) -> str:
     chosen = {name: tree.get(name) for name in names}
     by_image = chosen["bank"] is not None and chosen["bank"]["size"] is None
     chosen["num_images"] = None if not counts_images(cfg) else 2 if by_image else num_images
+    chosen["data"] = {"channels": channels_of(tree)}
     if chosen["bank"] is not None:
         chosen["bank"] |= {"size": 2, "seed": 0}
     return json.dumps(chosen)
@@ -43,7 +45,7 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     method.train()
     views = instantiate(cfg.augmentation)
     views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
-    sizes = views.sizes
+    sizes, channels = views.sizes, channels_of(cfg) or 3
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
     others = [child.to("meta") for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
     costs = method.costs(sizes)
@@ -56,14 +58,14 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
     flops = activation_bytes = 0.0
-    of_images = 3.0 * sum(size * size for size in sizes)  # values that the views of an image have
+    of_images = float(channels) * sum(size * size for size in sizes)  # values that the views of an image have
     for size in dict.fromkeys(sizes):
-        forward, both, saved = run_once(encoder, others, (3, size, size), cfg.precision)
+        forward, both, saved = run_once(encoder, others, (channels, size, size), cfg.precision)
         with_gradient = sum(sizes[view] == size for view in costs.encoded)
         flops += with_gradient * both + sum(sizes[view] == size for view in costs.followed) * forward
         activation_bytes += with_gradient * saved
     if costs.patch_network is not None:
-        shape = (views.patches.grid**2, 3, views.patches.size, views.patches.size)
+        shape = (views.patches.grid**2, channels, views.patches.size, views.patches.size)
         _, both, saved = run_once(costs.patch_network, [], shape, cfg.precision)
         flops, activation_bytes, of_images = flops + both, activation_bytes + saved, of_images + math.prod(shape)
     optimizer.step()  # on the gradients of the last run, so that its state is there to be counted
@@ -90,7 +92,7 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and bank.rows.learnable,
         "norm_sums": _norm_sums(costs, sizes, encoder, others, in_groups=cfg.norm_groups != 1),
-        "shuffled_bytes": sum(4 * (3 * sizes[view] ** 2 + cfg.projector.dim) for view in costs.followed) if cfg.shuffle_keys else 0,
+        "shuffled_bytes": sum(4 * (channels * sizes[view] ** 2 + cfg.projector.dim) for view in costs.followed) if cfg.shuffle_keys else 0,
         "scores": costs.prototypes * len(costs.encoded),
         "matrices": costs.matrices,
         "summed_bytes": costs.summed_bytes,

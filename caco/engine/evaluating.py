@@ -9,11 +9,12 @@ import torch
 from omegaconf import DictConfig
 
 from caco import distributed
+from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate
 from caco.config.pretrained import CHECKPOINT, Location
 from caco.data.sets.overlap import Overlap
-from caco.data.views.augmentation import Views
 from caco.engine.assembly import build_splits, build_tracker, pick_device, refuse_different_steps, refuse_unfit_backbone
+from caco.engine.channels import backbone_of, views_of
 from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
 from caco.evals.record import Record, say_sometimes
@@ -62,14 +63,14 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     distributed.start(device)
     refuse_unfit_backbone(cfg)
     torch.manual_seed(cfg.seed)
-    backbone = instantiate(cfg.backbone)  # as the run's was before its first step: seeded alike and built first
+    backbone = backbone_of(cfg.backbone, channels_of(cfg))  # as the run's was before its first step: seeded alike and built first
     encoders: dict[str, torch.nn.Module] = {"": backbone}
     if cfg.baselines:
-        encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size)}
+        encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size, channels=channels_of(cfg) or 3)}
     path, step = load_pretrained(cfg, location, backbone)
     splits = build_splits(cfg)
-    views: Views = instantiate(cfg.augmentation)
     say = say_sometimes(distributed.is_main())
+    views = views_of(cfg, splits, run_dir=None if location is None else location.run_dir, say=say)
     for source in (splits.pretrain, splits.train, splits.test):
         if source is not None:
             source.look(say)

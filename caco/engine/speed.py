@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate
 from caco.engine.assembly import build_encoder, pick_device
 
@@ -24,7 +25,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
     views = instantiate(cfg.augmentation)
     size = (views.sizes or [views.patches.size])[0]
-    view = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    view = torch.randn(images, channels_of(cfg) or 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def model() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):

@@ -94,9 +94,7 @@ class Recipe:
         crop = View(
             scale=list(self.scale), interpolation=self.interpolation, jitter_p=0.0, gray_p=0.0, blur_p=0.0, flip_p=0.5
         )
-        return Views(
-            size=like.size, views={"crop": crop}, mean=like.mean, std=like.std, plain_crop=like.plain_crop, colours=like.colours
-        )
+        return like.with_views({"crop": crop})
 
 
 def new_head(width: int, num_classes: int, *, seed: int) -> nn.Linear:

@@ -48,6 +48,7 @@ class Domain(Evaluator):
     """
 
     on_all_ranks = True
+    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
 
     def __init__(
         self,

@@ -157,6 +157,7 @@ class FeatureStore:
 
         plain: list[Any] = [views.size, views.plain_crop, views.plain_interpolation, views.mean, views.std]
         plain += [] if views.colours == "rgb" else [views.colours]  # as it was before there were others
+        plain += [] if views.channels is None else [f"{views.channels} channels"]
         try:
             made_from = {
                 "backbone": self.digest_of(backbone),
@@ -248,12 +249,14 @@ class FeatureStore:
 
     def _batches(self, split: str, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         source = getattr(self.splits, split)
-        if 3 * self.views.size**2 * len(source) > self.cache_bytes:
+        channels, dtype = self.views.kinds.channels, self.views.dtype
+        if channels * dtype.itemsize * self.views.size**2 * len(source) > self.cache_bytes:
             yield from plain_batches(source, self.views, indices=indices, device=self.device, **self._reading())
             return
         if split not in self._pixels:
             size = self.views.size
-            self._pixels[split] = torch.empty(len(source), size, size, 3, dtype=torch.uint8), np.zeros(len(source), dtype=bool)
+            pixels = torch.from_numpy(np.empty((len(source), size, size, channels), dtype))
+            self._pixels[split] = pixels, np.zeros(len(source), dtype=bool)
         known, is_known = self._pixels[split]
         new = np.unique(indices[~is_known[indices]])
         if len(new):

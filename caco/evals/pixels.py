@@ -5,12 +5,12 @@ from torch.nn import functional as F
 
 
 class RawPixels(nn.Module):
-    """Images [B, 3, H, W] to their pixels [B, 3 s s], larger ones averaged down to s = 32."""
+    """Images [B, C, H, W] to their pixels [B, C s s], larger ones averaged down to s = 32."""
 
-    def __init__(self, size: int, *, largest: int = 32) -> None:
+    def __init__(self, size: int, *, channels: int = 3, largest: int = 32) -> None:
         super().__init__()
         self.side = min(size, largest)
-        self.num_features = 3 * self.side**2
+        self.num_features = channels * self.side**2
 
     def extra_repr(self) -> str:
         return f"side={self.side}"

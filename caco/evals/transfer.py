@@ -48,6 +48,7 @@ class Transfer(Evaluator):
     """
 
     on_all_ranks = True  # they share the reading
+    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from caco.errors import UserError
 from caco.nn.vit import created_vit, refuse_parts_of_patches, vit_options
-from caco.ranges import Count, Layers, Length, Pixels, ShareBelowOne, Small, Width
+from caco.ranges import Count, Layers, Length, NumChannels, Pixels, ShareBelowOne, Small, Width
 
 
 def timm_backbone(
@@ -28,6 +28,7 @@ def timm_backbone(
     pool: Literal["cls", "mean"] | None = None,
     variant: Literal["timm", "dino"] = "timm",
     layer_norm: bool = False,
+    in_channels: NumChannels = 3,
 ) -> nn.Module:
     """A timm model without its classifier, randomly initialised.
 
@@ -44,12 +45,14 @@ def timm_backbone(
             without class token and registers. The weights have the same names with both. None is the model's own way.
         variant: for ViTs: "timm", or "dino" for DINO's class token and positions, see `DINOViT`.
         layer_norm: for ResNets: layer normalisation, over all channels and places of an image, in place of BatchNorm (CPC v2).
+        in_channels: of the images; data.channels says it.
     Raises:
         UserError: timm knows no such model, or something is asked of it that is of ResNets, or of ViTs, or that this ViT is not made
             with.
     """
     _must_be_known(name)
     options: dict = {"num_classes": 0} | ({"drop_path_rate": drop_path_rate} if drop_path_rate else {})  # which not every model takes
+    options |= {"in_chans": in_channels} if in_channels != 3 else {}
     if image_size is not None:
         # Crops of several sizes go through one ViT, so its position embeddings are interpolated.
         options |= {"img_size": image_size, "dynamic_img_size": True}
@@ -74,7 +77,7 @@ def timm_backbone(
     if cifar_stem:
         if not isinstance(model, ResNet):
             raise UserError(f"backbone.cifar_stem is for ResNets; got {name!r}")
-        _use_cifar_stem(model)
+        _use_cifar_stem(model, channels=in_channels)
     return model
 
 
@@ -87,6 +90,7 @@ def mocov3_vit(
     patch_size: Pixels | None = None,
     register_tokens: Small | None = None,
     pool: Literal["cls", "mean"] | None = None,
+    in_channels: NumChannels = 3,
 ) -> nn.Module:
     """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the projection of the patches
     stays as it was drawn. Its feature is the class token's, as published, unless `pool` says another.
@@ -97,12 +101,14 @@ def mocov3_vit(
         image_size: pixels of a square image; crops of other sizes of whole patches go too.
         frozen_patches: whether that projection takes no gradient.
         patch_size, register_tokens, pool: as in `timm_backbone`; registers, which MoCo v3 itself has none of, have no positions.
+        in_channels: of the images; data.channels says it.
     Raises:
         UserError: timm knows no such model, or not as a ViT with a class token and position embeddings.
     """
     _must_be_known(name)
     of_vits = vit_options(patch_size=patch_size, register_tokens=register_tokens, pool=pool)
     options: dict = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True, "num_heads": num_heads, "weight_init": "moco"}
+    options |= {"in_chans": in_channels} if in_channels != 3 else {}
     model = created_vit(name, **options, **of_vits)
     if not model.has_class_token or model.pos_embed is None:
         raise UserError(f"backbone.name must be a ViT with a class token and position embeddings; got {name!r}")
@@ -136,6 +142,7 @@ def small_resnet(
     blocks: Annotated[Sequence[Layers], Length(least=4, most=4)] = (1, 1, 1, 1),
     stem_stride: Count = 1,
     layer_norm: bool = False,
+    in_channels: NumChannels = 3,
 ) -> nn.Module:
     """A ResNet of basic blocks for images of 16 to 32 pixels on a CPU; its features are 8 * width wide.
 
@@ -143,7 +150,7 @@ def small_resnet(
         width: channels of the first stage, even; each of the three later ones halves the resolution and doubles them.
         blocks: basic blocks in each of the four stages.
         stem_stride: 2 halves the resolution before the first stage already, for a quarter of the arithmetic.
-        layer_norm: as in `timm_backbone`.
+        layer_norm, in_channels: as in `timm_backbone`.
     """
     # Not below 8: on processors with AVX2 alone torch (2.14.1 for one) then writes beyond the gradient of the 1x1
     # convolutions that halve the resolution, and the process dies.
@@ -158,7 +165,7 @@ def small_resnet(
     # timm fixes the plain stem at 64 channels; only the deep one, which the CIFAR stem replaces, can be narrower.
     options = {"stem_type": "deep", "stem_width": width // 2} | ({"norm_layer": GroupNorm1} if layer_norm else {})
     model = ResNet(BasicBlock, tuple(blocks), channels=channels, num_classes=0, zero_init_last=False, **options)
-    _use_cifar_stem(model, stem_stride)
+    _use_cifar_stem(model, stem_stride, channels=in_channels)
     return model
 
 
@@ -216,7 +223,7 @@ def _why_unfit(size: int, settings: tuple[tuple[str, Any], ...]) -> str | None:
     try:
         with torch.device("meta"), torch.inference_mode():
             model = timm_backbone(**dict(settings))
-            out = model(torch.empty(2, 3, size, size))
+            out = model(torch.empty(2, dict(settings).get("in_channels", 3), size, size))
     except UserError as error:
         return str(error)
     except Exception as error:  # whatever a model's own code raises
@@ -227,8 +234,8 @@ def _why_unfit(size: int, settings: tuple[tuple[str, Any], ...]) -> str | None:
     return None
 
 
-def _use_cifar_stem(model: ResNet, stride: int = 1) -> None:
-    model.conv1 = nn.Conv2d(3, model.feature_info[0]["num_chs"], 3, stride, padding=1, bias=False)
+def _use_cifar_stem(model: ResNet, stride: int = 1, *, channels: int = 3) -> None:
+    model.conv1 = nn.Conv2d(channels, model.feature_info[0]["num_chs"], 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
 
@@ -241,18 +248,19 @@ def feature_width(backbone: nn.Module) -> int:
     return width
 
 
-def preact_resnet(*, name: str = "resnetv2_50") -> nn.Module:
+def preact_resnet(*, name: str = "resnetv2_50", in_channels: NumChannels = 3) -> nn.Module:
     """A pre-activation ResNet of timm's as SeLa trains it (arXiv 1911.05371): no BatchNorm after the stem, and none, with its ReLU,
     between the last block and the pooling.
 
     Args:
         name: timm's, resnetv2_50 or another with BatchNorm.
+        in_channels: of the images; data.channels says it.
     Raises:
         UserError: timm knows no such model, or not as a pre-activation ResNet.
     """
     _must_be_known(name)
     if not name.startswith("resnetv2_"):
         raise UserError(f"backbone.name must be a pre-activation ResNet of timm's; got {name!r}")
-    model = timm.create_model(name, pretrained=False, num_classes=0, zero_init_last=False)
+    model = timm.create_model(name, pretrained=False, num_classes=0, zero_init_last=False, in_chans=in_channels)
     model.norm = nn.Identity()
     return model

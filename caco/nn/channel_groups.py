@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from caco.errors import UserError
 from caco.nn.backbones import feature_width, small_resnet
+from caco.nn.first_layer import with_channels
 from caco.nn.heads import Projector
 from caco.ranges import Count, Layers, Length, Several, Width
 
@@ -27,26 +28,6 @@ class ChannelGroups(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.cat([self.lightness(images[:, :1]), self.colours(images[:, 1:])], 1)
-
-
-def with_channels(network: nn.Module, channels: int) -> nn.Module:
-    """A network whose first convolution, of three channels, is a new one of so many, drawn by the same law."""
-    name, first = next(((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
-    if first is None or first.in_channels != 3 or not isinstance(first.padding, tuple):
-        raise UserError(
-            f"a network for {channels} of the channels needs a first convolution of three; {type(network).__name__} has none"
-        )
-    size, stride, padding = (_pair(values) for values in (first.kernel_size, first.stride, first.padding))
-    new = nn.Conv2d(channels, first.out_channels, size, stride, padding, bias=first.bias is not None)
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    parent, _, attribute = name.rpartition(".")
-    setattr(network.get_submodule(parent), attribute, new)
-    return network
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    down, across = values
-    return down, across
 
 
 def small_channel_groups(*, width: Width = 16, blocks: Annotated[Sequence[Layers], Length(least=4, most=4)] = (1, 1, 1, 1), stem_stride: Count = 1) -> nn.Module:

@@ -187,7 +187,7 @@ def hold(run_dir: Path) -> None:
 def _remove_left_behind(run_dir: Path) -> None:
     """Of writers that were killed: whoever holds the directory is alone with all but what a sweep and a sync write."""
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints" / "milestones", run_dir / "evaluations"):
-        remove_left_behind(folder, of_others=("job.json", "mlflow.json"))
+        remove_left_behind(folder, of_others=("job.json", "mlflow.json", "wandb.json"))
     remove_left_behind(run_dir / "figures", of_others=("*",))
 
 

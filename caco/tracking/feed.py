@@ -12,6 +12,7 @@ from typing import Any
 from caco.redaction import redacted
 from caco.runs.files import locked, read_json
 from caco.tracking.ledger import read_rows
+from caco.tracking.reader import Point, Reader
 from caco.tracking.store import connect, first_line
 from caco.tracking.watermark import Watermark, is_finite, milliseconds, points, sending
 
@@ -40,10 +41,15 @@ class Feed:
         self.is_open = False
         self._client: Any = None
         self._lock = contextlib.ExitStack()
-        self._offset = 0  # bytes of the ledger that are read
-        self._skip = 0  # of the rows behind them, how many MLflow has
-        self._system_offset, self._system_skip = 0, 0  # of system.jsonl
-        self._non_finite: set[str] = set()
+        self._system_offset, self._system_skip = 0, 0  # bytes of system.jsonl that are read; of the rows behind them, how many MLflow has
+
+    @property
+    def where(self) -> str:
+        return f"MLflow at {redacted(self.uri)}"
+
+    @property
+    def ended(self) -> str:
+        return self.mark.closed
 
     def open(self) -> None:
         """Find this directory's MLflow run, or create it, and say what it is and that it runs.
@@ -88,7 +94,7 @@ class Feed:
         if about.get("sweep"):
             self._enter_sweep(about["sweep"])
         self._files()
-        self._offset, self._skip = 0, self.mark.sent
+        self._reader = Reader(self.run_dir, self.mark)
         self._system_offset, self._system_skip = 0, self.mark.system_sent
         self.is_open = True
 
@@ -186,48 +192,33 @@ class Feed:
 
     def send(self) -> int:
         """Send the ledger's rows that MLflow does not have; returns how many there were."""
-        rows, end = read_rows(self.run_dir / "ledger.jsonl", self._offset)
-        rows, self._skip = [self._names.row(row) for row in rows[self._skip :]], 0
-        for part in _chunks(rows, _ROWS_PER_BATCH):
-            self.mark.attempted = self.mark.sent + len(part)
-            self.mark.save(self.run_dir)
+        before = self.mark.sent
+        for part in self._reader.parts():
             self._log(self._metrics(part))
-            self.mark.sent += len(part)
-            self.mark.save(self.run_dir)
-        self._offset = end
         self._send_system()
-        return len(rows)
+        return self.mark.sent - before
 
     def _send_system(self) -> None:
         """Rows of system.jsonl, which never go back: one that is sent twice is the same point."""
         rows, end = read_rows(self.run_dir / "system.jsonl", self._system_offset)
         rows, self._system_skip = rows[self._system_skip :], 0
         for part in _chunks(rows, _ROWS_PER_BATCH):
-            self._log(self._metrics(part))
+            self._log(self._metrics(self._reader.points_of(part)))
             self.mark.system_sent += len(part)
             self.mark.save(self.run_dir)
         self._system_offset = end
 
-    def _metrics(self, rows: list[dict[str, Any]]) -> list[Any]:
-        """The rows' numbers as KIND/NAME: the loss of a step and that of an epoch are two series."""
+    def _metrics(self, points: list[Point]) -> list[Any]:
         from mlflow.entities import Metric
 
-        metrics = []
-        for row in rows:
-            for (kind, step, name), value in points(row):
-                old = self.mark.rolled_back.get((kind, step, name), (milliseconds(row), value))
-                if not is_finite(value):
-                    self._non_finite.add(f"{kind}/{name}")
-                elif old is not None:
-                    metrics.append(Metric(_name(f"{kind}/{name}"), float(old[1]), old[0], step))
-        return metrics
+        return [Metric(_name(f"{point.kind}/{point.name}"), point.value, point.time_ms, point.step) for point in points]
 
     def _log(self, metrics: list[Any]) -> None:
         for part in _chunks(metrics, _MAX_METRICS):
             self._client.log_batch(self.mark.run_id, metrics=part, synchronous=True)
-        if self._non_finite:
+        if self._reader.non_finite:
             # MLflow stores inf as 1.797e308, which ruins a chart: they stay in the ledger, and the run says so.
-            names = ", ".join(sorted(self._non_finite))
+            names = ", ".join(sorted(self._reader.non_finite))
             self._client.set_tag(self.mark.run_id, "caco.non_finite", names[:_MAX_TAG_CHARS])
 
     def end(self, status: str, summary: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from caco.ranges import AboveZero, NonNegative
 from caco.redaction import redacted
 from caco.runs.files import read_json
 from caco.tracking.base import Row, Tracker
+from caco.tracking.fed import Feeder
 from caco.tracking.feed import Feed
 from caco.tracking.ledger import Ledger, LedgerTracker
 from caco.tracking.store import first_line, import_mlflow, own_uri, require_mlflow, resolve_uri
@@ -63,7 +63,7 @@ class MLflowTracker(Tracker):
         self.finish_seconds = finish_seconds
         self.model = model
         self._ledger = LedgerTracker(system_seconds=system_seconds, paper=paper)
-        self._feeder: _Feeder | None = None
+        self._feeder: Feeder | None = None
 
     def start(
         self,
@@ -87,7 +87,7 @@ class MLflowTracker(Tracker):
             Watermark(run_id=state["mlflow_run_id"], sent=state["sent"], attempted=num_rows).save(run_dir)
         self._ledger.start(run_dir, params=params, tags=tags, run_name=run_name, state=state, sweep=sweep)
         self._run_dir = run_dir
-        self._feeder = _Feeder(run_dir, self.uri, self.experiment, self.feed_seconds)
+        self._feeder = Feeder(Feed(run_dir, uri=self.uri, experiment=self.experiment), self.feed_seconds)
         if self.uri.startswith("sqlite:"):
             # Creating a store takes seconds of computing: before the loop, not beside it.
             self._feeder.attempt()
@@ -136,47 +136,6 @@ class MLflowTracker(Tracker):
         """
         self._ledger.finish(status, summary)
         feeder, self._feeder = self._feeder, None
-        if feeder is None:
-            return
-        feeder.end = (status, summary)
-        feeder.stopping.set()
-        feeder.join(self.finish_seconds)
-        if feeder.feed.mark.closed != status:
+        if feeder is not None and not feeder.finish(status, summary, self.finish_seconds):
             command = f"python -m caco.tracking.sync {feeder.feed.run_dir}"
             _log.warning("MLflow lacks a part of this run; send it: %s", command)
-
-
-class _Feeder(threading.Thread):
-    """Sends what is new in the ledger until told to stop, and then the end. A daemon: it never holds up an exit."""
-
-    def __init__(self, run_dir: Path, uri: str, experiment: str, seconds: float) -> None:
-        super().__init__(name="caco-mlflow", daemon=True)
-        self.feed = Feed(run_dir, uri=uri, experiment=experiment)
-        self.stopping = threading.Event()
-        self.end: tuple[str, dict[str, Any]] | None = None
-        self._seconds = seconds
-        self._failures = 0
-        self._warned = False
-
-    def run(self) -> None:
-        while not self.stopping.wait(min(self._seconds * 2**self._failures, 60.0)):
-            self.attempt()
-        self.attempt()
-
-    def attempt(self) -> None:
-        """Bring MLflow up to date; a failure is told once."""
-        try:
-            if not self.feed.is_open:
-                self.feed.open()
-            self.feed.send()
-            if self.end is not None:
-                self.feed.end(*self.end)
-                self.feed.release()
-            self._failures = 0
-        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like; training goes on
-            self.feed.release()
-            self._failures = min(self._failures + 1, 10)
-            if not self._warned:
-                self._warned = True
-                what = first_line(error)
-                _log.warning("MLflow at %s: %s; training goes on, the ledger keeps all", redacted(self.feed.uri), what)

@@ -1,11 +1,11 @@
-"""How far a run's ledger is in MLflow: the side file mlflow.json, kept apart from checkpoints because it runs ahead."""
+"""How far a run's ledger is where it is sent to: the side file mlflow.json or wandb.json, kept apart from checkpoints because it runs ahead."""
 
 import dataclasses
 import math
 import uuid
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from caco.runs.files import locked, read_json, write_json
 from caco.runs.renamed import Names
@@ -16,12 +16,14 @@ _NAMES = "names of metrics"
 
 @dataclasses.dataclass
 class Watermark:
-    """What MLflow has of a run directory.
+    """What MLflow, or another, has of a run directory.
 
     Before a batch leaves, `attempted` moves; after it arrived, `sent`. Between the two a kill leaves rows of which
     nobody here knows whether they arrived: they are sent again, with their old times and values, and MLflow keeps one
     of two equal points.
     """
+
+    FILE: ClassVar[str] = "mlflow"  # of its name, before .json and .lock
 
     run_id: str = ""
     token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose id did not get here
@@ -38,9 +40,9 @@ class Watermark:
     rolled_back: dict[Point, tuple[int, float] | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, run_dir: Path) -> "Watermark":
+    def load(cls, run_dir: Path) -> Self:
         """That of `run_dir`, or a fresh one."""
-        content = read_json(_path(run_dir))
+        content = read_json(cls.path(run_dir))
         entries = content.pop("rolled_back", [])
         rolled_back = {(kind, step, name): old and tuple(old) for kind, step, name, old in entries}
         return cls(**content, rolled_back=rolled_back)
@@ -49,7 +51,11 @@ class Watermark:
         """Write it, atomically."""
         content = dataclasses.asdict(self)
         content["rolled_back"] = [[*point, old] for point, old in self.rolled_back.items()]
-        write_json(_path(run_dir), content)
+        write_json(self.path(run_dir), content)
+
+    @classmethod
+    def path(cls, run_dir: Path) -> Path:
+        return Path(run_dir) / f"{cls.FILE}.json"
 
     def todays_names(self, run_dir: Path) -> Names:
         """How the run is read. One that an earlier version has sent by its own names is sent once more, by today's."""
@@ -88,22 +94,36 @@ class Watermark:
         self.attempted = min(self.attempted, num_rows)
 
 
+class OfWandb(Watermark):
+    """What Weights & Biases has."""
+
+    FILE = "wandb"
+
+
+class OfNobody(Watermark):
+    """Of what is made anew from the whole ledger whenever it is opened."""
+
+    def save(self, run_dir: Path) -> None:
+        """Nothing."""
+
+
 def roll_back(run_dir: Path, rows: list[dict[str, Any]], num_rows: int, *, wait_s: float) -> None:
-    """Prepare the watermark of `run_dir`, if it has one, for a ledger cut to `num_rows`.
+    """Prepare the watermarks of `run_dir`, if it has some, for a ledger cut to `num_rows`.
 
     Raises:
         BlockingIOError: another process has been sending this run for longer than `wait_s` seconds.
     """
-    if _path(run_dir).exists():
-        with sending(run_dir, wait_s=wait_s):
-            watermark = Watermark.load(run_dir)
-            watermark.roll_back(rows, num_rows)
-            watermark.save(run_dir)
+    for kind in (Watermark, OfWandb):
+        if kind.path(run_dir).exists():
+            with sending(run_dir, wait_s=wait_s, kind=kind):
+                watermark = kind.load(run_dir)
+                watermark.roll_back(rows, num_rows)
+                watermark.save(run_dir)
 
 
-def sending(run_dir: Path, *, wait_s: float) -> AbstractContextManager[None]:
-    """The lock of those who send this run to MLflow."""
-    return locked(Path(run_dir) / "mlflow.lock", wait_s=wait_s)
+def sending(run_dir: Path, *, wait_s: float, kind: type[Watermark] = Watermark) -> AbstractContextManager[None]:
+    """The lock of those who send this run to MLflow, or to whom `kind` names."""
+    return locked(Path(run_dir) / f"{kind.FILE}.lock", wait_s=wait_s)
 
 
 def points(row: dict[str, Any]) -> list[tuple[Point, float | int]]:
@@ -123,7 +143,3 @@ def is_finite(value: float | int) -> bool:
 def milliseconds(row: dict[str, Any]) -> int:
     """The row's time as MLflow counts it."""
     return int(row["time"] * 1000)
-
-
-def _path(run_dir: Path) -> Path:
-    return Path(run_dir) / "mlflow.json"

@@ -119,7 +119,9 @@ def test_the_plain_view_of_an_image_of_that_size_is_the_image(photo):
 def test_a_shift_moves_the_picture_right_and_down_and_leaves_black():
     dot = Image.new("RGB", (9, 9))
     dot.putpixel((4, 4), (255, 255, 255))
-    moved = np.asarray(module._rotate_and_shift(dot, degrees=0.0, right=2.0, down=1.0))
+    u = [0.5] * 39
+    u[module.SHIFT_X], u[module.SHIFT_Y] = 1.0, 0.75
+    moved = np.asarray(module.rotation(View(shift=2 / 9), 9, u)(dot))  # 2 to the right, 1 down
     assert moved[5, 6].tolist() == [255] * 3 and moved.sum() == 3 * 255
 
 

@@ -137,7 +137,7 @@ def first_readable(index: int, source: Source, *, same_class: bool = False) -> t
     """The image that stands in for an unreadable one: its position and pixels. See `those_after`."""
     for other in those_after(index, source, same_class=same_class):
         with contextlib.suppress(UnreadableImage):
-            return other, np.asarray(source.image(other))
+            return other, source.pixels(other)
     raise AssertionError("unreachable: those_after has raised")
 
 

@@ -91,6 +91,8 @@ class AutoLoader(Loader):
 def _chosen(source: Source, missing: str | None) -> str:
     if missing is None:
         return "FFCV, compiled"
+    if source.channels is not None:
+        return f"NumPy and Pillow, of images as they are stored, of {source.channels} channel{'s' * (source.channels > 1)}, in processes"
     how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "the compiled views"
     if source.arrays is not None:
         return f"{how} of images in memory"

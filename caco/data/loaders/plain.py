@@ -64,7 +64,7 @@ def plain_pixels(
     if batch < 1:
         raise UserError(f"batch: expected at least 1, got {batch}")
     indices = np.arange(len(source)) if indices is None else indices
-    num_bytes = 3 * views.size**2
+    num_bytes = views.kinds.channels * views.dtype.itemsize * views.size**2
     size = max(1, min(batch, _PIECE_BYTES // num_bytes))
     batches = [indices[first : first + batch] for first in range(0, len(indices), batch)]
     pieces = [one[first : first + size] for one in batches for first in range(0, len(one), size)]
@@ -134,7 +134,7 @@ class PlainMaker:
             if self.corrupt == "fail":
                 raise error
             taken[row], image = first_readable(int(indices[row]), self.source, same_class=True)
-            made[row] = self.views.plain_pixels(Image.fromarray(image))
+            made[row] = self._plain(image)
         return made, taken
 
     def _where_they_lie(self, indices: np.ndarray) -> tuple[np.ndarray, dict[int, UnreadableImage]]:
@@ -150,12 +150,12 @@ class PlainMaker:
         return made, wrong
 
     def _one_by_one(self, indices: np.ndarray) -> tuple[np.ndarray, dict[int, UnreadableImage]]:
-        made = np.empty((len(indices), self.views.size, self.views.size, 3), np.uint8)
-        read: dict[int, Image.Image] = {}
+        made = np.empty((len(indices), self.views.size, self.views.size, self.views.kinds.channels), self.views.dtype)
+        read: dict[int, np.ndarray] = {}
         wrong: dict[int, UnreadableImage] = {}
         for row, index in enumerate(indices.tolist()):
             try:
-                image = self.source.image(index)
+                image = self.source.pixels(index)
             except UnreadableImage as error:
                 wrong[row] = error
                 if self.corrupt == "fail":
@@ -164,11 +164,14 @@ class PlainMaker:
             if self.views.plain_is_compiled:
                 read[row] = image
             else:
-                made[row] = self.views.plain_pixels(image)
+                made[row] = self._plain(image)
         if read:
             arrays = [np.ascontiguousarray(image) for image in read.values()]
             made[list(read)] = self.views.plain_batch(native.table(arrays))[0]
         return made, wrong
+
+    def _plain(self, image: np.ndarray) -> np.ndarray:
+        return self.views.plain_pixels(image if self.views.channels is not None else Image.fromarray(image))
 
 
 def _rows_of(source: Source) -> Callable[[np.ndarray], tuple[np.ndarray, object]] | None:

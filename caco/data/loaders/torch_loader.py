@@ -61,7 +61,8 @@ class TorchLoader(Loader):
             if source.arrays is not None and native.library() is not None:
                 return InMemory(source, views, seed, order, self.num_workers, self.prefetch, device)
             patches = 0 if views.patches is None else math.prod(views.kinds.shape_of_patches(1))
-            bytes_of_image = 3 * sum(size * size for size in views.sizes) + patches + 16  # and its index and label
+            values = views.kinds.channels * sum(size * size for size in views.sizes) + patches
+            bytes_of_image = values * views.dtype.itemsize + 16  # and its index and label
             make = ViewMaker(source, views, seed, self.corrupt)
             return in_order(make, order, self.num_workers, ahead=self.prefetch, item_bytes=order.size * bytes_of_image)
 
@@ -86,7 +87,7 @@ class ViewMaker:
 
     def _read(self, index: int) -> tuple[int, np.ndarray]:
         try:
-            return index, np.asarray(self.source.image(index))
+            return index, self.source.pixels(index)
         except UnreadableImage:
             if self.corrupt == "fail":
                 raise

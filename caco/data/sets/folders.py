@@ -1,5 +1,6 @@
 """The sets that caco reads from disk or carries: each function returns `Splits`."""
 
+import dataclasses
 import difflib
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from PIL import Image
 
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
 from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose, holds
+from caco.data.sets.stored import EXTENSIONS as STORED
 from caco.data.sets.walking import Walk, folders_in
 from caco.errors import FileError, UserError
-from caco.ranges import Count, Natural, Pixels, ProperShare, Seed
+from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, Pixels, ProperShare, Seed
 from caco.runs.paths import expanded, read_text
 
 
@@ -82,6 +84,9 @@ def folder(
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
     in_memory_mb: Natural = 256,
+    channels: NumChannels | None = None,
+    mean: list[Finite] | None = None,
+    std: list[AboveZero] | None = None,
 ) -> Splits:
     """Any folder of images, labelled by class folders or not.
 
@@ -96,21 +101,34 @@ def folder(
             to tune a recipe without ever looking at those. Drawn before `limit`, so that it stays the same for all limits.
         seed: of both draws.
         in_memory_mb: keep a split's decoded images in memory if they take no more than this; 0 never does.
+        channels: of images that are read as they are stored, and .npy files with them; None reads photographs, RGB of 8 bits.
+        mean, std: of each of the channels, unsigned integers counted as 0..1; None has them measured on the training images.
     Raises:
         FileError: no root given, or nothing there.
         ValueError: no image, an image that cannot be read, a class that is unknown.
     """
+    require_statistics_of(channels, mean, std)
     top = existing_root(root, example=f"data={name}")
     if labelled_root is None:
-        train, test = _read_layout(top, name, class_list)
-        return _finish(train, test, name, limit, validation_fraction, seed, in_memory_mb)
-    unlabelled = unlabelled_images(top / "train" if (top / "train").is_dir() else top, f"{name}/unlabelled")
+        train, test = _read_layout(top, name, class_list, channels)
+        splits = _finish(train, test, name, limit, validation_fraction, seed, in_memory_mb)
+        return dataclasses.replace(splits, mean=mean, std=std)
+    unlabelled = unlabelled_images(top / "train" if (top / "train").is_dir() else top, f"{name}/unlabelled", channels)
     pretrain = limited(unlabelled, limit, seed=seed)
-    train, test = _read_layout(existing_root(labelled_root, example=f"data={name}"), f"{name}/labelled", class_list)
+    train, test = _read_layout(existing_root(labelled_root, example=f"data={name}"), f"{name}/labelled", class_list, channels)
     if train.labels is None:
         raise UserError(f"data.labelled_root: expected class folders below {labelled_root}, got images without labels")
     labelled = _finish(train, test, f"{name}/labelled", None, validation_fraction, seed, in_memory_mb)
-    return Splits(pretrain.in_memory(in_memory_mb), labelled.train, labelled.test)
+    return Splits(pretrain.in_memory(in_memory_mb), labelled.train, labelled.test, mean, std)
+
+
+def require_statistics_of(channels: int | None, mean: list[float] | None, std: list[float] | None) -> None:
+    """Raises UserError where `mean` and `std` are not of these channels."""
+    if (mean is None) != (std is None) or (mean is not None and (channels is None or not len(mean) == len(std or ()) == channels)):
+        raise UserError(
+            f"data.mean and data.std: expected both, a value for each of data.channels={channels}, or neither, which has them measured; got "
+            f"{mean} and {std}"
+        )
 
 
 def images(*, root: str | None) -> Splits:
@@ -207,11 +225,12 @@ def existing_root(root: str | None, *, example: str) -> Path:
     return expanded(root)
 
 
-def class_folders(top: Path, name: str, classes: list[str] | None = None) -> ImageFiles:
+def class_folders(top: Path, name: str, classes: list[str] | None = None, channels: int | None = None) -> ImageFiles:
     """All images below each class folder of `top`, labelled by it, in sorted order.
 
     Args:
         classes: only these folders, in this order of labels; None takes all, sorted.
+        channels: as of `folder`.
     Raises:
         ValueError: a class folder that is not there (with near matches) or holds no image; a link by which images come twice.
     """
@@ -220,22 +239,32 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None) -> Ima
         classes = found
     else:
         _check_known(classes, found, where=str(top))
-    files, labels, walk = list[str](), list[int](), Walk(top)
+    files, labels, walk = list[str](), list[int](), Walk(top, _extensions(channels))
     for label, folder_name in enumerate(classes):
         images = walk.images_below(top / folder_name)
         if not images:
-            raise UserError(f"{top / folder_name}: expected images ({', '.join(EXTENSIONS)}), got none in this class folder")
+            raise UserError(f"{top / folder_name}: expected images ({', '.join(_extensions(channels))}), got none in this class folder{_stored_alone(walk)}")
         files += [f"{folder_name}/{file}" for file in images]
         labels += [label] * len(images)
-    return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes))
+    return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes), channels=channels)
 
 
-def unlabelled_images(top: Path, name: str) -> ImageFiles:
-    """All images below `top`, in sorted order, without labels."""
-    files = Walk(top).images_below(top)
+def unlabelled_images(top: Path, name: str, channels: int | None = None) -> ImageFiles:
+    """All images below `top`, in sorted order, without labels; `channels` as of `folder`."""
+    walk = Walk(top, _extensions(channels))
+    files = walk.images_below(top)
     if not files:
-        raise UserError(f"{top}: expected images ({', '.join(EXTENSIONS)}) in it or in class folders, got none")
-    return ImageFiles(top, files, name=name)
+        raise UserError(f"{top}: expected images ({', '.join(_extensions(channels))}) in it or in class folders, got none{_stored_alone(walk)}")
+    return ImageFiles(top, files, name=name, channels=channels)
+
+
+def _extensions(channels: int | None) -> tuple[str, ...]:
+    return EXTENSIONS if channels is None else EXTENSIONS + STORED
+
+
+def _stored_alone(walk: Walk) -> str:
+    """What to do about files that are images only with data.channels."""
+    return "; there are .npy files: say how many channels these have, data.channels=N" if walk.passed_by.endswith(STORED) else ""
 
 
 def reduced(
@@ -291,7 +320,7 @@ def _imagenet(
     return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
 
 
-def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFiles, ImageFiles | None]:
+def _read_layout(top: Path, name: str, class_list: str | None, channels: int | None) -> tuple[ImageFiles, ImageFiles | None]:
     classes = None if class_list is None else _read_class_list(class_list)
     split = (top / "train").is_dir()
     below = top / "train" if split else top
@@ -299,15 +328,15 @@ def _read_layout(top: Path, name: str, class_list: str | None) -> tuple[ImageFil
     if not folders_in(below):
         if classes is not None:
             raise UserError(f"data.class_list: expected class folders in {below}, got images without labels")
-        return unlabelled_images(below, train_name), None
-    train = class_folders(below, train_name, classes)
+        return unlabelled_images(below, train_name, channels), None
+    train = class_folders(below, train_name, classes, channels)
     for held_out in ("test", "val") if split else ():
         if (top / held_out).is_dir() and folders_in(top / held_out):
             subfolders = folders_in(top / held_out)
             if classes is None:
                 _check_known(subfolders, train.classes or [], where=str(below))
             _require_folders(top / held_out, train)
-            return train, class_folders(top / held_out, f"{name}/{held_out}", train.classes)
+            return train, class_folders(top / held_out, f"{name}/{held_out}", train.classes, channels)
     return train, None
 
 

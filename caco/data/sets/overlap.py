@@ -140,7 +140,7 @@ def _content(source: Source, index: int) -> bytes:
 
 def _pixels(source: Source, index: int) -> bytes:
     try:
-        pixels = np.asarray(source.image(index))
+        pixels = source.pixels(index)
     except UnreadableImage:
         return f"{id(source)} {index}".encode()  # no other's: whoever takes the image says that it cannot be read
     return repr(pixels.shape).encode() + pixels.tobytes()

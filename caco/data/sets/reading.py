@@ -25,7 +25,7 @@ class UnreadableImage(UserError):
     """An image that cannot be read; the message names it."""
 
 
-class _Refused(ValueError):
+class Refused(ValueError):
     """Of an image that could be decoded, but must not be; in words."""
 
 
@@ -38,7 +38,7 @@ def rgb(content: bytes | memoryview, where: str, *, size: tuple[int, int] | None
     Raises:
         UnreadableImage: it is damaged, of a kind that would come out wrong, or larger than anything that is meant.
     """
-    with _opened(io.BytesIO(content), where) as image:
+    with opened(io.BytesIO(content), where) as image:
         _check(image, content, size)
         return image.convert("RGB")
 
@@ -49,13 +49,21 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UnreadableImage: a ValueError that names the file.
     """
+    return rgb(file_content(path), str(path))
+
+
+def file_content(path: Path) -> bytes:
+    """An image file's bytes.
+
+    Raises:
+        UnreadableImage: it cannot be read.
+    """
     try:
-        content = path.read_bytes()  # in one read: Pillow's own small ones take longer than decoding a small image
+        return path.read_bytes()  # in one read: Pillow's own small ones take longer than decoding a small image
     except OSError as error:
         raise UnreadableImage(
             f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}. Are the images still where they were?"
         ) from error
-    return rgb(content, str(path))
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -64,12 +72,12 @@ def size_of(path: Path) -> tuple[int, int]:
     Raises:
         UnreadableImage: as of `read_image`, as far as it shows in them.
     """
-    with _opened(path, str(path)) as image:
+    with opened(path, str(path)) as image:
         return image.size
 
 
 @contextlib.contextmanager
-def _opened(file: io.BytesIO | Path, where: str) -> Iterator[Image.Image]:
+def opened(file: io.BytesIO | Path, where: str) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet; what goes wrong in the body is said as what is wrong with it."""
     try:
         with warnings.catch_warnings():
@@ -82,7 +90,7 @@ def _opened(file: io.BytesIO | Path, where: str) -> Iterator[Image.Image]:
         if isinstance(error, UnidentifiedImageError):
             why = f"UnidentifiedImageError: none of {', '.join(FORMATS)}"
         raise UnreadableImage(
-            f"{where}: expected an image that can be read, got {error if isinstance(error, _Refused) else why}. Replace or remove it, or "
+            f"{where}: expected an image that can be read, got {error if isinstance(error, Refused) else why}. Replace or remove it, or "
             "let others stand in for such images: loader.corrupt=skip."
         ) from error
 
@@ -94,24 +102,25 @@ def check_work(width: int, height: int, content: bytes | memoryview) -> None:
         ValueError: it would.
     """
     if width * height > MAX_PIXELS:
-        raise _Refused(f"one of {width} x {height} pixels, where at most {MAX_PIXELS:,} are decoded")
+        raise Refused(f"one of {width} x {height} pixels, where at most {MAX_PIXELS:,} are decoded")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise _Refused(f"one of {width} x {height} pixels, a side more than {MAX_ASPECT} times the other")
+        raise Refused(f"one of {width} x {height} pixels, a side more than {MAX_ASPECT} times the other")
     if content[:2] == b"\xff\xd8":
         scans = bytes(content).count(b"\xff\xda")  # those of its thumbnails too, which are few
         if scans > MAX_SCANS or width * height * scans > MAX_WORK:
-            raise _Refused(f"a JPEG of {width} x {height} pixels in {scans} scans, which would take too long: save it as a baseline JPEG")
+            raise Refused(f"a JPEG of {width} x {height} pixels in {scans} scans, which would take too long: save it as a baseline JPEG")
 
 
 def _check(image: Image.Image, content: bytes | memoryview, size: tuple[int, int] | None) -> None:
     if size is not None and image.size != size:
-        raise _Refused(f"one of {image.size[0]} x {image.size[1]} pixels where {size[0]} x {size[1]} are announced")
+        raise Refused(f"one of {image.size[0]} x {image.size[1]} pixels where {size[0]} x {size[1]} are announced")
     check_work(*image.size, content)
     signed = _SIGNED in _sample_formats(image)
     if image.mode not in MODES or signed:
         kind = f"{image.mode}, signed" if signed else image.mode
-        raise _Refused(
-            f"one of Pillow's mode {kind}, whose values do not fit into 8 bits a channel: convert such images first, by the range that they use"
+        raise Refused(
+            f"one of Pillow's mode {kind}, whose values do not fit into 8 bits a channel: say how many channels such images have, data.channels=N, "
+            "and they are read as they are stored, or convert them first, by the range that they use"
         )
 
 

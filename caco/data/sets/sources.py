@@ -13,6 +13,7 @@ from PIL import Image
 
 from caco.data.sets.content import Looks, cache_key_of, digest_of
 from caco.data.sets.reading import UnreadableImage, read_image, size_of
+from caco.data.sets.stored import read_stored, shown
 from caco.errors import UserError
 from caco.saying import Say, silent
 
@@ -47,7 +48,8 @@ class Source(Protocol):
 
     name: for people and the record. labels: int64 [N] (of VOC2007 [N, classes]); None where there are none. classes: classes[label]
     is a class's name; None where nobody knows. arrays: all images where they are in memory: loaders then make
-    views of them without calling `image`. damaged: of those in memory, what `image` raises, by position; something of no meaning
+    views of them without calling `image`. channels: None of photographs; else images are as they are stored, with so many channels, in
+    whatever numbers: loaders call `pixels`, and `arrays` and `packed` are None. damaged: of those in memory, what `image` raises, by position; something of no meaning
     stands for them in `arrays`.
     """
 
@@ -56,6 +58,7 @@ class Source(Protocol):
     classes: list[str] | None
     arrays: Arrays | None = None
     damaged: Mapping[int, UnreadableImage] = {}
+    channels: int | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -63,11 +66,19 @@ class Source(Protocol):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """The image at a position, RGB; the same one at each call.
+        """The image at a position, RGB; the same one at each call. Where `channels` says that it is none, a picture for people.
 
         Raises:
             UnreadableImage: the loader then ends the run, or lets another image stand in for it.
         """
+
+    def pixels(self, index: int) -> np.ndarray:
+        """The image's numbers: uint8 [H, W, 3], or as they are stored, [H, W, channels].
+
+        Raises:
+            UnreadableImage: as of `image`.
+        """
+        return np.asarray(self.image(index))
 
     @abstractmethod
     def part(self, indices: np.ndarray, name: str) -> "Source":
@@ -108,11 +119,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """What one run reads: images to pre-train on, and labelled ones to evaluate with."""
+    """What one run reads: images to pre-train on, and labelled ones to evaluate with.
+
+    mean, std: of each channel, where images are as they are stored (Source.channels) and somebody gave them; None has them measured.
+    """
 
     pretrain: Source
     train: Source | None
     test: Source | None
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
     def labelled(self, purpose: str) -> tuple[Source, Source]:
         """The labelled (train, test) pair, or an error that says what `purpose` lacks.
@@ -199,9 +215,11 @@ class ImageFiles(Source):
         decoded: Arrays | None = None,
         damaged: Mapping[int, UnreadableImage] = {},
         of: tuple[Looks, np.ndarray] | None = None,
+        channels: int | None = None,
     ):
         """
         Args:
+            decoded: each image's array, where they are in memory.
             of: the looks of the set that this is a part of, and the positions there.
         """
         assert labels is None or len(labels) == len(files)
@@ -211,7 +229,8 @@ class ImageFiles(Source):
         self.name = name
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
-        self.arrays, self.damaged = decoded, damaged
+        self._decoded, self.damaged, self.channels = decoded, damaged, channels
+        self.arrays = decoded if channels is None else None
         if of is None:
             every, top = self._files, str(self.root)
             of = Looks(lambda i: f"{top}/{os.fsdecode(every[i])}", len(every)), np.arange(len(every))
@@ -225,41 +244,61 @@ class ImageFiles(Source):
         return self.root / os.fsdecode(self._files[index])
 
     def image(self, index: int) -> Image.Image:
+        if self.channels is not None:
+            return shown(self.pixels(index))
         if index in self.damaged:
             raise UnreadableImage(str(self.damaged[index]))
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])
         return read_image(self.path(index))
 
+    def pixels(self, index: int) -> np.ndarray:
+        if self.channels is None:
+            return np.asarray(self.image(index))
+        if index in self.damaged:
+            raise UnreadableImage(str(self.damaged[index]))
+        return self._decoded[index] if self._decoded is not None else read_stored(self.path(index), self.channels)
+
     def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
-        decoded = None if self.arrays is None else _pick(self.arrays, indices)
+        decoded = None if self._decoded is None else _pick(self._decoded, indices)
         damaged = {place: self.damaged[index] for place, index in enumerate(indices.tolist()) if index in self.damaged}
         of = self._looks, self._at[indices]
         return ImageFiles(
-            self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded, damaged=damaged, of=of
-        )
+            self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded, damaged=damaged, of=of,
+            channels=self.channels,
+        )  # fmt: skip
 
     def in_memory(self, max_mb: int) -> "ImageFiles":
         """The same set decoded once, if that takes no more than `max_mb`; else itself."""
         budget = max_mb * 2**20
         sample = np.unique(np.linspace(0, len(self) - 1, 16).astype(int))
-        if budget == 0 or np.mean([_decoded_bytes(self.path(i)) for i in sample]) * len(self) > budget:
+        if budget == 0 or np.mean([self._decoded_bytes(i) for i in sample]) * len(self) > budget:
             return self
         decoded, used, damaged = list[np.ndarray](), 0, dict[int, UnreadableImage]()
         for i in range(len(self)):
             try:
-                decoded.append(np.asarray(read_image(self.path(i))))
+                decoded.append(self.pixels(i))
             except UnreadableImage as error:
                 damaged[i] = error
-                decoded.append(np.zeros((1, 1, 3), np.uint8))
+                decoded.append(np.zeros((1, 1, self.channels or 3), np.uint8))
             used += decoded[-1].nbytes
             if used > budget:
                 return self
         of = self._looks, self._at
         return ImageFiles(
-            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, damaged=damaged, of=of
-        )
+            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, damaged=damaged, of=of,
+            channels=self.channels,
+        )  # fmt: skip
+
+    def _decoded_bytes(self, index: int) -> int:
+        try:
+            if self.channels is not None:
+                return self.pixels(index).nbytes
+            width, height = size_of(self.path(index))
+        except UnreadableImage:
+            return 0  # it will be named when it is read
+        return 3 * width * height
 
     def digest(self) -> str:
         # Of the files also when decoded: how a set is held must not change what it is called.
@@ -297,14 +336,6 @@ def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, bala
     turn = np.empty(total)
     turn[by_class] = rank if balanced else (rank + 0.5) / np.repeat(sizes, sizes)
     return np.sort(draw[np.argsort(turn[draw], kind="stable")][:count])
-
-
-def _decoded_bytes(path: Path) -> int:
-    try:
-        width, height = size_of(path)
-    except UnreadableImage:
-        return 0  # it will be named when it is read
-    return 3 * width * height
 
 
 def _pick(images: Arrays, indices: np.ndarray) -> Arrays:

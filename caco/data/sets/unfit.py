@@ -36,5 +36,5 @@ def _first(source: Source, count: int) -> list[np.ndarray]:
     images = []
     for index in range(min(count, len(source))):
         with contextlib.suppress(UnreadableImage):
-            images.append(np.asarray(source.image(index)))
+            images.append(source.pixels(index))
     return images

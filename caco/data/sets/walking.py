@@ -11,7 +11,8 @@ from caco.data.sets.sources import EXTENSIONS
 from caco.errors import FileError, UserError
 from caco.runs.directory import is_first_rank
 
-_kept: dict[Path, list[str]] = {}  # of folders walked over inside `kept`: their images, for the next walk alone
+# The images of folders walked over inside `kept`, for the next walk alone; by folder and by what counts as an image.
+_kept: dict[tuple[Path, tuple[str, ...]], list[str]] = {}
 _keeping = False
 _QUIET_S = 2.0
 
@@ -56,10 +57,12 @@ class Walk:
 
     Args:
         top: what holds all folders that are walked over.
+        extensions: of the names of images.
+    passed_by: the name of a file, in lower case, that was no image; "" where there was none.
     """
 
-    def __init__(self, top: Path):
-        self._top = top
+    def __init__(self, top: Path, extensions: tuple[str, ...] = EXTENSIONS):
+        self._top, self._extensions, self.passed_by = top, extensions, ""
         self._above = {_identity(folder): folder for folder in (top.resolve(), *top.resolve().parents)}
         self._seen: dict[tuple[int, int], Path] = {}
         self._images, self._next_line = 0, time.monotonic() + _QUIET_S
@@ -71,8 +74,9 @@ class Walk:
             FileError: a folder that cannot be read, a link that leads nowhere, an image that is no file.
             UserError: a link to a folder that holds it, or to one whose images are there already.
         """
-        if not _keeping and folder in _kept:
-            return _kept.pop(folder)
+        looked_for = (folder, self._extensions)
+        if not _keeping and looked_for in _kept:
+            return _kept.pop(looked_for)
         found: list[str] = []
         ahead = [(folder, "")]
         while ahead:
@@ -82,14 +86,16 @@ class Walk:
             for entry in _entries(current):
                 if entry.is_dir():
                     ahead.append((current / entry.name, f"{prefix}{entry.name}/"))
-                elif entry.name.lower().endswith(EXTENSIONS):
+                elif entry.name.lower().endswith(self._extensions):
                     if not entry.is_file():
                         raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
                     found.append(prefix + entry.name)
+                else:
+                    self.passed_by = entry.name.lower()
         self._images += len(found)
         found.sort()
         if _keeping:
-            _kept[folder] = found
+            _kept[looked_for] = found
         return found
 
     def _say_how_far(self, found: int) -> None:

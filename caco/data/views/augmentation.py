@@ -1,9 +1,9 @@
 """Augmented views of one image, as the published recipes draw them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -30,12 +30,12 @@ from caco.ranges import (
 
 # Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
 # one setting (say blur_p) leaves all other draws of the same seed as they were. (random.h has the same places.)
-_CROP_TRIES = 10
-_CROP = slice(0, 2 * _CROP_TRIES)
-_CROP_TOP, _CROP_LEFT, _JITTER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP, _ANGLE, _SHIFT_X, _SHIFT_Y = range(20, 31)
-_ORDER = slice(31, 35)
-_FACTOR = slice(35, 39)
-assert _FACTOR.stop == NUM_UNIFORMS
+CROP_TRIES = 10
+CROP = slice(0, 2 * CROP_TRIES)
+CROP_TOP, CROP_LEFT, JITTER, GRAY, BLUR, SIGMA, SOLARIZE, FLIP, ANGLE, SHIFT_X, SHIFT_Y = range(20, 31)
+ORDER = slice(31, 35)
+FACTOR = slice(35, 39)
+assert FACTOR.stop == NUM_UNIFORMS
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -168,24 +168,17 @@ class View:
 
     def draw(self, image: Image.Image, size: int, u: Sequence[float]) -> Image.Image:
         """The view, size x size, that these random numbers (see `uniforms`) make of an image, up to what `then` says."""
-        box = crop_box(image.width, image.height, self.scale, self.ratio, u[_CROP], u[_CROP_TOP], u[_CROP_LEFT])
-        image = _resize(image.crop(box), size, size, self.interpolation)
-        if self.rotate or self.shift:
-            image = _rotate_and_shift(
-                image,
-                degrees=_between(-self.rotate, self.rotate, u[_ANGLE]),
-                right=_between(-self.shift, self.shift, u[_SHIFT_X]) * size,
-                down=_between(-self.shift, self.shift, u[_SHIFT_Y]) * size,
-            )
-        if u[_JITTER] < self.jitter_p:
-            image = _jitter(image, self.jitter, u[_ORDER], u[_FACTOR])
-        if u[_GRAY] < self.gray_p:
+        box = crop_box(image.width, image.height, self.scale, self.ratio, u[CROP], u[CROP_TOP], u[CROP_LEFT])
+        image = rotation(self, size, u)(resize(image.crop(box), size, size, self.interpolation))
+        if u[JITTER] < self.jitter_p:
+            image = _jitter(image, self.jitter, u[ORDER], u[FACTOR])
+        if u[GRAY] < self.gray_p:
             image = image.convert("L").convert("RGB")
-        if u[_BLUR] < self.blur_p:
-            image = image.filter(ImageFilter.GaussianBlur(_between(self.blur[0], self.blur[1], u[_SIGMA])))
-        if u[_SOLARIZE] < self.solarize_p:
+        if u[BLUR] < self.blur_p:
+            image = image.filter(ImageFilter.GaussianBlur(between(self.blur[0], self.blur[1], u[SIGMA])))
+        if u[SOLARIZE] < self.solarize_p:
             image = ImageOps.solarize(image, 128)
-        if u[_FLIP] < self.flip_p:
+        if u[FLIP] < self.flip_p:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
 
@@ -203,7 +196,11 @@ class Views:
         mean, std: of each channel, for pixels in 0..1, or of the colour space's channels as it has them.
     Raises:
         ValueError: a value out of its range.
+    channels: None of photographs; else as of the images, see caco/data/views/channels.py. dtype: of pixels before normalisation.
     """
+
+    channels: int | None = None
+    dtype: np.dtype = np.dtype(np.uint8)
 
     def __init__(
         self,
@@ -241,6 +238,12 @@ class Views:
         self.num_views = len(self.sizes)
         self._scale = 1 / (255 * torch.tensor(list(std)))
         self._offset = -torch.tensor(list(mean)) / torch.tensor(list(std))
+
+    def with_views(self, views: dict[str, View]) -> "Views":
+        """Other views of images that are normalised as here, with the same plain one but for its interpolation."""
+        return Views(
+            size=self.size, views=views, mean=self.mean, std=self.std, plain_crop=self.plain_crop, colours=self.colours
+        )  # fmt: skip
 
     @property
     def compiled_alone(self) -> bool:
@@ -290,14 +293,12 @@ class Views:
         """All views' settings as the compiled views take them."""
         return self.kinds.settings(self._scale.tolist(), self._offset.tolist())
 
-    def plain_pixels(self, image: Image.Image) -> np.ndarray:
-        """The plain view before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
-        short = round(self.size / self.plain_crop)
-        width, height = (short * side // min(image.size) for side in image.size)
+    def plain_pixels(self, image: Any) -> np.ndarray:
+        """The plain view of an image of Pillow's before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
+        (width, height), box = plain_box(image.width, image.height, self.size, self.plain_crop)
         if (width, height) != image.size:
-            image = _resize(image, width, height, self.plain_interpolation)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return np.array(image.crop((left, top, left + self.size, top + self.size)))
+            image = resize(image, width, height, self.plain_interpolation)
+        return np.array(image.crop(box))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in channels_last strides, on the pixels' device; floats are done."""
@@ -327,8 +328,8 @@ def crop_box(
     """
     low, high = ratio
     for u_area, u_ratio in zip(u_tries[::2], u_tries[1::2], strict=True):
-        area = width * height * _between(scale[0], scale[1], u_area)
-        aspect = math.exp(_between(math.log(low), math.log(high), u_ratio))
+        area = width * height * between(scale[0], scale[1], u_area)
+        aspect = math.exp(between(math.log(low), math.log(high), u_ratio))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(u_left * (width - w + 1)), int(u_top * (height - h + 1))
@@ -339,7 +340,15 @@ def crop_box(
     return left, top, left + w, top + h
 
 
-def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> Image.Image:
+def plain_box(width: int, height: int, size: int, plain_crop: float) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """To which width and height an image is resized for its plain view, and which box of that the view is."""
+    short, shorter = round(size / plain_crop), min(width, height)
+    width, height = short * width // shorter, short * height // shorter
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return (width, height), (left, top, left + size, top + size)
+
+
+def resize(image: Image.Image, width: int, height: int, interpolation: str) -> Image.Image:
     """Across, then down, rounded between: what Pillow does at once, except that from 13 on it turns the order for some."""
     how = _RESAMPLING[interpolation]
     return image.resize((width, image.height), how).resize((width, height), how)
@@ -354,19 +363,24 @@ def _jitter(
         if strength == 0:
             continue
         if op == 3:
-            image = turn_hue(image, _between(-strength, strength, u_factor[op]))
+            image = turn_hue(image, between(-strength, strength, u_factor[op]))
         else:
             enhance = (change_brightness, change_contrast, change_saturation)[op]
-            image = enhance(image, _between(max(0.0, 1 - strength), 1 + strength, u_factor[op]))
+            image = enhance(image, between(max(0.0, 1 - strength), 1 + strength, u_factor[op]))
     return image
 
 
 # The four below are Pillow's ImageEnhance and torchvision's adjust_hue (the tests hold them equal) without their detours.
-def _rotate_and_shift(image: Image.Image, *, degrees: float, right: float, down: float) -> Image.Image:
-    return image.rotate(degrees, Image.Resampling.BILINEAR, translate=(right, down))  # type: ignore[arg-type] # Pillow takes floats
+def rotation(view: View, size: int, u: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
+    """What turns and shifts the view of this size as these random numbers say."""
+    if not view.rotate and not view.shift:
+        return lambda image: image
+    degrees = between(-view.rotate, view.rotate, u[ANGLE])
+    right, down = (between(-view.shift, view.shift, number) * size for number in (u[SHIFT_X], u[SHIFT_Y]))
+    return lambda image: image.rotate(degrees, Image.Resampling.BILINEAR, translate=(right, down))  # type: ignore[arg-type] # Pillow takes floats
 
 
-def _between(low: float, high: float, u: float) -> float:
+def between(low: float, high: float, u: float) -> float:
     return low + (high - low) * u
 
 

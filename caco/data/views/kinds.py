@@ -32,15 +32,23 @@ class Kinds:
 
     Args:
         kinds: (caco.data.views.augmentation.View, its size in pixels) pairs; at most one of them has patches.
+    channels, dtype: of the pixels.
     """
+
+    channels = 3
+    dtype: np.dtype = np.dtype(np.uint8)
 
     def __init__(self, kinds: Sequence[tuple[Any, int]]):
         self.kinds = list(kinds)
         self.cut = next((v for v, (view, _) in enumerate(self.kinds) if view.patches is not None), None)
         patches = None if self.cut is None else self.kinds[self.cut][0].patches
-        self._each = None if patches is None or patches.each is None else Kinds([(patches.each, patches.size)])
+        self._each = None if patches is None or patches.each is None else self.of([(patches.each, patches.size)])
         self.patches = patches
         self.needs_finish = any(view.then for view, _ in self.kinds) or self.cut is not None
+
+    def of(self, kinds: Sequence[tuple[Any, int]]) -> "Kinds":
+        """Others of the same images."""
+        return Kinds(kinds)
 
     def settings(self, scale: Sequence[float] = (1, 1, 1), offset: Sequence[float] = (0, 0, 0)) -> native.Settings:
         """As the compiled views take them."""
@@ -48,12 +56,12 @@ class Kinds:
 
     def shapes(self, count: int) -> list[tuple[int, ...]]:
         """Of what is drawn of so many images, a kind's [B, H, W, 3], before any is cut."""
-        return [(count, size, size, 3) for _, size in self.kinds]
+        return [(count, size, size, self.channels) for _, size in self.kinds]
 
     def shape_of_patches(self, count: int) -> tuple[int, ...]:
         """[B, P, H, W, 3]."""
         assert self.patches is not None
-        return (count, self.patches.grid**2, self.patches.size, self.patches.size, 3)
+        return (count, self.patches.grid**2, self.patches.size, self.patches.size, self.channels)
 
     def make(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int) -> tuple[list[np.ndarray], np.ndarray | None]:
         """Of each kind that stays whole, [B, H, W, 3], and the patches of the one that is cut.
@@ -61,17 +69,21 @@ class Kinds:
         Args:
             images: [h, w, 3] each. samples, stream: what the random numbers depend on, see `draws.uniforms`.
         """
-        drawn = [np.empty(shape, np.uint8) for shape in self.shapes(len(images))]
+        drawn = [np.empty(shape, self.dtype) for shape in self.shapes(len(images))]
+        self.draw(images, samples, stream, drawn)
+        patches = None if self.cut is None else np.empty(self.shape_of_patches(len(images)), self.dtype)
+        self.finish(drawn, samples, stream, patches=patches)
+        return [pixels for v, pixels in enumerate(drawn) if v != self.cut], patches
+
+    def draw(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int, drawn: Sequence[np.ndarray]) -> None:
+        """Fill drawn[v], of each kind, with what is drawn of these images."""
         if native.library() is not None:
             images = [np.ascontiguousarray(image) for image in images]
             native.make_views(self.settings(), native.table(images), samples, stream, drawn)
-        else:
-            for v, (view, size) in enumerate(self.kinds):
-                for row, (image, u) in enumerate(zip(images, uniforms(stream, samples, v).tolist(), strict=True)):
-                    drawn[v][row] = view.draw(Image.fromarray(image), size, u)
-        patches = None if self.cut is None else np.empty(self.shape_of_patches(len(images)), np.uint8)
-        self.finish(drawn, samples, stream, patches=patches)
-        return [pixels for v, pixels in enumerate(drawn) if v != self.cut], patches
+            return
+        for v, (view, size) in enumerate(self.kinds):
+            for row, (image, u) in enumerate(zip(images, uniforms(stream, samples, v).tolist(), strict=True)):
+                drawn[v][row] = view.draw(Image.fromarray(image), size, u)
 
     def finish(
         self, drawn: Sequence[np.ndarray], samples: np.ndarray, stream: int, *, patches: np.ndarray | None = None, num_threads: int = 1
@@ -114,7 +126,7 @@ def windows(patches: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> np.ndarr
     grid, size = patches.grid, patches.size
     corners = np.mgrid[:grid, :grid].reshape(2, -1) * patches.stride  # of cells, down and across
     corner_B2P = corners + (u_BN[:, : 2 * grid**2] * (patches.jitter + 1)).astype(np.int64).reshape(-1, 2, grid**2)
-    made = np.empty((len(pixels_BHWC), grid**2, size, size, 3), pixels_BHWC.dtype)
+    made = np.empty((len(pixels_BHWC), grid**2, size, size, pixels_BHWC.shape[3]), pixels_BHWC.dtype)
     for pixels, of_image, (tops, lefts) in zip(pixels_BHWC, made, corner_B2P.tolist(), strict=True):
         for window, top, left in zip(of_image, tops, lefts, strict=True):
             window[...] = pixels[top : top + size, left : left + size]

@@ -48,6 +48,7 @@ class DenseLinear(Evaluator):
     """
 
     on_all_ranks = True
+    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
     departures = ("dense_linear: a protocol of caco's own; its numbers cannot be set beside those of fine-tuning.",)
 
     def __init__(

@@ -56,6 +56,7 @@ class Detect(Evaluator):
     """
 
     on_all_ranks = True
+    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
     _seed = 0
     departures = (
         "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors and regions, and "

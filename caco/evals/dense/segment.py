@@ -50,6 +50,7 @@ class Segment(Evaluator):
     """
 
     on_all_ranks = True
+    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
     departures = (
         "segment_fcn16: MoCo's code for it was not published. Where the paper is silent, the scale is drawn evenly from its range, "
         "small images are padded with the mean colour and the label 255, weight decay is on all weights, new layers start with He's "

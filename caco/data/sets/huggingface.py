@@ -1,0 +1,115 @@
+"""Hugging Face `datasets` that were saved to a folder (`save_to_disk`), read by that library."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from caco.data.sets.encoded import EncodedImages
+from caco.data.sets.folders import existing_root, reduced, require_statistics_of
+from caco.data.sets.sources import Splits
+from caco.errors import FileError, UserError
+from caco.installed import is_installed
+from caco.ranges import AboveZero, Count, Finite, NumChannels, ProperShare, Seed
+
+_TESTS = ("test", "validation", "val", "valid")
+
+
+def huggingface(
+    *,
+    root: str | None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
+    channels: NumChannels | None = None,
+    mean: list[Finite] | None = None,
+    std: list[AboveZero] | None = None,
+) -> Splits:
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; of a dictionary the parts train, and test or validation.
+
+    Args:
+        image_column: of encoded images (a feature Image); None takes the only one.
+        label_column: of whole numbers, class labels or texts; None takes `label`, or the only one of class labels, or has no labels.
+        limit, validation_fraction, seed, channels, mean, std: as of `folder`.
+    Raises:
+        FileError: no root given, or nothing there that was saved so.
+        UserError: `datasets` is not installed, or there is no such column.
+    """
+    require_statistics_of(channels, mean, std)
+    top = existing_root(root, example="data=huggingface")
+    if not is_installed("datasets"):
+        raise UserError("data=huggingface: Hugging Face's datasets is not installed; to have it: pip install datasets")
+    import datasets
+
+    try:
+        read: Any = datasets.load_from_disk(str(top))
+    except FileNotFoundError as error:
+        raise FileError(f"data.root: expected a folder that datasets' save_to_disk wrote, got {top}: {str(error).splitlines()[0]}") from error
+    parts: dict[str, Any] = dict(read) if isinstance(read, datasets.DatasetDict) else {"train": read}
+    if "train" not in parts:
+        raise UserError(f"{top}: expected a part called train, got {', '.join(parts)}")
+    train = _source(parts["train"], "huggingface/train", image_column, label_column, channels)
+    name = next((name for name in _TESTS if name in parts), None)
+    test = None if name is None else _source(parts[name], f"huggingface/{name}", image_column, label_column, channels)
+    if test is not None and (test.classes or []) != (train.classes or []):
+        raise UserError(f"{top}: expected the same classes in train and {name}, got {train.classes} and {test.classes}")
+    splits = reduced(train, test, name="huggingface", limit=limit, validation_fraction=validation_fraction, seed=seed)
+    return dataclasses.replace(splits, mean=mean, std=std)
+
+
+def _source(read: Any, name: str, image_column: str | None, label_column: str | None, channels: int | None) -> EncodedImages:
+    import datasets
+
+    read = read.flatten_indices()  # rows lie as they are counted
+    image_column = _column(read, image_column, "image_column", datasets.Image)
+    labels, classes = _labels(read, label_column)
+    # What lies on the disk, mapped into memory: nothing is decoded or copied until an image is asked for.
+    table = read.cast_column(image_column, datasets.Image(decode=False)).data.column(image_column)
+    firsts = np.cumsum([0, *(len(chunk) for chunk in table.chunks)])
+
+    def content(position: int) -> Any:
+        chunk = int(np.searchsorted(firsts, position, side="right")) - 1
+        cell = table.chunk(chunk)[position - int(firsts[chunk])]
+        encoded = cell["bytes"].as_buffer() if cell.is_valid and cell["bytes"].is_valid else None
+        if encoded is not None:
+            return memoryview(encoded)
+        path = cell["path"].as_py() if cell.is_valid else None
+        if path is None:
+            raise FileNotFoundError(0, "neither an image nor the path of one")
+        with open(path, "rb") as file:
+            return file.read()
+
+    names = np.array([f"{name} row {row}".encode() for row in range(len(read))])
+    return EncodedImages(content, names, name=name, labels=labels, classes=classes, channels=channels)
+
+
+def _column(read: Any, given: str | None, setting: str, kind: type) -> str:
+    fitting = [name for name, feature in read.features.items() if isinstance(feature, kind)]
+    if given in fitting or (given is None and len(fitting) == 1):
+        return given or fitting[0]
+    got = "none" if not fitting else ", ".join(fitting)
+    raise UserError(f"data.{setting}: expected the name of a column of {kind.__name__}s, of which there are: {got}; got {given}")
+
+
+def _labels(read: Any, given: str | None) -> tuple[np.ndarray | None, list[str] | None]:
+    """Numbers and names of classes, or none of either."""
+    import datasets
+
+    if given is not None and given not in read.features:
+        raise UserError(f"data.label_column: expected one of {', '.join(read.features)}, got {given}")
+    of_classes = [name for name, feature in read.features.items() if isinstance(feature, datasets.ClassLabel)]
+    column = given or ("label" if "label" in read.features else of_classes[0] if len(of_classes) == 1 else None)
+    if column is None:
+        return None, None
+    values = np.asarray(read.data.column(column).to_pylist())
+    feature = read.features[column]
+    if values.dtype.kind in "US":
+        classes, numbers = np.unique(values, return_inverse=True)
+        return numbers.astype(np.int64), [str(name) for name in classes]
+    if values.dtype.kind not in "iu" or values.min(initial=0) < -1:
+        raise UserError(f"data.label_column: expected whole numbers or texts in {column}, got values such as {values[:3].tolist()}")
+    if values.min(initial=0) < 0:
+        return None, None  # -1: withheld, as of published test sets
+    return values.astype(np.int64), list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

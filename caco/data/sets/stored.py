@@ -1,0 +1,143 @@
+"""Images as they are stored: any number of channels and any type of number, read without a conversion, for data.channels=N.
+
+What is read here is an array [H, W, C] of the numbers in the file. Not here: photographs, which are RGB of 8 bits (reading.py), and what
+becomes of the numbers (caco/data/views/channels.py).
+"""
+
+import io
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from caco.data.sets.reading import MAX_PIXELS, Refused, UnreadableImage, check_work, file_content, opened
+from caco.errors import UserError
+from caco.installed import is_installed
+
+EXTENSIONS = (".npy",)  # besides those of photographs
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_NPY = b"\x93NUMPY"
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Pillow's modes whose numbers it hands over as they are in the file. Of PNGs with 16 bits and several channels it drops 8 of these.
+_AS_STORED = ("L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+
+
+def read_stored(path: Path, channels: int) -> np.ndarray:
+    """One image file, [H, W, channels], in the type of its numbers (uint8, uint16, float32, ...).
+
+    Raises:
+        UnreadableImage: it is damaged, has another number of channels, or numbers that are not finite; names the file.
+        UserError: a package that reads such files is not installed.
+    """
+    return stored(file_content(path), str(path), channels)
+
+
+def stored(content: bytes, where: str, channels: int) -> np.ndarray:
+    """As `read_stored`, of a file's content; `where` is what an error calls it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
+            if content.startswith(_NPY):
+                pixels = _npy(content)
+            elif content.startswith(_TIFF):
+                pixels = _tiff(content, where)
+            else:
+                return checked(_by_pillow(content, where, channels), where, channels)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - libraries raise what they like where a file is damaged
+        raise _unreadable(where, str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}") from error
+    return checked(pixels, where, channels)
+
+
+def checked(pixels: np.ndarray, where: str, channels: int) -> np.ndarray:
+    """An image's array as [H, W, channels], contiguous.
+
+    Raises:
+        UnreadableImage: it is no such array, or holds what is no finite number.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.ndim != 3 or pixels.size == 0 or pixels.dtype.kind not in "buif":
+        raise _unreadable(where, f"an array of shape {list(pixels.shape)} and type {pixels.dtype} where [height, width, channels] is expected")
+    if pixels.shape[2] != channels:
+        raise _unreadable(where, f"one of {pixels.shape[2]} channels where data.channels={channels}")
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise _unreadable(where, "one that holds numbers which are not finite")
+    return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
+
+
+def shown(pixels: np.ndarray) -> Image.Image:
+    """For people to look at: the first three channels, or the first, each stretched from its least to its largest number."""
+    some = pixels[:, :, : 3 if pixels.shape[2] >= 3 else 1].astype(np.float64)
+    least, most = some.min((0, 1)), some.max((0, 1))
+    stretched = (255 * (some - least) / np.where(most > least, most - least, 1)).round().astype(np.uint8)
+    return Image.fromarray(np.repeat(stretched, 3, 2) if stretched.shape[2] == 1 else stretched)
+
+
+def _npy(content: bytes) -> np.ndarray:
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    shape = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)[0]
+    _check_size(shape[:2])
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _tiff(content: bytes, where: str) -> np.ndarray:
+    if not is_installed("tifffile"):
+        raise UserError(f"{where}: TIFFs are read as they are stored by tifffile, which is not installed; to have it: pip install tifffile")
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        series = file.series[0]
+        axes = series.axes
+        if "Y" not in axes or "X" not in axes or len(axes) > 3:
+            raise Refused(f"a TIFF of axes {axes}, where height, width and at most one more are expected")
+        _check_size((series.shape[axes.index("Y")], series.shape[axes.index("X")]))
+        try:
+            pixels = series.asarray()
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            raise UserError(f"{where}: this TIFF's compression needs imagecodecs; to have it: pip install imagecodecs") from error
+    order = [axes.index("Y"), axes.index("X"), *(i for i, axis in enumerate(axes) if axis not in "YX")]
+    return pixels.transpose(order)
+
+
+def _by_pillow(content: bytes, where: str, channels: int) -> np.ndarray:
+    if content.startswith(_PNG) and len(content) > 25 and content[24] == 16 and content[25] in (2, 4, 6):  # bits, kind of colour
+        if not is_installed("imagecodecs"):
+            raise UserError(
+                f"{where}: PNGs of 16 bits and several channels are read by imagecodecs, which is not installed; to have it: "
+                "pip install imagecodecs"
+            )
+        import imagecodecs
+
+        with opened(io.BytesIO(content), where) as image:
+            check_work(*image.size, content)
+            return imagecodecs.png_decode(content)
+    with opened(io.BytesIO(content), where) as image:
+        check_work(*image.size, content)
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA" if channels == 4 else "RGB")  # what the palette says
+        elif image.mode == "1":
+            image = image.convert("L")
+        if image.mode not in _AS_STORED:
+            raise Refused(f"one of Pillow's mode {image.mode}, whose numbers it does not hand over as they are: save it as TIFF or .npy")
+        return np.array(image)
+
+
+def _check_size(shape: Any) -> None:
+    if len(shape) == 2:
+        check_work(int(shape[1]), int(shape[0]), b"")
+    elif math.prod(shape) > MAX_PIXELS:
+        raise Refused(f"an array of shape {list(shape)}")
+
+
+def _unreadable(where: str, got: str) -> UnreadableImage:
+    return UnreadableImage(
+        f"{where}: expected an image that can be read, got {got}. Replace or remove it, or let others stand in for such images: loader.corrupt=skip."
+    )

@@ -1,0 +1,128 @@
+"""Shards of WebDataset's: tar files of samples, grouped by that library and read by position."""
+
+import dataclasses
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caco.data.sets.encoded import EncodedImages
+from caco.data.sets.folders import existing_root, reduced, require_statistics_of
+from caco.data.sets.sources import EXTENSIONS, Splits
+from caco.data.sets.stored import EXTENSIONS as STORED
+from caco.errors import FileError, UserError
+from caco.installed import is_installed
+from caco.ranges import AboveZero, Count, Finite, NumChannels, ProperShare, Seed
+
+_TESTS = ("test", "val", "validation", "valid")
+
+
+def webdataset(
+    *,
+    root: str | None,
+    label: str | None = "cls",
+    limit: Count | None = None,
+    validation_fraction: ProperShare | None = None,
+    seed: Seed = 0,
+    channels: NumChannels | None = None,
+    mean: list[Finite] | None = None,
+    std: list[AboveZero] | None = None,
+) -> Splits:
+    """A folder of uncompressed tar files: train/*.tar and test/*.tar (or val/), or train-*.tar and test-*.tar, or any *.tar to train on.
+
+    Their order is that of their names. A sample is what has one name but for its endings, with one image. They are read by position, in
+    any order, and not as a stream: the shards have to lie on a disk.
+
+    Args:
+        label: the ending of the file that holds the sample's class, a whole number (cls); or NAME.json's key, as json:KEY; null: no labels.
+        limit, validation_fraction, seed, channels, mean, std: as of `folder`.
+    Raises:
+        FileError: no root given, no shards there, or one that is no tar file.
+        UserError: WebDataset is not installed; a sample without an image or a label.
+    """
+    require_statistics_of(channels, mean, std)
+    top = existing_root(root, example="data=webdataset")
+    if not is_installed("webdataset"):
+        raise UserError("data=webdataset: WebDataset is not installed; to have it: pip install webdataset")
+    train_shards, test_shards, test_name = _shards(top)
+    extensions = EXTENSIONS if channels is None else EXTENSIONS + STORED
+    train = _source(train_shards, top, "webdataset/train", label, extensions, channels)
+    test = None if not test_shards else _source(test_shards, top, f"webdataset/{test_name}", label, extensions, channels)
+    splits = reduced(train, test, name="webdataset", limit=limit, validation_fraction=validation_fraction, seed=seed)
+    return dataclasses.replace(splits, mean=mean, std=std)
+
+
+def _shards(top: Path) -> tuple[list[Path], list[Path], str]:
+    for pattern in ("{}/*.tar", "{}-*.tar"):
+        train = sorted(top.glob(pattern.format("train")))
+        if train:
+            test_name = next((name for name in _TESTS if any(top.glob(pattern.format(name)))), "test")
+            return train, sorted(top.glob(pattern.format(test_name))), test_name
+    every = sorted(top.glob("*.tar"))
+    if not every:
+        packed = ", ".join(sorted({path.name for path in top.glob("*.tar.*")})[:3])
+        raise FileError(f"{top}: expected *.tar, or train/*.tar and test/*.tar, got none" + (f" but {packed}: unpack them to .tar" if packed else ""))
+    return every, [], "test"
+
+
+def _source(
+    shards: list[Path], top: Path, name: str, label: str | None, extensions: tuple[str, ...], channels: int | None
+) -> EncodedImages:
+    from webdataset.tariterators import group_by_keys
+
+    places, names, labels = [], list[bytes](), list[int]()
+    endings = tuple(extension.removeprefix(".") for extension in extensions)
+    for number, shard in enumerate(shards):
+        for sample in group_by_keys(_members(shard)):
+            called = f"{shard.relative_to(top)}/{sample['__key__']}"
+            images = [key for key in sample if not key.startswith("__") and key.rpartition(".")[2] in endings]
+            if len(images) != 1:
+                raise UserError(f"{called}: expected one image ({', '.join(endings)}) in each sample, got {', '.join(images) or 'none'}")
+            places.append((number, *sample[images[0]]))
+            names.append(f"{called}.{images[0]}".encode())
+            if label is not None:
+                labels.append(_label(shard, sample, label, called))
+    place = np.array(places, np.int64).reshape(-1, 3)
+    if not len(place):
+        raise UserError(f"{shards[0]}: expected samples with images in it, got none")
+
+    def content(position: int) -> bytes:
+        number, first, size = place[position].tolist()
+        return _read(shards[number], first, size)
+
+    return EncodedImages(content, np.array(names), name=name, labels=np.array(labels) if label is not None else None, channels=channels)
+
+
+def _members(shard: Path) -> Iterator[dict[str, Any]]:
+    """For WebDataset's grouping: each file's name and, in place of its content, where that lies: (first byte, bytes)."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if member.isreg():
+                    yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(shard)}
+                tar.members = []  # or all are kept
+    except (tarfile.TarError, OSError) as error:
+        raise FileError(f"{shard}: expected an uncompressed tar file, got {type(error).__name__}: {error}") from error
+
+
+def _label(shard: Path, sample: dict[str, Any], label: str, called: str) -> int:
+    ending, _, key = label.partition(":")
+    if ending not in sample:
+        raise UserError(f"{called}: expected its label in {called}.{ending}, got none: data.label=ENDING names another, data.label=null does without")
+    text = _read(shard, *sample[ending])
+    try:
+        return int(json.loads(text)[key] if key else text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{called}.{ending}: expected a whole number{f' as its {key}' if key else ''}, got {text[:40]!r}") from error
+
+
+def _read(shard: Path, first: int, size: int) -> bytes:
+    descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(descriptor, size, first)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,180 @@
+"""Views of images as they are stored, with any number of channels (data.channels=N), in NumPy and Pillow's images of floats.
+
+The draws are those of the photographs' views (augmentation.py): the same random numbers in the same places, so that a view depends on
+(seed, epoch, image, view) alone. What differs: pixels are float32 and never cut off; what is relative to a range is relative to the
+view's own. Unsigned integers count as 0..1; all other numbers are what they are.
+
+Shapes: [H, W, C] of an image, [B, H, W, C] of a batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from caco.data.views.augmentation import (
+    BLUR,
+    CROP,
+    CROP_LEFT,
+    CROP_TOP,
+    FACTOR,
+    FLIP,
+    GRAY,
+    JITTER,
+    ORDER,
+    SIGMA,
+    SOLARIZE,
+    View,
+    Views,
+    between,
+    crop_box,
+    plain_box,
+    resize,
+    rotation,
+)
+from caco.data.views.draws import uniforms
+from caco.data.views.kinds import Kinds
+from caco.errors import UserError
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue in grey, ITU-R 601-2
+
+
+class ChannelViews(Views):
+    """All views of a recipe, of images of so many channels.
+
+    Args:
+        like: the recipe; its mean and std, which are of photographs, are not taken.
+        mean, std: of each channel, in the numbers that `numbers` gives.
+    Raises:
+        UserError: the recipe has what is of RGB alone: other colour spaces, or further operations (`then`).
+    """
+
+    def __init__(self, like: Views, *, mean: Sequence[float], std: Sequence[float]):
+        assert len(mean) == len(std)
+        if like.colours != "rgb":
+            raise UserError(f"augmentation.colours={like.colours}: is of red, green and blue, and data.channels={len(mean)}; expected rgb")
+        self._like, self.channels = like, len(mean)
+        self.size, self.plain_crop, self.plain_interpolation = like.size, like.plain_crop, like.plain_interpolation
+        self.colours, self.mean, self.std = "rgb", [float(value) for value in mean], [float(value) for value in std]
+        self._views, self.sizes, self.num_views, self.patches = like._views, like.sizes, like.num_views, like.patches
+        self.kinds = ChannelKinds(like.kinds.kinds, self.channels)
+        self._mean, self._std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+
+    compiled_alone = False
+    plain_is_compiled = False
+    dtype: np.dtype = np.dtype(np.float32)
+
+    def with_views(self, views: dict[str, View]) -> "ChannelViews":
+        return ChannelViews(self._like.with_views(views), mean=self.mean, std=self.std)
+
+    def view_pixels(self, image: Any, v: int, u: Sequence[float]) -> np.ndarray:
+        """View v before normalisation, float32 [H, W, C]."""
+        view, size = self.kinds.kinds[v]
+        return draw(view, numbers(image), size, u)
+
+    def plain_pixels(self, image: Any) -> np.ndarray:
+        """The plain view before normalisation, float32 [H, W, C]."""
+        pixels = numbers(image)
+        (width, height), box = plain_box(pixels.shape[1], pixels.shape[0], self.size, self.plain_crop)
+        left, top, right, bottom = box
+        return _each_channel(pixels, lambda c: resize(c, width, height, self.plain_interpolation).crop((left, top, right, bottom)))
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float32 [..., H, W, C] to float32 [..., C, H, W] in channels_last strides, on the pixels' device."""
+        mean, std = (torch.from_numpy(values).to(pixels.device) for values in (self._mean, self._std))
+        return ((pixels - mean) / std).movedim(-1, -3)
+
+
+class ChannelKinds(Kinds):
+    """Kinds of view of images of so many channels, in float32."""
+
+    dtype: np.dtype = np.dtype(np.float32)
+
+    def __init__(self, kinds: Sequence[tuple[Any, int]], channels: int):
+        self.channels = channels
+        for view, _ in kinds:
+            if view.then:
+                raise UserError(
+                    f"augmentation: the operations {', '.join(view.then)} of a view's `then` are of RGB of 8 bits, and data.channels={channels}; "
+                    "leave them out, as '~augmentation.views.NAME.then', or choose another augmentation"
+                )
+        super().__init__(kinds)
+
+    def of(self, kinds: Sequence[tuple[Any, int]]) -> "ChannelKinds":
+        return ChannelKinds(kinds, self.channels)
+
+    def draw(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int, drawn: Sequence[np.ndarray]) -> None:
+        for v, (view, size) in enumerate(self.kinds):
+            for row, (image, u) in enumerate(zip(images, uniforms(stream, samples, v).tolist(), strict=True)):
+                drawn[v][row] = draw(view, numbers(image), size, u)
+
+
+def numbers(pixels: Any) -> np.ndarray:
+    """An image's numbers as float32: unsigned integers divided by their type's largest, so 0..1; all others as they are."""
+    pixels = np.asarray(pixels)
+    if pixels.dtype.kind == "u":
+        return (pixels / np.iinfo(pixels.dtype).max).astype(np.float32)
+    return pixels.astype(np.float32)
+
+
+def draw(view: View, pixels: np.ndarray, size: int, u: Sequence[float]) -> np.ndarray:
+    """The view, float32 [size, size, C], that these random numbers make of an image, float32 [H, W, C]. Saturation, hue and grey are
+    of three channels alone, which are then red, green and blue; with any other number they do nothing."""
+    height, width, channels = pixels.shape
+    box = crop_box(width, height, view.scale, view.ratio, u[CROP], u[CROP_TOP], u[CROP_LEFT])
+    pixels = pixels[box[1] : box[3], box[0] : box[2]]
+    turn = rotation(view, size, u)
+    pixels = _each_channel(pixels, lambda c: turn(resize(c, size, size, view.interpolation)))
+    if u[JITTER] < view.jitter_p:
+        pixels = _jitter(pixels, view.jitter, u[ORDER], u[FACTOR])
+    if u[GRAY] < view.gray_p and channels == 3:
+        pixels = np.repeat(_grey(pixels), 3, 2)
+    if u[BLUR] < view.blur_p:
+        sigma = between(view.blur[0], view.blur[1], u[SIGMA])
+        pixels = ndimage.gaussian_filter(pixels, (sigma, sigma, 0), mode="nearest", truncate=3.0)
+    if u[SOLARIZE] < view.solarize_p:
+        least, most = pixels.min((0, 1)), pixels.max((0, 1))
+        pixels = np.where(pixels >= (least + most) / 2, least + most - pixels, pixels)  # the upper half of each channel's range, turned over
+    return pixels[:, ::-1] if u[FLIP] < view.flip_p else pixels
+
+
+def _each_channel(pixels: np.ndarray, change: Any) -> np.ndarray:
+    """Pillow's resampling knows floats, one channel at a time."""
+    images = (Image.fromarray(np.ascontiguousarray(pixels[:, :, channel])) for channel in range(pixels.shape[2]))
+    return np.stack([np.asarray(change(image)) for image in images], 2)
+
+
+def _jitter(pixels: np.ndarray, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]) -> np.ndarray:
+    """As of photographs, in the order drawn, without cutting anything off: brightness multiplies; contrast moves towards or away from the
+    mean of each channel; saturation towards or away from grey; hue turns, where numbers lie in 0..1."""
+    colour = pixels.shape[2] == 3
+    for op in sorted(range(4), key=u_order.__getitem__):
+        strength = strengths[op]
+        if strength == 0 or (op >= 2 and not colour):
+            continue
+        if op == 3:
+            pixels = _turn_hue(pixels, between(-strength, strength, u_factor[op]))
+            continue
+        factor = np.float32(between(max(0.0, 1 - strength), 1 + strength, u_factor[op]))
+        if op == 0:
+            pixels = pixels * factor
+            continue
+        towards = pixels.mean((0, 1), dtype=np.float64).astype(np.float32) if op == 1 else _grey(pixels)
+        pixels = towards + factor * (pixels - towards)
+    return pixels
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    return (pixels * _LUMA).sum(2, keepdims=True)
+
+
+def _turn_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
+    """The hue turned by this share of the circle; what lies outside of 0..1 stays as far outside."""
+    from torchvision.transforms.v2.functional import adjust_hue
+
+    inside = pixels.clip(0, 1)
+    turned = adjust_hue(torch.from_numpy(inside.transpose(2, 0, 1).copy()), turns).numpy().transpose(1, 2, 0)
+    return turned + (pixels - inside)
