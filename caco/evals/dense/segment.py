@@ -199,10 +199,7 @@ class Crops(Task):
     """
 
     def __init__(self, images: LabelledPixels, views: Views, *, crop: int, scale: Sequence[float]) -> None:
-        self.images, self.views, self.crop, self.scale = images, views, crop, list(scale)
-
-    def __len__(self) -> int:
-        return len(self.images)
+        self.images, self.files, self.views, self.crop, self.scale = images, images.files, views, crop, list(scale)
 
     def example(self, index: int, seed: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Pixels uint8 [S, S, 3], labels uint8 [S, S], and height and width of what is no padding, which is below and right."""
@@ -251,8 +248,14 @@ def scored(network: nn.Module, images: LabelledPixels, store: FeatureStore, *, n
         image, labels = images.read(index)
         return torch.from_numpy(np.array(image)), torch.from_numpy(labels)
 
-    for _, (pixels, labels) in one_by_one(example, len(images), store, name=name):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            scores = network(store.views.normalise(pixels[None].to(device)))
-        matrix_KK += pixel_metric.confusion(labels.to(device), scores[0].argmax(dim=0), num_classes)
+    def count_pixels() -> None:
+        for _, one in one_by_one(example, images.files, store, name=name):
+            if one is None:
+                continue
+            pixels, labels = one
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                scores = network(store.views.normalise(pixels[None].to(device)))
+            matrix_KK.add_(pixel_metric.confusion(labels.to(device), scores[0].argmax(dim=0), num_classes))
+
+    distributed.on_each(count_pixels)
     return pixel_metric.scores(distributed.sum_(matrix_KK))
