@@ -111,7 +111,7 @@ def _published(table: Table, row: Found, column: str, ratio: bool, with_gains: b
     value = row.experiment.row.published.get(column)
     base = table.rows[table.reference].published.get(column)
     if not with_gains:
-        return ["-" if value is None else f"{value:.1f}"]
+        return ["-" if value is None else max(f"{value:.1f}", f"{value:g}", key=len)]  # with as many digits as are published
     if value is None:
         return ["-", "-"]
     shown = f"{value:.2f}" if ratio or column.endswith("epoch") else f"{value:.1f}"

@@ -300,6 +300,10 @@ def _main(arguments: argparse.Namespace) -> int:
     say(f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done)} done already, {len(left)} to do")
     if left:
         need_data(chosen)
+        if scale.toy_sets is not None and table.id in scale.of_table:
+            from experiments.toy_sets import draw  # here and not above: it imports torch
+
+            draw(Path(scale.toy_sets))
         try:
             launched = train.is_launched(launcher_words)
             unfinished = train_elsewhere(left, launcher_words) if launched else train_here(left)

@@ -79,6 +79,9 @@ class Scale:
         times: factors of the paper's epochs, batch and bank; exactly: numbers in place of them.
         overrides: of every row, after the row's own.
         where: further ones of the rows that have a certain override, as `pn=both`.
+        of_table: further ones of every row of a table, by its id.
+        toy_sets: a folder into which toy sets are drawn before anything starts (experiments/toy_sets), for evaluators that have roots of
+            their own; null draws none.
         without: rows with a certain override cannot be run, and why.
         seeds: in place of the table's.
         metrics: what we measure for a column of the paper, the main one first.
@@ -95,6 +98,8 @@ class Scale:
     exactly: dict[str, int] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     where: dict[str, list[str]] = field(default_factory=dict)
+    of_table: dict[str, list[str]] = field(default_factory=dict)
+    toy_sets: str | None = None
     without: dict[str, str] = field(default_factory=dict)
     seeds: list[int] | None = None
     metrics: dict[str, list[str]] = field(default_factory=dict)
@@ -106,12 +111,13 @@ class Scale:
     def evaluator_of(self, metric: str) -> str | None:
         """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if there is none."""
         protocol = metrics.protocol_of(metric)
+        overrides = [*self.overrides, *(override for further in self.of_table.values() for override in further)]
         for option in folders.groups()["eval"]:
             file = folders.option_file("eval", option)
             assert file is not None, "`groups` lists files"
             text = file.read_text(encoding="utf-8")
             package = text.partition("# @package ")[2].partition("\n")[0].strip()  # eval.knn: also of knn_all
-            own = [override for override in self.overrides if override.startswith(f"{package}.")]
+            own = [override for override in overrides if override.startswith(f"{package}.")]
             given = OmegaConf.from_dotlist([override.removeprefix(f"{package}.") for override in own])
             known = metrics.protocols(plain(DictConfig(OmegaConf.merge(OmegaConf.create(text), given))))
             if protocol in (known or [option]):  # one from elsewhere says nothing beforehand
@@ -186,6 +192,8 @@ def load_scale(name: str) -> Scale:
     scale: Scale = _read(path, Scale, id=name)
     for key in {**scale.times, **scale.exactly}:
         _pick_in(path, "times, exactly", key, SCALED)
+    for key in scale.of_table:
+        _pick_in(path, "of_table", key, tables())
     if scale.like is None:
         return scale
     given = read_yaml(path)
@@ -246,6 +254,7 @@ class Experiment:
             *(f"{key}={size}" for key, size in sizes.items() if size is not None),
             *self.scale.overrides,
             *(extra for override, extras in self.scale.where.items() if override in (self.row.run or ()) for extra in extras),
+            *self.scale.of_table.get(self.table.id, ()),
             *self.further,
             f"seed={seed}",
         ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pixelwise import store_of
 from processes import ranks
-from toy_detection import write_coco, write_voc
+from experiments.toy_sets.detection import write_coco, write_voc
 from torch import nn
 
 from caco.data.sets.sources import Splits

@@ -10,7 +10,7 @@ import pytest
 import segment_worker
 import timm
 import torch
-import toy_voc
+from experiments.toy_sets import segmentation as toy_voc
 from PIL import Image
 from processes import ranks
 from segment_worker import FEW, backbone, of

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import toy_voc
+from experiments.toy_sets import segmentation as toy_voc
 from PIL import Image
-from toy_voc import FURTHER, TRAIN, VAL
+from experiments.toy_sets.segmentation import FURTHER, TRAIN, VAL
 from torchvision.datasets import SBDataset, VOCSegmentation
 
 from caco.data.sets.sources import UnreadableImage
