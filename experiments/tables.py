@@ -33,6 +33,7 @@ class Row:
         epochs, batch, bank: the paper's; bank in rows, null where it has none or the paper does not say.
         run: overrides of caco.train that choose the method; null where caco does not have it.
         published: the paper's numbers by column.
+        columns: those that its runs are evaluated for; null for all.
         note: what a reader must know about them.
         seeds: null for the table's.
     """
@@ -43,6 +44,7 @@ class Row:
     bank: int | None = None
     run: list[str] | None = None
     published: dict[str, float] = field(default_factory=dict)
+    columns: list[str] | None = None
     note: str | None = None
     seeds: list[int] | None = None
 
@@ -79,9 +81,7 @@ class Scale:
         times: factors of the paper's epochs, batch and bank; exactly: numbers in place of them.
         overrides: of every row, after the row's own.
         where: further ones of the rows that have a certain override, as `pn=both`.
-        of_table: further ones of every row of a table, by its id.
-        toy_sets: a folder into which toy sets are drawn before anything starts (experiments/toy_sets), for evaluators that have roots of
-            their own; null draws none.
+        toy_sets: a folder that overrides name as a root, into which toy sets are drawn before the first such run (experiments/toy_sets).
         without: rows with a certain override cannot be run, and why.
         seeds: in place of the table's.
         metrics: what we measure for a column of the paper, the main one first.
@@ -98,7 +98,6 @@ class Scale:
     exactly: dict[str, int] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     where: dict[str, list[str]] = field(default_factory=dict)
-    of_table: dict[str, list[str]] = field(default_factory=dict)
     toy_sets: str | None = None
     without: dict[str, str] = field(default_factory=dict)
     seeds: list[int] | None = None
@@ -111,7 +110,7 @@ class Scale:
     def evaluator_of(self, metric: str) -> str | None:
         """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if there is none."""
         protocol = metrics.protocol_of(metric)
-        overrides = [*self.overrides, *(override for further in self.of_table.values() for override in further)]
+        overrides = [*self.overrides, *(override for further in self.where.values() for override in further)]
         for option in folders.groups()["eval"]:
             file = folders.option_file("eval", option)
             assert file is not None, "`groups` lists files"
@@ -172,8 +171,8 @@ def load_table(name: str) -> Table:
     table = _read(path, Table, id=name)
     _pick_in(path, "reference", table.reference, table.rows)
     for row in table.rows.values():
-        for column in row.published:
-            _pick_in(path, "published", column, table.columns)
+        for column in (*row.published, *(row.columns or ())):
+            _pick_in(path, "published, columns", column, table.columns)
     return table
 
 
@@ -192,8 +191,6 @@ def load_scale(name: str) -> Scale:
     scale: Scale = _read(path, Scale, id=name)
     for key in {**scale.times, **scale.exactly}:
         _pick_in(path, "times, exactly", key, SCALED)
-    for key in scale.of_table:
-        _pick_in(path, "of_table", key, tables())
     if scale.like is None:
         return scale
     given = read_yaml(path)
@@ -254,7 +251,6 @@ class Experiment:
             *(f"{key}={size}" for key, size in sizes.items() if size is not None),
             *self.scale.overrides,
             *(extra for override, extras in self.scale.where.items() if override in (self.row.run or ()) for extra in extras),
-            *self.scale.of_table.get(self.table.id, ()),
             *self.further,
             f"seed={seed}",
         ]

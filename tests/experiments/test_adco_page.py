@@ -9,14 +9,11 @@ from analysis import table
 from caco import metrics
 from caco.data.sets.domains import read
 from caco.data.sets.overlap import shared_images
-from caco.errors import UserError
 from caco.evals.dense.detection_sets import coco, voc
 from caco.evals.dense.segmentation_sets import voc2012
 from experiments import run, toy_sets
-from experiments.tables import Scale, experiments, load_scale, load_table
+from experiments.tables import experiments, load_scale, load_table
 from experiments.toy_sets import __main__ as command
-
-COLUMNS = ("voc_miou", "coco_box", "coco_mask", "pacs_art")
 
 
 def shown(monkeypatch, capsys, *arguments) -> str:
@@ -59,31 +56,22 @@ def test_nothing_but_their_form_tells_the_shapes_apart(tmp_path):
 
 def test_what_smoke_calls_its_results_is_what_its_evaluators_call_them():
     page, scale = load_table("adco_page"), load_scale("smoke")
-    (one,) = experiments(page, scale, rows=["adco"])
-    given = [protocol for node in one.cfg.eval.values() for protocol in metrics.protocols(node)]
-    for column, evaluator in zip(COLUMNS, ("segment", "detect_coco", "detect_coco", "domain"), strict=True):
+    for column, evaluator in zip(page.columns, ("segment", "detect_coco", "detect_coco", "domain_labels"), strict=True):
         (metric,) = scale.metrics[column]
-        assert metrics.protocol_of(metric) in given and metrics.is_percent(metric)
-        assert scale.evaluator_of(metric).split()[0] == f"eval=[{evaluator}]"
-    assert one.hash(0) != next(experiments(load_table("2"), scale, rows=["adco"])).hash(0), "Table II's has none of these evaluations"
-
-
-def test_a_scale_s_overrides_of_a_table_that_is_not_there_are_refused(monkeypatch, tmp_path):
-    (tmp_path / "scale").mkdir()
-    (tmp_path / "scale/mine.yaml").write_text("title: mine\nof_table: {adco_pages: []}\n")
-    files = {"scale/*.yaml": {"mine": tmp_path / "scale/mine.yaml"}, "*.yaml": {"adco_page": tmp_path}}
-    monkeypatch.setattr("experiments.tables._files", files.get)
-    with pytest.raises(UserError, match="of_table: expected one of adco_page, got adco_pages"):
-        load_scale("mine")
-    assert Scale().of_table == {}
+        for one in experiments(page, scale):
+            given = [protocol for node in one.cfg.eval.values() for protocol in metrics.protocols(node)]
+            assert (metrics.protocol_of(metric) in given) == (column in one.row.columns), one.name
+        assert metrics.is_percent(metric) and scale.evaluator_of(metric).split()[0] == f"eval=[{evaluator}]"
 
 
 def test_the_table_shows_the_page_s_four_numbers_as_inferred_before_anything_is_run(monkeypatch, capsys, tmp_path):
+    """30.21 in a row of its own: it is of networks that never saw ImageNet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("analysis.results.RECORDS", tmp_path)
     printed = shown(monkeypatch, capsys)
-    (line,) = (line for line in printed.splitlines() if line.startswith("AdCo "))
-    assert line.split()[1:6] == ["256", "70.0", "37.9", "34.3", "30.21"] and line.count("missing") == 4
+    lines = {line.partition("  ")[0]: line.split() for line in printed.splitlines()}
+    assert lines["AdCo"] == ["AdCo", "800", "256", "65536", "70.0", "37.9", "34.3", "-", *["missing"] * 3, "-", "-"]
+    assert lines["AdCo on PACS"][3:] == ["800", "128", "8192", "-", "-", "-", "30.21", "-", "-", "-", "missing", "-"]
     assert "protocol inferred" in printed.splitlines()[0] and "Protocols are inferred" in printed
     assert "python -m experiments.run adco_page scale=smoke rows=adco" in printed
 
@@ -96,16 +84,19 @@ def test_one_command_evaluates_it_all_on_toy_sets_and_the_table_shows_ours_besid
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
     monkeypatch.setattr("analysis.results.RECORDS", tmp_path / "records")
     scale = load_scale("smoke")
-    for again in (False, True):
-        monkeypatch.setattr(sys, "argv", ["run", "adco_page", "scale=smoke", "rows=adco", "seed=0"])
+    for done in (0, 2):
+        monkeypatch.setattr(sys, "argv", ["run", "adco_page", "scale=smoke", "rows=adco,adco_pacs", "seed=0"])
         with pytest.raises(SystemExit) as end:
             run.main()
         assert end.value.code == 0
-        assert f"1 runs, {int(again)} done already" in capsys.readouterr().err
-    (made,) = json.loads((tmp_path / "runs/smoke/record.json").read_text())["runs"]
-    ours = [made["summary"][scale.metrics[column][0]] for column in COLUMNS]
-    assert all(0 <= value <= 100 for value in ours) and ours[3] > 100 / 7 - 5
+        assert f"2 runs, {done} done already" in capsys.readouterr().err
+    runs = json.loads((tmp_path / "runs/smoke/record.json").read_text())["runs"]
+    ours = {row["experiment"]["row"]: row["summary"] for row in runs}
+    dense = [ours["adco"][scale.metrics[column][0]] for column in ("voc_miou", "coco_box", "coco_mask")]
+    art = ours["adco_pacs"][scale.metrics["pacs_art"][0]]
+    assert all(0 <= value <= 100 for value in (*dense, art))
     printed = shown(monkeypatch, capsys)
-    (line,) = (line for line in printed.splitlines() if line.startswith("AdCo "))
-    assert line.split() == ["AdCo", "256", "70.0", "37.9", "34.3", "30.21", *(f"{value:.2f}" for value in ours), "1"]
-    assert "protocol inferred" in printed
+    lines = {line.partition("  ")[0]: line.split() for line in printed.splitlines()}
+    assert lines["AdCo"][4:] == ["70.0", "37.9", "34.3", "-", *(f"{value:.2f}" for value in dense), "-", "1"]
+    assert lines["AdCo on PACS"][6:] == ["-", "-", "-", "30.21", "-", "-", "-", f"{art:.2f}", "1"]
+    assert "protocol inferred" in printed and "not measured" not in printed
