@@ -37,7 +37,7 @@ class Evaluator(Protocol):
     on_all_ranks: whether `run` is a collective, because it trains, or because the ranks share the reading of images. Then what the
         store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone has: it computes and yields, and
         the other ranks, having asked for the same, yield nothing. Others run on rank 0, which reads by itself, and the other ranks wait.
-    departures: in what it differs from what was published by that name, a sentence each; caco.evaluate prints them with the results.
+    departures: in what it differs from what was published by that name, a sentence each, printed with the results at the end.
     """
 
     when: When
@@ -52,6 +52,13 @@ class Evaluator(Protocol):
 
         Raises:
             UserError: they do not suffice; the message says what to do, and `eval.<name>: ` is put before it.
+        """
+
+    def require(self, backbone: nn.Module) -> None:
+        """Called once before anything is trained, with a backbone as `run` gets it later.
+
+        Raises:
+            UserError: one of this kind cannot be evaluated so; `eval.<name>: ` is put before the message.
         """
 
     @abstractmethod

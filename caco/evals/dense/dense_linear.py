@@ -87,9 +87,12 @@ class DenseLinear(Evaluator):
         self._store, self._seed = store, seed
         self._set = found_voc2012(self.root, "dense_linear", self.train, store)
 
+    def require(self, backbone: nn.Module) -> None:
+        Maps(backbone, purpose="dense_linear")
+
     def inputs(self) -> list[Any]:
-        """The images and labels, by content."""
-        return [self._set.train.digest(), self._set.test.digest()]
+        """The images and labels."""
+        return [self._set.train.cache_key(), self._set.test.cache_key()]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/voc2012_<measure>`, percent).
@@ -123,7 +126,7 @@ class DenseLinear(Evaluator):
             rows = torch.cat(pieces)
         else:
             made_from = {
-                "dense_linear": store.digest_of(maps.backbone), "images": images.digest(), "size": self.size, "places": self.places,
+                "dense_linear": store.digest_of(maps.backbone), "images": images.cache_key(), "size": self.size, "places": self.places,
                 "seed": self._seed, "mean": store.views.mean, "std": store.views.std, "precision": self.precision,
                 "device": store.device.type, "rank": distributed.rank(), "world": distributed.world(),
                 **({"corrupt": "skip"} if store.loader.corrupt == "skip" else {}),

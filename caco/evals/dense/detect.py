@@ -17,7 +17,7 @@ from caco.evals.base import Evaluator, Work
 from caco.evals.dense import roots
 from caco.evals.dense.boxes_and_masks import Example, encoded, example_of, pasted
 from caco.evals.dense.detection_metric import Boxes, coco_scores, voc_scores
-from caco.evals.dense.detection_sets import READERS, AnnotatedImages, DetectionSet
+from caco.evals.dense.detection_sets import LAYOUTS, READERS, AnnotatedImages, DetectionSet
 from caco.evals.dense.detector import Detection, Detector, Head, detector
 from caco.evals.dense.detector_work import counted
 from caco.evals.dense.maps import require_resnet
@@ -28,6 +28,9 @@ from caco.nn.norm import BATCH_NORMS
 from caco.ranges import Count, Length, Natural, NonNegative, Pixels, Share, ShareBelowOne
 
 NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
+_OPTIONS = {  # of conf/eval
+    "detect_voc_c4": "detect", "detect_coco_c4_1x": "detect_coco", "detect_coco_c4_2x": "detect_coco_2x", "detect_coco_fpn_1x": "detect_coco_fpn",
+}  # fmt: skip
 _NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
 
 
@@ -148,12 +151,16 @@ class Detect(Evaluator):
         self._store, self._seed = store, seed
         if self.dataset == "coco":
             require_pycocotools()
-        self._set: DetectionSet = READERS[self.dataset](roots.existing(self.root, "detect"))
+        option = _OPTIONS.get(self.name, "NAME")
+        self._set: DetectionSet = READERS[self.dataset](roots.existing(self.root, option, LAYOUTS[self.dataset]))
         store.refuse_shared(store.splits.pretrain, self._set.test.files)
+
+    def require(self, backbone: nn.Module) -> None:
+        require_resnet(backbone, "detect")
 
     def inputs(self) -> list[Any]:
         """What the numbers depend on besides the arguments: the set, by name and content."""
-        return self._set.inputs()
+        return [*self._set.inputs(), *(self._store.key_of(part.files) for part in (self._set.train, self._set.test))]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/<set>_<measure>`, percent). A collective; ranks other than 0 yield nothing.
@@ -176,7 +183,7 @@ class Detect(Evaluator):
             store,
             seed=self._seed,
             name=self.name,
-            made_from={"backbone": store.digest_of(backbone), "set": self.inputs(), **of_pixels, **self.network_settings},
+            made_from={"backbone": store.digest_of(backbone), "set": self._set.inputs(), **of_pixels, **self.network_settings},
             precision=self.precision,
             save_every_steps=self.save_every_steps,
         )

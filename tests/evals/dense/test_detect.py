@@ -179,8 +179,10 @@ def test_all_that_is_wrong_with_the_settings_is_refused_at_once():
 
 
 def test_a_missing_root_a_set_that_is_not_whole_a_vit_and_shared_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"root: expected the folder that holds the set, as eval.detect.root=PATH, got None"):
+    with pytest.raises(UserError, match=r"root: expected the folder that holds the set, as eval.NAME.root=PATH, got None. .*\n .*VOC2007/Annotations"):
         Detect(**FEW).build(store_of(), seed=0)
+    with pytest.raises(UserError, match=r"as eval.detect_coco_2x.root=PATH, got None. .*\n .*instances_train2017.json"):
+        Detect(**FEW | {"name": "detect_coco_c4_2x", "dataset": "coco"}).build(store_of(), seed=0)
     with pytest.raises(UserError, match="VOC is not whole below"):
         Detect(root=str(tmp_path), **FEW).build(store_of(), seed=0)
     write_voc(tmp_path)

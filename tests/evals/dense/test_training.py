@@ -205,10 +205,11 @@ def test_the_lines_of_training_say_the_step_the_time_left_and_the_loss(monkeypat
 
 def test_a_root_that_is_not_there_and_all_that_is_missing_are_refused_at_once(tmp_path):
     for root in (None, str(tmp_path / "none")):
-        with pytest.raises(UserError, match=r"root: expected the folder that holds the set, as eval.segment.root=PATH, got "):
-            roots.existing(root, "segment")
+        message = r"root: expected the folder that holds the set, as eval.segment.root=PATH, got .*Expected below it:\n  a/b.txt"
+        with pytest.raises(UserError, match=message):
+            roots.existing(root, "segment", "  a/b.txt")
     (tmp_path / "a.txt").touch()
-    assert roots.existing(str(tmp_path), "segment") == tmp_path
+    assert roots.existing(str(tmp_path), "segment", "") == tmp_path
     assert roots.absent(tmp_path, ["a.txt", "b.txt"]) == ["b.txt"] and roots.absent(tmp_path / "none", ["c"]) == ["c"]
     roots.refuse_missing("VOC", tmp_path, [], "layout")
     with pytest.raises(UserError, match=r"root: VOC is not whole below .*\n  one\n  two\nExpected below root:\nlayout"):
