@@ -233,6 +233,10 @@ class Found:
     refused: list[str] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
 
+    def has(self, column: str) -> bool:
+        """Whether its runs are evaluated for a column of the table."""
+        return column in (self.experiment.row.columns or self.experiment.table.columns)
+
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> value, in the order of seeds."""
         values = {seed: result.value(metric) for seed, result in sorted(self.by_seed.items())}

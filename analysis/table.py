@@ -25,8 +25,10 @@ FORMATS = ("text", "markdown", "latex", "csv")
 REFERENCE, CITED, ELSEWHERE, MISSING, UNMEASURED = "ref.", "cited", "not at this scale", "missing", "not measured"
 
 
-def state(found: Found, metric: str) -> str | None:
+def state(found: Found, metric: str, column: str) -> str | None:
     """Why there is no number of ours, or None if there is one."""
+    if not found.has(column):
+        return "-"
     if found.experiment.row.run is None:
         return CITED
     if found.experiment.why_not is not None:
@@ -67,7 +69,7 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
         cells += ["-" if (value := row.experiment.theirs(column)) is None else f"{value:g}" for column in of_others]
         for column, ours in measured.items():
             for metric in ours:
-                cells += _ours(row, reference, metric, ratio, with_gains)
+                cells += _ours(row, reference, metric, column, ratio, with_gains)
                 if scale.same_as_paper and published:
                     cells.append(_against_paper(row, column, metric))
         if any(measured.values()):
@@ -80,18 +82,18 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
 def _published(table: Table, row: Found, column: str, ratio: bool, with_gains: bool) -> list[str]:
     value = row.experiment.row.published.get(column)
     base = table.rows[table.reference].published.get(column)
-    if not with_gains:
-        return ["-" if value is None else f"{value:.1f}"]
     if value is None:
-        return ["-", "-"]
+        return ["-"] * (1 + with_gains)
+    if not with_gains:
+        return [max(f"{value:.1f}", f"{value:g}", key=len)]  # with as many digits as are published
     shown = f"{value:.2f}" if ratio or column.endswith("epoch") else f"{value:.1f}"
     if row.experiment.row_id == table.reference or base is None:
         return [shown, REFERENCE if base is not None else "-"]
     return [shown, f"{value / base:.2f}" if ratio else f"{value - base:+.{2 if column.endswith('epoch') else 1}f}"]
 
 
-def _ours(row: Found, reference: Found | None, metric: str, ratio: bool, with_gains: bool) -> list[str]:
-    why = state(row, metric)
+def _ours(row: Found, reference: Found | None, metric: str, column: str, ratio: bool, with_gains: bool) -> list[str]:
+    why = state(row, metric, column)
     blanks = (0 if not with_gains else 1 if ratio else 2) * ["-"]
     if why is not None:
         return [why, *blanks]
@@ -182,7 +184,7 @@ def _missing(scale: Scale, found: Sequence[Found], measured: dict[str, list[str]
             what = f"seed{'s' if len(row.missing) > 1 else ''} {', '.join(map(str, row.missing))}"
             seeds = ",".join(map(str, row.missing))
             lines.append(f"{row.experiment.row_id}, {what}: {row.experiment.command(seeds)}")
-        for metric in dict.fromkeys(metric for ours in measured.values() for metric in ours):
+        for metric in dict.fromkeys(metric for column, ours in measured.items() if row.has(column) for metric in ours):
             for seed, result in row.by_seed.items():
                 if result.value(metric) is None and metric not in results.DERIVED:
                     lines.append(f"{row.experiment.row_id}, seed {seed}, {metric}: {_evaluation(scale, metric, result)}")
@@ -242,7 +244,7 @@ def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
                     "table": table.id, "row": row.experiment.row_id, "label": about.label, "paper_epochs": about.epochs,
                     "paper_batch": about.batch, "paper_rows": about.bank, "column": column,
                     "published": about.published.get(column), "theirs": row.experiment.theirs(column), "scale": scale.id, "metric": metric,
-                    "state": state(row, metric) or "measured",
+                    "state": state(row, metric, column) or "measured",
                     "seeds": " ".join(map(str, values)), "missing_seeds": " ".join(map(str, row.missing)),
                 }  # fmt: skip
                 ours = Spread.of(values.values())

@@ -9,15 +9,20 @@ import json
 import os
 import statistics
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import numpy as np
 import torch
+from PIL import Image
 
 from caco import instructions
 from caco.banks.kernels import fused
+from caco.data.sets.folders import folder
+from caco.data.sets.sources import Source
 from caco.runs.environment import environment
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -123,6 +128,41 @@ def formatted(values: dict[str, float], unit: str = "", *, scale: float = 1, dig
     """A spread in words."""
     median, least, most = (f"{scale * values[key]:.{digits}f}" for key in ("median", "min", "max"))
     return f"{median}{unit} ({least} to {most})"
+
+
+# Photographs
+
+
+def make_photos(out: Path, count: int, width: int) -> None:
+    """JPEGs with the texture of photographs, see above."""
+    out.mkdir()
+    height = width * 3 // 4
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width).clip(1)
+    y, x = np.mgrid[:height, :width]
+
+    def texture() -> np.ndarray:
+        made = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, s=(height, width))
+        return made / made.std()
+
+    for number in range(count):
+        light = texture()
+        image = np.stack([128 + 45 * light + 15 * texture() for _ in range(3)], axis=2)
+        for _ in range(12):
+            middle, radius = rng.uniform(0, (height, width)), rng.uniform(width / 33, width / 4.5, 2)
+            blot = ((y - middle[0]) / radius[0]) ** 2 + ((x - middle[1]) / radius[1]) ** 2 < 1
+            image[blot] = 0.5 * image[blot] + rng.uniform(0, 128, 3)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(out / f"{number:04}.jpg", quality=92)
+
+
+def photos_at(given: Path | None, top: Path, count: int, width: int) -> Source:
+    """Those of --photos, a zip or a folder, or `count` that we make, so many pixels wide; unpacked or made in `top`."""
+    if given is None:
+        say(f"no --photos: making {count} JPEGs of noise with the texture of photographs")
+        make_photos(top, count, width)
+    elif given.suffix == ".zip":
+        zipfile.ZipFile(given).extractall(top)
+    return folder(root=str(given if given is not None and given.is_dir() else top), in_memory_mb=0).pretrain
 
 
 # The end

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,12 +39,11 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 
-from benchmarks.common import Report, formatted, parser, ratios, say, spread, turns
+from benchmarks.common import Report, formatted, parser, photos_at, ratios, say, spread, turns
 from caco.config.composition import CONF
 from caco.data.loaders.ffcv_loader import FFCVLoader, what_ffcv_lacks
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.beton import beton
-from caco.data.sets.folders import folder
 from caco.data.sets.sources import ImagesInMemory, Source, Splits
 from caco.data.views import native
 from caco.data.views.augmentation import Views
@@ -66,28 +64,6 @@ class Sizes(NamedTuple):
 
 
 DEFAULT, FULL, TINY = Sizes(125, 500, 50, 500, 4, 3), Sizes(None, 500, 50, 500, 8, 5), Sizes(4, 60, 4, 8, 2, 1)
-
-
-def make_photos(out: Path, count: int, width: int) -> None:
-    """JPEGs with the texture of photographs, see above."""
-    out.mkdir()
-    height = width * 3 // 4
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width).clip(1)
-    y, x = np.mgrid[:height, :width]
-
-    def texture() -> np.ndarray:
-        made = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, s=(height, width))
-        return made / made.std()
-
-    for number in range(count):
-        light = texture()
-        image = np.stack([128 + 45 * light + 15 * texture() for _ in range(3)], axis=2)
-        for _ in range(12):
-            middle, radius = rng.uniform(0, (height, width)), rng.uniform(width / 33, width / 4.5, 2)
-            blot = ((y - middle[0]) / radius[0]) ** 2 + ((x - middle[1]) / radius[1]) ** 2 < 1
-            image[blot] = 0.5 * image[blot] + rng.uniform(0, 128, 3)
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(out / f"{number:04}.jpg", quality=92)
 
 
 def views_of(name: str) -> Views:
@@ -307,13 +283,7 @@ class Comparison:
 
 def photos_in(given: Path | None, top: Path, sizes: Sizes) -> Source:
     """Those of --photos, or those that we make, COPIES times and as many as fill whole batches."""
-    if given is None:
-        count = sizes.photos or 250
-        say(f"no --photos: making {count} JPEGs of noise with the texture of photographs")
-        make_photos(top / "photos", count, sizes.width)
-    elif given.suffix == ".zip":
-        zipfile.ZipFile(given).extractall(top / "photos")
-    files = folder(root=str(given if given is not None and given.is_dir() else top / "photos"), in_memory_mb=0).pretrain
+    files = photos_at(given, top / "photos", sizes.photos or 250, sizes.width)
     chosen = np.linspace(0, len(files) - 1, min(len(files), sizes.photos or len(files))).astype(int)
     count = COPIES * len(chosen) // sizes.batch * sizes.batch
     if count == 0:

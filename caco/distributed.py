@@ -109,6 +109,13 @@ def together(work: Callable[[], T]) -> list[T]:
     return [value for value, _ in everyone]
 
 
+def on_each(work: Callable[[], T]) -> T:
+    """As `together`, but every rank keeps what `work` returns on it, which may be of any size and kind."""
+    own: list[T] = []
+    together(lambda: own.append(work()))
+    return own[0]
+
+
 def on_main(value: T) -> list[T]:
     """Every rank's value, picklable, in rank order on rank 0; no value on the others."""
     if world() == 1:

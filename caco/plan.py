@@ -145,10 +145,10 @@ def evaluations(cfg: DictConfig, *, world: int, tflops: float, measured: bool) -
     lines = []
     for work in (part for node in cfg.eval.values() for part in instantiate(node).work(backbone)):
         hours = work.images * work.flops / (tflops * 1e12 * world) / 3600
-        line = f"{work.what}: {work.images:,} of {work.flops / 1e9:.4g} GFLOP, {hours:.3g} hours"
+        line = f"{work.what}: {work.images:,} of {work.flops / 1e9:.4g} GFLOP, an estimated {hours:.3g} hours at {tflops:.4g} TFLOP/s"
         if measured:
             one_takes = speed.seconds(lambda: work.once(device), device, runs=1)
-            line += f"; one takes {one_takes:.3g} s here, all {work.images * one_takes / world / 3600:.3g} hours"
+            line += f"; one takes {one_takes:.3g} s here, all would take {work.images * one_takes / world / 3600:.3g} hours"
         lines.append(line)
     return lines
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 Say = Callable[..., None]  # say(text, passing=False): a passing line may be left out
 _SECONDS = 5.0
@@ -17,7 +18,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def counting(say: Say, what: str, total: int, done: int = 0) -> Callable[[int], None]:
+class Count(Protocol):
+    """What `counting` gives."""
+
+    def __call__(self, more: int, note: str = "") -> None:
+        """So many more are done; the note ends the line, if there is one now."""
+
+
+def counting(say: Say, what: str, total: int, done: int = 0) -> Count:
     """A function that is told how many more are done, and says now and then how many that makes, how fast, and the time left.
 
     What is over within seconds says nothing.
@@ -28,13 +36,14 @@ def counting(say: Say, what: str, total: int, done: int = 0) -> Callable[[int], 
     began = told = time.monotonic()
     before, now_done = done, done
 
-    def count(more: int) -> None:
+    def count(more: int, note: str = "") -> None:
         nonlocal told, now_done
         now_done += more
         now = time.monotonic()
         if now - told >= _SECONDS:
             told = now
             rate = (now_done - before) / (now - began)
-            say(f"{what}: {now_done:,} of {total:,}, {rate:,.0f} a second, {clock((total - now_done) / rate)} left", passing=True)
+            pace = f"{rate:,.0f} a second" if rate >= 10 else f"{1 / rate:.2g} s each"
+            say(f"{what}: {now_done:,} of {total:,}, {pace}, {clock((total - now_done) / rate)} left{note}", passing=True)
 
     return count

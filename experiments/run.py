@@ -299,6 +299,10 @@ def _main(arguments: argparse.Namespace) -> int:
     left = [run for run in runs if run not in done and run not in failed]
     say(f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done)} done already, {len(left)} to do")
     if left:
+        if scale.toy_sets is not None and any(word.endswith(f".root={scale.toy_sets}") for run in left for word in run.overrides):
+            from experiments.toy_sets import draw  # here and not above: it imports torch
+
+            draw(Path(scale.toy_sets))
         need_data(chosen)
         try:
             launched = train.is_launched(launcher_words)

@@ -34,6 +34,7 @@ class Row:
         run: overrides of caco.train that choose the method; null where caco does not have it.
         after: overrides that come after the scale's, where a row is there for what they change (a study of a setting).
         published: the paper's numbers by column.
+        columns: those that its runs are evaluated for; null for all.
         note: what a reader must know about them.
         seeds: null for the table's.
     """
@@ -45,6 +46,7 @@ class Row:
     run: list[str] | None = None
     after: list[str] = field(default_factory=list)
     published: dict[str, float] = field(default_factory=dict)
+    columns: list[str] | None = None
     note: str | None = None
     seeds: list[int] | None = None
 
@@ -81,6 +83,7 @@ class Scale:
         times: factors of the paper's epochs, batch and bank; exactly: numbers in place of them.
         overrides: of every row, after the row's own.
         where: further ones of the rows that have a certain override, as `pn=both`.
+        toy_sets: a folder that overrides name as a root, into which toy sets are drawn before the first such run (experiments/toy_sets).
         without: rows with a certain override cannot be run, and why.
         seeds: in place of the table's.
         metrics: what we measure for a column of the paper, the main one first.
@@ -97,6 +100,7 @@ class Scale:
     exactly: dict[str, int] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     where: dict[str, list[str]] = field(default_factory=dict)
+    toy_sets: str | None = None
     without: dict[str, str] = field(default_factory=dict)
     seeds: list[int] | None = None
     metrics: dict[str, list[str]] = field(default_factory=dict)
@@ -108,12 +112,13 @@ class Scale:
     def evaluator_of(self, metric: str) -> str | None:
         """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if there is none."""
         protocol = metrics.protocol_of(metric)
+        overrides = [*self.overrides, *(override for further in self.where.values() for override in further)]
         for option in folders.groups()["eval"]:
             file = folders.option_file("eval", option)
             assert file is not None, "`groups` lists files"
             text = file.read_text(encoding="utf-8")
             package = text.partition("# @package ")[2].partition("\n")[0].strip()  # eval.knn: also of knn_all
-            own = [override for override in self.overrides if override.startswith(f"{package}.")]
+            own = [override for override in overrides if override.startswith(f"{package}.")]
             given = OmegaConf.from_dotlist([override.removeprefix(f"{package}.") for override in own])
             known = metrics.protocols(plain(DictConfig(OmegaConf.merge(OmegaConf.create(text), given))))
             if protocol in (known or [option]):  # one from elsewhere says nothing beforehand
@@ -168,8 +173,8 @@ def load_table(name: str) -> Table:
     table = _read(path, Table, id=name)
     _pick_in(path, "reference", table.reference, table.rows)
     for row in table.rows.values():
-        for column in row.published:
-            _pick_in(path, "published", column, table.columns)
+        for column in (*row.published, *(row.columns or ())):
+            _pick_in(path, "published, columns", column, table.columns)
     return table
 
 

@@ -14,11 +14,12 @@ import benchmarks.evals
 import benchmarks.gpu_check
 import benchmarks.kernels
 import benchmarks.loader
+import benchmarks.reading
 import benchmarks.step
 from benchmarks import common
 from caco import instructions
 
-NAMES = ["bank", "evals", "kernels", "loader", "step"]
+NAMES = ["bank", "evals", "kernels", "loader", "reading", "step"]
 
 
 @pytest.fixture
@@ -116,9 +117,16 @@ def test_the_loader_without_ffcv_and_libturbojpeg(run, monkeypatch):
     assert figures["vs_pil"]["median"] > 0 and "vs_ffcv" not in figures and "first_batch_s" not in figures
 
 
+def test_reading_compares_features_with_decoding_and_looks_with_reading(run):
+    printed, figures = run("reading", "--workers", "1")
+    assert (figures["features"]["photos"], figures["digests"]["files"], figures["overlap"]["files"]) == (6, 200, 200)
+    assert all(figures[name][of]["median"] > 0 for name, of in (("features", "vs_decode"), ("digests", "vs_read"), ("overlap", "vs_read")))
+    assert "features / decoding alone, images a second" in printed
+
+
 def test_made_photographs_have_the_texture_of_real_ones(tmp_path):
     """As many bytes as one of ImageNet's, 108,000 on average; nothing in them repeats."""
-    benchmarks.loader.make_photos(tmp_path / "photos", 3, 500)
+    common.make_photos(tmp_path / "photos", 3, 500)
     sizes = [file.stat().st_size for file in sorted((tmp_path / "photos").iterdir())]
     assert all(80_000 < size < 140_000 for size in sizes) and len(set(sizes)) == 3
 
@@ -151,7 +159,7 @@ def test_their_imports_go_one_way(repo_root):
         for file in (repo_root / "benchmarks").glob("*.py")
     }
     other = {name: {module or first for module, first in found} - {"common", "published"} for name, found in known.items()}
-    assert other == {"bank": {"step"}, **{name: set() for name in ("common", "evals", "kernels", "loader", "published", "step")}}
+    assert other == {"bank": {"step"}, **{name: set() for name in ("common", "evals", "kernels", "loader", "published", "reading", "step")}}
 
 
 def test_the_check_of_a_gpu_packs_20_000_images_from_one_seed_and_says_where_there_are_fewer(tmp_path, monkeypatch):

@@ -243,5 +243,5 @@ def test_evaluations_that_fine_tune_say_what_they_will_take():
     (work, _) = instantiate(cfg.eval.segment).work(lambda: instantiate(cfg.backbone))
     assert work.flops == pytest.approx(counter.get_total_flops() / 2) and work.images == 480_000
     hours = 480_000 * work.flops / (2 * 1e9) / 3600
-    assert f"GFLOP, {hours:.3g} hours; one takes " in lines[0] and all(line.endswith(" hours") for line in lines)
+    assert f"GFLOP, an estimated {hours:.3g} hours at 0.001 TFLOP/s; one takes " in lines[0] and all(line.endswith(" hours") for line in lines)
     assert plan.evaluations(compose("eval=[knn]"), world=1, tflops=1.0, measured=True) == []

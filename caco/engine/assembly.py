@@ -236,6 +236,7 @@ def run_training(
         refuse_other_groups(len(begun[0]["random"]))
     method = build_method(cfg, len(splits.pretrain))
     refuse_unfit(method, views, splits.pretrain)
+    evaluation.require(method.backbone)
     if cfg.weights is not None and newest is None:
         message = weights.initialise(method, expanded(cfg.weights), cfg.format)
         if main:

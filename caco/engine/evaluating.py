@@ -92,6 +92,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
         compared=compared,
         say=say,
     )
+    evaluation.require(backbone)
     record = Record(
         results_dir, cfg, tracker=build_tracker(cfg), step=step, path=path, is_run=location is not None and cfg.to is None
     )

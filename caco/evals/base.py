@@ -38,7 +38,7 @@ class Evaluator(Protocol):
         store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone has: it computes and yields, and
         the other ranks, having asked for the same, yield nothing. Others run on rank 0, which reads by itself, and the other ranks wait.
     needs_labels: whether it needs labelled training and test images of the run's own `data`: then a run without any is told before it begins.
-    departures: in what it differs from what was published by that name, a sentence each; caco.evaluate prints them with the results.
+    departures: in what it differs from what was published by that name, a sentence each, printed with the results at the end.
     """
 
     when: When
@@ -54,6 +54,13 @@ class Evaluator(Protocol):
 
         Raises:
             UserError: they do not suffice; the message says what to do, and `eval.<name>: ` is put before it.
+        """
+
+    def require(self, backbone: nn.Module) -> None:
+        """Called once before anything is trained, with a backbone as `run` gets it later.
+
+        Raises:
+            UserError: one of this kind cannot be evaluated so; `eval.<name>: ` is put before the message.
         """
 
     @abstractmethod

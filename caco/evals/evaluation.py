@@ -29,7 +29,7 @@ class Evaluation:
         splits ... say: see FeatureStore.
         seed: of the evaluators' own draws.
     Raises:
-        ValueError: an evaluator cannot work on these splits; names it and says what to do.
+        UserError: evaluators that cannot work on these splits; names all of them and says what to do.
     """
 
     def __init__(
@@ -67,10 +67,24 @@ class Evaluation:
         )
         for name, evaluator in evaluators.items():
             require_contract(f"eval.{name}", evaluator, Evaluator)
+        self._of_each(lambda evaluator: evaluator.build(self.store, seed=seed))
+
+    def require(self, backbone: nn.Module) -> None:
+        """
+        Raises:
+            UserError: evaluators that cannot evaluate such a backbone; names all of them.
+        """
+        self._of_each(lambda evaluator: evaluator.require(backbone))
+
+    def _of_each(self, ask: Callable[[Evaluator], None]) -> None:
+        refused = []
+        for name, evaluator in self.evaluators.items():
             try:
-                evaluator.build(self.store, seed=seed)
+                ask(evaluator)
             except UserError as error:
-                raise UserError(f"eval.{name}: {error}") from error
+                refused.append(f"eval.{name}: {error}")
+        if refused:
+            raise UserError("\n".join(refused))
 
     def run(self, backbone: nn.Module, when: When, failed: Failed | None = None) -> dict[str, float]:
         """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was.
@@ -89,6 +103,8 @@ class Evaluation:
                 failed(name, error)
                 continue
             results |= values
+            for line in self.evaluators[name].departures if when == "end" else ():
+                self.store.say(line)
         return results
 
     def each(self, backbone: nn.Module, names: list[str], failed: Failed | None = None) -> Iterator[tuple[str, dict[str, float]]]:

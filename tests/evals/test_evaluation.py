@@ -10,6 +10,7 @@ from torch import nn
 from caco.config.composition import compose, instantiate
 from caco.data.sets.sources import ImagesInMemory, Splits
 from caco.data.views.augmentation import View, Views
+from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.evals.extraction import extract
 from caco.evals.features import FeatureStore
@@ -113,6 +114,35 @@ def test_a_round_leaves_modes_buffers_gradients_and_random_numbers_untouched(bac
     assert modes["norm"] and not modes["frozen"]
     assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in backbone.parameters())
+
+
+class Refusing(Probe):
+    def build(self, store, *, seed):
+        raise UserError("no images of mine in PATH")
+
+
+class OfOthers(Probe):
+    departures = ("probe: not as anybody else has it.",)
+
+    def require(self, backbone):
+        raise UserError(f"needs another network than {type(backbone).__name__}")
+
+
+def test_evaluators_that_cannot_work_are_refused_together_before_anything_is_trained(backbone, views, splits):
+    with pytest.raises(UserError, match=r"^eval.a: no images of mine in PATH\neval.c: no images of mine in PATH$"):
+        evaluation({"a": Refusing(), "b": Probe(), "c": Refusing()}, splits, views)
+    made = evaluation({"a": OfOthers(), "b": Probe(), "c": OfOthers()}, splits, views)
+    with pytest.raises(UserError, match=r"^eval.a: needs another network than Backbone\neval.c: needs another network than Backbone$"):
+        made.require(backbone)
+
+
+def test_departures_are_said_with_the_results_at_the_end_of_training(backbone, views, splits):
+    said = []
+    made = evaluation({"probe": OfOthers()}, splits, views, say=lambda text, passing=False: said.append(text))
+    made.run(backbone, "epoch")
+    assert said == []
+    made.run(backbone, "end")
+    assert said == ["probe: not as anybody else has it."]
 
 
 def test_modes_come_back_after_an_error(backbone):

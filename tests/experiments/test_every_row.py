@@ -12,7 +12,7 @@ from experiments.tables import experiments, load_scale, load_table
 @pytest.mark.long
 @pytest.mark.timeout(1800)  # some fifty runs of five to ten seconds
 def test_every_row_of_every_table_is_trained_at_the_smallest_scale(monkeypatch, tmp_path):
-    """Digits for most; tiles of two photographs where digits are too small or too grey."""
+    """Digits for most; tiles of two photographs where digits are too small or too grey; AdCo's page on toy sets besides."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
     scale = load_scale("smoke")
@@ -25,6 +25,6 @@ def test_every_row_of_every_table_is_trained_at_the_smallest_scale(monkeypatch, 
         assert end.value.code in (0, None), name
     made = json.loads((tmp_path / "runs/smoke/record.json").read_text())
     trained = {entry["config_hash"]: entry["summary"] for entry in made["runs"]}
-    for name in tables.tables():  # the rows of Table V and of AdCo's page are runs of Table II, evaluated on more
+    for name in tables.tables():  # the rows of Table V are runs of Table II, evaluated on more
         for one in experiments(load_table(name), scale):
             assert one.why_not is None and 0 <= trained[one.hash(0)]["knn20_top1"] <= 100, one.name

@@ -2,15 +2,21 @@
 
 import copy
 import json
+import shlex
+import shutil
+import statistics
+import sys
 
 import pytest
 from tiny import train
 
+from caco import evaluate
 from caco.config.composition import compose, job_config
 from caco.errors import UserError
 from caco.runs.directory import open_run
 from experiments import record
 from experiments.record import gather, merge, pack, read, unpack
+from experiments.toy_sets import __main__ as toy_sets
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +113,22 @@ def test_something_else_is_no_record(tmp_path, content):
 def test_an_unfinished_run_has_no_record(tmp_path):
     with pytest.raises(UserError, match="start its command again to finish it"):
         gather([tmp_path])
+
+
+@pytest.mark.long
+def test_the_commands_of_the_drawn_pacs_give_all_three_lines_of_its_table(repo_root, run_dirs, tmp_path, monkeypatch):
+    """As experiments/records/README.md prints them, on a tiny run."""
+    page = (repo_root / "experiments/records/README.md").read_text().partition("## toy_pacs")[2].partition("\n## ")[0]
+    draw, evaluation = (shlex.split(line)[3:] for line in page.splitlines() if line.startswith("    python -m"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("caco.runs.directory._locks", {})
+    shutil.copytree(run_dirs[0], tmp_path / "run")
+    for module, words in ((toy_sets, draw), (evaluate, [word.replace("RUN", "run") for word in evaluation])):
+        monkeypatch.setattr(sys, "argv", ["it", *words])
+        module.main()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert all(0 <= summary[f"{prefix}pacs_size-32/mean_top1"] <= 100 for prefix in ("", "untrained/", "pixels/"))
+    recorded = record.read(repo_root / "experiments/records/toy_pacs.json")
+    assert [run["seed"] for run in recorded] == [0, 1, 2]
+    means = [run["summary"]["pacs_size-32/mean_top1"] for run in recorded]
+    assert f"| {statistics.mean(means):.1f} ± {statistics.stdev(means):.1f} |\n" in page

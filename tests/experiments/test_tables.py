@@ -47,10 +47,12 @@ def test_the_numbers_of_adco_s_page_are_those_of_the_facts_and_are_called_inferr
     with open(HERE / "published.csv", newline="") as file:
         facts = {float(row["value"]) for row in csv.DictReader(file) if row["table"] == "AdCo-page" and not row["dataset"].startswith("ImageNet")}
     page = load_table("adco_page")
-    assert set(page.rows["adco"].published.values()) == facts and "inferred" in page.title
+    assert {value for row in page.rows.values() for value in row.published.values()} == facts and "inferred" in page.title
     at_paper = experiment("adco_page", "adco", "paper")
     assert at_paper.hash(0) == experiment("2", "adco", "paper").hash(0), "AdCo is trained once"
     assert all(at_paper.scale.evaluator_of(at_paper.scale.metrics[column][0]) for column in page.columns)
+    on_pacs = experiment("adco_page", "adco_pacs", "paper").cfg
+    assert (on_pacs.data.target, on_pacs.backbone.name, list(on_pacs.eval)) == ("art_painting", "resnet18", ["knn", "domain_labels"])
 
 
 def test_the_published_recipes_are_those_of_the_facts():

@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import math
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,6 +140,21 @@ def first_readable(index: int, source: Source, *, same_class: bool = False) -> t
         with contextlib.suppress(UnreadableImage):
             return other, source.pixels(other)
     raise AssertionError("unreachable: those_after has raised")
+
+
+def say_stand_ins(source: Source, pairs: Iterable[tuple[int, int]], known: dict[int, int]) -> None:
+    """Names each image that another stands in for, once.
+
+    Args:
+        pairs: (the image, the one that stands in for it). known: those that were said; the others are added.
+    """
+    for index, other in pairs:
+        if index not in known:
+            known[index] = other
+            print(
+                f"caco: image {index} cannot be read; image {other} stands in for it ({len(known)} such so far): {called(source, index)}",
+                file=sys.stderr,
+            )
 
 
 def called(source: Source, index: int) -> str:

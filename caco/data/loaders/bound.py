@@ -1,6 +1,5 @@
 """A loader bound to data: batches on their device whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Literal, Protocol
@@ -8,7 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from caco.data.loaders.batches import Batch, Order, Pixels, called
+from caco.data.loaders.batches import Batch, Order, Pixels, say_stand_ins
 from caco.data.loaders.workers import Workers
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views.augmentation import Views
@@ -127,13 +126,7 @@ def device_batches(
     for one in made:
         if isinstance(one, UnreadableImage):
             raise UnreadableImage(str(one))
-        for index, other in one.stand_ins:
-            if index not in stand_ins:
-                stand_ins[index] = other
-                print(
-                    f"caco: image {index} cannot be read; image {other} stands in for it ({len(stand_ins)} such so far): {called(source, index)}",
-                    file=sys.stderr,
-                )
+        say_stand_ins(source, one.stand_ins, stand_ins)
         normalised = [views.normalise(_on(device, view)) for view in one.views]
         patches = normalised.pop() if normalised[-1].ndim == 5 else None
         yield Batch(normalised, one.index.to(device, non_blocking=True), one.label.to(device, non_blocking=True), patches)

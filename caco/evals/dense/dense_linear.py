@@ -88,9 +88,12 @@ class DenseLinear(Evaluator):
         self._store, self._seed = store, seed
         self._set = found_voc2012(self.root, "dense_linear", self.train, store)
 
+    def require(self, backbone: nn.Module) -> None:
+        Maps(backbone, purpose="dense_linear")
+
     def inputs(self) -> list[Any]:
-        """The images and labels, by content."""
-        return [self._set.train.digest(), self._set.test.digest()]
+        """The images and labels."""
+        return [self._set.train.cache_key(), self._set.test.cache_key()]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/voc2012_<measure>`, percent).
@@ -120,16 +123,19 @@ class DenseLinear(Evaluator):
         own = len(range(distributed.rank(), len(images), distributed.world()))
         if store.folder is None:
             pieces: list[Tensor] = []
-            self._features_of(maps, 0, lambda rows, _: pieces.append(rows))
+            distributed.on_each(lambda: self._features_of(maps, 0, lambda rows, _: pieces.append(rows)))
             rows = torch.cat(pieces)
         else:
             made_from = {
-                "dense_linear": store.digest_of(maps.backbone), "images": images.digest(), "size": self.size, "places": self.places,
+                "dense_linear": store.digest_of(maps.backbone), "images": images.cache_key(), "size": self.size, "places": self.places,
                 "seed": self._seed, "mean": store.views.mean, "std": store.views.std, "precision": self.precision,
                 "device": store.device.type, "rank": distributed.rank(), "world": distributed.world(),
+                **({"corrupt": "skip"} if store.loader.corrupt == "skip" else {}),
             }  # fmt: skip
             files = FeatureFiles(store.folder / "features")
-            rows = files.get(made_from, own, lambda first, take: self._features_of(maps, first, take), batch=BATCH)
+            rows = distributed.on_each(
+                lambda: files.get(made_from, own, lambda first, take: self._features_of(maps, first, take), batch=BATCH)
+            )
         # Every rank sends as many: one that has an image less adds one that counts for nothing.
         each = -(-len(images) // distributed.world())
         padded = torch.cat([rows, torch.full((each - own, rows.shape[1]), UNLABELLED)])
@@ -142,7 +148,7 @@ class DenseLinear(Evaluator):
 
     def _features_of(self, maps: Maps, first: int, take: Callable[[Tensor, Tensor], Any]) -> None:
         """Calls take([b, P (D + 1)], []) for each batch of this rank's images from its number `first` on: of each place its features
-        and its label, -1 where an image has fewer places with a label than P."""
+        and its label, -1 where an image has fewer places with a label than P, and everywhere in one that cannot be read."""
         store, images, batch = self._store, self._set.train, list[tuple[Tensor, Tensor, Tensor]]()
         count = len(range(distributed.rank(), len(images), distributed.world()))
 
@@ -152,9 +158,13 @@ class DenseLinear(Evaluator):
             cells, classes = drawn_places(labels, maps.places(self.size), self.size, self.places, seed=mixed_seed(self._seed, index))
             return torch.from_numpy(pixels), cells, classes
 
-        made = one_by_one(example, len(images), store, name=self.protocol, verb="features of", skip=first)
+        nothing = (
+            torch.zeros(self.size, self.size, 3, dtype=torch.uint8), torch.zeros(self.places, dtype=torch.int64),
+            torch.full((self.places,), UNLABELLED),
+        )  # fmt: skip
+        made = one_by_one(example, images.files, store, name=self.protocol, verb="whose features are known", skip=first)
         for done, (_, one) in enumerate(made, start=first + 1):
-            batch.append(one)
+            batch.append(nothing if one is None else one)
             if len(batch) == BATCH or done == count:
                 pixels, cells, classes = (torch.stack(part).to(store.device) for part in zip(*batch, strict=True))
                 features = self._maps_of(maps, pixels).flatten(2).transpose(1, 2)  # [b, places, D]
@@ -189,11 +199,17 @@ class DenseLinear(Evaluator):
             image, labels = images.read(index)
             return torch.from_numpy(np.array(resized(image, self.size, self.size))), torch.from_numpy(labels)
 
-        for _, (pixels, labels) in one_by_one(example, len(images), self._store, name=self.protocol):
-            scores = torch.einsum("bdhw,dk->bkhw", self._maps_of(maps, pixels[None]), weight_DK) + bias_K[:, None, None]
-            square = maps.to_pixels(scores, self.size, self.size)
-            whole = nn.functional.interpolate(square, labels.shape, mode="bilinear", align_corners=False)
-            matrix_KK += pixel_metric.confusion(labels.to(matrix_KK.device), whole[0].argmax(dim=0), num_classes)
+        def count_pixels() -> None:
+            for _, one in one_by_one(example, images.files, self._store, name=self.protocol):
+                if one is None:
+                    continue
+                pixels, labels = one
+                scores = torch.einsum("bdhw,dk->bkhw", self._maps_of(maps, pixels[None]), weight_DK) + bias_K[:, None, None]
+                square = maps.to_pixels(scores, self.size, self.size)
+                whole = nn.functional.interpolate(square, labels.shape, mode="bilinear", align_corners=False)
+                matrix_KK.add_(pixel_metric.confusion(labels.to(matrix_KK.device), whole[0].argmax(dim=0), num_classes))
+
+        distributed.on_each(count_pixels)
         return distributed.sum_(matrix_KK)
 
     def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:

@@ -1,6 +1,7 @@
 """Detection: a detector around a copy of the backbone, fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once on the test
 images."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from caco.evals.base import Evaluator, Work
 from caco.evals.dense import roots
 from caco.evals.dense.boxes_and_masks import Example, encoded, example_of, pasted
 from caco.evals.dense.detection_metric import Boxes, coco_scores, voc_scores
-from caco.evals.dense.detection_sets import READERS, AnnotatedImages, DetectionSet
+from caco.evals.dense.detection_sets import LAYOUTS, READERS, AnnotatedImages, DetectionSet
 from caco.evals.dense.detector import Detection, Detector, Head, detector
 from caco.evals.dense.detector_work import counted
 from caco.evals.dense.maps import require_resnet
@@ -27,6 +28,9 @@ from caco.nn.norm import BATCH_NORMS
 from caco.ranges import Count, Length, Natural, NonNegative, Pixels, Share, ShareBelowOne
 
 NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
+_OPTIONS = {  # of conf/eval
+    "detect_voc_c4": "detect", "detect_coco_c4_1x": "detect_coco", "detect_coco_c4_2x": "detect_coco_2x", "detect_coco_fpn_1x": "detect_coco_fpn",
+}  # fmt: skip
 _NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
 
 
@@ -148,12 +152,16 @@ class Detect(Evaluator):
         self._store, self._seed = store, seed
         if self.dataset == "coco":
             require_pycocotools()
-        self._set: DetectionSet = READERS[self.dataset](roots.existing(self.root, "detect"))
+        option = _OPTIONS.get(self.name, "NAME")
+        self._set: DetectionSet = READERS[self.dataset](roots.existing(self.root, option, LAYOUTS[self.dataset]))
         store.refuse_shared(store.splits.pretrain, self._set.test.files)
+
+    def require(self, backbone: nn.Module) -> None:
+        require_resnet(backbone, "detect")
 
     def inputs(self) -> list[Any]:
         """What the numbers depend on besides the arguments: the set, by name and content."""
-        return self._set.inputs()
+        return [*self._set.inputs(), *(self._store.key_of(part.files) for part in (self._set.train, self._set.test))]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/<set>_<measure>`, percent). A collective; ranks other than 0 yield nothing.
@@ -176,13 +184,13 @@ class Detect(Evaluator):
             store,
             seed=self._seed,
             name=self.name,
-            made_from={"backbone": store.digest_of(backbone), "set": self.inputs(), **of_pixels, **self.network_settings},
+            made_from={"backbone": store.digest_of(backbone), "set": self._set.inputs(), **of_pixels, **self.network_settings},
             precision=self.precision,
             save_every_steps=self.save_every_steps,
         )
         assert isinstance(trained, Detector)
         take_statistics(trained, task, self.recipe.images, self.precise_batches, store, seed=self._seed, precision=self.precision)
-        rows = on_main(self._found(trained), store.device)
+        rows = on_main(distributed.on_each(lambda: self._found(trained)), store.device)
         if not distributed.is_main():
             return
         tested = {"voc": "voc2007", "coco": "coco2017"}[self.dataset]
@@ -209,40 +217,46 @@ class Detect(Evaluator):
             return detector(backbone, num_classes=num_classes, masks=self.masks, mean=mean, std=std, **self.network_settings)
 
     def _found(self, network: Detector) -> list[dict[str, Any]]:
-        """A row for each detection in this rank's test images, in their own pixels."""
+        """A row for each detection in this rank's test images, in their own pixels; of one that cannot be read, which image it is alone."""
         store, test, rows = self._store, self._set.test, []
         example = _TestImage(test, self.test_side, self.longest)
         with torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []):
-            for index, image in one_by_one(example, len(test), store, name=self.name):
+            for index, image in one_by_one(example, test.files, store, name=self.name):
+                if image is None:
+                    rows.append({"image": index})
+                    continue
                 with torch.autocast(store.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     (found,) = network.detect([image])
                 rows += rows_of(index, found, (image.shape[2], image.shape[1]), tuple(test.sizes[index].tolist()))
         return rows
 
     def _scores(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        rows.sort(key=lambda row: row["image"])  # stable: an image's detections stay in order, the surest first
         test, known = self._set.test, self._set
+        read = np.full(len(test), True)
+        read[[row["image"] for row in rows if "label" not in row]] = False
+        rows = [row for row in rows if "label" in row]
+        rows.sort(key=lambda row: row["image"])  # stable: an image's detections stay in order, the surest first
         if self.dataset == "coco":
             assert known.truth is not None and known.category_ids is not None
             results = [coco_row(row, test.names, known.category_ids) for row in rows]
-            return coco_scores(known.truth, results, masks=True, say=lambda line: self._store.say(line))
+            images = test.names[read].tolist()
+            return coco_scores(known.truth, results, masks=True, images=images, say=lambda line: self._store.say(line))
         found = Boxes(
             np.array([row["image"] for row in rows], dtype=np.int64),
             np.array([row["label"] for row in rows], dtype=np.int64),
             np.array([row["box"] for row in rows]).reshape(-1, 4),
         )
-        truth = Boxes(np.repeat(np.arange(len(test)), np.diff(test.first)), test.labels, test.boxes)
-        return voc_scores(found, np.array([row["score"] for row in rows]), truth, test.difficult)
+        of_image = np.repeat(np.arange(len(test)), np.diff(test.first))
+        kept = read[of_image]
+        truth = Boxes(of_image[kept], test.labels[kept], test.boxes[kept])
+        return voc_scores(found, np.array([row["score"] for row in rows]), truth, test.difficult[kept])
 
 
 class Training(Task):
     """Training images, their shorter side drawn and every second one flipped."""
 
     def __init__(self, images: AnnotatedImages, short_sides: Sequence[int], longest: int, *, masks: bool) -> None:
-        self.images, self.short_sides, self.longest, self.masks = images, list(short_sides), longest, masks
-
-    def __len__(self) -> int:
-        return len(self.images)
+        self.images, self.files, self.short_sides, self.longest, self.masks = images, images.files, list(short_sides), longest, masks
 
     def example(self, index: int, seed: int) -> Example:
         draw = np.random.default_rng(seed)
@@ -280,8 +294,10 @@ def take_statistics(
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
     network.train()
-    with torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []):
-        for _, examples in batches(task, images, 0, count, store, seed=mixed_seed(seed, _STATISTICS)):
+    steps = batches(task, images, 0, count, store, seed=mixed_seed(seed, _STATISTICS))
+    with contextlib.closing(steps), torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []):
+        for _ in range(count):
+            examples = distributed.on_each(lambda: next(steps))
             with torch.autocast(store.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 task.loss(network, examples)
     for norm, momentum in zip(norms, momenta, strict=True):

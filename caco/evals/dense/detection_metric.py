@@ -95,10 +95,12 @@ def eleven_points(right: np.ndarray, num_truths: int) -> float:
     return float(sum(precision[10 * hits >= tenth * num_truths].max(initial=0.0) for tenth in range(11))) / 11
 
 
-def coco_scores(truth: Path, rows: Iterable[dict[str, Any]], *, masks: bool, say: Callable[[str], None]) -> dict[str, float]:
+def coco_scores(
+    truth: Path, rows: Iterable[dict[str, Any]], *, masks: bool, say: Callable[[str], None], images: list[int] | None = None
+) -> dict[str, float]:
     """COCO's `box_ap`, `box_ap50`, `box_ap75`, `box_ap_small`, `_medium`, `_large`, and `mask_ap` ... alike, percent.
 
-    By pycocotools, over every image of its truth. A size of which there is no truth gives no number.
+    By pycocotools, over every image of its truth, or these. A size of which there is no truth gives no number.
 
     Args:
         truth: the published file of annotations.
@@ -122,6 +124,8 @@ def coco_scores(truth: Path, rows: Iterable[dict[str, Any]], *, masks: bool, say
             of_kind = [{k: v for k, v in row.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for row in rows]
             found = known.loadRes(json.loads(json.dumps(of_kind)))
             evaluation = COCOeval(known, found, kind)
+            if images is not None:
+                evaluation.params.imgIds = sorted(images)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

@@ -299,4 +299,4 @@ def _coco_images(root: Path, name: str, part: dict[str, Any], number: dict[int, 
     return gathering.of(ImageFiles(root, files, name=name))
 
 
-READERS = {"voc": voc, "coco": coco}
+READERS, LAYOUTS = {"voc": voc, "coco": coco}, {"voc": VOC_LAYOUT, "coco": COCO_LAYOUT}

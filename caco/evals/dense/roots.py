@@ -7,14 +7,18 @@ from pathlib import Path
 from caco.errors import UserError
 
 
-def existing(root: str | None, evaluator: str) -> Path:
+def existing(root: str | None, evaluator: str, layout: str) -> Path:
     """The folder that a setting names.
 
+    Args:
+        layout: how the set should lie in it.
     Raises:
         UserError: none is named, or it is not there.
     """
     if root is None or not Path(root).expanduser().is_dir():
-        raise UserError(f"root: expected the folder that holds the set, as eval.{evaluator}.root=PATH, got {root}")
+        raise UserError(
+            f"root: expected the folder that holds the set, as eval.{evaluator}.root=PATH, got {root}. Expected below it:\n{layout}"
+        )
     return Path(root).expanduser()
 
 

@@ -21,7 +21,7 @@ from caco.evals.base import Evaluator, Work
 from caco.evals.dense import pixel_metric, roots
 from caco.evals.dense.counting import VOC_IMAGE, work_of
 from caco.evals.dense.maps import Maps, dilated_last_stage, require_resnet
-from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, NUM_IMAGES, LabelledPixels, SegmentationSet, voc2012
+from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, LAYOUT, NUM_IMAGES, LabelledPixels, SegmentationSet, voc2012
 from caco.evals.dense.training import Recipe, Task, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
@@ -106,9 +106,12 @@ class Segment(Evaluator):
         self._store, self._seed = store, seed
         self._set = found_voc2012(self.root, "segment", self.train, store)
 
+    def require(self, backbone: nn.Module) -> None:
+        require_resnet(backbone, "segment")
+
     def inputs(self) -> list[Any]:
-        """The images and labels, by content."""
-        return [self._set.train.digest(), self._set.test.digest()]
+        """The images and labels."""
+        return [self._set.train.cache_key(), self._set.test.cache_key()]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/voc2012_<measure>`, percent).
@@ -122,7 +125,7 @@ class Segment(Evaluator):
             return
         require_resnet(backbone, "segment")
         made_from = {
-            "backbone": store.digest_of(backbone), "inputs": self.inputs(), "crop": self.crop, "scale": self.scale,
+            "backbone": store.digest_of(backbone), "images": self._set.train.digest(), "crop": self.crop, "scale": self.scale,
             "channels": self.channels, "mean": store.views.mean, "std": store.views.std,
         }  # fmt: skip
         network = train(
@@ -155,7 +158,9 @@ def found_voc2012(root: str | None, evaluator: str, train: Literal["trainaug", "
     Raises:
         UserError: it is not whole, or its test images are among those that the encoder, or the head, is trained on.
     """
-    found = voc2012(roots.existing(root, evaluator), train)
+    found = voc2012(roots.existing(root, evaluator, LAYOUT), train)
+    for source in (found.train.files, found.train.labels, found.test.files, found.test.labels):
+        source.look(store.say)  # by all ranks together
     for source in (found.train.files, store.splits.pretrain):
         store.refuse_shared(source, found.test.files)
     parts = {train: ("train on", found.train), "val": ("test on", found.test)}
@@ -200,10 +205,7 @@ class Crops(Task):
     """
 
     def __init__(self, images: LabelledPixels, views: Views, *, crop: int, scale: Sequence[float]) -> None:
-        self.images, self.views, self.crop, self.scale = images, views, crop, list(scale)
-
-    def __len__(self) -> int:
-        return len(self.images)
+        self.images, self.files, self.views, self.crop, self.scale = images, images.files, views, crop, list(scale)
 
     def example(self, index: int, seed: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Pixels uint8 [S, S, 3], labels uint8 [S, S], and height and width of what is no padding, which is below and right."""
@@ -252,8 +254,14 @@ def scored(network: nn.Module, images: LabelledPixels, store: FeatureStore, *, n
         image, labels = images.read(index)
         return torch.from_numpy(np.array(image)), torch.from_numpy(labels)
 
-    for _, (pixels, labels) in one_by_one(example, len(images), store, name=name):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            scores = network(store.views.normalise(pixels[None].to(device)))
-        matrix_KK += pixel_metric.confusion(labels.to(device), scores[0].argmax(dim=0), num_classes)
+    def count_pixels() -> None:
+        for _, one in one_by_one(example, images.files, store, name=name):
+            if one is None:
+                continue
+            pixels, labels = one
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                scores = network(store.views.normalise(pixels[None].to(device)))
+            matrix_KK.add_(pixel_metric.confusion(labels.to(device), scores[0].argmax(dim=0), num_classes))
+
+    distributed.on_each(count_pixels)
     return pixel_metric.scores(distributed.sum_(matrix_KK))

@@ -32,17 +32,14 @@ as VOCtrainval_11-May-2012.tar unpacks; VOC2012 may lie in root itself or be it.
 class LabelledPixels:
     """Image files and for each a file with the class of every pixel.
 
-    label_files: below files.root, as bytes: forked workers would copy the pages of a list by counting references.
+    labels: PNG or .mat files, which are known by their content as images are.
     """
 
     files: ImageFiles
-    label_files: np.ndarray
+    labels: ImageFiles
 
     def __len__(self) -> int:
         return len(self.files)
-
-    def label_path(self, index: int) -> Path:
-        return self.files.root / os.fsdecode(self.label_files[index])
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The image, RGB, and the labels, uint8 [H, W].
@@ -50,7 +47,7 @@ class LabelledPixels:
         Raises:
             UnreadableImage: one of the files cannot be read, is of another size than the other, or holds something else than classes.
         """
-        image, path = self.files.image(index), self.label_path(index)
+        image, path = self.files.image(index), self.labels.path(index)
         labels = read_labels(path)
         if labels.shape != (image.height, image.width):
             raise UnreadableImage(
@@ -61,10 +58,11 @@ class LabelledPixels:
 
     def digest(self) -> str:
         """A short hash that changes when images, labels or their order do."""
-        state = hashlib.blake2b(self.files.digest().encode(), digest_size=8)
-        for index, file in enumerate(self.label_files):
-            state.update(b"%s\0%d\0" % (file, os.stat(self.label_path(index)).st_size))
-        return state.hexdigest()
+        return hashlib.blake2b((self.files.digest() + self.labels.digest()).encode(), digest_size=8).hexdigest()
+
+    def cache_key(self) -> str:
+        """As `digest`, and besides when each file was written here: for what is kept in place of reading them again."""
+        return hashlib.blake2b((self.files.cache_key() + self.labels.cache_key()).encode(), digest_size=8).hexdigest()
 
 
 def read_labels(path: Path) -> np.ndarray:
@@ -181,6 +179,5 @@ def _pairs(root: Path, top: Path, names: list[str], labels: Path, missing: list[
 
 
 def _images(root: Path, name: str, pairs: list[tuple[str, str]]) -> LabelledPixels:
-    return LabelledPixels(
-        ImageFiles(root, [image for image, _ in pairs], name=name), np.array([os.fsencode(labels) for _, labels in pairs])
-    )
+    images, labels = zip(*pairs, strict=True)
+    return LabelledPixels(ImageFiles(root, images, name=name), ImageFiles(root, labels, name=f"{name}/labels"))

@@ -14,16 +14,19 @@ An evaluator says what an example is and what its loss is, in a `Task`; how long
         precision="fp32",
         save_every_steps=1000,
     )
-    for index, example in one_by_one(test_example, len(test), store, name=name):  # this rank's share of the test images
+    for index, example in one_by_one(test_example, test.files, store, name=name):  # this rank's share of the test images
         ...
 
 A step's images depend on (seed, step) alone and an example's draws on (seed, its place in the order), whatever the number of ranks and
 workers. The ranks may have unequal numbers of images in a step, of unequal shapes: `Task.loss` says how a loss is shared.
+
+An image that cannot be read, or its labels, ends it by name; with loader.corrupt=skip the next one, with its own labels, stands in for it
+in training, and of the test images it is left out. Each is named, with how many there are.
 """
 
 import contextlib
 import math
-import time
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -34,13 +37,13 @@ import torch
 from torch import Tensor, nn
 
 from caco import distributed
-from caco.data.loaders.batches import mixed_seed
+from caco.data.loaders.batches import called, mixed_seed, say_stand_ins, those_after
 from caco.data.loaders.workers import in_order
-from caco.data.sets.sources import UnreadableImage
+from caco.data.sets.sources import Source, UnreadableImage
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, Precision
 from caco.nn.norm import BATCH_NORMS, over_all_ranks
-from caco.saying import clock
+from caco.saying import counting
 from caco.schedules import Table
 
 LOOK_EVERY_STEPS = 20  # how often the loss is read, which a GPU has to be waited for
@@ -141,18 +144,19 @@ class Recipe:
 
 
 class Task(Protocol):
-    """What a network is trained on."""
+    """What a network is trained on.
 
-    @abstractmethod
-    def __len__(self) -> int:
-        """How many training images there are."""
+    files: the training images, as many as there are, by which messages name them.
+    """
+
+    files: Source
 
     @abstractmethod
     def example(self, index: int, seed: int) -> Any:
         """One image with its labels, augmented by draws from the seed alone: tensors on the CPU and plain values. Called in workers.
 
         Raises:
-            UnreadableImage: it cannot be read; this ends the evaluation and names the file.
+            UnreadableImage: it, or its labels, cannot be read; the message names the file.
         """
 
     @abstractmethod
@@ -187,7 +191,8 @@ def train(
         made_from: plain values: all that decides the weights besides recipe, seed, precision and number of ranks.
         save_every_steps: changes no number.
     Raises:
-        UserError: fewer images a step than ranks; ranks that see other checkpoints; a loss that is not finite; an unreadable image.
+        UserError: fewer images a step than ranks; ranks that see other checkpoints; a loss that is not finite; an unreadable image. On
+            all ranks, wherever it is.
     """
     world, device = distributed.world(), store.device
     recipe.refuse_more_ranks_than_images()
@@ -209,13 +214,14 @@ def train(
         if len(found := set(distributed.all_objects(first))) > 1:
             raise UserError(f"{name}: the processes found checkpoints of steps {sorted(found)}; all must see {checkpoints.directory}")
     if first < len(rates):
-        store.say(f"{name}: training on {len(task):,} images, {recipe.shown()}")
-    pace = Pace(len(rates), first)
+        store.say(f"{name}: training on {len(task.files):,} images, {recipe.shown()}")
+    count = counting(store.say, f"{name}: step", len(rates), first)
     total = torch.zeros((), dtype=torch.float64, device=device)
     since = 0
     steps = batches(task, recipe.images, first, len(rates), store, seed=seed)
     with contextlib.closing(steps), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for step, examples in steps:
+        for step in range(first, len(rates)):
+            examples = distributed.on_each(lambda: next(steps))  # what one rank cannot read must not leave the others waiting
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
             torch.manual_seed(mixed_seed(seed, _NETWORK, step, distributed.rank()))  # dropout and other draws of the network
@@ -233,61 +239,64 @@ def train(
             mean = (distributed.sum_(total) / (since * world)).item()
             if not math.isfinite(mean):
                 raise UserError(f"{name}: the loss became {mean} by step {done}; a lower rate may help, or a longer warm-up")
-            store.say(f"{name}: {pace.at(done)}, loss {mean:.4f}", passing=done < len(rates))
+            count(since, f", loss {mean:.4f}")
             total.zero_()
             since = 0
             if saving and checkpoints is not None and distributed.is_main():
                 checkpoints.save({"step": done, "network": network.state_dict(), "optimizer": optimizer.state_dict()}, done)
+        if first < len(rates):
+            store.say(f"{name}: trained for {len(rates):,} steps, loss {mean:.4f}")
     return network.eval()
 
 
-def batches(
-    task: Task, images: int, first: int, last: int, store: FeatureStore, *, seed: int
-) -> Generator[tuple[int, list[Any]], None, None]:
-    """(step, this rank's examples) of the steps from `first` to before `last`, made ahead in workers; to be closed.
+def batches(task: Task, images: int, first: int, last: int, store: FeatureStore, *, seed: int) -> Generator[list[Any], None, None]:
+    """This rank's examples of the steps from `first` to before `last`, made ahead in workers; to be closed.
 
     What `train` trains on, and what statistics are taken over afterwards, with a seed of their own.
     """
-    if first < last:
-        yield from _made(task.example, seed, _Steps(len(task), images, first, last, seed), range(first, last), workers_of(store))
+    if first == last:
+        return
+    stand_ins: dict[int, int] = {}
+    keys = _Steps(len(task.files), images, first, last, seed)
+    with contextlib.closing(in_order(_Examples(task, seed, store.loader.corrupt), keys, workers_of(store))) as made:
+        for one in made:
+            if isinstance(one, UnreadableImage):
+                raise UnreadableImage(str(one))
+            examples, other_than_asked = one
+            say_stand_ins(task.files, other_than_asked, stand_ins)
+            yield examples
 
 
 def one_by_one(
-    example: Callable[[int], Any], count: int, store: FeatureStore, *, name: str, verb: str = "tested", skip: int = 0
+    example: Callable[[int], Any], files: Source, store: FeatureStore, *, name: str, verb: str = "tested", skip: int = 0
 ) -> Generator[tuple[int, Any], None, None]:
-    """(index, example(index)) of this rank's images of `count`, in order, made ahead in workers, with lines of how many are left.
+    """(index, example(index)) of this rank's images, in order, made ahead in workers; now and then says how many are left.
 
-    Rank r of w has images r, r + w, r + 2 w, and so on; some ranks may have one more than others.
+    Rank r of w has images r, r + w, r + 2 w, and so on; some ranks may have one more than others. With loader.corrupt=skip an image that
+    cannot be read comes as None and is named.
 
     Args:
         skip: so many of this rank's images are done already.
+    Raises:
+        UnreadableImage: of `example`.
     """
-    own = range(distributed.rank(), count, distributed.world())[skip:]
-    pace = Pace(len(own), 0, noun="image")
-    made = _made(lambda index, _: example(index), 0, [(index, [0], [index]) for index in own], own, workers_of(store))
-    for done, (index, (one,)) in enumerate(made, start=1):
-        yield index, one
-        store.say(f"{name}: {verb} {pace.at(done)}", passing=done < len(own))
+    own = range(distributed.rank(), len(files), distributed.world())
+    count, unreadable = counting(store.say, f"{name}: images {verb}", len(own), skip), 0
+    with contextlib.closing(in_order(_Readable(example), own[skip:], workers_of(store))) as made:
+        for index, one in zip(own[skip:], made, strict=True):
+            if isinstance(one, UnreadableImage):
+                if store.loader.corrupt == "fail":
+                    raise UnreadableImage(str(one))
+                unreadable += 1
+                print(f"caco: {name}: {called(files, index)} cannot be read and is left out ({unreadable} such so far)", file=sys.stderr)
+                one = None
+            yield index, one
+            count(1)
 
 
 def workers_of(store: FeatureStore) -> int:
     """Processes that read and augment: as many as the loader of training has."""
     return getattr(store.loader, "num_workers", store.num_workers)
-
-
-class Pace:
-    """How far something is, and how long the rest takes at the pace so far.
-
-    Args:
-        total: how many there are. done: before this process began.
-    """
-
-    def __init__(self, total: int, done: int, *, noun: str = "step") -> None:
-        self.total, self.first, self.noun, self.started = total, done, noun, time.monotonic()
-
-    def at(self, done: int) -> str:
-        each = (time.monotonic() - self.started) / max(1, done - self.first)
-        return f"{self.noun} {done} of {self.total}, {each:.2g} s each, {clock(each * (self.total - done))} left"
 
 
 class _Steps:
@@ -311,27 +320,45 @@ class _Steps:
         return np.random.default_rng(mixed_seed(self.seed, _ORDER, epoch)).permutation(self.num_images)
 
 
-class _Maker:
-    """Keys of `_Steps` to examples."""
+class _Examples:
+    """Keys of `_Steps` to examples, and (the image, the one that stands in for it) where there is such a one; or why there are none."""
 
-    def __init__(self, example: Callable[[int, int], Any], seed: int) -> None:
-        self.example, self.seed = example, seed
+    def __init__(self, task: Task, seed: int, corrupt: str) -> None:
+        self.task, self.seed, self.corrupt = task, seed, corrupt
 
-    def __call__(self, key: tuple[int, list[int], list[int]]) -> list[Any] | UnreadableImage:
+    def __call__(self, key: tuple[int, list[int], list[int]]) -> tuple[list[Any], list[tuple[int, int]]] | UnreadableImage:
         _, positions, indices = key
+        made: list[Any] = []
+        stand_ins: list[tuple[int, int]] = []
         try:
-            seeds = [mixed_seed(self.seed, _EXAMPLE, position) for position in positions]
-            return [self.example(index, seed) for index, seed in zip(indices, seeds, strict=True)]
+            for position, index in zip(positions, indices, strict=True):
+                taken, example = self._readable(index, mixed_seed(self.seed, _EXAMPLE, position))
+                made.append(example)
+                stand_ins += [(index, taken)] if taken != index else []
         except UnreadableImage as error:
             return error  # raised by the process that trains: a worker's exception would arrive as a page of traceback
+        return made, stand_ins
+
+    def _readable(self, index: int, seed: int) -> tuple[int, Any]:
+        try:
+            return index, self.task.example(index, seed)
+        except UnreadableImage:
+            if self.corrupt == "fail":
+                raise
+        for other in those_after(index, self.task.files):
+            with contextlib.suppress(UnreadableImage):
+                return other, self.task.example(other, seed)
+        raise AssertionError("unreachable: those_after has raised")
 
 
-def _made(
-    example: Callable[[int, int], Any], seed: int, keys: Iterable[Any], numbers: Iterable[int], num_workers: int
-) -> Generator[tuple[int, list[Any]], None, None]:
-    with contextlib.closing(in_order(_Maker(example, seed), keys, num_workers)) as made:
-        for number, examples in zip(numbers, made, strict=True):
-            if isinstance(examples, UnreadableImage):
-                # Its labels are of that image alone, and a result on others is none of the published set.
-                raise UnreadableImage(f"{examples} An evaluator of this kind takes all of its images, whatever loader.corrupt says.")
-            yield number, examples
+class _Readable:
+    """Indices to examples, or to why there is none."""
+
+    def __init__(self, example: Callable[[int], Any]) -> None:
+        self.example = example
+
+    def __call__(self, index: int) -> Any:
+        try:
+            return self.example(index)
+        except UnreadableImage as error:
+            return error

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from processes import PATIENCE_S
 from torch import Tensor, nn
-from toy_detection import ring, shapes
+from experiments.toy_sets.detection import ring, shapes
 
 from caco import distributed
 from caco.evals.dense.boxes_and_masks import Example

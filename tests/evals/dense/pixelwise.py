@@ -1,5 +1,7 @@
 """The smallest dense task, the brightness of each pixel of images of unequal shapes, and what the processes of its test do."""
 
+from pathlib import Path
+
 import torch
 from colours import coloured
 from processes import PATIENCE_S
@@ -8,8 +10,9 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.data.loaders.torch_loader import TorchLoader
-from caco.data.sets.sources import Splits
+from caco.data.sets.sources import Splits, UnreadableImage
 from caco.data.views.augmentation import View, Views
+from caco.errors import UserError
 from caco.evals.dense.training import Recipe, Task, train
 from caco.evals.features import FeatureStore
 
@@ -22,10 +25,8 @@ class Brightness(Task):
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
         self.images = [torch.rand(3, 4 + i, 9 - i // 2, generator=generator, dtype=torch.float64) for i in range(8)]
+        self.files = coloured(len(self.images), "bright")
         self.asked: list[tuple[int, int]] = []
-
-    def __len__(self):
-        return len(self.images)
 
     def example(self, index, seed):
         self.asked.append((index, seed))
@@ -46,10 +47,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1)).double()
 
 
-def store_of(folder=None, num_workers=0, said=None) -> FeatureStore:
+def store_of(folder=None, num_workers=0, said=None, corrupt="fail") -> FeatureStore:
     source = coloured(6, "train")
     views = Views(size=8, plain_crop=1.0, views={"two": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)
-    loader = TorchLoader(num_workers=num_workers)
+    loader = TorchLoader(num_workers=num_workers, corrupt=corrupt)
     say = (lambda text, passing=False: said.append(text)) if said is not None else lambda text, passing=False: None
     return FeatureStore(
         Splits(source, source, source), views, batch=8, device="cpu", precision="fp32", loader=loader, folder=folder, say=say
@@ -58,8 +59,25 @@ def store_of(folder=None, num_workers=0, said=None) -> FeatureStore:
 
 def trained(folder=None, recipe=RECIPE, task=None, **settings) -> dict[str, torch.Tensor]:
     options = {"seed": 3, "name": "it", "made_from": {"a": 1}, "precision": "fp32", "save_every_steps": 2}
-    store = store_of(folder, settings.pop("num_workers", 0), settings.pop("said", None))
+    store = store_of(folder, **{key: settings.pop(key) for key in ("num_workers", "said", "corrupt") if key in settings})
     return train(network(), task or Brightness(), recipe, store, **options | settings).state_dict()
+
+
+class OneDamaged(Brightness):
+    def example(self, index, seed):
+        if index == 1:
+            raise UnreadableImage("photo_1.jpg: expected an image")
+        return super().example(index, seed)
+
+
+def read_what_one_rank_cannot(folder) -> None:
+    """Leaves what each rank says was wrong."""
+    distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
+    try:
+        trained(task=OneDamaged())
+    except UserError as error:
+        (Path(folder) / f"{distributed.rank()}.txt").write_text(str(error))
+    distributed.stop()
 
 
 def write_weights(path) -> None:

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-import toy_voc
+from experiments.toy_sets import segmentation as toy_voc
 from omegaconf import OmegaConf
 from tiny import compose, train
 

@@ -5,7 +5,7 @@ import pixelwise
 import pytest
 import timm
 import torch
-import toy_voc
+from experiments.toy_sets import segmentation as toy_voc
 from segment_worker import backbone, of
 from sklearn.linear_model import LogisticRegression
 from torch import nn

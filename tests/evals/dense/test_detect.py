@@ -8,7 +8,7 @@ import pytest
 import torch
 from pixelwise import store_of
 from processes import ranks
-from toy_detection import write_coco, write_voc
+from experiments.toy_sets.detection import write_coco, write_voc
 from torch import nn
 
 from caco.data.sets.sources import Splits
@@ -47,7 +47,7 @@ def test_voc_gives_its_numbers_and_leaves_the_backbone_and_the_draws_as_they_wer
     assert list(results) == VOC_NAMES and all(0 <= value <= 100 for value in results.values())
     assert network_digest(network) == digest and [m.training for m in network.modules()] == modes
     assert torch.equal(torch.get_rng_state(), draws)
-    assert said[0] == "it: training on 8 images, 4 steps of 4 images, rate 0.005" and said[-1].startswith("it: tested image 4 of 4")
+    assert said[0] == "it: training on 8 images, 4 steps of 4 images, rate 0.005" and said[-1].startswith("it: trained for 4 steps, loss ")
 
 
 def test_coco_gives_boxes_and_masks(tmp_path):
@@ -118,6 +118,36 @@ def test_statistics_taken_anew_are_the_mean_over_training_batches(tmp_path):
     assert torch.equal(norm.running_mean, before), "without batches those of training stay"
 
 
+@pytest.mark.parametrize("dataset", ["voc", "coco"])
+def test_a_test_image_that_cannot_be_read_is_left_out_of_the_score_or_ends_it(tmp_path, dataset, monkeypatch, capsys):
+    """What is found in the others, and what there is to find in them, give the score: here all of it, so 100."""
+    (write_voc if dataset == "voc" else write_coco)(tmp_path)
+    test = detect.READERS[dataset](tmp_path).test
+    damaged = max(range(len(test)), key=lambda index: len(test.objects(index).labels))
+    test.files.path(damaged).write_bytes(test.files.path(damaged).read_bytes()[:300])
+
+    def perfect(self, network):
+        monkeypatch.setattr(network, "detect", lambda images: [found.pop(0)])
+        found = [_truth(test, index, scale=48 / 96) for index in range(len(test)) if index != damaged]
+        return real(self, network)
+
+    real = Detect._found
+    monkeypatch.setattr(Detect, "_found", perfect)
+    settings = FEW | {"root": str(tmp_path), "dataset": dataset, "longest": 64}
+    with pytest.raises(UserError, match=f"{test.files.path(damaged)}: expected an image that can be read"):
+        of(Detect(**settings), store_of())
+    results = of(Detect(**settings), store_of(corrupt="skip"))
+    assert results["it/voc2007_ap50" if dataset == "voc" else "it/coco2017_box_ap50"] == pytest.approx(100)
+    assert f"it: {test.files.path(damaged)} cannot be read and is left out (1 such so far)" in capsys.readouterr().err
+
+
+def _truth(images, index, *, scale) -> Detection:
+    objects = images.objects(index)
+    boxes = torch.from_numpy(objects.boxes) * scale
+    masks = None if objects.polygons is None else torch.ones(len(boxes), 28, 28)
+    return Detection(boxes, torch.from_numpy(objects.labels), torch.ones(len(boxes)), masks)
+
+
 def test_detections_are_scaled_to_the_image_and_cut_to_it():
     """Seen at twice the size; the second lies outside."""
     found = Detection(
@@ -149,8 +179,10 @@ def test_all_that_is_wrong_with_the_settings_is_refused_at_once():
 
 
 def test_a_missing_root_a_set_that_is_not_whole_a_vit_and_shared_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"root: expected the folder that holds the set, as eval.detect.root=PATH, got None"):
+    with pytest.raises(UserError, match=r"root: expected the folder that holds the set, as eval.NAME.root=PATH, got None. .*\n .*VOC2007/Annotations"):
         Detect(**FEW).build(store_of(), seed=0)
+    with pytest.raises(UserError, match=r"as eval.detect_coco_2x.root=PATH, got None. .*\n .*instances_train2017.json"):
+        Detect(**FEW | {"name": "detect_coco_c4_2x", "dataset": "coco"}).build(store_of(), seed=0)
     with pytest.raises(UserError, match="VOC is not whole below"):
         Detect(root=str(tmp_path), **FEW).build(store_of(), seed=0)
     write_voc(tmp_path)

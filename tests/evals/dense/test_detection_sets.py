@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from toy_detection import CATEGORIES, HEIGHT, WIDTH, write_coco, write_voc
+from experiments.toy_sets.detection import CATEGORIES, HEIGHT, WIDTH, write_coco, write_voc
 from torchvision.datasets import CocoDetection, VOCDetection
 
 from caco.data.sets.transfer import VOC_CLASSES

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pixelwise
@@ -9,7 +10,7 @@ import pytest
 import segment_worker
 import timm
 import torch
-import toy_voc
+from experiments.toy_sets import segmentation as toy_voc
 from PIL import Image
 from processes import ranks
 from segment_worker import FEW, backbone, of
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from caco.config.composition import compose, instantiate
 from caco.errors import UserError
 from caco.evals.dense import segment as segment_module
+from caco.evals.dense.dense_linear import DenseLinear
 from caco.evals.dense.maps import Maps, stride_and_width
 from caco.evals.dense.segment import FCN16, Crops, Segment, scored
 from caco.evals.dense.segmentation_sets import voc2012
@@ -209,6 +211,39 @@ def test_killed_it_goes_on_to_the_same_bits_and_the_backbone_stays(voc, tmp_path
 def test_in_bf16_the_weights_are_others_by_as_much_as_bf16_rounds(voc):
     exact, rounded = (segment_worker.trained(voc, precision)["head.0.weight"] for precision in ("fp32", "bf16"))
     assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()
+
+
+def test_damaged_images_end_it_by_name_or_others_are_trained_and_tested_on(voc, tmp_path, capsys):
+    """With skip the score is that of the images that can be read, and every damaged file is named."""
+    root = tmp_path / "damaged"
+    shutil.copytree(voc, root)
+    top = root / "VOCdevkit/VOC2012"
+    (top / "JPEGImages" / f"{toy_voc.TRAIN[1]}.jpg").write_bytes(b"nothing")
+    (top / "SegmentationClass" / f"{toy_voc.VAL[2]}.png").write_bytes(b"nothing")
+    toy_voc.write_list(top / "ImageSets/Segmentation/few.txt", [name for name in toy_voc.VAL if name != toy_voc.VAL[2]])
+
+    def store_of(corrupt):
+        made = pixelwise.store_of(corrupt=corrupt)
+        made.overlap = "allow"
+        return made
+
+    with pytest.raises(UserError, match=f"{toy_voc.TRAIN[1]}.jpg: expected an image that can be read"):
+        of(Segment(root=str(root), **FEW), store_of("fail"))
+    found = of(Segment(root=str(root), **FEW), store_of("skip"))
+    said = capsys.readouterr().err
+    assert f"image 1 cannot be read; image 2 stands in for it (1 such so far): {top}/JPEGImages/{toy_voc.TRAIN[1]}.jpg" in said
+    assert f"segment_fcn16_train-train_images-3_steps-2_rate-0.1_crop-65_channels-16: {top}/JPEGImages/{toy_voc.VAL[2]}.jpg cannot" in said
+    linear = {"root": str(root), "train": "train", "size": 64, "places": 10}
+    with pytest.raises(UserError, match="expected an image that can be read"):
+        of(DenseLinear(**linear), store_of("fail"))
+    of_linear = of(DenseLinear(**linear), store_of("skip"))
+
+    whole, without = voc2012(root, "train"), tmp_path / "without"
+    shutil.copytree(root, without)
+    (without / "VOCdevkit/VOC2012/ImageSets/Segmentation/few.txt").rename(without / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt")
+    assert len(whole.test) == 4 and len(voc2012(without, "train").test) == 3
+    assert of(Segment(root=str(without), **FEW), store_of("skip")) == found
+    assert of(DenseLinear(**linear | {"root": str(without)}), store_of("skip")) == of_linear
 
 
 # What is refused.

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import toy_voc
+from experiments.toy_sets import segmentation as toy_voc
 from PIL import Image
-from toy_voc import FURTHER, TRAIN, VAL
+from experiments.toy_sets.segmentation import FURTHER, TRAIN, VAL
 from torchvision.datasets import SBDataset, VOCSegmentation
 
 from caco.data.sets.sources import UnreadableImage
@@ -52,7 +52,7 @@ def test_sbd_adds_its_images_without_vocs_val_and_vocs_own_labels_stay(tmp_path,
     toy_voc.write_sbd(tmp_path / place, train=[TRAIN[0], VAL[0], FURTHER[0]], val=[VAL[1], FURTHER[1]])
     found = voc2012(tmp_path, "trainaug")
     assert names(found.train) == [*TRAIN, *FURTHER] and names(found.test) == VAL
-    assert found.train.label_path(0).name == f"{TRAIN[0]}.png" and found.train.label_path(6).name == f"{FURTHER[0]}.mat"
+    assert found.train.labels.path(0).name == f"{TRAIN[0]}.png" and found.train.labels.path(6).name == f"{FURTHER[0]}.mat"
     assert names(voc2012(tmp_path, "train").train) == TRAIN
 
 
@@ -77,7 +77,7 @@ def test_the_common_folder_of_converted_labels_with_its_list_of_names_or_paths_o
         toy_voc.write_list(top / "ImageSets" / listed, lines)
     found = voc2012(tmp_path, "trainaug")
     assert names(found.train) == ([*TRAIN, *FURTHER] if listed is None else [*FURTHER, *TRAIN]) and names(found.test) == VAL
-    folders = {found.train.label_path(names(found.train).index(TRAIN[0])).parent.name, found.test.label_path(0).parent.name}
+    folders = {found.train.labels.path(names(found.train).index(TRAIN[0])).parent.name, found.test.labels.path(0).parent.name}
     assert folders == ({"SegmentationClass"} if listed is None else {"SegmentationClassAug", "SegmentationClass"})
 
 
@@ -143,3 +143,22 @@ def test_the_digest_tells_other_labels_and_another_order(tmp_path):
     toy_voc.write_list(top / "ImageSets" / "Segmentation" / "train.txt", TRAIN)
     toy_voc.write_labels(top / "SegmentationClass" / f"{TRAIN[0]}.png", np.eye(96, 128))
     assert len({before, reordered, voc2012(tmp_path, "train").train.digest()}) == 3
+
+
+def test_exchanged_labels_of_equal_size_are_others_and_labels_that_were_written_anew_have_another_cache_key(tmp_path):
+    """Their results are not found again; a checkpoint is, as the content is the same."""
+    top = toy_voc.write_voc(tmp_path)
+    one, other = (top / "SegmentationClass" / f"{name}.png" for name in TRAIN[:2])
+    size = max(path.stat().st_size for path in (one, other))
+    for path in (one, other):
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    before = voc2012(tmp_path, "train").train
+    keys = before.digest(), before.cache_key()
+    contents = one.read_bytes(), other.read_bytes()
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    assert voc2012(tmp_path, "train").train.digest() != keys[0]
+    one.write_bytes(contents[0])
+    other.write_bytes(contents[1])
+    again = voc2012(tmp_path, "train").train
+    assert again.digest() == keys[0] and again.cache_key() != keys[1]

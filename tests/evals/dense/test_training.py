@@ -1,8 +1,11 @@
 """The loop of the dense evaluators: resumed to the bit, the same on unequal ranks and any number of workers, scaled as published."""
 
+import re
+
 import pixelwise
 import pytest
 import torch
+from colours import coloured
 from pixelwise import RECIPE, Brightness, store_of, trained
 from processes import ranks
 from torch import nn
@@ -89,7 +92,7 @@ def test_killed_between_two_checkpoints_it_goes_on_to_the_same_bits(tmp_path):
     rest, said = Brightness(), []
     resumed = trained(tmp_path, task=rest, said=said)
     assert len(rest.asked) == 3 * 3, "steps 4, 5 and 6: the last checkpoint was after four"
-    assert "step 4 of 7" in said[0] and said[-1].startswith("it: step 7 of 7") and "0:00:00 left, loss " in said[-1]
+    assert "step 4 of 7" in said[0] and said[-1].startswith("it: trained for 7 steps, loss ")
     assert same(resumed, trained())
     done = Brightness()
     assert same(trained(tmp_path, task=done), resumed) and not done.asked, "a finished one is not trained again"
@@ -127,37 +130,86 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_cannot_be_read_ends_it_by_name(num_workers):
+def test_an_image_that_cannot_be_read_ends_it_by_name_or_the_next_one_stands_in_for_it_with_its_own_labels(num_workers, capsys):
     class Damaged(Brightness):
         def example(self, index, seed):
-            raise UnreadableImage(f"photo_{index}.jpg: expected an image")
+            if index in (2, 3):
+                raise UnreadableImage(f"photo_{index}.jpg: expected an image")
+            return super().example(index, seed)
 
-    with pytest.raises(UserError, match=r"photo_\d.jpg: expected an image"):
+    class Exchanged(Brightness):
+        def example(self, index, seed):
+            return super().example(4 if index in (2, 3) else index, seed)
+
+    with pytest.raises(UserError, match=r"photo_[23].jpg: expected an image"):
         trained(task=Damaged(), num_workers=num_workers)
+    assert same(trained(task=Damaged(), num_workers=num_workers, corrupt="skip"), trained(task=Exchanged()))
+    said = re.findall(r"caco: image ([23]) cannot be read; image 4 stands in for it \((\d) such so far\): image (\d) of bright\n",
+                      capsys.readouterr().err)  # fmt: skip
+    assert sorted(number for _, number, _ in said) == ["1", "2"] and sorted(index for index, _, _ in said) == ["2", "3"]
+    assert all(index == named for index, _, named in said)
+
+
+def test_no_image_that_can_be_read_is_said_and_does_not_go_on_for_ever():
+    class Gone(Brightness):
+        def example(self, index, seed):
+            raise UnreadableImage("gone")
+
+    with pytest.raises(UserError, match=r"in place of image \d of bright, got none among the 7 that follow it"):
+        trained(task=Gone(), corrupt="skip")
+
+
+def test_a_test_image_that_cannot_be_read_ends_it_or_is_left_out_by_name(capsys):
+    def example(index):
+        if index == 1:
+            raise UnreadableImage("photo_1.jpg: expected an image")
+        return index
+
+    with pytest.raises(UserError, match="photo_1.jpg: expected an image"):
+        list(one_by_one(example, coloured(3, "three"), store_of(), name="it"))
+    assert list(one_by_one(example, coloured(3, "three"), store_of(corrupt="skip"), name="it")) == [(0, 0), (1, None), (2, 2)]
+    assert capsys.readouterr().err == "caco: it: image 1 of three cannot be read and is left out (1 such so far)\n"
+
+
+def test_what_one_rank_cannot_read_ends_all(tmp_path):
+    """At once, and not when the others have waited for as long as a collective waits."""
+    codes, outputs = ranks(2, pixelwise.read_what_one_rank_cannot, str(tmp_path))
+    assert codes == [0, 0], outputs
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["photo_1.jpg: expected an image"] * 2
 
 
 def test_steps_can_be_asked_for_alone_as_statistics_after_training_need_them():
     task = Brightness()
     steps = list(batches(task, 3, 5, 7, store_of(), seed=3))
-    assert [step for step, _ in steps] == [5, 6] and [len(examples) for _, examples in steps] == [3, 3]
+    assert [len(examples) for examples in steps] == [3, 3]
     whole = Brightness()
     trained(task=whole)
     assert task.asked == whole.asked[15:]
 
 
-def test_test_images_come_once_each_and_the_lines_say_how_many_are_left():
-    said = []
-    found = list(one_by_one(lambda index: index**2, 5, store_of(num_workers=2, said=said), name="it"))
+def test_test_images_come_once_each_and_the_lines_say_how_many_are_left(monkeypatch):
+    monkeypatch.setattr("caco.saying._SECONDS", 0.0)
+    said, files = [], coloured(5, "five")
+    found = list(one_by_one(lambda index: index**2, files, store_of(num_workers=2, said=said), name="it"))
     assert found == [(0, 0), (1, 1), (2, 4), (3, 9), (4, 16)]
-    assert said[0].startswith("it: tested image 1 of 5, ") and said[-1].endswith("0:00:00 left")
+    assert said[0].startswith("it: images tested: 1 of 5, ") and said[-1].endswith("0:00:00 left")
+    assert list(one_by_one(lambda index: index**2, files, store_of(), name="it", skip=3)) == found[3:]
+
+
+def test_the_lines_of_training_say_the_step_the_time_left_and_the_loss(monkeypatch):
+    monkeypatch.setattr("caco.saying._SECONDS", 0.0)
+    said = []
+    trained(said=said, save_every_steps=4)
+    assert re.fullmatch(r"it: step: 4 of 7, \S+ (a second|s each), 0:00:00 left, loss [\d.]+", said[1]), said
 
 
 def test_a_root_that_is_not_there_and_all_that_is_missing_are_refused_at_once(tmp_path):
     for root in (None, str(tmp_path / "none")):
-        with pytest.raises(UserError, match=r"root: expected the folder that holds the set, as eval.segment.root=PATH, got "):
-            roots.existing(root, "segment")
+        message = r"root: expected the folder that holds the set, as eval.segment.root=PATH, got .*Expected below it:\n  a/b.txt"
+        with pytest.raises(UserError, match=message):
+            roots.existing(root, "segment", "  a/b.txt")
     (tmp_path / "a.txt").touch()
-    assert roots.existing(str(tmp_path), "segment") == tmp_path
+    assert roots.existing(str(tmp_path), "segment", "") == tmp_path
     assert roots.absent(tmp_path, ["a.txt", "b.txt"]) == ["b.txt"] and roots.absent(tmp_path / "none", ["c"]) == ["c"]
     roots.refuse_missing("VOC", tmp_path, [], "layout")
     with pytest.raises(UserError, match=r"root: VOC is not whole below .*\n  one\n  two\nExpected below root:\nlayout"):

@@ -1,0 +1,178 @@
+"""How fast evaluations read images: against the cores' own limit in decoding, and against reading each file once.
+
+    python benchmarks/reading.py --json reading.json                 on photographs that it makes; minutes
+    python benchmarks/reading.py --full --photos PHOTOS              on yours, a zip or a folder of JPEGs: as the published figures
+
+1. Features: caco's way from files to features (caco/evals/features.py: read, decoded, resized, normalised; the network is a mean over
+   the pixels, which takes next to nothing), with a worker for each core, against as many processes that open and decode the same files with
+   Pillow and do nothing else. Each photograph lies there many times under other names.
+2. Digests and overlap: a look at each of many small files (caco/data/sets/content.py), and the whole overlap check of two sets of them
+   (caco/data/sets/overlap.py), against reading each of the same files once with as many threads.
+
+The page cache is warm: each side has a turn that does not count. Both sides take turns in one process; a ratio is that of one turn.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.reading has them
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.common import Report, formatted, parser, photos_at, ratios, say, turns
+from caco.data.loaders.torch_loader import TorchLoader
+from caco.data.loaders.workers import in_order
+from caco.data.sets.content import in_threads
+from caco.data.sets.overlap import Overlap
+from caco.data.sets.sources import ImageFiles, Source, Splits
+from caco.data.views.augmentation import View, Views
+from caco.evals.features import FeatureStore
+
+
+class Sizes(NamedTuple):
+    photos: int | None  # None: all that --photos has
+    copies: int  # of each, under other names
+    width: int  # of those made
+    files: int  # small ones
+    runs: int
+
+
+DEFAULT, FULL, TINY = Sizes(100, 5, 500, 20_000, 3), Sizes(None, 20, 500, 100_000, 3), Sizes(3, 2, 60, 200, 1)
+SMALL_BYTES = 2000  # of a small file, as an image of 32 pixels has
+SHARED = 50  # of the test files, which are training files too
+
+
+class Mean(nn.Module):
+    num_features = 3
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean(dim=(2, 3))
+
+
+def many(photos: Source, copies: int, top: Path) -> ImageFiles:
+    """Each photograph so many times: files of their own, linked and not copied, as nothing is written to them."""
+    top.mkdir()
+    names = []
+    for copy in range(copies):
+        for index in range(len(photos)):
+            names.append(f"{copy:02}-{index:05}.jpg")
+            try:
+                os.link(photos.path(index), top / names[-1])
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(photos.path(index), top / names[-1])
+    return ImageFiles(top, names, name="photos")
+
+
+def features(source: ImageFiles, workers: int) -> None:
+    views = Views(size=224, views={"one": View()}, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    store = FeatureStore(
+        Splits(source, source, None), views, batch=256, device="cpu", precision="fp32", loader=TorchLoader(num_workers=workers)
+    )
+    assert store.outputs(Mean(), source, views).shape == (len(source), 3)
+
+
+def decode(source: ImageFiles, workers: int) -> None:
+    """Nothing but decoding, by as many processes."""
+
+    def part(indices: np.ndarray) -> int:
+        for index in indices:
+            with Image.open(source.path(int(index))) as image:
+                image.convert("RGB")
+        return len(indices)
+
+    pieces = np.array_split(np.arange(len(source)), max(1, len(source) // 32))
+    made = in_order(part, pieces, workers)
+    assert sum(made) == len(source)
+    made.close()
+
+
+def small_files(top: Path, count: int) -> tuple[ImageFiles, ImageFiles]:
+    """Nine tenths to train on, a tenth to test on, of which some are among the others."""
+    rng = np.random.default_rng(0)
+    names = [f"{i % 100:02}/{i:06}.jpg" for i in range(count)]
+    for folder in range(100):
+        (top / f"{folder:02}").mkdir(parents=True)
+    contents = rng.integers(0, 256, (count, SMALL_BYTES), dtype=np.uint8)
+    train = count * 9 // 10
+    shared = min(SHARED, count - train)
+    contents[train : train + shared] = contents[:shared]
+    for name, content in zip(names, contents, strict=True):
+        (top / name).write_bytes(content.tobytes())
+    return ImageFiles(top, names[:train], name="train"), ImageFiles(top, names[train:], name="test")
+
+
+def anew(source: ImageFiles) -> ImageFiles:
+    """The same files, of which nothing is known yet."""
+    return ImageFiles(source.root, source._files, name=source.name)
+
+
+def timed(work: Callable[[], object]) -> Callable[[], float]:
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    return once
+
+
+def read_once(*sources: ImageFiles) -> None:
+    for source in sources:
+        in_threads(lambda i: len(source.path(i).read_bytes()), len(source))  # noqa: B023 - called here
+
+
+def check(train: ImageFiles, test: ImageFiles) -> None:
+    shared = Overlap().shared(anew(train), anew(test))
+    assert len(shared) == min(SHARED, len(test))
+
+
+def main() -> None:
+    options = parser(__doc__, runs="turns that count: 3", full="5,000 photographs, of --photos, and 100,000 files: as the published figures")
+    options.add_argument("--photos", type=Path, help="a zip, or a folder, of JPEG photographs; made without")
+    options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="one for each core")
+    arguments = options.parse_args()
+    sizes = TINY if arguments.tiny else FULL if arguments.full else DEFAULT
+    runs, workers = arguments.runs or sizes.runs, arguments.workers
+    report = Report(["what", "ratio", "beside it"])
+    with tempfile.TemporaryDirectory() as temporary:
+        top = Path(temporary)
+        photos = photos_at(arguments.photos, top / "photos", sizes.photos or 250, sizes.width)
+        if arguments.photos is not None and sizes.photos is not None:
+            photos = photos.part(np.arange(min(len(photos), sizes.photos)), "photos")
+        source = many(photos, sizes.copies, top / "many")
+        say(f"features of {len(source)} photographs by {workers} workers, and decoding alone by as many processes, {runs} turns")
+        found = turns({"features": timed(lambda: features(source, workers)), "decode": timed(lambda: decode(source, workers))}, runs)
+        ratio = ratios(found["decode"], found["features"])
+        rates = [formatted(ratios([len(source)] * runs, found[name]), digits=0) for name in ("features", "decode")]
+        report.row("features / decoding alone, images a second", formatted(ratio), f"{rates[0]} to {rates[1]}")
+        report.figures["features"] = {"photos": len(source), "workers": workers, "vs_decode": ratio, **found}
+        train, test = small_files(top / "small", sizes.files)
+        time.sleep(0 if arguments.tiny else 3)  # a file that was written just now is looked at again
+        say(f"{sizes.files} files of {SMALL_BYTES} bytes: looked at, compared, and read once, {runs} turns")
+        found = turns(
+            {
+                "digests": timed(lambda: [anew(one).digest() for one in (train, test)]),
+                "overlap": timed(lambda: check(train, test)),
+                "read": timed(lambda: read_once(train, test)),
+            },
+            runs,
+        )
+        for name, what in (("digests", "digests"), ("overlap", "the overlap check")):
+            ratio = ratios(found[name], found["read"])
+            report.row(f"{what} / reading each file once, seconds", formatted(ratio), f"{formatted(ratios(found[name], [1] * runs), ' s')}")
+            report.figures[name] = {"files": sizes.files, "vs_read": ratio, "seconds": found[name], "read_seconds": found["read"]}
+    report.end(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
