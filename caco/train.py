@@ -159,7 +159,7 @@ def check_command(overrides: list[str], *, multirun: bool) -> int:
     Raises:
         UserError: one line per problem.
     """
-    refusals.refuse_empty(overrides)
+    refusals.refuse_unwritable(overrides)
     unfinished = 0
     placed: list[tuple[Path, dict[str, Any]]] = []
     try:
@@ -248,6 +248,7 @@ def main() -> None:
     args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
     elsewhere = args.config_name or args.config_path or args.experimental_rerun
+    refusals.refuse_unwritable(args.overrides)  # also where the configuration is but shown
     try:
         if args.help:
             print(help_text(args.overrides), end="")

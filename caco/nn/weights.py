@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.errors import UserError
-from caco.runs import checkpoint
+from caco.runs import checkpoint, pickle_size
 
 OURS, RELEASED, PLAIN = "a checkpoint of this program", "encoder_q, encoder_k", "one network"
 LAYOUTS = {
@@ -139,7 +139,10 @@ def _content(path: Path) -> object:
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):
             return checkpoint.contents(path)
-        return torch.load(path, map_location="cpu", weights_only=True)  # as torch wrote before 1.6
+        with open(path, "rb") as file:  # as torch wrote before 1.6: five pickles, and then the numbers
+            for _ in range(5):
+                pickle_size.check(file, str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UserError as error:
         code = _code(error.__cause__)
         raise UserError(
