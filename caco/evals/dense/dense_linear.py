@@ -91,6 +91,9 @@ class DenseLinear(Evaluator):
         """The images and labels, by content."""
         return [self._set.train.digest(), self._set.test.digest()]
 
+    def image_sets(self) -> dict[str, str]:
+        return {"voc2012": self._set.test.digest()}
+
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/voc2012_<measure>`, percent).
 

@@ -3,7 +3,6 @@
 Labels: uint8 [H, W]; 0 is the background, 1 to 20 the classes, 255 counts for nothing.
 """
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from caco.data.sets.content import Looks, digest_of
 from caco.data.sets.sources import ImageFiles, UnreadableImage
 from caco.data.sets.transfer import VOC_CLASSES
 from caco.evals.dense import roots
@@ -61,10 +61,9 @@ class LabelledPixels:
 
     def digest(self) -> str:
         """A short hash that changes when images, labels or their order do."""
-        state = hashlib.blake2b(self.files.digest().encode(), digest_size=8)
-        for index, file in enumerate(self.label_files):
-            state.update(b"%s\0%d\0" % (file, os.stat(self.label_path(index)).st_size))
-        return state.hexdigest()
+        every = np.arange(len(self))
+        looks, _ = Looks(lambda i: str(self.label_path(i)), len(self)).of(every)
+        return digest_of(self.label_files, looks, np.frombuffer(self.files.digest().encode(), np.uint8))
 
 
 def read_labels(path: Path) -> np.ndarray:
