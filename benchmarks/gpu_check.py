@@ -10,7 +10,6 @@ down, and the next one starts. Nobody has run it on a GPU yet: the limits are es
 """
 
 import argparse
-import json
 import os
 import random
 import subprocess

@@ -327,7 +327,7 @@ def _read(path: Path) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
 if __name__ == "__main__":

@@ -11,9 +11,17 @@ from collections.abc import Mapping
 from urllib.parse import unquote
 
 HIDDEN = "***"
+OF_SECRETS = (
+    "holds a password or a token, and settings are written into files. Put it into the environment: MLFLOW_TRACKING_URI=ADDRESS, or "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+)
 _WORDS = r"password|passwd|pwd|secret|token|api_?key|access_?key|credentials?"
-# postgresql://user:PASSWORD@host; with an @ in the password too, up to the last one before the path.
-_IN_ADDRESS = re.compile(r"(?P<before>[a-zA-Z][\w+.-]*://[^\s/:@'\"]*:)(?P<secret>[^\s/'\"]+)(?=@)")
+# postgresql://user:PASSWORD@host; with an @ in the password too, up to the last one before the path; with what SQLAlchemy takes in one
+# besides: /, blanks, quotes within. A port is no password. As a folder's name an address has one slash for two.
+_IN_ADDRESS = re.compile(
+    r"(?P<before>[a-zA-Z][\w+.-]*:/{1,2}(?!/)[^\s/:@'\"]*:)(?!\d{1,5}(?:[/?#\s'\",;)\]}]|$))"
+    r"(?P<secret>[^\s/'\"]+|[^\s@'\"](?:[^\n@'\"]|(?<=[\w\\'\"])['\"](?=[\w\\'\"]))*)(?=@)"
+)
 # ?password=..., MLFLOW_TRACKING_TOKEN=..., "api_key: ..."
 _ASSIGNED = re.compile(rf"(?P<before>\b\w*(?:{_WORDS})[\"']?\s*[=:]\s*[\"']?)(?P<secret>[^\s&;,'\"}}]+)", re.IGNORECASE)
 _NAME = re.compile(rf"(?:^|[_.\-])(?:{_WORDS})$", re.IGNORECASE)
@@ -27,6 +35,11 @@ def redacted(text: str) -> str:
     for pattern in (_IN_ADDRESS, _ASSIGNED):
         text = pattern.sub(lambda found: found["before"] + HIDDEN, text)
     return text
+
+
+def shortened(value: object, length: int) -> str:
+    """As `repr` shows it, no longer than so: hidden before it is cut, for half of an address is not known for one."""
+    return redacted(repr(value))[:length]
 
 
 def holds_secret(text: str) -> bool:

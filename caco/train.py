@@ -178,7 +178,7 @@ def check_command(overrides: list[str], *, multirun: bool) -> Checked:
     Raises:
         UserError: one line per problem, of all of them.
     """
-    refusals.refuse_empty(overrides)
+    refusals.refuse_unwritable(overrides)
     root = continued.root(overrides)
     checked, problems = Checked(), list[str]()
     placed: list[tuple[Path, dict[str, Any]]] = []
@@ -315,6 +315,7 @@ def main() -> None:
     args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
     elsewhere = args.config_name or args.config_path or args.experimental_rerun
+    refusals.refuse_unwritable(args.overrides)  # also where the configuration is but shown
     of_sweep: list[Path] = []
     try:
         if args.help:

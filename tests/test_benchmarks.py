@@ -159,7 +159,7 @@ def test_their_imports_go_one_way(repo_root):
         for file in (repo_root / "benchmarks").glob("*.py")
     }
     other = {name: {module or first for module, first in found} - {"common", "published"} for name, found in known.items()}
-    assert other == {"bank": {"step"}, **{name: set() for name in ("common", "evals", "kernels", "loader", "published", "reading", "step")}}
+    assert other == {"bank": {"step"}, **{name: set() for name in ("common", "evals", "kernels", "loader", "published", "reading", "step", "gpu_check")}}
 
 
 def test_the_check_of_a_gpu_packs_20_000_images_from_one_seed_and_says_where_there_are_fewer(tmp_path, monkeypatch):

@@ -94,8 +94,14 @@ def test_transfer(tmp_path, evaluated):
     command += ["eval.transfer.num_strengths=2", "baselines=true"]
     name = "pixels/transfer_size-16_num_strengths-2/own_top1"
     assert evaluated(*command)[1][name] == 100.0
+    shutil.copytree(tmp_path / "sets", tmp_path / "copies")
     exchange(tmp_path / "sets" / "own" / "test", tmp_path / "sets" / "own" / "other")
-    assert evaluated(*command)[1][name] == 0.0
+    results = evaluated(*command)[1]
+    (other,) = (key for key in results if key.startswith("pixels/own-") and key.endswith("own_top1"))
+    assert results[name] == 100.0, "of the images that were known by that name first"
+    assert results[other] == 0.0
+    of_copies = evaluated(*command[:1], f"eval.transfer.root={tmp_path / 'copies'}", *command[2:])[1]
+    assert of_copies == results, "a copy elsewhere is the same set"
 
 
 def test_overlap(tmp_path, evaluated, capsys):

@@ -13,6 +13,7 @@ from tiny import BANK, TINY, compose
 from caco import evaluate, train
 from caco.config import composition
 from caco.engine.assembly import run_training
+from caco.engine.same_images import other_images
 from caco.errors import SweepFailed, UserError
 from caco.launch.jobs import Job
 from caco.launch.sweep import follow
@@ -182,3 +183,12 @@ def test_evaluating_a_job_of_a_sweep_leaves_its_label_alone(tmp_path, evaluated)
     about = read_json(run_dir / "tracking.json")
     assert (about["run_name"], about["sweep"]) == ("seed=0", sweep)
     assert OmegaConf.create(yaml.safe_load((run_dir / "config.yaml").read_text())).seed == 0
+
+
+def test_a_run_goes_on_with_a_copy_of_an_evaluators_set_and_not_with_another_one():
+    def of(sets):
+        return {"images": {"test": "t"}, "end": {"transfer": sets}}
+
+    assert "those of eval.transfer" in (other_images(of({"cars": "a"}), of({"cars": "b"}), is_done=True) or "")
+    assert other_images(of({"cars": "a"}), of({"cars": "a"}), is_done=True) is None
+    assert other_images(of([["cars", "key with times"]]), of({"cars": "a"}), is_done=True) is None, "as earlier versions wrote it"

@@ -9,7 +9,7 @@ import pytest
 from caco import errors
 from caco.config import composition, validation
 from caco.errors import UserError
-from caco.redaction import completed, holds_secret, redacted
+from caco.redaction import completed, holds_secret, redacted, shortened
 from caco.runs.directory import command, record_failure
 from caco.tracking.ledger import LedgerTracker
 from caco.tracking.store import first_line, own_uri, resolve_uri
@@ -19,10 +19,17 @@ WITH = [
     ("postgresql://me:p@ss:w0rd@host/db", "postgresql://me:***@host/db"),
     ("mysql+pymysql://me:Gehe1m@host/db?charset=utf8", "mysql+pymysql://me:***@host/db?charset=utf8"),
     ("postgresql://host/db?user=me&password=Gehe1m&x=1", "postgresql://host/db?user=me&password=***&x=1"),
+    ("postgresql://me:pa/ss@host/db", "postgresql://me:***@host/db"),
+    ("'postgresql://me:pa ss@host/db'", "'postgresql://me:***@host/db'"),
+    ("postgresql://me:pa'ss@host/db", "postgresql://me:***@host/db"),
+    ("runs/http:/me:Gehe1m@host", "runs/http:/me:***@host"),
     ("export MLFLOW_TRACKING_TOKEN=Gehe1m", "export MLFLOW_TRACKING_TOKEN=***"),
     ('{"api_key": "Gehe1m"}', '{"api_key": "***"}'),
 ]
-WITHOUT = ["http://host:5000", "sqlite:///a:b@c/mlflow.db", "https://me@host/x", "backbone.register_tokens=4", "http://me:***@host", "key=value"]
+WITHOUT = [
+    "http://host:5000", "http://host:5000/x, says me@host", "{'uri': 'http://host:x', 'mail': 'me@host'}", "sqlite:///a:b@c/x", "https://host: no answer from me@host",
+    "sqlite:///a:b@c/mlflow.db", "https://me@host/x", "backbone.register_tokens=4", "http://me:***@host", "key=value",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, shown", WITH)
@@ -33,6 +40,10 @@ def test_secrets_in_addresses_and_assignments_are_found(text, shown):
 @pytest.mark.parametrize("text", WITHOUT)
 def test_what_is_no_secret_stays(text):
     assert redacted(text) == text and not holds_secret(text)
+
+
+def test_what_is_cut_for_a_message_is_hidden_first():
+    assert "Gehe" not in shortened({"uri": f"http://me:{'Gehe1m' * 30}@host"}, 40)
 
 
 def test_folders_and_files_are_no_secrets(monkeypatch, tmp_path):

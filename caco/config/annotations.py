@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from caco.config.signatures import Module, Parameter, Signature, is_group, lookup, signature
+from caco.redaction import shortened
 
 # int is accepted for float, bool for neither: `true` where a number belongs is a mistake.
 SCALARS: dict[str, tuple[type, ...]] = {
@@ -91,7 +92,7 @@ def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: st
     near = difflib.get_close_matches(str(value), [str(item) for item in choices], n=1)
     hint = f"; did you mean {near[0]}?" if near and isinstance(value, str) else ""
     expected = " or ".join(_shown(member, where) for where, member in members)
-    return [f"{path}: expected {expected}, got {value!r:.80}{_kind(value)}{hint}"]
+    return [f"{path}: expected {expected}, got {shortened(value, 80)}{_kind(value)}{hint}"]
 
 
 def argument_mismatches(

@@ -20,6 +20,7 @@ from caco.config.folders import CONF
 from caco.config.schema import EmbedRoot, EvaluateRoot, ExportRoot, Root
 from caco.errors import UserError
 from caco.installed import is_installed
+from caco.redaction import redacted
 from caco.runs.identity import file_digest, run_name
 
 
@@ -76,7 +77,7 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
     except (HydraException, OmegaConfBaseException, ValueError):
         raise
     except OSError as error:
-        name = str(error.filename or "")
+        name = redacted(str(error.filename or ""))
         shown = f": {name[:40]}...{name[-40:]}" if len(name) > 90 else f": {name}" if name else ""
         raise UserError(f"an option's name must be that of a file ({error.strerror}{shown})") from error
     except Exception as error:  # noqa: BLE001 - Hydra and OmegaConf raise what they like where a command line makes no sense to them

@@ -76,7 +76,7 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: one line per problem.
     """
-    refusals.refuse_empty(overrides)
+    refusals.refuse_unwritable(overrides)
     try:
         chosen = _chosen(overrides)
         of_the_run: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from caco.config.signatures import find
 from caco.config.validation import SUPPLIED
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
+from caco.redaction import OF_SECRETS, holds_secret, redacted, shortened
 from caco.runs import renamed
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
@@ -37,12 +38,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def refuse_empty(overrides: Sequence[str]) -> None:
+def refuse_unwritable(overrides: Sequence[str]) -> None:
     """Refuse what cannot be written down, and `data.root=$UNSET`: without a value it would be the working directory, or no directory at all.
 
     Raises:
-        UserError: names what has no value.
+        UserError: names what has no value, or may not be written down: a password.
     """
+    if secret := [item for item in overrides if holds_secret(item)]:  # wherever it stands: a run's directory, the name of an option, ...
+        raise UserError(f"{redacted(' '.join(secret))}: {OF_SECRETS}")
     for item in overrides:
         try:
             item.encode()
@@ -68,7 +71,8 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
         return f"{twice.group(1)} is chosen twice{': ' * bool(those)}{' '.join(those)}; leave all but one out"
     given = re.search(r"Could not override '([^'@]+)", str(error))
     if given:
-        return _explain_key(given.group(1), overrides, root, in_defaults_list="defaults list" in str(error))
+        inner = re.search(r"full_key: (\S+)", str(error.__cause__))
+        return _explain_key(given.group(1), overrides, root, in_defaults_list="defaults list" in str(error), inner=inner[1] if inner else "")
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ValidationError) and cause.full_key:
         return _explain_type(cause)
@@ -111,13 +115,18 @@ def _quoted(override: str | None) -> str:
 
 
 def _explain_option(missing: str) -> str:
-    group, _, option = missing.rpartition("/")
+    known = [name for name in groups() if missing.startswith(f"{name}/")]  # an address as the option has slashes of its own
+    group, option = (known[0], missing.removeprefix(f"{known[0]}/")) if known else missing.rpartition("/")[::2]
     options = groups().get(group, [])
     listed = f" There are: {', '.join(options)}." if options else ""
     return f"{group}={option}: no such option{nearest(option, options) or '.'}{listed}{folders.misplaced(group, option)}"
 
 
-def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_list: bool) -> str:
+def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_list: bool, inner: str) -> str:
+    """
+    Args:
+        inner: the name in a value {NAME: ...} that there is not, below key; or key.
+    """
     if key in renamed.KEYS:
         return f"{key}: is called {renamed.KEYS[key]} now"
     if key == "pn":
@@ -139,13 +148,15 @@ def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_l
         taken = signature.parameters.get(name) if signature else None
         if signature and taken and is_plain(taken.annotation, signature.module) and name not in SUPPLIED.get(parent, ()):
             value = next((item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}=")), "VALUE")
+            if inner.startswith(f"{key}."):
+                return f"{inner} is not set by the chosen {parent}; to add it, write +{key}={value}"
             return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
         if key in _OF_MLFLOW and not is_installed("mlflow"):
             return f"{key}: belongs to tracking=mlflow, and MLflow is not installed; to have it: {command_to_install('mlflow')}"
         near = nearest(name, [str(item) for item in node])
         return f"{key}: no such key{near or nearest(key, known)} {parent} has: {', '.join(map(str, node))}"
     if parent and cfg is not None and parent in ROOTS[root].__dataclass_fields__:
-        return f"{key}: this setting has no {parent} (it is {node!r:.40})"
+        return f"{key}: this setting has no {parent} (it is {shortened(node, 40)})"
     return f"{key}: no such key{nearest(key, known) or '. `--help` lists all'}"
 
 

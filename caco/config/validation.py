@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,7 +21,7 @@ from caco.config.annotations import argument_mismatches
 from caco.config.schema import AnyRoot, Root
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
-from caco.redaction import HIDDEN, holds_secret, names_secret, redacted
+from caco.redaction import OF_SECRETS, holds_secret, names_secret, shortened
 from caco.runs import renamed
 from caco.runs.identity import file_digest, flat, plain, read_yaml
 
@@ -74,18 +75,15 @@ def _senseless(tree: dict[str, Any]) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{key}: expected a finite number, got {value}")
         elif isinstance(value, int) and not -(2**32) < value < 2**32:
-            problems.append(f"{key}: expected a number below 2**32, got {str(value)[:40]}")
+            problems.append(f"{key}: expected a number below 2**32, got {shortened(value, 40)}")
         elif not isinstance(value, str):
             continue
         elif not value and not key.startswith("launcher.sbatch."):
             problems.append(f"{key}: expected a value, got an empty text; is a variable of the shell unset? Nothing is written null")
         elif "\0" in value:
-            problems.append(f"{key}: expected a text without a byte of zero, got {value!r:.60}")
+            problems.append(f"{key}: expected a text without a byte of zero, got {shortened(value, 60)}")
         elif names_secret(key.rpartition(".")[2]) or holds_secret(value):
-            problems.append(
-                f"{key}: holds a password or a token, and settings are written into files: {redacted(value) if holds_secret(value) else HIDDEN}. "
-                "Put it into the environment: MLFLOW_TRACKING_URI=ADDRESS, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            )
+            problems.append(f"{key}: {OF_SECRETS}")
     return problems
 
 
@@ -100,28 +98,28 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
     for key, field in root.__dataclass_fields__.items():
         inner = getattr(field.default_factory, "__dataclass_fields__", {})  # schedule, warm_start, checkpoint
         if key in tree and inner and not isinstance(tree[key], dict):
-            problems.append(f"{key}: expected {', '.join(inner)}, got {tree[key]!r:.60}")
+            problems.append(f"{key}: expected {', '.join(inner)}, got {shortened(tree[key], 60)}")
         elif key in tree:
             problems += [f"{key}.{name}: is missing" for name in inner if name not in tree[key]]
     for key in COMPONENTS:
         if key in known and key in tree and not (isinstance(tree[key], dict) and "_target_" in tree[key]):
-            problems.append(f"{key}: expected a component with a _target_, got {tree[key]!r:.60}")
+            problems.append(f"{key}: expected a component with a _target_, got {shortened(tree[key], 60)}")
     if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
         problems.append(
-            f"bank: this setting has none, got {tree['bank']!r:.60}; a method without one says bank: null in its file, as "
+            f"bank: this setting has none, got {shortened(tree['bank'], 60)}; a method without one says bank: null in its file, as "
             "conf/method/simclr.yaml does"
         )
     if tree.get("negatives") is not None and not (isinstance(tree["negatives"], dict) and "_target_" in tree["negatives"]):
-        problems.append(f"negatives: expected a treatment of negatives with a _target_, or null for plain ones, got {tree['negatives']!r:.60}")
+        problems.append(f"negatives: expected a treatment of negatives with a _target_, or null for plain ones, got {shortened(tree['negatives'], 60)}")
     if tree.get("launcher") is not None and not (isinstance(tree["launcher"], dict) and "_target_" in tree["launcher"]):
-        problems.append(f"launcher: expected none, local or slurm, got {tree['launcher']!r:.60}")
+        problems.append(f"launcher: expected none, local or slurm, got {shortened(tree['launcher'], 60)}")
     evaluators = tree.get("eval", {} if "eval" not in known else None)
     if not isinstance(evaluators, dict):
-        problems.append(f"eval: expected evaluators by name, as eval=[knn,probe], got {evaluators!r:.60}")
+        problems.append(f"eval: expected evaluators by name, as eval=[knn,probe], got {shortened(evaluators, 60)}")
     else:
         for name, part in evaluators.items():
             if not (isinstance(part, dict) and "_target_" in part):
-                problems.append(f"eval.{name}: expected an evaluator with a _target_, got {part!r:.60}")
+                problems.append(f"eval.{name}: expected an evaluator with a _target_, got {shortened(part, 60)}")
     return problems
 
 
@@ -323,7 +321,7 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
     presets = [item for item in overrides if item.startswith("preset=")]
     if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:
         problems.append(f"warm_start: method={choices.get('method')} has none; leave it out")
-    problems += _unlearned(tree, assigned) + _untreated(tree, choices)
+    problems += _unlearned(tree, assigned) + _untreated(tree, choices) + _merged_to_nothing(tree, overrides)
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):
@@ -345,6 +343,31 @@ def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[
                 if own_of_option and not by_hand and leaves.get(key) != wanted and "${" not in str(wanted):
                     undone_by = presets[-1] if presets else "a later group"
                     problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={wanted}")
+    return problems
+
+
+def _merged_to_nothing(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Each `key={}`, inner ones too, of which Hydra makes nothing: it merges groups of settings key by key, so what is there stays."""
+    problems = []
+
+    def visit(override: str, key: str, value: Any, there: Any) -> None:
+        if not isinstance(value, dict) or not isinstance(there, dict):
+            return
+        if not value and there:
+            names = [name for name in there if name != "_target_"]
+            problems.append(
+                f"{override}: changes nothing, because settings are merged key by key: {key} keeps {', '.join(names[:3])}{', ...' * (len(names) > 3)}. "
+                f"Leave one out by ~{key}.{names[-1]}, change one by {key}.{names[-1]}=VALUE"
+            )
+        for name, inner in value.items():
+            visit(override, f"{key}.{name}", inner, there.get(str(name)))
+
+    for item in OverridesParser.create().parse_overrides([item for item in overrides if "{" in item]):
+        key, there = item.key_or_group.replace("/", "."), tree
+        for part in key.split("."):
+            there = there.get(part) if isinstance(there, dict) else None  # type: ignore[assignment]
+        if not item.is_delete() and not item.is_sweep_override():
+            visit(str(item.input_line), key, item.value(), there)
     return problems
 
 

@@ -309,7 +309,7 @@ def run_training(
         )  # fmt: skip
         print(message, file=sys.stderr)
         directory.write_config(run_dir, cfg)  # of a run that goes on: nothing has been refused, and this is how it does
-        write_json(images_file, evaluated_on)
+        write_json(images_file, {**read_json(images_file), **evaluated_on})
         note(views, run_dir)
         # Again: now PyTorch is here to say which GPUs and instructions it has.
         environment = directory.write_environment(run_dir, folders.record())

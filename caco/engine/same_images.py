@@ -15,7 +15,7 @@ def images_read(evaluation: Evaluation) -> dict[str, Any]:
         return {}
     splits = evaluation.store.splits
     sources = {"train": splits.train, "test": splits.test}
-    inputs = {name: (one.when, one.inputs()) for name, one in evaluation.evaluators.items()}
+    inputs = {name: (one.when, one.image_sets() or one.inputs()) for name, one in evaluation.evaluators.items()}
     read = {
         "images": {split: source.digest() for split, source in sources.items() if source is not None},
         "epoch": {name: read for name, (when, read) in inputs.items() if when == "epoch" and read},
@@ -32,7 +32,8 @@ def other_images(recorded: dict[str, Any], ours: dict[str, Any], *, is_done: boo
     """
     parts = [*recorded.get("images", {}), *recorded.get("epoch", {}), *(recorded.get("end", {}) if is_done else {})]
     known, here = ({**of.get("images", {}), **of.get("epoch", {}), **of.get("end", {})} for of in (recorded, ours))
-    differ = [part for part in parts if part in here and here[part] != known[part]]
+    # What earlier versions wrote of an evaluator's sets, a list, had the times of files in it, and a copy looked like other images.
+    differ = [part for part in parts if part in here and type(here[part]) is type(known[part]) and here[part] != known[part]]
     if not differ:
         return None
     where = {"train": "the labelled training images", "test": "the test images"}

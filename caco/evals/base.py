@@ -75,6 +75,11 @@ class Evaluator(Protocol):
         sets of images, by name and digest. For caco.evaluate, which makes no result twice."""
         return []
 
+    def image_sets(self) -> dict[str, str]:
+        """The sets of images of its own by name, each with a digest of its content, after `build`: where another folder holds another set of
+        that name, its results get a name of their own (caco/evals/record.py), and a run does not go on with it."""
+        return {}
+
     def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
         """What `run` takes, without data and before `build`; nothing where nobody counted it.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from caco import distributed, metrics
 from caco.data.sets.domains import CLASSES, DOMAINS, others_than, read
-from caco.data.sets.sources import labels_of
+from caco.data.sets.sources import digest_together, labels_of
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
 from caco.evals.base import Evaluator
@@ -125,6 +125,9 @@ class Domain(Evaluator):
         """What the numbers depend on besides the arguments: the images, and which lists they are on."""
         lists = hashlib.sha256(self._pacs.train.tobytes() + self._pacs.domain.tobytes()).hexdigest()[:16]
         return [["pacs", self._store.key_of(self._pacs.every), lists]]
+
+    def image_sets(self) -> dict[str, str]:
+        return {"pacs": digest_together([self._pacs.every])}
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/<domain>_top1`, percent), what was chosen for it (`..._strength`, lambda, or `..._lr` of several), and

@@ -30,8 +30,9 @@ class Record:
 
     evaluations/NAME-KEY.json holds what an evaluator gave, and of what; its key says of what, so the same question is
     answered from there. Ledger, MLflow and summary.json get the same numbers by name, those of other data than the run's
-    as DATA/NAME (DATA-DIGEST/NAME where only the images are others), of the baselines as untrained/NAME and pixels/NAME. What training measured at this step stays: where an
-    evaluation with the same protocol gives another number (another seed, precision, batch, ...), that one is in its file alone.
+    as DATA/NAME (DATA-DIGEST/NAME where only the images are others), of an evaluator's set as SET-DIGEST/NAME if this directory first
+    knew other images by the set's name, of the baselines as untrained/NAME and pixels/NAME. What training measured at this step stays:
+    where an evaluation with the same protocol gives another number (another seed, precision, batch, ...), that one is in its file alone.
 
     Args:
         results_dir: where they go.
@@ -49,6 +50,7 @@ class Record:
         self._environment = environment() | folders.record()
         self._of_training: dict[str, Any] = {}
         self._images: dict[str, str | None] = {}
+        self._sets_of: dict[str, dict[str, str]] = {}
 
     def open(self) -> str:
         """Open the ledger behind its last row; returns the status that the run had."""
@@ -78,6 +80,7 @@ class Record:
         splits, views, node = store.splits, store.views, plain(self.cfg)["eval"][name]
         sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
         self._images = {split: None if source is None else source.digest() for split, source in sources.items()}
+        self._sets_of[name] = evaluator.image_sets()
         return {
             "evaluator": {k: v for k, v in node.items() if not is_neutral(f"eval.{name}.{k}")}
             | folders.code_of([node["_target_"]]),
@@ -109,7 +112,8 @@ class Record:
         self._take(prefix, name, made_from, values)
 
     def _take(self, prefix: str, name: str, made_from: dict[str, Any], values: dict[str, float]) -> None:
-        named = {f"{prefix}{self._of_other_data()}{key}": value for key, value in values.items()}
+        data, others = self._of_other_data(), self._of_other_sets(self._sets_of[name])
+        named = {f"{prefix}{data}{_of_set(key, others)}{key}": value for key, value in values.items()}
         self.results |= named
         for key in named.keys() & self._of_training.keys():
             if named[key] != self._of_training[key]:
@@ -143,6 +147,17 @@ class Record:
         differ = [found for split, found in self._images.items() if split in recorded and found != recorded[split]]
         return f"{self._data_name()}-{differ[-1]}/" if differ else ""
 
+    def _of_other_sets(self, sets: dict[str, str]) -> dict[str, str]:
+        """What the names of results begin with, by set: "" of the images that this directory first knew by that name, else SET-DIGEST/."""
+        file = self.dir / "images.json"
+        about = read_json(file)
+        first: dict[str, str] = dict(about.get("sets", {}))
+        for read in (*about.get("epoch", {}).values(), *about.get("end", {}).values()):
+            first |= read if isinstance(read, dict) else {}  # training's own count, whatever was evaluated before
+        if sets.keys() - first.keys():
+            write_json(file, {**about, "sets": {**sets, **first}})
+        return {name: "" if first.get(name, digest) == digest else f"{name}-{digest}/" for name, digest in sets.items()}
+
     def _data_name(self) -> str:
         return plain(self.cfg)["data"]["_target_"].rpartition(".")[2]
 
@@ -159,6 +174,13 @@ class Record:
             values = [self.results.get(f"{prefix}{name}") for prefix in columns]
             lines.append(f"{name:<{width}}" + "".join(f"{'' if v is None else f'{v:.6g}':>12}" for v in values))
         return "\n".join(lines)
+
+
+def _of_set(key: str, beginnings: dict[str, str]) -> str:
+    """What the name of a result begins with: its set stands in its last part, as in transfer/cars_top1, if there are several."""
+    measure = key.rpartition("/")[2]
+    named = [name for name in beginnings if len(beginnings) == 1 or measure.startswith(f"{name}_")]
+    return beginnings[max(named, key=len)] if named else ""
 
 
 def say_sometimes(enabled: bool, *, seconds: float = 5.0) -> Say:

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from caco import distributed, metrics
-from caco.data.sets.sources import Source, labels_of
+from caco.data.sets.sources import Source, digest_together, labels_of
 from caco.data.sets.transfer import MissingSet, TransferSet, load
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
@@ -123,6 +123,9 @@ class Transfer(Evaluator):
         """What the numbers depend on besides the arguments: the sets that were found, by name and content."""
         key = self._store.key_of
         return [[s.name, key(s.train), key(s.validation), key(s.test)] for s in self._found]
+
+    def image_sets(self) -> dict[str, str]:
+        return {s.name: digest_together([s.train, s.validation, s.test]) for s in self._found}
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest entry)."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from caco.errors import UserError
 from caco.nn.formats import BACKBONE, EVALUATED, FORMATS, HEADS_OF_384, TWIN, Reading, below, reading
-from caco.runs import checkpoint
+from caco.runs import checkpoint, pickle_size
 
 CLASSIFIERS = ("fc.", "head.", "classifier.")  # of torchvision's and timm's models, left out where the backbone has none
 OWN_OF_A_RUN = ("rows.velocity", "rows.uses")  # the bank's momentum and statistics: a new run starts its own
@@ -182,7 +182,10 @@ def _content(path: Path) -> object:
         with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
             if zipfile.is_zipfile(path):
                 return checkpoint.contents(path)
-            return torch.load(path, map_location="cpu", weights_only=True)  # as torch wrote before 1.6
+            with open(path, "rb") as file:  # as torch wrote before 1.6: five pickles, and then the numbers
+                for _ in range(5):
+                    pickle_size.check(file, str(path))
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError as error:
         code = _code(error.__cause__)
         raise UserError(

@@ -1,5 +1,6 @@
 """Checkpoints: one file with everything, written so that a kill at any instant leaves the one before."""
 
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from caco.errors import FileError, UserError
+from caco.runs import pickle_size
 
 NAME = re.compile(r"step_(\d{9})\.pt")
 
@@ -93,6 +95,9 @@ def load(path: Path) -> dict:
 def contents(path: Path) -> object:
     """What torch.save wrote into a file, on the CPU; nothing in it is run, and what is damaged is refused, as by `load`."""
     try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # torch.load would take it for a file of before 1.6, whatever zip file it ends with
+                raise UserError(f"checkpoint {path} is damaged (it does not begin as a file of torch.save does)")
         # torch.load does not look at the checksums that torch.save writes.
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(part.file_size for part in archive.infolist())
@@ -100,6 +105,9 @@ def contents(path: Path) -> object:
                 raise UserError(f"checkpoint {path} would unpack to {unpacked:,} bytes and is no file of torch.save")
             # torch's reader gives uninitialised memory for what calls itself a folder, whatever its checksum.
             damaged = next((part.filename for part in archive.infolist() if part.external_attr & 0xFF or part.volume), None) or archive.testzip()
+            for part in archive.infolist():
+                if damaged is None and part.filename.lower().endswith(".pkl"):  # torch's reader finds names of other case, too
+                    pickle_size.check(io.BytesIO(archive.read(part)), f"checkpoint {path}")
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:

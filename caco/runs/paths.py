@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from caco.errors import FileError, UserError
+from caco.redaction import redacted
 
 _MAX_NAME, _MAX_PATH = 255, 4000  # bytes, of every file system that runs lie on
 
@@ -38,7 +39,7 @@ def require_writable(folder: Path, key: str) -> None:
         UserError: says which folder is the cause.
     """
     if not is_possible(folder):
-        raise UserError(f"{str(folder)[:80]}...: its name is too long for a file system; choose another one with {key}")
+        raise UserError(f"{redacted(str(folder))[:80]}...: its name is too long for a file system; choose another one with {key}")
     for path in (folder.absolute(), *folder.absolute().parents):
         try:
             if not os.path.lexists(path):

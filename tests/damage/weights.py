@@ -25,6 +25,16 @@ CALLS = [
 ]  # fmt: skip
 
 
+# A tuple of one tuple twice, 50 times, by hand, for Python would not come back from making the dict; as a key, in a set, and within a key.
+NESTED = b"X\x01\0\0\0x" + 50 * b"q\x00h\x00\x86"
+SLOW = [
+    b"\x80\x02}" + NESTED + b"K\x01s.",
+    b"\x80\x02cbuiltins\nset\n]" + NESTED + b"a\x85R.",
+    b"\x80\x02]q\x01}(h\x01K\x00" + NESTED + b"K\x02\x86K\x01u.",
+    b"\x80\x02}(" + b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"K\x01" for number in range(9, 60_000)) + b"u.",  # one hash for all
+]
+
+
 class Call:
     """Pickled, a call of anything."""
 
@@ -91,8 +101,9 @@ def case(prepared: dict, rng: np.random.Generator) -> str:
     if kind < 2:
         content = damaged(files[name], rng) if name != "bomb.pth" else files[name]
     elif kind == 2:
-        module, function, argument = CALLS[int(rng.integers(0, len(CALLS)))]
-        content = Call(module, function, argument.format(ran)).pickled()
+        number = int(rng.integers(-len(SLOW), len(CALLS)))
+        module, function, argument = CALLS[max(0, number)]
+        content = SLOW[number] if number < 0 else Call(module, function, argument.format(ran)).pickled()
         name = "call.pth"
         if rng.integers(0, 2):
             with zipfile.ZipFile(io.BytesIO(files["new.pth"])) as archive, zipfile.ZipFile(out := io.BytesIO(), "w") as other:

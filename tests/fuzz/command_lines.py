@@ -129,7 +129,7 @@ def fault(root: str, words: list[str]) -> str | None:
         return None
     if not refusal.strip():
         return "refused without a word"
-    marks = ("Traceback", "Lexer", " object at 0x", "full_key", "object_type", "://u:secret@")
+    marks = ("Traceback", "Lexer", " object at 0x", "full_key", "object_type", "u:secret")
     return next((f"the refusal shows {mark!r}: {refusal}" for mark in marks if mark in refusal), None)
 
 

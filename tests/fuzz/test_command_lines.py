@@ -36,6 +36,10 @@ REFUSED = [
     ("backbone=small_resnet backbone.blocks=[1,1,1,1000000]", "backbone.blocks.3: expected int from 1 up to 1000, got 1000000"),
     ("optimizer.lr=inf", "optimizer.lr: expected a finite number, got inf"),
     ("optimizer.lr=nan", "optimizer.lr: expected a finite number, got nan"),
+    ("augmentation.views={}", "augmentation.views={}: changes nothing, because settings are merged key by key: augmentation.views keeps first, second. Leave one"),
+    ("++augmentation={views:{first:{}}}", "augmentation.views.first keeps "),
+    ("eval={}", "eval keeps knn, probe. Leave one out by ~eval.probe"),
+    ("augmentation.views={mine:{}}", "augmentation.views.mine is not set by the chosen augmentation; to add it, write +augmentation.views={mine:{}}"),
     ("launcher=local launcher.parallel=0", "launcher.parallel: expected int from 1"),
     ("eval.knn.temperature=0", "eval.knn.temperature: expected float above 0, got 0"),
     ("bank=8M bank=12M", "bank"),
@@ -49,6 +53,27 @@ def test_what_was_a_traceback_or_was_accepted_is_a_sentence(typed, told):
     words = [word.replace("'${", "${").replace("}'", "}") for word in words]
     assert fault("config", words) is None
     assert told in (outcome("config", words) or "accepted")
+
+
+@pytest.mark.parametrize("line", ["~augmentation.views.second", "~eval.probe", "+augmentation.views={mine:{}}", "launcher=slurm launcher.sbatch={}"])
+def test_what_those_refusals_advise_is_taken_and_an_empty_group_may_be_given_where_none_is(line):
+    assert outcome("config", ["tracking=ledger", *line.split()]) is None
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *[f"{group}=http://me:Gehe1m@host{path}" for group in ("tracking", "bank", "hydra/launcher") for path in ("", "/db", "/" + "x" * 300)],
+        "bank=[a,http://me:Gehe1m@host]", "hydra.run.dir=http://me:Gehe1m@host", "hydra.run.dir=http:/me:Gehe1m@host", "http://me:Gehe1m@host=1",
+        "seed='http://me:Gehe1m and more@host'", "schedule=postgresql://me:Gehe1m/+@host", f"augmentation.mean=[http://me:{'Gehe1m' * 30}@host]",
+        "+method.password=Gehe1m", "data@http://me:Gehe1m@host=digits",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("root", ["config", "sweep", "evaluate"])
+def test_no_refusal_repeats_a_password_wherever_it_was_typed(root, typed):
+    words = ["weights=/dev/null", typed] if root == "evaluate" else ["tracking=ledger", typed]
+    refusal = outcome(root, words)
+    assert refusal is not None and "Gehe1m" not in refusal
 
 
 @pytest.mark.parametrize("path", ["/bilder/größe", "/my photos", "/photos (2)", "/a=b", "/a~b", "/o'clock"])

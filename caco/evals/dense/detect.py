@@ -163,6 +163,9 @@ class Detect(Evaluator):
         """What the numbers depend on besides the arguments: the set, by name and content."""
         return [*self._set.inputs(), *(self._store.key_of(part.files) for part in (self._set.train, self._set.test))]
 
+    def image_sets(self) -> dict[str, str]:
+        return {self._set.name: self._set.test.digest()}
+
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/<set>_<measure>`, percent). A collective; ranks other than 0 yield nothing.
 

@@ -113,6 +113,9 @@ class Segment(Evaluator):
         """The images and labels."""
         return [self._set.train.cache_key(), self._set.test.cache_key()]
 
+    def image_sets(self) -> dict[str, str]:
+        return {"voc2012": self._set.test.digest()}
+
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>/voc2012_<measure>`, percent).
 
