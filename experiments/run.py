@@ -300,7 +300,7 @@ def _main(arguments: argparse.Namespace) -> int:
     say(f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done)} done already, {len(left)} to do")
     if left:
         if scale.toy_sets is not None and any(word.endswith(f".root={scale.toy_sets}") for run in left for word in run.overrides):
-            from experiments.toy_sets import draw  # here and not above: it imports torch
+            from experiments.toy_sets.whole import draw  # here and not above: it imports torch
 
             draw(Path(scale.toy_sets))
         need_data(chosen)

@@ -255,6 +255,7 @@ class Experiment:
             *(extra for override, extras in self.scale.where.items() if override in (self.row.run or ()) for extra in extras),
             *self.row.after,
             *self.further,
+            *self._shown_beside(),
             f"seed={seed}",
         ]
         by_key: dict[str, str] = {}
@@ -263,6 +264,13 @@ class Experiment:
             by_key.pop(key, None)
             by_key[key] = override
         return list(by_key.values())
+
+    def _shown_beside(self) -> list[str]:
+        """The row's published values, for MLflow to show beside ours, where it was asked for and they are of the same data, recipe and metric."""
+        by_metric = {metric: value for column, value in self.row.published.items() for metric in self.scale.metrics.get(column, [])[:1]}
+        if not (by_metric and self.scale.same_as_paper and "tracking=mlflow" in self.further):
+            return []
+        return [f"tracking.paper={{{', '.join(f'{metric}: {value}' for metric, value in by_metric.items())}}}"]
 
     @cached_property
     def cfg(self) -> DictConfig:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from caco import errors
 from caco.errors import UserError
-from experiments.toy_sets import draw
+from experiments.toy_sets.whole import draw
 
 
 def main() -> None:

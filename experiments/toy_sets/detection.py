@@ -100,27 +100,20 @@ def write_voc(
 
 def write_coco(root: Path, *, train: int = 6, val: int = 4, same_val: bool = False, images: str = "") -> None:
     """A set in COCO's layout. Of the training images one has a crowd and nothing else, one a box without width beside others, one is
-    grey;
-    of val one has no truth and one a crowd too."""
+    grey; of val one has no truth and one a crowd too."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count, first in (("train2017", train, 0), ("val2017", val, 50)):
         folder = root / images / split
         folder.mkdir(parents=True, exist_ok=True)
-        listed, annotations = [], []
+        listed: list[dict[str, object]] = []
+        annotations: list[dict[str, object]] = []
 
         def annotate(
-            image: int, category: int, box: list[float], segmentation: object, crowd: int = 0, annotations=annotations
+            image: int, category: int, box: list[float], segmentation: object, crowd: int = 0,
+            annotations: list[dict[str, object]] = annotations,
         ) -> None:
-            area = box[2] * box[3]
-            row = {
-                "image_id": image,
-                "category_id": category,
-                "bbox": box,
-                "segmentation": segmentation,
-                "area": area,
-                "iscrowd": crowd,
-            }
-            annotations.append({**row, "id": len(annotations) + 1})
+            row = {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
+            annotations.append({**row, "segmentation": segmentation, "id": len(annotations) + 1})
 
         for i in range(count):
             seed = i if same_val else first + i

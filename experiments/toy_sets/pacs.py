@@ -53,7 +53,7 @@ def write_pacs(
                 file = f"pic_{i:03d}." + ("png" if domain == "sketch" else "jpg")
                 if (domain, name, i) == ("sketch", "dog", 0):
                     file = DAMAGED.rpartition("/")[2]
-                (draw or drawn)(domain, name, rng).save(folder / file, **({} if file.endswith("png") else {"quality": 95}))
+                (draw or drawn)(domain, name, rng).save(folder / file, quality=95)  # which a PNG does not ask for
                 rows["train" if i < train else "crossval"].append(f"{domain}/{name}/{file} {c + first}")
         for which, lines in rows.items():
             (lists / f"{domain}_{which}_kfold.txt").write_text("\n".join(lines) + "\n")

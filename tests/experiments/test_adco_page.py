@@ -11,9 +11,11 @@ from caco.data.sets.domains import read
 from caco.data.sets.overlap import shared_images
 from caco.evals.dense.detection_sets import coco, voc
 from caco.evals.dense.segmentation_sets import voc2012
-from experiments import run, toy_sets
+from experiments import run
 from experiments.tables import experiments, load_scale, load_table
 from experiments.toy_sets import __main__ as command
+from experiments.toy_sets import pacs as pacs_set
+from experiments.toy_sets import whole
 
 
 def shown(monkeypatch, capsys, *arguments) -> str:
@@ -37,13 +39,13 @@ def test_the_toy_sets_are_whole_in_the_published_layouts_and_no_test_image_is_tr
     with pytest.raises(SystemExit):
         command.main()
     assert "expected a folder that is not there yet" in capsys.readouterr().err
-    toy_sets.draw(root)  # of a table that is run again
+    whole.draw(root)  # of a table that is run again
     assert [path.name for path in tmp_path.iterdir()] == ["toys"]
 
 
 def test_nothing_but_their_form_tells_the_shapes_apart(tmp_path):
     """No class has a colour of its own: a mean over the pixels tells nothing."""
-    toy_sets.pacs.write_pacs(tmp_path, train=30, crossval=1)
+    pacs_set.write_pacs(tmp_path, train=30, crossval=1)
     pacs = read(tmp_path, key="root", say=lambda text: None)
     photos = pacs.part(["photo"], "train")
     means = {label: [] for label in range(7)}

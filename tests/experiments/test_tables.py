@@ -55,6 +55,20 @@ def test_the_numbers_of_adco_s_page_are_those_of_the_facts_and_are_called_inferr
     assert (on_pacs.data.target, on_pacs.backbone.name, list(on_pacs.eval)) == ("art_painting", "resnet18", ["knn", "domain_labels"])
 
 
+def test_mlflow_is_told_the_published_numbers_where_data_recipe_and_metric_are_the_same():
+    def told(scale, *further):
+        page = experiments(load_table("adco_page"), load_scale(scale), rows=["adco"], further=further)
+        return [word for word in next(page).overrides(0) if word.startswith("tracking.paper=")]
+
+    (word,) = told("paper", "tracking=mlflow")
+    assert yaml.safe_load(word.partition("=")[2]) == {
+        "segment_fcn16/voc2012_miou": 70.0, "detect_coco_c4_2x/coco2017_box_ap": 37.9, "detect_coco_c4_2x/coco2017_mask_ap": 34.3,
+    }  # fmt: skip
+    assert told("paper") == told("paper", "tracking=ledger") == told("smoke", "tracking=mlflow") == []
+    (one,) = experiments(load_table("adco_page"), load_scale("paper"), rows=["adco"], further=["tracking=mlflow"])
+    assert dict(one.cfg.tracking.paper)["segment_fcn16/voc2012_miou"] == 70.0 and one.hash(0) == experiment("adco_page", "adco", "paper").hash(0)
+
+
 def test_the_published_recipes_are_those_of_the_facts():
     with open(HERE / "published.csv", newline="") as file:
         facts = {
@@ -190,7 +204,8 @@ def test_every_method_that_a_table_names_and_caco_has_is_run():
     settings = ("table7", "negatives", "study_bank", "cifar10_repetitions")  # whose rows are settings of a method
     for name in tables.tables():
         for row in load_table(name).rows.values():
-            method = row.label.split(" ")[0].lower() if row.label[-1] == "M" else SHORT.get(row.label, row.label.lower().replace(" ", ""))
+            label = row.label.removesuffix(" on PACS")
+            method = label.split(" ")[0].lower() if label[-1] == "M" else SHORT.get(label, label.lower().replace(" ", ""))
             runs = next((word.removeprefix("method=") for word in row.run or () if word.startswith("method=")), None)
             assert (runs is None) == (method not in ours) or name in settings, f"{name}: {row.label}"
             assert runs in (None, method) or name in settings, f"{name}: {row.label}"

@@ -162,8 +162,8 @@ def found_voc2012(root: str | None, evaluator: str, train: Literal["trainaug", "
         UserError: it is not whole, or its test images are among those that the encoder, or the head, is trained on.
     """
     found = voc2012(roots.existing(root, evaluator, LAYOUT), train)
-    for source in (found.train.files, found.train.labels, found.test.files, found.test.labels):
-        source.look(store.say)  # by all ranks together
+    for files in (found.train.files, found.train.labels, found.test.files, found.test.labels):
+        files.look(store.say)  # by all ranks together
     for source in (found.train.files, store.splits.pretrain):
         store.refuse_shared(source, found.test.files)
     parts = {train: ("train on", found.train), "val": ("test on", found.test)}

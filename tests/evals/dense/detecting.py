@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from processes import PATIENCE_S
 from torch import Tensor, nn
-from experiments.toy_sets.detection import ring, shapes
 
 from caco import distributed
 from caco.evals.dense.boxes_and_masks import Example
@@ -15,6 +14,7 @@ from caco.evals.dense.detect import on_main
 from caco.evals.dense.detector import Detector, detector
 from caco.nn.backbones import small_resnet
 from caco.nn.norm import over_all_ranks
+from experiments.toy_sets.detection import ring, shapes
 
 SMALL = {"anchors": (8, 16, 24), "proposal_samples": 32, "region_samples": 16, "region_cells": 4, "mean": [0.5] * 3, "std": [0.25] * 3}
 

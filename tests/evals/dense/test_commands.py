@@ -3,12 +3,12 @@
 import sys
 
 import pytest
-from experiments.toy_sets import segmentation as toy_voc
 from omegaconf import OmegaConf
 from tiny import compose, train
 
 from caco import evaluate
 from caco.runs.files import read_json
+from experiments.toy_sets import segmentation as toy_voc
 
 TRAINING = ["max_steps=3", "epochs=1", "eval=[]", "bank.size=64", "backbone.width=16"]
 SEGMENT = ["train=train", "images=4", "steps=1", "rate=0.1", "crop=65", "channels=16"]

@@ -5,7 +5,6 @@ import pixelwise
 import pytest
 import timm
 import torch
-from experiments.toy_sets import segmentation as toy_voc
 from segment_worker import backbone, of
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -18,6 +17,7 @@ from caco.evals.dense.maps import Maps
 from caco.evals.dense.segment import resized
 from caco.evals.dense.segmentation_sets import voc2012
 from caco.evals.pixels import RawPixels
+from experiments.toy_sets import segmentation as toy_voc
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from pixelwise import store_of
 from processes import ranks
-from experiments.toy_sets.detection import write_coco, write_voc
 from torch import nn
 
 from caco.data.sets.sources import Splits
@@ -18,6 +17,7 @@ from caco.evals.dense.detect import Detect, Training, coco_row, rows_of, take_st
 from caco.evals.dense.detector import Detection
 from caco.evals.features import network_digest
 from caco.nn.backbones import small_resnet, timm_backbone
+from experiments.toy_sets.detection import write_coco, write_voc
 
 # Four steps of four images, a fourth of the published number of regions and less.
 FEW = {

@@ -5,12 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from experiments.toy_sets.detection import CATEGORIES, HEIGHT, WIDTH, write_coco, write_voc
 from torchvision.datasets import CocoDetection, VOCDetection
 
 from caco.data.sets.transfer import VOC_CLASSES
 from caco.errors import UserError
 from caco.evals.dense.detection_sets import coco, voc
+from experiments.toy_sets.detection import CATEGORIES, HEIGHT, WIDTH, write_coco, write_voc
 
 
 def of_torchvision(root, year, split):

@@ -13,7 +13,7 @@ from tiny import compose, train
 from caco import evaluate, plan
 from caco.config import pretrained
 from caco.runs.files import read_json
-from experiments import toy_sets
+from experiments.toy_sets import whole
 
 # Of every published recipe the smallest that runs.
 SMALL = {
@@ -38,7 +38,7 @@ def files(tmp_path, monkeypatch):
     """A folder with the toy sets and files as torchvision's and MoCo's, of a ResNet-18, under the names that the page has."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("caco.runs.directory._locks", {})
-    toy_sets.draw(tmp_path / "toys")
+    whole.draw(tmp_path / "toys")
     torch.manual_seed(0)
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(state, "resnet50-0676ba61.pth")

@@ -10,7 +10,6 @@ import pytest
 import segment_worker
 import timm
 import torch
-from experiments.toy_sets import segmentation as toy_voc
 from PIL import Image
 from processes import ranks
 from segment_worker import FEW, backbone, of
@@ -26,6 +25,7 @@ from caco.evals.dense.segment import FCN16, Crops, Segment, scored
 from caco.evals.dense.segmentation_sets import voc2012
 from caco.evals.dense.training import train
 from caco.evals.pixels import RawPixels
+from experiments.toy_sets import segmentation as toy_voc
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from experiments.toy_sets import segmentation as toy_voc
 from PIL import Image
-from experiments.toy_sets.segmentation import FURTHER, TRAIN, VAL
 from torchvision.datasets import SBDataset, VOCSegmentation
 
 from caco.data.sets.sources import UnreadableImage
 from caco.errors import UserError
 from caco.evals.dense.segmentation_sets import CLASSES, read_labels, voc2012
+from experiments.toy_sets import segmentation as toy_voc
+from experiments.toy_sets.segmentation import FURTHER, TRAIN, VAL
 
 
 def names(images) -> list[str]:
