@@ -31,7 +31,7 @@ def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)})
-    if value is not None:
+    if value is not None and not source.rstrip().endswith(";"):  # as in Jupyter
         outputs.append(
             {
                 "output_type": "execute_result",

@@ -253,7 +253,7 @@ def test_the_parts_that_the_run_recorded_are_taken_unless_chosen_anew(run_dir):
         (["run={run}", "overlap=ignore"], "overlap: expected refuse or allow, got 'ignore'"),
         (["run={run}", "seed=0,1"], "expected one value for each key, got several"),
         (["weights={file}", "format=caco"], "backbone: must be given, as backbone=..."),
-        (["weights={file}", "backbone=resnet18", "data=digits"], "format: expected one of caco, adco, moco"),
+        (["weights={file}", "format=moca", "backbone=resnet18", "data=digits"], "or one of caco, adco, moco, torchvision, "),
         (["run={run}", "epochs=3"], "epochs: no such key"),
     ],
 )

@@ -126,6 +126,8 @@ def read(path: Path | str, format: str | None) -> Reading:
         found = reading(content if isinstance(content, dict) else {}, choice or None)
     except UserError as error:
         raise UserError(f"weights={path}: {error}") from error
+    except (LookupError, ValueError, RuntimeError) as error:  # tensors that are to be joined are missing, or of shapes that do not go together
+        raise UserError(f"weights={path}: its keys are those of a family, and its tensors are not ({str(error).splitlines()[0][:100]})") from error
     if not found.named:
         keys = [key[:60] if isinstance(key, str) else type(key).__name__ for key in list(content)[:5]] if isinstance(content, dict) else []
         shown = ", ".join(keys) if isinstance(content, dict) else type(content).__name__

@@ -254,6 +254,7 @@ class Anything:
         ({"net": {"module.conv1.weight": torch.ones(1)}, "lemniscate": {}}, "another stem"),
         ({"state_dict": below("momentum_backbone.", {"a": torch.ones(1)}) | below("backbone.", {"a": torch.ones(1)}) | {"other": torch.ones(1)}},
          "solo-learn, which has no place for 1 of them: other"),
+        ({"blocks.0.ls1.gamma": torch.ones(1), "mask_token": torch.ones(1), "register_tokens": torch.ones(1)}, "its tensors are not"),
         (families.swav({"conv1.weight": torch.ones(128, 3, 7, 7)}), "another architecture than the backbone's"),
     ],
 )  # fmt: skip
