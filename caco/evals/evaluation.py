@@ -72,6 +72,10 @@ class Evaluation:
             except UserError as error:
                 raise UserError(f"eval.{name}: {error}") from error
 
+    def names(self, when: When) -> list[str]:
+        """Of the evaluators for "epoch", or of all at the "end"."""
+        return [name for name, evaluator in self.evaluators.items() if when == "end" or evaluator.when == "epoch"]
+
     def run(self, backbone: nn.Module, when: When, failed: Failed | None = None) -> dict[str, float]:
         """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was.
 
@@ -79,9 +83,8 @@ class Evaluation:
         """
         if when not in ("epoch", "end"):
             raise ValueError(f"when: expected epoch or end, got {when!r}")
-        chosen = [name for name, evaluator in self.evaluators.items() if when == "end" or evaluator.when == "epoch"]
         results: dict[str, float] = {}
-        for name, values in self.each(backbone, chosen, failed):
+        for name, values in self.each(backbone, self.names(when), failed):
             if twice := results.keys() & values:
                 error = UserError(f"eval.{name}: another evaluator already gave {', '.join(sorted(twice))}")
                 if failed is None:
