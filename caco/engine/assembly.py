@@ -334,7 +334,10 @@ def run_training(
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
             seconds = time.monotonic() - started
-            print(ending(summary, seconds=seconds, run_dir=run_dir, evaluators=label.evaluators, epochs=cfg.epochs), file=sys.stderr)
+            message = ending(
+                summary, seconds=seconds, run_dir=run_dir, evaluators=label.evaluators, epochs=cfg.epochs, commands=label.sweep is None
+            )
+            print(message, file=sys.stderr)
         status = "FINISHED"
     except (KeyboardInterrupt, Stopped):
         status = "KILLED"

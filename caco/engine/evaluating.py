@@ -19,6 +19,7 @@ from caco.evals.record import Record, say_sometimes
 from caco.nn import weights
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.paths import expanded
+from caco.saying import doing
 
 
 def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.nn.Module) -> tuple[Path, int]:
@@ -64,7 +65,8 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     if cfg.baselines:
         encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size)}
     path, step = load_pretrained(cfg, location, backbone)
-    splits = build_splits(cfg)
+    with doing("reading the images"):
+        splits = build_splits(cfg)
     views: Views = instantiate(cfg.augmentation)
     say = say_sometimes(distributed.is_main())
     for source in (splits.pretrain, splits.train, splits.test):

@@ -34,15 +34,15 @@ def beginning(
     )
 
 
-def ending(summary: Mapping[str, Any], *, seconds: float, run_dir: Path, evaluators: Sequence[str], epochs: int = 0) -> str:
-    """That a run is finished, its results, what of them is missing, and commands to go on with."""
-    lines = [f"caco: finished in {clock(seconds)}: {run_dir}{_results(summary)}", *_next(run_dir, evaluators, epochs)]
+def ending(summary: Mapping[str, Any], *, seconds: float, run_dir: Path, evaluators: Sequence[str], epochs: int = 0, commands: bool = True) -> str:
+    """That a run is finished, its results, what of them is missing, and (but for a job of a sweep) commands to go on with."""
+    lines = [f"caco: finished in {clock(seconds)}: {run_dir}{_results(summary)}"]
     if failed := summary.get("failed_evaluations"):
         lines += [f"caco: {len(failed)} evaluation{'s' * (len(failed) > 1)} failed:"]
         lines += [f"caco:   {one['message'].splitlines()[0]}" for one in failed]
         if metrics.missing_at_the_end(summary):
             lines += ["caco: so results are missing, and the exit code is 3; the same command makes the evaluation at the end again"]
-    return "\n".join(lines)
+    return "\n".join(lines + (_next(run_dir, evaluators, epochs) if commands else []))
 
 
 def ended_before(summary: Mapping[str, Any], *, when: float, run_dir: Path, evaluators: Sequence[str], epochs: int) -> str:

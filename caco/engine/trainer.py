@@ -323,7 +323,7 @@ class Trainer:
             progress.say(f"caco: {message}")
             self._record({"epochs": self.epochs_done(), "message": message}, "warning")
 
-        with progress.pause(), doing(f"evaluating after {after}: {', '.join(self.evaluation.names(self.evaluation_due))}"):
+        with progress.pause():
             results = self.evaluation.run(self.method.backbone, self.evaluation_due, failed)
         self.evaluation_due = None
         if results:

@@ -16,7 +16,7 @@ from caco.errors import UserError, require_contract
 from caco.evals.base import Evaluator, When
 from caco.evals.extraction import Precision
 from caco.evals.features import FeatureStore
-from caco.saying import Say, silent
+from caco.saying import Say, doing, silent
 
 Failed = Callable[[str, Exception], None]  # an evaluator's name, and what it raised
 
@@ -72,10 +72,6 @@ class Evaluation:
             except UserError as error:
                 raise UserError(f"eval.{name}: {error}") from error
 
-    def names(self, when: When) -> list[str]:
-        """Of the evaluators for "epoch", or of all at the "end"."""
-        return [name for name, evaluator in self.evaluators.items() if when == "end" or evaluator.when == "epoch"]
-
     def run(self, backbone: nn.Module, when: When, failed: Failed | None = None) -> dict[str, float]:
         """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was.
 
@@ -83,8 +79,9 @@ class Evaluation:
         """
         if when not in ("epoch", "end"):
             raise ValueError(f"when: expected epoch or end, got {when!r}")
+        chosen = [name for name, evaluator in self.evaluators.items() if when == "end" or evaluator.when == "epoch"]
         results: dict[str, float] = {}
-        for name, values in self.each(backbone, self.names(when), failed):
+        for name, values in self.each(backbone, chosen, failed):
             if twice := results.keys() & values:
                 error = UserError(f"eval.{name}: another evaluator already gave {', '.join(sorted(twice))}")
                 if failed is None:
@@ -108,7 +105,8 @@ class Evaluation:
                 work = evaluator.on_all_ranks or distributed.is_main()
                 try:
                     # Whatever happens on one rank, all hear of it; and rank 0 may work for hours while the others wait.
-                    values = distributed.together(lambda: dict(evaluator.run(backbone)) if work else {})[0]
+                    with doing(f"evaluating by {name}"):
+                        values = distributed.together(lambda: dict(evaluator.run(backbone)) if work else {})[0]
                 except Exception as error:
                     self.store.over(failed=True)
                     if failed is None:
