@@ -16,6 +16,7 @@ from caco.errors import UserError
 from caco.runs import directory
 from caco.runs.identity import plain
 from caco.runs.paths import expanded, require_writable
+from caco.saying import doing
 from caco.train import say_if_mlflow_is_missing
 
 HELP = """\
@@ -70,7 +71,8 @@ def _evaluate(cfg: DictConfig) -> None:
         require_writable(results_dir, "to")
         results_dir.mkdir(parents=True, exist_ok=True)
         directory.hold(results_dir)
-    from caco.engine.evaluating import run_evaluation  # here and not above: it imports torch
+    with doing("loading PyTorch"):
+        from caco.engine.evaluating import run_evaluation  # here and not above: it imports torch
 
     run_evaluation(cfg, location, results_dir)
 

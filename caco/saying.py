@@ -1,7 +1,11 @@
 """How far something is that takes its time, in words: for reading, evaluations and training alike."""
 
+import contextlib
+import os
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 Say = Callable[..., None]  # say(text, passing=False): a passing line may be left out
@@ -47,3 +51,39 @@ def counting(say: Say, what: str, total: int, done: int = 0) -> Count:
             say(f"{what}: {now_done:,} of {total:,}, {pace}, {clock((total - now_done) / rate)} left{note}", passing=True)
 
     return count
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Around what may take its time and says nothing: after five seconds a line says what it is, and ever more rarely for how long already.
+
+    What is over before says nothing. Of several processes that work together the first one alone speaks.
+    """
+    over = threading.Event()
+    began = time.monotonic()
+
+    def tell() -> None:
+        wait = _SECONDS
+        while not over.wait(wait):
+            passed = time.monotonic() - began
+            _write(f"caco: {what}: {clock(passed)} so far")
+            wait = max(_SECONDS, passed / 2)
+
+    thread = threading.Thread(target=tell, name="caco-doing", daemon=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def _write(line: str) -> None:
+    """Past a bar that is there."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        tqdm.tqdm.write(line, file=sys.stderr)

@@ -34,6 +34,7 @@ from caco.launch import labels
 from caco.runs import directory
 from caco.runs.identity import flat
 from caco.runs.paths import require_writable, with_home
+from caco.saying import doing
 from caco.tracking import comparison, recorded
 
 _trained: dict[Path, dict[str, Any]] = {}  # by this process, one job of a sweep after the other: what is in each directory
@@ -46,7 +47,8 @@ def run(cfg: DictConfig, run_dir: Path) -> float | None:
     """Train in run_dir, which is ours, what cfg says, which is checked."""
     try:
         with Stop() as stop:
-            from caco.engine.assembly import run_training  # here and not above: it imports torch
+            with doing("loading PyTorch"):
+                from caco.engine.assembly import run_training  # here and not above: it imports torch
 
             summary = run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get()))
     except Stopped as stopped:
@@ -63,7 +65,8 @@ def job(cfg: DictConfig) -> float | None:
     opened = False
     is_new = not (run_dir / "config.yaml").exists()
     try:
-        check(cfg, hydra_cfg, run_dir)
+        check(cfg, hydra_cfg)
+        say_what_is_missing(cfg, hydra_cfg, run_dir)
         if hydra_cfg.mode == RunMode.MULTIRUN:  # again: what a search draws was not known before
             before, leaves = _trained.setdefault(run_dir, flat(cfg)), flat(cfg)
             if leaves != before:
@@ -86,13 +89,17 @@ def job(cfg: DictConfig) -> float | None:
         sys.exit(2)
 
 
-def check(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) -> None:
-    """Refuse what cannot be run, as validation.check does; and say it where MLflow is missing but was not asked for."""
+def check(cfg: DictConfig, hydra_cfg: HydraConf) -> None:
+    """Refuse what cannot be run, as validation.check does."""
     overrides = list(hydra_cfg.overrides.task)
     validation.check(cfg, overrides=overrides, choices={**continued.choices(), **hydra_cfg.runtime.choices})
+
+
+def say_what_is_missing(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) -> None:
+    """Say it where MLflow is missing but was not asked for."""
     # Runs of one sweep, or of one table, lie side by side and go to MLflow together: one sentence for all of them.
     together = Path(hydra_cfg.sweep.dir).absolute()
-    say_if_mlflow_is_missing(cfg, overrides, together if together in run_dir.absolute().parents else run_dir)
+    say_if_mlflow_is_missing(cfg, list(hydra_cfg.overrides.task), together if together in run_dir.absolute().parents else run_dir)
 
 
 def say_if_mlflow_is_missing(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
@@ -172,9 +179,11 @@ class Checked:
     derived: list[str] = field(default_factory=list)
 
 
-def check_command(overrides: list[str], *, multirun: bool) -> Checked:
-    """Compose and check every job, and look at its images where these lie in folders, before the first one starts or a directory is made.
+def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -> Checked:
+    """Compose and check every job before the first one starts or a directory is made.
 
+    Args:
+        look: at the images, too, where these lie in folders. Those of jobs that run elsewhere may lie there alone.
     Raises:
         UserError: one line per problem, of all of them.
     """
@@ -183,7 +192,7 @@ def check_command(overrides: list[str], *, multirun: bool) -> Checked:
     checked, problems = Checked(), list[str]()
     placed: list[tuple[Path, dict[str, Any]]] = []
     derivations: list[list[str]] = []
-    images = fitting.remembered()
+    images = fitting.remembered(look)
     try:
         for number, job_overrides in enumerate(jobs(overrides, multirun=multirun)):
             cfg, words = compose_what_can_be(job_overrides, root, problems)
@@ -193,7 +202,7 @@ def check_command(overrides: list[str], *, multirun: bool) -> Checked:
                 cfg.hydra.job.num = number  # a directory may be named by it; Hydra counts in the same order
             before = len(problems)
             try:
-                check(cfg, cfg.hydra, run_directory(cfg, multirun))
+                check(cfg, cfg.hydra)
             except UserError as error:
                 problems += str(error).splitlines()
             derived = fitting.overrides_that_fit(cfg, words, problems, images, recorded=root != "config", is_sound=before == len(problems))
@@ -204,6 +213,7 @@ def check_command(overrides: list[str], *, multirun: bool) -> Checked:
                     cfg.hydra.job.num = number
             if not problems:
                 run_dir = run_directory(cfg, multirun)
+                say_what_is_missing(cfg, cfg.hydra, run_dir)
                 require_writable(run_dir, "hydra.sweep.dir" if multirun else "hydra.run.dir")
                 checked.unfinished += not (run_dir / "summary.json").exists()
                 placed.append((run_dir, flat(cfg)))
@@ -323,7 +333,7 @@ def main() -> None:
             return
         launched = is_launched(args.overrides)
         if starts and not elsewhere:
-            checked = check_command(args.overrides, multirun=args.multirun or launched)
+            checked = check_command(args.overrides, multirun=args.multirun or launched, look=not launched)
             if args.multirun or launched:
                 of_sweep = checked.folders
                 name_sweep(args.overrides, checked.unfinished)

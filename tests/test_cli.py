@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from caco import train
 from caco.config import composition, validation
+from caco.engine import fitting
 from caco.errors import UserError
 from caco.installed import command_to_install
 
@@ -26,12 +27,25 @@ def caco(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProces
 
 def test_a_mistake_costs_seconds_one_line_and_exit_code_2(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = caco("bach=3", cwd=tmp_path)
+    done = caco("preset=demo", "bach=3", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < 5, "of computing, whatever else the machine does: about one, and torch alone takes two to five"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "caco: bach: no such key; did you mean batch?\n"
+
+
+def test_one_refusal_names_everything_and_leaves_nothing_behind(tmp_path):
+    """Two typos, a wrong type, a wrong value, a folder that is not there; of settings and images alike, before torch is imported."""
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
+    wrong = ["data=folder", "data.root=nowhere", "bach=3", "bank=13M", "epochs=five", "method.temperature=-1"]
+    done = caco(*wrong, cwd=tmp_path)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.ru_utime - begun.ru_utime < 8, "of computing; 1.3 to 2.2 s by the clock where it was measured"
+    starts = ["caco: bank=13M: no such option", "bach: no such key; did you mean batch?", "epochs: expected int, got 'five'",
+              "method.temperature: expected float above 0", "data=folder needs images: expected data.root=PATH"]  # fmt: skip
+    assert [any(line.startswith(start) for line in done.stderr.splitlines()) for start in starts] == [True] * 5, done.stderr
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
 
 
 def test_a_refusal_leaves_nothing_behind(tmp_path):
@@ -74,6 +88,9 @@ def test_the_jobs_that_are_checked_are_those_that_hydra_then_runs(overrides):
     assert train.jobs(overrides, multirun=True) == expected and len(expected) > 1
 
 
+IMAGES_OF = fitting.images_of
+
+
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """main() in this process, in an empty directory: `here("seed=1")` returns the exit code."""
@@ -87,12 +104,14 @@ def here(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fitting, "images_of", lambda data: None)  # there are none, and what trains them is not started
     for name, value in {"HYDRA_FULL_ERROR": "0", "CACO_SWEEP": "null"}.items():
         monkeypatch.setenv(name, value)  # main sets it; this puts it back afterwards
     return main
 
 
-def test_bare_command_without_imagenet_says_in_two_lines_what_to_do(here, capsys):
+def test_bare_command_without_imagenet_says_in_two_lines_what_to_do(here, capsys, monkeypatch):
+    monkeypatch.setattr(fitting, "images_of", IMAGES_OF)
     assert here("tracking=ledger") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
@@ -249,7 +268,11 @@ def test_what_is_wrong_with_one_run_is_kept_in_its_directory(here, monkeypatch, 
     assert here("seed=0", "hydra.run.dir=refused") == 2
     with pytest.raises(ValueError, match="a bug"):
         here("seed=1", "hydra.run.dir=bug")
-    assert (tmp_path / "refused" / "failure.txt").read_text() == "no such images\n"
+    assert not (tmp_path / "refused").exists(), "refused before it wrote anything: nothing is left behind"
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "job.json").write_text("{}")
+    here("seed=0", "hydra.run.dir=job")
+    assert (tmp_path / "job" / "failure.txt").read_text() == "no such images\n", "a sweep reads there why a job of its failed"
     assert "Traceback" in (tmp_path / "bug" / "failure.txt").read_text()
 
 

@@ -24,7 +24,7 @@ from caco.engine.channels import backbone_of, note, views_of
 from caco.engine.continuing import last_state, taken_over
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.preemption import Stop, Stopped
-from caco.engine.progress import beginning, ending
+from caco.engine.progress import beginning, ended_before, ending
 from caco.engine.same_images import images_read, other_images
 from caco.engine.trainer import Trainer
 from caco.errors import UserError, require_contract
@@ -42,6 +42,7 @@ from caco.runs.checkpoint import Checkpoints
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import flat, run_hash
 from caco.runs.paths import expanded
+from caco.saying import doing
 from caco.schedules import RunShape
 from caco.tracking.base import Tracker
 
@@ -193,10 +194,11 @@ def run_training(
     if len(set(hashes)) > 1:
         raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
     tracker = build_tracker(cfg)
-    splits = build_splits(cfg)
     say = say_sometimes(main)
+    with doing("reading the images"):
+        splits = build_splits(cfg)
+        splits.pretrain.look(say)  # all ranks together: of a large set the digest takes its time
     views = views_of(cfg, splits, run_dir=run_dir, say=say)
-    splits.pretrain.look(say)  # all ranks together: of a large set the digest takes its time
     data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
 
     settings: Loader = instantiate(cfg.loader)
@@ -206,35 +208,39 @@ def run_training(
             splits.pretrain, views, batch=cfg.batch, seed=cfg.seed, rank=distributed.rank(), world=distributed.world(), device=device
         )
 
-    loader = bind_loader()
+    with doing("starting the loader"):
+        loader = bind_loader()
     images = Images(
         splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device, rank=distributed.rank(),
         world=distributed.world(), num_workers=settings.num_workers, corrupt=settings.corrupt,
     )  # fmt: skip
-    evaluation = Evaluation(
-        {name: instantiate(node) for name, node in cfg.eval.items()},
-        splits,
-        views,
-        batch=max(1, min(cfg.batch, 512)),
-        device=device,
-        precision=cfg.precision,
-        seed=cfg.seed,
-        loader=settings,
-        folder=run_dir / "evaluations",
-        passing=True,
-        say=say,
-    )
+    with doing("preparing the evaluators"):
+        evaluation = Evaluation(
+            {name: instantiate(node) for name, node in cfg.eval.items()},
+            splits,
+            views,
+            batch=max(1, min(cfg.batch, 512)),
+            device=device,
+            precision=cfg.precision,
+            seed=cfg.seed,
+            loader=settings,
+            folder=run_dir / "evaluations",
+            passing=True,
+            say=say,
+        )
     images_file = run_dir / "images.json"
     evaluated_on = images_read(evaluation) if main else {}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    newest = checkpoints.load_newest()
+    with doing("looking for a checkpoint"):
+        newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
     before = last_state(cfg, expanded(cfg.continue_from)) if cfg.continue_from is not None and newest is None else None
     if before is not None:
         refuse_different_steps(before[0]["step"], expanded(cfg.continue_from))
     if cfg.norm_groups == "rank" and (begun := newest or before) is not None:
         refuse_other_groups(len(begun[0]["random"]))
-    method = build_method(cfg, len(splits.pretrain))
+    with doing("building the network"):
+        method = build_method(cfg, len(splits.pretrain))
     refuse_unfit(method, views, splits.pretrain)
     evaluation.require(method.backbone)
     if cfg.weights is not None and newest is None:
@@ -283,7 +289,11 @@ def run_training(
         if refused := distributed.shared_object(refused):
             raise UserError(refused)
         if main:
-            print(f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
+            message = f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}"
+            if is_done:
+                when = path.stat().st_mtime
+                message = ended_before(known, when=when, run_dir=run_dir, evaluators=label.evaluators, epochs=cfg.epochs)
+            print(message, file=sys.stderr)
         if is_done:
             loader.close()
             images.close()
@@ -328,8 +338,9 @@ def run_training(
         if main:
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
+            seconds = time.monotonic() - started
             message = ending(
-                summary, seconds=time.monotonic() - started, run_dir=run_dir, evaluators=list(label.choices.get("eval") or [])
+                summary, seconds=seconds, run_dir=run_dir, evaluators=label.evaluators, epochs=cfg.epochs, commands=label.sweep is None
             )
             print(message, file=sys.stderr)
         status = "FINISHED"
@@ -345,7 +356,8 @@ def run_training(
         ) from error
     finally:
         if main:
-            tracker.finish(status, summary)
+            with doing("handing the results over to the tracker"):
+                tracker.finish(status, summary)
         loader.close()
         images.close()
         distributed.stop()

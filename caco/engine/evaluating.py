@@ -21,6 +21,7 @@ from caco.evals.record import Record, say_sometimes
 from caco.nn import weights
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.paths import expanded
+from caco.saying import doing
 
 
 def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.nn.Module) -> tuple[Path, int]:
@@ -68,7 +69,8 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     if cfg.baselines:
         encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size, channels=channels_of(cfg) or 3)}
     path, step = load_pretrained(cfg, location, backbone)
-    splits = build_splits(cfg)
+    with doing("reading the images"):
+        splits = build_splits(cfg)
     say = say_sometimes(distributed.is_main())
     views = views_of(cfg, splits, run_dir=None if location is None else location.run_dir, say=say)
     for source in (splits.pretrain, splits.train, splits.test):

@@ -160,11 +160,13 @@ def images_of(data: Mapping[str, Any]) -> Splits | None:
         return composition.instantiate({**data, **({"in_memory_mb": 0} if "in_memory_mb" in data else {})})
 
 
-def remembered() -> Callable[[Mapping[str, Any]], Splits | None]:
-    """`images_of` that reads each `data` once, for a sweep whose jobs share it."""
+def remembered(look: bool) -> Callable[[Mapping[str, Any]], Splits | None]:
+    """`images_of` that reads each `data` once, for a sweep whose jobs share it; or that knows of no images."""
     known: dict[str, Splits | UserError | None] = {}
 
     def read(data: Mapping[str, Any]) -> Splits | None:
+        if not look:
+            return None
         if (key := repr(data)) not in known:
             try:
                 known[key] = images_of(data)

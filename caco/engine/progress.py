@@ -1,16 +1,18 @@
 """What a person sees of a run: how it begins and ends, and while it trains a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
+import re
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from caco import metrics
-from caco.saying import clock
+from caco.saying import clock, doing
 
 
 def beginning(
@@ -32,19 +34,55 @@ def beginning(
     )
 
 
-def ending(summary: Mapping[str, Any], *, seconds: float, run_dir: Path, evaluators: list[str]) -> str:
-    """That a run is finished, its results, what of them is missing, and a command to go on with."""
-    results = ", ".join(f"{name} {summary[name]:.2f}" for name in metrics.accuracies(summary))
-    lines = [f"caco: finished in {clock(seconds)}: {run_dir}" + (f" ({results})" if results else "")]
-    if evaluators:
-        command = f"python -m caco.evaluate run={run_dir} eval=[{','.join(evaluators)}] baselines=true"
-        lines += ["caco: next, beside the untrained network and raw pixels:", f"caco:   {command}"]
+def ending(summary: Mapping[str, Any], *, seconds: float, run_dir: Path, evaluators: Sequence[str], epochs: int = 0, commands: bool = True) -> str:
+    """That a run is finished, its results, what of them is missing, and (but for a job of a sweep) commands to go on with."""
+    lines = [f"caco: finished in {clock(seconds)}: {run_dir}{_results(summary)}"]
     if failed := summary.get("failed_evaluations"):
         lines += [f"caco: {len(failed)} evaluation{'s' * (len(failed) > 1)} failed:"]
         lines += [f"caco:   {one['message'].splitlines()[0]}" for one in failed]
         if metrics.missing_at_the_end(summary):
             lines += ["caco: so results are missing, and the exit code is 3; the same command makes the evaluation at the end again"]
-    return "\n".join(lines)
+    return "\n".join(lines + (_next(run_dir, evaluators, epochs) if commands else []))
+
+
+def ended_before(summary: Mapping[str, Any], *, when: float, run_dir: Path, evaluators: Sequence[str], epochs: int) -> str:
+    """That the command of a finished run was given again.
+
+    Args:
+        when: it finished, in seconds since 1970.
+    """
+    date = time.strftime("%Y-%m-%d at %H:%M", time.localtime(when))
+    return "\n".join([f"caco: finished already on {date}: {run_dir}{_results(summary)}", *_next(run_dir, evaluators, epochs)])
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    results = ", ".join(f"{name} {summary[name]:.2f}" for name in metrics.accuracies(summary))
+    return f" ({results})" if results else ""
+
+
+def _next(run_dir: Path, evaluators: Sequence[str], epochs: int) -> list[str]:
+    """Commands that work as they are printed, from the folder that the run's was given in."""
+    run, folder = _typed(run_dir), _typed(Path(run_dir).parent)
+    commands = {
+        "beside the untrained network and raw pixels": f"python -m caco.evaluate {_setting('run', run)} eval=[{','.join(evaluators)}] baselines=true",
+        "beside other runs": f"python -m caco.results {shlex.quote(folder)}",
+        "twice as long": f"python -m caco.train {_setting('continue_from', run)} epochs={2 * epochs} continued_schedule=restart",
+    }
+    shown = {what: command for what, command in commands.items() if (evaluators or "evaluate" not in command) and (epochs or "train " not in command)}
+    return [f"caco: next, {what}:\ncaco:   {command}" for what, command in shown.items()]
+
+
+def _typed(path: Path | str) -> str:
+    current, absolute = Path.cwd(), Path(path).absolute()
+    return str(absolute.relative_to(current)) if absolute != current and absolute.is_relative_to(current) else str(absolute)
+
+
+def _setting(key: str, path: str) -> str:
+    """As Hydra's grammar and the shell take it."""
+    if re.fullmatch(r"[\w./+-]+", path):
+        return f"{key}={path}"
+    inner = path.replace("\\", "\\\\").replace("'", "\\'")
+    return shlex.quote(f"{key}='{inner}'")
 
 
 class Progress:
@@ -59,10 +97,17 @@ class Progress:
     def __init__(self, *, total: int, done: int, batch: int, enabled: bool):
         self.total, self.batch, self.enabled = total, batch, enabled
         self.first, self.started = done, time.monotonic()
+        self._done = done
         self.next_line = self.started + 1
         self.paused = 0.0
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if enabled and terminal else None
+        self._first = contextlib.ExitStack()  # open until a step is done
+        self._await_the_first()
+
+    def _await_the_first(self) -> None:
+        if self.enabled and self.first < self.total:
+            self._first.enter_context(doing("the first step, for which workers and device start"))
 
     def seconds_of_training(self) -> float:
         """Of this process so far, evaluation excluded."""
@@ -78,12 +123,17 @@ class Progress:
     @contextlib.contextmanager
     def pause(self):
         """Evaluation inside does not count as training time."""
-        since = time.monotonic()
+        since, waits = time.monotonic(), self._done == self.first
+        self._first.close()
         yield
+        if waits:
+            self._await_the_first()
         self.paused += time.monotonic() - since
 
     def step(self, step: int, where: str, loss: float | None) -> None:
         """`step` steps are done; `where` says in words where in the run that is. `loss` is given where it is known already."""
+        self._done = step
+        self._first.close()
         if self.bar is not None:
             self.bar.update(1)
             if loss is not None:
@@ -105,5 +155,6 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        self._first.close()
         if self.bar is not None:
             self.bar.close()

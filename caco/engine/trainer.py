@@ -27,7 +27,7 @@ from caco.evals.evaluation import Evaluation
 from caco.methods.base import Method, Now, Outputs, Phase
 from caco.methods.diagnostics import Signs
 from caco.runs.checkpoint import Checkpoints
-from caco.saying import clock
+from caco.saying import clock, doing
 from caco.schedules import RunShape
 from caco.tracking.base import Row, Tracker
 
@@ -87,9 +87,8 @@ class Trainer:
         self.evaluation, self.tracker, self.checkpoints = evaluation, tracker, checkpoints
         self.device, self.config_hash, self.data_digest = device, config_hash, data_digest
         self.precision, self.anomaly, self.profile_to = precision, anomaly, profile_to
-        self.stop = stop or Stop()
         self.log_every_steps, self.eval_every_epochs, self.save_every_epochs = log_every_steps, eval_every_epochs, save_every_epochs
-        self.save_every_steps, self.milestone_epochs = save_every_steps, set(milestone_epochs)
+        self.save_every_steps, self.milestone_epochs, self.stop = save_every_steps, set(milestone_epochs), stop or Stop()
 
         self.accumulate = accumulate or 1
         own = run.batch // distributed.world()
@@ -394,7 +393,8 @@ class Trainer:
                 torch.cuda.set_rng_state(random["cuda"], self.device)
 
     def save(self, *, milestone: bool = False) -> None:
-        state = self.state_dict()
-        if distributed.is_main():
-            self.checkpoints.save(state, self.step, milestone=milestone)
-        distributed.barrier()
+        with doing(f"saving step {self.step} below {self.checkpoints.directory}"):
+            state = self.state_dict()
+            if distributed.is_main():
+                self.checkpoints.save(state, self.step, milestone=milestone)
+            distributed.barrier()

@@ -16,7 +16,7 @@ from caco.errors import UserError, require_contract
 from caco.evals.base import Evaluator, When
 from caco.evals.extraction import Precision
 from caco.evals.features import FeatureStore
-from caco.saying import Say, silent
+from caco.saying import Say, doing, silent
 
 Failed = Callable[[str, Exception], None]  # an evaluator's name, and what it raised
 
@@ -121,7 +121,8 @@ class Evaluation:
                 work = evaluator.on_all_ranks or distributed.is_main()
                 try:
                     # Whatever happens on one rank, all hear of it; and rank 0 may work for hours while the others wait.
-                    values = distributed.together(lambda: dict(evaluator.run(backbone)) if work else {})[0]
+                    with doing(f"evaluating by {name}"):
+                        values = distributed.together(lambda: dict(evaluator.run(backbone)) if work else {})[0]
                 except Exception as error:
                     self.store.over(failed=True)
                     if failed is None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,13 @@ class Label:
     name: what was overridden, as typed; in a sweep only what tells its runs apart.
     choices: group -> chosen option, such as {"pn": "both", "bank": "8M"}.
     sweep: as a tracker's start() takes it, or None.
+    evaluators: the options of `eval`.
     """
 
     name: str
     choices: Mapping[str, str]
     sweep: dict[str, Any] | None = None
+    evaluators: Sequence[str] = ()
 
 
 def label(hydra_cfg: HydraConf) -> Label:
@@ -35,7 +38,9 @@ def label(hydra_cfg: HydraConf) -> Label:
     varied = [item for item in overrides if sweep and key_of(item) in sweep["keys"]]
     chosen = {**continued.choices(), **hydra_cfg.runtime.choices}
     choices = {group: option for group, option in chosen.items() if option and "/" not in group}
-    return Label(" ".join(varied) or title(overrides), choices, sweep)
+    # Hydra does not say among the choices what a command line chooses of a group of which there may be several.
+    evaluators = next((item.partition("=")[2] for item in reversed(overrides) if item.startswith("eval=")), str(choices.get("eval", "")))
+    return Label(" ".join(varied) or title(overrides), choices, sweep, re.findall(r"\w+", evaluators))
 
 
 def title(overrides: Iterable[str], *, limit: int = 200) -> str:

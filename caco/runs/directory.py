@@ -119,10 +119,12 @@ def discard(run_dir: Path) -> bool:
         (run_dir / name).unlink(missing_ok=True)
     if (lock := _locks.pop(run_dir, None)) is not None:
         os.close(lock)
-    with contextlib.suppress(OSError):  # something has come there meanwhile
+    with contextlib.suppress(OSError):  # something has come there meanwhile, or other runs lie beside it
         run_dir.rmdir()
-        run_dir.parent.rmdir()
-        run_dir.parent.parent.rmdir()
+        for folder in run_dir.parents:
+            if Path.cwd() not in folder.parents:
+                break
+            folder.rmdir()
     return True
 
 

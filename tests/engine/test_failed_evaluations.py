@@ -101,7 +101,7 @@ def test_a_command_whose_run_lacks_results_ends_with_exit_code_3(tmp_path):
 def test_the_ending_names_what_failed():
     failed = [{"evaluator": "linear", "step": 10, "message": "eval.linear failed after 1 of 2 epochs: no memory\nmore of it"}]
     summary = {"probe_top1": 50.0, "steps": 20, "failed_evaluations": failed}
-    lines = ending(summary, seconds=5, run_dir="runs/x", evaluators=[]).splitlines()
+    lines = ending(summary, seconds=5, run_dir="runs/x", evaluators=[], commands=False).splitlines()
     assert lines[1:] == ["caco: 1 evaluation failed:", "caco:   eval.linear failed after 1 of 2 epochs: no memory"]
 
 

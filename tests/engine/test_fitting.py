@@ -1,0 +1,143 @@
+"""Any folder of images: what does not fit is named at once, what follows from it is derived, and what somebody gave is left alone."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from caco import train
+from caco.config import composition
+from caco.data.sets import walking
+from caco.engine import fitting
+from caco.errors import UserError
+from caco.runs.identity import identity, plain, run_hash
+
+LABELLED = "{kind}: expected labelled training and test images"
+
+
+def write(folder, count, *, side=40, seed=0):
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 255, (side + number, side, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    top = tmp_path_factory.mktemp("images")
+    write(top / "flat", 30)
+    for name in ("a", "b"):
+        write(top / "classes" / name, 40)
+        write(top / "split" / "train" / name, 40)
+        write(top / "split" / "test" / name, 10)
+    (top / "empty").mkdir()
+    return top
+
+
+def derived(root, *overrides):
+    """What was derived for a folder, as overrides, the mark among them."""
+    return train.check_command(["data=folder", f"data.root={root}", "tracking=ledger", *overrides], multirun=False, look=True).derived
+
+
+def refused(root, *overrides):
+    with pytest.raises(UserError) as error:
+        derived(root, *overrides)
+    return str(error.value).splitlines()
+
+
+def test_a_folder_without_labels_is_measured_by_what_needs_none(images, capsys):
+    assert derived(images / "flat", "batch=16") == ["eval=[geometry]", "derived=[eval]"]
+    assert "nobody gave eval: it is [geometry], as the images have no labels, which knn and probe need" in capsys.readouterr().err
+
+
+def test_a_warm_up_fits_a_short_run(images):
+    assert derived(images / "flat", "batch=16", "eval=[]", "epochs=5") == ["schedule.warmup_epochs=0.5", "derived=[schedule.warmup_epochs]"]
+    assert derived(images / "flat", "batch=16", "eval=[]", "epochs=11") == [], "ten epochs of warm-up fit"
+
+
+def test_classes_without_test_images_hold_some_out_and_evaluators_fit_what_is_left(images):
+    assert derived(images / "classes", "batch=64", "eval=[knn,linear]") == [
+        "data.validation_fraction=0.1", "eval.knn.fraction=1", "eval.linear.batch=72",
+        "derived=[data.validation_fraction,eval.knn.fraction,eval.linear.batch]",
+    ]  # fmt: skip
+
+
+def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in_it(images):
+    words = ["data=folder", f"data.root={images / 'flat'}", "tracking=ledger", "batch=16", "epochs=5"]
+    extra = train.check_command(words, multirun=False, look=True).derived
+    cfg = composition.job_config(composition.compose([*words, *extra]))
+    assert list(cfg.derived) == ["schedule.warmup_epochs", "eval"] and list(cfg.eval) == ["geometry"]
+    assert train.check_command([*words, *extra], multirun=False, look=True).derived == [], "as a launcher's job is told it"
+    said = composition.job_config(composition.compose([*words, *(item for item in extra if not item.startswith("derived"))]))
+    assert run_hash(cfg) == run_hash(said), "derived or given, it is one run"
+
+
+@pytest.mark.parametrize(
+    ("folder", "given", "expected"),
+    [
+        ("flat", ["batch=16", "eval=[knn]"], ["eval=[knn]: expected labelled training and test images"]),
+        ("flat", ["batch=16", "eval.knn.k=5"], ["eval=[knn,probe]: expected labelled"]),
+        ("flat", ["eval=[]", "epochs=5", "schedule.warmup_epochs=5", "batch=16"], ["schedule.warmup_epochs: expected less than the 5 epochs"]),
+        ("split", ["batch=64", "eval.linear.batch=81", "eval=[linear]"], ["eval.linear.batch: expected at most the 80 labelled"]),
+        ("split", ["batch=64", "eval=[knn]", "eval.knn.fraction=0.1"], ["eval.knn.k: expected at most 8, the labelled"]),
+        ("flat", ["eval=[]"], ["batch: expected at most the 30 images of folder to train on, got 1,024; batch=16 leaves 1 steps"]),
+        ("empty", ["eval=[]"], ["{root}: expected images"]),
+        ("flat", ["preset=demo", "data=folder", "batch=16"], ["eval=[knn,probe]: expected labelled"]),
+    ],
+)
+def test_what_the_command_line_or_a_preset_gives_is_refused_and_not_replaced(images, folder, given, expected):
+    lines = refused(images / folder, *given)
+    assert len(lines) == len(expected), lines
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start.format(root=images / folder))
+
+
+def test_one_refusal_names_all_that_is_wrong_with_settings_and_folder(images):
+    lines = refused(images / "flat", "eval=[linear]", "epochs=5", "schedule.warmup_epochs=7", "method.temperature=-1", "seed=-1")
+    for start in ("seed:", "method.temperature:", "schedule.warmup_epochs:", "eval=[linear]:", "batch:"):
+        assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
+
+
+def test_a_sweep_whose_jobs_would_need_different_values_is_refused(images):
+    with pytest.raises(UserError, match="^the jobs of this sweep would need different values of what nobody gave: schedule.warmup_epochs=0.5"):
+        words = ["data=folder", f"data.root={images / 'flat'}", "batch=16", "eval=[]", "epochs=5,50"]
+        train.check_command(words, multirun=True, look=True)
+
+
+def test_no_configuration_that_ran_before_gets_another_identity():
+    """Only what would be refused is derived, and the list of it is no part of a run."""
+    cfg = plain(composition.job_config(composition.compose(["preset=demo"])))
+    assert not {"derived", "continued_run"} & identity(cfg).keys()
+    given = fitting.Given(["preset=demo"], ["demo"])
+    assert fitting.fit(cfg, given, lambda data: None) == fitting.Fit()
+
+
+def test_the_run_does_not_walk_over_the_folder_a_second_time(images, monkeypatch):
+    words = ["data=folder", f"data.root={images / 'classes'}", "batch=64", "tracking=ledger", "data.validation_fraction=0.1", "eval=[]"]
+    train.check_command(words, multirun=False, look=True)
+    seen = []
+    monkeypatch.setattr(walking.Walk, "_enter", lambda self, folder: seen.append(folder))
+    data = plain(composition.job_config(composition.compose(words)))["data"]
+    first = composition.instantiate(data)
+    assert seen == [] and len(first.pretrain) == 72
+    composition.instantiate(data)
+    assert len(seen) == 2, "and the next one looks again"
+
+
+def test_ten_thousand_files_take_a_moment(tmp_path):
+    write(tmp_path / "one", 1, side=8)
+    for folder in range(100):
+        (tmp_path / "many" / str(folder)).mkdir(parents=True)
+        for number in range(100):
+            os.link(tmp_path / "one" / "0.png", tmp_path / "many" / str(folder) / f"{number}.png")
+    begun = time.process_time()
+    assert derived(tmp_path / "many", "eval=[]", "batch=64") == []
+    assert time.process_time() - begun < 2
+
+
+def test_a_folder_that_takes_longer_says_how_far_it_is(images, monkeypatch, capsys):
+    monkeypatch.setattr(walking, "_QUIET_S", 0.0)
+    derived(images / "flat", "eval=[]", "batch=16")
+    assert f"caco: looking through {images / 'flat'}: 0 images so far" in capsys.readouterr().err

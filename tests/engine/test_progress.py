@@ -1,0 +1,67 @@
+"""What a person sees of a run: no long silence that is not explained, and at its end commands that work as they are printed."""
+
+import re
+import shlex
+import time
+
+import pytest
+from processes import Process, caco_train
+from tiny import TINY
+
+from caco import results, saying
+from caco.config import composition, continued, pretrained, validation
+from caco.engine.progress import ended_before, ending
+from caco.runs.files import read_json
+
+
+def test_what_takes_long_says_what_it_is_and_what_does_not_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(saying, "_SECONDS", 0.1)
+    with saying.doing("reading the images"):
+        time.sleep(0.35)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2 and set(lines) == {"caco: reading the images: 0:00:00 so far"}
+    with saying.doing("saving"):
+        pass
+    monkeypatch.setenv("RANK", "1")
+    with saying.doing("saving"):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "", "over in time; and of several processes the first one alone speaks"
+
+
+def test_a_failure_inside_is_that_failure():
+    with pytest.raises(ZeroDivisionError), saying.doing("dividing"):
+        1 / 0
+
+
+def commands(text):
+    return [shlex.split(line.removeprefix("caco:   ")) for line in text.splitlines() if line.startswith("caco:   python")]
+
+
+def test_a_run_ends_with_commands_that_can_be_typed_and_begun_again_says_when_it_ended(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "my runs" / "it's"
+    quoted = str(run_dir).replace("'", "\\'")
+    command = [*TINY, "data.limit=128", "bank.size=128", "max_steps=3", "epochs=2", f"hydra.run.dir='{quoted}'"]
+    code, _, err = Process(caco_train, *command).end()
+    assert code == 0, err
+    evaluate, table, longer = commands(err)
+    assert evaluate[:3] == ["python", "-m", "caco.evaluate"] and table[:3] == ["python", "-m", "caco.results"]
+    cfg = pretrained.compose("evaluate", evaluate[3:])
+    assert list(cfg.eval) == ["knn"] and cfg.baselines and pretrained.locate(cfg.run).run_dir.resolve() == run_dir
+    results.main(table[3:])
+    assert "it's" in capsys.readouterr().out
+    assert longer[-2:] == ["epochs=4", "continued_schedule=restart"]
+    words = [*longer[3:-1], "continued_schedule=planned"]  # this one has ended within an epoch, as a test has to
+    cfg = composition.job_config(composition.compose(words, continued.root(words)))
+    validation.check(cfg, overrides=words)
+    assert cfg.epochs == 4
+    code, _, err = Process(caco_train, *command).end()
+    assert code == 0 and re.search(r"^caco: finished already on \d{4}-\d\d-\d\d at \d\d:\d\d: .*it's \(knn20_20pct_top1 ", err, re.MULTILINE), err
+    assert len(commands(err)) == 3 and f"{read_json(run_dir / 'summary.json')['knn20_20pct_top1']:.2f}" in err
+
+
+def test_what_a_run_without_evaluators_says_and_what_a_job_of_a_sweep_does(tmp_path):
+    summary = {"loss": 1.0, "steps": 3}
+    assert [words[2] for words in commands(ending(summary, seconds=121, run_dir=tmp_path, evaluators=[], epochs=2))] == ["caco.results", "caco.train"]
+    assert ending(summary, seconds=121, run_dir=tmp_path, evaluators=["knn"], epochs=2, commands=False) == f"caco: finished in 0:02:01: {tmp_path}"
+    assert ended_before(summary, when=0, run_dir=tmp_path, evaluators=[], epochs=2).startswith("caco: finished already on 19")
