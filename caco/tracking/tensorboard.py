@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from caco.runs.files import locked, read_json
-from caco.tracking.fed import Feed, FedTracker
+from caco.tracking.fed import FedTracker, Feed
 from caco.tracking.ledger import read_rows
 from caco.tracking.reader import Reader
 from caco.tracking.watermark import OfNobody, is_finite

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from caco.errors import UserError
 from caco.ranges import AboveZero, NonNegative
 from caco.runs.files import read_json
-from caco.tracking.fed import Feed, FedTracker
+from caco.tracking.fed import FedTracker, Feed
 from caco.tracking.reader import Reader
 from caco.tracking.watermark import OfWandb, is_finite, sending
 
