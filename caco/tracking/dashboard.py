@@ -22,6 +22,7 @@ from typing import Any
 
 from caco.errors import UserError, shown
 from caco.redaction import redacted
+from caco.tracking.names import OF_SWEEPS, colours
 from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.sync import find_runs, sync
 
@@ -49,13 +50,15 @@ def columns(runs: list[Any]) -> list[str]:
     results = sorted(name for name in metrics if name.startswith("eval/") and name != "eval/epochs")
     beside = [name for result in results for name in (result, result.replace("eval/", "paper/", 1)) if name in metrics]
     beside += sorted(name for name in metrics if name.startswith("paper/") and name not in beside)
-    tags = {name for run in runs for name in run.data.tags}
+    # Of where they ran only what differs: at 1280 pixels there is room for the names and some ten columns.
+    tags = {name for run in runs for name in run.data.tags if len({other.data.tags.get(name) for other in runs}) > 1}
+    data_sets = {run.data.params.get("data") for run in runs}
     return [
         *(f"params.`{name}`" for name in params),
         *(f"metrics.`{name}`" for name in beside),
         *(f"metrics.`{name}`" for name in ("train/loss", "train/images_per_second") if name in metrics),
         *(f"tags.`{name}`" for name in ("slurm_job_id", "host", "gpus") if name in tags),
-        "attributes.`Dataset`",
+        *(["attributes.`Dataset`"] if len(data_sets) > 1 else []),
     ]
 
 
@@ -84,9 +87,26 @@ def view(runs: list[Any]) -> dict[str, Any]:
     }
 
 
+def recoloured(runs: list[Any]) -> dict[str, str]:
+    """The runs whose colour another, older one has, or that have none, by id, with a colour that is free. What is drawn in one colour is then
+    one row of the table. Sweeps, which have no curves, are all black."""
+    others = [run for run in runs if run.data.tags.get("mlflow.runColor") != OF_SWEEPS]
+    taken, without = set[str](), list[str]()
+    for run in others:
+        colour = run.data.tags.get("mlflow.runColor")
+        if colour is None or colour in taken:
+            without.append(run.info.run_id)
+        else:
+            taken.add(colour)
+    free = (colour for colour in colours() if colour not in taken)
+    return dict(zip(without, free, strict=False))
+
+
 def prepare(client: Any, experiment: Any) -> None:
-    """Save our view of an experiment in it, if it has changed."""
-    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    """Save our view of an experiment in it, if it has changed, and see to it that each of its runs has a colour of its own."""
+    runs = client.search_runs([experiment.experiment_id], max_results=1000, order_by=["attributes.start_time ASC"])
+    for run_id, colour in recoloured(runs).items():
+        client.set_tag(run_id, "mlflow.runColor", colour)
     tags = {"mlflow.experimentKind": "custom_model_development", f"mlflow.sharedViewState.{_VIEW}": json.dumps(view(runs))}
     for name, value in tags.items():
         if experiment.tags.get(name) != value:

@@ -13,6 +13,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 from caco.errors import UserError, shown
 from caco.installed import is_installed
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         from caco.tracking.tensorboard import TensorBoardFeed
         from caco.tracking.wandb import WandbFeed, require_login
 
-        mode = "offline" if options.offline else "online"
+        mode: Literal["online", "offline"] = "offline" if options.offline else "online"
         if options.wandb and mode == "online":
             require_login()
         for run_dir in run_dirs:

@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import itertools
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 from caco.redaction import redacted
 from caco.runs.files import locked, read_json
 from caco.tracking.ledger import read_rows
+from caco.tracking.names import OF_SWEEPS, colours, short, short_sweep
 from caco.tracking.reader import Point, Reader
 from caco.tracking.store import connect, first_line
 from caco.tracking.watermark import Watermark, is_finite, milliseconds, points, sending
@@ -21,10 +23,6 @@ _log = logging.getLogger(__name__)
 _ROWS_PER_BATCH = 200
 # What MLflow takes: metrics and parameters a request, characters a value.
 _MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS = 1000, 100, 6000, 8000
-
-_COLOURS = (
-    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
-)  # fmt: skip
 
 
 class Feed:
@@ -61,6 +59,7 @@ class Feed:
 
         self._connect()
         about = read_json(self.run_dir / "tracking.json")
+        name = short(about.get("run_name") or "")
         run = self._find()
         if run is None:
             if self.mark.run_id:
@@ -68,9 +67,9 @@ class Feed:
             self.mark.save(self.run_dir)  # the token first: a kill after the next line must not make a second run
             # MLflow lets nobody change the user later.
             tags = {"caco.token": self.mark.token, "mlflow.user": _user()}
-            run = self._client.create_run(self._experiment_id, run_name=about.get("run_name"), tags=tags)
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
         else:
-            self._client.update_run(run.info.run_id, status="RUNNING", name=about.get("run_name"))
+            self._client.update_run(run.info.run_id, status="RUNNING", name=name)
         self.mark.run_id, self.mark.closed = run.info.run_id, ""
         self.mark.uri, self.mark.experiment = redacted(self.uri), self.experiment
         self._names = self.mark.todays_names(self.run_dir)
@@ -82,6 +81,8 @@ class Feed:
         for part in _chunks(params, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, params=part, synchronous=True)
         tags = self._names.with_hash(about.get("tags", {}))
+        if name != about.get("run_name"):
+            tags["mlflow.note.content"] = about.get("run_name") or ""
         tags["caco.run_dir"] = str(self.run_dir.absolute())
         tags["mlflow.source.name"] = "caco.train"
         if "git_sha" in tags:
@@ -162,14 +163,15 @@ class Feed:
                 parent = next(iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None)
                 if parent is None:
                     tags = {"caco.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
-                    tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": "#000000"}
-                    parent = self._client.create_run(self._experiment_id, run_name=sweep["title"], tags=tags)
+                    tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": OF_SWEEPS, "mlflow.note.content": sweep["title"]}
+                    parent = self._client.create_run(self._experiment_id, run_name=short_sweep(sweep["title"]), tags=tags)
                 self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)
                 self.mark.parent_id = parent.info.run_id
                 self.mark.save(self.run_dir)
             siblings = refresh_sweep(self._client, self._experiment_id, self.mark.parent_id)
-            # MLflow's own choice, from the id, gives neighbours one colour.
-            self._client.set_tag(self.mark.run_id, "mlflow.runColor", _COLOURS[siblings.index(self.mark.run_id) % len(_COLOURS)])
+            # MLflow's own choice, from the id, gives neighbours one colour. Over several sweeps the dashboard sees to it.
+            colour = next(itertools.islice(colours(), siblings.index(self.mark.run_id), None))
+            self._client.set_tag(self.mark.run_id, "mlflow.runColor", colour)
 
     def release(self) -> None:
         """Let others send this run."""

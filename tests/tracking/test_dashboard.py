@@ -1,5 +1,6 @@
 """The dashboard is up to date and opens on what tells runs apart; tests/tracking/test_mlflow_server.py starts its server."""
 
+import itertools
 import json
 import socket
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 from caco.errors import UserError
 from caco.tracking import dashboard
 from caco.tracking.ledger import LedgerTracker
+from caco.tracking.names import colours, short, short_sweep
 
 
 def run(name, params, metrics=(), **tags):
@@ -27,8 +29,47 @@ def test_the_table_shows_in_what_runs_differ_then_results_beside_the_papers():
     assert dashboard.columns(runs) == [
         "params.`pn`", "params.`bank.lr`",
         "metrics.`eval/knn20_top1`", "metrics.`eval/linear_top1`", "metrics.`paper/linear_top1`", "metrics.`train/loss`",
-        "tags.`slurm_job_id`", "attributes.`Dataset`",
+        "tags.`slurm_job_id`",
     ]  # fmt: skip
+
+
+def test_where_runs_ran_and_what_of_is_shown_only_where_it_differs():
+    alike = [run("seed=0", {"seed": "0", "data": "digits"}, host="h", gpus="none"), run("seed=1", {"seed": "1", "data": "digits"}, host="h", gpus="none")]
+    assert dashboard.columns(alike) == ["params.`seed`"]
+    apart = [run("data=digits", {"data": "digits"}, host="h"), run("data=stl10", {"data": "stl10"}, host="i")]
+    assert dashboard.columns(apart) == ["params.`data`", "tags.`host`", "attributes.`Dataset`"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("pn=both bank=1M", "pn=both bank=1M"),
+        ("pn=negative bank=1M seed=1", "negative 1M seed=1"),
+        ("bank.lr=3.0 schedule.warmup_epochs=2", "lr=3.0 warmup_epochs=2"),
+        ("compile=true eval=[knn] precision=bf16", "compile=true eval=[knn] bf16"),
+    ],
+)
+def test_names_are_as_short_as_the_table_shows_whole_where_they_can_be(name, shown):
+    assert short(name) == shown
+
+
+def test_a_sweep_is_called_by_what_it_varies():
+    assert short_sweep("preset=demo seed=0,1,2") == "seed=0,1,2"
+    assert short_sweep("preset=demo pn=none,both bank.lr=1,2,3,4 seed=0,1,2") == "pn x lr x seed"
+    assert short_sweep("preset=demo hydra/sweeper=optuna") == "preset=demo hydra/sweeper=optuna"
+
+
+def test_no_two_runs_have_one_colour_and_those_that_have_one_keep_it():
+    def coloured(number, colour):
+        made = run("n", {}, **({"mlflow.runColor": colour} if colour else {}))
+        made.info.run_id = str(number)
+        return made
+
+    first, second, *_ = itertools.islice(colours(), 1000)
+    runs = [coloured(0, "#000000"), coloured(1, second), coloured(2, None), coloured(3, second), coloured(4, "#000000"), coloured(5, "#123456")]
+    given = dashboard.recoloured(runs)
+    assert given.keys() == {"2", "3"} and given["2"] == first and len({*given.values(), second, "#123456"}) == 4
+    assert len(set(itertools.islice(colours(), 1000))) == 1000
 
 
 def test_the_best_run_comes_first_and_counters_have_no_charts():

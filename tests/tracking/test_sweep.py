@@ -42,7 +42,7 @@ def status(look):
 
 def test_a_sweep_is_a_parent_whose_state_is_that_of_its_jobs(look, tmp_path):
     one = begin(look, tmp_path / "a", "both")
-    assert status(look) == "RUNNING" and parent(look).info.run_name == "preset=demo pn=both,none"
+    assert status(look) == "RUNNING" and parent(look).info.run_name == "pn=both,none"
     one.log(1, {"loss": 1.0})
     state = one.state_dict()
     one.finish("KILLED", {})  # preempted

@@ -104,7 +104,7 @@ def _members(shard: Path) -> Iterator[dict[str, Any]]:
             for member in tar:
                 if member.isreg():
                     yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(shard)}
-                tar.members = []  # or all are kept
+                tar.members = []  # type: ignore[attr-defined] # or all are kept; as WebDataset does
     except (tarfile.TarError, OSError) as error:
         raise FileError(f"{shard}: expected an uncompressed tar file, got {type(error).__name__}: {error}") from error
 

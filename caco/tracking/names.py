@@ -1,0 +1,56 @@
+"""Names and colours of runs in MLflow's page, which shows some 20 characters of a name and draws its charts in a run's own colour."""
+
+import colorsys
+from collections.abc import Iterator
+
+FITS = 20  # characters that the column of names shows whole, and the list beside the charts (MLflow 3.17: 190 pixels)
+_COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+)  # fmt: skip
+OF_SWEEPS = "#000000"
+_GOLDEN = 0.381966  # of the circle: each hue far from those before
+
+
+def short(name: str) -> str:
+    """A run's name that is shown whole, where one can be made: `pn=both bank=tiny seed=1` -> `both tiny seed=1`, `bank.lr=3` -> `lr=3`.
+
+    An option says of itself what it is of; a number or a switch does not.
+    """
+    for shorten in (_without_groups, _last_parts):
+        if len(name) <= FITS:
+            break
+        name = " ".join(map(shorten, name.split()))
+    return name
+
+
+def short_sweep(title: str) -> str:
+    """A sweep's name that is shown whole, where one can be made: what it varies, `pn=both,none`, or `pn x bank x seed`."""
+    varied = [word for word in title.split() if "," in word.partition("=")[2]]
+    if len(title) <= FITS or not varied:
+        return title
+    whole = " ".join(varied)
+    return whole if len(whole) <= FITS else " x ".join(_last_parts(word).partition("=")[0] for word in varied)
+
+
+def colours() -> Iterator[str]:
+    """Endless, and no one twice among the first thousand: ten that are told apart at a glance, then hues around the circle."""
+    yield from _COLOURS
+    seen, number = {*_COLOURS, OF_SWEEPS}, 0
+    while True:
+        number += 1
+        hue, lightness = number * _GOLDEN % 1, (0.35, 0.5, 0.65)[number % 3]
+        colour = "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, lightness, 0.6))
+        if colour not in seen:
+            seen.add(colour)
+            yield colour
+
+
+def _without_groups(word: str) -> str:
+    key, _, value = word.partition("=")
+    is_option = "." not in key and value[:1].isalnum() and not value.replace(".", "").isdigit() and value not in ("true", "false", "null")
+    return value if is_option else word
+
+
+def _last_parts(word: str) -> str:
+    key, equals, value = word.partition("=")
+    return f"{key.rpartition('.')[2]}{equals}{value}"
