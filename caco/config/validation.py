@@ -8,24 +8,21 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caco import metrics
-from caco.config import channels_needed, folders, signatures, views_needed
+from caco.config import channels_needed, folders, no_effect, signatures, views_needed
 from caco.config.annotations import argument_mismatches
-from caco.config.schema import AnyRoot, Root
+from caco.config.schema import COMPONENTS, AnyRoot, Root
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
 from caco.redaction import OF_SECRETS, holds_secret, names_secret, shortened
 from caco.runs import renamed
-from caco.runs.identity import file_digest, flat, plain, read_yaml
+from caco.runs.identity import file_digest, flat, plain
 
-COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")
 FORMATS = (  # of released weights, caco/nn/formats.py
     "caco", "adco", "moco", "torchvision", "timm", "transformers", "vissl", "dino", "dinov2", "lightly", "stable_pretraining", "solo",
     "instdisc", "pycontrast", "pcl", "mocov3", "simsiam", "swav", "barlow", "vicreg", "simclr", "sela", "mmselfsup", "byol",
@@ -61,7 +58,7 @@ def check(
     problems = _shape(tree, root) + _senseless(tree)
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
-        problems = values + _components(tree) + _not_installed(tree) + _no_effect(tree, overrides, choices or {})
+        problems = values + _components(tree) + _not_installed(tree) + no_effect.problems(tree, overrides, choices or {})
         problems = problems or _of_one_name(tree.get("eval", {})) + (views_needed.early_problems(tree) if root is Root else [])
         problems = problems or channels_needed.problems(tree, overrides)
     if problems:
@@ -309,121 +306,3 @@ def _not_installed(tree: dict[str, Any]) -> list[str]:
         f"tracking={package}: {name} is not installed; to have it: {how}; or leave tracking out: "
         "the ledger keeps everything, and python -m caco.tracking.sync can send it later"
     ]
-
-
-def _no_effect(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
-    """What the command line asks for and the composed configuration does not do."""
-    problems = []
-    if "pn" in choices and not _composes_pn(choices.get("method")):
-        problems.append(f"pn={choices['pn']}: belongs to method=caco, and the method is {choices.get('method')}")
-    leaves = flat(tree)
-    assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
-    presets = [item for item in overrides if item.startswith("preset=")]
-    if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:
-        problems.append(f"warm_start: method={choices.get('method')} has none; leave it out")
-    problems += _unlearned(tree, assigned) + _untreated(tree, choices) + _merged_to_nothing(tree, overrides)
-    for override in overrides:
-        group, _, value = override.lstrip("+").partition("=")
-        for option in value.strip("[]").split(","):
-            file = folders.option_file(group, option.strip())
-            if group == "preset" or file is None:
-                continue
-            if group == "bank" and tree.get("bank") is None:
-                without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
-                problems.append(f"{override}: {without} has no bank")
-                continue
-            if group == "bank" and tree["bank"].get("size", 0) is None:
-                method = choices.get("method")
-                problems.append(f"{override}: method={method} has a bank with a row for each training image; leave it out")
-                continue
-            for key, wanted in settings_of(group, file):
-                by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
-                # A method's wishes for the root and for other components (its warm-up, its rate) are there to be changed by a preset.
-                own_of_option = key.split(".")[0] in (("method", "bank") if group == "method" else (*COMPONENTS, "bank", "negatives", "eval"))
-                if own_of_option and not by_hand and leaves.get(key) != wanted and "${" not in str(wanted):
-                    undone_by = presets[-1] if presets else "a later group"
-                    problems.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={wanted}")
-    return problems
-
-
-def _merged_to_nothing(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Each `key={}`, inner ones too, of which Hydra makes nothing: it merges groups of settings key by key, so what is there stays."""
-    problems = []
-
-    def visit(override: str, key: str, value: Any, there: Any) -> None:
-        if not isinstance(value, dict) or not isinstance(there, dict):
-            return
-        if not value and there:
-            names = [name for name in there if name != "_target_"]
-            problems.append(
-                f"{override}: changes nothing, because settings are merged key by key: {key} keeps {', '.join(names[:3])}{', ...' * (len(names) > 3)}. "
-                f"Leave one out by ~{key}.{names[-1]}, change one by {key}.{names[-1]}=VALUE"
-            )
-        for name, inner in value.items():
-            visit(override, f"{key}.{name}", inner, there.get(str(name)))
-
-    for item in OverridesParser.create().parse_overrides([item for item in overrides if "{" in item]):
-        key, there = item.key_or_group.replace("/", "."), tree
-        for part in key.split("."):
-            there = there.get(part) if isinstance(there, dict) else None  # type: ignore[assignment]
-        if not item.is_delete() and not item.is_sweep_override():
-            visit(str(item.input_line), key, item.value(), there)
-    return problems
-
-
-def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
-    """Settings of bank_learning that do not come to this setting's bank, which conf/learned_bank.yaml gives them all."""
-    block, bank = tree.get("bank_learning", {}), tree.get("bank") or {}
-    problems = []
-    for name in assigned:
-        parent, _, key = name.partition(".")
-        if parent == "bank_learning" and key not in ("", *bank):
-            taken = ", ".join(name for name in block if name in bank)
-            expected = f"there are {taken}" if taken else "nothing learns in it; expected pn=both, pn=negative or method=adco"
-            problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
-    return problems
-
-
-def _untreated(tree: dict[str, Any], choices: Mapping[str, Any]) -> list[str]:
-    """A treatment of negatives where the method takes none. Which go with which negatives, caco/methods/treatments.py decides."""
-    if tree.get("negatives") is None:  # plain; commands that train nothing have none
-        return []
-    target = tree["method"]["_target_"]
-    if _takes(target, "treatment"):
-        return []
-    taking = [name for name, other in _targets_of_methods().items() if _takes(other, "treatment")]
-    return [
-        f"negatives={choices.get('negatives')}: {target.rpartition('.')[2]}, the class of method={choices.get('method')}, takes no treatment of "
-        f"negatives: it has none, or a loss of its own over them; expected negatives=plain, or as method one of {', '.join(taking)}"
-    ]
-
-
-def _takes(target: str, argument: str) -> bool:
-    """Whether a component takes an argument; of what cannot be read nothing is claimed."""
-    signature = signatures.find(target)
-    return signature is None or signature.open or argument in signature.parameters
-
-
-def _targets_of_methods() -> dict[str, str]:
-    """Of every option of `method` that names its class itself."""
-    files = {name: folders.option_file("method", name) for name in folders.groups()["method"]}
-    settings = {name: dict(settings_of("method", file)) for name, file in files.items() if file is not None}
-    return {name: found["method._target_"] for name, found in settings.items() if "method._target_" in found}
-
-
-def _composes_pn(method: str | None) -> bool:
-    """Whether the method's option has the group pn among its defaults."""
-    file = folders.option_file("method", str(method))
-    defaults = read_yaml(file).get("defaults") or () if file else ()
-    return any("/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults)
-
-
-def settings_of(group: str, file: Path) -> list[tuple[str, Any]]:
-    """The dotted keys that an option's file sets, and their values."""
-    text = file.read_text(encoding="utf-8")
-    header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
-    package = header.group(1) if header else group
-    prefix = "" if package == "_global_" else f"{package}."
-    content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
-    settings = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
-    return [(f"{prefix}{key}", value) for key, value in flat(settings).items()]

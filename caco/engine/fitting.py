@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from caco.config import composition, folders, signatures
-from caco.config.validation import settings_of
+from caco.config.no_effect import settings_of
 from caco.data.sets import walking
 from caco.data.sets.sources import Splits
 from caco.errors import UserError
