@@ -9,7 +9,7 @@
 2. Digests and overlap: a look at each of many small files (caco/data/sets/content.py), and the whole overlap check of two sets of them
    (caco/data/sets/overlap.py), against reading each of the same files once with as many threads.
 
-The page cache is warm: each side has a turn that does not count. Both sides take turns in one process; a ratio is that of one turn.
+The page cache is warm, as the files were written just before. Both sides take turns in one process; a ratio is that of one turn.
 """
 
 import os
@@ -151,7 +151,7 @@ def main() -> None:
             photos = photos.part(np.arange(min(len(photos), sizes.photos)), "photos")
         source = many(photos, sizes.copies, top / "many")
         say(f"features of {len(source)} photographs by {workers} workers, and decoding alone by as many processes, {runs} turns")
-        found = turns({"features": timed(lambda: features(source, workers)), "decode": timed(lambda: decode(source, workers))}, runs)
+        found = turns({"features": timed(lambda: features(source, workers)), "decode": timed(lambda: decode(source, workers))}, runs, warm=0)
         ratio = ratios(found["decode"], found["features"])
         rates = [formatted(ratios([len(source)] * runs, found[name]), digits=0) for name in ("features", "decode")]
         report.row("features / decoding alone, images a second", formatted(ratio), f"{rates[0]} to {rates[1]}")
@@ -166,6 +166,7 @@ def main() -> None:
                 "read": timed(lambda: read_once(train, test)),
             },
             runs,
+            warm=0,
         )
         for name, what in (("digests", "digests"), ("overlap", "the overlap check")):
             ratio = ratios(found[name], found["read"])

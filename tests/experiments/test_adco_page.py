@@ -72,8 +72,8 @@ def test_the_table_shows_the_page_s_four_numbers_as_inferred_before_anything_is_
     monkeypatch.setattr("analysis.results.RECORDS", tmp_path)
     printed = shown(monkeypatch, capsys)
     lines = {line.partition("  ")[0]: line.split() for line in printed.splitlines()}
-    assert lines["AdCo"] == ["AdCo", "800", "256", "65536", "70.0", "37.9", "34.3", "-", *["missing"] * 3, "-", "-"]
-    assert lines["AdCo on PACS"][3:] == ["800", "128", "8192", "-", "-", "-", "30.21", "-", "-", "-", "missing", "-"]
+    assert lines["AdCo"] == ["AdCo", "256", "65536", "70.0", "37.9", "34.3", "-", *["missing"] * 3, "-", "-"]
+    assert lines["AdCo on PACS"][3:] == ["128", "8192", "-", "-", "-", "30.21", "-", "-", "-", "missing", "-"]
     assert "protocol inferred" in printed.splitlines()[0] and "Protocols are inferred" in printed
     assert "python -m experiments.run adco_page scale=smoke rows=adco" in printed
 
@@ -99,6 +99,6 @@ def test_one_command_evaluates_it_all_on_toy_sets_and_the_table_shows_ours_besid
     assert all(0 <= value <= 100 for value in (*dense, art))
     printed = shown(monkeypatch, capsys)
     lines = {line.partition("  ")[0]: line.split() for line in printed.splitlines()}
-    assert lines["AdCo"][4:] == ["70.0", "37.9", "34.3", "-", *(f"{value:.2f}" for value in dense), "-", "1"]
-    assert lines["AdCo on PACS"][6:] == ["-", "-", "-", "30.21", "-", "-", "-", f"{art:.2f}", "1"]
+    assert lines["AdCo"][3:] == ["70.0", "37.9", "34.3", "-", *(f"{value:.2f}" for value in dense), "-", "1"]
+    assert lines["AdCo on PACS"][5:] == ["-", "-", "-", "30.21", "-", "-", "-", f"{art:.2f}", "1"]
     assert "protocol inferred" in printed and "not measured" not in printed
