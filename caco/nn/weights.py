@@ -148,7 +148,7 @@ def _chosen(found: Reading, choice: str, path: Path | str) -> Reading:
             raise UserError(f"weights={path}: format=...:twin expects a momentum twin, or an average of the weights; {found.family} has none here")
         encoder = below(named, TWIN)
         named = {name: tensor for name, tensor in named.items() if not name.startswith("encoder.")} | encoder
-    return found._replace(named=named, evaluated=choice)
+    return Reading(found.family, found.formats, named, found.left, choice)
 
 
 def _family(format: str | None) -> str | None:
