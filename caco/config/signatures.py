@@ -168,7 +168,7 @@ def declared(target: str, name: str) -> Any:
     """The plain value that the class of the dotted path `target`, or a base of it, gives a name of its own, as `package = "mlflow"`;
     of a call, as `needs = Needs(patches="shuffled")`, its plain keywords as a dict, and of a dict its plain items; None where it gives
     none or cannot be read."""
-    module_name, _, class_name = target.rpartition(".")
+    module_name, _, class_name = str(target).rpartition(".")  # that it is text is demanded elsewhere
     module = load(module_name) if module_name else None
     return _declared(lookup(module, class_name), name) if module else None
 
