@@ -326,7 +326,7 @@ def main() -> None:
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
     elsewhere = args.config_name or args.config_path or args.experimental_rerun
     refusals.refuse_unwritable(args.overrides)  # also where the configuration is but shown
-    of_sweep: list[Path] = []
+    of_sweep: list[Path] | None = None  # the runs of one that has begun
     try:
         if args.help:
             print(help_text(args.overrides), end="")
@@ -352,8 +352,8 @@ def main() -> None:
         errors.show(error)
         sys.exit(1)
     finally:
-        if starts and (args.multirun or of_sweep) and directory.is_first_rank():
-            show_sweep(of_sweep or list(_trained))
+        if of_sweep is not None and directory.is_first_rank():
+            show_sweep(of_sweep or list(_trained))  # a search draws its runs one after the other
 
 
 if __name__ == "__main__":

@@ -208,6 +208,9 @@ def _continued(tree: dict[str, Any], problems: list[str], demand: Callable[[str,
         for key in ("continued_schedule", "continued_run", "continued_epochs"):
             demand(key, tree[key] is None, "null, as there is no continue_from=RUN")
         return
+    if before is None:
+        demand("continue_from", False, "null: caco.train alone continues a run")
+        return
     demand(
         "continued_schedule", schedule in ("restart", "planned"),
         "restart (the schedule anew, over the added epochs) or planned (that of all epochs, from where they stand)",

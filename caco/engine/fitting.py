@@ -22,7 +22,6 @@ from caco.runs.identity import plain
 
 FOLDERS = "caco.data.sets.folders"  # what is read from files that need not be opened to be counted
 IN_WHEELS = ("digits", "photo_tiles")  # of its sets those that are small, and need scikit-learn
-KNN, LINEAR = "caco.evals.knn.KNN", "caco.evals.linear.Linear"
 WARMUP_SHARE, HELD_OUT = 0.1, 0.1
 
 
@@ -100,8 +99,9 @@ def fit(tree: Mapping[str, Any], given: Given, read: Callable[[Mapping[str, Any]
             f"batch: expected at most the {num_train:,} images of {splits.pretrain.name} to train on, got {batch:,}"
             + (f"; batch={largest} leaves {num_train // largest} steps an epoch" if largest >= 2 else "; give more images")
         )
-    for name in needing if labels is not None else ():
-        _evaluator(name, evaluators[name], labels, given, found, world)
+    if labels is not None:
+        for name in needing:
+            _evaluator(name, evaluators[name], labels, given, found, world)
     return found
 
 
@@ -125,26 +125,21 @@ def _missing(what: str, splits: Splits, needing: Sequence[str]) -> str:
 
 
 def _evaluator(name: str, node: Mapping[str, Any], labels: np.ndarray, given: Given, found: Fit, world: int) -> None:
-    """What an evaluator takes no less of than there is."""
-    total = len(labels)
-    if node["_target_"] == LINEAR and total < node["batch"]:
+    """What an evaluator's settings may be at most (caco/evals/base.py: bounded)."""
+    counts, total = np.unique(labels, return_counts=True)[1].tolist(), len(labels)
+    for setting, share in (signatures.declared(node["_target_"], "bounded") or {}).items():
+        key, part = f"eval.{name}.{setting}", node[share] if share else 1
+        there = total if part == 1 else sum(max(1, round(part * count)) for count in counts)
+        if node[setting] <= there:
+            continue
         fits = total // world * world
-        if given(f"eval.{name}.batch") or fits < 2:
-            found.problems.append(f"eval.{name}.batch: expected at most the {total:,} labelled training images, got {node['batch']:,}")
-        else:
-            found.derived[f"eval.{name}.batch={fits}"] = f"there are {total:,} labelled training images; the rate goes with the batch"
-    if node["_target_"] == KNN:
-        counts = np.unique(labels, return_counts=True)[1]
-        bank = sum(max(1, round(node["fraction"] * count)) for count in counts.tolist())
-        if bank >= node["k"]:
-            return
-        if given(f"eval.{name}.fraction") or given(f"eval.{name}.k") or total < 2:
-            found.problems.append(f"eval.{name}.k: expected at most {bank}, the labelled training images it looks among, got {node['k']}")
-            return
-        if node["fraction"] < 1:
-            found.derived[f"eval.{name}.fraction=1"] = f"{node['fraction']:g} of the training images are {bank}, fewer than its {node['k']} neighbours"
-        if total < node["k"]:
-            found.derived[f"eval.{name}.k={total}"] = f"there are {total} labelled training images"
+        if given(key) or (share and given(f"eval.{name}.{share}")) or fits < 2:
+            found.problems.append(f"{key}: expected at most {there:,}, the labelled training images that it takes, got {node[setting]:,}")
+            continue
+        if part != 1:
+            found.derived[f"eval.{name}.{share}=1"] = f"{part:g} of the labelled training images are {there:,}, fewer than its {setting}, {node[setting]:,}"
+        if total < node[setting]:
+            found.derived[f"{key}={fits}"] = f"there are {total:,} labelled training images"
 
 
 def images_of(data: Mapping[str, Any]) -> Splits | None:

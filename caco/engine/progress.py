@@ -42,7 +42,7 @@ def ending(summary: Mapping[str, Any], *, seconds: float, run_dir: Path, evaluat
         lines += [f"caco:   {one['message'].splitlines()[0]}" for one in failed]
         if metrics.missing_at_the_end(summary):
             lines += ["caco: so results are missing, and the exit code is 3; the same command makes the evaluation at the end again"]
-    return "\n".join(lines + (_next(run_dir, evaluators, epochs) if commands else []))
+    return "\n".join(lines + (_next(summary, run_dir, evaluators, epochs) if commands else []))
 
 
 def ended_before(summary: Mapping[str, Any], *, when: float, run_dir: Path, evaluators: Sequence[str], epochs: int) -> str:
@@ -52,7 +52,7 @@ def ended_before(summary: Mapping[str, Any], *, when: float, run_dir: Path, eval
         when: it finished, in seconds since 1970.
     """
     date = time.strftime("%Y-%m-%d at %H:%M", time.localtime(when))
-    return "\n".join([f"caco: finished already on {date}: {run_dir}{_results(summary)}", *_next(run_dir, evaluators, epochs)])
+    return "\n".join([f"caco: finished already on {date}: {run_dir}{_results(summary)}", *_next(summary, run_dir, evaluators, epochs)])
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -60,13 +60,17 @@ def _results(summary: Mapping[str, Any]) -> str:
     return f" ({results})" if results else ""
 
 
-def _next(run_dir: Path, evaluators: Sequence[str], epochs: int) -> list[str]:
+def _next(summary: Mapping[str, Any], run_dir: Path, evaluators: Sequence[str], epochs: int) -> list[str]:
     """Commands that work as they are printed, from the folder that the run's was given in."""
     run, folder = _typed(run_dir), _typed(Path(run_dir).parent)
+    is_cut = summary.get("epochs", epochs) < epochs
+    longer, how = ("to its planned end", f"epochs={epochs} continued_schedule=planned") if is_cut else (
+        "twice as long", f"epochs={2 * epochs} continued_schedule=restart",
+    )  # fmt: skip
     commands = {
         "beside the untrained network and raw pixels": f"python -m caco.evaluate {_setting('run', run)} eval=[{','.join(evaluators)}] baselines=true",
         "beside other runs": f"python -m caco.results {shlex.quote(folder)}",
-        "twice as long": f"python -m caco.train {_setting('continue_from', run)} epochs={2 * epochs} continued_schedule=restart",
+        longer: f"python -m caco.train {_setting('continue_from', run)} {how}",
     }
     shown = {what: command for what, command in commands.items() if (evaluators or "evaluate" not in command) and (epochs or "train " not in command)}
     return [f"caco: next, {what}:\ncaco:   {command}" for what, command in shown.items()]

@@ -1,7 +1,7 @@
 """The contract of an evaluator, and nothing else."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -38,12 +38,15 @@ class Evaluator(Protocol):
         store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone has: it computes and yields, and
         the other ranks, having asked for the same, yield nothing. Others run on rank 0, which reads by itself, and the other ranks wait.
     needs_labels: whether it needs labelled training and test images of the run's own `data`: then a run without any is told before it begins.
+    bounded: settings that may be at most the number of labelled training images, or of the share of each class that another setting says:
+        {"k": "fraction"}, {"batch": ""}.
     departures: in what it differs from what was published by that name, a sentence each, printed with the results at the end.
     """
 
     when: When
     on_all_ranks: bool = False
     needs_labels: bool = False
+    bounded: Mapping[str, str] = {}
     departures: Sequence[str] = ()
 
     @abstractmethod

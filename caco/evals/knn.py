@@ -148,6 +148,7 @@ class KNN(Evaluator):
 
     on_all_ranks = True  # they share the reading
     needs_labels = True
+    bounded = {"k": "fraction"}
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ class Linear(Evaluator):
 
     on_all_ranks = True
     needs_labels = True
+    bounded = {"batch": ""}
 
     def __init__(
         self,

@@ -81,11 +81,11 @@ def initialise(method: Initialised, path: Path | str, format: str | None) -> str
     if bank is not None:
         rows = {name: tensor for name, tensor in below(named, "bank.").items() if name not in OWN_OF_A_RUN}
         whole = (getattr(bank, "size"), bank.get_parameter("rows.weight").shape[1])  # of all ranks' shards
-        there = tuple(rows["rows.weight"].shape) if "rows.weight" in rows else None
+        shape = tuple(rows["rows.weight"].shape) if "rows.weight" in rows else None
         why_not = (
-            "the file has none" if there is None
+            "the file has none" if shape is None
             else "the warm start fills it" if "bank" in method.overwritten()
-            else f"{there[0]:,} x {there[1]} there, {whole[0]:,} x {whole[1]} here" if there != whole
+            else f"{shape[0]:,} x {shape[1]} there, {whole[0]:,} x {whole[1]} here" if shape != whole
             else None if has_projector else "its projector does not fit"
         )  # fmt: skip
         if why_not is None:

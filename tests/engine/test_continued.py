@@ -164,6 +164,11 @@ def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path, repo_root,
         compose(copied, "epochs=4")
 
 
+def test_another_command_refuses_it():
+    with pytest.raises(UserError, match="^continue_from: expected null: caco.train alone continues a run, got 'runs/x'"):
+        validation.check(composition.job_config(composition.compose(["continue_from=runs/x"])))
+
+
 def test_without_a_run_it_says_nothing_of_one():
     with pytest.raises(UserError, match="continued_schedule: expected null, as there is no continue_from=RUN, got 'planned'"):
         validation.check(composition.job_config(composition.compose(["continued_schedule=planned"])))

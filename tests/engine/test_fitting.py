@@ -80,7 +80,7 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
         ("flat", ["batch=16", "eval=[knn]"], ["eval=[knn]: expected labelled training and test images"]),
         ("flat", ["batch=16", "eval.knn.k=5"], ["eval=[knn,probe]: expected labelled"]),
         ("flat", ["eval=[]", "epochs=5", "schedule.warmup_epochs=5", "batch=16"], ["schedule.warmup_epochs: expected less than the 5 epochs"]),
-        ("split", ["batch=64", "eval.linear.batch=81", "eval=[linear]"], ["eval.linear.batch: expected at most the 80 labelled"]),
+        ("split", ["batch=64", "eval.linear.batch=81", "eval=[linear]"], ["eval.linear.batch: expected at most 80, the labelled"]),
         ("split", ["batch=64", "eval=[knn]", "eval.knn.fraction=0.1"], ["eval.knn.k: expected at most 8, the labelled"]),
         ("flat", ["eval=[]"], ["batch: expected at most the 30 images of folder to train on, got 1,024; batch=16 leaves 1 steps"]),
         ("empty", ["eval=[]"], ["{root}: expected images"]),

@@ -50,11 +50,9 @@ def test_a_run_ends_with_commands_that_can_be_typed_and_begun_again_says_when_it
     assert list(cfg.eval) == ["knn"] and cfg.baselines and pretrained.locate(cfg.run).run_dir.resolve() == run_dir
     results.main(table[3:])
     assert "it's" in capsys.readouterr().out
-    assert longer[-2:] == ["epochs=4", "continued_schedule=restart"]
-    words = [*longer[3:-1], "continued_schedule=planned"]  # this one has ended within an epoch, as a test has to
-    cfg = composition.job_config(composition.compose(words, continued.root(words)))
-    validation.check(cfg, overrides=words)
-    assert cfg.epochs == 4
+    assert longer[-2:] == ["epochs=2", "continued_schedule=planned"], "max_steps has cut it within an epoch"
+    cfg = composition.job_config(composition.compose(longer[3:], continued.root(longer[3:])))
+    validation.check(cfg, overrides=longer[3:])
     code, _, err = Process(caco_train, *command).end()
     assert code == 0 and re.search(r"^caco: finished already on \d{4}-\d\d-\d\d at \d\d:\d\d: .*it's \(knn20_20pct_top1 ", err, re.MULTILINE), err
     assert len(commands(err)) == 3 and f"{read_json(run_dir / 'summary.json')['knn20_20pct_top1']:.2f}" in err
@@ -63,5 +61,7 @@ def test_a_run_ends_with_commands_that_can_be_typed_and_begun_again_says_when_it
 def test_what_a_run_without_evaluators_says_and_what_a_job_of_a_sweep_does(tmp_path):
     summary = {"loss": 1.0, "steps": 3}
     assert [words[2] for words in commands(ending(summary, seconds=121, run_dir=tmp_path, evaluators=[], epochs=2))] == ["caco.results", "caco.train"]
+    whole = commands(ending({**summary, "epochs": 2.0}, seconds=121, run_dir=tmp_path, evaluators=[], epochs=2))[-1]
+    assert whole[-2:] == ["epochs=4", "continued_schedule=restart"]
     assert ending(summary, seconds=121, run_dir=tmp_path, evaluators=["knn"], epochs=2, commands=False) == f"caco: finished in 0:02:01: {tmp_path}"
     assert ended_before(summary, when=0, run_dir=tmp_path, evaluators=[], epochs=2).startswith("caco: finished already on 19")

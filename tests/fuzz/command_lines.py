@@ -67,7 +67,7 @@ def keys(root: str) -> list[str]:
     leaves = list(flat(plain(composition.compose(line, root))))
     if root == "config":
         files = [(group, folders.option_file(group, option)) for group, options in folders.groups().items() for option in options]
-        leaves += [key for group, file in files if file for key, _ in validation._settings(group, file)]
+        leaves += [key for group, file in files if file for key, _ in validation.settings_of(group, file)]
     parts = [leaf.split(".") for leaf in leaves]
     return sorted({".".join(names[:length]) for names in parts for length in range(1, len(names) + 1)})
 

@@ -49,7 +49,8 @@ def test_every_new_name_in_the_table_is_there_and_no_old_one_is():
         module, _, name = new.rpartition(".")
         assert signatures.load(new) or signatures.lookup(signatures.load(module), name), new
         module, _, name = old.rpartition(".")
-        assert old == "caco.data.views" or not signatures.load(old), old  # a package of that name has a module augmentation
+        # A package of the first name has a module augmentation; by the second one a command is called, which no `_target_` names.
+        assert old in ("caco.data.views", "caco.results") or not signatures.load(old), old
 
 
 @pytest.mark.parametrize("old, new", renamed.KEYS.items())
