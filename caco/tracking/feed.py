@@ -73,6 +73,7 @@ class Feed:
         self.mark.run_id, self.mark.closed = run.info.run_id, ""
         self.mark.uri, self.mark.experiment = redacted(self.uri), self.experiment
         self._names = self.mark.todays_names(self.run_dir)
+        self._reader = Reader(self.run_dir, self.mark)
         self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
         # A parameter is logged once: MLflow refuses another value, and cadence or paths may differ after a resume.
@@ -95,7 +96,6 @@ class Feed:
         if about.get("sweep"):
             self._enter_sweep(about["sweep"])
         self._files()
-        self._reader = Reader(self.run_dir, self.mark)
         self._system_offset, self._system_skip = 0, self.mark.system_sent
         self.is_open = True
 
