@@ -164,7 +164,7 @@ class Feed:
                 if parent is None:
                     tags = {"caco.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
                     tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": OF_SWEEPS, "mlflow.note.content": sweep["title"]}
-                    parent = self._client.create_run(self._experiment_id, run_name=short_sweep(sweep["title"]), tags=tags)
+                    parent = self._client.create_run(self._experiment_id, run_name=short_sweep(sweep["title"], sweep.get("keys", ())), tags=tags)
                 self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)
                 self.mark.parent_id = parent.info.run_id
                 self.mark.save(self.run_dir)
