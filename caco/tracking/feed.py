@@ -73,6 +73,7 @@ class Feed:
         self.mark.run_id, self.mark.closed = run.info.run_id, ""
         self.mark.uri, self.mark.experiment = redacted(self.uri), self.experiment
         self._names = self.mark.todays_names(self.run_dir)
+        self._reader = Reader(self.run_dir, self.mark)
         self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
         # A parameter is logged once: MLflow refuses another value, and cadence or paths may differ after a resume.
@@ -95,7 +96,6 @@ class Feed:
         if about.get("sweep"):
             self._enter_sweep(about["sweep"])
         self._files()
-        self._reader = Reader(self.run_dir, self.mark)
         self._system_offset, self._system_skip = 0, self.mark.system_sent
         self.is_open = True
 
@@ -164,7 +164,7 @@ class Feed:
                 if parent is None:
                     tags = {"caco.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
                     tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": OF_SWEEPS, "mlflow.note.content": sweep["title"]}
-                    parent = self._client.create_run(self._experiment_id, run_name=short_sweep(sweep["title"]), tags=tags)
+                    parent = self._client.create_run(self._experiment_id, run_name=short_sweep(sweep["title"], sweep.get("keys", ())), tags=tags)
                 self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)
                 self.mark.parent_id = parent.info.run_id
                 self.mark.save(self.run_dir)

@@ -1,7 +1,7 @@
 """Names and colours of runs in MLflow's page, which shows some 20 characters of a name and draws its charts in a run's own colour."""
 
 import colorsys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 FITS = 20  # characters that the column of names shows whole, and the list beside the charts (MLflow 3.17: 190 pixels)
 _COLOURS = (
@@ -23,13 +23,20 @@ def short(name: str) -> str:
     return name
 
 
-def short_sweep(title: str) -> str:
-    """A sweep's name that is shown whole, where one can be made: what it varies, `pn=both,none`, or `pn x bank x seed`."""
-    varied = [word for word in title.split() if "," in word.partition("=")[2]]
-    if len(title) <= FITS or not varied:
+def short_sweep(title: str, keys: Sequence[str]) -> str:
+    """A sweep's name that is shown whole, where one can be made: what it varies, `pn=both,none`, or `pn x bank x seed`.
+
+    Args:
+        keys: what it varies, of which a long title may not say all.
+    """
+    varied = [word for word in title.split() if word.partition("=")[0] in keys]
+    if len(title) <= FITS or not keys:
         return title
     whole = " ".join(varied)
-    return whole if len(whole) <= FITS else " x ".join(_last_parts(word).partition("=")[0] for word in varied)
+    if len(varied) == len(keys) and len(whole) <= FITS:
+        return whole
+    named = [word.partition("=")[0] for word in varied] if len(varied) == len(keys) else keys
+    return " x ".join(key.rpartition(".")[2] for key in named)
 
 
 def colours() -> Iterator[str]:
@@ -38,7 +45,7 @@ def colours() -> Iterator[str]:
     seen, number = {*_COLOURS, OF_SWEEPS}, 0
     while True:
         number += 1
-        hue, lightness = number * _GOLDEN % 1, (0.35, 0.5, 0.65)[number % 3]
+        hue, lightness = number * _GOLDEN % 1, (0.45, 0.28, 0.7)[number % 3]
         colour = "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, lightness, 0.6))
         if colour not in seen:
             seen.add(colour)

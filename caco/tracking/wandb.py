@@ -42,7 +42,7 @@ class WandbTracker(FedTracker):
         return WandbFeed(run_dir, project=self.project, entity=self.entity, mode=self.mode)
 
     def to_send_later(self, run_dir: Path) -> str:
-        return f"python -m caco.tracking.export {run_dir} --wandb {self.project}"
+        return f"python -m caco.tracking.export {run_dir} --wandb {self.project}" + " --offline" * (self.mode == "offline")
 
 
 def require_login() -> None:

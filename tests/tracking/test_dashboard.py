@@ -54,9 +54,10 @@ def test_names_are_as_short_as_the_table_shows_whole_where_they_can_be(name, sho
 
 
 def test_a_sweep_is_called_by_what_it_varies():
-    assert short_sweep("preset=demo seed=0,1,2") == "seed=0,1,2"
-    assert short_sweep("preset=demo pn=none,both bank.lr=1,2,3,4 seed=0,1,2") == "pn x lr x seed"
-    assert short_sweep("preset=demo hydra/sweeper=optuna") == "preset=demo hydra/sweeper=optuna"
+    assert short_sweep("preset=demo seed=0,1,2", ["seed"]) == "seed=0,1,2"
+    assert short_sweep("preset=demo pn=none,both bank.lr=1,2,3,4 seed=0,1,2", ["bank.lr", "pn", "seed"]) == "pn x lr x seed"
+    assert short_sweep("data=digits augmentation=digits seed=0,1", ["pn", "seed"]) == "pn x seed", "a title is cut at 200 characters"
+    assert short_sweep("preset=demo", ["pn", "seed", "batch"]) == "preset=demo"
 
 
 def test_no_two_runs_have_one_colour_and_those_that_have_one_keep_it():

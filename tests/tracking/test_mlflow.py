@@ -31,6 +31,13 @@ def kill(tracker):
     feeder.feed.release()
 
 
+def test_published_values_stand_beside_ours_from_the_beginning(look, tmp_path):
+    tracker = begin(look, tmp_path, paper={"linear_top1": 71.3})
+    tracker.log(1, {"linear_top1": 70.9}, kind="eval")
+    tracker.finish("FINISHED", {})
+    assert (look.points("paper/linear_top1"), look.points("eval/linear_top1")) == ([(0, 71.3)], [(1, 70.9)])
+
+
 def test_a_run_is_found_by_config_name_and_holds_what_was_logged(look, tmp_path):
     (tmp_path / "config.yaml").write_text("batch: 64\n")
     tracker = begin(look, tmp_path)
