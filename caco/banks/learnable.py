@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from caco.banks import motion, reweighted, scoring
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
-from caco.errors import UserError
-from caco.ranges import AboveZero, Count, NonNegative, Seed, Several, ShareBelowOne, Width
+from caco.ranges import AboveZero, Count, NonNegative, Seed, Several, ShareBelowOne, Width, held
 from caco.schedules import RunShape, Table, warmup_and_cosine
 
 
@@ -41,6 +40,7 @@ class LearnableBank(nn.Module, Bank):
     Source: arXiv 2203.14370, Eqs. 6-11.
     """
 
+    @held
     def __init__(
         self,
         *,
@@ -61,21 +61,6 @@ class LearnableBank(nn.Module, Bank):
         random_norms: Literal["unit", "normal"] = "unit",
     ):
         super().__init__()
-        at_least_zero = {
-            "pull": pull, "push": push, "lr": lr, "final_lr": final_lr, "warmup_epochs": warmup_epochs,
-            "weight_decay": weight_decay,
-        }  # fmt: skip
-        for name, value in at_least_zero.items():
-            if value is not None and value < 0:
-                raise UserError(f"bank.{name} must be 0 or more; got {value}")
-        if not 0 <= momentum < 1:
-            raise UserError(f"bank.momentum must be in [0, 1); got {momentum}")
-        if temperature is not None and temperature <= 0:
-            raise UserError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
-        if lr_reference_batch is not None and lr_reference_batch < 1:
-            raise UserError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
-        if random_norms not in ("unit", "normal"):
-            raise UserError(f"bank.random_norms must be unit or normal; got {random_norms!r}")
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=pull > 0 or push > 0, norms=random_norms)
         self.size, self.pull, self.push = size, pull, push
         self.lr, self.final_lr, self.lr_reference_batch, self.warmup_epochs = lr, final_lr, lr_reference_batch, warmup_epochs

@@ -163,9 +163,9 @@ def test_k_nn_among_the_first_is_by_another_name(colours, store_of):
     [
         ({"choice": "last"}, "choice: expected random or first, got 'last'"),
         ({"k": 0}, "k and block of at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
+        ({"temperature": 0.0}, "temperature: expected float above 0, got 0.0"),
         ({"fraction": 1.5}, "fraction: expected 0 < fraction <= 1, got 1.5"),
-        ({"when": "often"}, "when: expected epoch or end, got 'often'"),
+        ({"when": "often"}, r"when: expected epoch \| end, got 'often'"),
     ],
 )
 def test_refuses_settings_that_make_no_sense(arguments, message):

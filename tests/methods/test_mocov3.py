@@ -95,7 +95,7 @@ def test_its_batch_stays_whole_and_small_views_query_the_large_ones():
 def test_impossible_numbers_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         mocov3(**wrong)
-    with pytest.raises(ValueError, match="temperature must be positive; got 0"):
+    with pytest.raises(ValueError, match="temperature: expected float above 0, got 0"):
         MoCoV3(encoder=fifty.encoder(), temperature=0.0)
 
 

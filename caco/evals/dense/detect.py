@@ -24,7 +24,7 @@ from caco.evals.dense.training import Recipe, Task, batches, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
 from caco.nn.norm import BATCH_NORMS
-from caco.ranges import Count, Length, Natural, NonNegative, Pixels, Share, ShareBelowOne
+from caco.ranges import Count, Length, Natural, NonNegative, Pixels, Share, ShareBelowOne, held
 
 NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
 _NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
@@ -65,6 +65,7 @@ class Detect(Evaluator):
         "detect: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
     )
 
+    @held
     def __init__(
         self,
         *,
