@@ -110,7 +110,7 @@ def test_the_option_and_the_names_say_the_protocol(store_of, tmp_path):
         ({"ways": ["linear"]}, "domain ways: expected some of frozen, finetune"),
         ({"lrs": []}, "lrs: expected list of float above 0, 1 or more of them"),
         ({"num_strengths": 0}, "num_strengths: expected int from 1"),
-        ({"when": "now"}, "epoch or end"),
+        ({"when": "now"}, r"when: expected epoch \| end, got 'now'"),
     ],
 )
 def test_refuses_settings_that_make_no_sense(arguments, message):

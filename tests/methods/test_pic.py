@@ -184,7 +184,7 @@ def test_settings_without_a_meaning_are_refused(settings, message):
 def test_banks_without_a_meaning_are_refused():
     for settings, message in (
         ({"size": None}, "need size, the number of images"),
-        ({"spread": 0.0}, "a spread above 0"),
+        ({"spread": 0.0}, r"spread: expected float above 0, got 0\.0"),
         ({"momentum": 1.0}, "momentum: expected float from 0 below 1"),
     ):
         with pytest.raises(ValueError, match=message):
