@@ -13,14 +13,15 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from caco.errors import UserError
 
-P, S = ParamSpec("P"), TypeVar("S")
+P = ParamSpec("P")
+S = TypeVar("S")
 INT_MAX = 2**31 - 1  # more of anything is a slip, and too much for many a library's C
 
 
@@ -82,7 +83,7 @@ def held(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P],
 
 def hold_fields(made: Any) -> None:
     """What `held` does, for the `__post_init__` of a dataclass."""
-    refuse_outside(type(made).__name__, _hints(type(made)), vars(made))
+    refuse_outside(type(made).__name__, _hints(made.__class__), vars(made))
 
 
 def refuse_outside(owner: str, hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -92,7 +93,7 @@ def refuse_outside(owner: str, hints: Mapping[str, Any], values: Mapping[str, An
 
 
 @functools.cache
-def _hints(of: Any) -> dict[str, Any]:
+def _hints(of: Hashable) -> dict[str, Any]:
     return typing.get_type_hints(of, include_extras=True)
 
 
