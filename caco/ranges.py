@@ -1,15 +1,27 @@
-"""The ranges of numbers and the lengths of lists, as types: what a constructor declares, caco/config/annotations.py holds a configuration to.
+"""The ranges of numbers and the lengths of lists, as types.
 
+What a constructor declares so, caco/config/annotations.py holds a configuration to before anything is built, and `held` whoever calls it:
+
+    @held
     def __init__(self, *, k: Count, temperature: AboveZero, scale: Interval): ...
 
 To Python and mypy they are plain numbers and lists. A component of your own may use them, or declare others: `Annotated[int, Range(8, 512)]`;
-the bounds have to be plain numbers, for they are read and not run. Imports nothing of caco.
+the bounds have to be plain numbers, for they are read and not run.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from numbers import Real
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar
 
+from caco.errors import UserError
+
+P = ParamSpec("P")
+S = TypeVar("S")
 INT_MAX = 2**31 - 1  # more of anything is a slip, and too much for many a library's C
 
 
@@ -22,6 +34,19 @@ class Range:
     above: float | None = None
     below: float | None = None
 
+    def holds(self, value: Any) -> bool:
+        """Whether a number is in it; of what is none nothing is claimed, since other things than ranges say what it should be."""
+        if not isinstance(value, Real):
+            return True
+        number = float(value)
+        least, most = (-math.inf if self.least is None else self.least), (math.inf if self.most is None else self.most)
+        inside = (self.above is None or number > self.above) and (self.below is None or number < self.below)
+        return math.isfinite(number) and least <= number <= most and inside
+
+    def __str__(self) -> str:
+        words = {"from {:g}": self.least, "above {:g}": self.above, "up to {:.10g}": self.most, "below {:g}": self.below}
+        return "".join(f" {text.format(bound)}" for text, bound in words.items() if bound not in (None, INT_MAX))
+
 
 @dataclass(frozen=True)
 class Length:
@@ -30,14 +55,82 @@ class Length:
     least: int | None = None
     most: int | None = None
 
+    def holds(self, value: Any) -> bool:
+        if not isinstance(value, Sequence | Mapping) or isinstance(value, str):
+            return True
+        return (self.least is None or len(value) >= self.least) and (self.most is None or len(value) <= self.most)
+
+    def __str__(self) -> str:
+        number = f"{self.least} or more" if self.most is None else f"{self.least or 0} to {self.most}"
+        return f", {self.least if self.least == self.most else number} of them"
+
+
+def held(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+    """A constructor that refuses what its declared types exclude, in one place for all: who builds a part in Python is told what a
+    configuration would be.
+
+    Raises, as it is called:
+        UserError: each argument that is out of its range, of another length, or another word than those of its Literal.
+    """
+
+    @functools.wraps(init)
+    def checked(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
+        refuse_outside(type(self).__name__, _hints(init), kwargs)
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+def hold_fields(made: Any) -> None:
+    """What `held` does, for the `__post_init__` of a dataclass."""
+    refuse_outside(type(made).__name__, _hints(made.__class__), vars(made))
+
+
+def refuse_outside(owner: str, hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    wrong = [name for name, value in values.items() if name in hints and not _fits(value, hints[name])]
+    if wrong:
+        raise UserError(f"{owner}: " + "; ".join(f"{name}: expected {_words(hints[name])}, got {values[name]!r:.80}" for name in wrong))
+
+
+@functools.cache
+def _hints(of: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(of, include_extras=True)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _fits(value, parts[0]) and all(mark.holds(value) for mark in hint.__metadata__ if isinstance(mark, Range | Length))
+    if origin in (typing.Union, types.UnionType):
+        members = [part for part in parts if part is not type(None)]
+        return value is None and len(members) < len(parts) or any(_fits(value, part) for part in members)
+    if origin is Literal:
+        return value in parts
+    if origin in (list, Sequence) and isinstance(value, Sequence) and not isinstance(value, str):
+        return all(_fits(item, parts[0]) for item in value)
+    return True
+
+
+def _words(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _words(parts[0]) + "".join(str(mark) for mark in hint.__metadata__ if isinstance(mark, Range | Length))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("None" if part is type(None) else _words(part) for part in parts)
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    return f"list of {_words(parts[0])}" if origin in (list, Sequence) else getattr(hint, "__name__", str(hint))
+
 
 Count = Annotated[int, Range(least=1, most=2147483647)]  # of what there must be at least one
 Several = Annotated[int, Range(least=2, most=2147483647)]
 Natural = Annotated[int, Range(least=0, most=2147483647)]  # steps, epochs, processes: none is a number of them
 Small = Annotated[int, Range(least=0, most=1000)]
 Workers = Annotated[int, Range(least=0, most=1024)]  # processes of this machine
+Threads = Annotated[int, Range(least=1, most=1024)]
 Seed = Annotated[int, Range(least=0, most=4294967295)]
 Pixels = Annotated[int, Range(least=1, most=65535)]  # of a side
+Side = Annotated[int, Range(least=2, most=65535)]  # of an image with more than one place
 Width = Annotated[int, Range(least=1, most=1048576)]  # of a layer
 Layers = Annotated[int, Range(least=1, most=1000)]
 Finite = Annotated[float, Range(least=-1e30, most=1e30)]  # within float32, and its square within float64
@@ -53,4 +146,5 @@ Colour = Annotated[Sequence[Annotated[int, Range(least=0, most=255)]], Length(le
 PositiveChannels = Annotated[list[AboveZero], Length(least=3, most=3)]
 Betas = Annotated[Sequence[ShareBelowOne], Length(least=2, most=2)]
 Interval = Annotated[Sequence[NonNegative], Length(least=2, most=2)]  # lowest and highest
+PositiveInterval = Annotated[Sequence[AboveZero], Length(least=2, most=2)]
 ShareInterval = Annotated[Sequence[ShareAboveZero], Length(least=2, most=2)]  # lowest and highest

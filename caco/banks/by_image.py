@@ -11,7 +11,7 @@ from caco.banks.base import Bank
 from caco.banks.reweighted import Objective
 from caco.banks.rows import Norms, Rows
 from caco.errors import UserError
-from caco.ranges import Layers, Seed, Several, Share, Width
+from caco.ranges import Layers, Seed, Several, ShareBelowOne, Width, held
 from caco.schedules import RunShape, Table, constant
 
 
@@ -39,15 +39,12 @@ class ImageBank(nn.Module, Bank):
 
     normaliser: Tensor  # of each part Z of `contrast`, of the first step for ever; 0 before it
 
-    def __init__(self, *, size: Several | None, dim: Width, seed: Seed, momentum: Share = 0.5, norms: Norms = "uniform", parts: Layers = 1):
+    @held
+    def __init__(self, *, size: Several | None, dim: Width, seed: Seed, momentum: ShareBelowOne = 0.5, norms: Norms = "uniform", parts: Layers = 1):
         super().__init__()
         if size is None:
             raise UserError("a bank by image needs size, the number of images; in a configuration null stands for it")
-        if not 0 <= momentum < 1:
-            raise UserError(f"bank.momentum must be in [0, 1); got {momentum}")
-        if norms not in ("unit", "normal", "uniform"):
-            raise UserError(f"bank.norms must be unit, normal or uniform; got {norms!r}")
-        if parts < 1 or dim % parts:
+        if dim % parts:
             raise UserError(f"bank.parts: expected a divisor of dim, {dim}; got {parts}")
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=False, norms=norms)
         self.size, self.momentum, self.parts, self.width = size, momentum, parts, dim // parts

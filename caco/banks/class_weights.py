@@ -8,7 +8,7 @@ from caco.banks.base import Bank
 from caco.banks.reweighted import Objective
 from caco.banks.rows import Rows
 from caco.errors import UserError
-from caco.ranges import AboveZero, NonNegative, Seed, Several, ShareBelowOne, Width
+from caco.ranges import AboveZero, NonNegative, Seed, Several, ShareBelowOne, Width, held
 from caco.schedules import RunShape, Table, constant
 
 
@@ -33,16 +33,13 @@ class ClassWeights(nn.Module, Bank):
     filled_by_keys = False
     default_warm_start_passes = 0
 
+    @held
     def __init__(
         self, *, size: Several | None, dim: Width, seed: Seed, spread: AboveZero = 0.01, momentum: ShareBelowOne = 0.9, weight_decay: NonNegative = 1e-4
     ):
         super().__init__()
         if size is None:
             raise UserError("class weights need size, the number of images; in a configuration null stands for it")
-        if spread <= 0 or weight_decay < 0:
-            raise UserError(f"bank needs a spread above 0 and a weight_decay of 0 or more; got {spread} and {weight_decay}")
-        if not 0 <= momentum < 1:
-            raise UserError(f"bank.momentum must be in [0, 1); got {momentum}")
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=True, norms="normal")
         with torch.no_grad():
             self.rows.weight.mul_(spread)

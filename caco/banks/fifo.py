@@ -7,7 +7,7 @@ from caco import distributed
 from caco.banks import own_loop, reweighted, scoring
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen
-from caco.ranges import Seed, Several, Width
+from caco.ranges import Seed, Several, Width, held
 from caco.schedules import RunShape, Table, constant
 
 
@@ -28,6 +28,7 @@ class FifoBank(nn.Module, Bank):
 
     next_row: Tensor  # int64, where the next key goes
 
+    @held
     def __init__(self, *, size: Several, dim: Width, seed: Seed = 0):
         super().__init__()
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=False)

@@ -11,7 +11,7 @@ from caco.banks.balance import mean_activation_divergence
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen, many_near_duplicates
 from caco.errors import UserError
-from caco.ranges import AboveZero, Count, NonNegative, Seed, Several, ShareBelowOne, Width
+from caco.ranges import AboveZero, Count, NonNegative, Seed, Several, ShareBelowOne, Width, held
 from caco.schedules import RunShape, Table, warmup_and_cosine
 
 
@@ -49,6 +49,7 @@ class LearnableBank(nn.Module, Bank):
     Source: arXiv 2203.14370, Eqs. 6-11.
     """
 
+    @held
     def __init__(
         self,
         *,
@@ -71,21 +72,6 @@ class LearnableBank(nn.Module, Bank):
         balance: NonNegative = 0.0,
     ):
         super().__init__()
-        at_least_zero = {
-            "pull": pull, "push": push, "lr": lr, "final_lr": final_lr, "warmup_epochs": warmup_epochs,
-            "weight_decay": weight_decay,
-        }  # fmt: skip
-        for name, value in at_least_zero.items():
-            if value is not None and value < 0:
-                raise UserError(f"bank.{name} must be 0 or more; got {value}")
-        if not 0 <= momentum < 1:
-            raise UserError(f"bank.momentum must be in [0, 1); got {momentum}")
-        if temperature is not None and temperature <= 0:
-            raise UserError(f"bank.temperature must be positive, or null for the encoder's; got {temperature}")
-        if lr_reference_batch is not None and lr_reference_batch < 1:
-            raise UserError(f"bank.lr_reference_batch must be at least 1, or null; got {lr_reference_batch}")
-        if random_norms not in ("unit", "normal"):
-            raise UserError(f"bank.random_norms must be unit or normal; got {random_norms!r}")
         learnable = pull > 0 or push > 0
         if renewed_after_steps is not None and not learnable:
             raise UserError(f"bank.renewed_after_steps: rows that do not learn are not renewed; expected null, got {renewed_after_steps}")

@@ -4,11 +4,11 @@ import ast
 import builtins
 import difflib
 import math
-import operator
 from collections.abc import Collection
 from typing import Any
 
 from caco.config.signatures import Module, Parameter, Signature, is_group, lookup, signature
+from caco.ranges import Length, Range
 from caco.redaction import shortened
 
 # int is accepted for float, bool for neither: `true` where a number belongs is a mistake.
@@ -132,7 +132,7 @@ def _mismatch(value: Any, annotation: ast.expr, module: Module, path: str) -> li
         inside = mismatches(value, items[0], module, path)
         # What is wrong within it is said by itself; what is wrong with it as a whole, together with its bounds.
         deeper = [line for line in inside if not line.startswith(f"{path}: ")]
-        return deeper or (wrong if inside or not within(value, bounds(items[1:])) else [])
+        return deeper or (wrong if inside or not all(bound.holds(value) for bound in bounds(items[1:])) else [])
     if kind in SCALARS:
         fits = isinstance(value, SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool))
         return [] if fits else wrong
@@ -190,22 +190,15 @@ def _literals(annotation: ast.expr) -> list[Any]:
     return [item.value for item in _items(annotation.slice) if isinstance(item, ast.Constant)]
 
 
-def bounds(declared: list[ast.expr]) -> dict[str, dict[str, float]]:
-    """Of the `Range(...)` and `Length(...)` in an Annotated (caco/ranges.py): their arguments by name, read and not run. Others say nothing."""
+def bounds(declared: list[ast.expr]) -> list[Range | Length]:
+    """The `Range(...)` and `Length(...)` in an Annotated (caco/ranges.py), read and not run. Others say nothing."""
     calls = [item for item in declared if isinstance(item, ast.Call) and _word(item.func) in ("Range", "Length")]
-    return {_word(call.func): {str(word.arg): ast.literal_eval(word.value) for word in call.keywords} for call in calls}
-
-
-def within(value: Any, declared: dict[str, dict[str, float]]) -> bool:
-    """Whether a number is in its range, a list or a group as long as it has to be."""
-    holds = {"least": operator.ge, "most": operator.le, "above": operator.gt, "below": operator.lt}
-    measured = {"Range": value, "Length": len(value) if isinstance(value, list | dict) else None}
-    return all(
-        holds[name](measured[kind], bound)
-        for kind, limits in declared.items()
-        for name, bound in limits.items()
-        if isinstance(measured[kind], int | float)
-    )
+    kinds: dict[str, type[Range] | type[Length]] = {"Range": Range, "Length": Length}
+    found = []
+    for call in calls:
+        by_name = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        found.append(kinds[_word(call.func)](*map(ast.literal_eval, call.args), **by_name))
+    return found
 
 
 def shown(annotation: ast.expr | None, module: Module) -> str:
@@ -218,21 +211,10 @@ def _shown(member: ast.expr, module: Module) -> str:
     if kind == "Literal":
         return " | ".join(map(str, _literals(member)))
     if kind == "Annotated":
-        return shown(items[0], module) + "".join(_bounds_in_words(kind, limits) for kind, limits in bounds(items[1:]).items())
+        return shown(items[0], module) + "".join(map(str, bounds(items[1:])))
     if kind in LISTS and len(items) == 1:
         return f"list of {shown(items[0], module)}"
     return ast.unparse(member)
-
-
-def _bounds_in_words(kind: str, limits: dict[str, float]) -> str:
-    if kind == "Length":
-        least, most = limits.get("least"), limits.get("most")
-        number = f"{least}" if least == most else f"{least or 0} to {most}" if most is not None else f"{least} or more"
-        return f", {number} of them"
-    low = {"least": "from {:g}", "above": "above {:g}"}
-    high = {"most": "up to {:.10g}", "below": "below {:g}"}
-    words = [text.format(limits[name]) for part in (low, high) for name, text in part.items() if name in limits]
-    return f" {' '.join(words)}"
 
 
 def _reads_as_number(text: str) -> bool:

@@ -63,10 +63,6 @@ class Recipe:
     drop_last: bool = True
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2:
-            raise UserError(f"expected at least 1 epoch and batches of at least 2, got {self.epochs} and {self.batch}")
-        if self.schedule not in ("cosine", "steps") or self.unit not in ("epoch", "step"):
-            raise UserError(f"expected cosine or steps by epoch or step, got {self.schedule!r} and {self.unit!r}")
         if self.milestones and self.schedule != "steps":
             raise UserError(f"milestones: belong to schedule=steps; got {list(self.milestones)} with {self.schedule}")
         if self.nesterov and self.larc:

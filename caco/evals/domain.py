@@ -23,7 +23,7 @@ from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, train_classifier
 from caco.evals.features import FeatureStore
 from caco.evals.logistic import choose_strength, logits_of, strengths
-from caco.ranges import AboveZero, Count, Length, Natural, NonNegative, Pixels, Several, ShareBelowOne, ShareInterval
+from caco.ranges import AboveZero, Count, Length, Natural, NonNegative, Pixels, Several, ShareBelowOne, ShareInterval, held
 
 
 class Domain(Evaluator):
@@ -50,6 +50,7 @@ class Domain(Evaluator):
     on_all_ranks = True
     reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
 
+    @held
     def __init__(
         self,
         *,
@@ -62,7 +63,7 @@ class Domain(Evaluator):
         strongest: AboveZero = 1e5,
         max_iterations: Count = 1000,
         tolerance: AboveZero = 1e-5,
-        lrs: Annotated[Sequence[NonNegative], Length(least=1)] = (0.001,),
+        lrs: Annotated[Sequence[AboveZero], Length(least=1)] = (0.001,),
         epochs: Count = 30,
         batch: Several = 128,
         momentum: ShareBelowOne = 0.9,
@@ -72,18 +73,13 @@ class Domain(Evaluator):
         scale: ShareInterval = (0.8, 1.0),
         when: Literal["epoch", "end"] = "end",
     ) -> None:
-        if when not in ("epoch", "end"):
-            raise UserError(f"domain when: expected epoch or end, got {when!r}")
         for name, chosen, known in (("targets", targets, DOMAINS), ("ways", ways, metrics.DOMAIN_WAYS)):
             if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
                 raise UserError(f"domain {name}: expected some of {', '.join(known)}, each once, got {list(chosen)}")
-        if num_strengths < 1 or not 0 < weakest <= strongest or max_iterations < 1 or not tolerance > 0:
-            raise UserError(
-                f"domain: expected strengths 0 < weakest <= strongest and max_iterations of at least 1, got {num_strengths} "
-                f"in {weakest}..{strongest}, {max_iterations} iterations, tolerance {tolerance}"
-            )
-        if not lrs or len(set(lrs)) < len(lrs) or not all(lr > 0 for lr in lrs):
-            raise UserError(f"domain lrs: expected positive rates, each once, got {list(lrs)}")
+        if weakest > strongest:
+            raise UserError(f"domain: expected weakest <= strongest, got {weakest} and {strongest}")
+        if len(set(lrs)) < len(lrs):
+            raise UserError(f"domain lrs: expected each rate once, got {list(lrs)}")
         self.root, self.targets, self.size, self.when, self.lrs = root, list(targets), size, when, list(lrs)
         self.solver: dict[str, Any] = {
             "strengths": strengths(num_strengths, weakest, strongest), "max_iterations": max_iterations, "tolerance": tolerance

@@ -15,7 +15,7 @@ from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, train_classifier
 from caco.evals.features import FeatureStore
 from caco.evals.knn import balanced_share
-from caco.ranges import Count, Length, NonNegative, Several, Share, ShareAboveZero, ShareBelowOne, ShareInterval
+from caco.ranges import Count, Length, NonNegative, Several, Share, ShareAboveZero, ShareBelowOne, ShareInterval, held
 from caco.runs.paths import expanded, read_text
 
 
@@ -40,6 +40,7 @@ class FineTune(Evaluator):
     on_all_ranks = True
     needs_labels = True
 
+    @held
     def __init__(
         self,
         *,
@@ -59,17 +60,13 @@ class FineTune(Evaluator):
         frozen_below: Share = 0.0,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
-        if when not in ("epoch", "end"):
-            raise UserError(f"{name} when: expected epoch or end, got {when!r}")
-        if not fractions or any(not 0 < f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
-            raise UserError(f"{name} fractions: expected different shares in (0, 1], got {list(fractions)}")
+        if len(set(fractions)) < len(fractions):
+            raise UserError(f"{name} fractions: expected each share once, got {list(fractions)}")
         if len(epochs) != len(fractions) or (lists is not None and len(lists) != len(fractions)):
             raise UserError(
                 f"{name}: expected an entry of epochs (and of lists) for each of the {len(fractions)} fractions, got "
                 f"{list(epochs)} and {lists}"
             )
-        if not 0 <= frozen_below <= 1:
-            raise UserError(f"{name} frozen_below: expected a share in [0, 1], got {frozen_below}")
         self.fractions, self.lists, self.when = list(fractions), lists, when
         self.frozen = [fraction < frozen_below for fraction in fractions]
         self.recipes = [

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from caco import distributed, metrics
 from caco.data.sets.sources import choose
 from caco.equations import rank_me
-from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.extraction import extract, full_float32
 from caco.evals.features import FeatureStore
-from caco.ranges import Several
+from caco.ranges import Several, held
 
 
 def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
@@ -56,11 +55,8 @@ class Geometry(Evaluator):
 
     on_all_ranks = True  # they share the reading
 
+    @held
     def __init__(self, *, images: Several = 2048, when: Literal["epoch", "end"] = "end") -> None:
-        if images < 2:
-            raise UserError(f"geometry images: expected at least 2, got {images}")
-        if when not in ("epoch", "end"):
-            raise UserError(f"geometry when: expected epoch or end, got {when!r}")
         self.images, self.when = images, when
         self.protocol = metrics.geometry(images=images)
 

@@ -17,7 +17,7 @@ from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.extraction import full_float32
 from caco.evals.features import FeatureStore
-from caco.ranges import AboveZero, Count, ShareAboveZero
+from caco.ranges import AboveZero, Count, ShareAboveZero, held
 
 _LAST_INDEX = 2**32 - 1
 
@@ -150,6 +150,7 @@ class KNN(Evaluator):
     needs_labels = True
     bounded = {"k": "fraction"}
 
+    @held
     def __init__(
         self,
         *,
@@ -160,16 +161,6 @@ class KNN(Evaluator):
         block: Count = 2048,
         when: Literal["epoch", "end"] = "epoch",
     ) -> None:
-        if k < 1 or block < 1:
-            raise UserError(f"knn: expected k and block of at least 1, got {k} and {block}")
-        if not temperature > 0:
-            raise UserError(f"knn temperature: expected a positive number, got {temperature}")
-        if not 0 < fraction <= 1:
-            raise UserError(f"knn fraction: expected 0 < fraction <= 1, got {fraction}")
-        if choice not in ("random", "first"):
-            raise UserError(f"knn choice: expected random or first, got {choice!r}")
-        if when not in ("epoch", "end"):
-            raise UserError(f"knn when: expected epoch or end, got {when!r}")
         self.k, self.temperature, self.fraction, self.choice, self.block, self.when = k, temperature, fraction, choice, block, when
         self.protocol = metrics.knn(k=k, temperature=temperature, fraction=fraction, choice=choice)
 

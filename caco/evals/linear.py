@@ -11,7 +11,7 @@ from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, accuracies, classify, train_classifier
 from caco.evals.features import FeatureStore
-from caco.ranges import Count, NonNegative, Share, ShareBelowOne, ShareInterval
+from caco.ranges import Count, NonNegative, Several, Share, ShareBelowOne, ShareInterval, held
 
 
 class Linear(Evaluator):
@@ -30,12 +30,13 @@ class Linear(Evaluator):
     needs_labels = True
     bounded = {"batch": ""}
 
+    @held
     def __init__(
         self,
         *,
         name: str = "linear",
         epochs: Count = 100,
-        batch: Count = 4096,
+        batch: Several = 4096,
         lr: NonNegative = 0.025,
         reference_batch: Count | None = 256,
         momentum: ShareBelowOne = 0.9,
@@ -51,8 +52,6 @@ class Linear(Evaluator):
         drop_last: bool = False,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
-        if when not in ("epoch", "end"):
-            raise UserError(f"{name} when: expected epoch or end, got {when!r}")
         self.when = when
         self.recipe = Recipe(
             epochs=epochs,

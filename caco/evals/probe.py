@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from caco import distributed, metrics
-from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore
 from caco.evals.logistic import Standardised, fit
-from caco.ranges import AboveZero, Count
+from caco.ranges import AboveZero, Count, held
 
 
 class Probe(Evaluator):
@@ -32,15 +31,10 @@ class Probe(Evaluator):
     on_all_ranks = True  # they share the reading
     needs_labels = True
 
+    @held
     def __init__(
         self, *, l2: AboveZero = 1e-3, max_iterations: Count = 500, when: Literal["epoch", "end"] = "end"
     ) -> None:
-        if not l2 > 0:
-            raise UserError(f"probe l2: expected a positive number, got {l2}")
-        if max_iterations < 1:
-            raise UserError(f"probe max_iterations: expected at least 1, got {max_iterations}")
-        if when not in ("epoch", "end"):
-            raise UserError(f"probe when: expected epoch or end, got {when!r}")
         self.l2, self.max_iterations, self.when = l2, max_iterations, when
         self.protocol = metrics.probe(l2=l2, max_iterations=max_iterations)
 

@@ -20,7 +20,7 @@ from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.features import FeatureStore, require_classes
 from caco.evals.logistic import Axes, choose_strength, fit_on_axes, largest, logits_of, objective, strengths
-from caco.ranges import AboveZero, Count, Pixels
+from caco.ranges import AboveZero, Count, Pixels, held
 from caco.runs.paths import expanded
 
 PUBLISHED = (
@@ -50,6 +50,7 @@ class Transfer(Evaluator):
     on_all_ranks = True  # they share the reading
     reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
 
+    @held
     def __init__(
         self,
         *,
@@ -63,15 +64,10 @@ class Transfer(Evaluator):
         tolerance: AboveZero = 1e-5,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
-        if when not in ("epoch", "end"):
-            raise UserError(f"transfer when: expected epoch or end, got {when!r}")
         if not sets or len(set(sets)) < len(sets):
             raise UserError(f"transfer sets: expected at least one, each once, got {list(sets)}")
-        if num_strengths < 1 or not 0 < weakest <= strongest or max_iterations < 1 or not tolerance > 0:
-            raise UserError(
-                f"transfer: expected strengths 0 < weakest <= strongest and max_iterations of at least 1, got {num_strengths} "
-                f"in {weakest}..{strongest}, {max_iterations} iterations, tolerance {tolerance}"
-            )
+        if weakest > strongest:
+            raise UserError(f"transfer: expected weakest <= strongest, got {weakest} and {strongest}")
         self.root, self.sets, self.size, self.when = root, list(sets), size, when
         self.strengths = strengths(num_strengths, weakest, strongest)
         self.max_iterations, self.tolerance = max_iterations, tolerance

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from caco.launch.jobs import Job, check_ranks, demand, environment_of_jobs
-from caco.ranges import Count, Natural
+from caco.ranges import Count, Natural, held
 
 
 class Local:
@@ -21,6 +21,7 @@ class Local:
 
     needs_refill = True
 
+    @held
     def __init__(self, *, gpus_per_job: Natural, tasks_per_job: Count | None, parallel: Count, setup: list[str]):
         tasks = max(1, gpus_per_job) if tasks_per_job is None else tasks_per_job
         demand("gpus_per_job", gpus_per_job, gpus_per_job >= 0, "0 or more")

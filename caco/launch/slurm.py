@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from caco.errors import UserError
 from caco.launch.jobs import Job, check_ranks, demand, environment_of_jobs
-from caco.ranges import AboveZero, Count, Natural
+from caco.ranges import AboveZero, Count, Natural, held
 
 # The outcome of jobs that are no longer in SLURM's hands; every other state means wait.
 ENDED = {
@@ -44,6 +44,7 @@ class Slurm:
 
     needs_refill = False  # the queue holds any number; SLURM starts `parallel` of them at a time
 
+    @held
     def __init__(
         self,
         *,

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from caco import distributed
 from caco.data.loaders.batches import Batch
-from caco.errors import UserError
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup
 from caco.methods.terms import pairs_of
 from caco.nn.heads import Encoder
-from caco.ranges import NonNegative
+from caco.ranges import AboveZero, NonNegative, held
 
 
 class BarlowTwins(Method):
@@ -34,20 +33,16 @@ class BarlowTwins(Method):
 
     needs = Needs(whole_batch=True)
 
+    @held
     def __init__(
         self,
         *,
         encoder: Encoder,
         off_diagonal_weight: NonNegative = 0.0051,
-        loss_scale: NonNegative = 1.0,
-        one_dimensional_rate: NonNegative = 0.024,
+        loss_scale: AboveZero = 1.0,
+        one_dimensional_rate: AboveZero = 0.024,
     ):
         super().__init__()
-        if off_diagonal_weight < 0 or loss_scale <= 0 or one_dimensional_rate <= 0:
-            raise UserError(
-                "method needs off_diagonal_weight of 0 or more, loss_scale and one_dimensional_rate above 0; got "
-                f"{off_diagonal_weight}, {loss_scale} and {one_dimensional_rate}"
-            )
         self.encoder, self.norm = encoder, nn.BatchNorm1d(encoder.projector.dim, affine=False)
         self.off_diagonal_weight, self.loss_scale, self.one_dimensional_rate = off_diagonal_weight, loss_scale, one_dimensional_rate
 

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.data.loaders.batches import Batch
-from caco.errors import UserError
 from caco.methods.base import Costs, Method, Now, Outputs
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
 from caco.nn.twin import MomentumTwin
-from caco.ranges import Share, Width
+from caco.ranges import Share, Width, held
 from caco.schedules import RunShape, Table, cosine
 
 
@@ -38,6 +37,7 @@ class BYOL(Method):
 
     against_collapse = "a twin that follows more slowly (method.momentum), a longer warm-up, a lower optimizer.lr"
 
+    @held
     def __init__(
         self,
         *,
@@ -50,8 +50,6 @@ class BYOL(Method):
         reduction: Literal["sum", "mean"] = "sum",
     ):
         super().__init__()
-        if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
-            raise UserError(f"method.momentum and method.final_momentum must be in [0, 1]; got {momentum} and {final_momentum}")
         dim = encoder.projector.dim
         self.encoder, self.twin = encoder, MomentumTwin(encoder, initialisation=twin_initialisation)
         self.predictor = Projector(

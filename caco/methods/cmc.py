@@ -15,7 +15,7 @@ from caco.errors import UserError
 from caco.methods.base import Needs, Now, Outputs
 from caco.methods.instdisc import InstDisc
 from caco.nn.heads import Encoder
-from caco.ranges import AboveZero, Count, NonNegative, Seed
+from caco.ranges import AboveZero, Count, NonNegative, Seed, held
 
 
 class CMC(InstDisc):
@@ -31,6 +31,7 @@ class CMC(InstDisc):
 
     needs = Needs(indices=True, lightness_first=True)
 
+    @held
     def __init__(
         self,
         *,

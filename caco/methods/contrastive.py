@@ -23,7 +23,7 @@ from caco.methods.terms import Term, terms_of
 from caco.methods.treatments import Step, Treatment, require_treatable
 from caco.nn.heads import Encoder
 from caco.nn.twin import MomentumTwin
-from caco.ranges import AboveZero, Natural, Share
+from caco.ranges import AboveZero, Natural, Share, held
 from caco.schedules import RunShape, Table, cosine
 
 WARM_START = "warm start"
@@ -134,6 +134,7 @@ class Contrastive(Method):
             "last", which in multi-crop is the smallest (AdCo's code).
     """
 
+    @held
     def __init__(
         self,
         *,
@@ -154,14 +155,6 @@ class Contrastive(Method):
         warm_start_key: Literal["second", "last"] = "second",
     ):
         super().__init__()
-        if temperature <= 0 or warm_start_temperature <= 0:
-            raise UserError(f"temperatures must be positive; got {temperature} and, in the warm start, {warm_start_temperature}")
-        momenta = {"momentum": momentum, "final_momentum": final_momentum, "warm_start_momentum": warm_start_momentum}
-        for name, value in momenta.items():
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"method.{name} must be in [0, 1]; got {value}")
-        if warm_start_key not in ("second", "last"):
-            raise UserError(f"method.warm_start_key must be second or last; got {warm_start_key!r}")
         if positives.bank_rows and not negatives.bank_rows:
             raise UserError(
                 "a positive that is a row of the bank needs the bank's rows as negatives; got "
@@ -179,9 +172,6 @@ class Contrastive(Method):
             raise UserError(
                 f"warm_start: expected steps or passes, got both, {warm_start_steps} and {warm_start_passes}; set one of them to null"
             )
-        for name, value in {"steps": warm_start_steps, "passes": warm_start_passes}.items():
-            if value is not None and value < 0:
-                raise UserError(f"warm_start.{name} must be 0 or more, or null; got {value}")
         if warm_start_passes and bank is None:
             raise UserError(
                 f"warm_start.passes go over the rows of a bank, and this method has none; got {warm_start_passes}: say "

@@ -20,7 +20,7 @@ from caco.methods.base import Costs, Method, Needs, Now, Outputs, Phase
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder, at_least_float32
 from caco.nn.twin import MomentumTwin
-from caco.ranges import AboveZero, Count, Layers, Length, Range, Several, ShareBelowOne, Width
+from caco.ranges import AboveZero, Count, Layers, Length, Range, Several, ShareBelowOne, Width, held
 from caco.schedules import RunShape, Table, constant
 
 
@@ -100,6 +100,7 @@ class CPCv2(Method):
 
     needs = Needs(patches="row by row")
 
+    @held
     def __init__(
         self,
         *,
@@ -114,18 +115,8 @@ class CPCv2(Method):
         averaging: ShareBelowOne | None = 0.9999,
     ):
         super().__init__()
-        if not distances or len(set(distances)) != len(distances) or not all(1 <= k < grid for k in distances):
+        if len(set(distances)) != len(distances) or max(distances) >= grid:
             raise UserError(f"method.distances must be different numbers from 1 to grid - 1, {grid - 1}; got {list(distances)}")
-        if not 1 <= directions <= 4 or min(hidden_dim, blocks) < 1 or scale <= 0:
-            raise UserError(
-                "method needs directions from 1 to 4, hidden_dim and blocks of 1 or more and a scale above 0; got "
-                f"directions={directions}, hidden_dim={hidden_dim}, blocks={blocks}, scale={scale}"
-            )
-        if (group_size is not None and group_size < 2) or not 0 <= (averaging or 0) < 1:
-            raise UserError(
-                "method needs a group_size of 2 or more and averaging in [0, 1), or null; got "
-                f"group_size={group_size}, averaging={averaging}"
-            )
         self.encoder = encoder
         self.prediction = Prediction(
             width=feature_width(encoder.backbone), dim=encoder.projector.dim, hidden_dim=hidden_dim, blocks=blocks,

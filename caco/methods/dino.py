@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from caco import distributed
 from caco.data.loaders.batches import Batch
-from caco.errors import UserError
 from caco.methods import assignments
 from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
 from caco.nn.heads import Encoder
 from caco.nn.prototypes import NormedPrototypes
 from caco.nn.twin import MomentumTwin
-from caco.ranges import AboveZero, Natural, Several, Share
+from caco.ranges import AboveZero, Natural, Several, Share, held
 from caco.schedules import RunShape, Table, cosine
 
 NUM_TAUGHT = 2  # views that the teacher sees: the first two
@@ -48,6 +47,7 @@ class DINO(Method):
     centre: Tensor
     uses: Tensor
 
+    @held
     def __init__(
         self,
         *,
@@ -64,19 +64,6 @@ class DINO(Method):
         centre_momentum: Share = 0.9,
     ):
         super().__init__()
-        for name, value in {"momentum": momentum, "final_momentum": final_momentum, "centre_momentum": centre_momentum}.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"method.{name} must be in [0, 1]; got {value}")
-        if min(temperature, teacher_temperature, first_teacher_temperature) <= 0:
-            raise UserError(
-                f"method needs temperatures above 0; got temperature={temperature}, teacher_temperature={teacher_temperature}, "
-                f"first_teacher_temperature={first_teacher_temperature}"
-            )
-        if min(last_layer_frozen_epochs, teacher_temperature_epochs) < 0:
-            raise UserError(
-                "method needs last_layer_frozen_epochs and teacher_temperature_epochs of 0 or more; got "
-                f"{last_layer_frozen_epochs} and {teacher_temperature_epochs}"
-            )
         self.encoder = encoder
         self.prototypes = NormedPrototypes(dim=encoder.projector.dim, number=num_prototypes, learn_norms=not norm_last_layer)
         self.twin, self.twin_prototypes = MomentumTwin(encoder), MomentumTwin(self.prototypes)

@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from caco.banks.base import Bank
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
-from caco.errors import UserError
 from caco.methods.base import Costs, Needs, Now, Outputs
 from caco.methods.contrastive import WARM_START, Contrastive, contrast, weighted
 from caco.methods.sources import Negatives, Positives
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder, JigsawHead, at_least_float32
-from caco.ranges import AboveZero, Count, Natural, Share, Width
+from caco.ranges import AboveZero, Count, Natural, Share, Width, held
 
 
 class InfoMin(Contrastive):
@@ -39,6 +38,7 @@ class InfoMin(Contrastive):
 
     needs = Needs(patches="shuffled")
 
+    @held
     def __init__(
         self,
         *,
@@ -72,8 +72,6 @@ class InfoMin(Contrastive):
             warm_start_steps=warm_start_steps,
             warm_start_passes=warm_start_passes,
         )
-        if not 0 <= jigsaw_weight <= 1:
-            raise UserError(f"method.jigsaw_weight must be in [0, 1]; got {jigsaw_weight}")
         self.jigsaw = JigsawHead(
             in_dim=feature_width(encoder.backbone), hidden_dim=jigsaw_hidden_dim, dim=encoder.projector.dim, num_patches=num_patches
         )

@@ -15,7 +15,7 @@ from caco.data.loaders.batches import Batch, mixed_seed
 from caco.errors import UserError
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.nn.heads import Encoder
-from caco.ranges import AboveZero, Count, NonNegative, Seed
+from caco.ranges import AboveZero, Count, NonNegative, Seed, held
 
 
 class InstDisc(Method):
@@ -44,6 +44,7 @@ class InstDisc(Method):
     needs = Needs(indices=True)
     against_collapse = "a lower optimizer.lr, a higher method.temperature, more method.num_noise"
 
+    @held
     def __init__(
         self,
         *,
@@ -58,17 +59,8 @@ class InstDisc(Method):
         proximal_weight: NonNegative = 0.0,
     ):
         super().__init__()
-        if temperature <= 0 or min(epsilon, proximal_weight) < 0:
-            raise UserError(
-                "method needs a temperature above 0, and epsilon and proximal_weight of 0 or more; got "
-                f"{temperature}, {epsilon} and {proximal_weight}"
-            )
-        if loss not in ("nce", "softmax"):
-            raise UserError(f"method.loss must be nce or softmax; got {loss!r}")
         if num_noise is None and loss == "nce":
             raise UserError("method.num_noise: null, for all rows, goes with method.loss=softmax; method.loss=nce needs a number")
-        if num_noise is not None and num_noise < 1:
-            raise UserError(f"method.num_noise must be at least 1, or null for all rows; got {num_noise}")
         if bank.size != num_images:
             raise UserError(f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows")
         self.encoder, self.bank = encoder, bank

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 from caco import distributed
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
-from caco.errors import UserError
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
 from caco.nn.twin import MomentumTwin
-from caco.ranges import AboveZero, Share, Width
+from caco.ranges import AboveZero, Share, Width, held
 from caco.schedules import RunShape, Table, cosine
 
 
@@ -38,6 +37,7 @@ class MoCoV3(Method):
 
     needs = Needs(whole_batch=True)
 
+    @held
     def __init__(
         self,
         *,
@@ -50,10 +50,6 @@ class MoCoV3(Method):
         reduction: Literal["sum", "mean"] = "sum",
     ):
         super().__init__()
-        if temperature <= 0:
-            raise UserError(f"method.temperature must be positive; got {temperature}")
-        if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
-            raise UserError(f"method.momentum and method.final_momentum must be in [0, 1]; got {momentum} and {final_momentum}")
         dim = encoder.projector.dim
         self.encoder, self.twin = encoder, MomentumTwin(encoder)
         self.predictor = Projector(

@@ -12,7 +12,7 @@ from caco.methods.contrastive import Contrastive, contrast, weighted
 from caco.methods.sources import BatchKeys, NearestKey, Positive
 from caco.methods.treatments import Step, Treatment
 from caco.nn.heads import Encoder, Projector, at_least_float32
-from caco.ranges import AboveZero, Natural, Width
+from caco.ranges import AboveZero, Natural, Width, held
 
 
 class NNCLR(Contrastive):
@@ -29,6 +29,7 @@ class NNCLR(Contrastive):
         warm_start_temperature, warm_start_steps, warm_start_passes: as in `Contrastive`; the predictor learns after it.
     """
 
+    @held
     def __init__(
         self,
         *,

@@ -15,14 +15,13 @@ from caco import distributed
 from caco.banks.base import Bank
 from caco.data.loaders.batches import Batch, mixed_seed
 from caco.data.loaders.images import Images
-from caco.errors import UserError
 from caco.methods import assignments, clusters
 from caco.methods.base import Costs, Needs, Now, Outputs
 from caco.methods.clusters import Clusters
 from caco.methods.contrastive import WARM_START, Contrastive, contrast, weighted
 from caco.methods.sources import BankRows, OtherView
 from caco.nn.heads import Encoder
-from caco.ranges import AboveZero, Count, Length, Natural, Seed, Several, Share
+from caco.ranges import AboveZero, Count, Length, Natural, Seed, Several, Share, held
 
 
 class PCL(Contrastive):
@@ -54,6 +53,7 @@ class PCL(Contrastive):
 
     made: Tensor  # how often clusters have been made
 
+    @held
     def __init__(
         self,
         *,
@@ -81,11 +81,6 @@ class PCL(Contrastive):
             warm_start_momentum=warm_start_momentum, warm_start_steps=warm_start_steps, warm_start_passes=warm_start_passes,
         )  # fmt: skip
         clusters.check(num_images, list(num_clusters), library)
-        if min(num_negatives, first_clustering_epoch) < 0 or min(iterations, restarts) < 1:
-            raise UserError(
-                "method needs num_negatives and first_clustering_epoch of 0 or more, iterations and restarts of at least 1; got "
-                f"{num_negatives}, {first_clustering_epoch}, {iterations} and {restarts}"
-            )
         self.needs = PCL.needs
         dim = encoder.projector.dim
         self.clusterings = nn.ModuleList(Clusters(num_images=num_images, number=number, dim=dim) for number in num_clusters)

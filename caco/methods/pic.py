@@ -3,7 +3,7 @@
 Shapes: B this rank's images, D width of the embedding, V views, N images of the training set.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from caco.data.loaders.batches import Batch, mixed_seed
 from caco.errors import UserError
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup
 from caco.nn.heads import Encoder
-from caco.ranges import AboveZero, Count, Seed
+from caco.ranges import AboveZero, Count, Seed, held
 
 Order = Literal["window", "released", "released_shuffled", "epoch"]
 
@@ -38,6 +38,7 @@ class PIC(Method):
 
     needs = Needs(indices=True)
 
+    @held
     def __init__(
         self,
         *,
@@ -52,10 +53,6 @@ class PIC(Method):
         window_stride: Count = 16_384,
     ):
         super().__init__()
-        if temperature <= 0:
-            raise UserError(f"method.temperature must be above 0; got {temperature}")
-        if order not in get_args(Order):
-            raise UserError(f"method.order must be one of {', '.join(get_args(Order))}; got {order!r}")
         if order != "epoch" and (window_size < batch or window_stride < 1):
             raise UserError(
                 f"method needs a window_size of at least the batch, {batch}, and a window_stride of at least 1; got {window_size} and "

@@ -17,7 +17,7 @@ from caco.methods.base import Costs, Needs, Now, Outputs, ParameterGroup
 from caco.methods.instdisc import InstDisc
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder, JigsawHead, at_least_float32
-from caco.ranges import AboveZero, Count, Layers, NonNegative, Seed, Share, Width
+from caco.ranges import AboveZero, Count, Layers, NonNegative, Seed, Share, Width, held
 
 
 class PIRL(InstDisc):
@@ -38,6 +38,7 @@ class PIRL(InstDisc):
 
     needs = Needs(indices=True, patches="shuffled", num_patches=9)
 
+    @held
     def __init__(
         self,
         *,
@@ -58,8 +59,6 @@ class PIRL(InstDisc):
             encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise,
             epsilon=epsilon,
         )  # fmt: skip
-        if not 0 <= patches_weight <= 1:
-            raise UserError(f"method.patches_weight must be in [0, 1]; got {patches_weight}")
         self.jigsaw = JigsawHead(
             in_dim=feature_width(encoder.backbone), hidden_dim=patches_hidden_dim, dim=encoder.projector.dim, layers=patches_layers,
             num_patches=num_patches,

@@ -18,7 +18,7 @@ from caco.errors import UserError
 from caco.methods import assignments
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.nn.heads import Encoder
-from caco.ranges import AboveZero, Count, Natural, Seed
+from caco.ranges import AboveZero, Count, Natural, Seed, held
 from caco.schedules import RunShape, Table
 
 
@@ -49,6 +49,7 @@ class SeLa(Method):
 
     labels: Tensor  # int32 [H, N]
 
+    @held
     def __init__(
         self,
         *,
@@ -63,18 +64,11 @@ class SeLa(Method):
         tolerance: AboveZero = 0.1,
     ):
         super().__init__()
-        if num_heads < 1 or encoder.projector.dim % num_heads or encoder.projector.dim // num_heads < 2:
+        if encoder.projector.dim % num_heads or encoder.projector.dim // num_heads < 2:
             raise UserError(
                 f"method.num_heads: expected a divisor of projector.dim, {encoder.projector.dim}, that leaves 2 labels or more to a "
                 f"head; got {num_heads}"
             )
-        if min(power, tolerance) <= 0 or num_moments < 0:
-            raise UserError(
-                "method needs a power and a tolerance above 0, and num_moments of 0 or more; got "
-                f"{power}, {tolerance} and {num_moments}"
-            )
-        if spacing not in ("quadratic", "linear"):
-            raise UserError(f"method.spacing must be quadratic or linear; got {spacing!r}")
         if not isinstance(encoder.projector[-1], nn.Linear):
             raise UserError(
                 "projector.last_batch_norm=true: the heads are the projector's last layer, which has to be linear; expected false"

@@ -12,7 +12,7 @@ from caco.data.loaders.batches import Batch
 from caco.methods.base import Costs, Method, Now, Outputs, ParameterGroup
 from caco.methods.terms import Term, terms_of, weighted_sum
 from caco.nn.heads import Encoder, Projector, at_least_float32
-from caco.ranges import Width
+from caco.ranges import Width, held
 from caco.schedules import RunShape, Table, constant
 
 
@@ -32,6 +32,7 @@ class SimSiam(Method):
 
     against_collapse = "BatchNorm at the projector's end (projector.last_batch_norm=true), a lower optimizer.lr"
 
+    @held
     def __init__(
         self,
         *,

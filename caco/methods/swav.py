@@ -3,7 +3,6 @@
 Shapes: B this rank's images, G all ranks', D width of the embedding, K prototypes, V views, R rows of the queue.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from caco.methods import assignments
 from caco.methods.base import Costs, Method, Needs, Now, Outputs, ParameterGroup, Phase
 from caco.nn.heads import Encoder
 from caco.nn.prototypes import Prototypes
-from caco.ranges import AboveZero, Count, Natural, Several
+from caco.ranges import AboveZero, Count, Natural, Several, held
 from caco.schedules import RunShape
 
 NUM_ASSIGNED = 2  # views whose assignments are predicted: the first two
@@ -45,6 +44,7 @@ class SwAV(Method):
     queue: Tensor
     uses: Tensor
 
+    @held
     def __init__(
         self,
         *,
@@ -58,15 +58,9 @@ class SwAV(Method):
         queue_start_epoch: Natural = 15,
     ):
         super().__init__()
-        if temperature <= 0 or not assignments.SMALLEST_EPSILON <= epsilon < math.inf or sinkhorn_iterations < 1:
+        if epsilon < assignments.SMALLEST_EPSILON:
             raise UserError(
-                f"method needs a temperature above 0, an epsilon of at least {assignments.SMALLEST_EPSILON} and a sinkhorn iteration or more; "
-                f"got temperature={temperature}, epsilon={epsilon}, sinkhorn_iterations={sinkhorn_iterations}"
-            )
-        if min(prototypes_frozen_steps, queue_size, queue_start_epoch) < 0:
-            raise UserError(
-                "method needs prototypes_frozen_steps, queue_size and queue_start_epoch of 0 or more; got "
-                f"{prototypes_frozen_steps}, {queue_size} and {queue_start_epoch}"
+                f"method.epsilon: expected at least {assignments.SMALLEST_EPSILON}, got {epsilon}"
             )
         dim = encoder.projector.dim
         self.encoder, self.prototypes = encoder, Prototypes(dim=dim, number=num_prototypes)

@@ -24,7 +24,7 @@ from caco.data.loaders.batches import mixed_seed
 from caco.errors import UserError
 from caco.methods.base import Now
 from caco.methods.sources import Negatives
-from caco.ranges import Count, Natural, NonNegative, Seed, ShareBelowOne
+from caco.ranges import Count, Natural, NonNegative, Seed, ShareBelowOne, held
 
 PART_ELEMENTS = 1 << 23  # of the synthetic rows that are held at a time: 32 MiB in float32
 
@@ -91,11 +91,8 @@ class Reweighted(Treatment):
         concentration: beta, 0 or more. 0 gives all negatives the same weight: the debiased loss.
     """
 
+    @held
     def __init__(self, *, positive_share: ShareBelowOne = 0.1, concentration: NonNegative = 1.0):
-        if not 0 <= positive_share < 1:
-            raise UserError(f"negatives.positive_share must be in [0, 1); got {positive_share}")
-        if concentration < 0:
-            raise UserError(f"negatives.concentration must be 0 or more; got {concentration}")
         self.positive_share, self.concentration = positive_share, concentration
         self.exponents = (1 + concentration, concentration) if concentration else (1.0,)
         self.objective = self
@@ -130,11 +127,8 @@ class Margin(Treatment):
 
     exponents = (1.0,)
 
+    @held
     def __init__(self, *, epsilon: NonNegative = 0.1, alpha: NonNegative | None = 1.0):
-        if epsilon < 0:
-            raise UserError(f"negatives.epsilon must be 0 or more; got {epsilon}")
-        if alpha is not None and alpha < 0:
-            raise UserError(f"negatives.alpha must be 0 or more, or null for the moved loss alone; got {alpha}")
         self.epsilon, self.alpha = epsilon, alpha
         self.objective = self
 
@@ -166,13 +160,11 @@ class Mixed(Treatment):
 
     needs_bank_rows = True
 
+    @held
     def __init__(self, *, hardest: Count = 1024, pairs: Natural = 1024, with_query: Natural = 128, warmup_epochs: Natural = 15, seed: Seed = 0):
-        if hardest < 1:
-            raise UserError(f"negatives.hardest must be at least 1; got {hardest}")
-        if min(pairs, with_query, warmup_epochs) < 0 or pairs + with_query == 0:
+        if pairs + with_query == 0:
             raise UserError(
-                "negatives.pairs, negatives.with_query and negatives.warmup_epochs must be 0 or more, and one of the first two above 0; "
-                f"got {pairs}, {with_query} and {warmup_epochs}"
+                "one of negatives.pairs and negatives.with_query must be above 0; got 0 of both"
             )
         self.pairs, self.with_query, self.warmup_epochs, self.seed = pairs, with_query, warmup_epochs, seed
         self.candidates, self.drawn, self.synthetic = hardest, 2 * pairs + with_query, pairs + with_query

@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.data.loaders.batches import Batch
-from caco.errors import UserError
 from caco.methods.barlow import off_diagonal
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
 from caco.methods.terms import pairs_of
 from caco.nn.heads import Encoder
-from caco.ranges import NonNegative
+from caco.ranges import NonNegative, held
 
 
 class VICReg(Method):
@@ -33,13 +32,12 @@ class VICReg(Method):
 
     needs = Needs(whole_batch=True)
 
+    @held
     def __init__(
         self, *, encoder: Encoder, invariance_weight: NonNegative = 25.0, variance_weight: NonNegative = 25.0, covariance_weight: NonNegative = 1.0
     ):
         super().__init__()
         self.weights = {"invariance": invariance_weight, "variance": variance_weight, "covariance": covariance_weight}
-        if min(self.weights.values()) < 0:
-            raise UserError(f"method's weights must be 0 or more; got {self.weights}")
         self.encoder = encoder
 
     @property

@@ -10,7 +10,7 @@ from caco.errors import UserError
 from caco.nn.backbones import feature_width, small_resnet
 from caco.nn.first_layer import with_channels
 from caco.nn.heads import Projector
-from caco.ranges import Count, Layers, Length, Several, Width
+from caco.ranges import Count, Layers, Length, Several, Width, held
 
 
 class ChannelGroups(nn.Module):
@@ -46,9 +46,10 @@ class GroupedProjector(nn.Module):
         hidden_dim, layers: of each; with biases and without BatchNorm.
     """
 
+    @held
     def __init__(self, *, in_dim: Width, hidden_dim: Width = 2048, dim: Width = 256, layers: Layers = 1, groups: Several = 2):
         super().__init__()
-        if groups < 2 or in_dim % groups or dim % groups:
+        if in_dim % groups or dim % groups:
             raise UserError(
                 f"projector needs 2 groups or more, which share its {in_dim} features and its dim evenly; got dim={dim}, groups={groups}"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.errors import UserError
-from caco.ranges import Layers, Width
+from caco.ranges import Layers, Width, held
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 INITIALISATIONS: dict[str, Callable[[int], tuple[float, float]] | None] = {  # by a layer's inputs: a normal law's spread and cut
@@ -42,6 +42,7 @@ class Projector(nn.Sequential):
             twice that (BYOL).
     """
 
+    @held
     def __init__(
         self,
         *,
@@ -57,14 +58,6 @@ class Projector(nn.Sequential):
         activation: Literal["relu", "gelu"] = "relu",
         initialisation: Literal["torch", "normal_0.01", "truncated_normal_0.02", "truncated_normal_fan_in"] = "torch",
     ):
-        for name, chosen, known in (("activation", activation, ACTIVATIONS), ("initialisation", initialisation, INITIALISATIONS)):
-            if chosen not in known:
-                raise UserError(f"projector.{name}: expected one of {', '.join(known)}, got {chosen!r}")
-        if min(in_dim, hidden_dim, dim, layers) < 1:
-            raise UserError(
-                "projector widths and layers must be at least 1; got "
-                f"in_dim={in_dim}, hidden_dim={hidden_dim}, dim={dim}, layers={layers}"
-            )
         if not (last_affine or last_batch_norm):
             raise UserError("projector.last_affine=false is of the last BatchNorm, and last_batch_norm=false leaves that out")
         widths = [in_dim] + [hidden_dim] * (layers - 1) + [dim]

@@ -34,7 +34,7 @@ def check(file: IO[bytes], name: str) -> None:
 
 def _go_through(file: IO[bytes], name: str) -> None:
     stack: list[Any] = []  # of each thing its parts, all counted, in a list that is shared where the thing is; None for a mark
-    memo: dict[int, list[int]] = {}
+    memo: dict[Any, list[int]] = {}
     count = total = huge = 0
     for code, argument, _ in pickletools.genops(file):
         count += 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caco.errors import FileError, UserError
-from caco.ranges import NonNegative
+from caco.ranges import NonNegative, held
 from caco.redaction import redacted
 from caco.runs.files import process_start, read_json, write_json
 from caco.tracking import watermark
@@ -168,9 +168,8 @@ class LedgerTracker(Tracker):
         paper: published values by the name of ours, such as {linear_top1: 71.3}; MLflow shows them beside ours.
     """
 
+    @held
     def __init__(self, *, system_seconds: NonNegative = 10.0, paper: dict[str, float] | None = None) -> None:
-        if system_seconds < 0:
-            raise UserError(f"tracking.system_seconds: expected 0 or more, got {system_seconds}")
         self._system_seconds, self._paper = system_seconds, dict(paper or {})
         self.store: dict[str, str] | None = None  # of a tracker that feeds one besides: where the run belongs, for who sends it later
         self._ledger: Ledger | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caco.errors import UserError
-from caco.ranges import AboveZero, NonNegative
+from caco.ranges import AboveZero, NonNegative, held
 from caco.redaction import redacted
 from caco.runs.files import read_json
 from caco.tracking.base import Row, Tracker
@@ -45,6 +45,7 @@ class MLflowTracker(Tracker):
 
     package = "mlflow"
 
+    @held
     def __init__(
         self,
         *,

@@ -140,13 +140,13 @@ def test_use_is_not_counted_in_evaluation():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"size": 1}, "at least 2 rows; got size=1"),
-        ({"dim": 0}, "got dim=0"),
-        ({"temperature": 0.0}, "temperature must be positive.*got 0.0"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\); got 1.0"),
-        ({"pull": -1.0}, "bank.pull must be 0 or more; got -1.0"),
-        ({"lr_reference_batch": 0}, "lr_reference_batch must be at least 1, or null; got 0"),
-        ({"random_norms": "one"}, "random_norms must be unit or normal; got 'one'"),
+        ({"size": 1}, "size: expected int from 2, got 1"),
+        ({"dim": 0}, "dim: expected int from 1 up to 1048576, got 0"),
+        ({"temperature": 0.0}, "temperature: expected float above 0 or None, got 0.0"),
+        ({"momentum": 1.0}, "momentum: expected float from 0 below 1, got 1.0"),
+        ({"pull": -1.0}, "pull: expected float from 0, got -1.0"),
+        ({"lr_reference_batch": 0}, "lr_reference_batch: expected int from 1 or None, got 0"),
+        ({"random_norms": "one"}, r"random_norms: expected unit \| normal, got 'one'"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):

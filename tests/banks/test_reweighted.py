@@ -199,10 +199,10 @@ def test_a_low_temperature_that_leaves_float32_s_range():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Reweighted(positive_share=1.0), r"negatives.positive_share must be in \[0, 1\); got 1.0"),
-        (lambda: Reweighted(concentration=-1.0), "negatives.concentration must be 0 or more; got -1.0"),
-        (lambda: Margin(epsilon=-0.1), "negatives.epsilon must be 0 or more; got -0.1"),
-        (lambda: Margin(alpha=-1.0), "negatives.alpha must be 0 or more, or null"),
+        (lambda: Reweighted(positive_share=1.0), "positive_share: expected float from 0 below 1, got 1.0"),
+        (lambda: Reweighted(concentration=-1.0), "concentration: expected float from 0, got -1.0"),
+        (lambda: Margin(epsilon=-0.1), "epsilon: expected float from 0, got -0.1"),
+        (lambda: Margin(alpha=-1.0), "alpha: expected float from 0 or None, got -1.0"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):

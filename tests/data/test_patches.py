@@ -197,14 +197,14 @@ def views_of(views: dict, **settings) -> Views:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Patches(grid=1, size=4, stride=4), "a grid of 2 windows a side or more"),
-        (lambda: Patches(grid=3, size=4, stride=4, jitter=-1), "jitter of 0 or more"),
+        (lambda: Patches(grid=1, size=4, stride=4), "grid: expected int from 2, got 1"),
+        (lambda: Patches(grid=3, size=4, stride=4, jitter=-1), "jitter: expected int from 0, got -1"),
         (lambda: Patches(grid=2, size=4, stride=4, each=View(count=2)), "a view without patches, count and size of its own"),
         (lambda: View(size=20, patches=Patches(grid=3, size=8, stride=7)), "patches that reach over 22 pixels"),
         (lambda: View(patches=Patches(grid=2, size=4, stride=4)), "a view of count 1 with a size of its own"),
         (lambda: View(then={"mine": len}), r"view then\.mine: builtin_function_or_method has no numbers"),
         (lambda: views_of({n: View(size=8, patches=Patches(grid=2, size=4, stride=4)) for n in "ab"}), "at most one kind that is cut"),
-        (lambda: views_of({"a": View()}, colours="hsv"), "colours: expected one of rgb, lab, ydbdr, ycbcr"),
+        (lambda: views_of({"a": View()}, colours="hsv"), r"colours: expected rgb \| lab \| ydbdr \| ycbcr, got 'hsv'"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(make, message):

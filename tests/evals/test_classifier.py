@@ -189,10 +189,10 @@ def test_a_loss_that_is_not_finite_ends_it_with_what_to_do(colours, store_of):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"epochs": 0}, "at least 1 epoch"),
-        ({"schedule": "linear"}, "cosine or steps"),
+        ({"epochs": 0}, "epochs: expected int from 1, got 0"),
+        ({"schedule": "linear"}, r"schedule: expected cosine \| steps, got 'linear'"),
         ({"milestones": [3]}, "milestones: belong to schedule=steps"),
-        ({"when": "now"}, "epoch or end"),
+        ({"when": "now"}, r"when: expected epoch \| end, got 'now'"),
     ],
 )
 def test_refuses_settings_that_make_no_sense(arguments, message):

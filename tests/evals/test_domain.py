@@ -108,9 +108,9 @@ def test_the_option_and_the_names_say_the_protocol(store_of, tmp_path):
         ({"targets": []}, "domain targets: expected some of art_painting"),
         ({"targets": ["photo", "photo"]}, "each once, got"),
         ({"ways": ["linear"]}, "domain ways: expected some of frozen, finetune"),
-        ({"lrs": []}, "domain lrs: expected positive rates"),
-        ({"num_strengths": 0}, "expected strengths 0 < weakest"),
-        ({"when": "now"}, "epoch or end"),
+        ({"lrs": []}, "lrs: expected list of float above 0, 1 or more of them"),
+        ({"num_strengths": 0}, "num_strengths: expected int from 1"),
+        ({"when": "now"}, r"when: expected epoch \| end, got 'now'"),
     ],
 )
 def test_refuses_settings_that_make_no_sense(arguments, message):

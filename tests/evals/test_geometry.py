@@ -69,5 +69,5 @@ def test_alignment_pairs_two_views_of_the_same_image(store_of):
 
 
 def test_refuses_settings_that_make_no_sense():
-    with pytest.raises(ValueError, match="at least 2, got 1"):
+    with pytest.raises(ValueError, match="images: expected int from 2, got 1"):
         Geometry(images=1)

@@ -161,11 +161,11 @@ def test_k_nn_among_the_first_is_by_another_name(colours, store_of):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"choice": "last"}, "choice: expected random or first, got 'last'"),
-        ({"k": 0}, "k and block of at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
-        ({"fraction": 1.5}, "fraction: expected 0 < fraction <= 1, got 1.5"),
-        ({"when": "often"}, "when: expected epoch or end, got 'often'"),
+        ({"choice": "last"}, r"choice: expected random \| first, got 'last'"),
+        ({"k": 0}, "k: expected int from 1, got 0"),
+        ({"temperature": 0.0}, "temperature: expected float above 0, got 0.0"),
+        ({"fraction": 1.5}, r"fraction: expected float above 0 up to 1, got 1\.5"),
+        ({"when": "often"}, r"when: expected epoch \| end, got 'often'"),
     ],
 )
 def test_refuses_settings_that_make_no_sense(arguments, message):

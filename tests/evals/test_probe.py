@@ -121,7 +121,7 @@ def test_the_probe_makes_no_second_copy_of_the_features_and_the_same_classifier(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"l2": 0.0}, "l2: expected a positive"), ({"max_iterations": 0}, "at least 1, got 0"), ({"when": ""}, "epoch or end")],
+    [({"l2": 0.0}, "l2: expected float above 0"), ({"max_iterations": 0}, "max_iterations: expected int from 1"), ({"when": ""}, "when: expected epoch")],
 )
 def test_refuses_settings_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -106,7 +106,7 @@ def test_a_part_of_a_batch_is_a_batch():
 
 @pytest.mark.parametrize("wrong", [{"momentum": 1.5}, {"final_momentum": -0.1}])
 def test_impossible_momenta_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match="expected float from 0 up to 1"):
         byol(**wrong)
 
 

@@ -241,12 +241,12 @@ def test_views_and_images_that_it_cannot_take_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"distances": []}, "different numbers from 1 to grid - 1, 3; got"),
+        ({"distances": []}, r"distances: expected list of int from 1, 1 or more of them, got \[\]"),
         ({"distances": [4]}, "from 1 to grid - 1, 3"),
         ({"distances": [2, 2]}, "different numbers"),
-        ({"directions": 5}, "directions from 1 to 4"),
-        ({"group_size": 1}, "group_size of 2 or more"),
-        ({"averaging": 1.0}, "averaging in"),
+        ({"directions": 5}, "directions: expected int from 1 up to 4, got 5"),
+        ({"group_size": 1}, "group_size: expected int from 2 or None, got 1"),
+        ({"averaging": 1.0}, r"averaging: expected float from 0 below 1 or None, got 1\.0"),
     ],
 )
 def test_values_out_of_their_range_are_refused(settings, message):

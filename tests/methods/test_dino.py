@@ -286,9 +286,9 @@ def test_evaluators_see_the_teacher_and_so_does_who_loads_a_checkpoint(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"momentum": 1.5}, r"method.momentum must be in \[0, 1\]; got 1.5"),
-        ({"teacher_temperature": 0.0}, "temperatures above 0; got temperature=0.1, teacher_temperature=0.0"),
-        ({"teacher_temperature_epochs": -1}, "of 0 or more; got 1 and -1"),
+        ({"momentum": 1.5}, "momentum: expected float from 0 up to 1, got 1.5"),
+        ({"teacher_temperature": 0.0}, r"teacher_temperature: expected float above 0, got 0\.0"),
+        ({"teacher_temperature_epochs": -1}, "teacher_temperature_epochs: expected int from 0, got -1"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):

@@ -216,7 +216,7 @@ def test_another_number_of_patches_and_images_too_small_for_them_are_refused(tmp
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"jigsaw_weight": 1.5}, r"in \[0, 1\]; got 1.5"), ({"num_patches": 1}, "2 patches or more")]
+    ("settings", "message"), [({"jigsaw_weight": 1.5}, r"jigsaw_weight: expected float from 0 up to 1, got 1\.5"), ({"num_patches": 1}, "2 patches or more")]
 )
 def test_values_out_of_their_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):

@@ -242,11 +242,11 @@ def test_of_several_views_the_losses_are_averaged_and_the_first_is_written():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature above 0"),
-        ({"proximal_weight": -1.0}, "proximal_weight of 0 or more"),
-        ({"loss": "l2"}, "method.loss must be nce or softmax; got 'l2'"),
+        ({"temperature": 0.0}, r"temperature: expected float above 0, got 0\.0"),
+        ({"proximal_weight": -1.0}, r"proximal_weight: expected float from 0, got -1\.0"),
+        ({"loss": "l2"}, r"loss: expected nce \| softmax, got 'l2'"),
         ({"num_noise": None}, "method.loss=nce needs a number"),
-        ({"num_noise": 0}, "method.num_noise must be at least 1, or null"),
+        ({"num_noise": 0}, "num_noise: expected int from 1 or None"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):
@@ -259,9 +259,9 @@ def test_a_bank_of_another_size_than_the_images_and_one_of_no_size_are_refused()
         InstDisc(encoder=fifty.encoder(**LAYERS), bank=ImageBank(size=N, dim=D, seed=0), num_images=30)
     with pytest.raises(ValueError, match="needs size, the number of images"):
         ImageBank(size=None, dim=D, seed=0)
-    with pytest.raises(ValueError, match=r"bank.momentum must be in \[0, 1\); got 1.0"):
+    with pytest.raises(ValueError, match="momentum: expected float from 0 below 1, got 1.0"):
         ImageBank(size=N, dim=D, seed=0, momentum=1.0)
-    with pytest.raises(ValueError, match="bank.norms must be unit, normal or uniform; got 'even'"):
+    with pytest.raises(ValueError, match=r"norms: expected unit \| normal \| uniform, got 'even'"):
         ImageBank(size=N, dim=D, seed=0, norms="even")
 
 

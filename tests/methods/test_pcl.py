@@ -261,10 +261,10 @@ def test_a_run_cut_in_the_middle_of_a_clustering_goes_on_to_the_same_bits(tmp_pa
     ("settings", "message"),
     [
         ({"num_clusters": [4, 30]}, r"from 2 to below the 30 images, got \[4, 30\].*method.num_clusters=\[2,2,2\]"),
-        ({"num_clusters": []}, "method.num_clusters: expected"),
-        ({"num_negatives": -1}, "num_negatives and first_clustering_epoch of 0 or more"),
-        ({"restarts": 0}, "iterations and restarts of at least 1"),
-        ({"library": "annoy"}, "method.library must be sklearn or faiss; got 'annoy'"),
+        ({"num_clusters": []}, r"num_clusters: expected list of int from 2, 1 or more of them, got \[\]"),
+        ({"num_negatives": -1}, "num_negatives: expected int from 0, got -1"),
+        ({"restarts": 0}, "restarts: expected int from 1, got 0"),
+        ({"library": "annoy"}, r"library: expected sklearn \| faiss, got 'annoy'"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):

@@ -172,7 +172,7 @@ def test_the_method_s_epochs_cut_the_sequence_and_a_window_of_all_images_is_the_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"order": "slide"}, "method.order must be one of window, released, released_shuffled, epoch; got 'slide'"),
+        ({"order": "slide"}, r"order: expected window \| released \| released_shuffled \| epoch, got 'slide'"),
         ({"window_size": 7}, "window_size of at least the batch, 8"),
     ],
 )
@@ -184,8 +184,8 @@ def test_settings_without_a_meaning_are_refused(settings, message):
 def test_banks_without_a_meaning_are_refused():
     for settings, message in (
         ({"size": None}, "need size, the number of images"),
-        ({"spread": 0.0}, "a spread above 0"),
-        ({"momentum": 1.0}, r"bank.momentum must be in \[0, 1\)"),
+        ({"spread": 0.0}, r"spread: expected float above 0, got 0\.0"),
+        ({"momentum": 1.0}, "momentum: expected float from 0 below 1"),
     ):
         with pytest.raises(ValueError, match=message):
             ClassWeights(**{"size": N, "dim": D, "seed": 0, **settings})

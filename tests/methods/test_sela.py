@@ -256,8 +256,8 @@ def test_a_run_cut_in_the_middle_of_a_labelling_goes_on_to_the_same_bits(tmp_pat
     [
         ({"num_heads": 4}, "method.num_heads: expected a divisor of projector.dim, 6, .*; got 4"),
         ({"num_heads": 6}, "2 labels or more to a head; got 6"),
-        ({"power": 0.0}, "a power and a tolerance above 0"),
-        ({"spacing": "cubic"}, "method.spacing must be quadratic or linear"),
+        ({"power": 0.0}, r"power: expected float above 0, got 0\.0"),
+        ({"spacing": "cubic"}, r"spacing: expected quadratic \| linear"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):

@@ -243,11 +243,11 @@ def test_the_prototypes_use_is_counted_and_a_collapse_is_said():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature above 0"),
-        ({"epsilon": 0.001}, "epsilon of at least 0.004"),
-        ({"sinkhorn_iterations": 0}, "a sinkhorn iteration or more"),
-        ({"queue_size": -1}, "of 0 or more; got 0, -1 and 15"),
-        ({"num_prototypes": 1}, "method.num_prototypes must be at least 2; got 1"),
+        ({"temperature": 0.0}, r"temperature: expected float above 0, got 0\.0"),
+        ({"epsilon": 0.001}, r"method\.epsilon: expected at least 0\.004, got 0\.001"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations: expected int from 1, got 0"),
+        ({"queue_size": -1}, "queue_size: expected int from 0, got -1"),
+        ({"num_prototypes": 1}, "num_prototypes: expected int from 2, got 1"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):

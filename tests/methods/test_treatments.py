@@ -236,9 +236,9 @@ def test_a_bank_that_knows_no_other_loss_is_refused_with_one_and_serves_without(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hardest": 0}, "negatives.hardest must be at least 1; got 0"),
-        ({"pairs": 0, "with_query": 0}, "one of the first two above 0; got 0, 0 and 15"),
-        ({"warmup_epochs": -1}, "must be 0 or more"),
+        ({"hardest": 0}, "hardest: expected int from 1, got 0"),
+        ({"pairs": 0, "with_query": 0}, r"one of negatives\.pairs and negatives\.with_query must be above 0; got 0 of both"),
+        ({"warmup_epochs": -1}, "warmup_epochs: expected int from 0, got -1"),
     ],
 )
 def test_impossible_mixtures_are_refused(settings, message):

@@ -63,7 +63,7 @@ def test_a_vit_takes_crops_of_two_sizes():
         (lambda: small_resnet(width=7), "even width.*got width=7"),
         (lambda: small_resnet(blocks=[1, 1]), r"4 stages; got width=16, blocks=\[1, 1\]"),
         (lambda: small_resnet(stem_stride=4), "must be 1 or 2; got 4"),
-        (lambda: Projector(in_dim=4, dim=0), "at least 1; got .*dim=0"),
+        (lambda: Projector(in_dim=4, dim=0), "dim: expected int from 1 up to 1048576, got 0"),
         (lambda: Projector(in_dim=4, last_affine=False), "last_affine=false is of the last BatchNorm"),
         (lambda: feature_width(nn.Linear(2, 2)), "num_features; Linear has None"),
     ],

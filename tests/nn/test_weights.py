@@ -1,9 +1,6 @@
 """Released checkpoints of every layout start a run, key by key; what does not fit is refused before a step is made."""
 
-import io
 import os
-import pickle
-import random
 import subprocess
 import sys
 import time
@@ -30,7 +27,7 @@ from caco.methods.sources import BatchBothViews, OtherView
 from caco.nn.backbones import timm_backbone
 from caco.nn.formats import FORMATS
 from caco.nn.heads import Encoder, Projector
-from caco.nn.weights import initialise, load_backbone, read
+from caco.nn.weights import initialise, load_backbone
 from caco.runs.checkpoint import load
 from caco.runs.identity import identity, run_hash
 from caco.tracking.ledger import read_rows
@@ -270,42 +267,6 @@ def test_a_file_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(tmp_p
     with pytest.raises(UserError, match=r"would unpack to 209,715,200 bytes and is no file of torch\.save"):
         load_backbone(path, "moco", resnet())
     assert time.process_time() - begun < 1
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("kind", ["key", "set", "numbers"])
-def test_a_file_whose_keys_would_take_hours_to_hash_is_refused_at_once(tmp_path, kind, zipped):
-    """A tuple that holds one tuple twice, 60 deep, has 2**60 paths; 60,000 multiples of Python's modulus have one hash."""
-    nested = b"X\x01\0\0\0x" + 60 * b"q\x00h\x00\x86"
-    numbers = b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"K\x01" for number in range(9, 60_000))
-    made = {"key": b"}" + nested + b"K\x01s.", "set": b"cbuiltins\nset\n]" + nested + b"a\x85R.", "numbers": b"}(" + numbers + b"u."}[kind]
-    path = tmp_path / "slow.pth"
-    torch.save({}, path, _use_new_zipfile_serialization=zipped)
-    content = path.read_bytes()
-    if zipped:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(path, "w") as other:
-            for name in archive.namelist():
-                other.writestr(name, b"\x80\x02" + made if name.endswith("data.pkl") else archive.read(name))
-    else:
-        path.write_bytes(content.replace(b"\x80\x02}q\x00.", b"\x80\x02" + made))
-    begun = time.monotonic()
-    with pytest.raises(UserError, match="what is nested in it would take hours to read"):
-        read(path, "timm")
-    assert time.monotonic() - begun < 5
-
-
-def test_a_pickle_before_a_zip_file_is_not_read(tmp_path):
-    torch.save({}, tmp_path / "whole.pth")
-    (tmp_path / "two.pth").write_bytes(b"\x80\x02}" + (tmp_path / "whole.pth").read_bytes())
-    with pytest.raises(UserError, match="does not begin as a file of torch.save does"):
-        read(tmp_path / "two.pth", "timm")
-
-
-def test_what_is_shared_and_large_in_earnest_is_read(tmp_path):
-    """A name that 10,000 keys hold, long tuples, sets, a tensor in many places: nothing that a training writes is near the limit."""
-    state = {("group", i): {"params": tuple(range(30)), "kind": "a" * 50, "seen": {1, 2, 2**70}} for i in range(2_000)}
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(2)}, "optimizer": state, "rng": random.getstate()}, tmp_path / "large.pth")
-    assert read(tmp_path / "large.pth", "timm").named
 
 
 def test_a_missing_file_is_refused(tmp_path):

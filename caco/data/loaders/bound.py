@@ -136,11 +136,3 @@ def _on(device: torch.device, pixels: torch.Tensor) -> torch.Tensor:
     if device.type == "cuda" and not pixels.is_pinned():
         pixels = pixels.pin_memory()  # a copy: the GPU may still read it when a worker writes its memory again
     return pixels.to(device, non_blocking=True)
-
-
-def check_settings(prefetch: int, corrupt: str) -> None:
-    """Raises ValueError for what no loader takes."""
-    if prefetch < 1:
-        raise UserError(f"prefetch: expected at least 1 batch, got {prefetch}")
-    if corrupt not in ("fail", "skip"):
-        raise UserError(f"corrupt: expected fail or skip, got {corrupt!r}")

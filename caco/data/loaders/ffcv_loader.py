@@ -8,14 +8,14 @@ import torch
 
 from caco import instructions
 from caco.data.loaders.batches import Order
-from caco.data.loaders.bound import BoundLoader, Loader, Made, check_settings
+from caco.data.loaders.bound import BoundLoader, Loader, Made
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.sources import Source
 from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
-from caco.ranges import Count, Workers
+from caco.ranges import Count, Threads, Workers, held
 
 
 class FFCVLoader(Loader):
@@ -30,10 +30,8 @@ class FFCVLoader(Loader):
         ValueError: no thread, no batch ahead, another word for `corrupt`.
     """
 
-    def __init__(self, *, num_workers: Workers = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
-        if num_workers < 1:
-            raise UserError(f"num_workers: expected at least 1 with loader=ffcv, got {num_workers}")
-        check_settings(prefetch, corrupt)
+    @held
+    def __init__(self, *, num_workers: Threads = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
         self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
 
     def bind(
@@ -73,6 +71,7 @@ class AutoLoader(Loader):
         num_workers, prefetch, corrupt: as of `TorchLoader`.
     """
 
+    @held
     def __init__(self, *, num_workers: Workers = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
         self.num_workers = num_workers
         self._torch = TorchLoader(num_workers=num_workers, prefetch=prefetch, corrupt=corrupt)

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from caco.data.loaders.batches import Compiled, Order, Pixels, first_readable, mixed_seed, pixels, refuse_unreadable, those_after
-from caco.data.loaders.bound import BoundLoader, Loader, Made, check_settings
+from caco.data.loaders.bound import BoundLoader, Loader, Made
 from caco.data.loaders.workers import ahead_of, in_order
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
-from caco.errors import UserError
-from caco.ranges import Count, Workers
+from caco.ranges import Count, Workers, held
 
 
 class TorchLoader(Loader):
@@ -31,10 +30,8 @@ class TorchLoader(Loader):
         ValueError: a negative number of workers, no batch ahead, another word for `corrupt`.
     """
 
+    @held
     def __init__(self, *, num_workers: Workers = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
-        if num_workers < 0:
-            raise UserError(f"num_workers: expected 0 or more, got {num_workers}")
-        check_settings(prefetch, corrupt)
         self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
 
     def bind(

@@ -19,13 +19,18 @@ from caco.ranges import (
     Count,
     Interval,
     Length,
+    Natural,
     NonNegative,
     Pixels,
     PositiveChannels,
+    PositiveInterval,
     Range,
+    Several,
     Share,
     ShareAboveZero,
     ShareInterval,
+    held,
+    hold_fields,
 )
 
 # Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
@@ -56,19 +61,15 @@ class Patches:
         ValueError: a value out of its range.
     """
 
-    grid: int
-    size: int
-    stride: int
-    jitter: int = 0
+    grid: Several
+    size: Pixels
+    stride: Pixels
+    jitter: Natural = 0
     shuffled: bool = False
     each: "View | None" = None
 
     def __post_init__(self) -> None:
-        if self.grid < 2 or min(self.size, self.stride) < 1 or self.jitter < 0:
-            raise UserError(
-                "patches: expected a grid of 2 windows a side or more, a size and a stride of 1 pixel or more and a jitter of 0 or "
-                f"more, got grid={self.grid}, size={self.size}, stride={self.stride}, jitter={self.jitter}"
-            )
+        hold_fields(self)
         if self.each is not None and (self.each.patches is not None or self.each.count != 1 or self.each.size is not None):
             raise UserError("patches each: expected a view without patches, count and size of its own, for the windows have theirs")
 
@@ -106,7 +107,7 @@ class View:
     count: Count = 1
     size: Pixels | None = None
     scale: ShareInterval = field(default_factory=lambda: [0.2, 1.0])
-    ratio: Interval = field(default_factory=lambda: [3 / 4, 4 / 3])
+    ratio: PositiveInterval = field(default_factory=lambda: [3 / 4, 4 / 3])
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     rotate: Annotated[float, Range(least=0, most=180)] = 0.0
     shift: Share = 0.0
@@ -125,6 +126,7 @@ class View:
             each = self.patches.get("each")
             each = View(**each) if isinstance(each, Mapping) else each
             object.__setattr__(self, "patches", Patches(**{**self.patches, "each": each}))
+        hold_fields(self)
         for name, operation in self.then.items():
             require_contract(f"view then.{name}", operation, Operation)
         if self.patches is not None and (self.count != 1 or self.size is None or self.patches.extent > self.size):
@@ -132,25 +134,13 @@ class View:
                 "view patches: expected a view of count 1 with a size of its own that its patches fit into, got "
                 f"count={self.count}, size={self.size}, and patches that reach over {self.patches.extent} pixels"
             )
-        if self.count < 1:
-            raise UserError(f"view count: expected at least 1, got {self.count}")
-        if self.size is not None:
-            _check_size("view size", self.size)
-        _check_range("view scale", self.scale, above_zero=True, up_to=1.0)
-        _check_range("view ratio", self.ratio, above_zero=True, up_to=math.inf)
-        _check_range("view blur", self.blur, above_zero=False, up_to=math.inf)
-        if self.interpolation not in _RESAMPLING:
-            raise UserError(f"view interpolation: expected one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}")
-        if not 0 <= self.rotate <= 180:
-            raise UserError(f"view rotate: expected degrees in 0..180, got {self.rotate}")
-        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
+        for name, (low, high) in {"scale": self.scale, "ratio": self.ratio, "blur": self.blur}.items():
+            if low > high:
+                raise UserError(f"view {name}: expected [low, high], got {[low, high]}")
+        if self.jitter[3] > 0.5:
             raise UserError(
-                "view jitter: expected [brightness, contrast, saturation, hue], none negative, hue up to 0.5, "
-                f"got {self.jitter}"
+                f"view jitter: expected [brightness, contrast, saturation, hue], hue up to 0.5, got {self.jitter}"
             )
-        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p", "shift"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"view {name}: expected a value in 0..1, got {getattr(self, name)}")
 
     @property
     def numbers(self) -> int:
@@ -202,6 +192,7 @@ class Views:
     channels: int | None = None
     dtype: np.dtype = np.dtype(np.uint8)
 
+    @held
     def __init__(
         self,
         *,
@@ -213,17 +204,6 @@ class Views:
         plain_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         colours: Literal["rgb", "lab", "ydbdr", "ycbcr"] = "rgb",
     ):
-        _check_size("size", size)
-        if not views:
-            raise UserError("views: expected at least one kind of view, got none")
-        if not 0 < plain_crop <= 1:
-            raise UserError(f"plain_crop: expected a share in (0, 1], got {plain_crop}")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise UserError(f"mean and std: expected three values each, std above 0, got {list(mean)} and {list(std)}")
-        if plain_interpolation not in _RESAMPLING:
-            raise UserError(f"plain_interpolation: expected one of {', '.join(_RESAMPLING)}, got {plain_interpolation!r}")
-        if colours not in CONVERSIONS:
-            raise UserError(f"colours: expected one of {', '.join(CONVERSIONS)}, got {colours!r}")
         self.size = size
         self.plain_crop, self.plain_interpolation = plain_crop, plain_interpolation
         self.colours, self.mean, self.std = colours, list(mean), list(std)
@@ -382,13 +362,3 @@ def rotation(view: View, size: int, u: Sequence[float]) -> Callable[[Image.Image
 
 def between(low: float, high: float, u: float) -> float:
     return low + (high - low) * u
-
-
-def _check_size(name: str, size: int) -> None:
-    if size < 1:
-        raise UserError(f"{name}: expected a positive number of pixels, got {size}")
-
-
-def _check_range(name: str, pair: Sequence[float], *, above_zero: bool, up_to: float) -> None:
-    if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= up_to or (above_zero and pair[0] == 0):
-        raise UserError(f"{name}: expected [low, high] within {'(' if above_zero else '['}0, {up_to:g}], got {pair}")

@@ -13,23 +13,11 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
 from caco.errors import UserError
-from caco.ranges import AboveZero, Colour, Count, Length, NonNegative, Range, Several, Share
+from caco.ranges import Colour, Count, Length, NonNegative, PositiveInterval, Range, Several, Share, held
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet
 _LARGEST = 10.0  # magnitude
 _NUMBERS_EACH = 5  # of an operation of RandAugment: which, whether, how much, which way, how it is resampled
-
-
-def check_probability(name: str, p: float) -> None:
-    """Raises UserError for what is none."""
-    if not 0 <= p <= 1:
-        raise UserError(f"{name}: expected a probability in 0..1, got {p}")
-
-
-def check_fill(name: str, fill: Sequence[int]) -> None:
-    """Raises UserError for what is no colour."""
-    if len(fill) != 3 or min(fill) < 0 or max(fill) > 255:
-        raise UserError(f"{name}: expected red, green and blue in 0..255, got {list(fill)}")
 
 
 class RandAugment:
@@ -54,6 +42,7 @@ class RandAugment:
         UserError: a value out of its range, or an operation that is not known.
     """
 
+    @held
     def __init__(
         self,
         *,
@@ -66,17 +55,8 @@ class RandAugment:
         posterize_bits: Annotated[Sequence[Annotated[int, Range(least=0, most=8)]], Length(least=2, most=2)] = (0, 4),
         fill: Colour = MEAN_COLOUR,
     ):
-        if operations < 1 or not 0 <= magnitude <= _LARGEST or (spread or 0) < 0:
-            raise UserError(
-                "RandAugment: expected an operation or more, a magnitude in 0..10 and a spread of 0 or more or null, got "
-                f"operations={operations}, magnitude={magnitude}, spread={spread}"
-            )
-        check_probability("RandAugment p", p)
-        check_fill("RandAugment fill", fill)
-        if len(posterize_bits) != 2 or not 0 <= posterize_bits[0] <= posterize_bits[1] <= 8:
+        if posterize_bits[0] > posterize_bits[1]:
             raise UserError(f"RandAugment posterize_bits: expected [low, high] within 0..8, got {list(posterize_bits)}")
-        if enhancement not in ("two_sided", "one_sided"):
-            raise UserError(f"RandAugment enhancement: expected two_sided or one_sided, got {enhancement!r}")
         self.names = list(ALL_OPERATIONS[1:]) if names is None else list(names)
         unknown = [name for name in self.names if name not in ALL_OPERATIONS] if self.names else ["none"]
         if unknown:
@@ -170,8 +150,8 @@ class Photometric:
 
     numbers = 4
 
+    @held
     def __init__(self, *, p: Share = 0.66):
-        check_probability("Photometric p", p)
         self.p = p
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
@@ -188,8 +168,8 @@ class Grayscale:
 
     numbers = 1
 
+    @held
     def __init__(self, *, p: Share = 0.2):
-        check_probability("Grayscale p", p)
         self.p = p
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
@@ -210,9 +190,9 @@ class SampledBlur:
 
     numbers = 2
 
-    def __init__(self, *, p: Share = 0.5, sigma: Annotated[Sequence[AboveZero], Length(least=2, most=2)] = (0.1, 2.0), taps: Count = 23):
-        check_probability("SampledBlur p", p)
-        if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1] or taps < 1 or taps % 2 == 0:
+    @held
+    def __init__(self, *, p: Share = 0.5, sigma: PositiveInterval = (0.1, 2.0), taps: Count = 23):
+        if sigma[0] > sigma[1] or taps % 2 == 0:
             raise UserError(
                 f"SampledBlur: expected sigma as [low, high] above 0 and an odd number of taps, got sigma={list(sigma)}, taps={taps}"
             )
@@ -243,13 +223,8 @@ class Elastic:
         lattice: points a side.
     """
 
+    @held
     def __init__(self, *, p: Share = 0.2, shear: NonNegative = 0.3, displacement: NonNegative = 0.04, lattice: Several = 3):
-        check_probability("Elastic p", p)
-        if shear < 0 or displacement < 0 or lattice < 2:
-            raise UserError(
-                "Elastic: expected a shear and a displacement of 0 or more and a lattice of 2 points a side or more, got "
-                f"shear={shear}, displacement={displacement}, lattice={lattice}"
-            )
         self.p, self.shear, self.displacement, self.lattice = p, shear, displacement, lattice
         self.numbers = 2 + 2 * lattice**2
 
@@ -283,9 +258,8 @@ class DropChannels:
 
     numbers = 2
 
+    @held
     def __init__(self, *, p: Share = 0.8, fill: Colour = MEAN_COLOUR):
-        check_probability("DropChannels p", p)
-        check_fill("DropChannels fill", fill)
         self.p, self.fill = p, list(fill)
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Image.Image:

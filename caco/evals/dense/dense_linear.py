@@ -23,7 +23,7 @@ from caco.evals.dense.training import one_by_one
 from caco.evals.features import FeatureFiles, FeatureStore, Precision
 from caco.evals.logistic import fit, moments
 from caco.evals.pixels import RawPixels
-from caco.ranges import AboveZero, Count, Pixels
+from caco.ranges import AboveZero, Count, Side, held
 
 BATCH = 16  # images a forward pass: features are gone on with at a multiple of it
 UNLABELLED = -1.0
@@ -51,28 +51,19 @@ class DenseLinear(Evaluator):
     reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
     departures = ("dense_linear: a protocol of caco's own; its numbers cannot be set beside those of fine-tuning.",)
 
+    @held
     def __init__(
         self,
         *,
         root: str | None = None,
         train: Literal["trainaug", "train"] = "trainaug",
-        size: Pixels = 448,
+        size: Side = 448,
         places: Count = 20,
         l2: AboveZero = 1e-3,
         max_iterations: Count = 500,
         precision: Precision = "fp32",
         when: Literal["epoch", "end"] = "end",
     ) -> None:
-        if when not in ("epoch", "end") or train not in ("trainaug", "train") or precision not in ("fp32", "bf16"):
-            raise UserError(
-                "dense_linear: expected when epoch or end, train trainaug or train, precision fp32 or bf16, got "
-                f"{when!r}, {train!r}, {precision!r}"
-            )
-        if size < 2 or places < 1 or not l2 > 0 or max_iterations < 1:
-            raise UserError(
-                f"dense_linear: expected a size of at least 2 pixels, places and max_iterations of at least 1 and a positive l2, got "
-                f"{size}, {places}, {max_iterations} and {l2}"
-            )
         self.root, self.train, self.size, self.places, self.l2 = root, train, size, places, l2
         self.max_iterations, self.precision, self.when = max_iterations, precision, when
         self.protocol = metrics.dense_linear(

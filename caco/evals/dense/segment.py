@@ -25,7 +25,7 @@ from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, LAYOUT, NUM_IMA
 from caco.evals.dense.training import Recipe, Task, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
-from caco.ranges import Count, Interval, NonNegative, Pixels, Share, ShareBelowOne, Width
+from caco.ranges import Count, Interval, NonNegative, Share, ShareBelowOne, Side, Width, held
 
 DILATION = 6  # of the head
 
@@ -58,6 +58,7 @@ class Segment(Evaluator):
         "segment_fcn16: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
     )
 
+    @held
     def __init__(
         self,
         *,
@@ -69,22 +70,16 @@ class Segment(Evaluator):
         milestones: Sequence[Share] = (0.7, 0.9),
         momentum: ShareBelowOne = 0.9,
         weight_decay: NonNegative = 1e-4,
-        crop: Pixels = 513,
+        crop: Side = 513,
         scale: Interval = (0.5, 2.0),
         channels: Width = 256,
         precision: Precision = "fp32",
         save_every_steps: Count = 1000,
         when: Literal["epoch", "end"] = "end",
     ) -> None:
-        if when not in ("epoch", "end") or train not in ("trainaug", "train") or precision not in ("fp32", "bf16"):
+        if not 0 < scale[0] <= scale[1]:
             raise UserError(
-                "segment: expected when epoch or end, train trainaug or train, precision fp32 or bf16, got "
-                f"{when!r}, {train!r}, {precision!r}"
-            )
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] or crop < 2 or channels < 1:
-            raise UserError(
-                f"segment: expected scale as [smallest, largest], crop of at least 2 pixels and a channel or more, got {list(scale)}, "
-                f"{crop} and {channels}"
+                f"segment: expected scale as [smallest, largest] above 0, got {list(scale)}"
             )
         self.recipe = Recipe(
             steps=steps, images=images, rate=rate, milestones=list(milestones), momentum=momentum, weight_decay=weight_decay

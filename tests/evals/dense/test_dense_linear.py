@@ -143,9 +143,9 @@ def test_raw_pixels_and_other_networks(voc):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"places": 0}, "places and max_iterations of at least 1"),
-        ({"l2": 0.0}, "a positive l2"),
-        ({"when": "now"}, "when epoch or end"),
+        ({"places": 0}, "places: expected int from 1, got 0"),
+        ({"l2": 0.0}, r"l2: expected float above 0, got 0\.0"),
+        ({"when": "now"}, r"when: expected epoch \| end, got 'now'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

@@ -174,7 +174,7 @@ def test_rows_of_unequal_ranks_come_together(tmp_path):
 def test_all_that_is_wrong_with_the_settings_is_refused_at_once():
     with pytest.raises(UserError, match="it short_sides: .*; longest: .*; anchors: .*five.*; region_cells: "):
         Detect(**FEW | {"short_sides": [8], "longest": 20, "head": "fpn", "region_cells": 5})
-    with pytest.raises(UserError, match="it dataset: expected voc or coco, got 'voc2007'; head: .*; precision: .*; when: "):
+    with pytest.raises(UserError, match=r"dataset: expected voc \| coco, got 'voc2007'; head: .*; precision: .*; when: "):
         Detect(**FEW | {"dataset": "voc2007", "head": "c5", "precision": "fp16", "when": "never"})
 
 

@@ -280,8 +280,8 @@ def test_test_images_that_are_training_images_are_refused(voc, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": "all"}, "train trainaug or train"),
-        ({"precision": "fp16"}, "precision fp32 or bf16"),
+        ({"train": "all"}, r"train: expected trainaug \| train, got 'all'"),
+        ({"precision": "fp16"}, r"precision: expected bf16 \| fp32, got 'fp16'"),
         ({"scale": [2.0, 0.5]}, r"scale as \[smallest, largest\]"),
         ({"milestones": [0.9, 0.7]}, "milestones: expected ascending"),
         ({"rate": 0.0}, "rate: expected a positive"),
