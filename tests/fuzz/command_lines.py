@@ -161,7 +161,7 @@ def main() -> int:
         if wrong:
             found[wrong.strip().splitlines()[-1][:100]] += 1
             print(f"line {number}, {root}: {shlex.join(words)}\n{wrong}", flush=True)
-        if number % 500 == 499:
+        if number % 50 == 49:
             print(f"{number + 1} lines, {sum(found.values())} faults, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     print(f"{number + 1 - options.first} command lines, {sum(found.values())} faults of {len(found)} kinds")
     for kind, count in found.most_common():
