@@ -16,8 +16,10 @@ from caco.config.folders import CONF
 from caco.data.sets.anyones import as_source
 from caco.data.sets.sources import Splits
 from caco.data.views.augmentation import Views
+from caco.data.views.channels import ChannelViews
 from caco.data.views.transform import Preprocessing, Transform
 from caco.engine.assembly import pick_device
+from caco.engine.channels import backbone_of, noted
 from caco.engine.evaluating import load_pretrained
 from caco.errors import UserError
 from caco.evals.base import Evaluator
@@ -28,7 +30,7 @@ from caco.runs.identity import read_yaml
 
 class Loaded(NamedTuple):
     """backbone: images float32 [B, 3, H, W] to features [B, D], on the CPU and in eval mode. preprocess: a Pillow image or an array, or a
-    batch of them, to those."""
+    batch of them, to those. Of a run on images as they are stored (data.channels=N) it takes arrays [H, W, N], of the numbers in the files."""
 
     backbone: nn.Module
     preprocess: Preprocessing
@@ -50,9 +52,11 @@ def load(run: str | Path | None = None, **chosen: Any) -> Loaded:
     cfg = pretrained.compose("export", [*words, "to=nowhere"])
     location = None if cfg.run is None else pretrained.locate(cfg.run)
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten, and must not move the caller's generator
-        backbone = instantiate(cfg.backbone)
+        images = {} if location is None else noted(location.run_dir)
+        backbone = backbone_of(cfg.backbone, images.get("channels"))
     load_pretrained(cfg, location, backbone)
-    return Loaded(backbone.eval(), Preprocessing(instantiate(cfg.augmentation)))
+    recipe: Views = instantiate(cfg.augmentation)
+    return Loaded(backbone.eval(), Preprocessing(ChannelViews(recipe, mean=images["mean"], std=images["std"]) if images else recipe))
 
 
 def views(recipe: str = "caco", **settings: Any) -> Transform:

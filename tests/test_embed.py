@@ -10,6 +10,7 @@ from PIL import Image
 from processes import ranks
 from tiny import train
 
+import caco
 from caco import embed
 from caco.config.composition import compose, instantiate
 from caco.data.views.augmentation import Views
@@ -167,3 +168,23 @@ def test_two_ranks_write_what_one_does(tmp_path, folder, weights):
     assert caco_embed(*common, f"to={tmp_path / 'one.npz'}") == 0
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert one["files"].tolist() == two["files"].tolist() and np.allclose(one["features"], two["features"], atol=1e-6)
+
+
+def test_images_as_they_are_stored_are_embedded_and_prepared_as_their_run_has_them(tmp_path, monkeypatch, capsys):
+    """Four channels of 16 bits: caco.embed's features are those of caco.load's backbone and preprocessing; photographs are refused."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        file = tmp_path / "images" / f"{number:02d}.npy"
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, generator.integers(0, 2**16, (12, 12, 4), dtype=np.uint16))
+    channels = ["data=folder", f"data.root={tmp_path / 'images'}", "data.channels=4"]
+    train(tmp_path / "run", *channels, "augmentation.size=8", "batch=8", "max_steps=2", "eval=[]")
+    words = [f"run={tmp_path / 'run'}", f"data.root={tmp_path / 'images'}", f"to={tmp_path / 'made.npz'}", "precision=fp32", "loader.num_workers=0"]
+    assert caco_embed(*words) == 2
+    assert "this backbone was trained on images as they are stored, of 4 channels" in capsys.readouterr().err
+    assert caco_embed(*words, "data.channels=4") == 0
+    made = np.load(tmp_path / "made.npz")
+    backbone, preprocess = caco.load(tmp_path / "run")
+    with torch.no_grad():
+        own = backbone(preprocess([np.load(tmp_path / "images" / name) for name in made["files"]]))
+    assert own.shape == made["features"].shape and np.allclose(own.numpy(), made["features"], atol=1e-5)

@@ -59,7 +59,7 @@ def test_a_part_that_lacks_a_member_is_refused_before_anything_is_computed():
         def run(self, backbone):
             yield "half", 0.5
 
-    with pytest.raises(UserError, match="^eval.half: Half has no bounded, build, departures, image_sets, inputs, needs_labels, on_all_ranks, work; derive it from caco.evals.base.Evaluator, "):
+    with pytest.raises(UserError, match="^eval.half: Half has no bounded, build, departures, image_sets, inputs, needs_labels, on_all_ranks, require, work; derive it from caco.evals.base.Evaluator, "):
         require_contract("eval.half", Half(), Evaluator)
     whole = type("Whole", (Half, Evaluator), {"build": lambda self, store, *, seed: None})()
     require_contract("eval.whole", whole, Evaluator)

@@ -15,11 +15,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from caco import distributed
+from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate
 from caco.config.pretrained import Location
 from caco.data.sets.sources import Source
 from caco.data.views.augmentation import Views
 from caco.engine.assembly import build_splits, pick_device, refuse_unfit_backbone
+from caco.engine.channels import backbone_of, noted, views_of
 from caco.engine.evaluating import load_pretrained
 from caco.errors import UserError
 from caco.evals.features import FeatureStore
@@ -45,11 +47,17 @@ def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: P
     try:
         main = distributed.is_main()
         refuse_unfit_backbone(cfg)
-        backbone = instantiate(cfg.backbone)
+        of_run = {} if location is None else noted(location.run_dir)
+        if of_run.get("channels") != channels_of(cfg):
+            raise UserError(
+                f"data.channels: this backbone was trained on {_of_channels(of_run.get('channels'))}, and the images are to be read as "
+                f"{_of_channels(channels_of(cfg))}; expected data.channels={of_run.get('channels', 'null')}"
+            )
+        backbone = backbone_of(cfg.backbone, channels_of(cfg))
         load_pretrained(cfg, location, backbone)
         backbone.to(device).to(memory_format=torch.channels_last).eval()
-        splits, views = build_splits(cfg), instantiate(cfg.augmentation)
-        say = say_sometimes(main)
+        splits, say = build_splits(cfg), say_sometimes(main)
+        views = views_of(cfg, splits, run_dir=None if location is None else location.run_dir, say=say)
         sources = [source for source in dict.fromkeys([splits.pretrain, splits.train, splits.test]) if source is not None]
         for source in sources:
             source.look(say)
@@ -69,6 +77,10 @@ def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: P
             print(f"caco: {done}: {to} (features of {number:,} images)", file=sys.stderr)
     finally:
         distributed.stop()
+
+
+def _of_channels(channels: int | None) -> str:
+    return "photographs" if channels is None else f"images as they are stored, of {channels} channel{'s' * (channels > 1)}"
 
 
 def _about(cfg: DictConfig, store: FeatureStore, sources: list[Source], backbone: torch.nn.Module, views: Views) -> dict[str, Any]:

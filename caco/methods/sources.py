@@ -15,7 +15,7 @@ from caco.banks.base import Bank
 from caco.banks.hardest import hardest
 from caco.errors import UserError
 from caco.methods.base import Now
-from caco.ranges import AboveZero, Count, Share
+from caco.ranges import AboveZero, Count, Share, held
 from caco.schedules import RunShape, Table, cosine
 
 
@@ -112,6 +112,7 @@ class NearestRows(Positives):
     needs_bank = bank_rows = True
     searches = 1
 
+    @held
     def __init__(self, *, count: Count = 5, temperature: AboveZero = 0.1):
         self.count, self.temperature = count, temperature
         self.per_query = self.lookups = count
@@ -140,6 +141,7 @@ class OtherViewThenRow(Positives):
     searches = 1
     per_query = 2
 
+    @held
     def __init__(self, *, first_share: Share = 0.0, last_share: Share = 1.0):
         self.first_share, self.last_share = first_share, last_share
 

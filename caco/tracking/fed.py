@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from caco.ranges import AboveZero, NonNegative
+from caco.ranges import AboveZero, NonNegative, held
 from caco.tracking.base import Row, Tracker
 from caco.tracking.ledger import LedgerTracker
 from caco.tracking.store import first_line
@@ -97,6 +97,7 @@ class FedTracker(Tracker):
         system_seconds, paper: see LedgerTracker.
     """
 
+    @held
     def __init__(
         self, *, feed_seconds: AboveZero = 2.0, finish_seconds: NonNegative = 10.0, system_seconds: NonNegative = 10.0,
         paper: dict[str, float] | None = None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from caco.errors import UserError
-from caco.ranges import AboveZero, NonNegative
+from caco.ranges import AboveZero, NonNegative, held
 from caco.runs.files import read_json
 from caco.tracking.fed import FedTracker, Feed
 from caco.tracking.reader import Reader
@@ -29,6 +29,7 @@ class WandbTracker(FedTracker):
 
     package = "wandb"
 
+    @held
     def __init__(
         self, *, project: str, entity: str | None = None, mode: Literal["online", "offline"] = "online", feed_seconds: AboveZero = 2.0,
         finish_seconds: NonNegative = 30.0, system_seconds: NonNegative = 10.0, paper: dict[str, float] | None = None,

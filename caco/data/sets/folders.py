@@ -131,14 +131,16 @@ def require_statistics_of(channels: int | None, mean: list[float] | None, std: l
         )
 
 
-def images(*, root: str | None) -> Splits:
+def images(*, root: str | None, channels: NumChannels | None = None) -> Splits:
     """All images below a folder, whatever their folders are called, without labels, in the order of their names.
 
+    Args:
+        channels: as of `folder`.
     Raises:
         FileError: no root given, or nothing there.
         ValueError: no image.
     """
-    return Splits(unlabelled_images(existing_root(root, example="data=images"), "images"), None, None)
+    return Splits(unlabelled_images(existing_root(root, example="data=images"), "images", channels), None, None)
 
 
 @holds(50_000)

@@ -13,14 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from caco.data.sets.anyones import rgb
+from caco.data.sets.stored import checked
 from caco.data.views.augmentation import Views
 
 
-def _arrays(images: Any) -> tuple[list[np.ndarray], bool]:
-    """Images as uint8 [H, W, 3] each, and whether it was one alone."""
+def _arrays(images: Any, channels: int | None) -> tuple[list[np.ndarray], bool]:
+    """Images as uint8 [H, W, 3] each, or as they are, [H, W, channels]; and whether it was one alone."""
     alone = isinstance(images, Image.Image) or isinstance(images, np.ndarray) and images.ndim in (2, 3)
     batch: Sequence[Any] = [images] if alone else images
-    return [np.asarray(rgb(image, f"image {number}" if not alone else "image")) for number, image in enumerate(batch)], alone
+    named = [(image, f"image {number}" if not alone else "image") for number, image in enumerate(batch)]
+    if channels is not None:
+        return [checked(np.asarray(image), name, channels) for image, name in named], alone
+    return [np.asarray(rgb(image, name)) for image, name in named], alone
 
 
 class Transform:
@@ -44,7 +48,7 @@ class Transform:
         Raises:
             UserError: something that is no image of 8 bits.
         """
-        arrays, alone = _arrays(images)
+        arrays, alone = _arrays(images, self.views.channels)
         stream = int(torch.randint(2**62, ())) if stream is None else stream
         at = np.arange(len(arrays)) if samples is None else np.asarray(samples, dtype=np.int64)
         made = [self.views.normalise(torch.from_numpy(pixels)) for pixels in self.views.batch_pixels(arrays, at, stream)]
@@ -63,6 +67,7 @@ class Preprocessing:
 
     def __call__(self, images: Any) -> Tensor:
         """float32 [3, H, W] of one image, [B, 3, H, W] of a batch; `images` as of `Transform`."""
-        arrays, alone = _arrays(images)
-        made = torch.stack([self.views.plain(Image.fromarray(array)) for array in arrays])
+        arrays, alone = _arrays(images, self.views.channels)
+        taken: list[Any] = [Image.fromarray(array) for array in arrays] if self.views.channels is None else arrays
+        made = torch.stack([self.views.plain(image) for image in taken])
         return made[0] if alone else made
