@@ -288,6 +288,7 @@ def test_a_copy_for_jobs_holds_the_folder_and_is_another_when_that_changes(tmp_p
     assert (code / "config_dir" / "mine.py").read_text() == (OWN / "mine.py").read_text()
 
 
+@pytest.mark.long
 def test_it_works_as_a_command_whose_loader_forks_workers(tmp_path):
     command = [sys.executable, "-P", "-m", "caco.train", "--config-dir", "../own", "method=agree", *RUN, "loader=torch", "loader.num_workers=1"]
     (tmp_path / "elsewhere").mkdir()

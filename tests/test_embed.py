@@ -65,6 +65,7 @@ def views() -> Views:
     return instantiate(compose(["preset=demo"]).augmentation)
 
 
+@pytest.mark.long
 def test_each_file_has_the_features_of_its_image_in_both_formats(tmp_path, folder, weights, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}", "batch=16"]

@@ -247,7 +247,7 @@ def test_the_parts_that_the_run_recorded_are_taken_unless_chosen_anew(run_dir):
         (["run={run}", "eval=[knn,linaer]"], "eval=linaer: no such option; did you mean linear"),
         (["run={run}", "eval=[]"], "eval: expected at least one evaluator"),
         (["run={run}", "eval.linear.epoch=3"], "eval.linear.epoch: no such key; did you mean epochs?"),
-        (["run={run}", "eval.linear.batch=many"], "eval.linear.batch: expected int from 1, got 'many' (str)"),
+        (["run={run}", "eval.linear.batch=many"], "eval.linear.batch: expected int from 2, got 'many' (str)"),
         (["run={run}", "bach=3"], "bach: no such key; did you mean batch or cache?"),
         (["run={run}", "batch=0"], "batch: expected at least 1 image, got 0"),
         (["run={run}", "overlap=ignore"], "overlap: expected refuse or allow, got 'ignore'"),

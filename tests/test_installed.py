@@ -153,7 +153,7 @@ def test_an_editable_install_works_from_every_folder_the_one_above_its_clone_inc
     for folder in (clone.parent, clone, clone / "caco", clone / "runs", tmp_path, Path("/")):
         done = from_folder(folder, python, "-c", found)
         assert (done.stdout, done.stderr) == (expected, ""), folder
-    done = from_folder(clone.parent, python, "-m", "caco.train", "bach=3")
+    done = from_folder(clone.parent, python, "-m", "caco.train", "bach=3", "data=digits", "augmentation=digits", "batch=64")
     assert (done.returncode, done.stderr) == (2, "caco: bach: no such key; did you mean batch?\n")
 
 

@@ -169,6 +169,7 @@ def test_ranks_that_load_different_checkpoints_are_refused_before_anything_is_tr
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == before
 
 
+@pytest.mark.long
 def test_a_bank_saved_by_four_ranks_is_taken_up_to_the_bit_and_gone_on_with_by_two(tmp_path):
     """Rows, velocities and uses of the checkpoint are the whole bank's, whatever the number of ranks."""
     command = [*EXACT, f"hydra.run.dir={tmp_path / 'run'}"]

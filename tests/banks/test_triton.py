@@ -13,6 +13,7 @@ from benchmarks import kernels
 from caco.banks.kernels import fused, triton_kernels
 
 
+@pytest.mark.long
 def test_what_is_promised_of_every_path_holds_in_the_interpreter(repo_root):
     """In a process of its own: Triton asks when it is imported whether to interpret."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/banks/triton_interpreted.py"]

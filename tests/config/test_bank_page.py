@@ -1,11 +1,13 @@
 """What docs/bank.md prints."""
 
+import pytest
 from test_negatives import commands
 
 from caco.train import check_command
 from experiments.tables import experiments, load_scale, load_table
 
 
+@pytest.mark.long
 def test_the_docs_commands_are_accepted(repo_root):
     printed = commands((repo_root / "docs/bank.md").read_text(encoding="utf-8"))
     assert [module for module, *_ in printed] == ["caco.train"] * 6 + ["experiments.run"]

@@ -112,6 +112,7 @@ def printed(repo_root, tmp_path, monkeypatch):
     folders.use()
 
 
+@pytest.mark.long
 def test_the_docs_commands_are_accepted(printed):
     assert [module for module, *_ in printed] == ["caco.train"] * 4 + ["experiments.run", "caco.plan", "caco.train"]
     for module, *words in printed:

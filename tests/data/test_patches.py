@@ -214,7 +214,7 @@ def test_what_makes_no_sense_is_refused(make, message):
 
 def test_patches_in_a_yaml_are_checked_as_every_setting():
     cfg = composition.compose(["method=infomin", "data.root=/tmp", "augmentation.views.jigsaw.patches.jitter=much"])
-    with pytest.raises(UserError, match=r"augmentation\.views\.jigsaw\.patches\.jitter: expected int, got 'much'"):
+    with pytest.raises(UserError, match=r"augmentation\.views\.jigsaw\.patches\.jitter: expected int from 0, got 'much'"):
         validation.check(cfg)
     cfg = composition.compose(["method=infomin", "data.root=/tmp", "+augmentation.views.both.then.rand_augment.magnitud=3"])
     with pytest.raises(UserError, match=r"then\.rand_augment\.magnitud: RandAugment takes no such argument; did you mean magnitude"):

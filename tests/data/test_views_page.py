@@ -45,6 +45,7 @@ def mine(tmp_path, monkeypatch):
     folders.use()
 
 
+@pytest.mark.long
 def test_an_operation_of_one_s_own_trains_as_printed(mine, monkeypatch):
     (words,) = OWN
     monkeypatch.setattr(sys, "argv", ["caco-train", *words, "tracking=ledger", "eval=[]", "max_steps=2", "hydra.run.dir=run"])

@@ -81,6 +81,7 @@ def test_it_is_killed_and_goes_on_to_the_same_bits(tmp_path, long, cut):
     assert record(tmp_path) == rows
 
 
+@pytest.mark.long
 def test_restart_carries_everything_over(tmp_path):
     """With rates that never change a restart changes nothing: weights, twin, bank, velocities, optimiser and random state went over."""
     whole = train(tmp_path / "whole", "epochs=3", *CONSTANT)

@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     monkeypatch.setattr(
         assembly,
         "Evaluation",
-        type("Quiet", (), {"__init__": lambda *a, **k: None, "run": lambda *a: {}, "evaluators": {}}),
+        type("Quiet", (), {"__init__": lambda *a, **k: None, "run": lambda *a: {}, "require": lambda *a: None, "evaluators": {}}),
     )
     original = trainer.Trainer._averaged
 

@@ -134,7 +134,8 @@ CHANGED_BY = {  # keys of a row's identity that are not those of CaCo's
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", ["digits", pytest.param("fashion", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("scale", ["digits", "fashion"])
 def test_the_study_of_the_bank_changes_one_thing_a_row_and_all_rows_train_for_as_many_steps(scale):
     rows = {one.row_id: one for one in experiments(load_table("study_bank"), load_scale(scale))}
     assert rows["caco"].hash(0) == experiment("7", "both", scale).hash(0) and rows["none"].hash(0) == experiment("7", "none", scale).hash(0)

@@ -22,7 +22,7 @@ from hydra._internal.core_plugins import file_config_source
 from hydra.core.config_store import ConfigStore
 
 from caco import train
-from caco.config import composition, folders, pretrained, validation
+from caco.config import composition, folders, no_effect, pretrained, validation
 from caco.errors import UserError
 from caco.redaction import redacted
 from caco.runs.identity import flat, plain
@@ -67,7 +67,7 @@ def keys(root: str) -> list[str]:
     leaves = list(flat(plain(composition.compose(line, root))))
     if root == "config":
         files = [(group, folders.option_file(group, option)) for group, options in folders.groups().items() for option in options]
-        leaves += [key for group, file in files if file for key, _ in validation.settings_of(group, file)]
+        leaves += [key for group, file in files if file for key, _ in no_effect.settings_of(group, file)]
     parts = [leaf.split(".") for leaf in leaves]
     return sorted({".".join(names[:length]) for names in parts for length in range(1, len(names) + 1)})
 

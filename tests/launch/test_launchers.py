@@ -69,7 +69,7 @@ def test_without_slurm_the_launcher_says_so(tmp_path):
 
 @pytest.mark.parametrize("key, value", [("parallel", 0), ("gpus_per_job", -1), ("tasks_per_job", 0)])
 def test_numbers_without_sense_are_refused(key, value):
-    with pytest.raises(ValueError, match=f"launcher.{key}: expected .*, got {value}"):
+    with pytest.raises(ValueError, match=f"Local: {key}: expected .*, got {value}"):
         Local(**LOCAL | {key: value})
 
 

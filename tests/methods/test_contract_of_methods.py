@@ -33,12 +33,15 @@ def configured(toy, *overrides):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Each toy's directory after a run that was not interrupted."""
-    folders = {}
-    for toy in toys.ALL:
-        folders[toy] = tmp_path_factory.mktemp(toy.__name__)
-        run_training(configured(toy), folders[toy])
-    return folders
+    """Each toy's directory after a run that was not interrupted, made when a test looks into it first."""
+
+    class Folders(dict):
+        def __missing__(self, toy):
+            self[toy] = tmp_path_factory.mktemp(toy.__name__)
+            run_training(configured(toy), self[toy])
+            return self[toy]
+
+    return Folders()
 
 
 def trained(runs, toy, step):

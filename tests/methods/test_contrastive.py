@@ -231,7 +231,7 @@ def test_the_warm_start_may_take_its_key_from_the_last_view():
                   for key in ("second", "last"))  # fmt: skip
     assert torch.equal(two.warm_start_loss(large).loss, other.warm_start_loss(large).loss), "of two views the second is the last"
     assert not torch.equal(two.warm_start_loss(views).loss, other.warm_start_loss(views).loss)
-    with pytest.raises(ValueError, match="warm_start_key must be second or last; got 'first'"):
+    with pytest.raises(ValueError, match="warm_start_key: expected second . last, got 'first'"):
         build(sources.OtherView(), sources.BatchKeys(), None, warm_start_key="first")
 
 
