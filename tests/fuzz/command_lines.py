@@ -22,7 +22,7 @@ from hydra._internal.core_plugins import file_config_source
 from hydra.core.config_store import ConfigStore
 
 from caco import train
-from caco.config import composition, folders, no_effect, pretrained, validation
+from caco.config import composition, folders, no_effect, pretrained
 from caco.errors import UserError
 from caco.redaction import redacted
 from caco.runs.identity import flat, plain
