@@ -175,6 +175,8 @@ class LearnableBank(nn.Module, Bank):
         """
         if not self.anchors:
             return
+        if keys_GD is None and self.rows.renewed_after_steps and not self.keys:
+            raise UserError("update: rows that are renewed become keys of the step; expected keys_GD, or a step whose `loss` was given keys")
         motion.move(
             self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors),
             pull=self.pull, push=self.push, lr=self.lr if lr is None else lr, momentum=self.momentum, weight_decay=self.weight_decay,

@@ -122,7 +122,7 @@ class NearestRows(Positives):
         if self.count > bank.size:
             raise UserError(f"method.positives.count: expected at most the bank's {bank.size} rows, got {self.count}")
         row_BC = hardest(k_BD, bank.rows, self.count)
-        bank.rows.note_chosen(row_BC[:, 0])
+        bank.rows.note_chosen(row_BC.flatten())
         m_BCD = bank.rows.lookup(row_BC.flatten()).unflatten(0, row_BC.shape)
         weight_BC = torch.softmax(torch.einsum("bd,bcd->bc", k_BD.detach(), m_BCD) / self.temperature, 1)
         return [Positive(row_B=row_B, weight_B=weight_B) for row_B, weight_B in zip(row_BC.unbind(1), weight_BC.unbind(1), strict=True)]

@@ -73,6 +73,16 @@ def test_one_nearest_row_is_caco():
     assert torch.allclose(one_grad, caco_grad, atol=1e-14)
 
 
+def test_every_row_that_is_a_positive_counts_as_chosen():
+    bank, k_BD = a_bank(renewed_after_steps=1), unit(B, D, seed=2)
+    positives = NearestRows(count=3).all_of(k_BD, bank, None)
+    chosen = torch.cat([positive.row_B for positive in positives])
+    assert bank.rows.uses.sum() == 3 * B and torch.equal(bank.rows.uses, torch.bincount(chosen, minlength=K))
+    before = bank.rows.weight.detach().clone()
+    bank.rows.renew(unit(K, D, seed=9))
+    assert torch.equal(bank.rows.weight[chosen], before[chosen]), "no positive is replaced"
+
+
 def test_more_nearest_rows_than_the_bank_has_are_refused():
     with pytest.raises(UserError, match=f"method.positives.count: expected at most the bank's {K} rows, got {K + 1}"):
         NearestRows(count=K + 1).all_of(unit(B, D, seed=2), a_bank(), None)
@@ -142,6 +152,18 @@ def test_rows_that_no_key_has_chosen_for_so_many_steps_become_keys_in_order_and_
     assert torch.equal(bank.rows.weight[rest], before[rest])
     assert bank.rows.statistics()["rows_renewed"] == pytest.approx(100 * 10 / K)
     assert bank.rows.statistics()["rows_renewed"] == 0
+
+
+def test_in_one_s_own_loop_rows_become_the_keys_that_the_loss_was_given():
+    bank, q_BD, k_BD = a_bank(renewed_after_steps=1, lr=0.0), unit(B, D, seed=1).requires_grad_(), unit(B, D, seed=2)
+    used = set(bank.rows.most_probable(k_BD).tolist())
+    bank.score(q_BD, bank.rows.most_probable(k_BD), temperature=TAU).loss_B.mean().backward()
+    with pytest.raises(UserError, match="expected keys_GD, or a step whose `loss` was given keys"):
+        bank.update()
+    bank.loss(q_BD, k_BD, temperature=TAU).backward()
+    bank.update()
+    unused = [row for row in range(K) if row not in used]
+    assert torch.allclose(bank.rows.weight[unused[:B]], k_BD, atol=1e-12)
 
 
 def test_rows_that_do_not_learn_are_not_renewed():
