@@ -50,7 +50,9 @@ def steps(found: Found, metric: str) -> dict[float, float]:
     }
 
 
-def line(axes: Axes, number: int, label: str, points: dict[float, dict[int, float]], xs: Sequence[float] | None = None) -> None:
+def line(
+    axes: Axes, number: int, label: str, points: dict[float, dict[int, float]], xs: Sequence[float] | None = None
+) -> None:
     """The mean over seeds, and the range over them as a band."""
     xs = list(points) if xs is None else list(xs)
     spreads = [Spread.of_some(by_seed.values()) for by_seed in points.values()]
@@ -107,7 +109,9 @@ def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool
         has = bool(row.by_seed) and bool(series(row, "max_probability"))
         return has and (chosen or declared(row.experiment.cfg.method.positives._target_, "bank_rows"))
 
-    rows = _need([row for row in found if row.experiment.why_not is None], "max_probability and a bank's positives", fits)
+    rows = _need(
+        [row for row in found if row.experiment.why_not is None], "max_probability and a bank's positives", fits
+    )
     figure, (top, bottom) = _figure(style.COLUMN, 3.9, 2, 1, sharex=True)
     data: Data = []
     accuracy = _knn(rows)
@@ -174,7 +178,9 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
         if row.experiment.row.run is not None and row.experiment.row.bank is not None:
             methods.setdefault(row.experiment.row.run[0].partition("=")[2], []).append(row)
     methods = {name: rows for name, rows in methods.items() if len({row.experiment.row.bank for row in rows}) > 1}
-    _need([row for rows in methods.values() for row in rows], "several sizes of the bank", lambda row: row.values(metric))
+    _need(
+        [row for rows in methods.values() for row in rows], "several sizes of the bank", lambda row: row.values(metric)
+    )
     figure, (left, right) = _figure(style.PAGE, 2.6, 1, 2)
     data: Data = []
     for number, (name, rows) in enumerate(methods.items()):
@@ -185,7 +191,12 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
             label=label, **style.look(number),
         )  # fmt: skip
         data += [
-            {"source": "paper", "method": name, "rows": row.experiment.row.bank, "value": row.experiment.row.published[column]}
+            {
+                "source": "paper",
+                "method": name,
+                "rows": row.experiment.row.bank,
+                "value": row.experiment.row.published[column],
+            }
             for row in rows
         ]
         rows = [row for row in rows if row.values(metric)]
@@ -214,14 +225,18 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
     return figure, data
 
 
-def compute(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool, x: str | None = None) -> tuple[Figure, Data]:
+def compute(
+    table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool, x: str | None = None
+) -> tuple[Figure, Data]:
     """k-NN accuracy over what the training has cost so far."""
     if x is None:
         x = "images" if importlib.util.find_spec("caco.plan") is None else "flops"
     able = [row for row in found if row.experiment.why_not is None]
     metric = _knn(able)
     what = f"several values of {metric}" + (" and a known images_per_second" if x == "hours" else "")
-    rows = _need(able, what, lambda row: len(series(row, metric)) > 1 and (x != "hours" or bool(row.values("train_hours"))))
+    rows = _need(
+        able, what, lambda row: len(series(row, metric)) > 1 and (x != "hours" or bool(row.values("train_hours")))
+    )
     figure, axes = _figure(style.PAGE * 0.75, 3.2)
     data: Data = []
     drawn = set()
@@ -259,7 +274,10 @@ def _knn(rows: Sequence[Found]) -> str:
     """What the rows of a scale call their k-NN accuracy: a scale evaluates all of them alike."""
     name = metrics.knn_metric(rows[0].experiment.cfg.eval) if rows else None
     if name is None:
-        raise UserError("no k-NN accuracy over training: this scale evaluates none; expected eval=[knn] or eval=[knn_all] among its overrides")
+        raise UserError(
+            "no k-NN accuracy over training: this scale evaluates none; expected eval=[knn] or eval=[knn_all] among its"
+            " overrides"
+        )
     return name
 
 

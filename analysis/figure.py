@@ -36,9 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", help=", ".join(FIGURES))
     parser.add_argument("--scale", help="whose results")
-    parser.add_argument("--table", help=f"whose rows; by default {', '.join(f'{k}: {v}' for k, v in OF_RESULTS.items())}")
+    parser.add_argument(
+        "--table", help=f"whose rows; by default {', '.join(f'{k}: {v}' for k, v in OF_RESULTS.items())}"
+    )
     parser.add_argument("--rows", help="these rows alone, as none,both")
-    parser.add_argument("--x", choices=("flops", "images", "hours"), help="of the figure compute; flops where caco.plan is")
+    parser.add_argument(
+        "--x", choices=("flops", "images", "hours"), help="of the figure compute; flops where caco.plan is"
+    )
     add_sources(parser)
     parser.add_argument("--run", type=Path, metavar="DIR", help="of the figures 3 and 5")
     parser.add_argument("--data-root", metavar="PATH", help="where that run's images are now")
@@ -70,7 +74,9 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
     if name not in FIGURES:
         raise UserError(f"{name}: no such figure{nearest(name, FIGURES) or '.'} There are: {', '.join(FIGURES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"figures need matplotlib, which is not installed; to have it: {command_to_install('analysis')}")
+        raise UserError(
+            f"figures need matplotlib, which is not installed; to have it: {command_to_install('analysis')}"
+        )
     if name in OF_A_RUN:
         return of_a_run(arguments)
     if arguments.scale is None:
@@ -83,7 +89,9 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
     return draw(name, found, arguments.out, chosen=arguments.rows is not None, x=arguments.x)
 
 
-def draw(name: str, found: Sequence[Found], out: Path, *, chosen: bool = False, x: str | None = None) -> tuple[list[Path], list]:
+def draw(
+    name: str, found: Sequence[Found], out: Path, *, chosen: bool = False, x: str | None = None
+) -> tuple[list[Path], list]:
     """A figure of results, into out/SCALE-TABLE-figure-NAME.*."""
     from analysis import curves, style
 

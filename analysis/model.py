@@ -83,7 +83,9 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
     splits = instantiate(cfg.data)
     digest = splits.pretrain.digest()
     if digest != newest[0]["data_digest"]:
-        raise UserError(f"{run_dir}: expected the images that it was trained on ({newest[0]['data_digest']}), got others ({digest})")
+        raise UserError(
+            f"{run_dir}: expected the images that it was trained on ({newest[0]['data_digest']}), got others ({digest})"
+        )
     method = build_method(cfg)
     method.load_state_dict(newest[0]["method"])
     return Trained(cfg, method.eval(), splits, views_of(cfg, splits, run_dir=run_dir), newest[0]["step"])
@@ -99,7 +101,9 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     trained = load(run_dir, data_root)
     method, bank = trained.method, trained.bank
     if bank is None:
-        raise UserError(f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative")
+        raise UserError(
+            f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative"
+        )
     train, test = trained.splits.labelled("Figure 3")
     train_labels, test_labels = labels_of(train), labels_of(test)
     generator = np.random.default_rng(seed)
@@ -117,7 +121,12 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
         rows_QR = torch.cat([order_QR, others_QR], 1)
     cosine_QR, index_QR = cosine_K1[rows_QR, 0], image_K1[rows_QR, 0]
 
-    columns = ["query", "most probable:\npositive", *(f"negative,\nnext {i}" for i in range(1, hard + 1)), *["negative,\ndrawn"] * drawn]
+    columns = [
+        "query",
+        "most probable:\npositive",
+        *(f"negative,\nnext {i}" for i in range(1, hard + 1)),
+        *["negative,\ndrawn"] * drawn,
+    ]
     figure = Figure(figsize=(style.PAGE, 0.93 * len(chosen) + 0.55))
     axes = figure.subplots(len(chosen), len(columns), squeeze=False)
     names = train.classes or [str(label) for label in range(int(train_labels.max()) + 1)]
@@ -132,7 +141,8 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
             _show(axes[q, r + 1], train.image(found), caption, SAME if same else OTHER, solid=same)
             kind = "positive" if r == 0 else "negative, next" if r <= hard else "negative, drawn"
             data.append(
-                {"query": int(image), "query_class": names[label], "kind": kind, "row": int(rows_QR[q, r]), "probability": p,
+                {"query": int(image), "query_class": names[label], "kind": kind, "row": int(rows_QR[q, r]),
+                "probability": p,
                  "nearest_image": found, "class": names[int(train_labels[found])], "cosine": float(cosine_QR[q, r])}
             )  # fmt: skip
     for axis, title in zip(axes[0], columns, strict=True):
@@ -143,9 +153,10 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
     chance = (np.bincount(label_K, minlength=len(names)) / bank.size)[test_labels].mean()
     style.footnote(
         figure,
-        f"Rows of the bank, shown as the training image nearest to them. Solid blue: of the query's class; dashed orange: of "
-        f"another. p: of {bank.size:,} rows. Step {trained.step:,}. Of all {len(test):,} test images, {share:.0%} have a positive of "
-        f"their class (a row drawn at random: {chance:.0%}); they share {len(positive_T.unique()):,} rows.",
+        "Rows of the bank, shown as the training image nearest to them. Solid blue: of the query's class; dashed"
+        f" orange: of another. p: of {bank.size:,} rows. Step {trained.step:,}. Of all {len(test):,} test images,"
+        f" {share:.0%} have a positive of their class (a row drawn at random: {chance:.0%}); they share"
+        f" {len(positive_T.unique()):,} rows.",
     )
     return figure, data
 
@@ -199,8 +210,8 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
         figure.legend(loc="outside right upper", markerscale=2)
     style.footnote(
         figure,
-        f"{len(chosen):,} images of {test.name}, features at step {trained.step:,}, perplexity {perplexity:g}. Distances between "
-        "groups, and their sizes, mean little in t-SNE.",
+        f"{len(chosen):,} images of {test.name}, features at step {trained.step:,}, perplexity {perplexity:g}."
+        " Distances between groups, and their sizes, mean little in t-SNE.",
     )
     data = [
         {"image": int(image), "class": names[int(label)], "x": float(x), "y": float(y)}
@@ -213,14 +224,14 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
 class BankRows:
     """Some rows of a bank, R of them, each with the N training images nearest to it.
 
-    images: those that were embedded; `image_RN` are their positions, `label_RN` their labels, None where there are none.
-    row_R, uses_R: which rows, and how many of the images choose each.
+    images: those that were embedded; `image_RN` are their positions, `label_RN` their labels, None where there are
+    none. row_R, uses_R: which rows, and how many of the images choose each.
     image_RN, cosine_RN: nearest first.
     num_used: rows of the whole bank that some image chooses.
-    num_frequent, share_frequent: rows among which those shown were picked, the most chosen ones, and how much of the images
-        they take.
-    agreement, chance: over all rows that are used, the mean share of the N nearest images that have the most common label
-        among them, and the same of N images drawn at random; None without labels.
+    num_frequent, share_frequent: rows among which those shown were picked, the most chosen ones, and how much of the
+        images they take.
+    agreement, chance: over all rows that are used, the mean share of the N nearest images that have the most common
+        label among them, and the same of N images drawn at random; None without labels.
     """
 
     images: Source
@@ -272,14 +283,17 @@ def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_ima
 
 
 def most_chosen(uses_K: torch.Tensor, *, least: int) -> torch.Tensor:
-    """As few rows as together have half of the uses, but `least` where so many are used; the most used first, then the lower index."""
+    """As few rows as together have half of the uses, but `least` where so many are used; the most used first, then the
+    lower index.
+    """
     order = uses_K.argsort(descending=True, stable=True)
     half = int((uses_K[order].cumsum(0) * 2 < uses_K.sum()).sum()) + 1
     return order[: max(half, min(least, int((uses_K > 0).sum())))]
 
 
 def far_apart(m_RD: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions of at most `count` unit rows: the first, then in turn the one whose nearest among those taken is farthest.
+    """Positions of at most `count` unit rows: the first, then in turn the one whose nearest among those taken is
+    farthest.
 
     It ends early where all that are left are near-duplicates of one taken.
     """
@@ -294,11 +308,15 @@ def far_apart(m_RD: torch.Tensor, count: int) -> torch.Tensor:
 def most_common(label_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each row the label that it has most of, the smallest of equals, and how often; [R] each."""
     found = [np.unique(labels, return_counts=True) for labels in label_RN]
-    return np.array([values[counts.argmax()] for values, counts in found]), np.array([counts.max() for _, counts in found])
+    return np.array([values[counts.argmax()] for values, counts in found]), np.array(
+        [counts.max() for _, counts in found]
+    )
 
 
 def pixels_knn(trained: Trained) -> float | None:
-    """Raw pixels' k-NN accuracy in percent, by the run's own k-NN on the same images; None where it would take too long."""
+    """Raw pixels' k-NN accuracy in percent, by the run's own k-NN on the same images; None where it would take too
+    long.
+    """
     (name, node), *_ = ((name, node) for name, node in trained.cfg.eval.items() if metrics.knn_metric({name: node}))
     splits = trained.splits
     train, test = splits.labelled("k-NN of raw pixels")
@@ -306,7 +324,15 @@ def pixels_knn(trained: Trained) -> float | None:
         return None
     # Nothing is multiplied to make these features, so no precision and no device changes them.
     evaluation = Evaluation(
-        {name: instantiate(node)}, splits, trained.views, batch=256, device="cpu", precision="fp32", seed=trained.cfg.seed
+        {name: instantiate(node)},
+        splits,
+        trained.views,
+        batch=256,
+        device="cpu",
+        precision="fp32",
+        seed=trained.cfg.seed,
     )
-    (accuracy,) = evaluation.run(RawPixels(trained.cfg.augmentation.size, channels=trained.views.channels or 3), "end").values()
+    (accuracy,) = evaluation.run(
+        RawPixels(trained.cfg.augmentation.size, channels=trained.views.channels or 3), "end"
+    ).values()
     return accuracy

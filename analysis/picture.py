@@ -4,9 +4,9 @@
     python -m analysis.picture preset=demo seed=1          of the run that caco.train makes with these overrides
     python -m analysis.picture runs/caco/NAME --to FILE    elsewhere
 
-At the left k-NN accuracy over training, beside that of the untrained network and of raw pixels; at the right rows of the bank,
-each as the training images nearest to it. It reads the run's ledger, its newest checkpoint and its images. The last line that
-it prints is the picture's path.
+At the left k-NN accuracy over training, beside that of the untrained network and of raw pixels; at the right rows of
+the bank, each as the training images nearest to it. It reads the run's ledger, its newest checkpoint and its images.
+The last line that it prints is the picture's path.
 """
 
 import argparse
@@ -65,10 +65,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m analysis.picture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="+", metavar="RUN", help="a run's directory, or the overrides of caco.train that made it")
+    parser.add_argument(
+        "run", nargs="+", metavar="RUN", help="a run's directory, or the overrides of caco.train that made it"
+    )
     parser.add_argument("--to", type=Path, metavar="FILE", help="by default picture.png in the run's directory")
     parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
-    parser.add_argument("--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)")
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)"
+    )
     with errors.shown():
         print(make(parser.parse_args(folders.take(sys.argv[1:]))))
 
@@ -83,7 +87,9 @@ def make(arguments: argparse.Namespace) -> Path:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError(f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}") from error
+        raise UserError(
+            f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}"
+        ) from error
     from analysis import model  # here and not above: it imports torch
 
     trained = model.load(run_dir, arguments.data_root)
@@ -144,7 +150,9 @@ def curve_of(ledger: Sequence[dict[str, Any]], metric: str | None, steps_per_epo
 # Drawing. Lengths are in inches.
 
 
-def draw(trained: "Trained", curve: Curve | None, pixels: float | None, rows: "BankRows | None", *, name: str) -> "Figure":
+def draw(
+    trained: "Trained", curve: Curve | None, pixels: float | None, rows: "BankRows | None", *, name: str
+) -> "Figure":
     """The curve at the left, the rows at the right; one of them alone where there is no other."""
     from analysis.style import Figure
 
@@ -190,7 +198,9 @@ def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) 
     from matplotlib.ticker import MaxNLocator
 
     first, last = curve.epochs[0], max(curve.epochs[-1], 1.0)
-    axes.plot(curve.epochs, curve.accuracy, color=TRAINED, marker="o", markersize=4.5, linewidth=2, clip_on=False, zorder=3)
+    axes.plot(
+        curve.epochs, curve.accuracy, color=TRAINED, marker="o", markersize=4.5, linewidth=2, clip_on=False, zorder=3
+    )
     levels = [(curve.accuracy[-1], "trained", TRAINED)]
     if pixels is not None:
         axes.axhline(pixels, color=PIXELS, linewidth=1.4, linestyle=(0, (5, 2)))
@@ -215,7 +225,12 @@ def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) 
     axes.tick_params(labelsize=9, colors=INK, length=3)
     positions = spread([level for level, *_ in levels], (high - low) * 0.38 / _inches(axes))
     for (level, what, colour), position in zip(levels, positions, strict=True):
-        beside = {"xy": (1, position), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "color": colour}
+        beside = {
+            "xy": (1, position),
+            "xycoords": axes.get_yaxis_transform(),
+            "textcoords": "offset points",
+            "color": colour,
+        }
         axes.annotate(f"{level:.1f}", xytext=(9, 0), fontsize=12, weight="bold", va="bottom", **beside)
         axes.annotate(what, xytext=(9, -1), fontsize=8.5, va="top", **beside)
 
@@ -234,11 +249,16 @@ def _inches(axes: "Axes") -> float:
 
 
 def spread(levels: Sequence[float], apart: float) -> list[float]:
-    """Ascending levels, moved so that neighbours are at least `apart`; those that would touch stand around their mean."""
+    """Ascending levels, moved so that neighbours are at least `apart`; those that would touch stand around their
+    mean.
+    """
     groups: list[list[float]] = []
     for level in levels:
         groups.append([level])
-        while len(groups) > 1 and np.mean(groups[-1]) - np.mean(groups[-2]) < apart * (len(groups[-1]) + len(groups[-2])) / 2:
+        while (
+            len(groups) > 1
+            and np.mean(groups[-1]) - np.mean(groups[-2]) < apart * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
             groups[-2:] = [groups[-2] + groups[-1]]
     return [float(np.mean(group)) + apart * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]
 
@@ -283,14 +303,14 @@ def rows_note(trained: "Trained", rows: "BankRows") -> str:
     every = "all " if len(rows.images) == len(trained.splits.pretrain) else ""
     size = trained.cfg.bank.size or len(trained.splits.pretrain)  # null: a row for each image
     note = (
-        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {size:,} "
-        f"rows. Shown: of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and "
-        "in turn the one farthest from those taken."
+        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {size:,} rows. Shown:"
+        f" of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and"
+        " in turn the one farthest from those taken."
     )
     if rows.agreement is not None:
         note += (
-            f" Over all {rows.num_used:,} chosen rows, on average {rows.agreement:.0%} of the {rows.image_RN.shape[1]} nearest "
-            f"images share a label (drawn at random: {rows.chance:.0%}); training saw none."
+            f" Over all {rows.num_used:,} chosen rows, on average {rows.agreement:.0%} of the {rows.image_RN.shape[1]}"
+            f" nearest images share a label (drawn at random: {rows.chance:.0%}); training saw none."
         )
     return note
 

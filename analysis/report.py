@@ -1,8 +1,9 @@
-"""`python -m analysis.report --scale mini`: one HTML page of everything at a scale, or of a sweep: it needs no other file.
+"""`python -m analysis.report --scale mini`: one HTML page of everything at a scale, or of a sweep: it needs no other
+file.
 
-    python -m analysis.report --scale mini                          tables and figures that have results, records, configurations
-    python -m analysis.report --scale mini --run runs/mini/NAME     and the figures 3 and 5 of that run
-    python -m analysis.report --sweep runs/NAME                     of a sweep that python -m caco.train -m has made
+python -m analysis.report --scale mini tables and figures that have results, records, configurations
+python -m analysis.report --scale mini --run runs/mini/NAME     and the figures 3 and 5 of that run
+python -m analysis.report --sweep runs/NAME                     of a sweep that python -m caco.train -m has made
 """
 
 import argparse
@@ -26,7 +27,10 @@ from experiments import record
 from experiments.tables import load_scale, load_table, tables
 
 CAPTIONS = {
-    "3": "The paper's Figure 3 here: for test images, the training images nearest to their learned positive and negatives",
+    "3": (
+        "The paper's Figure 3 here: for test images, the training images nearest to their learned positive and"
+        " negatives"
+    ),
     "4": "The paper's Figure 4 here: mean maximum positive probability, and k-NN accuracy, over epochs",
     "5": "The paper's Figure 5 here: t-SNE of features, by class",
     "bank": "The bank over training",
@@ -42,7 +46,9 @@ def main() -> None:
     what.add_argument("--scale", help="everything at this scale")
     what.add_argument("--sweep", type=Path, metavar="DIR", help="the runs in this folder")
     parser.add_argument("--tables", help="these alone, as 6,7,rivals")
-    parser.add_argument("--run", type=Path, nargs="*", default=[], metavar="DIR", help="with figures 3 and 5 of these runs")
+    parser.add_argument(
+        "--run", type=Path, nargs="*", default=[], metavar="DIR", help="with figures 3 and 5 of these runs"
+    )
     parser.add_argument("--data-root", metavar="PATH", help="where those runs' images are now")
     add_sources(parser)
     parser.add_argument("--out", type=Path, help="the page; by default SCALE.html or SWEEP.html")
@@ -63,7 +69,10 @@ def of_scale(arguments: argparse.Namespace) -> str:
     """
     scale = load_scale(arguments.scale)
     runs, messages = read_results(arguments, scale.id, curves=True)
-    needed = f"scale {scale.id}: no results among {len(runs)}; this makes some: python -m experiments.run table7 scale={scale.id}"
+    needed = (
+        f"scale {scale.id}: no results among {len(runs)}; this makes some: python -m experiments.run table7"
+        f" scale={scale.id}"
+    )
     if not runs:
         raise UserError(needed)
     sheets, without = [], list(messages)
@@ -79,13 +88,21 @@ def of_scale(arguments: argparse.Namespace) -> str:
             sheets.append({"id": of_paper.id, "sheet": table.sheet(of_paper, scale, found)})
             for figure, of_table in OF_RESULTS.items():
                 if of_paper.id == f"table{of_table}":
-                    _figure(figures, without, figure, lambda figure=figure, found=found: draw(figure, found, Path(folder))[0])
+                    _figure(
+                        figures,
+                        without,
+                        figure,
+                        lambda figure=figure, found=found: draw(figure, found, Path(folder))[0],
+                    )
         if not used:
             raise UserError(needed)
         _of_runs(figures, without, arguments, Path(folder))
     title = f"Scale {scale.id}: {scale.title}"
     sources = sorted({result.source for result in runs})
-    about = f"{len(used)} runs, from {', '.join(sources)}. Published numbers are the paper's (arXiv 2203.14370) where no column says otherwise."
+    about = (
+        f"{len(used)} runs, from {', '.join(sources)}. Published numbers are the paper's (arXiv 2203.14370) where no"
+        " column says otherwise."
+    )
     return render(title, about, sheets, figures, without, list(used.values()))
 
 
@@ -106,10 +123,14 @@ def of_sweep(arguments: argparse.Namespace) -> str:
         without: list[str] = []
         _of_runs(figures, without, arguments, Path(folder))
     about = f"{len(runs)} finished runs in {arguments.sweep}."
-    unfinished = sorted(path.parent.name for path in arguments.sweep.glob("*/config.yaml") if path.parent not in finished)
+    unfinished = sorted(
+        path.parent.name for path in arguments.sweep.glob("*/config.yaml") if path.parent not in finished
+    )
     without += [f"{name}: has not finished and is not shown" for name in unfinished]
     sheet = Sheet("Runs", [], *_runs_table(runs), notes=table.provenance(runs))
-    return render(f"Sweep {arguments.sweep.resolve().name}", about, [{"id": "runs", "sheet": sheet}], figures, without, runs)
+    return render(
+        f"Sweep {arguments.sweep.resolve().name}", about, [{"id": "runs", "sheet": sheet}], figures, without, runs
+    )
 
 
 def _runs_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -132,7 +153,9 @@ def _measured(results: Sequence[Result]) -> list[str]:
 
 def _values(result: Result, measured: Sequence[str]) -> list[str]:
     values = [(metric, result.value(metric)) for metric in measured]
-    return ["-" if value is None else table.number(value, percent=metrics.is_percent(metric)) for metric, value in values]
+    return [
+        "-" if value is None else table.number(value, percent=metrics.is_percent(metric)) for metric, value in values
+    ]
 
 
 def _figure(figures: list[dict[str, Any]], without: list[str], name: str, make: Any) -> None:

@@ -1,7 +1,7 @@
 """What has come out: results from records or an MLflow store, which of them are a table's, and what is missing.
 
-A result belongs to a row by the hash of its configuration alone. One that was run for the row but has another hash is of
-another version of the table, the scale or the code's defaults, and is refused.
+A result belongs to a row by the hash of its configuration alone. One that was run for the row but has another hash is
+of another version of the table, the scale or the code's defaults, and is refused.
 """
 
 import json
@@ -189,8 +189,13 @@ def _of_mlflow(client: Any, run: Any, uri: str, curves: bool) -> Result:
                 row = rows.setdefault((kind, point.step), {"kind": kind, "step": point.step})
                 row[value_name] = point.value
     curve = [rows[key] for key in sorted(rows, key=lambda key: (key[1], key[0]))]
-    # Among the parameters are the options that were chosen: of a component by its name, of pn and preset by a root of their own.
-    params = {key: _typed(value) for key, value in run.data.params.items() if key.partition(".")[0] in Root.__dataclass_fields__}
+    # Among the parameters are the options that were chosen: of a component by its name, of pn and preset by a root of
+    # their own.
+    params = {
+        key: _typed(value)
+        for key, value in run.data.params.items()
+        if key.partition(".")[0] in Root.__dataclass_fields__
+    }
     recorded = renamed.nested(params)
     names = renamed.Names(recorded)
     hash = tags["config_hash"]
@@ -258,12 +263,16 @@ def find(table: Table, scale: Scale, results: Sequence[Result], rows: Sequence[s
         row.missing = [seed for seed in experiment.seeds if seed not in row.by_seed]
         label = {"table": table.id, "row": experiment.row_id, "scale": scale.id}
         for result in results:
-            if result.label == label and row.by_seed.get(result.seed) is not result and result.hash != experiment.hash(result.seed):
+            if (
+                result.label == label
+                and row.by_seed.get(result.seed) is not result
+                and result.hash != experiment.hash(result.seed)
+            ):
                 changed = differences(result.config, identity(experiment.with_seed(result.seed)))
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 row.refused.append(
-                    f"{result.source}: {experiment.name} seed {result.seed} is of another configuration ({result.hash}, here "
-                    f"{experiment.hash(result.seed)}) and is not counted: {'; '.join(changed[:3])}{more}"
+                    f"{result.source}: {experiment.name} seed {result.seed} is of another configuration ({result.hash},"
+                    f" here {experiment.hash(result.seed)}) and is not counted: {'; '.join(changed[:3])}{more}"
                 )
     return found
 

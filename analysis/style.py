@@ -21,7 +21,18 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)), (0, (2, 2)), (0, (6, 1, 1, 1, 1, 1)))
 # Paul Tol's "muted" and a grey, for ten classes.
-CLASS_COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#777777")
+CLASS_COLOURS = (
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#DDCC77",
+    "#CC6677",
+    "#882255",
+    "#AA4499",
+    "#777777",
+)
 COLUMN, PAGE = 3.4, 7.0  # inches: of a paper of two columns
 RC = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
@@ -60,7 +71,9 @@ def save(figure: Figure, data: Sequence[dict[str, Any]], folder: Path, name: str
 
 
 def log_to_mlflow(paths: Iterable[Path], places: Iterable[tuple[str, str]]) -> int:
-    """Add the files to MLflow runs, as figures/NAME; returns to how many. A store that does not take them is a warning."""
+    """Add the files to MLflow runs, as figures/NAME; returns to how many. A store that does not take them is a
+    warning.
+    """
     places = sorted(set(places))
     if not places:
         return 0

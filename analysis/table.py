@@ -1,9 +1,9 @@
 """`python -m analysis.table 7 --scale mini`: the paper's numbers, ours beside them, and what is missing.
 
-Ours are means over seeds, +- one sample standard deviation. A gain is counted against the table's reference row: of ours
-seed by seed, over the seeds that both rows have, p by Student's paired t test (two-sided, not corrected for several
-rows). Differences between ours and the paper's are shown only where data, recipe and metric are the same. Results are
-read from experiments/records/SCALE.json and runs/SCALE/record.json, or from --records or --mlflow.
+Ours are means over seeds, +- one sample standard deviation. A gain is counted against the table's reference row: of
+ours seed by seed, over the seeds that both rows have, p by Student's paired t test (two-sided, not corrected for
+several rows). Differences between ours and the paper's are shown only where data, recipe and metric are the same.
+Results are read from experiments/records/SCALE.json and runs/SCALE/record.json, or from --records or --mlflow.
 """
 
 import argparse
@@ -47,7 +47,11 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
     measured = {column: scale.metrics.get(column, []) for column in table.columns}
     with_gains = len(table.columns) <= 2  # the paper's transfer table is wide enough without
     headers = ["setting", *({"bank": "rows"}.get(key, key) for key in sized)]
-    published = {column: title for column, title in table.columns.items() if any(column in row.published for row in table.rows.values())}
+    published = {
+        column: title
+        for column, title in table.columns.items()
+        if any(column in row.published for row in table.rows.values())
+    }
     for title in published.values():
         headers += [title, gain_name] if with_gains else [title]
     groups = [("", 1), ("recipe", len(sized)), ("the paper's", len(headers) - 1 - len(sized))]
@@ -56,7 +60,11 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
     groups.append(("theirs", len(of_others)))
     for ours in measured.values():
         for metric in ours:
-            headers += [heading(metric), *([gain_name] if with_gains else []), *([] if ratio or not with_gains else ["p"])]
+            headers += [
+                heading(metric),
+                *([gain_name] if with_gains else []),
+                *([] if ratio or not with_gains else ["p"]),
+            ]
             headers += ["ours - paper's"] if scale.same_as_paper and published else []
     if any(measured.values()):
         groups.append((f"ours, scale {scale.id}", len(headers) + 1 - sum(size for _, size in groups)))
@@ -119,21 +127,30 @@ def _p(p: float | None) -> str:
 
 def _against_paper(row: Found, column: str, metric: str) -> str:
     published, values = row.experiment.row.published.get(column), row.values(metric)
-    return number(Spread.of_some(values.values()).mean - published, percent=True, signed=True) if values and published else "-"
+    return (
+        number(Spread.of_some(values.values()).mean - published, percent=True, signed=True)
+        if values and published
+        else "-"
+    )
 
 
 def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[str, list[str]]) -> list[str]:
     notes = []
     results = [result for row in found for result in row.by_seed.values()]
     if not scale.same_as_paper and any(row.published for row in table.rows.values()):
-        notes.append("Data, recipe and metric are not the paper's: compare ours with ours, and the paper's with the paper's.")
+        notes.append(
+            "Data, recipe and metric are not the paper's: compare ours with ours, and the paper's with the paper's."
+        )
     if any(row.experiment.theirs(column) is not None for row in found for column in table.columns):
         notes.append(f"Theirs: {scale.theirs_are}, as they published it for this recipe.")
     if any(any(measured.values()) and row.by_seed for row in found):
         one = all(len(row.by_seed) <= 1 for row in found)
         notes.append("One seed: no spread was measured." if one else "Ours: mean ± standard deviation over n seeds.")
         if not one and len(table.columns) <= 2 and table.compare != "ratio":
-            notes.append(f"Gains against {table.rows[table.reference].label}, paired by seed; p of the paired t test, uncorrected.")
+            notes.append(
+                f"Gains against {table.rows[table.reference].label}, paired by seed; p of the paired t test,"
+                " uncorrected."
+            )
     same: dict[str, list[str]] = {}
     for row in found:
         if row.experiment.why_not is None:
@@ -187,13 +204,18 @@ def _missing(scale: Scale, found: Sequence[Found], measured: dict[str, list[str]
         for metric in dict.fromkeys(metric for column, ours in measured.items() if row.has(column) for metric in ours):
             for seed, result in row.by_seed.items():
                 if result.value(metric) is None and metric not in results.DERIVED:
-                    lines.append(f"{row.experiment.row_id}, seed {seed}, {metric}: {_evaluation(scale, metric, result)}")
+                    lines.append(
+                        f"{row.experiment.row_id}, seed {seed}, {metric}: {_evaluation(scale, metric, result)}"
+                    )
     return lines + [line for row in found for line in row.refused]
 
 
 def _evaluation(scale: Scale, metric: str, result: Result) -> str:
     """The command that measures it after the training."""
-    return f"python -m caco.evaluate run=runs/{scale.id}/{result.name} {scale.evaluator_of(metric) or f'(no eval= gives {metric})'}"
+    return (
+        f"python -m caco.evaluate run=runs/{scale.id}/{result.name}"
+        f" {scale.evaluator_of(metric) or f'(no eval= gives {metric})'}"
+    )
 
 
 # The formats.
@@ -231,7 +253,19 @@ def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
     """A line for each row, column of the paper and metric of ours; numbers in full."""
     reference = next((row for row in found if row.experiment.row_id == table.reference), None)
     out = io.StringIO()
-    names = ["table", "row", "label", "paper_epochs", "paper_batch", "paper_rows", "column", "published", "theirs", "scale", "metric"]
+    names = [
+        "table",
+        "row",
+        "label",
+        "paper_epochs",
+        "paper_batch",
+        "paper_rows",
+        "column",
+        "published",
+        "theirs",
+        "scale",
+        "metric",
+    ]
     names += ["state", "mean", "sd", "n", "seeds", "gain", "gain_sd", "gain_n", "gain_p", "missing_seeds", "command"]
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
@@ -243,16 +277,26 @@ def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
                 line = {
                     "table": table.id, "row": row.experiment.row_id, "label": about.label, "paper_epochs": about.epochs,
                     "paper_batch": about.batch, "paper_rows": about.bank, "column": column,
-                    "published": about.published.get(column), "theirs": row.experiment.theirs(column), "scale": scale.id, "metric": metric,
+                    "published": about.published.get(column), "theirs": row.experiment.theirs(column),
+                    "scale": scale.id, "metric": metric,
                     "state": state(row, metric, column) or "measured",
                     "seeds": " ".join(map(str, values)), "missing_seeds": " ".join(map(str, row.missing)),
                 }  # fmt: skip
                 ours = Spread.of(values.values())
                 if ours:
                     line |= {"mean": ours.mean, "sd": ours.sd, "n": ours.n}
-                gain = Gain.of(values, reference.values(metric), ratio=table.compare == "ratio") if reference and metric else None
+                gain = (
+                    Gain.of(values, reference.values(metric), ratio=table.compare == "ratio")
+                    if reference and metric
+                    else None
+                )
                 if gain and row is not reference:
-                    line |= {"gain": gain.spread.mean, "gain_sd": gain.spread.sd, "gain_n": gain.spread.n, "gain_p": gain.p}
+                    line |= {
+                        "gain": gain.spread.mean,
+                        "gain_sd": gain.spread.sd,
+                        "gain_n": gain.spread.n,
+                        "gain_p": gain.p,
+                    }
                 if row.missing:
                     line["command"] = row.experiment.command(",".join(map(str, row.missing)))
                 writer.writerow(line)
@@ -273,7 +317,9 @@ def read_results(arguments: argparse.Namespace, scale: str, *, curves: bool = Fa
     return results.from_records(arguments.records or results.default_records(scale))
 
 
-def found_for(table: Table, scale: Scale, runs: Sequence[Result], arguments: argparse.Namespace, rows: Sequence[str] | None = None) -> list[Found]:
+def found_for(
+    table: Table, scale: Scale, runs: Sequence[Result], arguments: argparse.Namespace, rows: Sequence[str] | None = None
+) -> list[Found]:
     """As results.find, where somebody named a source that must hold something.
 
     Raises:

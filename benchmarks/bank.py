@@ -1,9 +1,9 @@
 """The bank's step against an honest rewrite of the published one: time, memory, and how both grow.
 
 One direction of one step: the key chooses its row, loss and query gradient, gradient of the rows, velocity, rows. The
-published way is benchmarks/published.py. Ours is caco/banks: fused in the precision of a bf16 run and of an fp32 run, and streamed
-by PyTorch alone (what serves where no kernel was built). They take turns in one process, so that a drifting machine hits all.
-What has no unit here is left out: without AMX tiles a bf16 run's bank is an fp32 run's.
+published way is benchmarks/published.py. Ours is caco/banks: fused in the precision of a bf16 run and of an fp32 run,
+and streamed by PyTorch alone (what serves where no kernel was built). They take turns in one process, so that a
+drifting machine hits all. What has no unit here is left out: without AMX tiles a bf16 run's bank is an fp32 run's.
 
     python benchmarks/bank.py --json bank.json    all parts; minutes
     python benchmarks/bank.py --full              as the published figures: 15 turns, and the curve to a million rows
@@ -11,7 +11,8 @@ What has no unit here is left out: without AMX tiles a bf16 run's bank is an fp3
     python benchmarks/bank.py memory              beyond the bank itself, of processes of their own
     python benchmarks/bank.py step                a whole step of a small ResNet (benchmarks/step.py)
     python benchmarks/bank.py curve               cost over K, and over N
-    python benchmarks/bank.py speed memory --device cuda --queries 4096 --rows 98304    on a GPU, both ways under bf16 autocast
+    python benchmarks/bank.py speed memory --device cuda --queries 4096 --rows 98304 on a GPU, both ways under bf16
+    autocast
 """
 
 import argparse
@@ -22,7 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.bank has them
+if (
+    not __package__
+):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.bank has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
@@ -53,7 +56,9 @@ from caco.banks.learnable import LearnableBank
 
 PARTS = ("speed", "memory", "step", "curve")
 CURVE = [(256, K, 128) for K in (8192, 32768, 131072)] + [(N, 65536, 128) for N in (128, 512)]
-FULL_CURVE = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [(N, 65536, 128) for N in (128, 512, 2048)]
+FULL_CURVE = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [
+    (N, 65536, 128) for N in (128, 512, 2048)
+]
 
 
 @contextlib.contextmanager
@@ -139,11 +144,17 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
             f"step of {way}, N {N}, K {K:,}, D {D}", f"{formatted(ratio, digits=1)} times as fast as the published",
             f"{taken:.3f} s to {figures['published_seconds']:.2f} s; {gflops:.0f} GFLOP/s",
         )  # fmt: skip
-    report.row("the best matrix product", ", ".join(f"{name} {figures[f'{name}_peak_gflops']:.0f} GFLOP/s" for name in peaks), "")
+    report.row(
+        "the best matrix product",
+        ", ".join(f"{name} {figures[f'{name}_peak_gflops']:.0f} GFLOP/s" for name in peaks),
+        "",
+    )
     best = "bf16" if "bf16" in ways and "bf16" in peaks else "fp32"
     if best in ways:
         figures["share_of_peak"] = figures[best]["gflops"] / figures[f"{best}_peak_gflops"]
-        report.row(f"the {best} bank's share of the {best} product's rate", f"{100 * figures['share_of_peak']:.0f} %", "")
+        report.row(
+            f"the {best} bank's share of the {best} product's rate", f"{100 * figures['share_of_peak']:.0f} %", ""
+        )
     return figures | {"best": ways[0], "turns": times}
 
 
@@ -209,8 +220,12 @@ def main() -> None:
     options.add_argument("--queries", type=int, default=1024, help="of the speed")
     options.add_argument("--rows", type=int, default=65_536)
     options.add_argument("--memory-queries", type=int, default=4096)
-    options.add_argument("--precision", choices=("bf16", "fp32"), help="of the step's model; bf16 where there are units for it")
-    options.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: with --threads 1, on a machine that others use too")
+    options.add_argument(
+        "--precision", choices=("bf16", "fp32"), help="of the step's model; bf16 where there are units for it"
+    )
+    options.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: with --threads 1, on a machine that others use too"
+    )
     options.add_argument("--threads", type=int, help="PyTorch's number; its own choice without")
     options.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options.add_argument("--device", type=torch.device, default="cpu", help="cpu, or cuda; the parts but step")
@@ -254,7 +269,11 @@ def main() -> None:
     if "step" in parts:
         chosen = [f"precision={arguments.precision}"] if arguments.precision else []
         measured = step.measure(report, [*overrides, *chosen], runs)
-        figures |= {"step_overhead": measured["overhead"], "step_vs_published": measured["vs_published"], "step": measured}
+        figures |= {
+            "step_overhead": measured["overhead"],
+            "step_vs_published": measured["vs_published"],
+            "step": measured,
+        }
     if "curve" in parts:
         figures["curve"] = curve(report, shapes, how)
     report.end(arguments.json)

@@ -1,7 +1,8 @@
 """What the benchmarks share: turns, ratios, what has no unit on this machine, and the table that each prints last.
 
-Each of them runs without an argument, makes what it needs, leaves out what this machine has no unit for, saying so before it would
-run, and ends within five minutes on two AVX2 cores. Those whose published figures take longer have --full for them.
+Each of them runs without an argument, makes what it needs, leaves out what this machine has no unit for, saying so
+before it would run, and ends within five minutes on two AVX2 cores. Those whose published figures take longer have
+--full for them.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import caco  # noqa: F401  # isort: skip  # before torch, which it tells which instructions to use
 import numpy as np
 import torch
 from PIL import Image
@@ -35,7 +36,9 @@ def say(line: str) -> None:
 
 
 def parser(description: str, *, runs: str | None = None, full: str | None = None) -> argparse.ArgumentParser:
-    """With the options that all have. runs, full: what --runs counts, and what --full takes instead, where there are these."""
+    """With the options that all have. runs, full: what --runs counts, and what --full takes instead, where there are
+    these.
+    """
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if runs:
         made.add_argument("--runs", type=int, help=runs)
@@ -50,7 +53,9 @@ def parser(description: str, *, runs: str | None = None, full: str | None = None
 
 
 def lacks_bf16() -> str | None:
-    """Why a matrix product of bfloat16 has no unit to run on, or None. Asked, not tried: without one it takes minutes."""
+    """Why a matrix product of bfloat16 has no unit to run on, or None. Asked, not tried: without one it takes
+    minutes.
+    """
     if not instructions.flags() & {"avx512_bf16", "amx_bf16"}:
         return "this processor has no unit that is known for products of bfloat16 (AVX512_BF16, AMX)"
     held = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # which CACO_INSTRUCTIONS sets, too
@@ -61,7 +66,9 @@ def lacks_bf16() -> str | None:
 
 def lacks_kernel() -> str | None:
     """Why the bank's compiled kernel does not serve, or None."""
-    return None if fused.library() is not None else f"the bank's compiled kernel is {instructions.used(instructions.BANK)}"
+    return (
+        None if fused.library() is not None else f"the bank's compiled kernel is {instructions.used(instructions.BANK)}"
+    )
 
 
 def lacks_tiles() -> str | None:
@@ -89,7 +96,9 @@ def machine() -> dict[str, str]:
 
 
 def seconds(work: Callable[[], Any], *, clock: str = "wall", device: torch.device | None = None) -> float:
-    """Of one call. cpu: on a machine that others use too, with one thread, the processor's time says more than the wall's."""
+    """Of one call. cpu: on a machine that others use too, with one thread, the processor's time says more than the
+    wall's.
+    """
     done = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
     done()
     started = CLOCKS[clock]()
@@ -99,7 +108,9 @@ def seconds(work: Callable[[], Any], *, clock: str = "wall", device: torch.devic
 
 
 def turns(works: Mapping[str, Callable[[], float]], runs: int, *, warm: int = 1) -> dict[str, list[float]]:
-    """What each returned in each turn that counts, after `warm` that do not. In turn, so that a drifting machine hits all."""
+    """What each returned in each turn that counts, after `warm` that do not. In turn, so that a drifting machine hits
+    all.
+    """
     values: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(warm + runs):
         for name, work in works.items():

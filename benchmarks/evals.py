@@ -2,14 +2,14 @@
 
     python benchmarks/evals.py --json evals.json    all three; minutes
 
-1. Logistic regression along 45 strengths (caco/evals/logistic.py) against scikit-learn's LogisticRegression, solver lbfgs,
-   warm-started along the same path; the same float64 features, penalty and tolerance of the mean loss's gradient. Shown
-   with it: the largest gradient entry that each leaves, and on how many test images they differ.
+1. Logistic regression along 45 strengths (caco/evals/logistic.py) against scikit-learn's LogisticRegression, solver
+   lbfgs, warm-started along the same path; the same float64 features, penalty and tolerance of the mean loss's
+   gradient. Shown with it: the largest gradient entry that each leaves, and on how many test images they differ.
 2. k-NN of all test features (caco/evals/knn.py) against the whole similarity matrix at once, and against float64.
 3. A second evaluator's features: from the file on disk against computing them again.
 
-Features: of scikit-learn's digits at 16 px by the untrained small ResNet (seed 0), so that nothing need be downloaded; for
-1, as many of noise around class means, correlated, as --images says.
+Features: of scikit-learn's digits at 16 px by the untrained small ResNet (seed 0), so that nothing need be downloaded;
+for 1, as many of noise around class means, correlated, as --images says.
 """
 
 import sys
@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.evals has them
+if (
+    not __package__
+):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.evals has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
@@ -48,7 +50,11 @@ def features(images: int, width: int, classes: int) -> tuple[torch.Tensor, torch
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, images)
     hidden = rng.normal(size=(images, width // 4)) + rng.normal(size=(classes, width // 4))[labels]
-    x = hidden @ rng.normal(size=(width // 4, width)) / (width // 4) ** 0.5 + 0.3 * rng.normal(size=(images, width)) + 0.2
+    x = (
+        hidden @ rng.normal(size=(width // 4, width)) / (width // 4) ** 0.5
+        + 0.3 * rng.normal(size=(images, width))
+        + 0.2
+    )
     return torch.from_numpy(np.maximum(x, 0)).float(), torch.from_numpy(labels)
 
 
@@ -57,7 +63,14 @@ def our_path(x, y, num_classes):
     z = axes.turn(x)
     for strength in strengths():
         weight = fit_on_axes(
-            axes, z, y, num_classes=num_classes, strength=strength, start=weight, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS
+            axes,
+            z,
+            y,
+            num_classes=num_classes,
+            strength=strength,
+            start=weight,
+            tolerance=TOLERANCE,
+            max_iterations=MAX_ITERATIONS,
         )
         ends.append(axes.back(*weight))
     return ends
@@ -87,7 +100,10 @@ def regression(images: int, width: int, classes: int, runs: int) -> dict:
     ours, theirs = zip(*times, strict=True)
 
     def gradients(ends):
-        return [largest(*objective(*end, x.double(), y, l2=s / images)[1:]) for end, s in zip(ends, strengths(), strict=True)]
+        return [
+            largest(*objective(*end, x.double(), y, l2=s / images)[1:])
+            for end, s in zip(ends, strengths(), strict=True)
+        ]
 
     def predicted(ends):
         return torch.stack([(x_test @ weight + bias).argmax(1) for weight, bias in ends])
@@ -151,11 +167,12 @@ def main() -> None:
     say(f"regression: {runs} turns of ours and scikit-learn's along {len(strengths())} strengths, {images} x {width}")
     fit = regression(images, width, classes, runs)
     report.row(
-        "logistic regression: scikit-learn's time / ours", _ratio(fit),
-        f"{fit['seconds']:.1f} s to {fit['scikit_learn_seconds']:.1f} s; largest gradient entry {fit['largest_gradient']:.1e} and "
-        f"{fit['scikit_learn_largest_gradient']:.1e}; at most {fit['most_predictions_that_differ']} of {fit['test_images']} predictions "
-        "differ",
-    )  # fmt: skip
+        "logistic regression: scikit-learn's time / ours",
+        _ratio(fit),
+        f"{fit['seconds']:.1f} s to {fit['scikit_learn_seconds']:.1f} s; largest gradient entry"
+        f" {fit['largest_gradient']:.1e} and {fit['scikit_learn_largest_gradient']:.1e}; at most"
+        f" {fit['most_predictions_that_differ']} of {fit['test_images']} predictions differ",
+    )
     say("k-NN: the whole similarity matrix at once, and in blocks")
     near = neighbours(*((500, 20) if arguments.tiny else (50_000, 2000)), 256, runs)
     differ = f"{near['predictions_that_differ_from_float64']} of {near['queries']} predictions differ from float64's"
@@ -163,7 +180,12 @@ def main() -> None:
     say("features: computed, and read from their file")
     again = cached(runs)
     report.row("features: computing them / reading them", _ratio(again), f"{again['images']} images")
-    report.figures |= {"regression": fit, "neighbours": near, "cached_features": again, "threads": torch.get_num_threads()}
+    report.figures |= {
+        "regression": fit,
+        "neighbours": near,
+        "cached_features": again,
+        "threads": torch.get_num_threads(),
+    }
     report.end(arguments.json)
 
 

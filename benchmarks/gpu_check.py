@@ -1,12 +1,12 @@
 """The first quarter of an hour on a GPU: stages one after another, each with a time limit and a result file of its own.
 
-    python benchmarks/gpu_check.py                           every stage, at a tiny size where there is no GPU; results in gpu-check/
-    python benchmarks/gpu_check.py pack data/cifar10         before, where the images are: 20,000 of them into gpu-data.zip (at most 25 MB)
-    python benchmarks/gpu_check.py A --to out                kernels, bank, model: at most four minutes on one H200
-    python benchmarks/gpu_check.py B --data gpu-data.zip     80 seconds of training and a k-NN for each method: at most six
+    python benchmarks/gpu_check.py every stage, at a tiny size where there is no GPU; results in gpu-check/
+    python benchmarks/gpu_check.py pack data/cifar10 before, where the images are: 20,000 of them into gpu-data.zip (at
+    most 25 MB) python benchmarks/gpu_check.py A --to out kernels, bank, model: at most four minutes on one H200
+    python benchmarks/gpu_check.py B --data gpu-data.zip 80 seconds of training and a k-NN for each method: at most six
 
-Nothing is fetched, and nothing but torch and what caco needs has to be there. A stage that fails, or takes too long, is ended and written
-down, and the next one starts. Nobody has run it on a GPU yet: the limits are estimates.
+Nothing is fetched, and nothing but torch and what caco needs has to be there. A stage that fails, or takes too long, is
+ended and written down, and the next one starts. Nobody has run it on a GPU yet: the limits are estimates.
 """
 
 import argparse
@@ -19,7 +19,9 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.gpu_check has them
+if (
+    not __package__
+):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.gpu_check has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
@@ -34,12 +36,18 @@ from caco.runs.files import read_json, write_json
 
 HERE = Path(__file__).resolve().parent
 PACKED_IMAGES, PACKED_BYTES = 20_000, 25_000_000
-SHAPES = [(256, 4096, 128), (1000, 65_537, 128), (512, 8192, 256)]  # queries, rows, width; also numbers that no block divides
+SHAPES = [
+    (256, 4096, 128),
+    (1000, 65_537, 128),
+    (512, 8192, 256),
+]  # queries, rows, width; also numbers that no block divides
 BOUND = {"fp32": 2e-4, "bf16": 3e-2}  # of a loss at temperature 0.1, and of a row's step as a share of the largest
 LEARNING = {
-    "caco": ["method=caco_small", "pn=both", "bank.size=1024", "warm_start.passes=32", "bank_learning.final_lr=0", "bank_learning.reading=paper",
+    "caco": ["method=caco_small", "pn=both", "bank.size=1024", "warm_start.passes=32", "bank_learning.final_lr=0",
+    "bank_learning.reading=paper",
              "bank_learning.push=0.25", "bank_learning.lr_reference_batch=1024"],
-    "adco": ["method=adco", "method.momentum=0.99", "bank.size=1024", "bank_learning.final_lr=0", "bank_learning.reading=paper",
+    "adco": ["method=adco", "method.momentum=0.99", "bank.size=1024", "bank_learning.final_lr=0",
+    "bank_learning.reading=paper",
              "bank_learning.push=0.25", "bank_learning.lr_reference_batch=1024"],
     "mocov2": ["method=mocov2", "method.momentum=0.99", "method.temperature=0.1", "bank.size=4096"],
 }  # fmt: skip
@@ -114,8 +122,16 @@ def kernels(device: torch.device, *, tiny: bool) -> dict:
                 step = before - bank.rows.weight.detach().double()
                 off["rows"] = ((step - 3.0 * gradient).abs().max() / (3.0 * gradient).abs().max()).item()
             found[f"N {N}, K {K}, D {D}, {precision}"] = off
-            assert max(off.values()) <= bound, f"N {N}, K {K}, D {D}, {precision}: off by {off}, expected at most {bound}"
-    served = "Triton" if device.type == "cuda" and fused.on_cuda(device, 128) else "CPU" if device.type == "cpu" else "PyTorch alone"
+            assert max(off.values()) <= bound, (
+                f"N {N}, K {K}, D {D}, {precision}: off by {off}, expected at most {bound}"
+            )
+    served = (
+        "Triton"
+        if device.type == "cuda" and fused.on_cuda(device, 128)
+        else "CPU"
+        if device.type == "cpu"
+        else "PyTorch alone"
+    )
     return {"served_by": served, "off": found}
 
 
@@ -124,14 +140,24 @@ def learn(name: str, seconds: float, data: Path | None, run: Path, *, tiny: bool
     images = ["data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "batch=64"]
     if not tiny:
         if data is None:
-            raise SystemExit("learn: expected --data gpu-data.zip, as `python benchmarks/gpu_check.py pack FOLDER` makes it")
+            raise SystemExit(
+                "learn: expected --data gpu-data.zip, as `python benchmarks/gpu_check.py pack FOLDER` makes it"
+            )
         with zipfile.ZipFile(data) as packed:
             packed.extractall(run / "data")
-        images = ["data=cifar10_jpeg75", f"data.root={run / 'data'}", "augmentation=cifar", "backbone=resnet18_cifar", "batch=256"]
+        images = [
+            "data=cifar10_jpeg75",
+            f"data.root={run / 'data'}",
+            "augmentation=cifar",
+            "backbone=resnet18_cifar",
+            "batch=256",
+        ]
 
     def train(folder: str, *overrides: str) -> dict:
         own = {key for key, _, _ in (override.partition("=") for override in overrides)}
-        settings = [setting for setting in [*TRAINING, *LEARNING[name], *images] if setting.partition("=")[0] not in own]
+        settings = [
+            setting for setting in [*TRAINING, *LEARNING[name], *images] if setting.partition("=")[0] not in own
+        ]
         command = [sys.executable, "-m", "caco.train", *settings, *overrides, f"hydra.run.dir={run / folder}"]
         subprocess.run(command, check=True, stdout=sys.stderr)
         return read_json(run / folder / "summary.json")
@@ -139,16 +165,26 @@ def learn(name: str, seconds: float, data: Path | None, run: Path, *, tiny: bool
     first = train("first", "max_steps=40", "epochs=10", "warm_start.steps=0", "warm_start.passes=null")
     epochs = max(2, int(seconds * first["images_per_second"] / (1400 if tiny else 4 * PACKED_IMAGES // 5)))
     whole = train("whole", f"epochs={epochs}")
-    return {"method": name, "images_per_second": whole["images_per_second"], "knn": whole["knn20_top1"], "epochs": epochs, "summary": whole}
+    return {
+        "method": name,
+        "images_per_second": whole["images_per_second"],
+        "knn": whole["knn20_top1"],
+        "epochs": epochs,
+        "summary": whole,
+    }
 
 
 def pack(folder: Path, to: Path) -> None:
-    """20,000 images of class folders in train/ and test/, four of five of them to train on, drawn from one seed, as they are."""
+    """20,000 images of class folders in train/ and test/, four of five of them to train on, drawn from one seed, as
+    they are.
+    """
     chosen = list[Path]()
     for split, count in (("train", 4 * PACKED_IMAGES // 5), ("test", PACKED_IMAGES // 5)):
         files = sorted((folder / split).glob("*/*"))
         if len(files) < count:
-            raise SystemExit(f"pack: expected at least {count:,} images in class folders below {folder / split}, got {len(files):,}")
+            raise SystemExit(
+                f"pack: expected at least {count:,} images in class folders below {folder / split}, got {len(files):,}"
+            )
         chosen += random.Random(0).sample(files, count)
     with zipfile.ZipFile(to, "w", zipfile.ZIP_STORED) as packed:
         for file in sorted(chosen):
@@ -156,7 +192,9 @@ def pack(folder: Path, to: Path) -> None:
     total = to.stat().st_size
     say(f"{len(chosen):,} images, {total / 1e6:.1f} MB: {to}")
     if total > PACKED_BYTES:
-        raise SystemExit(f"pack: expected at most {PACKED_BYTES / 1e6:.0f} MB, got {total / 1e6:.1f}; give smaller images")
+        raise SystemExit(
+            f"pack: expected at most {PACKED_BYTES / 1e6:.0f} MB, got {total / 1e6:.1f}; give smaller images"
+        )
 
 
 def stages(sets: list[str], to: Path, data: Path | None) -> int:
@@ -170,7 +208,11 @@ def stages(sets: list[str], to: Path, data: Path | None) -> int:
     for name, stage in STAGES.items():
         if stage.set not in sets:
             continue
-        if not lacking and "{data}" in stage.arguments and report.leave_out(name, None if data else "no --data gpu-data.zip"):
+        if (
+            not lacking
+            and "{data}" in stage.arguments
+            and report.leave_out(name, None if data else "no --data gpu-data.zip")
+        ):
             continue
         places = {"{to}": str(to / f"{name}.json"), "{data}": str(data), "{run}": str(to / name)}
         command = [sys.executable, *(places.get(word, word) for word in (stage.tiny if lacking else stage.arguments))]
@@ -178,13 +220,24 @@ def stages(sets: list[str], to: Path, data: Path | None) -> int:
         started = time.perf_counter()
         with open(to / f"{name}.log", "w", encoding="utf-8") as log:
             try:
-                code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=stage.limit_s, env=_environment()).returncode
+                code = subprocess.run(
+                    command, stdout=log, stderr=subprocess.STDOUT, timeout=stage.limit_s, env=_environment()
+                ).returncode
                 result = "done" if code == 0 else f"failed with exit code {code}: see {log.name}"
             except subprocess.TimeoutExpired:
                 result = f"ended by its limit: see {log.name}"
         taken = time.perf_counter() - started
         wrong += result != "done"
-        write_json(to / f"{name}.stage.json", {"stage": name, "result": result, "seconds": round(taken, 1), "limit_s": stage.limit_s, "machine": machine()})
+        write_json(
+            to / f"{name}.stage.json",
+            {
+                "stage": name,
+                "result": result,
+                "seconds": round(taken, 1),
+                "limit_s": stage.limit_s,
+                "machine": machine(),
+            },
+        )
         report.row(name, result, f"{taken:.0f}, {stage.limit_s}")
     report.end(to / "stages.json")
     return wrong
@@ -208,9 +261,13 @@ def main() -> None:
     if what[0] == "pack" and len(what) == 2:
         return pack(Path(what[1]), arguments.to or Path("gpu-data.zip"))
     if what == ["kernels"]:
-        return write_json(arguments.json, kernels(torch.device("cpu" if arguments.tiny else "cuda"), tiny=arguments.tiny))
+        return write_json(
+            arguments.json, kernels(torch.device("cpu" if arguments.tiny else "cuda"), tiny=arguments.tiny)
+        )
     if what[0] == "learn" and len(what) == 2 and what[1] in LEARNING:
-        return write_json(arguments.json, learn(what[1], arguments.seconds, arguments.data, arguments.run, tiny=arguments.tiny))
+        return write_json(
+            arguments.json, learn(what[1], arguments.seconds, arguments.data, arguments.run, tiny=arguments.tiny)
+        )
     if set(what) - {"A", "B"}:
         options.error(f"expected A, B or both, or pack FOLDER; got {' '.join(what)}")
     sys.exit(1 if stages(what, arguments.to or Path("gpu-check"), arguments.data) else 0)

@@ -1,7 +1,7 @@
 """What the bank's Triton kernels take of a card: compiled ahead of time, so no GPU is needed (and nothing is timed).
 
-    python benchmarks/kernels.py                     sm_80 and sm_90, widths 64, 128, 256: registers, spills, shared memory; a minute
-    python benchmarks/kernels.py --arch 89 120 --widths 96
+python benchmarks/kernels.py sm_80 and sm_90, widths 64, 128, 256: registers, spills, shared memory; a minute
+python benchmarks/kernels.py --arch 89 120 --widths 96
 """
 
 import importlib.metadata
@@ -13,14 +13,24 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.kernels has them
+if (
+    not __package__
+):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.kernels has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Report, parser, say
 
 MOST_KIB = {80: 163, 90: 227, 100: 227}  # shared memory of one program; 99 on the others
 KERNELS = ("forward", "nearest", "update")
-ARGUMENTS = {"positive_ptr": "*i32", "row_ptr": "*i32", "z_ptr": "*fp64", "z2_ptr": "*fp64", "N": "i32", "R": "i32", "rows_of_share": "i32"}
+ARGUMENTS = {
+    "positive_ptr": "*i32",
+    "row_ptr": "*i32",
+    "z_ptr": "*fp64",
+    "z2_ptr": "*fp64",
+    "N": "i32",
+    "R": "i32",
+    "rows_of_share": "i32",
+}
 
 
 class Used(NamedTuple):
@@ -42,13 +52,20 @@ def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
     kernel = triton_kernels.KERNELS[name]
     fixed, options = triton_kernels.constants(name, D, bf16=bf16, hopper=arch // 10 in (9, 10))
     block = f"{fixed['BLOCK_N']} x {fixed['BLOCK_R']}"
-    fixed |= {"forward": {"SECOND": True, "SUMS": True}, "nearest": {"T": triton_kernels.TOP}, "update": {"NORMALISE": True}}[name]
+    fixed |= {
+        "forward": {"SECOND": True, "SUMS": True},
+        "nearest": {"T": triton_kernels.TOP},
+        "update": {"NORMALISE": True},
+    }[name]
     signature = {
         argument: "constexpr" if argument in fixed
-        else ARGUMENTS.get(argument, "*bf16" if argument == "q_ptr" and bf16 else "*fp32" if argument.endswith("_ptr") else "fp32")
+        else ARGUMENTS.get(argument,
+        "*bf16" if argument == "q_ptr" and bf16 else "*fp32" if argument.endswith("_ptr") else "fp32")
         for argument in kernel.arg_names
     }  # fmt: skip
-    aligned = {(at,): [["tt.divisibility", 16]] for at, argument in enumerate(kernel.arg_names) if argument.endswith("_ptr")}
+    aligned = {
+        (at,): [["tt.divisibility", 16]] for at, argument in enumerate(kernel.arg_names) if argument.endswith("_ptr")
+    }
     source = ASTSource(kernel, signature, fixed, aligned)
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -72,7 +89,9 @@ def main() -> None:
     arguments = options.parse_args()
     archs = arguments.arch or ([90] if arguments.tiny else [80, 90])
     widths = arguments.widths or ([32] if arguments.tiny else [64, 128, 256])
-    report = Report(["card", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (of)"])
+    report = Report(
+        ["card", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (of)"]
+    )
     if not report.leave_out("every kernel", lacks_triton()):
         report.figures |= {"triton": importlib.metadata.version("triton"), "kernels": []}
         for arch in archs:
@@ -82,8 +101,12 @@ def main() -> None:
                     for D in widths:
                         one = used(name, D, bf16=factors == "bfloat16", arch=arch)
                         shared = f"{one.shared_kib:.1f} ({MOST_KIB.get(arch, 99)})"
-                        report.row(f"sm_{arch}", name, factors, D, one.block, one.warps, one.registers, one.spilled, shared)
-                        report.figures["kernels"].append({"arch": arch, "name": name, "factors": factors, "D": D, **one._asdict()})
+                        report.row(
+                            f"sm_{arch}", name, factors, D, one.block, one.warps, one.registers, one.spilled, shared
+                        )
+                        report.figures["kernels"].append(
+                            {"arch": arch, "name": name, "factors": factors, "D": D, **one._asdict()}
+                        )
     report.end(arguments.json)
 
 

@@ -1,18 +1,21 @@
-"""How fast views come: caco's loaders against torchvision on Pillow, against FFCV's own operations, against bare decoding.
+"""How fast views come: caco's loaders against torchvision on Pillow, against FFCV's own operations, against bare
+decoding.
 
-Float32 normalised views on the CPU from every contender but the bare decoder and FFCV's crop (uint8, as FFCV gives them). All
-contenders take turns, so that a drifting machine hits all; a ratio is that of one turn.
+Float32 normalised views on the CPU from every contender but the bare decoder and FFCV's crop (uint8, as FFCV gives
+them). All contenders take turns, so that a drifting machine hits all; a ratio is that of one turn.
 
     python benchmarks/loader.py --json loader.json           on photographs that it makes; minutes
-    python benchmarks/loader.py --full --photos PHOTOS       on yours, a zip or a folder of JPEGs: as the published figures
+    python benchmarks/loader.py --full --photos PHOTOS on yours, a zip or a folder of JPEGs: as the published figures
 
-Made photographs are noise whose power falls with the square of the frequency, as that of real ones does, with blots that have edges,
-500 x 375 and encoded so that one has about as many bytes as one of ImageNet's and takes as long to decode.
+Made photographs are noise whose power falls with the square of the frequency, as that of real ones does, with blots
+that have edges, 500 x 375 and encoded so that one has about as many bytes as one of ImageNet's and takes as long to
+decode.
 
 pil         torchvision's v1 transforms on Pillow images, DataLoader, persistent workers, prefetch 4: the baseline
-ffcv_crop   FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline a view; left out without FFCV
-decode      nothing but decoding every JPEG once with libturbojpeg, in as many threads; left out without libturbojpeg
-caco        loader=ffcv, all of the paper's augmentations (augmentation=caco, caco_multicrop, cifar); loader=torch where it cannot
+ffcv_crop FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline a view; left out without
+FFCV decode nothing but decoding every JPEG once with libturbojpeg, in as many threads; left out without libturbojpeg
+caco loader=ffcv, all of the paper's augmentations (augmentation=caco, caco_multicrop, cifar); loader=torch where it
+cannot
 """
 
 import ctypes
@@ -30,7 +33,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.loader has them
+if (
+    not __package__
+):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.loader has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
@@ -77,7 +82,9 @@ class PillowViews(Dataset):
 
     def __init__(self, source: Source, views: Views):
         self.source = source
-        self.transforms = [self.transform(view, size, views) for view, size in zip(views._views, views.sizes, strict=True)]
+        self.transforms = [
+            self.transform(view, size, views) for view, size in zip(views._views, views.sizes, strict=True)
+        ]
 
     @staticmethod
     def transform(view: Any, size: int, views: Views) -> v1.Compose:
@@ -120,7 +127,8 @@ class Contender(NamedTuple):
 
 def pillow(source: Source, views: Views, batch: int, workers: int) -> Contender:
     loader = DataLoader(
-        PillowViews(source, views), batch, shuffle=True, num_workers=workers, persistent_workers=True, prefetch_factor=4,
+        PillowViews(source, views), batch, shuffle=True, num_workers=workers, persistent_workers=True,
+        prefetch_factor=4,
         drop_last=True,
     )  # fmt: skip
     return Contender(lambda: iter(loader), len(source) // batch * batch)
@@ -150,20 +158,33 @@ def ffcv_crop(file: Path, views: Views, images: int, batch: int, workers: int) -
 
     names = ["image", *(f"view{v}" for v in range(1, views.num_views))]
     pipelines = {name: spec(size) for name, size in zip(names, views.sizes, strict=True)}
-    loader = Loader(str(file), batch_size=batch, num_workers=workers, order=OrderOption.RANDOM, pipelines={**pipelines, "label": None})
+    loader = Loader(
+        str(file),
+        batch_size=batch,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        pipelines={**pipelines, "label": None},
+    )
     return Contender(lambda: iter(loader), images // batch * batch)
 
 
 def decode(source: Any, workers: int) -> Contender:
     """Every JPEG decoded by libturbojpeg, and nothing else."""
     records, jpegs = source.records["image"], [
-        bytes(source._bytes[int(place) :][:size]) for place, size in zip(source.records["image"]["place"], source._sizes, strict=True)
+        bytes(source._bytes[int(place) :][:size]) for place,
+        size in zip(source.records["image"]["place"], source._sizes, strict=True)
     ]  # fmt: skip
     heights, widths = records["height"].tolist(), records["width"].tolist()
     buffer_bytes = max(3 * height * width for height, width in zip(heights, widths, strict=True))
     library = ctypes.CDLL("libturbojpeg.so.0")
     library.tjInitDecompress.restype = ctypes.c_void_p
-    library.tjDecompress2.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
+    library.tjDecompress2.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_ulong,
+        ctypes.c_void_p,
+        *[ctypes.c_int] * 5,
+    ]
 
     def part(worker: int) -> None:
         handle, buffer = library.tjInitDecompress(), np.empty(buffer_bytes, np.uint8)
@@ -204,7 +225,14 @@ class Comparison:
     """The parts, on the photographs of a folder, in temporary files under `top`."""
 
     def __init__(self, report: Report, files: Source, top: Path, *, sizes: Sizes, runs: int, workers: int):
-        self.report, self.files, self.top, self.sizes, self.runs, self.workers = report, files, top, sizes, runs, workers
+        self.report, self.files, self.top, self.sizes, self.runs, self.workers = (
+            report,
+            files,
+            top,
+            sizes,
+            runs,
+            workers,
+        )
         write_splits(Splits(files, None, None), top / "jpeg")
         self.source = beton(root=str(top / "jpeg")).pretrain
 
@@ -229,7 +257,12 @@ class Comparison:
         for key, (a, b) in keys.items():
             if a in rates and b in rates:
                 self.report.figures[key] = ratio = ratios(rates[a], rates[b])
-                self.report.row(f"{what}: {a} / {b}", key, formatted(ratio), f"{medians[a]:,.0f} to {medians[b]:,.0f} images a second")
+                self.report.row(
+                    f"{what}: {a} / {b}",
+                    key,
+                    formatted(ratio),
+                    f"{medians[a]:,.0f} to {medians[b]:,.0f} images a second",
+                )
         for contender in contenders.values():
             contender.close()
 
@@ -262,7 +295,9 @@ class Comparison:
             "dataloader": pillow(few, views, batch, self.workers),
             "caco": ours(TorchLoader, many, views, batch, self.workers),
         }
-        self.compare("small", "two views at 32 from memory", contenders, {"small_vs_dataloader": ("caco", "dataloader")})
+        self.compare(
+            "small", "two views at 32 from memory", contenders, {"small_vs_dataloader": ("caco", "dataloader")}
+        )
 
     def multicrop(self) -> None:
         views = views_of("caco_multicrop")
@@ -270,15 +305,21 @@ class Comparison:
             "pil": pillow(self.files, views, self.sizes.batch, self.workers),
             "caco": self.caco(self.source, self.files, views),
         }
-        self.compare("multicrop", "two views at 224 and six at 96 from JPEGs", contenders, {"multicrop_vs_pil": ("caco", "pil")})
+        self.compare(
+            "multicrop", "two views at 224 and six at 96 from JPEGs", contenders, {"multicrop_vs_pil": ("caco", "pil")}
+        )
 
     def first(self) -> None:
         if self.report.leave_out("the first batch of loader=ffcv", what_ffcv_lacks(self.source)):
             return
         say(f"first: the first batch of {1 + self.runs} new processes")
-        times = spread([first_batch(self.top / "jpeg", self.sizes.batch, self.workers) for _ in range(1 + self.runs)][1:])
+        times = spread(
+            [first_batch(self.top / "jpeg", self.sizes.batch, self.workers) for _ in range(1 + self.runs)][1:]
+        )
         self.report.figures["first_batch_s"] = times
-        self.report.row("seconds to the first batch, new process, FFCV's import included", "first_batch_s", formatted(times), "")
+        self.report.row(
+            "seconds to the first batch, new process, FFCV's import included", "first_batch_s", formatted(times), ""
+        )
 
 
 def photos_in(given: Path | None, top: Path, sizes: Sizes) -> Source:
@@ -292,7 +333,9 @@ def photos_in(given: Path | None, top: Path, sizes: Sizes) -> Source:
 
 
 def main() -> None:
-    options = parser(__doc__, runs="turns that count, after one that warms up: 3", full="all photographs, longer epochs, 5 turns")
+    options = parser(
+        __doc__, runs="turns that count, after one that warms up: 3", full="all photographs, longer epochs, 5 turns"
+    )
     options.add_argument("--photos", type=Path, help="a zip, or a folder, of JPEG photographs; made without")
     options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options.add_argument("--only", default=",".join(PARTS), help="which parts")

@@ -1,6 +1,6 @@
-"""An honest rewrite of the published bank, which bank.py and step.py compare with: rows stored unnormalised, normalised anew where
-they are read, stepped by hand. It makes N x K matrices of each stage, in PyTorch, in place where that is natural, without its top-5
-monitoring, in float32."""
+"""An honest rewrite of the published bank, which bank.py and step.py compare with: rows stored unnormalised, normalised
+anew where they are read, stepped by hand. It makes N x K matrices of each stage, in PyTorch, in place where that is
+natural, without its top-5 monitoring, in float32."""
 
 import torch
 from torch.nn import functional as F

@@ -1,15 +1,17 @@
 """How fast evaluations read images: against the cores' own limit in decoding, and against reading each file once.
 
     python benchmarks/reading.py --json reading.json                 on photographs that it makes; minutes
-    python benchmarks/reading.py --full --photos PHOTOS              on yours, a zip or a folder of JPEGs: as the published figures
+    python benchmarks/reading.py --full --photos PHOTOS on yours, a zip or a folder of JPEGs: as the published figures
 
-1. Features: caco's way from files to features (caco/evals/features.py: read, decoded, resized, normalised; the network is a mean over
-   the pixels, which takes next to nothing), with a worker for each core, against as many processes that open and decode the same files with
-   Pillow and do nothing else. Each photograph lies there many times under other names.
-2. Digests and overlap: a look at each of many small files (caco/data/sets/content.py), and the whole overlap check of two sets of them
-   (caco/data/sets/overlap.py), against reading each of the same files once with as many threads.
+1. Features: caco's way from files to features (caco/evals/features.py: read, decoded, resized, normalised; the network
+   is a mean over the pixels, which takes next to nothing), with a worker for each core, against as many processes that
+   open and decode the same files with Pillow and do nothing else. Each photograph lies there many times under other
+   names.
+2. Digests and overlap: a look at each of many small files (caco/data/sets/content.py), and the whole overlap check of
+   two sets of them (caco/data/sets/overlap.py), against reading each of the same files once with as many threads.
 
-The page cache is warm, as the files were written just before. Both sides take turns in one process; a ratio is that of one turn.
+The page cache is warm, as the files were written just before. Both sides take turns in one process; a ratio is that of
+one turn.
 """
 
 import os
@@ -23,7 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.reading has them
+if (
+    not __package__
+):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.reading has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
@@ -77,7 +81,12 @@ def many(photos: Source, copies: int, top: Path) -> ImageFiles:
 def features(source: ImageFiles, workers: int) -> None:
     views = Views(size=224, views={"one": View()}, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     store = FeatureStore(
-        Splits(source, source, None), views, batch=256, device="cpu", precision="fp32", loader=TorchLoader(num_workers=workers)
+        Splits(source, source, None),
+        views,
+        batch=256,
+        device="cpu",
+        precision="fp32",
+        loader=TorchLoader(num_workers=workers),
     )
     assert store.outputs(Mean(), source, views).shape == (len(source), 3)
 
@@ -137,7 +146,11 @@ def check(train: ImageFiles, test: ImageFiles) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__, runs="turns that count: 3", full="5,000 photographs, of --photos, and 100,000 files: as the published figures")
+    options = parser(
+        __doc__,
+        runs="turns that count: 3",
+        full="5,000 photographs, of --photos, and 100,000 files: as the published figures",
+    )
     options.add_argument("--photos", type=Path, help="a zip, or a folder, of JPEG photographs; made without")
     options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="one for each core")
     arguments = options.parse_args()
@@ -150,8 +163,15 @@ def main() -> None:
         if arguments.photos is not None and sizes.photos is not None:
             photos = photos.part(np.arange(min(len(photos), sizes.photos)), "photos")
         source = many(photos, sizes.copies, top / "many")
-        say(f"features of {len(source)} photographs by {workers} workers, and decoding alone by as many processes, {runs} turns")
-        found = turns({"features": timed(lambda: features(source, workers)), "decode": timed(lambda: decode(source, workers))}, runs, warm=0)
+        say(
+            f"features of {len(source)} photographs by {workers} workers, and decoding alone by as many processes,"
+            f" {runs} turns"
+        )
+        found = turns(
+            {"features": timed(lambda: features(source, workers)), "decode": timed(lambda: decode(source, workers))},
+            runs,
+            warm=0,
+        )
         ratio = ratios(found["decode"], found["features"])
         rates = [formatted(ratios([len(source)] * runs, found[name]), digits=0) for name in ("features", "decode")]
         report.row("features / decoding alone, images a second", formatted(ratio), f"{rates[0]} to {rates[1]}")
@@ -170,8 +190,17 @@ def main() -> None:
         )
         for name, what in (("digests", "digests"), ("overlap", "the overlap check")):
             ratio = ratios(found[name], found["read"])
-            report.row(f"{what} / reading each file once, seconds", formatted(ratio), f"{formatted(ratios(found[name], [1] * runs), ' s')}")
-            report.figures[name] = {"files": sizes.files, "vs_read": ratio, "seconds": found[name], "read_seconds": found["read"]}
+            report.row(
+                f"{what} / reading each file once, seconds",
+                formatted(ratio),
+                f"{formatted(ratios(found[name], [1] * runs), ' s')}",
+            )
+            report.figures[name] = {
+                "files": sizes.files,
+                "vs_read": ratio,
+                "seconds": found[name],
+                "read_seconds": found["read"],
+            }
     report.end(arguments.json)
 
 

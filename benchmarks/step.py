@@ -1,9 +1,9 @@
 """Share of a training step that is not the pure model: the bank, the objective, the twin's update, the optimiser.
 
-The whole step is what caco/engine/trainer.py does between two batches, without data, logging, evaluation and saving. The pure
-model is the same encoder and twin, forward and backward on the same views, with a loss that costs nothing. For CaCo with
-two views the same step with the published bank (benchmarks/published.py) is timed too. They take turns in one process, so that a
-drifting machine hits all.
+The whole step is what caco/engine/trainer.py does between two batches, without data, logging, evaluation and saving.
+The pure model is the same encoder and twin, forward and backward on the same views, with a loss that costs nothing. For
+CaCo with two views the same step with the published bank (benchmarks/published.py) is timed too. They take turns in one
+process, so that a drifting machine hits all.
 
     python benchmarks/step.py --json step.json                             the default, below
     python benchmarks/step.py backbone=resnet18_cifar batch=256 bank=8M    any configuration of caco.train
@@ -12,7 +12,9 @@ drifting machine hits all.
 import sys
 from pathlib import Path
 
-if not __package__:  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.step has them
+if (
+    not __package__
+):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.step has them
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
@@ -52,7 +54,9 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
     generator = torch.Generator().manual_seed(0)
     views = [
-        torch.randn(cfg.batch, 3, size, size, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+        torch.randn(cfg.batch, 3, size, size, generator=generator)
+        .to(device)
+        .contiguous(memory_format=torch.channels_last)
         for size in instantiate(cfg.augmentation).sizes
     ]
     comparable = method.positives.bank_rows and len(views) == 2
@@ -112,7 +116,11 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     if published:
         against = ratios(times["published"], times["step"])
         figures |= named(against, "vs_published")
-        report.row("that step with the published bank", f"{formatted(against)} times as long", f"{figures['published_seconds']:.3f} s")
+        report.row(
+            "that step with the published bank",
+            f"{formatted(against)} times as long",
+            f"{figures['published_seconds']:.3f} s",
+        )
     return figures
 
 

@@ -6,7 +6,9 @@ instructions.apply()  # before anything imports torch
 
 
 def load(run=None, **chosen):
-    """A trained backbone and its preprocessing: `backbone, preprocess = caco.load("runs/caco/NAME")`; see caco.library.load."""
+    """A trained backbone and its preprocessing: `backbone, preprocess = caco.load("runs/caco/NAME")`; see
+    caco.library.load.
+    """
     from caco import library  # here and not above: it imports torch
 
     return library.load(run, **chosen)

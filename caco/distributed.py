@@ -1,4 +1,5 @@
-"""The process group from torchrun's environment (caco/launch/jobs.py makes one too) or nothing, and the few collectives that caco needs.
+"""The process group from torchrun's environment (caco/launch/jobs.py makes one too) or nothing, and the few collectives
+that caco needs.
 
 Every function is an identity where there is one process, so no caller asks how many there are.
 """
@@ -34,8 +35,9 @@ def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
         except (RuntimeError, ValueError) as error:  # of torch's stores and backends; ValueError: a variable is missing
             place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
             raise UserError(
-                f"the {os.environ['WORLD_SIZE']} processes of this run did not find one another within {timeout_s:g} s at {place} "
-                f"({str(error).splitlines()[0][:200]}): see that all are started and that their machines reach the first one's"
+                f"the {os.environ['WORLD_SIZE']} processes of this run did not find one another within {timeout_s:g} s"
+                f" at {place} ({str(error).splitlines()[0][:200]}): see that all are started and that their machines"
+                " reach the first one's"
             ) from error
 
 
@@ -75,7 +77,9 @@ def wait_for_main() -> None:
 
 
 def _patient_group() -> dist.ProcessGroup:
-    """All ranks, by gloo and without the time-out: for plain values and CPU tensors, and for work whose length nobody knows."""
+    """All ranks, by gloo and without the time-out: for plain values and CPU tensors, and for work whose length nobody
+    knows.
+    """
     global _patient
     if _patient is None:
         made = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
@@ -157,8 +161,8 @@ def from_main(x: Tensor) -> Tensor:
 
 
 def gather_on_main(x: Tensor) -> Tensor:
-    """Every rank's [B, ...], of any B, joined on rank 0, in its CPU memory; the others keep their own part. For what is too large to
-    be everywhere: a device holds its own part and one more."""
+    """Every rank's [B, ...], of any B, joined on rank 0, in its CPU memory; the others keep their own part. For what is
+    too large to be everywhere: a device holds its own part and one more."""
     if world() == 1:
         return x.detach()
     own_part = x.detach().contiguous()
@@ -175,7 +179,9 @@ def gather_on_main(x: Tensor) -> Tensor:
 
 
 def exchange(x: Tensor) -> Tensor:
-    """[world * B, ...], whose part r is for rank r, to [world, B, ...]: what each rank has for this one; no gradient."""
+    """[world * B, ...], whose part r is for rank r, to [world, B, ...]: what each rank has for this one; no
+    gradient.
+    """
     if world() == 1:
         return x.detach()[None]
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -225,8 +231,8 @@ class _SumForAll(torch.autograd.Function):
 
 
 def sum_for_all(x: Tensor) -> Tensor:
-    """Sum over the ranks from which every rank goes on to compute the same. So the gradients that they hold for it are equal, and
-    their sum, as in `sum_with_gradient`, needs no message."""
+    """Sum over the ranks from which every rank goes on to compute the same. So the gradients that they hold for it are
+    equal, and their sum, as in `sum_with_gradient`, needs no message."""
     return x if world() == 1 else _SumForAll.apply(x)
 
 
@@ -274,7 +280,8 @@ def all_objects(value: Any) -> list[Any]:
 
 
 def shard(size: int) -> tuple[int, int]:
-    """First and last-plus-one of this rank's contiguous rows; the first ranks have one more where the rows do not come out even.
+    """First and last-plus-one of this rank's contiguous rows; the first ranks have one more where the rows do not come
+    out even.
 
     Raises:
         UserError: fewer rows than ranks.

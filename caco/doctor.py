@@ -1,4 +1,5 @@
-"""python -m caco.doctor : what of caco works on this machine, and what to do about what does not. Seconds; changes nothing.
+"""python -m caco.doctor : what of caco works on this machine, and what to do about what does not. Seconds; changes
+nothing.
 
 Exit code 0: caco can train here. 1: something that it needs is broken, or something named by --need is not there.
 """
@@ -54,12 +55,20 @@ def python() -> Iterator[Finding]:
     do = "" if wanted else "use Python 3.11 to 3.13: make -B setup PYTHON=python3.12"
     yield Finding("python", "works" if wanted else "broken", platform.python_version(), do)
     changed = {"true": ", with changes", "false": ""}.get(ours["git_dirty"], "")
-    yield Finding("caco", "works", f"{ROOT}, commit {ours['git_sha'][:10]}{changed}; {ours['cores']} cores, {ours['memory_gib']} GiB")
+    yield Finding(
+        "caco",
+        "works",
+        f"{ROOT}, commit {ours['git_sha'][:10]}{changed}; {ours['cores']} cores, {ours['memory_gib']} GiB",
+    )
 
 
 def cpu() -> Iterator[Finding]:
     """Which instructions it has, and which are asked for; `native` and `torch` say what serves."""
-    wanted = f"{instructions.VARIABLE}={instructions.LEVEL}" if instructions.LEVEL else f"the best serves, {instructions.VARIABLE} is not set"
+    wanted = (
+        f"{instructions.VARIABLE}={instructions.LEVEL}"
+        if instructions.LEVEL
+        else f"the best serves, {instructions.VARIABLE} is not set"
+    )
     yield Finding("cpu", "works", f"{environment()['cpu']}: {', '.join(instructions.processor())}; {wanted}")
 
 
@@ -76,7 +85,9 @@ def torch() -> Iterator[Finding]:
         if _version(package) is None:
             yield Finding("torch", "broken", f"no {package}", install)
     yield Finding(
-        "torch", "works", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        "torch",
+        "works",
+        f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
     )
     if torch.cuda.is_available():
         try:
@@ -85,14 +96,21 @@ def torch() -> Iterator[Finding]:
                 about = torch.cuda.get_device_properties(index)
                 yield Finding("gpu", "works", f"{index}: {about.name}, {about.total_memory / 2**30:.0f} GiB")
         except RuntimeError as error:
-            yield Finding("gpu", "broken", _line(error), "see nvidia-smi; a wheel of torch for this GPU and driver: pytorch.org")
+            yield Finding(
+                "gpu", "broken", _line(error), "see nvidia-smi; a wheel of torch for this GPU and driver: pytorch.org"
+            )
     elif driver := _driver():
-        do = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; take a wheel that fits the driver, or a newer driver"
+        do = (
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; take a wheel that fits the driver, or a"
+            " newer driver"
+        )
         if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
             do = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides them, or: {do}"
         yield Finding("gpu", "broken", f"there is a driver ({driver}), but torch sees no GPU", do)
     else:
-        yield Finding("gpu", "absent", "none", "device=cpu and precision=fp32 train small networks; preset=demo takes minutes")
+        yield Finding(
+            "gpu", "absent", "none", "device=cpu and precision=fp32 train small networks; preset=demo takes minutes"
+        )
 
 
 def _driver() -> str:
@@ -107,7 +125,10 @@ def native() -> Iterator[Finding]:
     """The parts that setup.py compiles; in an installed wheel, which has no setup.py, those that are there."""
     declared = re.findall(r'"(caco\.[\w.]+\._\w+)"', _read(ROOT / "setup.py"))
     package = Path(__file__).parent
-    built = [".".join(["caco", *path.parent.relative_to(package).parts, path.name.partition(".")[0]]) for path in package.rglob("_*.so")]
+    built = [
+        ".".join(["caco", *path.parent.relative_to(package).parts, path.name.partition(".")[0]])
+        for path in package.rglob("_*.so")
+    ]
     missing = [name for name in declared if importlib.util.find_spec(name) is None]
     if missing:
         compiler = "" if shutil.which("g++") else "install a C++ compiler (Debian: g++), then "
@@ -126,20 +147,33 @@ def ffcv() -> Iterator[Finding]:
     found = importlib.util.find_spec("ffcv")
     libraries = "libopencv-dev libturbojpeg0-dev pkg-config g++"
     if found is None:
-        do = f"loader=torch does without; for it, as root: apt-get install {libraries}; then {command_to_install('ffcv')}"
+        do = (
+            f"loader=torch does without; for it, as root: apt-get install {libraries}; then"
+            f" {command_to_install('ffcv')}"
+        )
         yield Finding("ffcv", "absent", "not installed", do)
         return
     places = [Path(folder) for folder in found.submodule_search_locations or ()]
-    for library in (file for place in places for file in (*place.glob("_libffcv*.so"), *place.parent.glob("_libffcv*.so"))):
+    for library in (
+        file for place in places for file in (*place.glob("_libffcv*.so"), *place.parent.glob("_libffcv*.so"))
+    ):
         try:
             ctypes.CDLL(str(library))
         except OSError as error:
-            do = f"as root: apt-get install {libraries}; then pip install --force-reinstall --no-deps --no-cache-dir ffcv"
+            do = (
+                f"as root: apt-get install {libraries}; then pip install --force-reinstall --no-deps --no-cache-dir"
+                " ffcv"
+            )
             yield Finding("ffcv", "broken", _line(error), do)
             return
         yield Finding("ffcv", "works", f"{_version('ffcv')}, with OpenCV and TurboJPEG")
         return
-    yield Finding("ffcv", "broken", f"no _libffcv in {places[0] if places else 'it'}", "pip install --force-reinstall --no-deps ffcv")
+    yield Finding(
+        "ffcv",
+        "broken",
+        f"no _libffcv in {places[0] if places else 'it'}",
+        "pip install --force-reinstall --no-deps ffcv",
+    )
 
 
 def slurm() -> Iterator[Finding]:
@@ -162,13 +196,18 @@ def slurm() -> Iterator[Finding]:
             gpus = "no GPUs" if gpus == "(null)" else gpus
             yield Finding("slurm", "works", f"partition {partition}: {nodes} nodes of {cpus} CPUs, {gpus}")
     if _version("submitit") is None:
-        yield Finding("slurm", "absent", "no submitit", f"for launcher=slurm and launcher=local: {command_to_install('slurm')}")
+        yield Finding(
+            "slurm", "absent", "no submitit", f"for launcher=slurm and launcher=local: {command_to_install('slurm')}"
+        )
 
 
 def mlflow() -> Iterator[Finding]:
     version = _version("mlflow")
     if version is None:
-        do = f"a run's ledger keeps all, python -m caco.tracking.sync sends it later; for MLflow: {command_to_install('mlflow')}"
+        do = (
+            "a run's ledger keeps all, python -m caco.tracking.sync sends it later; for MLflow:"
+            f" {command_to_install('mlflow')}"
+        )
         yield Finding("mlflow", "absent", "not installed", do)
         return
     try:
@@ -212,7 +251,9 @@ def disk() -> Iterator[Finding]:
             os.fsync(file.fileno())
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        yield Finding("disk", "broken", f"{folder}: {_line(error)}", "run it in a folder that can be written and locked")
+        yield Finding(
+            "disk", "broken", f"{folder}: {_line(error)}", "run it in a folder that can be written and locked"
+        )
         return
     free = shutil.disk_usage(folder).free / 2**30
     low = free < 5
@@ -220,7 +261,12 @@ def disk() -> Iterator[Finding]:
     yield Finding("disk", "broken" if free < 0.5 else "works", f"{free:.0f} GiB free in {folder}", do)
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < 1:
-        yield Finding("disk", "broken", f"{size:.2f} GiB of shared memory", "loader workers need more: docker run --ipc=host, or loader.num_workers=0")
+        yield Finding(
+            "disk",
+            "broken",
+            f"{size:.2f} GiB of shared memory",
+            "loader workers need more: docker run --ipc=host, or loader.num_workers=0",
+        )
 
 
 def data(roots: list[Path]) -> Iterator[Finding]:
@@ -232,12 +278,20 @@ def data(roots: list[Path]) -> Iterator[Finding]:
             yield Finding("data", "works", f"data={option} data.root={root}")
         else:
             what = "no such folder" if not root.is_dir() else "no images that caco reads"
-            do = "expected class folders of images, in train/ and val/ or test/ or alone, or a set as torchvision unpacks it"
+            do = (
+                "expected class folders of images, in train/ and val/ or test/ or alone, or a set as torchvision"
+                " unpacks it"
+            )
             if zips := sorted(file.name for file in root.glob("*.zip")) if root.is_dir() else []:
                 do = f"unpack {', '.join(zips[:3])}; then {do}"
             yield Finding("data", "broken", f"{root}: {what}", do)
     if not roots:
-        yield Finding("data", "absent", "no other set looked for", "python -m caco.doctor /path/to/images ... says how each is read")
+        yield Finding(
+            "data",
+            "absent",
+            "no other set looked for",
+            "python -m caco.doctor /path/to/images ... says how each is read",
+        )
 
 
 def dataset_at(root: Path) -> str:
@@ -253,7 +307,9 @@ def dataset_at(root: Path) -> str:
     train = _classes(root / "train")
     tests = {name: _classes(root / name) for name in ("test", "val")}
     if len([name for name in train if re.fullmatch(r"n\d{8}", name)]) >= 1000:
-        return "imagenet" if tests["val"] else "folder data.validation_fraction=0.1"  # val/ not sorted into class folders
+        return (
+            "imagenet" if tests["val"] else "folder data.validation_fraction=0.1"
+        )  # val/ not sorted into class folders
     if train and any(tests.values()):
         return "folder"
     if train or _classes(root) or _has_images(root):
@@ -277,7 +333,8 @@ def _has_images(folder: Path) -> bool:
 
 
 PARTS: dict[str, Callable[[], Iterator[Finding]]] = {
-    "python": python, "cpu": cpu, "torch": torch, "native": native, "ffcv": ffcv, "slurm": slurm, "mlflow": mlflow, "disk": disk,
+    "python": python, "cpu": cpu, "torch": torch, "native": native, "ffcv": ffcv, "slurm": slurm, "mlflow": mlflow,
+    "disk": disk,
 }  # fmt: skip
 
 
@@ -295,23 +352,31 @@ def verdict(findings: list[Finding], needed: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m caco.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("roots", nargs="*", type=Path, metavar="FOLDER", help="images: says which data= reads them; default data/")
+    parser.add_argument(
+        "roots", nargs="*", type=Path, metavar="FOLDER", help="images: says which data= reads them; default data/"
+    )
     needs = ("gpu", "native", "ffcv", "slurm", "mlflow")
-    parser.add_argument("--need", nargs="+", choices=needs, default=[], metavar="PART", help=f"of {', '.join(needs)}: exit 1 without")
+    parser.add_argument(
+        "--need", nargs="+", choices=needs, default=[], metavar="PART", help=f"of {', '.join(needs)}: exit 1 without"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
     roots = options.roots or [path for path in [Path("data")] if path.is_dir()]
     findings = examine(roots)
     stops = verdict(findings, options.need)
     if options.json:
-        print(json.dumps({"ok": not stops, "stops": stops, "findings": [vars(finding) for finding in findings]}, indent=1))
+        print(
+            json.dumps({"ok": not stops, "stops": stops, "findings": [vars(finding) for finding in findings]}, indent=1)
+        )
         return int(bool(stops))
     signs = {"works": "ok", "absent": "-", "broken": "BROKEN"}
     for finding in findings:
         print(f"{signs[finding.state]:7}{finding.part:8}{finding.what}")
         if finding.do:
             print(f"{'':15}{finding.do}")
-    print(f"\nto be mended: {', '.join(stops)}" if stops else "\ncaco can train here: python -m caco.train preset=smoke")
+    print(
+        f"\nto be mended: {', '.join(stops)}" if stops else "\ncaco can train here: python -m caco.train preset=smoke"
+    )
     return int(bool(stops))
 
 

@@ -13,16 +13,17 @@ from caco.runs.paths import expanded, require_writable
 HELP = """\
 caco: a folder of images as a file of features.
 
-  python -m caco.embed run=RUN data.root=FOLDER to=FILE.npz       a run's directory, a checkpoint file or an MLflow run id
+  python -m caco.embed run=RUN data.root=FOLDER to=FILE.npz      a run's directory, a checkpoint or an MLflow run id
   python -m caco.embed run=RUN data.root=FOLDER to=FILE.parquet
   python -m caco.embed weights=FILE backbone=resnet50 data.root=FOLDER to=FILE.npz
 
-  .npz       numpy.load(FILE): features [N, D] float32, files [N] (below data.root), label [N] and classes where data= has labels
+  .npz       numpy.load(FILE): features [N, D] float32, files [N] (below data.root), and where data= has labels
+             label [N] and classes
   .parquet   a row for each image: file, features, and label where data= has labels
 
-Features are those of the backbone on the plain view, as evaluations see it; they are computed batch by batch in bounded memory. The same
-command again goes on where it stopped, to the same bytes. Every image below data.root is read, in the order of the names; another
-`data=`, images to train on first and then those to test.
+Features are those of the backbone on the plain view, as evaluations see it; they are computed batch by batch in bounded
+memory. The same command again goes on where it stopped, to the same bytes. Every image below data.root is read, in the
+order of the names; another `data=`, images to train on first and then those to test.
 
 Groups, chosen by group=option:
 

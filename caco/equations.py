@@ -183,10 +183,11 @@ def bank_update(
 
 
 def several_positives_loss(loss_CB: Tensor, weight_CB: Tensor) -> Tensor:
-    """Of queries with C positives each, -sum_c weight_c log p_c, [B]: the loss of Eq. 3 with each positive alone, by their weights.
+    """Of queries with C positives each, -sum_c weight_c log p_c, [B]: the loss of Eq. 3 with each positive alone, by
+    their weights.
 
-    For k rows nearest to a key the weights are the softmax of their cosines with it over a temperature (`nearest_row_weights`); for a
-    key and its row they are 1 - a and a.
+    For k rows nearest to a key the weights are the softmax of their cosines with it over a temperature
+    (`nearest_row_weights`); for a key and its row they are 1 - a and a.
     """
     return (weight_CB * loss_CB).sum(0)
 
@@ -198,13 +199,15 @@ def nearest_row_weights(k_BD: Tensor, m_KD: Tensor, count: int, temperature: flo
 
 
 def mean_activation_divergence(q_BD: Tensor, m_KD: Tensor, tau: float) -> Tensor:
-    """KL(p || 1/K) = sum_j p_j log(K p_j), p_j = mean_i p_ij: 0 where all rows are equally probable on average, log K where one is."""
+    """KL(p || 1/K) = sum_j p_j log(K p_j), p_j = mean_i p_ij: 0 where all rows are equally probable on average, log K
+    where one is.
+    """
     mean_K = probabilities(q_BD, m_KD, tau).mean(0)
     return torch.special.xlogy(mean_K, mean_K * len(m_KD)).sum()
 
 
-# Of other losses over the same positives and negatives. A positive that is a bank row is not among its query's negatives; N is their
-# number.
+# Of other losses over the same positives and negatives. A positive that is a bank row is not among its query's
+# negatives; N is their number.
 
 
 def _positive_and_negatives(
@@ -219,12 +222,14 @@ def _positive_and_negatives(
 
 
 def reweighted_loss(
-    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None, *, positive_share: float,
+    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None, *,
+    positive_share: float,
     concentration: float,
 ) -> Tensor:  # fmt: skip
-    """Hard negatives, debiased: -log pos / (pos + Ng), [B], with neg_j = exp(q.m_j / tau), tau+ the share, beta the concentration and
+    """Hard negatives, debiased: -log pos / (pos + Ng), [B], with neg_j = exp(q.m_j / tau), tau+ the share, beta the
+    concentration and
 
-    R = sum_j w_j neg_j,  w_j = neg_j^beta / mean_j neg_j^beta,  Ng = max((R - tau+ N pos) / (1 - tau+), N exp(-1 / tau)).
+    R = sum_j w_j neg_j, w_j = neg_j^beta / mean_j neg_j^beta, Ng = max((R - tau+ N pos) / (1 - tau+), N exp(-1 / tau)).
 
     Source: arXiv 2010.04592, with beta = 0 arXiv 2007.00224 (debiased); there over a batch.
     """
@@ -238,10 +243,17 @@ def reweighted_loss(
 
 
 def margin_loss(
-    q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, tau: float, extra_BE: Tensor | None = None, *, epsilon: float, alpha: float | None
+    q_BD: Tensor,
+    m_KD: Tensor,
+    positive_B: Tensor,
+    tau: float,
+    extra_BE: Tensor | None = None,
+    *,
+    epsilon: float,
+    alpha: float | None,
 ) -> Tensor:
-    """(CE(cosines) + alpha CE(cosines moved by epsilon, the positive's down, the negatives' up)) / (1 + alpha), [B]; alpha None: the
-    second.
+    """(CE(cosines) + alpha CE(cosines moved by epsilon, the positive's down, the negatives' up)) / (1 + alpha), [B];
+    alpha None: the second.
 
     Source: arXiv 2106.11230, implicit feature modification.
     """
@@ -254,14 +266,15 @@ def margin_loss(
     return moved if alpha is None else (cross_entropy(positive, others) + alpha * moved) / (1 + alpha)
 
 
-# Of methods with prototypes: SwAV (arXiv 2006.09882) and DINO (arXiv 2104.14294). K prototypes, tau the student's temperature.
+# Of methods with prototypes: SwAV (arXiv 2006.09882) and DINO (arXiv 2104.14294). K prototypes, tau the student's
+# temperature.
 
 
 def sinkhorn(score_BK: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
     """Soft codes that use every prototype equally often: SwAV's assignment of a batch, as its code computes it.
 
-    Q = exp(s / epsilon) over its sum; then in turn each prototype's column over K times its sum, each image's row over B times its sum;
-    at last times B.
+    Q = exp(s / epsilon) over its sum; then in turn each prototype's column over K times its sum, each image's row over
+    B times its sum; at last times B.
 
     Source: SwAV, Eqs. 3 to 5 and its distributed_sinkhorn. Returns [B, K], rows sum to 1.
     """
@@ -275,7 +288,8 @@ def sinkhorn(score_BK: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
 
 
 def cross_view_loss(targets: list[Tensor], scores: list[Tensor], tau: float) -> Tensor:
-    """Cross-entropy between the target distribution of one view and the softmax of another's scores, over all pairs of two views.
+    """Cross-entropy between the target distribution of one view and the softmax of another's scores, over all pairs of
+    two views.
 
     1 / (T (V - 1)) sum_t sum_{v != t} -(1/B) sum_i sum_k q_tik log softmax(s_vi / tau)_k
 
@@ -300,7 +314,8 @@ def dino_targets(teacher_BK: Tensor, centre_K: Tensor, tau: float) -> Tensor:
 
 
 def rank_me(x_ND: Tensor) -> Tensor:
-    """How many directions N vectors fill: exp of the entropy of their singular values, as shares of the sum. A scalar from 1 to min(N, D).
+    """How many directions N vectors fill: exp of the entropy of their singular values, as shares of the sum. A scalar
+    from 1 to min(N, D).
 
     Source: RankMe (arXiv 2210.02885), Eq. 1; of the vectors as they are, neither centred nor normalised.
     """

@@ -13,11 +13,12 @@ from caco.redaction import redacted
 
 
 class UserError(ValueError):
-    """Something that the person who uses caco asked for or supplied does not work: a setting, a file, a disk, a machine.
+    """Something that the person who uses caco asked for or supplied does not work: a setting, a file, a disk, a
+    machine.
 
     The message stands alone: what happened, what was expected and got, what to do. Every command shows it without a
-    traceback and ends with exit code 2; whatever else is raised is a bug, and keeps its traceback. A component of your own
-    raises it too. What only a programmer can get wrong, such as the shape of a tensor, is a plain ValueError.
+    traceback and ends with exit code 2; whatever else is raised is a bug, and keeps its traceback. A component of your
+    own raises it too. What only a programmer can get wrong, such as the shape of a tensor, is a plain ValueError.
     """
 
 
@@ -72,7 +73,10 @@ def message(error: BaseException) -> str:
     if found is None or found.errno is None:  # of a sweep some of whose jobs have failed
         return str(error)
     where = f"{os.fsdecode(found.filename)}: " if isinstance(found.filename, str | bytes) else ""
-    return f"{where}{found.strerror}; what was written before is untouched. {_OF_THE_MACHINE[found.errno].capitalize()}, then give the same command again"
+    return (
+        f"{where}{found.strerror}; what was written before is untouched. {_OF_THE_MACHINE[found.errno].capitalize()},"
+        " then give the same command again"
+    )
 
 
 def show(error: Exception) -> None:
@@ -83,7 +87,8 @@ def show(error: Exception) -> None:
 
 
 def require_contract(key: str, part: object, contract: type) -> None:
-    """Refuse a part that lacks a member of its contract (a Protocol), before it is used: mypy sees none that comes from elsewhere.
+    """Refuse a part that lacks a member of its contract (a Protocol), before it is used: mypy sees none that comes from
+    elsewhere.
 
     Raises:
         UserError: what is missing, and what to derive from.
@@ -92,8 +97,9 @@ def require_contract(key: str, part: object, contract: type) -> None:
     missing = sorted(name for name in declared if not hasattr(part, name))
     if missing:
         raise UserError(
-            f"{key}: {type(part).__name__} has no {', '.join(missing)}; derive it from {contract.__module__}.{contract.__name__}, which says "
-            "what that is and has defaults for all that not every one needs"
+            f"{key}: {type(part).__name__} has no {', '.join(missing)}; derive it from"
+            f" {contract.__module__}.{contract.__name__}, which says what that is and has defaults for all that not"
+            " every one needs"
         )
 
 
@@ -104,15 +110,17 @@ def _without_secrets(kind: type[BaseException], error: BaseException, trace: Tra
 
 @contextlib.contextmanager
 def shown(*, interrupted: str = "") -> Iterator[None]:
-    """Around a command: a UserError is shown in its own words and ends the process with exit code 2, and so is what the machine cannot do
-    (a full disk, a folder that is read-only); Ctrl-C ends it with 130.
+    """Around a command: a UserError is shown in its own words and ends the process with exit code 2, and so is what the
+    machine cannot do (a full disk, a folder that is read-only); Ctrl-C ends it with 130.
 
     Args:
         interrupted: what becomes of the work that Ctrl-C ends.
     """
     sys.excepthook = _without_secrets
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # in a locale without umlauts they are shown as \\xfc, which is better than not at all
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # in a locale without umlauts they are shown as \\xfc, which is better than not at all
             with contextlib.suppress(OSError):  # what was written before may not go out: a full disk, say
                 stream.reconfigure(errors="backslashreplace")
     try:

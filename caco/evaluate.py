@@ -29,8 +29,8 @@ caco: evaluate a trained backbone.
 
 Results go into the run's ledger, summary.json and MLflow run, and into its folder evaluations/; with weights=, into a
 folder of their own (to=FOLDER). The same command again goes on where it stopped, and does nothing twice.
-`--cfg` prints the whole configuration and starts nothing. A run's own components are found where it had them, or in the folder
-that `--config-dir DIR` names, as other components of your own.
+`--cfg` prints the whole configuration and starts nothing. A run's own components are found where it had them,
+or in the folder that `--config-dir DIR` names, as other components of your own.
 
 Groups, chosen by group=option:
 
@@ -45,13 +45,15 @@ def main() -> None:
 
 
 def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Callable[[DictConfig], None]) -> None:
-    """The command line of a root in conf/: help, configuration, or `act` on what was composed and checked; exit code 2 on a
-    refusal."""
+    """The command line of a root in conf/: help, configuration, or `act` on what was composed and checked; exit code 2
+    on a refusal."""
     with errors.shown(interrupted="the same command goes on with what is left to do"):
         overrides = folders.take(sys.argv[1:])
         flags = [item for item in overrides if item.startswith("-")]
         if {"-h", "--help"} & set(flags) or not overrides:
-            listed = "\n".join(f"  {group}: {', '.join(options)}" for group, options in groups().items() if group in of_command)
+            listed = "\n".join(
+                f"  {group}: {', '.join(options)}" for group, options in groups().items() if group in of_command
+            )
             print(help_text.format(groups=listed), end="")
             return
         if set(flags) - {"--cfg"}:

@@ -58,7 +58,11 @@ def _export(cfg: DictConfig) -> None:
     images = {} if location is None else dict(noted(location.run_dir))
     backbone = backbone_of(cfg.backbone, images.get("channels"))
     path, step = load_pretrained(cfg, location, backbone)
-    run = {} if location is None else {"run": location.run_dir.name, "step": step, "summary": recorded.read(location.run_dir).summary}
+    run = (
+        {}
+        if location is None
+        else {"run": location.run_dir.name, "step": step, "summary": recorded.read(location.run_dir).summary}
+    )
     about = {"weights": str(path), **run, "augmentation": plain(cfg)["augmentation"] | images}
     for file in export(backbone, plain(cfg)["backbone"], list(cfg.layouts), expanded(cfg.to), about):
         print(file)
@@ -77,17 +81,28 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    is_plain = node["_target_"] == "caco.nn.backbones.timm_backbone" and not node.get("cifar_stem") and not node.get("layer_norm")
+    is_plain = (
+        node["_target_"] == "caco.nn.backbones.timm_backbone"
+        and not node.get("cifar_stem")
+        and not node.get("layer_norm")
+    )
     colours = about["augmentation"].get("colours", "rgb")
     if colours != "rgb" and set(layouts) - {"safetensors"}:
         got = ", ".join(layouts)
-        raise UserError(f"layouts: this backbone takes images in {colours}, which no layout but safetensors can say; got {got}")
+        raise UserError(
+            f"layouts: this backbone takes images in {colours}, which no layout but safetensors can say; got {got}"
+        )
     for layout in layouts:
         if layout == "timm" and not is_plain:
-            raise UserError("layouts: timm has no model with this backbone's stem or norms; expected safetensors alone, got timm")
+            raise UserError(
+                "layouts: timm has no model with this backbone's stem or norms; expected safetensors alone, got timm"
+            )
         if layout in ("torchvision", "detectron2"):
             if "channels" in about["augmentation"]:
-                raise UserError(f"layouts: {layout} expects images of red, green and blue; this backbone has {about['augmentation']['channels']} channels")
+                raise UserError(
+                    f"layouts: {layout} expects images of red, green and blue; this backbone has"
+                    f" {about['augmentation']['channels']} channels"
+                )
             fits = is_plain and re.fullmatch(r"resnet(18|34|50|101|152)", node["name"])
             if not fits:
                 expected = "a ResNet with its usual stem and BatchNorm (resnet18, resnet50, ...)"
@@ -105,7 +120,10 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     if {"safetensors", "timm"} & set(layouts):
         written("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     if "timm" in layouts:
-        written("config.json", lambda path: write_text(path, json.dumps(timm_config(backbone, node, about), indent=1) + "\n"))
+        written(
+            "config.json",
+            lambda path: write_text(path, json.dumps(timm_config(backbone, node, about), indent=1) + "\n"),
+        )
     if "torchvision" in layouts:
         written("torchvision.pth", lambda path: torch.save(state, path))
     if "detectron2" in layouts:
@@ -127,7 +145,11 @@ def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> d
         "architecture": node["name"],
         "num_classes": 0,
         "num_features": backbone.num_features,
-        "model_args": own | ({"in_chans": views["channels"]} if "channels" in views else {}) | ({"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {}),
+        "model_args": (
+            own
+            | ({"in_chans": views["channels"]} if "channels" in views else {})
+            | ({"img_size": size, "dynamic_img_size": True} if node.get("image_size") else {})
+        ),
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [views.get("channels", 3), size, size],
@@ -142,7 +164,9 @@ def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> d
 
 
 def detectron2_names(state: dict[str, Any]) -> dict[str, Any]:
-    """A ResNet's tensors as arrays by detectron2's names: stem.conv1, res2.0.conv1, res2.0.conv1.norm, res2.0.shortcut."""
+    """A ResNet's tensors as arrays by detectron2's names: stem.conv1, res2.0.conv1, res2.0.conv1.norm,
+    res2.0.shortcut.
+    """
     named = {}
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):
@@ -163,11 +187,20 @@ def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) 
     usage = {
         "safetensors": 'safetensors.torch.load_file("model.safetensors")          # timm\'s names, no classifier',
         "timm": 'timm.create_model("local-dir:FOLDER", pretrained=True)      # this folder',
-        "torchvision": 'torchvision.models.resnet50().load_state_dict(torch.load("torchvision.pth"), strict=False)  # all but fc',
-        "detectron2": "# detectron2: MODEL.WEIGHTS detectron2.pkl, INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False,\n"
-        f"# MODEL.PIXEL_MEAN {[round(255 * m, 3) for m in views['mean']]}, MODEL.PIXEL_STD {[round(255 * s, 3) for s in views['std']]}",
+        "torchvision": (
+            'torchvision.models.resnet50().load_state_dict(torch.load("torchvision.pth"), strict=False)  # all but fc'
+        ),
+        "detectron2": (
+            "# detectron2: MODEL.WEIGHTS detectron2.pkl, INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False,\n#"
+            f" MODEL.PIXEL_MEAN {[round(255 * m, 3) for m in views['mean']]}, MODEL.PIXEL_STD"
+            f" {[round(255 * s, 3) for s in views['std']]}"
+        ),
     }
-    images = f"{views['channels']} channels as stored, unsigned integers divided by their type's largest" if "channels" in views else _IMAGES[views.get("colours", "rgb")]
+    images = (
+        f"{views['channels']} channels as stored, unsigned integers divided by their type's largest"
+        if "channels" in views
+        else _IMAGES[views.get("colours", "rgb")]
+    )
     shown = "\n".join(usage[layout] for layout in usage if layout in layouts)
     tags = "library_name: timm\n" if "timm" in layouts else ""
     return (
@@ -177,9 +210,14 @@ def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) 
         + (f", run `{about['run']}`, step {about['step']}" if "run" in about else "")
         + f".\n\nBackbone: `{json.dumps(node)}`. Images: {images}, {views['size']} px, "
         f"mean {views['mean']}, std {views['std']}.\n"
-        + (f"\nWhat the run's summary says, percent (data: {summary.get('data')}):\n\n| result | value |\n|---|---|\n{table}" if table else "")
-        + f"\n```python\n{shown}\n```\n\n"
-        f"Made by `{command()}` with caco {environment()['git_sha']}. Method: CaCo and its relatives, arXiv 2203.14370.\n"
+        + (
+            f"\nWhat the run's summary says, percent (data: {summary.get('data')}):\n\n| result | value"
+            f" |\n|---|---|\n{table}"
+            if table
+            else ""
+        )
+        + f"\n```python\n{shown}\n```\n\nMade by `{command()}` with caco {environment()['git_sha']}. Method: CaCo and"
+        " its relatives, arXiv 2203.14370.\n"
     )
 
 

@@ -1,9 +1,9 @@
 """Which instructions of the processor serve: in caco's compiled parts, in PyTorch, and in oneDNN and MKL under PyTorch.
 
-Each takes the best that the processor has. CACO_INSTRUCTIONS=plain, avx2, avx512 or amx in the environment holds all of them to
-that; CACO_INSTRUCTIONS=torch turns caco's compiled parts off, the Triton kernels too, and leaves PyTorch its best. PyTorch and its
-libraries look into their own variables when they are loaded, so `import caco` sets those, and has to come before `import torch`.
-Child processes inherit them: loader workers, ranks, the jobs of a sweep.
+Each takes the best that the processor has. CACO_INSTRUCTIONS=plain, avx2, avx512 or amx in the environment holds all of
+them to that; CACO_INSTRUCTIONS=torch turns caco's compiled parts off, the Triton kernels too, and leaves PyTorch its
+best. PyTorch and its libraries look into their own variables when they are loaded, so `import caco` sets those, and has
+to come before `import torch`. Child processes inherit them: loader workers, ranks, the jobs of a sweep.
 
 Imports nothing that takes time.
 """
@@ -25,7 +25,8 @@ BANK, VIEWS = "caco.banks.kernels._kernel", "caco.data.views._views"  # the comp
 
 LEVEL: str | None = None  # that was asked for: one of LEVELS, torch, or None for the best; `apply` sets it
 
-# kernel.cpp and views.cpp count like this. wide: the kernel's tile of AVX-512 in AVX2's instructions, which only tests ask for.
+# kernel.cpp and views.cpp count like this. wide: the kernel's tile of AVX-512 in AVX2's instructions, which only tests
+# ask for.
 _NUMBERS = {name: number for number, name in enumerate((*LEVELS, "wide"))}
 
 # What the system says that the processor has, beyond the level before.
@@ -36,14 +37,17 @@ _FLAGS = {
     "amx": {"amx_tile", "amx_bf16", "avx512_bf16", "avx512vbmi"},
 }
 
-# Of an Intel processor MKL takes MKL_ENABLE_INSTRUCTIONS. Of any other it ignores it, and takes AVX2 where that is: there only the
-# results that are to be the same on every processor, MKL_CBWR=COMPATIBLE, keep it from that. Nothing holds it back at amx.
+# Of an Intel processor MKL takes MKL_ENABLE_INSTRUCTIONS. Of any other it ignores it, and takes AVX2 where that is:
+# there only the results that are to be the same on every processor, MKL_CBWR=COMPATIBLE, keep it from that. Nothing
+# holds it back at amx.
 _OF_TORCH = {
     "plain": {
-        "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE",
+        "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "MKL_CBWR": "COMPATIBLE",
     },
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
     "amx": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
 }  # fmt: skip
 
@@ -56,8 +60,8 @@ def apply() -> None:
     """Do what CACO_INSTRUCTIONS says. Called once, by `import caco`.
 
     Raises:
-        Refused: no such level; the processor lacks it; torch is there already, without it; another variable says otherwise.
-            Where nobody catches it, as in every command, its one sentence is shown, and the exit code is 2.
+        Refused: no such level; the processor lacks it; torch is there already, without it; another variable says
+            otherwise. Where nobody catches it, as in every command, its one sentence is shown, and the exit code is 2.
     """
     global LEVEL
     try:
@@ -79,18 +83,26 @@ def _wanted() -> str | None:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise Refused(f"{VARIABLE}={level}: expected {', '.join(LEVELS)} or torch{hint}")
     if level not in (has := processor()):
-        raise Refused(f"{VARIABLE}={level}: this processor has {', '.join(has)}; choose one of them, or unset it for the best")
+        raise Refused(
+            f"{VARIABLE}={level}: this processor has {', '.join(has)}; choose one of them, or unset it for the best"
+        )
     wanted = _OF_TORCH[level]
     for name, value in wanted.items():
         if (found := os.environ.get(name, value)) != value:
-            raise Refused(f"{VARIABLE}={level} sets {name}={value}, but the environment has {name}={found}; unset one of the two")
+            raise Refused(
+                f"{VARIABLE}={level} sets {name}={value}, but the environment has {name}={found}; unset one of the two"
+            )
     if "torch" in sys.modules and any(name not in os.environ for name in wanted):
-        raise Refused(f"{VARIABLE}={level} came too late for torch, which is imported already; import caco before torch")
+        raise Refused(
+            f"{VARIABLE}={level} came too late for torch, which is imported already; import caco before torch"
+        )
     os.environ.update(wanted)
     return level
 
 
-def _shown(otherwise: Callable[..., None], kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _shown(
+    otherwise: Callable[..., None], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """As sys.excepthook."""
     if kind is not Refused:
         otherwise(kind, error, trace)
@@ -122,7 +134,9 @@ def processor() -> list[str]:
 def child_environment(level: str | None) -> dict[str, str]:
     """This process's environment for a child process at another level; None: at the best."""
     ours = {VARIABLE, *_OF_TORCH.get(LEVEL or "", {})}
-    return {name: value for name, value in os.environ.items() if name not in ours} | ({VARIABLE: level} if level else {})
+    return {name: value for name, value in os.environ.items() if name not in ours} | (
+        {VARIABLE: level} if level else {}
+    )
 
 
 def number() -> int:

@@ -1,4 +1,5 @@
-"""What a program of one's own calls, without a command line: trained backbones with their preprocessing, views, evaluators.
+"""What a program of one's own calls, without a command line: trained backbones with their preprocessing, views,
+evaluators.
 
 The bank and its loss are caco/banks/own_loop.py's, the momentum twin is caco.nn.twin.MomentumTwin.
 """
@@ -29,8 +30,10 @@ from caco.runs.identity import read_yaml
 
 
 class Loaded(NamedTuple):
-    """backbone: images float32 [B, 3, H, W] to features [B, D], on the CPU and in eval mode. preprocess: a Pillow image or an array, or a
-    batch of them, to those. Of a run on images as they are stored (data.channels=N) it takes arrays [H, W, N], of the numbers in the files."""
+    """backbone: images float32 [B, 3, H, W] to features [B, D], on the CPU and in eval mode. preprocess: a Pillow image
+    or an array, or a batch of them, to those. Of a run on images as they are stored (data.channels=N) it takes arrays
+    [H, W, N], of the numbers in the files.
+    """
 
     backbone: nn.Module
     preprocess: Preprocessing
@@ -41,8 +44,8 @@ def load(run: str | Path | None = None, **chosen: Any) -> Loaded:
 
     Args:
         run: a run's directory, one of its checkpoint files, or its MLflow run id.
-        chosen: settings of caco.export by name, groups among them: `weights="FILE", backbone="resnet50"` in place of a run (docs/weights.md),
-            `augmentation="byol"` for other views.
+        chosen: settings of caco.export by name, groups among them: `weights="FILE", backbone="resnet50"` in place of a
+            run (docs/weights.md), `augmentation="byol"` for other views.
     Raises:
         UserError: there is no such run, or the weights are of another backbone.
     """
@@ -51,12 +54,17 @@ def load(run: str | Path | None = None, **chosen: Any) -> Loaded:
     # An export's settings are those of a backbone and of the images that it takes; nothing is written.
     cfg = pretrained.compose("export", [*words, "to=nowhere"])
     location = None if cfg.run is None else pretrained.locate(cfg.run)
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten, and must not move the caller's generator
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # what is drawn here is overwritten, and must not move the caller's generator
         images = {} if location is None else noted(location.run_dir)
         backbone = backbone_of(cfg.backbone, images.get("channels"))
     load_pretrained(cfg, location, backbone)
     recipe: Views = instantiate(cfg.augmentation)
-    return Loaded(backbone.eval(), Preprocessing(ChannelViews(recipe, mean=images["mean"], std=images["std"]) if images else recipe))
+    return Loaded(
+        backbone.eval(),
+        Preprocessing(ChannelViews(recipe, mean=images["mean"], std=images["std"]) if images else recipe),
+    )
 
 
 def views(recipe: str = "caco", **settings: Any) -> Transform:
@@ -87,22 +95,37 @@ def evaluate(
 
     Args:
         backbone: any module from images [B, 3, H, W] to features [B, D]; it is left as it was.
-        evaluators: options of `eval=` by name, as ["knn_all", "geometry"], or evaluators made by hand, as {"linear": Linear(epochs=10, batch=64)}.
-        train, test: images and labels: (uint8 [N, H, W, 3], int [N]), a list of Pillow images, a PyTorch dataset without a transform; see
-            caco.data.sets.anyones.as_source. Evaluators that ask for no labels (geometry) take images alone, those of `train`.
-        views: of which each image's plain view is taken, and two for geometry's alignment; `load(...).preprocess` is that of a run.
-            None: 224 px with ImageNet's mean and standard deviation.
-        batch: images a forward pass. device: auto, cpu or cuda. precision: fp32 or bf16. seed: of the evaluators' draws.
+        evaluators: options of `eval=` by name, as ["knn_all", "geometry"], or evaluators made by hand, as {"linear":
+            Linear(epochs=10, batch=64)}.
+        train, test: images and labels: (uint8 [N, H, W, 3], int [N]), a list of Pillow images, a PyTorch dataset
+            without a transform; see caco.data.sets.anyones.as_source. Evaluators that ask for no labels (geometry) take
+            images alone, those of `train`.
+        views: of which each image's plain view is taken, and two for geometry's alignment; `load(...).preprocess` is
+            that of a run. None: 224 px with ImageNet's mean and standard deviation.
+        batch: images a forward pass. device: auto, cpu or cuda. precision: fp32 or bf16. seed: of the evaluators'
+            draws.
     Raises:
         UserError: the images do not suffice for an evaluator, which is named.
     """
-    chosen = views if isinstance(views, Views) else views.views if views is not None else _made("augmentation", "caco", {})
-    sources = [None if images is None else as_source(images, name=name) for name, images in (("train", train), ("test", test))]
+    chosen = (
+        views if isinstance(views, Views) else views.views if views is not None else _made("augmentation", "caco", {})
+    )
+    sources = [
+        None if images is None else as_source(images, name=name) for name, images in (("train", train), ("test", test))
+    ]
     assert sources[0] is not None
-    made = dict(evaluators) if isinstance(evaluators, Mapping) else {name: _made("eval", name, {}) for name in evaluators}
+    made = (
+        dict(evaluators) if isinstance(evaluators, Mapping) else {name: _made("eval", name, {}) for name in evaluators}
+    )
     where = pick_device(device)
     evaluation = Evaluation(
-        made, Splits(sources[0], sources[0], sources[1]), chosen, batch=batch, device=where, precision=precision, seed=seed
+        made,
+        Splits(sources[0], sources[0], sources[1]),
+        chosen,
+        batch=batch,
+        device=where,
+        precision=precision,
+        seed=seed,
     )
     home = next((parameter.device for parameter in backbone.parameters()), where)
     try:

@@ -1,19 +1,20 @@
 """What results are called: the name says the protocol, so that numbers of one name may be set beside each other.
 
     knn20_top1             k-NN with 20 neighbours among all training images
-    knn20_20pct_top1       among 20 % of each class, drawn;  knn20_20pct_first_top1: the first by the names of their files
+    knn20_20pct_top1 among 20 % of each class, drawn; knn20_20pct_first_top1: the first by the names of their files
     knn200_t0.1_top1       200 neighbours, weight exp(cosine / 0.1)
     linear_moco_top1       linear evaluation by MoCo's recipe
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
     transfer/cifar10_top1, geometry/rank_me, pacs/sketch_top1, pacs_finetune/mean_top1
-    detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: a tenth of its steps
-    segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of 8 images
-    dense_linear/voc2012_miou           a linear head on frozen features: never to be set beside fine-tuning
+    detect_voc_c4/voc2007_ap50 detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: a tenth of its
+    steps segment_fcn16/voc2012_miou fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of 8
+    images dense_linear/voc2012_miou a linear head on frozen features: never to be set beside fine-tuning
 
-The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables, figures, run
-directories and searches ask here too, without torch. A setting that can change a number and is not the one of the recipe with
-that name stands in the name. What belongs to the run and not to the evaluator (precision, views, seed) does not.
+The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables,
+figures, run directories and searches ask here too, without torch. A setting that can change a number and is not the one
+of the recipe with that name stands in the name. What belongs to the run and not to the evaluator (precision, views,
+seed) does not.
 """
 
 import re
@@ -22,35 +23,56 @@ from typing import Any
 
 # The recipes as conf/eval/*.yaml has them.
 PAPER = {
-    "epochs": 100, "batch": 4096, "lr": 0.025, "reference_batch": 256, "momentum": 0.9, "weight_decay": 0.0, "larc": True,
-    "trust_coefficient": 1e-3, "schedule": "cosine", "milestones": [], "decay": 0.1, "unit": "epoch", "scale": [0.08, 1.0],
+    "epochs": 100, "batch": 4096, "lr": 0.025, "reference_batch": 256, "momentum": 0.9, "weight_decay": 0.0,
+    "larc": True,
+    "trust_coefficient": 1e-3, "schedule": "cosine", "milestones": [], "decay": 0.1, "unit": "epoch",
+    "scale": [0.08, 1.0],
     "interpolation": "bilinear", "drop_last": False,
 }  # fmt: skip
 LINEAR = {
     "linear": PAPER,
-    "linear_lightly": {**PAPER, "epochs": 90, "batch": 256, "lr": 0.1, "larc": False, "unit": "step", "drop_last": True},
+    "linear_lightly": {
+        **PAPER,
+        "epochs": 90,
+        "batch": 256,
+        "lr": 0.1,
+        "larc": False,
+        "unit": "step",
+        "drop_last": True,
+    },
     "linear_moco": {**PAPER, "batch": 256, "lr": 30.0, "larc": False, "schedule": "steps", "milestones": [60, 80]},
 }
 FINE_TUNING = {
-    "batch": 1024, "lr": 0.05, "reference_batch": 256, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0, "unit": "step",
+    "batch": 1024, "lr": 0.05, "reference_batch": 256, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0,
+    "unit": "step",
     "scale": [0.08, 1.0], "interpolation": "bilinear",
 }  # fmt: skip
 FINE_TUNING_EPOCHS = {0.01: 60, 0.05: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
 FROZEN_BELOW = {"semi": 0.0, "finetune": 0.0, "domain_labels": 0.1}  # the share from which on the whole network learns
 PROBE = {"l2": 1e-3, "max_iterations": 500}
-TRANSFER = {"size": 224, "num_strengths": 45, "weakest": 1e-6, "strongest": 1e5, "max_iterations": 1000, "tolerance": 1e-5}
+TRANSFER = {
+    "size": 224,
+    "num_strengths": 45,
+    "weakest": 1e-6,
+    "strongest": 1e5,
+    "max_iterations": 1000,
+    "tolerance": 1e-5,
+}
 GEOMETRY = {"images": 2048}
 SEGMENT = {
-    "train": "trainaug", "images": 16, "steps": 30_000, "rate": 0.003, "milestones": [0.7, 0.9], "momentum": 0.9, "weight_decay": 1e-4,
+    "train": "trainaug", "images": 16, "steps": 30_000, "rate": 0.003, "milestones": [0.7, 0.9], "momentum": 0.9,
+    "weight_decay": 1e-4,
     "crop": 513, "scale": [0.5, 2.0], "channels": 256, "precision": "fp32",
 }  # fmt: skip
 DENSE_LINEAR = {"train": "trainaug", "size": 448, "places": 20, "l2": 1e-3, "max_iterations": 500, "precision": "fp32"}
 
 _DETECT = {
     "dataset": "coco", "head": "c4", "steps": 90_000, "images": 16, "rate": 0.02, "milestones": [60 / 90, 80 / 90],
-    "warmup_steps": 1000, "momentum": 0.9, "weight_decay": 1e-4, "short_sides": list(range(640, 801, 32)), "test_side": 800,
+    "warmup_steps": 1000, "momentum": 0.9, "weight_decay": 1e-4, "short_sides": list(range(640, 801, 32)),
+    "test_side": 800,
     "longest": 1333,
-    "anchors": [32, 64, 128, 256, 512], "proposal_samples": 256, "region_samples": 512, "region_cells": 14, "precise_batches": 200,
+    "anchors": [32, 64, 128, 256, 512], "proposal_samples": 256, "region_samples": 512, "region_cells": 14,
+    "precise_batches": 200,
     "precision": "fp32",
 }  # fmt: skip
 DETECT = {
@@ -65,7 +87,8 @@ DETECT = {
 DOMAIN_WAYS: dict[str, Mapping[str, Any]] = {
     "frozen": TRANSFER,
     "finetune": {
-        "size": 224, "lrs": [0.001], "epochs": 30, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4, "milestones": [24], "decay": 0.1,
+        "size": 224, "lrs": [0.001], "epochs": 30, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4,
+        "milestones": [24], "decay": 0.1,
         "scale": [0.8, 1.0],
     },
 }  # fmt: skip
@@ -85,7 +108,9 @@ def probe(**settings: Any) -> str:
 
 
 def linear(*, name: str = "linear", **recipe: Any) -> str:
-    """A name that no recipe here has is its user's, and says everything. A recipe of before there was `drop_last` dropped it."""
+    """A name that no recipe here has is its user's, and says everything. A recipe of before there was `drop_last`
+    dropped it.
+    """
     return _with_changes(name, {**PAPER, "drop_last": True, **recipe}, LINEAR.get(name, {}))
 
 
@@ -125,7 +150,11 @@ def dense_linear(**settings: Any) -> str:
 
 def domain(*, ways: Iterable[str] = tuple(DOMAIN_WAYS), **settings: Any) -> list[str]:
     """The protocol of each way."""
-    return [_with_changes("pacs" if way == "frozen" else f"pacs_{way}", settings, DOMAIN_WAYS[way]) for way in ways if way in DOMAIN_WAYS]
+    return [
+        _with_changes("pacs" if way == "frozen" else f"pacs_{way}", settings, DOMAIN_WAYS[way])
+        for way in ways
+        if way in DOMAIN_WAYS
+    ]
 
 
 def _with_changes(name: str, settings: Mapping[str, Any], standard: Mapping[str, Any]) -> str:
@@ -153,7 +182,10 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
         name, lists = settings.pop("name", "finetune"), settings.pop("lists", None)
         fractions, epochs = settings.pop("fractions", [1.0]), settings.pop("epochs", [30])
         shares = zip(fractions, epochs, strict=False)  # FineTune refuses lists of other lengths
-        return [fine_tuned(name=name, fraction=part, epochs=count, listed=lists is not None, **settings) for part, count in shares]
+        return [
+            fine_tuned(name=name, fraction=part, epochs=count, listed=lists is not None, **settings)
+            for part, count in shares
+        ]
     if target == "caco.evals.domain.Domain":
         return domain(**settings)
     named = {
@@ -180,9 +212,13 @@ def knn_metric(evaluators: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 
 def objective(summary: Mapping[str, Any], evaluators: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """What a search (Optuna) maximises, of what the run itself measured: k-NN accuracy, else a probe's, else nothing."""
+    """What a search (Optuna) maximises, of what the run itself measured: k-NN accuracy, else a probe's, else
+    nothing.
+    """
     probes = (f"{probe(**node)}_top1" for node in evaluators.values() if node["_target_"] == "caco.evals.probe.Probe")
-    return next((summary[name] for name in (knn_metric(evaluators), *probes) if name is not None and name in summary), None)
+    return next(
+        (summary[name] for name in (knn_metric(evaluators), *probes) if name is not None and name in summary), None
+    )
 
 
 def accuracies(names: Iterable[str]) -> list[str]:
@@ -191,13 +227,17 @@ def accuracies(names: Iterable[str]) -> list[str]:
 
 
 def missing_at_the_end(summary: Mapping[str, Any]) -> list[str]:
-    """Why results of a run that came to its end are not there, an evaluator a line: those that failed then, not those before."""
+    """Why results of a run that came to its end are not there, an evaluator a line: those that failed then, not those
+    before.
+    """
     return [one["message"] for one in summary.get("failed_evaluations", ()) if one["step"] == summary["steps"]]
 
 
 def is_percent(metric: str) -> bool:
     """Whether it is an accuracy, or another share of what there is to be right about."""
-    names = "top\\d+|mean_per_class|map11|ap_per_image|miou|mean_accuracy|pixel_accuracy|ap(50|75|_small|_medium|_large)?"
+    names = (
+        "top\\d+|mean_per_class|map11|ap_per_image|miou|mean_accuracy|pixel_accuracy|ap(50|75|_small|_medium|_large)?"
+    )
     return re.search(rf"_({names})$", metric) is not None
 
 

@@ -2,11 +2,12 @@
 
     python -m caco.plan data.root=/anywhere bank=12M batch=4096 world=32
     python -m caco.plan preset=demo measure=true          with this machine's own speed
-    python -m caco.plan data.root=/anywhere images=1281167 eval=[segment,dense_linear]     what these evaluations will take, too
+    python -m caco.plan data.root=/anywhere images=1281167 eval=[segment,dense_linear] what these evaluations will take,
+    too
 
 Counted from the configuration, on tensors without contents; neither data nor a GPU is needed. Time is arithmetic at an
-assumed speed plus messages at an assumed bandwidth, one after the other, as the trainer does them; loading, evaluation and
-saving are not in it. Evaluations that fine-tune for hours have lines of their own.
+assumed speed plus messages at an assumed bandwidth, one after the other, as the trainer does them; loading, evaluation
+and saving are not in it. Evaluations that fine-tune for hours have lines of their own.
 """
 
 import functools
@@ -78,28 +79,41 @@ def plan(
     per_epoch = count // cfg.batch
     if bank is not None:
         bank.size = size  # counted with few rows; how long a phase is depends on how many there are
-    warm_start = sum(phase.steps or 0 for phase in method.phases(RunShape(cfg.epochs, per_epoch, cfg.batch, cfg.schedule.unit)))
+    warm_start = sum(
+        phase.steps or 0 for phase in method.phases(RunShape(cfg.epochs, per_epoch, cfg.batch, cfg.schedule.unit))
+    )
     steps = warm_start + cfg.epochs * per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
     images_per_device, dim = cfg.batch // world, cfg.projector.dim
     columns = one["in_batch_columns"] * cfg.batch + one["columns"]
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
-    products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (one["candidates"] > 0)  # of the queries with all rows
-    bank_flops = unit * (size * (products * one["bank_terms"] + one["scans"]) + 2 * one["drawn_terms"] * one["drawn_rows"])
-    model_flops = one["flops"] * cfg.batch + 3 * unit * ((columns + one["synthetic"]) * one["terms"] + dim * one["matrices"])
+    products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (
+        one["candidates"] > 0
+    )  # of the queries with all rows
+    bank_flops = unit * (
+        size * (products * one["bank_terms"] + one["scans"]) + 2 * one["drawn_terms"] * one["drawn_rows"]
+    )
+    model_flops = one["flops"] * cfg.batch + 3 * unit * (
+        (columns + one["synthetic"]) * one["terms"] + dim * one["matrices"]
+    )
 
     row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight, velocity; uses
     bank_bytes = -(-size // world) * row_bytes
-    # One block of scores and its copies, or one part of drawn rows; the stream of queries and the sums of all ranks' queries.
+    # One block of scores and its copies, or one part of drawn rows; the stream of queries and the sums of all ranks'
+    # queries.
     block = max(3 * scoring.BLOCK_ELEMENTS if size else 0, noise.PART_ELEMENTS if one["drawn_rows"] else 0)
     workspace = 4 * block + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"] + one["drawn_terms"])
     workspace += -(-count // world) * one["pass_bytes"]
     # What further negatives are made of: candidates, found and sorted, with their places; and rows, at most all.
     queries, found = cfg.batch * one["bank_terms"], min(one["candidates"], -(-size // world))
     workspace += 2 * (queries * found * (4 + 8) + 4 * dim * min(size, queries * one["drawn"]))
-    logits = (columns + one["synthetic"]) * one["terms"] + one["scores"]  # of an image; they, their softmax and its gradient are held
-    activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (images_per_device * logits + dim * dim * one["matrices"])
+    logits = (columns + one["synthetic"]) * one["terms"] + one[
+        "scores"
+    ]  # of an image; they, their softmax and its gradient are held
+    activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (
+        images_per_device * logits + dim * dim * one["matrices"]
+    )
     total = one["parameter_bytes"] + bank_bytes + activations + workspace
     sent = costs.sent_bytes(one, cfg.batch, size, dim, world) if world > 1 else 0.0
     seconds = (model_flops / tflops + bank_flops / bank_tflops) / (world * 1e12) + sent / (gbytes_per_s * 1e9)
@@ -130,12 +144,16 @@ def _images(cfg: DictConfig) -> int:
         known = round(known * (1 - (data.get("validation_fraction") or 0.0)))
         return min(known, data.get("limit") or known)
     if "root" in data and data.root is None:
-        raise UserError("the number of training images is not known here: say images=N, or where they lie, data.root=PATH")
+        raise UserError(
+            "the number of training images is not known here: say images=N, or where they lie, data.root=PATH"
+        )
     return len(instantiate(data).pretrain)
 
 
 def evaluations(cfg: DictConfig, *, world: int, tflops: float, measured: bool) -> list[str]:
-    """A line for each part of what the run's evaluators take, of those that say so; with `measured` how long one image takes here."""
+    """A line for each part of what the run's evaluators take, of those that say so; with `measured` how long one image
+    takes here.
+    """
     device = pick_device(cfg.device)
 
     @functools.cache
@@ -145,10 +163,15 @@ def evaluations(cfg: DictConfig, *, world: int, tflops: float, measured: bool) -
     lines = []
     for work in (part for node in cfg.eval.values() for part in instantiate(node).work(backbone)):
         hours = work.images * work.flops / (tflops * 1e12 * world) / 3600
-        line = f"{work.what}: {work.images:,} of {work.flops / 1e9:.4g} GFLOP, an estimated {hours:.3g} hours at {tflops:.4g} TFLOP/s"
+        line = (
+            f"{work.what}: {work.images:,} of {work.flops / 1e9:.4g} GFLOP, an estimated {hours:.3g} hours at"
+            f" {tflops:.4g} TFLOP/s"
+        )
         if measured:
             one_takes = speed.seconds(lambda: work.once(device), device, runs=1)
-            line += f"; one takes {one_takes:.3g} s here, all would take {work.images * one_takes / world / 3600:.3g} hours"
+            line += (
+                f"; one takes {one_takes:.3g} s here, all would take {work.images * one_takes / world / 3600:.3g} hours"
+            )
         lines.append(line)
     return lines
 
@@ -158,27 +181,42 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
     one = plan(cfg, world=world, images=images, **speeds)
     gib = {key: one[key] / 2**30 for key in one if key.endswith("_bytes")}
     lines = [
-        f"{one['steps']:,.0f} steps of {cfg.batch} images on {world} device{'s' * (world > 1)}"
-        f" ({one['warm_start_steps']:,.0f} of them, {100 * one['warm_start_steps'] / one['steps']:.2g} %, warm start), "
-        f"{cfg.batch // world} images each",
-        f"memory of a device   {gib['device_bytes']:.2f} GiB: weights, twin, optimiser {gib['parameter_bytes']:.2f}, "
-        f"activations {gib['activation_bytes']:.2f}, bank {gib['bank_bytes']:.2f}, workspace {gib['workspace_bytes']:.2f}",
+        (
+            f"{one['steps']:,.0f} steps of {cfg.batch} images on {world} device{'s' * (world > 1)}"
+            f" ({one['warm_start_steps']:,.0f} of them, {100 * one['warm_start_steps'] / one['steps']:.2g} %, warm"
+            f" start), {cfg.batch // world} images each"
+        ),
+        (
+            f"memory of a device   {gib['device_bytes']:.2f} GiB: weights, twin, optimiser"
+            f" {gib['parameter_bytes']:.2f}, activations {gib['activation_bytes']:.2f}, bank {gib['bank_bytes']:.2f},"
+            f" workspace {gib['workspace_bytes']:.2f}"
+        ),
         f"sent by a device     {one['sent_bytes_per_step'] / 1e6:.1f} MB a step",
-        f"arithmetic           {one['flops_per_step'] / 1e12:.3f} TFLOP a step over all devices, "
-        f"{100 * one['bank_flops_per_step'] / one['flops_per_step']:.0f} % of it the bank",
-        f"time                 {one['step_seconds']:.4g} s a step, {one['images_per_second']:,.0f} images a second, "
-        f"{one['run_hours']:.3g} hours, without loading, evaluation and saving",
+        (
+            f"arithmetic           {one['flops_per_step'] / 1e12:.3f} TFLOP a step over all devices, "
+            f"{100 * one['bank_flops_per_step'] / one['flops_per_step']:.0f} % of it the bank"
+        ),
+        (
+            f"time                 {one['step_seconds']:.4g} s a step, {one['images_per_second']:,.0f} images a second,"
+            f" {one['run_hours']:.3g} hours, without loading, evaluation and saving"
+        ),
         f"a checkpoint         {gib['checkpoint_bytes']:.2f} GiB",
         "at " + ", ".join(f"{name}={value:.4g}" for name, value in (_DEFAULTS | speeds).items()),
     ]
     lines += evaluations(cfg, world=world, tflops=(_DEFAULTS | speeds)["tflops"], measured=measured)
     count = _images(cfg) if images is None else images
     if costs.counted(costs.parts(cfg, count))[0]["left_out"]:
-        lines.insert(5, "the bank's passes    PyTorch's, in blocks: each query's positive is left out of its sums, which no kernel does")
+        lines.insert(
+            5,
+            "the bank's passes    PyTorch's, in blocks: each query's positive is left out of its sums, which no kernel"
+            " does",
+        )
     if cfg.bank is not None:
         by_image = cfg.bank.size is None
         head = "images, rows" if by_image else "rows"
-        lines.append(f"\n{head:>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}")
+        lines.append(
+            f"\n{head:>12} {'GiB a device':>13} {'MB sent a step':>15} {'s a step':>10} {'hours':>8} {'GiB saved':>10}"
+        )
         for rows in sorted({*ROWS, int(cfg.bank.size or count)}):
             if rows < (max(cfg.batch, world) if by_image else 1):
                 continue
@@ -193,7 +231,8 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
 
 
 USAGE = """\
-usage: python -m caco.plan [--config-dir DIR] [overrides as for caco.train] [world=N] [images=N] [tflops=X] [bank_tflops=X] [gbytes_per_s=X] [measure=true]
+usage: python -m caco.plan [--config-dir DIR] [overrides as for caco.train] [world=N] [images=N]
+    [tflops=X] [bank_tflops=X] [gbytes_per_s=X] [measure=true]
 
   world         devices, 1
   images        in the training split, where the data set does not say

@@ -1,12 +1,13 @@
 """The ranges of numbers and the lengths of lists, as types.
 
-What a constructor declares so, caco/config/annotations.py holds a configuration to before anything is built, and `held` whoever calls it:
+What a constructor declares so, caco/config/annotations.py holds a configuration to before anything is built, and `held`
+whoever calls it:
 
     @held
     def __init__(self, *, k: Count, temperature: AboveZero, scale: Interval): ...
 
-To Python and mypy they are plain numbers and lists. A component of your own may use them, or declare others: `Annotated[int, Range(8, 512)]`;
-the bounds have to be plain numbers, for they are read and not run.
+To Python and mypy they are plain numbers and lists. A component of your own may use them, or declare others:
+`Annotated[int, Range(8, 512)]`; the bounds have to be plain numbers, for they are read and not run.
 """
 
 import functools
@@ -35,7 +36,9 @@ class Range:
     below: float | None = None
 
     def holds(self, value: Any) -> bool:
-        """Whether a number is in it; of what is none nothing is claimed, since other things than ranges say what it should be."""
+        """Whether a number is in it; of what is none nothing is claimed, since other things than ranges say what it
+        should be.
+        """
         if not isinstance(value, Real):
             return True
         number = float(value)
@@ -44,7 +47,12 @@ class Range:
         return math.isfinite(number) and least <= number <= most and inside
 
     def __str__(self) -> str:
-        words = {"from {:g}": self.least, "above {:g}": self.above, "up to {:.10g}": self.most, "below {:g}": self.below}
+        words = {
+            "from {:g}": self.least,
+            "above {:g}": self.above,
+            "up to {:.10g}": self.most,
+            "below {:g}": self.below,
+        }
         return "".join(f" {text.format(bound)}" for text, bound in words.items() if bound not in (None, INT_MAX))
 
 
@@ -66,8 +74,8 @@ class Length:
 
 
 def held(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """A constructor that refuses what its declared types exclude, in one place for all: who builds a part in Python is told what a
-    configuration would be.
+    """A constructor that refuses what its declared types exclude, in one place for all: who builds a part in Python is
+    told what a configuration would be.
 
     Raises, as it is called:
         UserError: each argument that is out of its range, of another length, or another word than those of its Literal.
@@ -89,7 +97,10 @@ def hold_fields(made: Any) -> None:
 def refuse_outside(owner: str, hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     wrong = [name for name, value in values.items() if name in hints and not _fits(value, hints[name])]
     if wrong:
-        raise UserError(f"{owner}: " + "; ".join(f"{name}: expected {_words(hints[name])}, got {values[name]!r:.80}" for name in wrong))
+        raise UserError(
+            f"{owner}: "
+            + "; ".join(f"{name}: expected {_words(hints[name])}, got {values[name]!r:.80}" for name in wrong)
+        )
 
 
 @functools.cache
@@ -100,7 +111,9 @@ def _hints(of: Hashable) -> dict[str, Any]:
 def _fits(value: Any, hint: Any) -> bool:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _fits(value, parts[0]) and all(mark.holds(value) for mark in hint.__metadata__ if isinstance(mark, Range | Length))
+        return _fits(value, parts[0]) and all(
+            mark.holds(value) for mark in hint.__metadata__ if isinstance(mark, Range | Length)
+        )
     if origin in (typing.Union, types.UnionType):
         members = [part for part in parts if part is not type(None)]
         return value is None and len(members) < len(parts) or any(_fits(value, part) for part in members)

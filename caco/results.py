@@ -1,7 +1,7 @@
 """`python -m caco.results runs/`: runs as a table in the terminal. Imports no torch.
 
-Without --columns it shows what differs between the runs, and nothing that they share, beside their results; runs that have not
-finished stand with their state, and runs of earlier versions by today's names.
+Without --columns it shows what differs between the runs, and nothing that they share, beside their results; runs that
+have not finished stand with their state, and runs of earlier versions by today's names.
 """
 
 import argparse
@@ -25,14 +25,34 @@ EXAMPLES = """\
 def main(arguments: list[str] | None = None) -> None:
     """The console script."""
     parser = argparse.ArgumentParser(
-        prog="python -m caco.results", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m caco.results",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER", help="a run, or a folder of runs; default: runs")
-    parser.add_argument("--where", nargs="+", default=[], metavar="CONDITION", help="KEY=VALUE, or !=, <, <=, > and >=, of settings, metrics, state")
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        type=Path,
+        default=[Path("runs")],
+        metavar="FOLDER",
+        help="a run, or a folder of runs; default: runs",
+    )
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="CONDITION",
+        help="KEY=VALUE, or !=, <, <=, > and >=, of settings, metrics, state",
+    )
     parser.add_argument("--sort", metavar="KEY", help="by a setting or a metric; what has none comes last")
     parser.add_argument("--reverse", action="store_true", help="the largest first")
     parser.add_argument("--columns", metavar="KEY,...", help="settings, options and metrics, in place of what differs")
-    parser.add_argument("--seeds", action="store_true", help="one row for runs that differ in their seed alone: mean, standard deviation, n")
+    parser.add_argument(
+        "--seeds",
+        action="store_true",
+        help="one row for runs that differ in their seed alone: mean, standard deviation, n",
+    )
     parser.add_argument("--format", choices=comparison.FORMATS, default="text")
     with shown():
         given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
@@ -45,7 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
         columns = given.columns.split(",") if given.columns else None
         print(
             comparison.table(
-                runs, columns=columns, by=given.sort, reverse=given.reverse, over_seeds=given.seeds, format=given.format, title=title
+                runs,
+                columns=columns,
+                by=given.sort,
+                reverse=given.reverse,
+                over_seeds=given.seeds,
+                format=given.format,
+                title=title,
             )
         )
 

@@ -30,7 +30,8 @@ class Count(Protocol):
 
 
 def counting(say: Say, what: str, total: int, done: int = 0) -> Count:
-    """A function that is told how many more are done, and says now and then how many that makes, how fast, and the time left.
+    """A function that is told how many more are done, and says now and then how many that makes, how fast, and the time
+    left.
 
     What is over within seconds says nothing.
 
@@ -48,14 +49,18 @@ def counting(say: Say, what: str, total: int, done: int = 0) -> Count:
             told = now
             rate = (now_done - before) / (now - began)
             pace = f"{rate:,.0f} a second" if rate >= 10 else f"{1 / rate:.2g} s each"
-            say(f"{what}: {now_done:,} of {total:,}, {pace}, {clock((total - now_done) / rate)} left{note}", passing=True)
+            say(
+                f"{what}: {now_done:,} of {total:,}, {pace}, {clock((total - now_done) / rate)} left{note}",
+                passing=True,
+            )
 
     return count
 
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Around what may take its time and says nothing: after five seconds a line says what it is, and ever more rarely for how long already.
+    """Around what may take its time and says nothing: after five seconds a line says what it is, and ever more rarely
+    for how long already.
 
     What is over before says nothing. Of several processes that work together the first one alone speaks.
     """

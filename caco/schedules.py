@@ -18,7 +18,8 @@ class RunShape:
         epochs: passes over the images.
         steps_per_epoch: optimiser steps in each.
         batch: images a step, over all ranks.
-        unit: "step" changes a schedule's number with every step; "epoch" holds it within an epoch, as CaCo's published code does.
+        unit: "step" changes a schedule's number with every step; "epoch" holds it within an epoch, as CaCo's published
+            code does.
         restart_epoch: how many epochs are over when all schedules begin anew (a run that is trained longer); 0: never.
     """
 
@@ -37,7 +38,9 @@ class RunShape:
         return replace(self, epochs=self.epochs - self.restart_epoch, restart_epoch=0)
 
     def placed(self, table: Table) -> Table:
-        """A number for each step of the run, of a table over `of_schedules`. The steps before, which an earlier run made, have its first."""
+        """A number for each step of the run, of a table over `of_schedules`. The steps before, which an earlier run
+        made, have its first.
+        """
         return table[:1] * (self.steps - len(table)) + table
 
     def ticks(self) -> tuple[list[int], float]:
@@ -60,13 +63,21 @@ def cosine(run: RunShape, start: float, end: float) -> Table:
 
 
 def warmup_and_cosine(
-    run: RunShape, highest: float, final: float, warmup_epochs: float, *, start: float | None = None, end: Literal["last", "next"] = "last"
+    run: RunShape,
+    highest: float,
+    final: float,
+    warmup_epochs: float,
+    *,
+    start: float | None = None,
+    end: Literal["last", "next"] = "last",
 ) -> Table:
-    """A line from `start` times `highest` to `highest` in the warm-up's W units, then a half cosine from there to `final`.
+    """A line from `start` times `highest` to `highest` in the warm-up's W units, then a half cosine from there to
+    `final`.
 
-    `start` None is 1 / W. The `end` of the line is the warm-up's "last" unit, which with 1 / W makes it highest * (t + 1) / W, or the
-    "next" one, the cosine's first, which with a start of 0 makes it highest * t / W. `final` equal to `highest` keeps the number
-    constant after the warm-up. A warm-up may be longer than the run.
+    `start` None is 1 / W. The `end` of the line is the warm-up's "last" unit, which with 1 / W makes it highest * (t +
+    1) / W, or the
+    "next" one, the cosine's first, which with a start of 0 makes it highest * t / W. `final` equal to `highest` keeps
+    the number constant after the warm-up. A warm-up may be longer than the run.
     """
     ticks, per_epoch = run.ticks()
     warmup = warmup_epochs * per_epoch

@@ -74,7 +74,11 @@ def as_text(of: Sheet) -> str:
             at += size
     lines = [of.title, "", "  ".join(over).rstrip()]
     for row in (of.headers, ["-" * width for width in widths], *of.rows):
-        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+        lines.append(
+            "  ".join(
+                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )
     lines += ["", *of.notes]
     if of.missing:
         lines += ["", "Missing:", *(f"  {line}" for line in of.missing)]
@@ -86,7 +90,14 @@ def as_markdown(of: Sheet) -> str:
     for name, size in of.groups:
         heads += [name] * size
     named = [f"{group}: {header}" if group else header for group, header in zip(heads, of.headers, strict=True)]
-    lines = [f"**{of.title}**", "", _pipes(named), _pipes([":--", *["--:"] * (len(named) - 1)]), *map(_pipes, of.rows), ""]
+    lines = [
+        f"**{of.title}**",
+        "",
+        _pipes(named),
+        _pipes([":--", *["--:"] * (len(named) - 1)]),
+        *map(_pipes, of.rows),
+        "",
+    ]
     lines += [f"- {note}" for note in of.notes]
     return "\n".join(lines + [f"- missing: {line}" for line in of.missing])
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
-from hydra._internal.utils import get_args_parser  # private, but the one that hydra.main reads the same command line with
+from hydra._internal.utils import (
+    get_args_parser,
+)  # private, but the one that hydra.main reads the same command line with
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,7 +39,9 @@ from caco.runs.paths import require_writable, with_home
 from caco.saying import doing
 from caco.tracking import comparison, recorded
 
-_trained: dict[Path, dict[str, Any]] = {}  # by this process, one job of a sweep after the other: what is in each directory
+_trained: dict[
+    Path, dict[str, Any]
+] = {}  # by this process, one job of a sweep after the other: what is in each directory
 
 
 EVALUATION_FAILED = 3  # the exit code of a run that came to its end and lacks an evaluation
@@ -99,7 +103,9 @@ def say_what_is_missing(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) ->
     """Say it where MLflow is missing but was not asked for."""
     # Runs of one sweep, or of one table, lie side by side and go to MLflow together: one sentence for all of them.
     together = Path(hydra_cfg.sweep.dir).absolute()
-    say_if_mlflow_is_missing(cfg, list(hydra_cfg.overrides.task), together if together in run_dir.absolute().parents else run_dir)
+    say_if_mlflow_is_missing(
+        cfg, list(hydra_cfg.overrides.task), together if together in run_dir.absolute().parents else run_dir
+    )
 
 
 def say_if_mlflow_is_missing(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
@@ -112,8 +118,8 @@ def say_if_mlflow_is_missing(cfg: DictConfig, overrides: list[str], folder: Path
     falls_back = not is_installed("mlflow") and signatures.declared(cfg.tracking._target_, "package") is None
     if falls_back and not named and directory.is_first_rank():
         say_once(
-            f"MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {_shown(folder)}` sends "
-            f"it later, once MLflow is there ({command_to_install('mlflow')})"
+            f"MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {_shown(folder)}`"
+            f" sends it later, once MLflow is there ({command_to_install('mlflow')})"
         )
 
 
@@ -170,8 +176,8 @@ def offer_launcher() -> None:
 class Checked:
     """A command line that can be run.
 
-    unfinished: how many of its jobs are not done already. folders: the directory of each; of a search, which draws its jobs later, none.
-    derived: the overrides that were made to fit, `derived`, which records that, among them.
+    unfinished: how many of its jobs are not done already. folders: the directory of each; of a search, which draws its
+    jobs later, none. derived: the overrides that were made to fit, `derived`, which records that, among them.
     """
 
     unfinished: int = 0
@@ -205,7 +211,9 @@ def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -
                 check(cfg, cfg.hydra)
             except UserError as error:
                 problems += str(error).splitlines()
-            derived = fitting.overrides_that_fit(cfg, words, problems, images, recorded=root != "config", is_sound=before == len(problems))
+            derived = fitting.overrides_that_fit(
+                cfg, words, problems, images, recorded=root != "config", is_sound=before == len(problems)
+            )
             derivations.append(derived)
             if derived:
                 cfg = composition.compose([*words, *derived], root)
@@ -222,8 +230,14 @@ def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -
             raise
         raise UserError(refusals.explain(error, overrides, root)) from error
     if any(derived != derivations[0] for derived in derivations):
-        every = sorted(set(itertools.chain(*derivations)) - {item for item in itertools.chain(*derivations) if item.startswith("derived=")})
-        problems.append(f"the jobs of this sweep would need different values of what nobody gave: {', '.join(every)}; give them, or a command for each")
+        every = sorted(
+            set(itertools.chain(*derivations))
+            - {item for item in itertools.chain(*derivations) if item.startswith("derived=")}
+        )
+        problems.append(
+            f"the jobs of this sweep would need different values of what nobody gave: {', '.join(every)}; give them, or"
+            " a command for each"
+        )
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     checked.folders, checked.derived = [folder for folder, _ in placed], derivations[0] if derivations else []
@@ -237,7 +251,9 @@ def run_directory(cfg: DictConfig, multirun: bool) -> Path:
 
 
 def compose_what_can_be(overrides: list[str], root: str, problems: list[str]) -> tuple[DictConfig | None, list[str]]:
-    """The configuration of those overrides that compose, and these; what is wrong with each other one is added to the problems."""
+    """The configuration of those overrides that compose, and these; what is wrong with each other one is added to the
+    problems.
+    """
     words = list(overrides)
     while True:
         try:
@@ -252,8 +268,8 @@ def compose_what_can_be(overrides: list[str], root: str, problems: list[str]) ->
 
 
 def refuse_shared_directories(placed: list[tuple[Path, dict[str, Any]]]) -> None:
-    """Of a sweep's jobs, the directory and the flat configuration of each: the second one that writes into a directory would be refused, or
-    taken for done already, and its numbers would be those of the first.
+    """Of a sweep's jobs, the directory and the flat configuration of each: the second one that writes into a directory
+    would be refused, or taken for done already, and its numbers would be those of the first.
 
     Raises:
         UserError: names the directory, in what the jobs differ, and what gives each its own.
@@ -271,9 +287,9 @@ def refuse_shared_directories(placed: list[tuple[Path, dict[str, Any]]]) -> None
         words = [f"${{{key}}}" for key in differ if all("/" not in str(leaves.get(key)) for leaves in those)]
         own = "-".join(words) if len(words) == len(differ) else "${hydra.job.num}"
         raise UserError(
-            f"{len(those)} jobs of this sweep have one directory, {_shown(folder)}: they differ in {', '.join(differ)} alone, which is no part "
-            "of what makes a run itself, so only the first would be trained. Leave that out of the sweep, or give each a directory of its "
-            f"own: hydra.sweep.subdir='${{run_name:}}-{own}'"
+            f"{len(those)} jobs of this sweep have one directory, {_shown(folder)}: they differ in {', '.join(differ)}"
+            " alone, which is no part of what makes a run itself, so only the first would be trained. Leave that out"
+            f" of the sweep, or give each a directory of its own: hydra.sweep.subdir='${{run_name:}}-{own}'"
         )
 
 
@@ -285,10 +301,20 @@ def name_sweep(overrides: list[str], num_jobs: int) -> None:
 
 
 def show_sweep(folders: list[Path]) -> None:
-    """The runs of a sweep side by side, whatever became of each; nothing of one that was refused before its first run."""
+    """The runs of a sweep side by side, whatever became of each; nothing of one that was refused before its first
+    run.
+    """
     runs = comparison.outlines(dict.fromkeys(folders), recorded.outline)
     if runs:
-        print(comparison.table(runs, title=f"The {len(runs)} runs of this sweep; again, with more to choose: python -m caco.results {_shown(runs[0].run_dir.parent)}"))
+        print(
+            comparison.table(
+                runs,
+                title=(
+                    f"The {len(runs)} runs of this sweep; again, with more to choose: python -m caco.results"
+                    f" {_shown(runs[0].run_dir.parent)}"
+                ),
+            )
+        )
 
 
 HELP = """\
@@ -299,8 +325,9 @@ caco: pre-train with cooperative-adversarial contrastive learning.
   python -m caco.train bank=12M batch=4096          the last row of Table VI
   python -m caco.train -m bank=4M,8M seed=0,1,2     a sweep of six runs
 
-The same command again resumes its run. `--cfg job` prints the whole configuration and starts nothing, `--config-dir DIR` adds
-options and components of your own (README: "Your own method, ..."), `--hydra-help` lists Hydra's own flags.
+The same command again resumes its run. `--cfg job` prints the whole configuration and starts nothing,
+`--config-dir DIR` adds options and components of your own (README: "Your own method, ..."), `--hydra-help` lists
+Hydra's own flags.
 
 Groups, chosen by group=option:
 
@@ -340,7 +367,9 @@ def main() -> None:
             sys.argv += checked.derived  # which Hydra reads
         if launched:
             if elsewhere:
-                raise UserError("launcher: a job composes the root conf/config.yaml; take launcher=none or no other root")
+                raise UserError(
+                    "launcher: a job composes the root conf/config.yaml; take launcher=none or no other root"
+                )
             offer_launcher()
         root = "config" if elsewhere else continued.root(args.overrides)
         hydra.main(config_path=str(composition.CONF), config_name=root, version_base="1.3")(job)()

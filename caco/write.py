@@ -57,8 +57,9 @@ def write_splits(
         raise UserError(f"num_workers: expected at least 1, got {num_workers}")
     if splits.pretrain.channels is not None:
         raise UserError(
-            "data.channels: a .beton holds photographs, RGB of 8 bits, and these images would not be the same in it; train on them as they "
-            "are, data=folder, which reads them in num_workers processes or keeps them in memory (data.in_memory_mb)"
+            "data.channels: a .beton holds photographs, RGB of 8 bits, and these images would not be the same in it;"
+            " train on them as they are, data=folder, which reads them in num_workers processes or keeps them in memory"
+            " (data.in_memory_mb)"
         )
     out.mkdir(parents=True, exist_ok=True)
     parts = {"train": splits.train or splits.pretrain, "test": splits.test}
@@ -144,7 +145,13 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    options: dict[str, Any] = {"out": None, "mode": "jpeg", "quality": None, "max_resolution": None, "num_workers": None}
+    options: dict[str, Any] = {
+        "out": None,
+        "mode": "jpeg",
+        "quality": None,
+        "max_resolution": None,
+        "num_workers": None,
+    }
     with errors.shown(interrupted="nothing half-made is left"):
         overrides = []
         for argument in folders.take(arguments):

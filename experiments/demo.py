@@ -1,11 +1,11 @@
 """The demo over the processor's instruction sets and several seeds: does it learn everywhere?
 
-    python -m experiments.demo                    all cells on held-out training images, then each encoder once on the test images
+    python -m experiments.demo all cells on held-out training images, then each encoder once on the test images
     python -m experiments.demo --check            what the continuous integration runs: one seed, two instruction sets
 
-The first makes experiments/records/demo/, cells.json and README.md (make demo-record); runs that are there already are not run again.
-The recipe is chosen on training images that are held out (data.validation_fraction), and it must reach the goals below in every
-cell there. The test images are looked at once per cell, whatever comes out.
+The first makes experiments/records/demo/, cells.json and README.md (make demo-record); runs that are there already are
+not run again. The recipe is chosen on training images that are held out (data.validation_fraction), and it must reach
+the goals below in every cell there. The test images are looked at once per cell, whatever comes out.
 """
 
 import argparse
@@ -33,7 +33,9 @@ ACCURACIES = (f"{metrics.knn()}_top1", f"{metrics.probe()}_top1")  # what preset
 GOALS = {
     "k-NN of at least 97.0 at the end": lambda cell: cell.knn_end >= 97.0,
     "three points above the untrained network": lambda cell: cell.knn_end >= cell.knn_untrained + 3,
-    "never below the untrained network from epoch 10 on": lambda cell: min(cell.knn_from_epoch(10)) >= cell.knn_untrained,
+    "never below the untrained network from epoch 10 on": lambda cell: (
+        min(cell.knn_from_epoch(10)) >= cell.knn_untrained
+    ),
     "better than after the warm start": lambda cell: cell.knn_end > cell.knn_after_warm_start,
     "at least 20 % of the rows in use": lambda cell: cell.rows_used >= 20,
     "at most 25 % near-duplicate rows": lambda cell: cell.near_duplicates <= 25,
@@ -56,7 +58,9 @@ class Cell:
     split: str
     knn: list[tuple[float | str, float]]  # epochs that are over, or "warm start", and k-NN accuracy in percent
     probe: float
-    test: dict[str, float]  # the same encoder on the test images, looked at once all cells were done; empty for a run that saw none held out
+    test: dict[
+        str, float
+    ]  # the same encoder on the test images, looked at once all cells were done; empty for a run that saw none held out
     rows_used: float
     near_duplicates: float
     warnings: list[str]
@@ -111,17 +115,32 @@ def run(level: str, seed: int, split: str, *, folder: Path, threads: int | None)
         RuntimeError: the run failed; with its last words.
     """
     run_dir = folder / f"{level}-seed{seed}-{split}"
-    command = [sys.executable, "-m", "caco.train", "preset=demo", f"seed={seed}", "tracking=ledger", f"hydra.run.dir={run_dir}"]
+    command = [
+        sys.executable,
+        "-m",
+        "caco.train",
+        "preset=demo",
+        f"seed={seed}",
+        "tracking=ledger",
+        f"hydra.run.dir={run_dir}",
+    ]
     if split == "held-out":
         command.append(f"data.validation_fraction={HELD_OUT}")
     if not (run_dir / "summary.json").is_file():
-        environment = instructions.child_environment(level) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+        environment = instructions.child_environment(level) | (
+            {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        )
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} with {instructions.VARIABLE}={level} failed:\n{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"{' '.join(command)} with {instructions.VARIABLE}={level} failed:\n{done.stderr[-2000:]}"
+            )
     cell = read(run_dir, level, seed, split)
-    print(f"{level:7} seed {seed} {split}: k-NN {cell.knn_untrained:.2f} untrained, {cell.knn_after_warm_start:.2f} after the warm "
-          f"start, {cell.knn_end:.2f} at the end; probe {cell.probe:.2f}; {cell.train_seconds:.0f} s", flush=True)  # fmt: skip
+    print(
+        f"{level:7} seed {seed} {split}: k-NN {cell.knn_untrained:.2f} untrained, {cell.knn_after_warm_start:.2f} after"
+        f" the warm start, {cell.knn_end:.2f} at the end; probe {cell.probe:.2f}; {cell.train_seconds:.0f} s",
+        flush=True,
+    )
     return cell
 
 
@@ -129,12 +148,15 @@ def look_at_test_images(cell: Cell, folder: Path) -> Cell:
     """The cell with its encoder's accuracy on the test images; k-NN and probe have all 1,400 training images."""
     run_dir = folder / f"{cell.level}-seed{cell.seed}-{cell.split}"
     if not cell.test:
-        command = [sys.executable, "-m", "caco.evaluate", f"run={run_dir}", "data.validation_fraction=null", "eval=[knn_all,probe]",
+        command = [sys.executable, "-m", "caco.evaluate", f"run={run_dir}", "data.validation_fraction=null",
+        "eval=[knn_all,probe]",
                    f"to={run_dir / 'test'}"]  # fmt: skip
         environment = instructions.child_environment(cell.level) | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} with {instructions.VARIABLE}={cell.level} failed:\n{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"{' '.join(command)} with {instructions.VARIABLE}={cell.level} failed:\n{done.stderr[-2000:]}"
+            )
     return read(run_dir, cell.level, cell.seed, cell.split)
 
 
@@ -149,17 +171,25 @@ def table(cells: list[Cell]) -> str:
     lines = [
         "# The demo on every instruction set",
         "",
-        f"`make demo-record`, on {machine['cpu']} with {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}; "
-        "one thread a run, two runs at a time. `plain`, `avx2`, ... hold caco's compiled parts and PyTorch to that instruction set "
-        "(`CACO_INSTRUCTIONS`); `torch` is PyTorch at its best without caco's compiled parts.",
+        (
+            f"`make demo-record`, on {machine['cpu']} with {machine['cores']} cores, torch {machine['torch']}, Python"
+            f" {machine['python']}; one thread a run, two runs at a time. `plain`, `avx2`, ... hold caco's compiled"
+            " parts and PyTorch to that instruction set (`CACO_INSTRUCTIONS`); `torch` is PyTorch at its best without"
+            " caco's compiled parts."
+        ),
         "",
-        f"Trained with {HELD_OUT:.0%} of the 1,400 training images held out, which chose the recipe ([how](../README.md)): k-NN and probe on "
-        "these 280 images, in percent (one image is 0.36). Goals in every cell: " + "; ".join(GOALS) + ".",
-        "At the right the same encoders on the 397 test images (one is 0.25; k-NN over all 1,400 training images), looked at once, when "
-        "all cells were done; nothing was changed for it.",
+        f"Trained with {HELD_OUT:.0%} of the 1,400 training images held out, which chose the recipe"
+        " ([how](../README.md)): k-NN and probe on these 280 images, in percent (one image is 0.36). Goals in every"
+        " cell: " + "; ".join(GOALS) + ".",
+        (
+            "At the right the same encoders on the 397 test images (one is 0.25; k-NN over all 1,400 training images),"
+            " looked at once, when all cells were done; nothing was changed for it."
+        ),
         "",
-        "| instruction set | seed | untrained | after the warm start | lowest from epoch 10 on | end | probe | rows used % | near-duplicates % "
-        "| goals missed | test k-NN | test probe |",
+        (
+            "| instruction set | seed | untrained | after the warm start | lowest from epoch 10 on | end | probe | rows"
+            " used % | near-duplicates % | goals missed | test k-NN | test probe |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
@@ -173,7 +203,9 @@ def table(cells: list[Cell]) -> str:
 
 
 def make_record(folder: Path, seeds: Iterable[int], jobs: int) -> int:
-    """Every cell on held-out images; then, and only then, each encoder on the test images. The number of goals missed."""
+    """Every cell on held-out images; then, and only then, each encoder on the test images. The number of goals
+    missed.
+    """
     todo = [(level, seed) for level in levels() for seed in seeds]
     with ThreadPoolExecutor(jobs) as pool:
         cells = list(pool.map(lambda cell: run(cell[0], cell[1], "held-out", folder=folder, threads=1), todo))
@@ -188,7 +220,7 @@ def make_record(folder: Path, seeds: Iterable[int], jobs: int) -> int:
 def check(folder: Path) -> int:
     """One seed on the test images under the processor's best and, where it has one, a lower instruction set."""
     failed = 0
-    for level in (instructions.processor()[-2:] if len(instructions.processor()) > 1 else levels()):
+    for level in instructions.processor()[-2:] if len(instructions.processor()) > 1 else levels():
         cell = run(level, 0, "test", folder=folder, threads=None)
         if missed := cell.missed(CHECKED):
             failed += 1
@@ -199,8 +231,12 @@ def check(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="one seed under two instruction sets, test images, wider goals")
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo-record"), help="of the runs; default: %(default)s")
+    parser.add_argument(
+        "--check", action="store_true", help="one seed under two instruction sets, test images, wider goals"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/demo-record"), help="of the runs; default: %(default)s"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: a run a core")
     options = parser.parse_args()

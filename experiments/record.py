@@ -4,9 +4,9 @@
     python -m experiments.record --merge experiments/records/mini.json theirs.json --into experiments/records/mini.json
     python -m experiments.record --table experiments/records/mini.json
 
-A record holds each run's command line, configuration (what differs, and the hash), seed, data, hardware, versions, final
-metrics, its curve (the ledger's rows of kind epoch and eval), and the row of a table that it was run for. Two runs of
-one configuration and seed are one run: the hash tells.
+A record holds each run's command line, configuration (what differs, and the hash), seed, data, hardware, versions,
+final metrics, its curve (the ledger's rows of kind epoch and eval), and the row of a table that it was run for. Two
+runs of one configuration and seed are one run: the hash tells.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from caco.runs.identity import identity, run_hash
 from caco.tracking import recorded
 
 MACHINE = (
-    "cpu", "cores", "instructions", "instructions_bank", "instructions_views", "instructions_torch", "memory_gib", "gpus", "platform",
+    "cpu", "cores", "instructions", "instructions_bank", "instructions_views", "instructions_torch", "memory_gib",
+    "gpus", "platform",
     "python", "torch", "torchvision", "timm", "numpy", "git_sha", "git_dirty",
 )  # fmt: skip
 LABEL = "experiment.json"  # in a run's directory: the table, row and scale that it was run for
@@ -41,7 +42,9 @@ def gather(run_dirs: Iterable[Path]) -> dict[str, Any]:
 
 def _run(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / "summary.json").is_file():
-        raise UserError(f"expected a finished run, with summary.json, in {run_dir}; start its command again to finish it")
+        raise UserError(
+            f"expected a finished run, with summary.json, in {run_dir}; start its command again to finish it"
+        )
     environment = read_json(run_dir / "environment.json")
     run = recorded.read(run_dir)
     label = read_json(run_dir / LABEL)
@@ -54,7 +57,9 @@ def _run(run_dir: Path) -> dict[str, Any]:
         "config": identity(run.config),
         "environment": {k: v for k, v in environment.items() if k in MACHINE},
         "summary": run.summary,
-        "curve": [{k: v for k, v in row.items() if k != "time"} for row in run.rows if row["kind"] in ("epoch", "eval")],
+        "curve": [
+            {k: v for k, v in row.items() if k != "time"} for row in run.rows if row["kind"] in ("epoch", "eval")
+        ],
     }
 
 
@@ -82,13 +87,16 @@ def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
     """
     try:
         parts = ("config", "environment")
-        runs = [run | {part: dict(sorted({**record[part], **run[part]}.items())) for part in parts} for run in record["runs"]]
+        runs = [
+            run | {part: dict(sorted({**record[part], **run[part]}.items())) for part in parts}
+            for run in record["runs"]
+        ]
         for run in runs:
             found = run_hash(run["config"])
             if found != run["config_hash"]:
                 raise UserError(
-                    f"{source}: run {run['name']}: expected the configuration {run['config_hash']}, got {found}: the record "
-                    "was changed by hand"
+                    f"{source}: run {run['name']}: expected the configuration {run['config_hash']}, got {found}: the"
+                    " record was changed by hand"
                 )
             run["seed"]  # noqa: B018 - that it is there
             names = renamed.Names(renamed.nested(run["config"]))
@@ -96,7 +104,9 @@ def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
             run["summary"] = names.summary(run["summary"], run["curve"])
             run["curve"] = [names.row(row) for row in run["curve"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source}: expected a record, as python -m experiments.record makes it; got none ({error!r})") from error
+        raise UserError(
+            f"{source}: expected a record, as python -m experiments.record makes it; got none ({error!r})"
+        ) from error
     return runs
 
 
@@ -128,9 +138,14 @@ def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], 
             first = kept.setdefault(run["config_hash"], run)
             if first is run:
                 continue
-            differing = [key for key in numbers(first) if run["summary"].get(key, first["summary"][key]) != first["summary"][key]]
+            differing = [
+                key for key in numbers(first) if run["summary"].get(key, first["summary"][key]) != first["summary"][key]
+            ]
             if differing:
-                messages.append(f"{run['name']}: run twice, with another {differing[0]}; {first['name']} of the first record is kept")
+                messages.append(
+                    f"{run['name']}: run twice, with another {differing[0]}; {first['name']} of the first record is"
+                    " kept"
+                )
             else:  # one of the two may have been evaluated once more
                 longer = max(first, run, key=lambda run: len(run["curve"]))
                 summary = {**run["summary"], **first["summary"]}
@@ -154,14 +169,19 @@ def table(record: dict[str, Any]) -> str:
         differs = [word for word in overrides if word not in everywhere and not word.startswith("seed=")]
         knn = metrics.knn_metric(renamed.nested({**record["config"], **run["config"]})["eval"])
         first = next((row[knn] for row in run["curve"] if knn in row), None)
-        shown = ["" if n is None else f"{n:.3f}" if abs(n) < 1 else f"{n:.1f}" for n in (first, *map(run["summary"].get, columns))]
+        shown = [
+            "" if n is None else f"{n:.3f}" if abs(n) < 1 else f"{n:.1f}"
+            for n in (first, *map(run["summary"].get, columns))
+        ]
         lines.append(f"| `{' '.join(differs) or 'as all'}` | {run['seed']} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, help="run directories; with --merge, records; with --table, one record")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, help="run directories; with --merge, records; with --table, one record"
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--merge", action="store_true", help="records into one")
     kind.add_argument("--table", action="store_true", help="print a record as a Markdown table")

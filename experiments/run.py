@@ -1,7 +1,7 @@
 """`python -m experiments.run table7 scale=mini`: train and evaluate what a table of the paper needs, at a scale.
 
-What is done, here or in a record, is skipped; what was begun goes on; what has failed is tried again with --retry. Runs lie
-in runs/SCALE/, and runs/SCALE/record.json holds what has come out so far: send it to others, and merge theirs by
+What is done, here or in a record, is skipped; what was begun goes on; what has failed is tried again with --retry. Runs
+lie in runs/SCALE/, and runs/SCALE/record.json holds what has come out so far: send it to others, and merge theirs by
 `python -m experiments.record --merge`.
 """
 
@@ -91,7 +91,7 @@ def runs_of(chosen: Sequence[Experiment], seeds: Sequence[int] | None) -> list[R
     known = record.read(scale_dir / "record.json") if (scale_dir / "record.json").is_file() else []
     recorded |= {run["config_hash"] for run in known if (scale_dir / run["name"] / "summary.json").is_file()}
     runs: dict[str, Run] = {}
-    for seed in sorted({seed for experiment in chosen for seed in (seeds or experiment.seeds)}):
+    for seed in sorted({seed for experiment in chosen for seed in seeds or experiment.seeds}):
         for experiment in chosen:
             if seed in (seeds or experiment.seeds):
                 hash = experiment.hash(seed)
@@ -258,16 +258,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"scales: {', '.join(scales())}. What they are: experiments/scale/*.yaml; the tables: experiments/*.yaml. "
-        "--config-dir DIR adds options and components of your own, and tables and scales in DIR/experiments.",
+        epilog=(
+            f"scales: {', '.join(scales())}. What they are: experiments/scale/*.yaml; the tables: experiments/*.yaml. "
+            "--config-dir DIR adds options and components of your own, and tables and scales in DIR/experiments."
+        ),
     )
     parser.add_argument("table", help=", ".join(tables()))
     parser.add_argument(
-        "words", nargs="*", metavar="key=value",
-        help="scale=NAME; seed=0,1 and rows=a,b in place of all; launcher=slurm, launcher.KEY=...; and what cannot change a "
-        "number: data.root=PATH, tracking=..., loader.num_workers=...",
-    )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="list every run's state, command and cost; start nothing")
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help=(
+            "scale=NAME; seed=0,1 and rows=a,b in place of all; launcher=slurm, launcher.KEY=...; and what cannot"
+            " change a number: data.root=PATH, tracking=..., loader.num_workers=..."
+        ),
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list every run's state, command and cost; start nothing"
+    )
     parser.add_argument("--retry", action="store_true", help="also what has failed before")
     sys.exit(_main(parser.parse_args(words)))
 
@@ -288,7 +296,9 @@ def _main(arguments: argparse.Namespace) -> int:
     if not chosen:
         raise UserError(f"{table.id} has no row that can be run at scale {scale.id}")
     if not any(scale.metrics.get(column) for column in table.columns):
-        raise UserError(f"{table.id}: scale {scale.id} measures nothing of it ({', '.join(table.columns)}); scale=paper does")
+        raise UserError(
+            f"{table.id}: scale {scale.id} measures nothing of it ({', '.join(table.columns)}); scale=paper does"
+        )
     runs = runs_of(chosen, numbers(own["seed"]) if "seed" in own else None)
     if arguments.dry_run:
         launcher = build_launcher(chosen[0], launcher_words)
@@ -299,7 +309,9 @@ def _main(arguments: argparse.Namespace) -> int:
     left = [run for run in runs if run not in done and run not in failed]
     say(f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done)} done already, {len(left)} to do")
     if left:
-        if scale.toy_sets is not None and any(word.endswith(f".root={scale.toy_sets}") for run in left for word in run.overrides):
+        if scale.toy_sets is not None and any(
+            word.endswith(f".root={scale.toy_sets}") for run in left for word in run.overrides
+        ):
             from experiments.toy_sets.whole import draw  # here and not above: it imports torch
 
             draw(Path(scale.toy_sets))

@@ -83,14 +83,16 @@ class Scale:
         times: factors of the paper's epochs, batch and bank; exactly: numbers in place of them.
         overrides: of every row, after the row's own.
         where: further ones of the rows that have a certain override, as `pn=both`.
-        toy_sets: a folder that overrides name as a root, into which toy sets are drawn before the first such run (experiments/toy_sets).
+        toy_sets: a folder that overrides name as a root, into which toy sets are drawn before the first such run
+            (experiments/toy_sets).
         without: rows with a certain override cannot be run, and why.
         seeds: in place of the table's.
         metrics: what we measure for a column of the paper, the main one first.
-        same_as_paper: whether data, recipe and metric are the paper's, so that differences to its numbers mean something.
+        same_as_paper: whether data, recipe and metric are the paper's, so that differences to its numbers mean
+            something.
         controls: what others published for exactly one of our runs, by TABLE/ROW.
-        theirs: of a column of the paper what others published for rows with a certain override, as `method=byol`, whose recipe the scale
-            has; theirs_are: what these numbers are, as a heading.
+        theirs: of a column of the paper what others published for rows with a certain override, as `method=byol`, whose
+            recipe the scale has; theirs_are: what these numbers are, as a heading.
     """
 
     id: str = MISSING
@@ -110,7 +112,9 @@ class Scale:
     theirs_are: str = "theirs"
 
     def evaluator_of(self, metric: str) -> str | None:
-        """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if there is none."""
+        """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if
+        there is none.
+        """
         protocol = metrics.protocol_of(metric)
         overrides = [*self.overrides, *(override for further in self.where.values() for override in further)]
         for option in folders.groups()["eval"]:
@@ -146,7 +150,9 @@ def scales() -> list[str]:
 
 def _pick(kind: str, name: str, known: Sequence[str]) -> str:
     if name not in known:
-        raise UserError(f"{kind} {name}: no such {kind}{refusals.nearest(name, known) or '.'} There are: {', '.join(known)}")
+        raise UserError(
+            f"{kind} {name}: no such {kind}{refusals.nearest(name, known) or '.'} There are: {', '.join(known)}"
+        )
     return name
 
 
@@ -242,7 +248,9 @@ class Experiment:
         published = getattr(self.row, key)
         if published is None:
             return None
-        return self.scale.exactly.get(key) or max(2 if key == "batch" else 1, round(published * self.scale.times.get(key, 1.0)))
+        return self.scale.exactly.get(key) or max(
+            2 if key == "batch" else 1, round(published * self.scale.times.get(key, 1.0))
+        )
 
     def overrides(self, seed: int) -> list[str]:
         """What caco.train gets; of two settings of one key the later holds and the earlier is left out."""
@@ -252,7 +260,12 @@ class Experiment:
             *(self.row.run or ()),
             *(f"{key}={size}" for key, size in sizes.items() if size is not None),
             *self.scale.overrides,
-            *(extra for override, extras in self.scale.where.items() if override in (self.row.run or ()) for extra in extras),
+            *(
+                extra
+                for override, extras in self.scale.where.items()
+                if override in (self.row.run or ())
+                for extra in extras
+            ),
             *self.row.after,
             *self.further,
             *self._shown_beside(),
@@ -266,8 +279,14 @@ class Experiment:
         return list(by_key.values())
 
     def _shown_beside(self) -> list[str]:
-        """The row's published values, for MLflow to show beside ours, where it was asked for and they are of the same data, recipe and metric."""
-        by_metric = {metric: value for column, value in self.row.published.items() for metric in self.scale.metrics.get(column, [])[:1]}
+        """The row's published values, for MLflow to show beside ours, where it was asked for and they are of the same
+        data, recipe and metric.
+        """
+        by_metric = {
+            metric: value
+            for column, value in self.row.published.items()
+            for metric in self.scale.metrics.get(column, [])[:1]
+        }
         if not (by_metric and self.scale.same_as_paper and "tracking=mlflow" in self.further):
             return []
         return [f"tracking.paper={{{', '.join(f'{metric}: {value}' for metric, value in by_metric.items())}}}"]
@@ -296,7 +315,13 @@ class Experiment:
 
     def command(self, seed: int | str | None = None) -> str:
         """What a user types to have it run, with a seed or several, as 0,1."""
-        words = ["python -m experiments.run", *folders.flag(), self.table.id, f"scale={self.scale.id}", f"rows={self.row_id}"]
+        words = [
+            "python -m experiments.run",
+            *folders.flag(),
+            self.table.id,
+            f"scale={self.scale.id}",
+            f"rows={self.row_id}",
+        ]
         words += [f"seed={seed}"] if seed is not None else []
         words += ["data.root=PATH"] if "root" in self.cfg.data and self.cfg.data.root is None else []
         return " ".join(words)
@@ -339,7 +364,7 @@ def experiments(
             raise UserError(f"{override}: no such key{refusals.nearest(root, known)}")
         if not is_neutral(key):
             raise UserError(
-                f"{override}: could change a number, and then this would not be scale {scale.id}; put it into a scale of its "
-                f"own, experiments/scale/NAME.yaml"
+                f"{override}: could change a number, and then this would not be scale {scale.id}; put it into a scale"
+                " of its own, experiments/scale/NAME.yaml"
             )
     return (Experiment(table, id, scale, tuple(further)) for id in table.rows if rows is None or id in rows)

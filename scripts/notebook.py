@@ -1,7 +1,9 @@
-"""Runs a notebook from its first cell to its last and writes it with its outputs: python scripts/notebook.py FILE.ipynb [--to FILE.ipynb]
+"""Runs a notebook from its first cell to its last and writes it with its outputs: python scripts/notebook.py FILE.ipynb
+[--to FILE.ipynb]
 
-Plain Python cells, which need no kernel: what a cell prints, the value of its last line and Matplotlib's figures are its outputs. A cell that
-raises ends it with that error. So a test runs the notebooks with nothing installed for them; in Jupyter they run as any other.
+Plain Python cells, which need no kernel: what a cell prints, the value of its last line and Matplotlib's figures are
+its outputs. A cell that raises ends it with that error. So a test runs the notebooks with nothing installed for them;
+in Jupyter they run as any other.
 """
 
 import argparse
@@ -30,7 +32,9 @@ def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
             value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)  # noqa: S307
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
-        outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)})
+        outputs.append(
+            {"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)}
+        )
     if value is not None and not source.rstrip().endswith(";"):  # as in Jupyter
         outputs.append(
             {
@@ -46,7 +50,9 @@ def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
             image = io.BytesIO()
             pyplot.figure(number).savefig(image, format="png", dpi=60, bbox_inches="tight", metadata={"Software": None})
             png = base64.b64encode(image.getvalue()).decode()
-            outputs.append({"output_type": "display_data", "metadata": {}, "data": {"image/png": png, "text/plain": ["<Figure>"]}})
+            outputs.append(
+                {"output_type": "display_data", "metadata": {}, "data": {"image/png": png, "text/plain": ["<Figure>"]}}
+            )
         pyplot.close("all")
     return outputs
 

@@ -53,7 +53,11 @@ def main() -> int:
                 begun += megabytes
                 if megabytes >= LARGE:
                     left = expected - begun
-                    print(f"    {package}, {shown(megabytes)}" + (f"; about {shown(left)} after it" if left >= LARGE else ""), flush=True)
+                    print(
+                        f"    {package}, {shown(megabytes)}"
+                        + (f"; about {shown(left)} after it" if left >= LARGE else ""),
+                        flush=True,
+                    )
             elif line.startswith("Installing collected packages") and expected >= 1000:
                 print("    unpacking", flush=True)
     if code := pip.wait():

@@ -1,8 +1,8 @@
-"""Which of timm's models serve as backbones: each one of timm.list_models() is made once, on tensors without contents, and docs/backbones.md
-is written from what came of it.
+"""Which of timm's models serve as backbones: each one of timm.list_models() is made once, on tensors without contents,
+and docs/backbones.md is written from what came of it.
 
-  python scripts/timm_models.py          goes on where it stopped (docs/backbones.csv); some 30 minutes on an idle core; Ctrl-C ends it
-  python scripts/timm_models.py NAME...  these names alone, shown and not written down
+  python scripts/timm_models.py goes on where it stopped (docs/backbones.csv); some 30 minutes on an idle core; Ctrl-C
+  ends it python scripts/timm_models.py NAME... these names alone, shown and not written down
 """
 
 import collections
@@ -48,9 +48,18 @@ def page(rows: list[dict[str, str]], num_models: int) -> str:
     lines = [
         "# Backbones of timm's",
         "",
-        "`backbone.name=NAME` takes a model of timm's that makes of images [B, 3, H, W] one feature each, [B, width]. Before a run draws a weight",
-        "this is tried on tensors without contents, with the sizes of the run's views; what does not fit is refused, with what helps: another",
-        "`backbone.image_size`, another `augmentation.size`, or the nearest names that fit. Where a layer between pooling and classifier gives the",
+        (
+            "`backbone.name=NAME` takes a model of timm's that makes of images [B, 3, H, W] one feature each, [B,"
+            " width]. Before a run draws a weight"
+        ),
+        (
+            "this is tried on tensors without contents, with the sizes of the run's views; what does not fit is"
+            " refused, with what helps: another"
+        ),
+        (
+            "`backbone.image_size`, another `augmentation.size`, or the nearest names that fit. Where a layer between"
+            " pooling and classifier gives the"
+        ),
         "feature (MobileNetV3, VGG, ...), it is that layer's.",
         "",
         f"Of the {num_models:,} names of `timm.list_models()` of timm {timm.__version__}, {len(rows):,} were tried so",
@@ -66,7 +75,10 @@ def page(rows: list[dict[str, str]], num_models: int) -> str:
     ]
     if unfit:
         lines += ["| refused | because |", "|---|---|"]
-        lines += [f"| {', '.join(f'`{name}`' for name in names)} | {reason.replace('|', '/')} |" for reason, names in sorted(reasons.items())]
+        lines += [
+            f"| {', '.join(f'`{name}`' for name in names)} | {reason.replace('|', '/')} |"
+            for reason, names in sorted(reasons.items())
+        ]
         lines.append("")
     return "\n".join(lines)
 

@@ -1,11 +1,15 @@
-"""Small images with colours and shapes, made when they are asked for: for methods that digits are too small and too grey for."""
+"""Small images with colours and shapes, made when they are asked for: for methods that digits are too small and too
+grey for.
+"""
 
 import numpy as np
 
 from caco.data.sets.sources import ImagesInMemory, Splits
 
 
-def images(*, size: int = 32, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0) -> Splits:
+def images(
+    *, size: int = 32, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
+) -> Splits:
     """512 to train on and 64 to test, of four classes: washes of two colours in one of four directions, with noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
@@ -13,7 +17,9 @@ def images(*, size: int = 32, limit: int | None = None, validation_fraction: flo
     label = np.arange(576) % 4
     first, second = rng.uniform(0, 255, (2, 576, 1, 1, 3))
     share = directions[label][..., None]
-    pixels = (first * share + second * (1 - share) + rng.normal(0, 20, (576, size, size, 3))).clip(0, 255).astype(np.uint8)
+    pixels = (
+        (first * share + second * (1 - share) + rng.normal(0, 20, (576, size, size, 3))).clip(0, 255).astype(np.uint8)
+    )
     every = ImagesInMemory(pixels, name="coloured", labels=label, classes=["x", "y", "+", "-"])
     train = every.part(np.arange(512), "coloured/train")
     return Splits(train, train, every.part(np.arange(512, 576), "coloured/test"))

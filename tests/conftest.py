@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import caco  # noqa: F401, I001 - before torch, as CACO_INSTRUCTIONS asks
+import caco  # noqa: F401  # isort: skip  # before torch, as CACO_INSTRUCTIONS asks
 import torch
 
 # Of the processes that tests start, too: beside other tests, several threads mostly wait for one another.

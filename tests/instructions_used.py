@@ -46,7 +46,10 @@ def main() -> None:
     compiled = instructions.compiled(instructions.BANK) and {"bank_bits": bank_bits(), "views_level": views_level()}
     record = {key: value for key, value in environment().items() if key.startswith("instructions")}
     sys.stdout.flush()
-    print("\n" + json.dumps({"record": record, "compiled": compiled, "capability": torch.backends.cpu.get_cpu_capability()}))
+    print(
+        "\n"
+        + json.dumps({"record": record, "compiled": compiled, "capability": torch.backends.cpu.get_cpu_capability()})
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Runs that are told to stop, or killed, at a moment that the test chooses: whatever else the machine does meanwhile."""
+"""Runs that are told to stop, or killed, at a moment that the test chooses: whatever else the machine does
+meanwhile.
+"""
 
 import os
 import signal
@@ -52,9 +54,11 @@ def train_told_to_stop(rows, *overrides):
 
 
 def train_killed(seconds, *overrides):
-    """Ended by the kernel after so many seconds of the process's own computing, counted from its first checkpoint's start.
+    """Ended by the kernel after so many seconds of the process's own computing, counted from its first checkpoint's
+    start.
 
-    Nobody waits for SIGPROF, so it ends a process as abruptly as SIGKILL; and its clock stands still while others compute.
+    Nobody waits for SIGPROF, so it ends a process as abruptly as SIGKILL; and its clock stands still while others
+    compute.
     """
     original = Checkpoints.save
     begun = []

@@ -1,5 +1,5 @@
-"""Other processes for tests, forked from one that has imported everything: each starts in a moment, where a new interpreter
-takes seconds to import torch.
+"""Other processes for tests, forked from one that has imported everything: each starts in a moment, where a new
+interpreter takes seconds to import torch.
 
 What only a new interpreter shows (what `python -m caco.train` imports, and when) is tested by starting one.
 """
@@ -19,10 +19,12 @@ from torch.distributed import TCPStore
 HERE = Path(__file__).parent
 # Whatever a run imports: what is missing here each process imports again.
 IMPORTED = [
-    "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr", "caco.methods.swav",
+    "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr",
+    "caco.methods.swav",
     "caco.methods.dino", "caco.methods.byol", "caco.methods.simsiam", "caco.methods.mocov3", "caco.methods.vicreg",
     "caco.methods.infomin", "caco.methods.cpcv2", "caco.banks.learnable", "caco.banks.fifo", "caco.data.sets.folders",
-    "caco.data.loaders.bound", "caco.data.views.augmentation", "caco.evals.finetune", "caco.evals.knn", "caco.evals.linear",
+    "caco.data.loaders.bound", "caco.data.views.augmentation", "caco.evals.finetune", "caco.evals.knn",
+    "caco.evals.linear",
     "caco.tracking.ledger", "sklearn.datasets", "timm", "torchvision",
 ]  # fmt: skip
 # A process that hangs is ended after so long; a machine with ten times the work that it has cores for is not too slow.
@@ -47,7 +49,9 @@ class Process:
         session: whether it leads a process group of its own, as a command of a shell does.
     """
 
-    def __init__(self, function: Callable, *arguments, environment: dict[str, str] | None = None, session: bool = False):
+    def __init__(
+        self, function: Callable, *arguments, environment: dict[str, str] | None = None, session: bool = False
+    ):
         self._folder = tempfile.TemporaryDirectory()
         environment = dict(os.environ) if environment is None else environment
         start = (function, arguments, environment, self._folder.name, session)

@@ -1,4 +1,6 @@
-"""What the processes of a test of several ranks do; each function runs in every rank, and rank 0 writes what came of it."""
+"""What the processes of a test of several ranks do; each function runs in every rank, and rank 0 writes what came of
+it.
+"""
 
 import json
 import os
@@ -12,9 +14,9 @@ from tiny import batch_of, compose, noise, now
 
 from caco import distributed
 from caco.config.composition import CONF, instantiate
+from caco.data.loaders.batches import Batch
 from caco.engine import assembly as assembly
 from caco.engine import trainer
-from caco.data.loaders.batches import Batch
 from caco.engine.assembly import build_method
 from caco.nn.heads import Encoder
 from caco.nn.norm import in_groups
@@ -24,7 +26,9 @@ from caco.schedules import RunShape
 GLOBAL_BATCH, STEPS = 16, 3
 # Of these a test does not choose the bank's size: they have none, or a row for each image.
 WITHOUT_BANK = {"pn=none"} | {
-    f"method={path.stem}" for path in (CONF / "method").glob("*.yaml") if re.search(r"\nbank: null|\n  size: null", path.read_text())
+    f"method={path.stem}"
+    for path in (CONF / "method").glob("*.yaml")
+    if re.search(r"\nbank: null|\n  size: null", path.read_text())
 }
 
 
@@ -33,8 +37,8 @@ def start() -> None:
 
 
 def own_batch(cfg, step, dtype=torch.float64):
-    """This rank's part of the global batch of a step: every view, multi-crop's small ones and patches where the configuration has
-    them."""
+    """This rank's part of the global batch of a step: every view, multi-crop's small ones and patches where the
+    configuration has them."""
     part = GLOBAL_BATCH // distributed.world()
     views, patches = noise(cfg, GLOBAL_BATCH, torch.Generator().manual_seed(100 + step), torch.float64)
     own = [distributed.own(view, part).to(dtype) for view in views]
@@ -49,7 +53,9 @@ def placed(method, cfg):
 
 
 class FewImages:
-    """Some images for passes over all of them, as caco.data.loaders.images.Images gives them: a rank's part of each batch."""
+    """Some images for passes over all of them, as caco.data.loaders.images.Images gives them: a rank's part of each
+    batch.
+    """
 
     def __init__(self, number, sizes):
         self.number, self.size = number, max(sizes, default=1)
@@ -105,7 +111,9 @@ def write_steps(path, case):
 
 
 def write_sent(path, cases):
-    """The bytes that the collectives of one step send from a rank, as a ring would send them, for each configuration."""
+    """The bytes that the collectives of one step send from a rank, as a ring would send them, for each
+    configuration.
+    """
     sent = {"bytes": 0.0}
 
     def counting(original, passes):
@@ -141,9 +149,10 @@ def write_sent(path, cases):
 def in_float64() -> None:
     """From here on this process trains in float64, for comparisons that go over several steps.
 
-    A step is chaotic where a key's nearest row or a ReLU's sign hangs on the rounding: in float32 two orders of summation
-    give two runs within a few steps. In float64 they begin 1e-16 apart, and twelve steps at these tests' rates make 1e-10
-    of it: far from any row's choice, and far below what a wrong gradient or a row in the wrong place would do (1e-3).
+    A step is chaotic where a key's nearest row or a ReLU's sign hangs on the rounding: in float32 two orders of
+    summation give two runs within a few steps. In float64 they begin 1e-16 apart, and twelve steps at these tests'
+    rates make 1e-10 of it: far from any row's choice, and far below what a wrong gradient or a row in the wrong place
+    would do (1e-3).
     """
     spread = assembly.in_groups
 

@@ -1,4 +1,6 @@
-"""Benchmarks: each runs without an argument and ends with one table; what the machine has no unit for is said and not run."""
+"""Benchmarks: each runs without an argument and ends with one table; what the machine has no unit for is said and not
+run.
+"""
 
 import json
 import re
@@ -113,7 +115,8 @@ def test_the_loader_without_ffcv_and_libturbojpeg(run, monkeypatch):
     printed, figures = run("loader", "--only", "large,first", "--workers", "1")
     assert "making 4 JPEGs of noise" in printed and figures["photos"] == "made"
     assert set(figures["left_out"]) == {
-        "loader=ffcv (caco is loader=torch then)", "FFCV's own crop", "decoding alone", "the first batch of loader=ffcv",
+        "loader=ffcv (caco is loader=torch then)", "FFCV's own crop", "decoding alone",
+        "the first batch of loader=ffcv",
     }  # fmt: skip
     assert figures["vs_pil"]["median"] > 0 and "vs_ffcv" not in figures and "first_batch_s" not in figures
 
@@ -121,7 +124,10 @@ def test_the_loader_without_ffcv_and_libturbojpeg(run, monkeypatch):
 def test_reading_compares_features_with_decoding_and_looks_with_reading(run):
     printed, figures = run("reading", "--workers", "1")
     assert (figures["features"]["photos"], figures["digests"]["files"], figures["overlap"]["files"]) == (6, 200, 200)
-    assert all(figures[name][of]["median"] > 0 for name, of in (("features", "vs_decode"), ("digests", "vs_read"), ("overlap", "vs_read")))
+    assert all(
+        figures[name][of]["median"] > 0
+        for name, of in (("features", "vs_decode"), ("digests", "vs_read"), ("overlap", "vs_read"))
+    )
     assert "features / decoding alone, images a second" in printed
 
 
@@ -148,7 +154,11 @@ def test_each_runs_without_an_argument_from_any_folder(name, repo_root, tmp_path
     progress, _, end = done.stdout.partition("\n\n| ")
     assert re.match(r"\[ +\d+ s\] ", progress) and end.count("| ---") > 1
     last = end.splitlines()[-1]
-    assert all(f"{fact}: {value}" in last for fact, value in common.machine().items() if fact not in ("threads", "instructions"))
+    assert all(
+        f"{fact}: {value}" in last
+        for fact, value in common.machine().items()
+        if fact not in ("threads", "instructions")
+    )
     assert "instructions: " in last and "threads: " in last
     assert list(tmp_path.iterdir()) == []
 
@@ -159,8 +169,16 @@ def test_their_imports_go_one_way(repo_root):
         file.stem: set(re.findall(r"^from benchmarks(?:\.(\w+))? import (\w+)?", file.read_text(), re.MULTILINE))
         for file in (repo_root / "benchmarks").glob("*.py")
     }
-    other = {name: {module or first for module, first in found} - {"common", "published"} for name, found in known.items()}
-    assert other == {"bank": {"step"}, **{name: set() for name in ("common", "evals", "kernels", "loader", "published", "reading", "step", "gpu_check")}}
+    other = {
+        name: {module or first for module, first in found} - {"common", "published"} for name, found in known.items()
+    }
+    assert other == {
+        "bank": {"step"},
+        **{
+            name: set()
+            for name in ("common", "evals", "kernels", "loader", "published", "reading", "step", "gpu_check")
+        },
+    }
 
 
 def test_the_check_of_a_gpu_packs_20_000_images_from_one_seed_and_says_where_there_are_fewer(tmp_path, monkeypatch):
@@ -177,7 +195,9 @@ def test_the_check_of_a_gpu_packs_20_000_images_from_one_seed_and_says_where_the
         assert all(packed.read(name) == (tmp_path / "images" / name).read_bytes() for name in names)
     first = (tmp_path / "packed.zip").read_bytes()
     benchmarks.gpu_check.pack(tmp_path / "images", tmp_path / "again.zip")
-    assert zipfile.ZipFile(tmp_path / "again.zip").namelist() == names and len((tmp_path / "again.zip").read_bytes()) == len(first)
+    assert zipfile.ZipFile(tmp_path / "again.zip").namelist() == names and len(
+        (tmp_path / "again.zip").read_bytes()
+    ) == len(first)
     monkeypatch.setattr(benchmarks.gpu_check, "PACKED_IMAGES", 20)
     with pytest.raises(SystemExit, match="expected at least 16 images in class folders below .*train, got 12"):
         benchmarks.gpu_check.pack(tmp_path / "images", tmp_path / "packed.zip")
@@ -187,7 +207,11 @@ def test_the_check_of_a_gpu_holds_the_bank_to_the_equations_and_sees_a_wrong_one
     found = benchmarks.gpu_check.kernels(torch.device("cpu"), tiny=True)
     assert len(found["off"]) == 2 and all(off["rows"] < 3e-2 for off in found["off"].values())
     update = benchmarks.gpu_check.LearnableBank.update
-    monkeypatch.setattr(benchmarks.gpu_check.LearnableBank, "update", lambda self, *, lr, keys_GD: update(self, lr=1.1 * lr, keys_GD=keys_GD))
+    monkeypatch.setattr(
+        benchmarks.gpu_check.LearnableBank,
+        "update",
+        lambda self, *, lr, keys_GD: update(self, lr=1.1 * lr, keys_GD=keys_GD),
+    )
     with pytest.raises(AssertionError, match="fp32: off by"):
         benchmarks.gpu_check.kernels(torch.device("cpu"), tiny=True)
 
@@ -196,21 +220,32 @@ def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_s
     ran = {
         "fails": benchmarks.gpu_check.Stage("A", 60, [], ["-c", "raise SystemExit(3)"]),
         "hangs": benchmarks.gpu_check.Stage("A", 1, [], ["-c", "import time; time.sleep(60)"]),
-        "works": benchmarks.gpu_check.Stage("A", 60, [], ["-c", "import sys; open(sys.argv[1], 'w').write('{}')", "{to}"]),
+        "works": benchmarks.gpu_check.Stage(
+            "A", 60, [], ["-c", "import sys; open(sys.argv[1], 'w').write('{}')", "{to}"]
+        ),
         "other": benchmarks.gpu_check.Stage("B", 60, [], ["-c", ""]),
     }
     monkeypatch.setattr(benchmarks.gpu_check, "STAGES", ran)
     monkeypatch.setattr(benchmarks.gpu_check, "lacks_gpu", lambda: "PyTorch sees none here")
     assert benchmarks.gpu_check.stages(["A"], tmp_path, None) == 2
-    results = {name: json.loads((tmp_path / f"{name}.stage.json").read_text())["result"] for name in ("fails", "hangs", "works")}
-    assert "failed with exit code 3" in results["fails"] and "ended by its limit" in results["hangs"] and results["works"] == "done"
+    results = {
+        name: json.loads((tmp_path / f"{name}.stage.json").read_text())["result"]
+        for name in ("fails", "hangs", "works")
+    }
+    assert (
+        "failed with exit code 3" in results["fails"]
+        and "ended by its limit" in results["hangs"]
+        and results["works"] == "done"
+    )
     assert (tmp_path / "works.json").read_text() == "{}" and not (tmp_path / "other.stage.json").exists()
 
 
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, it is the check itself: make gpu-check")
 def test_the_stages_of_the_check_of_a_gpu_run_at_a_tiny_size_without_one(tmp_path, monkeypatch):
-    """Those of other benchmarks are seen with these, above; the three methods that learn differ in settings alone, which are composed here."""
+    """Those of other benchmarks are seen with these, above; the three methods that learn differ in settings alone,
+    which are composed here.
+    """
     all_stages = benchmarks.gpu_check.STAGES
     chosen = {name: all_stages[name] for name in ("kernels", "learn-caco")}
     for stage in chosen.values():
@@ -219,10 +254,16 @@ def test_the_stages_of_the_check_of_a_gpu_run_at_a_tiny_size_without_one(tmp_pat
     assert benchmarks.gpu_check.stages(["A", "B"], tmp_path, None) == 0
     assert all(json.loads((tmp_path / f"{name}.json").read_text()) for name in chosen)
     for name, settings in benchmarks.gpu_check.LEARNING.items():
-        check_command([*benchmarks.gpu_check.TRAINING, *settings, "data=digits", "augmentation=digits", "batch=64", "epochs=2"], multirun=False)
+        check_command(
+            [*benchmarks.gpu_check.TRAINING, *settings, "data=digits", "augmentation=digits", "batch=64", "epochs=2"],
+            multirun=False,
+        )
         assert f"learn-{name}" in all_stages
 
 
 def test_the_sets_of_the_check_keep_within_their_minutes():
-    limits = {chosen: sum(stage.limit_s for stage in benchmarks.gpu_check.STAGES.values() if stage.set == chosen) for chosen in "AB"}
+    limits = {
+        chosen: sum(stage.limit_s for stage in benchmarks.gpu_check.STAGES.values() if stage.set == chosen)
+        for chosen in "AB"
+    }
     assert limits["A"] <= 4 * 60 and limits["B"] <= 6 * 60

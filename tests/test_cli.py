@@ -36,15 +36,21 @@ def test_a_mistake_costs_seconds_one_line_and_exit_code_2(tmp_path):
 
 
 def test_one_refusal_names_everything_and_leaves_nothing_behind(tmp_path):
-    """Two typos, a wrong type, a wrong value, a folder that is not there; of settings and images alike, before torch is imported."""
+    """Two typos, a wrong type, a wrong value, a folder that is not there; of settings and images alike, before torch is
+    imported.
+    """
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     wrong = ["data=folder", "data.root=nowhere", "bach=3", "bank=13M", "epochs=five", "method.temperature=-1"]
     done = caco(*wrong, cwd=tmp_path)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.ru_utime - begun.ru_utime < 8, "of computing; 1.3 to 2.2 s by the clock where it was measured"
-    starts = ["caco: bank=13M: no such option", "bach: no such key; did you mean batch?", "epochs: expected int, got 'five'",
-              "method.temperature: expected float above 0", "data=folder needs images: expected data.root=PATH"]  # fmt: skip
-    assert [any(line.startswith(start) for line in done.stderr.splitlines()) for start in starts] == [True] * 5, done.stderr
+    starts = ["caco: bank=13M: no such option", "bach: no such key; did you mean batch?",
+    "epochs: expected int, got 'five'",
+              "method.temperature: expected float above 0",
+              "data=folder needs images: expected data.root=PATH"]  # fmt: skip
+    assert [any(line.startswith(start) for line in done.stderr.splitlines()) for start in starts] == [True] * 5, (
+        done.stderr
+    )
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
 
 
@@ -139,10 +145,13 @@ def trackers(folder: Path) -> set[str]:
         (["preset=demo", "hydra.run.dir=my folder"], "'my folder'"),
     ],
 )
-def test_without_mlflow_a_run_says_once_that_the_ledger_keeps_everything(here, no_mlflow, command, told, capsys, tmp_path):
+def test_without_mlflow_a_run_says_once_that_the_ledger_keeps_everything(
+    here, no_mlflow, command, told, capsys, tmp_path
+):
     assert here(*command) == 0
-    assert capsys.readouterr().err == (
-        f"caco: MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {told}` "
+    assert (
+        capsys.readouterr().err
+        == f"caco: MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {told}` "
         f"sends it later, once MLflow is there ({command_to_install('mlflow')})\n"
     )
     assert trackers(tmp_path) == {"caco.tracking.ledger.LedgerTracker"}, "what the run records is what it did"
@@ -153,7 +162,9 @@ def test_without_mlflow_nothing_is_said_where_tracking_was_chosen(here, no_mlflo
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("command", [["tracking=mlflow"], ["-m", "tracking=ledger,mlflow"], ["tracking.uri=http://host:5000"]])
+@pytest.mark.parametrize(
+    "command", [["tracking=mlflow"], ["-m", "tracking=ledger,mlflow"], ["tracking.uri=http://host:5000"]]
+)
 def test_mlflow_named_and_missing_is_refused_before_anything_is_made(here, no_mlflow, command, capsys, tmp_path):
     assert here(*command, "preset=demo") == 2
     said = capsys.readouterr().err
@@ -254,7 +265,9 @@ def test_a_refusal_of_a_component_is_told_once_and_a_traceback_comes_for_the_ask
     assert here("seed=0") == 2
     assert capsys.readouterr().err == "caco: no such images\n"
     assert here("-m", "seed=0,1") == 2
-    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("caco: ")] == ["caco: no such images"] * 2
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("caco: ")] == [
+        "caco: no such images"
+    ] * 2
     monkeypatch.setenv("CACO_TRACEBACK", "1")
     with pytest.raises(UserError):
         here("seed=0")
@@ -272,7 +285,9 @@ def test_what_is_wrong_with_one_run_is_kept_in_its_directory(here, monkeypatch, 
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "job.json").write_text("{}")
     here("seed=0", "hydra.run.dir=job")
-    assert (tmp_path / "job" / "failure.txt").read_text() == "no such images\n", "a sweep reads there why a job of its failed"
+    assert (tmp_path / "job" / "failure.txt").read_text() == "no such images\n", (
+        "a sweep reads there why a job of its failed"
+    )
     assert "Traceback" in (tmp_path / "bug" / "failure.txt").read_text()
 
 

@@ -1,4 +1,6 @@
-"""Methods, sources, evaluators, images and backbones of the user's own, found through --config-dir (those in tests/own)."""
+"""Methods, sources, evaluators, images and backbones of the user's own, found through --config-dir (those in
+tests/own).
+"""
 
 import json
 import os
@@ -20,14 +22,22 @@ from analysis import table
 from caco import evaluate, export, plan, train
 from caco.config import folders
 from caco.launch.snapshot import snapshot
-from caco.runs.files import read_json
 from caco.runs.directory import write_config
+from caco.runs.files import read_json
 from experiments import run
 
 OWN = Path(__file__).parent / "own"
-FILES = ["backbone/flat.yaml", "data/stripes.yaml", "eval/spread.yaml", "method/agree.yaml", "mine.py", "pn/halfway.yaml"]
+FILES = [
+    "backbone/flat.yaml",
+    "data/stripes.yaml",
+    "eval/spread.yaml",
+    "method/agree.yaml",
+    "mine.py",
+    "pn/halfway.yaml",
+]
 RUN = [
-    "preset=smoke", "data=stripes", "backbone=flat", "eval=[spread]", "tracking=ledger", "projector.dim=8", "checkpoint.every_steps=2",
+    "preset=smoke", "data=stripes", "backbone=flat", "eval=[spread]", "tracking=ledger", "projector.dim=8",
+    "checkpoint.every_steps=2",
     "checkpoint.keep=9",
 ]  # fmt: skip
 
@@ -94,7 +104,9 @@ def test_a_run_is_made_of_own_parts_and_records_their_folder_and_files(finished)
 
 
 def test_where_the_folder_lies_does_not_make_another_run(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train, "run", lambda cfg, run_dir: write_config(run_dir, cfg))  # as training does once it goes on
+    monkeypatch.setattr(
+        train, "run", lambda cfg, run_dir: write_config(run_dir, cfg)
+    )  # as training does once it goes on
     assert typed(monkeypatch, train, "--config-dir", "own", "method=agree", *RUN) == 0
     (tmp_path / "own").rename("moved")
     assert typed(monkeypatch, train, f"--config-dir={tmp_path / 'moved'}", "method=agree", *RUN) == 0
@@ -111,13 +123,17 @@ def test_a_run_of_own_parts_goes_on_to_the_same_bits(monkeypatch, run_dir):
 
 
 def test_a_source_of_one_s_own_trains_with_a_bank(monkeypatch, tmp_path):
-    assert typed(monkeypatch, train, "--config-dir", "own", "pn=halfway", *RUN, "max_steps=18", "hydra.run.dir=run") == 0
+    assert (
+        typed(monkeypatch, train, "--config-dir", "own", "pn=halfway", *RUN, "max_steps=18", "hydra.run.dir=run") == 0
+    )
     assert read_json(tmp_path / "run" / "summary.json")["steps"] == 18
     assert OmegaConf.load(tmp_path / "run" / "config.yaml").method.positives._target_ == "mine.Halfway"
 
 
 def test_a_method_of_one_s_own_may_leave_its_sources_to_pn(monkeypatch, tmp_path):
-    (tmp_path / "own" / "method" / "longer.yaml").write_text("# @package _global_\ndefaults:\n  - caco\nmethod:\n  temperature: 0.3\n")
+    (tmp_path / "own" / "method" / "longer.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - caco\nmethod:\n  temperature: 0.3\n"
+    )
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
     assert typed(monkeypatch, train, "--config-dir", "own", "method=longer", "pn=halfway", *RUN) == 0
 
@@ -132,8 +148,8 @@ def test_evaluate_says_what_is_missing_and_takes_it_from_elsewhere(monkeypatch, 
     (tmp_path / "own").rename("moved")
     assert typed(monkeypatch, evaluate, "run=run", "eval=[knn]") == 2
     said = (
-        f"backbone._target_: mine.Flat is not installed here; the run had it from {tmp_path / 'own'}, which is not there any more: "
-        "say --config-dir DIR, where that is now"
+        f"backbone._target_: mine.Flat is not installed here; the run had it from {tmp_path / 'own'}, which is not"
+        " there any more: say --config-dir DIR, where that is now"
     )
     assert said in capsys.readouterr().err
     assert typed(monkeypatch, evaluate, "run=run", "eval=[spread]") == 2
@@ -145,8 +161,8 @@ def test_a_second_folder_adds_to_the_run_s_own(monkeypatch, run_dir, capsys, tmp
     (tmp_path / "later" / "eval").mkdir(parents=True)
     (tmp_path / "later" / "eval" / "width.yaml").write_text("# @package eval.width\n_target_: width.Width\n")
     (tmp_path / "later" / "width.py").write_text(
-        "from caco.evals.base import Evaluator\nclass Width(Evaluator):\n    when = 'end'\n    def build(self, store, *, seed): pass\n"
-        "    def run(self, backbone): yield 'width', float(backbone.num_features)\n"
+        "from caco.evals.base import Evaluator\nclass Width(Evaluator):\n    when = 'end'\n    def build(self, store,"
+        " *, seed): pass\n    def run(self, backbone): yield 'width', float(backbone.num_features)\n"
     )
     assert typed(monkeypatch, evaluate, "run=run", "--config-dir", "later", "eval=[width,spread]") == 0
     assert "width" in capsys.readouterr().out
@@ -202,7 +218,10 @@ def test_a_table_of_one_s_own_runs_and_is_shown(monkeypatch, capsys, tmp_path):
 def test_help_and_refusals_list_own_options(monkeypatch, capsys):
     assert typed(monkeypatch, train, "--config-dir", "own", "--help", *RUN) == 0
     shown = capsys.readouterr().out
-    assert "  pn: both, both_blended, both_weighted, halfway, negative, none, positive\n" in shown and "_target_: mine.stripes\n" in shown
+    assert (
+        "  pn: both, both_blended, both_weighted, halfway, negative, none, positive\n" in shown
+        and "_target_: mine.stripes\n" in shown
+    )
     assert typed(monkeypatch, evaluate, "--config-dir", "own", "--help") == 0
     assert " semi, spread, transfer\n" in capsys.readouterr().out
 
@@ -212,7 +231,10 @@ MISTAKES = {
     ("method=agree", "method.temperatur=1"): "method.temperatur: no such key; did you mean temperature?",
     ("method=agree", "method.temperature=hot"): "method.temperature: expected float, got 'hot' (str)",
     ("backbone.depth=3",): "backbone.depth: no such key",
-    ("method=agree", "config_dir=elsewhere"): "config_dir: expected it not to be set; --config-dir DIR does, got 'elsewhere'",
+    (
+        "method=agree",
+        "config_dir=elsewhere",
+    ): "config_dir: expected it not to be set; --config-dir DIR does, got 'elsewhere'",
 }
 
 
@@ -225,18 +247,27 @@ def test_own_parts_have_the_early_refusals_of_all_others(monkeypatch, capsys, tm
 
 METHOD = "# @package _global_\nbank: null\nmethod:\n  _target_: "
 BAD_FILES = {
-    "a YAML without a module": ("method/bad.yaml", METHOD + "mone.Agree", "mone.Agree is not installed here, and there is no {own}/mone.py; did you mean mine?"),
-    "a class that is not there": ("method/bad.yaml", METHOD + "mine.Agre", "method._target_: no Agre in mine; did you mean Agree?"),
-    "no dotted path": ("method/bad.yaml", METHOD + "Agree", "method._target_: expected a dotted path to a class or function, got 'Agree'"),
+    "a YAML without a module": ("method/bad.yaml", METHOD + "mone.Agree",
+    "mone.Agree is not installed here, and there is no {own}/mone.py; did you mean mine?"),
+    "a class that is not there": ("method/bad.yaml", METHOD + "mine.Agre",
+    "method._target_: no Agre in mine; did you mean Agree?"),
+    "no dotted path": ("method/bad.yaml", METHOD + "Agree",
+    "method._target_: expected a dotted path to a class or function, got 'Agree'"),
     "no YAML": ("method/bad.yaml", "method: [1\nbank: 2\n", "{own}/method/bad.yaml, line 2: "),
     "no Python": ("mine.py", "class Agree:\n    def f(:\n", "{own}/mine.py, line 2: invalid syntax: def f(:"),
-    "another group's folder": ("methods/bad.yaml", METHOD + "mine.Agree", "{own}/methods/bad.yaml would have to lie in a folder method/ there"),
-    "a package further down": ("method/bad.yaml", "# mine\n" + METHOD, "{own}/method/bad.yaml: # @package has to be its first line"),
-    "an option of caco's": ("method/caco.yaml", METHOD, "{own}/method/caco.yaml: caco has method/caco.yaml already and would take its own"),
-    "a root of caco's": ("config.yaml", "batch: 3", "{own}/config.yaml: caco has config.yaml already and would take its own"),
-    "Python's own name": ("code.py", "", "{own}/code.py: Python would import its own by the name code; give yours another one"),
+    "another group's folder": ("methods/bad.yaml", METHOD + "mine.Agree",
+    "{own}/methods/bad.yaml would have to lie in a folder method/ there"),
+    "a package further down": ("method/bad.yaml", "# mine\n" + METHOD,
+    "{own}/method/bad.yaml: # @package has to be its first line"),
+    "an option of caco's": ("method/caco.yaml", METHOD,
+    "{own}/method/caco.yaml: caco has method/caco.yaml already and would take its own"),
+    "a root of caco's": ("config.yaml", "batch: 3",
+    "{own}/config.yaml: caco has config.yaml already and would take its own"),
+    "Python's own name": ("code.py", "",
+    "{own}/code.py: Python would import its own by the name code; give yours another one"),
     "an installed name": ("timm/__init__.py", "", "/timm/__init__.py by the name timm; give yours another one"),
-    "caco's name": ("caco.py", "", f"{{own}}/caco.py: Python would import {caco.__file__} by the name caco; give yours another one"),
+    "caco's name": ("caco.py", "",
+    f"{{own}}/caco.py: Python would import {caco.__file__} by the name caco; give yours another one"),
 }  # fmt: skip
 
 
@@ -253,11 +284,17 @@ def test_a_file_that_cannot_be_used_is_refused_by_its_name(monkeypatch, capsys, 
 
 def test_without_the_folder_a_refusal_says_how_to_name_it(monkeypatch, capsys):
     assert typed(monkeypatch, train, "--config-dir", "nowhere", "method=agree") == 2
-    assert capsys.readouterr().err == f"caco: --config-dir: expected a folder, got {Path('nowhere').absolute()}, which is not there\n"
+    assert (
+        capsys.readouterr().err
+        == f"caco: --config-dir: expected a folder, got {Path('nowhere').absolute()}, which is not there\n"
+    )
     assert typed(monkeypatch, train, "--config-dir", "own", "-cd", "other", "method=agree") == 2
     assert capsys.readouterr().err == "caco: --config-dir: expected one folder, got own, other\n"
     assert typed(monkeypatch, train, "preset=smoke", "backbone._target_=mine.Flat") == 2
-    assert "mine.Flat is not installed here; a file of your own is found in the folder that --config-dir names" in capsys.readouterr().err
+    assert (
+        "mine.Flat is not installed here; a file of your own is found in the folder that --config-dir names"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_folder_may_be_the_one_that_one_works_in(monkeypatch, capsys):
@@ -273,10 +310,22 @@ def test_the_folder_may_be_the_one_that_one_works_in(monkeypatch, capsys):
 
 def test_a_folder_that_holds_runs_and_images_too_is_used_without_them(tmp_path):
     own = tmp_path / "own"
-    for name in ("parts/__init__.py", "parts/deep/er.py", "parts/deep/__pycache__/er.py", "runs/caco/one/config.yaml", "images/a/1.png", ".git/x.yaml"):
+    for name in (
+        "parts/__init__.py",
+        "parts/deep/er.py",
+        "parts/deep/__pycache__/er.py",
+        "runs/caco/one/config.yaml",
+        "images/a/1.png",
+        ".git/x.yaml",
+    ):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
         (own / name).touch()
-    assert [str(file.relative_to(own)) for file in folders.files(own)] == [*FILES[:5], "parts/__init__.py", "parts/deep/er.py", FILES[5]]
+    assert [str(file.relative_to(own)) for file in folders.files(own)] == [
+        *FILES[:5],
+        "parts/__init__.py",
+        "parts/deep/er.py",
+        FILES[5],
+    ]
 
 
 def test_a_copy_for_jobs_holds_the_folder_and_is_another_when_that_changes(tmp_path):
@@ -290,10 +339,23 @@ def test_a_copy_for_jobs_holds_the_folder_and_is_another_when_that_changes(tmp_p
 
 @pytest.mark.long
 def test_it_works_as_a_command_whose_loader_forks_workers(tmp_path):
-    command = [sys.executable, "-P", "-m", "caco.train", "--config-dir", "../own", "method=agree", *RUN, "loader=torch", "loader.num_workers=1"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "caco.train",
+        "--config-dir",
+        "../own",
+        "method=agree",
+        *RUN,
+        "loader=torch",
+        "loader.num_workers=1",
+    ]
     (tmp_path / "elsewhere").mkdir()
     variables = os.environ | {"PYTHONPATH": str(Path(train.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path / "elsewhere", env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path / "elsewhere", env=variables, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     (summary,) = (tmp_path / "elsewhere").glob("runs/caco/*/summary.json")
     assert json.loads(summary.read_text())["spread"] > 0
@@ -309,7 +371,19 @@ def test_two_ranks_find_it(tmp_path):
 @pytest.mark.long
 def test_a_local_sweep_runs_the_folder_as_it_was_submitted(tmp_path):
     """Two jobs, one after the other; before the second starts the folder is edited."""
-    command = [sys.executable, "-P", "-m", "caco.train", "--config-dir", "own", "-m", "method=agree", *RUN, "launcher=local", "seed=1,2"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "caco.train",
+        "--config-dir",
+        "own",
+        "-m",
+        "method=agree",
+        *RUN,
+        "launcher=local",
+        "seed=1,2",
+    ]
     variables = os.environ | {"PYTHONPATH": f"{Path(train.__file__).parents[1]}{os.pathsep}{tmp_path / 'own'}"}
     with subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True) as sweep:
         while sweep.poll() is None and not list(tmp_path.glob("runs/caco/*/job.json")):

@@ -57,7 +57,12 @@ def test_the_command_says_what_is_here_and_what_stops_one_by_its_exit_code(tmp_p
 
 
 def test_what_is_absent_stops_only_those_who_need_it():
-    findings = [Finding("torch", "works", ""), Finding("gpu", "absent", ""), Finding("slurm", "works", ""), Finding("slurm", "absent", "")]
+    findings = [
+        Finding("torch", "works", ""),
+        Finding("gpu", "absent", ""),
+        Finding("slurm", "works", ""),
+        Finding("slurm", "absent", ""),
+    ]
     assert verdict(findings, []) == []
     assert verdict(findings, ["slurm"]) == []
     assert verdict(findings, ["gpu", "native"]) == ["gpu", "native"]
@@ -134,11 +139,16 @@ def test_a_native_part_that_setup_py_has_and_the_package_has_not_is_named(tmp_pa
 def test_the_native_parts_are_built_where_a_compiler_is_and_the_level_at_which_they_serve_is_said(monkeypatch):
     """setup.py goes on without them, and the tests of them are skipped: so that would be seen nowhere else."""
     monkeypatch.setattr(instructions, "LEVEL", "plain")
-    assert only(doctor.native()) == Finding("native", "works", "caco.banks.kernels._kernel (plain), caco.data.views._views (plain)")
+    assert only(doctor.native()) == Finding(
+        "native", "works", "caco.banks.kernels._kernel (plain), caco.data.views._views (plain)"
+    )
     assert only(doctor.cpu()).what.endswith(f": {', '.join(instructions.processor())}; CACO_INSTRUCTIONS=plain")
     monkeypatch.setattr(instructions, "LEVEL", "torch")
     found = only(doctor.native())
-    assert (found.state, found.what) == ("absent", "turned off by CACO_INSTRUCTIONS=torch: caco.banks.kernels._kernel, caco.data.views._views")
+    assert (found.state, found.what) == (
+        "absent",
+        "turned off by CACO_INSTRUCTIONS=torch: caco.banks.kernels._kernel, caco.data.views._views",
+    )
     monkeypatch.setattr(instructions, "LEVEL", None)
     assert only(doctor.cpu()).what.endswith("; the best serves, CACO_INSTRUCTIONS is not set")
 

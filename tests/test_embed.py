@@ -1,4 +1,6 @@
-"""caco.embed: each image of a folder to its features, under its name, in two formats, to the same bytes however often it was stopped."""
+"""caco.embed: each image of a folder to its features, under its name, in two formats, to the same bytes however often
+it was stopped.
+"""
 
 import json
 import sys
@@ -47,7 +49,9 @@ def folder(tmp_path_factory):
     for number in range(40):
         pixels = draw.integers(0, 256, (20 + number % 7, 24, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
-        path = root / ("" if number < 5 else f"class {number % 3}") / ("naïve 'x'.png" if number == 7 else f"{number}.png")
+        path = (
+            root / ("" if number < 5 else f"class {number % 3}") / ("naïve 'x'.png" if number == 7 else f"{number}.png")
+        )
         path.parent.mkdir(exist_ok=True)
         (image.convert("L") if number % 9 == 0 else image).save(path)
     return root
@@ -69,7 +73,11 @@ def views() -> Views:
 def test_each_file_has_the_features_of_its_image_in_both_formats(tmp_path, folder, weights, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}", "batch=16"]
-    assert caco_embed(*common, f"to={tmp_path / 'features.npz'}") == caco_embed(*common, f"to={tmp_path / 'features.parquet'}") == 0
+    assert (
+        caco_embed(*common, f"to={tmp_path / 'features.npz'}")
+        == caco_embed(*common, f"to={tmp_path / 'features.parquet'}")
+        == 0
+    )
     told = capsys.readouterr().err
     assert "are one network by their keys" in told and "features.npz (features of 40 images)" in told
     with np.load(tmp_path / "features.npz") as file:
@@ -168,11 +176,15 @@ def test_two_ranks_write_what_one_does(tmp_path, folder, weights):
     assert codes == [0, 0], told
     assert caco_embed(*common, f"to={tmp_path / 'one.npz'}") == 0
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
-        assert one["files"].tolist() == two["files"].tolist() and np.allclose(one["features"], two["features"], atol=1e-6)
+        assert one["files"].tolist() == two["files"].tolist() and np.allclose(
+            one["features"], two["features"], atol=1e-6
+        )
 
 
 def test_images_as_they_are_stored_are_embedded_and_prepared_as_their_run_has_them(tmp_path, monkeypatch, capsys):
-    """Four channels of 16 bits: caco.embed's features are those of caco.load's backbone and preprocessing; photographs are refused."""
+    """Four channels of 16 bits: caco.embed's features are those of caco.load's backbone and preprocessing; photographs
+    are refused.
+    """
     generator = np.random.default_rng(0)
     for number in range(40):
         file = tmp_path / "images" / f"{number:02d}.npy"
@@ -180,7 +192,13 @@ def test_images_as_they_are_stored_are_embedded_and_prepared_as_their_run_has_th
         np.save(file, generator.integers(0, 2**16, (12, 12, 4), dtype=np.uint16))
     channels = ["data=folder", f"data.root={tmp_path / 'images'}", "data.channels=4"]
     train(tmp_path / "run", *channels, "augmentation.size=8", "batch=8", "max_steps=2", "eval=[]")
-    words = [f"run={tmp_path / 'run'}", f"data.root={tmp_path / 'images'}", f"to={tmp_path / 'made.npz'}", "precision=fp32", "loader.num_workers=0"]
+    words = [
+        f"run={tmp_path / 'run'}",
+        f"data.root={tmp_path / 'images'}",
+        f"to={tmp_path / 'made.npz'}",
+        "precision=fp32",
+        "loader.num_workers=0",
+    ]
     assert caco_embed(*words) == 2
     assert "this backbone was trained on images as they are stored, of 4 channels" in capsys.readouterr().err
     assert caco_embed(*words, "data.channels=4") == 0

@@ -54,13 +54,21 @@ def test_export_shows_what_it_refuses_itself_alone(tmp_path, monkeypatch, capsys
     importlib.import_module("caco.export")
     monkeypatch.delitem(sys.modules, "caco.export")
     save_file(small_resnet(width=8).state_dict(), tmp_path / "w.safetensors")
-    words = [f"weights={tmp_path}/w.safetensors", "format=timm", "backbone=small_resnet", "backbone.width=8", "augmentation=digits"]
+    words = [
+        f"weights={tmp_path}/w.safetensors",
+        "format=timm",
+        "backbone=small_resnet",
+        "backbone.width=8",
+        "augmentation=digits",
+    ]
     monkeypatch.setattr("sys.argv", ["export.py", *words, f"to={tmp_path}/to", "layouts=[timm]"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("caco.export", run_name="__main__")
     assert end.value.code == 2
     counted, refused = capsys.readouterr().err.splitlines()
-    assert "of the backbone's" in counted and refused.startswith("caco: layouts: timm has no model with this backbone's stem")
+    assert "of the backbone's" in counted and refused.startswith(
+        "caco: layouts: timm has no model with this backbone's stem"
+    )
 
 
 def test_a_bug_a_refusal_and_an_interruption(monkeypatch, capsys):
@@ -92,13 +100,24 @@ def test_a_component_s_arguments_are_the_user_s():
     for module, path in MODULES.items():
         for made in ast.walk(ast.parse(path.read_text())):
             if isinstance(made, ast.FunctionDef) and made.name in ("__init__", "__post_init__"):
-                raised = [node.exc.func for node in ast.walk(made) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
-                wrong += [f"{module}:{f.lineno}" for f in raised if isinstance(f, ast.Name) and f.id in ("ValueError", "OSError")]
+                raised = [
+                    node.exc.func
+                    for node in ast.walk(made)
+                    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+                ]
+                wrong += [
+                    f"{module}:{f.lineno}"
+                    for f in raised
+                    if isinstance(f, ast.Name) and f.id in ("ValueError", "OSError")
+                ]
     assert wrong == []
 
 
 def test_the_class_comes_without_anything_heavy():
-    loaded = "import sys; before = set(sys.modules); import caco.errors; print(sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    loaded = (
+        "import sys; before = set(sys.modules); import caco.errors; print(sorted({m.partition('.')[0] for m in"
+        " set(sys.modules) - before}))"
+    )
     done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "hydra", "omegaconf"} & set(done.stdout.replace("'", " ").split())
 
@@ -106,8 +125,10 @@ def test_the_class_comes_without_anything_heavy():
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.ENOSPC, "Make room there"), (errno.EDQUOT, "a larger quota"), (errno.EROFS, "a place that can be written to"),
-        (errno.EACCES, "a place that you may use"), (errno.EIO, "the disk or the network storage fails"), (errno.ESTALE, "see that it is mounted"),
+        (errno.ENOSPC, "Make room there"), (errno.EDQUOT, "a larger quota"),
+        (errno.EROFS, "a place that can be written to"),
+        (errno.EACCES, "a place that you may use"), (errno.EIO, "the disk or the network storage fails"),
+        (errno.ESTALE, "see that it is mounted"),
     ],
 )  # fmt: skip
 def test_what_a_machine_cannot_do_is_one_sentence_with_exit_code_2(number, advice, capsys):
@@ -118,7 +139,10 @@ def test_what_a_machine_cannot_do_is_one_sentence_with_exit_code_2(number, advic
             raise RuntimeError("a library's own words") from error
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.count("\n") == 1
-    assert told.startswith(f"caco: /disk/file: {os.strerror(number)}; what was written before is untouched. ") and advice.lower() in told.lower()
+    assert (
+        told.startswith(f"caco: /disk/file: {os.strerror(number)}; what was written before is untouched. ")
+        and advice.lower() in told.lower()
+    )
 
 
 def test_an_error_that_is_merely_on_the_way_to_a_slip_does_not_hide_it():

@@ -71,7 +71,9 @@ def test_results_go_into_ledger_summary_and_files_beside_those_of_baselines(here
     assert table[0].split() == ["trained", "untrained", "pixels"] and table[1].split()[0] == "knn20_top1"
     after = read_json(run_dir / "summary.json")
     names = ["knn20_top1", "linear_epochs-1_batch-256_top1", "linear_epochs-1_batch-256_top5"]
-    assert after.keys() - summary.keys() == {prefix + name for prefix in ("", "untrained/", "pixels/") for name in names}
+    assert after.keys() - summary.keys() == {
+        prefix + name for prefix in ("", "untrained/", "pixels/") for name in names
+    }
     assert {k: after[k] for k in summary} == summary
     rows = read_rows(run_dir / "ledger.jsonl")[0]
     assert rows[: len(before)] == before and {row["step"] for row in rows[len(before) :]} == {6}
@@ -94,8 +96,12 @@ def test_the_numbers_are_those_of_the_checkpoints_backbone_the_first_weights_and
     # To one image of 397: other batches are rounded otherwise, which may turn a vote.
     for prefix, backbone in (("", trained), ("untrained/", untrained), ("pixels/", torch.nn.Flatten())):
         knn = {"knn": instantiate(compose("eval=[knn]").eval.knn)}
-        expected = Evaluation(knn, splits, views, batch=200, device="cpu", precision="fp32", seed=0).run(backbone, "end")
-        assert read_json(run_dir / "summary.json")[f"{prefix}knn20_20pct_top1"] == pytest.approx(expected["knn20_20pct_top1"], abs=0.26), prefix
+        expected = Evaluation(knn, splits, views, batch=200, device="cpu", precision="fp32", seed=0).run(
+            backbone, "end"
+        )
+        assert read_json(run_dir / "summary.json")[f"{prefix}knn20_20pct_top1"] == pytest.approx(
+            expected["knn20_20pct_top1"], abs=0.26
+        ), prefix
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +140,9 @@ def test_another_number_of_the_same_name_never_replaces_training_s(here, knn_run
         assert number != before["knn20_20pct_top1"], "else this shows nothing"
         out, err = capsys.readouterr()
         assert out.split() == ["knn20_20pct_top1", f"{number:.6g}"]
-        assert err == (
-            f"caco: knn20_20pct_top1: training measured {before['knn20_20pct_top1']:.6g}, which stays; the {number:.6g} of this "
-            f"evaluation is in {kept} alone\n"
+        assert (
+            err == f"caco: knn20_20pct_top1: training measured {before['knn20_20pct_top1']:.6g}, which stays; the"
+            f" {number:.6g} of this evaluation is in {kept} alone\n"
         )
 
 
@@ -165,7 +171,11 @@ def test_nothing_is_done_twice_and_a_cut_command_goes_on(here, run_dir, monkeypa
     assert here(f"run={run_dir}", *QUICK) == 0
     assert here(f"run={run_dir}", *QUICK) == 0
     assert done == ["knn", "probe", "linear"]
-    assert [set(row) - {"step"} for row in evals(run_dir)] == [{"knn20_top1"}, {"probe_top1"}, {"linear_epochs-1_batch-256_top1", "linear_epochs-1_batch-256_top5"}]
+    assert [set(row) - {"step"} for row in evals(run_dir)] == [
+        {"knn20_top1"},
+        {"probe_top1"},
+        {"linear_epochs-1_batch-256_top1", "linear_epochs-1_batch-256_top5"},
+    ]
     assert capsys.readouterr().out.count("knn20_top1") == 2, "each command tells all results"
     assert here(f"run={run_dir}", *QUICK, "eval.knn.k=5") == 0
     assert done[3:] == ["knn"], "another question is answered anew"
@@ -176,7 +186,9 @@ def test_a_result_whose_row_was_lost_is_written_again_without_work(here, run_dir
     expected = evals(run_dir)
     ledger = run_dir / "ledger.jsonl"
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
-    monkeypatch.setattr(Evaluation, "each", lambda self, backbone, names: iter([] if not names else pytest.fail("worked")))
+    monkeypatch.setattr(
+        Evaluation, "each", lambda self, backbone, names: iter([] if not names else pytest.fail("worked"))
+    )
     assert here(f"run={run_dir}", "eval=[knn]") == 0
     assert evals(run_dir) == expected
 
@@ -190,7 +202,9 @@ def test_an_earlier_checkpoint_is_not_the_runs_final_result(here, run_dir):
 
 def test_other_data_than_the_runs_are_named(here, run_dir):
     assert here(f"run={run_dir}", "eval=[knn]", "data.seed=1") == 0
-    assert "digits/knn20_20pct_top1" in read_json(run_dir / "summary.json") and "knn20_20pct_top1" not in read_json(run_dir / "summary.json")
+    assert "digits/knn20_20pct_top1" in read_json(run_dir / "summary.json") and "knn20_20pct_top1" not in read_json(
+        run_dir / "summary.json"
+    )
 
 
 def test_an_mlflow_run_id_finds_the_directory_below_runs(here, run_dir, tmp_path, capsys):
@@ -204,7 +218,11 @@ def test_an_mlflow_run_id_finds_the_directory_below_runs(here, run_dir, tmp_path
 
 def test_without_mlflow_a_run_that_was_tracked_there_is_evaluated_into_its_ledger(here, run_dir, monkeypatch, capsys):
     recorded = OmegaConf.load(run_dir / "config.yaml")
-    recorded.tracking = {"_target_": "caco.tracking.mlflow.MLflowTracker", "uri": "http://nowhere:1", "experiment": "caco"}
+    recorded.tracking = {
+        "_target_": "caco.tracking.mlflow.MLflowTracker",
+        "uri": "http://nowhere:1",
+        "experiment": "caco",
+    }
     OmegaConf.save(recorded, run_dir / "config.yaml")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     assert here(f"run={run_dir}", "eval=[knn]") == 0
@@ -217,22 +235,40 @@ def test_without_mlflow_a_run_that_was_tracked_there_is_evaluated_into_its_ledge
 
 def test_weights_from_elsewhere_get_a_folder_of_their_own(here, run_dir, tmp_path):
     weights = run_dir / "checkpoints" / "step_000000006.pt"
-    command = ["format=caco", "backbone=small_resnet", "backbone.width=8", "data=digits", "augmentation=digits", "eval=[knn]"]
+    command = [
+        "format=caco",
+        "backbone=small_resnet",
+        "backbone.width=8",
+        "data=digits",
+        "augmentation=digits",
+        "eval=[knn]",
+    ]
     command += ["tracking=ledger", "precision=fp32", "loader.num_workers=0"]
     assert here(f"weights={weights}", *command) == 0
     [folder] = (tmp_path / "evaluations").iterdir()
     assert folder.name.startswith("step_000000006-")
     assert here(f"run={run_dir}", "eval=[knn]") == 0
-    assert read_json(folder / "summary.json")["knn20_20pct_top1"] == read_json(run_dir / "summary.json")["knn20_20pct_top1"]
+    assert (
+        read_json(folder / "summary.json")["knn20_20pct_top1"]
+        == read_json(run_dir / "summary.json")["knn20_20pct_top1"]
+    )
     assert here(f"weights={weights}", *command, "to=mine") == 0
     assert read_json(tmp_path / "mine" / "summary.json") == read_json(folder / "summary.json")
 
 
 def test_the_parts_that_the_run_recorded_are_taken_unless_chosen_anew(run_dir):
     cfg = pretrained.compose("evaluate", [f"run={run_dir}"])
-    assert (cfg.backbone.width, cfg.precision, cfg.loader.num_workers, cfg.data.size, cfg.batch) == (8, "fp32", 0, 16, 64)
+    assert (cfg.backbone.width, cfg.precision, cfg.loader.num_workers, cfg.data.size, cfg.batch) == (
+        8,
+        "fp32",
+        0,
+        16,
+        64,
+    )
     assert list(cfg.eval) == ["knn", "linear"]
-    cfg = pretrained.compose("evaluate", [f"run={run_dir}", "data=folder", "data.root=/images", "precision=bf16", "seed=3"])
+    cfg = pretrained.compose(
+        "evaluate", [f"run={run_dir}", "data=folder", "data.root=/images", "precision=bf16", "seed=3"]
+    )
     assert "size" not in cfg.data and cfg.data.root == "/images" and (cfg.precision, cfg.seed) == ("bf16", 3)
 
 
@@ -253,7 +289,10 @@ def test_the_parts_that_the_run_recorded_are_taken_unless_chosen_anew(run_dir):
         (["run={run}", "overlap=ignore"], "overlap: expected refuse or allow, got 'ignore'"),
         (["run={run}", "seed=0,1"], "expected one value for each key, got several"),
         (["weights={file}", "format=caco"], "backbone: must be given, as backbone=..."),
-        (["weights={file}", "format=moca", "backbone=resnet18", "data=digits"], "or one of caco, adco, moco, torchvision, "),
+        (
+            ["weights={file}", "format=moca", "backbone=resnet18", "data=digits"],
+            "or one of caco, adco, moco, torchvision, ",
+        ),
         (["run={run}", "epochs=3"], "epochs: no such key"),
     ],
 )
@@ -281,7 +320,8 @@ def test_refusals_and_help_come_without_torch(run_dir):
         evaluate.main()
         sys.argv = ["caco-evaluate", "run={run_dir}", "--cfg", "job"]
         evaluate.main()
-        sys.exit(f"imported {{sorted({{'torch', 'timm', 'mlflow', 'sklearn'}} & set(sys.modules))}}" if "torch" in sys.modules else 0)
+        imported = sorted({{"torch", "timm", "mlflow", "sklearn"}} & set(sys.modules))
+        sys.exit(f"imported {{imported}}" if imported else 0)
     """
     import textwrap
 
@@ -320,7 +360,10 @@ def test_test_images_that_were_trained_on_are_refused_unless_told(here, run_dir,
 
 
 def test_a_run_that_another_process_trains_is_left_alone(run_dir, tmp_path):
-    hold = f"import sys, time; from caco.runs.directory import hold; from pathlib import Path; hold(Path({str(run_dir)!r})); print(1, flush=True); time.sleep(600)"
+    hold = (
+        "import sys, time; from caco.runs.directory import hold; from pathlib import Path;"
+        f" hold(Path({str(run_dir)!r})); print(1, flush=True); time.sleep(600)"
+    )
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         command = [sys.executable, "-m", "caco.evaluate", f"run={run_dir}", "eval=[knn]"]
@@ -330,10 +373,11 @@ def test_a_run_that_another_process_trains_is_left_alone(run_dir, tmp_path):
 
 
 def test_two_ranks_train_the_classifiers_that_one_trains(here, run_dir):
-    """Five convex steps of the linear one; two of the whole network, at a rate of 0.014, so that rounding is not led astray.
+    """Five convex steps of the linear one; two of the whole network, at a rate of 0.014, so that rounding is not led
+    astray.
 
-    A float32 network of some twenty layers rounds statistics and gradients by some 1e-6 of their size. Another share of the
-    images, or gradients of one rank alone, would change them by hundredths.
+    A float32 network of some twenty layers rounds statistics and gradients by some 1e-6 of their size. Another share of
+    the images, or gradients of one rank alone, would change them by hundredths.
     """
     command = [f"run={run_dir}", "eval=[linear,semi,knn]", "eval.linear.epochs=1"]
     command += ["eval.linear.batch=256", "eval.linear.larc=false", "eval.linear.lr=1", "eval.semi.fractions=[0.1]"]
@@ -347,12 +391,16 @@ def test_two_ranks_train_the_classifiers_that_one_trains(here, run_dir):
             codes, outputs = ranks(world, caco_evaluate, *arguments)
             assert codes == [0] * world, outputs[0][1][-3000:]
         folder = run_dir.parent / str(world) / "evaluations" / "classifiers"
-        states[world] = {path.parent.name.partition("_")[0]: load(path)["network"] for path in folder.glob("*/step_*.pt")}
+        states[world] = {
+            path.parent.name.partition("_")[0]: load(path)["network"] for path in folder.glob("*/step_*.pt")
+        }
     assert states[1].keys() == states[2].keys() == {"linear", "semi"}
     for name, state in states[1].items():
         assert {k.removeprefix("0.") for k in state} == {k.removeprefix("0.") for k in states[2][name]}
         for key, value in state.items():
-            torch.testing.assert_close(value.float(), states[2][name][key].float(), rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
+            torch.testing.assert_close(
+                value.float(), states[2][name][key].float(), rtol=1e-4, atol=1e-5, msg=f"{name} {key}"
+            )
 
 
 def test_linear_evaluation_at_the_end_of_training_gives_what_it_gives_afterwards(tmp_path, here, run_dir):

@@ -1,4 +1,6 @@
-"""Exchange files of equal names and sizes, and no answer of before comes back: evaluations, transfer, pixels, overlap, resume."""
+"""Exchange files of equal names and sizes, and no answer of before comes back: evaluations, transfer, pixels, overlap,
+resume.
+"""
 
 import shutil
 import sys
@@ -66,7 +68,8 @@ def test_evaluations_and_pixels(tmp_path, evaluated):
     write_bitmaps(tmp_path / "set" / "test", swapped=0, seed=1)
     write_bitmaps(tmp_path / "set" / "other", swapped=1, seed=1)
     sizes = [
-        {f.relative_to(f.parents[1]): f.stat().st_size for f in (tmp_path / "set" / name).rglob("*.bmp")} for name in ("test", "other")
+        {f.relative_to(f.parents[1]): f.stat().st_size for f in (tmp_path / "set" / name).rglob("*.bmp")}
+        for name in ("test", "other")
     ]
     assert sizes[0] == sizes[1]
     command = [
@@ -90,7 +93,12 @@ def test_transfer(tmp_path, evaluated):
     write_bitmaps(tmp_path / "sets" / "own" / "train", swapped=0, seed=0, count=20)
     write_bitmaps(tmp_path / "sets" / "own" / "test", swapped=0, seed=1)
     write_bitmaps(tmp_path / "sets" / "own" / "other", swapped=1, seed=1)
-    command = ["eval=[transfer]", f"eval.transfer.root={tmp_path / 'sets'}", "eval.transfer.sets=[own]", "eval.transfer.size=16"]
+    command = [
+        "eval=[transfer]",
+        f"eval.transfer.root={tmp_path / 'sets'}",
+        "eval.transfer.sets=[own]",
+        "eval.transfer.size=16",
+    ]
     command += ["eval.transfer.num_strengths=2", "baselines=true"]
     name = "pixels/transfer_size-16_num_strengths-2/own_top1"
     assert evaluated(*command)[1][name] == 100.0
@@ -112,7 +120,8 @@ def test_overlap(tmp_path, evaluated, capsys):
     assert evaluated(*command)[0] == 0
     exchange(tmp_path / "set" / "test", tmp_path / "set" / "other")
     assert (
-        evaluated(*command)[0] == 2 and "12 of the 12 images of folder/test are images of folder/train too" in capsys.readouterr().err
+        evaluated(*command)[0] == 2
+        and "12 of the 12 images of folder/test are images of folder/train too" in capsys.readouterr().err
     )
 
 

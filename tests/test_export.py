@@ -59,7 +59,9 @@ def features(network, images):
 def test_caco_reads_its_own_export(resnet, exported):
     other = timm_backbone(name="resnet18")
     load_backbone(exported / "model.safetensors", "timm", other)
-    assert all(torch.equal(a, b) for a, b in zip(resnet.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(resnet.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_timm_makes_the_same_network_from_the_folder_and_knows_its_images(resnet, exported, images):
@@ -72,7 +74,9 @@ def test_timm_makes_the_same_network_from_the_folder_and_knows_its_images(resnet
 
 def test_torchvision_takes_all_but_its_classifier(resnet, exported, images):
     model = torchvision.models.resnet18()
-    missing, unexpected = model.load_state_dict(torch.load(exported / "torchvision.pth", weights_only=True), strict=False)
+    missing, unexpected = model.load_state_dict(
+        torch.load(exported / "torchvision.pth", weights_only=True), strict=False
+    )
     assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
     model.fc = torch.nn.Identity()
     torch.testing.assert_close(features(model, images), features(resnet, images))
@@ -83,7 +87,12 @@ def test_detectron2s_names_and_back(resnet, exported):
     assert content["matching_heuristics"] is True and content["__author__"] == "caco"
     names = content["model"].keys()
     # Of its ResNets, as detectron2.modeling.backbone.resnet builds them.
-    assert {"stem.conv1.weight", "stem.conv1.norm.running_mean", "res2.0.conv1.weight", "res2.0.conv1.norm.weight"} <= names
+    assert {
+        "stem.conv1.weight",
+        "stem.conv1.norm.running_mean",
+        "res2.0.conv1.weight",
+        "res2.0.conv1.norm.weight",
+    } <= names
     assert {"res3.0.shortcut.weight", "res3.0.shortcut.norm.bias", "res5.1.conv2.norm.running_var"} <= names
     assert not [name for name in names if "layer" in name or "bn" in name or "downsample" in name or "tracked" in name]
     back = {}
@@ -101,22 +110,39 @@ def test_detectron2s_names_and_back(resnet, exported):
 def test_the_card_says_where_it_comes_from_what_it_gave_and_how_to_load_it(exported):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
-    for said in ("resnet18, pre-trained without labels", "run `x`, step 6", "| knn20_top1 | 12.35 |", "digits/train", "local-dir:"):
+    for said in (
+        "resnet18, pre-trained without labels",
+        "run `x`, step 6",
+        "| knn20_top1 | 12.35 |",
+        "digits/train",
+        "local-dir:",
+    ):
         assert said in card, said
     assert "MODEL.PIXEL_MEAN [102.0, 127.5, 153.0]" in card and "| loss" not in card
 
 
 @pytest.mark.parametrize("own", [{}, {"patch_size": 8, "register_tokens": 2, "pool": "mean", "variant": "dino"}])
 def test_a_vit_comes_back_through_timm(tmp_path, own):
-    node = plain(compose(["backbone=vit_small"]))["backbone"] | {"name": "vit_tiny_patch16_224", "image_size": 32, **own}
+    node = plain(compose(["backbone=vit_small"]))["backbone"] | {
+        "name": "vit_tiny_patch16_224",
+        "image_size": 32,
+        **own,
+    }
     vit = instantiate(node).eval()
     export.export(vit, node, ["timm"], tmp_path, ABOUT)
     images = torch.randn(1, 3, 32, 32)
-    assert torch.equal(features(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images), features(vit, images))
+    assert torch.equal(
+        features(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images), features(vit, images)
+    )
 
 
 def test_timm_makes_mocov3_s_vit_with_its_own_number_of_heads():
-    node = {"_target_": "caco.nn.backbones.mocov3_vit", "name": "vit_tiny_patch16_224", "num_heads": 12, "image_size": 32}
+    node = {
+        "_target_": "caco.nn.backbones.mocov3_vit",
+        "name": "vit_tiny_patch16_224",
+        "num_heads": 12,
+        "image_size": 32,
+    }
     vit = mocov3_vit(name="vit_tiny_patch16_224", image_size=32)
     config = export.timm_config(vit, node, ABOUT)
     again = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
@@ -128,11 +154,21 @@ def test_timm_makes_mocov3_s_vit_with_its_own_number_of_heads():
 
 def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_written(tmp_path):
     node = {"_target_": "caco.nn.backbones.small_resnet", "width": 8}
-    for layout, expected in (("timm", "timm has no model"), ("torchvision", "expects a ResNet"), ("detectron2", "expects a ResNet")):
+    for layout, expected in (
+        ("timm", "timm has no model"),
+        ("torchvision", "expects a ResNet"),
+        ("detectron2", "expects a ResNet"),
+    ):
         with pytest.raises(ValueError, match=expected):
             export.export(small_resnet(width=8), node, ["safetensors", layout], tmp_path / "to", ABOUT)
     with pytest.raises(ValueError, match="timm has no model"):
-        export.export(timm_backbone(name="resnet18", cifar_stem=True), {**RESNET, "cifar_stem": True}, ["timm"], tmp_path / "to", ABOUT)
+        export.export(
+            timm_backbone(name="resnet18", cifar_stem=True),
+            {**RESNET, "cifar_stem": True},
+            ["timm"],
+            tmp_path / "to",
+            ABOUT,
+        )
     with pytest.raises(ValueError, match="stem or norms"):
         normed = timm_backbone(name="resnet18", layer_norm=True)
         export.export(normed, {**RESNET, "layer_norm": True}, ["timm"], tmp_path / "to", ABOUT)
@@ -141,7 +177,9 @@ def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_wri
 
 def test_a_network_of_images_in_another_colour_space_says_so(resnet, tmp_path):
     about = {**ABOUT, "augmentation": {**ABOUT["augmentation"], "colours": "lab"}}
-    with pytest.raises(ValueError, match="takes images in lab, which no layout but safetensors can say; got safetensors, timm"):
+    with pytest.raises(
+        ValueError, match="takes images in lab, which no layout but safetensors can say; got safetensors, timm"
+    ):
         export.export(resnet, RESNET, ["safetensors", "timm"], tmp_path / "to", about)
     assert not (tmp_path / "to").exists()
     export.export(resnet, RESNET, ["safetensors"], tmp_path / "to", about)
@@ -160,14 +198,19 @@ def test_a_runs_backbone_is_exported_from_the_command_line(tmp_path, monkeypatch
     (tmp_path / "run" / "config.yaml").write_text(OmegaConf.to_yaml(tiny(*settings), resolve=True))
     monkeypatch.setattr("sys.argv", ["caco-export", f"run={tmp_path / 'run'}", f"to={tmp_path / 'to'}"])
     export.main()
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "to" / name) for name in ("model.safetensors", "README.md")]
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "to" / name) for name in ("model.safetensors", "README.md")
+    ]
     written = safetensors.torch.load_file(tmp_path / "to" / "model.safetensors")
     trained = load(tmp_path / "run" / "checkpoints" / "step_000000002.pt")["method"]
     assert all(torch.equal(value, trained[f"encoder.backbone.{name}"]) for name, value in written.items())
 
     for arguments, expected in (
         ([f"run={tmp_path / 'run'}"], "to: expected a folder to write to"),
-        ([f"run={tmp_path / 'run'}", "to=x", "layouts=[onnx]"], "layouts: expected some of safetensors, timm, torchvision, detectron2"),
+        (
+            [f"run={tmp_path / 'run'}", "to=x", "layouts=[onnx]"],
+            "layouts: expected some of safetensors, timm, torchvision, detectron2",
+        ),
     ):
         monkeypatch.setattr("sys.argv", ["caco-export", *arguments])
         with pytest.raises(SystemExit) as end:

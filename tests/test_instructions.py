@@ -1,4 +1,6 @@
-"""CACO_INSTRUCTIONS holds for caco's compiled parts and for PyTorch, or is refused in one sentence; the record says what served."""
+"""CACO_INSTRUCTIONS holds for caco's compiled parts and for PyTorch, or is refused in one sentence; the record says
+what served.
+"""
 
 import json
 import os
@@ -23,13 +25,22 @@ ROOT = Path(__file__).resolve().parents[1]
 AVX2 = {"avx", "avx2", "fma"}
 AVX512 = AVX2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
 AMX = AVX512 | {"avx512vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_tile", "amx_int8"}
-PROCESSORS = [(set(), 1), (AVX2, 2), (AVX512, 3), (AVX512 - {"avx512vl"}, 2), (AMX - {"fma"}, 1), (AMX, 4)]  # flags, how many levels
+PROCESSORS = [
+    (set(), 1),
+    (AVX2, 2),
+    (AVX512, 3),
+    (AVX512 - {"avx512vl"}, 2),
+    (AMX - {"fma"}, 1),
+    (AMX, 4),
+]  # flags, how many levels
 EXPECTED = "expected plain, avx2, avx512, amx or torch"
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """started(variables, flags): what `import caco` makes of an environment on such a processor, before torch is imported."""
+    """started(variables, flags): what `import caco` makes of an environment on such a processor, before torch is
+    imported.
+    """
     monkeypatch.setattr(instructions, "LEVEL", None)
     monkeypatch.setattr(instructions.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -53,7 +64,10 @@ def test_a_level_that_the_processor_lacks_is_refused_and_those_that_it_has_are_n
     with pytest.raises(Refused) as refused:
         started({"CACO_INSTRUCTIONS": level}, flags)
     has = ", ".join(LEVELS[:count])
-    assert str(refused.value) == f"CACO_INSTRUCTIONS={level}: this processor has {has}; choose one of them, or unset it for the best"
+    assert (
+        str(refused.value)
+        == f"CACO_INSTRUCTIONS={level}: this processor has {has}; choose one of them, or unset it for the best"
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +94,10 @@ def test_without_it_or_with_torch_alone_pytorchs_own_variables_stay_as_they_are(
 def test_a_variable_that_says_otherwise_is_refused_and_one_that_says_the_same_is_not(started):
     ours, _ = started({"CACO_INSTRUCTIONS": "plain"})
     assert started(ours) == (ours, "plain"), "a child process inherits them all"
-    message = "CACO_INSTRUCTIONS=avx2 sets ATEN_CPU_CAPABILITY=avx2, but the environment has ATEN_CPU_CAPABILITY=default; unset one of the two"
+    message = (
+        "CACO_INSTRUCTIONS=avx2 sets ATEN_CPU_CAPABILITY=avx2, but the environment has ATEN_CPU_CAPABILITY=default;"
+        " unset one of the two"
+    )
     with pytest.raises(Refused, match=message):
         started(ours | {"CACO_INSTRUCTIONS": "avx2"})
 
@@ -88,7 +105,10 @@ def test_a_variable_that_says_otherwise_is_refused_and_one_that_says_the_same_is
 def test_where_torch_was_imported_before_caco_it_is_refused_unless_torch_found_its_variables(started, monkeypatch):
     ours, _ = started({"CACO_INSTRUCTIONS": "avx2"})
     monkeypatch.setitem(sys.modules, "torch", torch)
-    with pytest.raises(Refused, match="CACO_INSTRUCTIONS=avx2 came too late for torch, which is imported already; import caco before torch"):
+    with pytest.raises(
+        Refused,
+        match="CACO_INSTRUCTIONS=avx2 came too late for torch, which is imported already; import caco before torch",
+    ):
         started({"CACO_INSTRUCTIONS": "avx2"})
     assert started(ours) == (ours, "avx2")
     assert started({"CACO_INSTRUCTIONS": "torch"})[1] == "torch"
@@ -102,16 +122,22 @@ def test_a_child_process_can_run_at_another_level_and_keeps_the_users_variables(
 
 
 COMMANDS = [
-    ["-m", "caco.train", "preset=smoke"], ["-m", "caco.train", "--help"], ["-m", "caco.evaluate", "run=x"], ["-m", "caco.export", "run=x", "to=y"],
-    ["-m", "caco.plan"], ["-m", "caco.doctor"], ["-m", "caco.write"], ["-m", "caco.tracking.sync", "runs"], ["-m", "experiments.run", "table7"],
+    ["-m", "caco.train", "preset=smoke"], ["-m", "caco.train", "--help"], ["-m", "caco.evaluate", "run=x"],
+    ["-m", "caco.export", "run=x", "to=y"],
+    ["-m", "caco.plan"], ["-m", "caco.doctor"], ["-m", "caco.write"], ["-m", "caco.tracking.sync", "runs"],
+    ["-m", "experiments.run", "table7"],
     *([str(file)] for file in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in file.read_text()),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: Path(command[-1]).name if len(command) == 1 else command[1])
+@pytest.mark.parametrize(
+    "command", COMMANDS, ids=lambda command: Path(command[-1]).name if len(command) == 1 else command[1]
+)
 def test_every_command_refuses_it_in_one_sentence_with_exit_code_2(command):
     environment = child_environment("avx3") | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"caco: CACO_INSTRUCTIONS=avx3: {EXPECTED}; did you mean avx2?\n"
 
@@ -145,7 +171,14 @@ runpy.run_path({str(ROOT / program)!r}, run_name="__main__")
 
 def test_a_program_that_catches_the_refusal_goes_on():
     code = "try:\n    import caco\nexcept ValueError as error:\n    print(type(error).__name__)\n1 / 0"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=child_environment("avx3"), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=child_environment("avx3"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (1, "Refused\n")
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n"), "other errors are shown as ever"
 
@@ -173,7 +206,9 @@ def test_the_forced_level_is_the_one_in_use(level, monkeypatch):
         isa = next(line for line in told if "cpu,isa:" in line)
         assert any(f"Intel {name}" in isa for name in ONEDNN[serves]) and (serves == "amx" or "AMX" not in isa)
         product = next(line for line in told if line.startswith("MKL_VERBOSE SGEMM"))
-        assert ("CNR:COMPATIBLE" in product) == (level == "plain"), "which keeps MKL from AVX2 on processors that are not Intel's"
+        assert ("CNR:COMPATIBLE" in product) == (level == "plain"), (
+            "which keeps MKL from AVX2 on processors that are not Intel's"
+        )
 
     if level == "torch":
         assert found["compiled"] is None
@@ -198,7 +233,9 @@ def test_a_kernel_that_was_built_without_the_level_is_refused(monkeypatch):
     monkeypatch.setattr(instructions, "LEVEL", "amx")
     monkeypatch.setattr(instructions, "used", lambda part: "avx512")
     fused._loaded.cache_clear()
-    with pytest.raises(ValueError, match="CACO_INSTRUCTIONS=amx: the bank's kernel has no more than avx512 here.*AMX needs GCC 11"):
+    with pytest.raises(
+        ValueError, match="CACO_INSTRUCTIONS=amx: the bank's kernel has no more than avx512 here.*AMX needs GCC 11"
+    ):
         fused.library()
 
 
@@ -218,14 +255,18 @@ def test_with_torch_alone_a_training_sees_the_same_batches_without_a_compiled_pa
         tiny.train(tmp_path / str(level), "max_steps=4", "eval=[]")
         assert (native.library() is None) == (fused.library() is None) == (level == "torch")
         record = read_json(tmp_path / str(level) / "environment.json")
-        assert (record["instructions"], record["instructions_torch"]) == (level or "best", torch.backends.cpu.get_cpu_capability())
+        assert (record["instructions"], record["instructions_torch"]) == (
+            level or "best",
+            torch.backends.cpu.get_cpu_capability(),
+        )
         rows, _ = read_rows(tmp_path / str(level) / "ledger.jsonl")
         return [row["loss"] for row in rows if "loss" in row]
 
     if native.library() is None and instructions.LEVEL is None:
         pytest.skip("nothing is compiled here")
     ours, theirs = run("torch"), run(None)
-    # The first alone: float32 sums in another order differ by 1e-7 of the loss, and every step of the bank makes more of that.
+    # The first alone: float32 sums in another order differ by 1e-7 of the loss, and every step of the bank makes more
+    # of that.
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and len(ours) == len(theirs) >= 4
     assert len(seen["torch"]) == len(seen[None]) >= 4
     for ours, theirs in zip(seen["torch"], seen[None], strict=True):

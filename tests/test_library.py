@@ -1,4 +1,6 @@
-"""What a program of one's own calls: backbones with their preprocessing, views of images and batches, evaluators of any network on any images."""
+"""What a program of one's own calls: backbones with their preprocessing, views of images and batches, evaluators of any
+network on any images.
+"""
 
 import shlex
 from pathlib import Path
@@ -81,7 +83,9 @@ def test_a_published_recipe_by_its_name_with_settings_of_ones_own():
     transform = library.views("simclr", size=32, mean=[0.0] * 3, std=[1.0] * 3)
     view, _ = transform(images()[0])
     assert view.shape == (3, 32, 32) and 0 <= view.min() and view.max() <= 1
-    assert [tuple(view.shape) for view in library.views("caco_multicrop")(images(1))][:3] == [(1, 3, 224, 224)] * 2 + [(1, 3, 96, 96)]
+    assert [tuple(view.shape) for view in library.views("caco_multicrop")(images(1))][:3] == [(1, 3, 224, 224)] * 2 + [
+        (1, 3, 96, 96)
+    ]
     with pytest.raises(UserError, match="augmentation: expected one of .*simclr.*, got 'simklr'"):
         library.views("simklr")
 
@@ -89,7 +93,10 @@ def test_a_published_recipe_by_its_name_with_settings_of_ones_own():
 @pytest.mark.parametrize(
     "wrong, expected",
     [
-        (images().astype(np.float32)[0], r"image: expected an image as uint8 \[H, W, 3\] or \[H, W\], got float32 \[20, 24, 3\]"),
+        (
+            images().astype(np.float32)[0],
+            r"image: expected an image as uint8 \[H, W, 3\] or \[H, W\], got float32 \[20, 24, 3\]",
+        ),
         (torch.zeros(2, 3, 8, 8), "image 0: expected an image of Pillow's or an array"),
         ([Image.new("I;16", (4, 4))], "image 0: expected an image of 8 bits, RGB or grey, got Pillow's mode I;16"),
     ],
@@ -147,15 +154,22 @@ def test_knn_linear_and_geometry_of_any_network_are_the_same_on_arrays_lists_and
         evaluators = {"knn": KNN(fraction=1.0), "linear": Linear(epochs=2, batch=50), "geometry": Geometry(images=64)}
         results.append(library.evaluate(network, evaluators, train=train_set, test=test_set, views=views, device="cpu"))
     assert results[0] == results[1] == results[2] == results[3]
-    assert results[0]["knn20_top1"] > 50 and {"geometry_images-64/uniformity", "geometry_images-64/alignment"} <= results[0].keys()
+    assert (
+        results[0]["knn20_top1"] > 50
+        and {"geometry_images-64/uniformity", "geometry_images-64/alignment"} <= results[0].keys()
+    )
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()) and network.training
 
 
 def test_the_k_nn_is_that_of_the_command_and_evaluators_have_their_published_names(sets):
     network = Flat()
     views = Views(size=16, views={"two": View()}, mean=[0.5] * 3, std=[0.5] * 3, plain_crop=1.0)
-    by_name = library.evaluate(network, ["knn_all"], train=sets[0], test=sets[1], views=Preprocessing(views), device="cpu")
-    by_hand = library.evaluate(network, {"any": KNN(fraction=1.0)}, train=sets[0], test=sets[1], views=views, device="cpu")
+    by_name = library.evaluate(
+        network, ["knn_all"], train=sets[0], test=sets[1], views=Preprocessing(views), device="cpu"
+    )
+    by_hand = library.evaluate(
+        network, {"any": KNN(fraction=1.0)}, train=sets[0], test=sets[1], views=views, device="cpu"
+    )
     assert by_name.popitem()[1] == by_hand["knn20_top1"]
     with pytest.raises(UserError, match="eval: expected one of .*knn.*, got 'kn'"):
         library.evaluate(network, ["kn"], train=sets[0])
@@ -176,7 +190,10 @@ def test_a_dataset_of_anyones_is_a_set_to_train_on(sets):
     of_tuples = as_source(Tuples(sets[0]))
     assert of_tuples.labels.tolist() == sets[0].labels.tolist()
     views = Views(size=16, views={"two": View(count=2)}, mean=[0.5] * 3, std=[0.5] * 3)
-    batches = [next(iter(TorchLoader(num_workers=0).bind(source, views, batch=8, seed=1).epoch(0))) for source in (of_tuples, sets[0])]
+    batches = [
+        next(iter(TorchLoader(num_workers=0).bind(source, views, batch=8, seed=1).epoch(0)))
+        for source in (of_tuples, sets[0])
+    ]
     assert all(torch.equal(a, b) for a, b in zip(batches[0].views, batches[1].views, strict=True))
     part = of_tuples.part(np.array([3, 5]), "part")
     assert part.digest() != of_tuples.digest() and part.image(1).tobytes() == sets[0].image(5).tobytes()
@@ -204,8 +221,13 @@ def test_load_gives_weights_from_elsewhere(tmp_path):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     settings = {"backbone": "small_resnet", "backbone.width": 8, "augmentation": "digits"}
     backbone, preprocess = caco.load(weights=tmp_path / "w.pth", **settings)
-    assert torch.equal(backbone.state_dict()["conv1.weight"], source.state_dict()["conv1.weight"]) and preprocess.views.size == 16
-    with pytest.raises(UserError, match="expected a run's directory, a checkpoint file or an MLflow run id, got nowhere"):
+    assert (
+        torch.equal(backbone.state_dict()["conv1.weight"], source.state_dict()["conv1.weight"])
+        and preprocess.views.size == 16
+    )
+    with pytest.raises(
+        UserError, match="expected a run's directory, a checkpoint file or an MLflow run id, got nowhere"
+    ):
         caco.load("nowhere")
 
 
@@ -218,7 +240,7 @@ def blocks(page, language):
 
 
 def test_the_pages_loops_run_as_they_stand(monkeypatch):
-    (loop, evaluated, loaded) = blocks("docs/library.md", "python")
+    loop, evaluated, loaded = blocks("docs/library.md", "python")
     exec(loop, {})
     of_readme = next(block for block in blocks("README.md", "python") if "bank.loss" in block)
     network = nn.Linear(8, 128)
@@ -227,8 +249,13 @@ def test_the_pages_loops_run_as_they_stand(monkeypatch):
     exec(of_readme, names | {"optimizer": torch.optim.SGD(network.parameters(), lr=0.1)})
     exec(loaded, names | {"image": images()[0]})
     views = library.views("digits")
-    monkeypatch.setattr(library, "_made", lambda group, *rest: views.views if group == "augmentation" else Geometry(images=4))
-    exec(evaluated.replace('"knn_all", ', ""), names | {"backbone": Flat(), "images": images(8, 16), "labels": [0, 1] * 4})
+    monkeypatch.setattr(
+        library, "_made", lambda group, *rest: views.views if group == "augmentation" else Geometry(images=4)
+    )
+    exec(
+        evaluated.replace('"knn_all", ', ""),
+        names | {"backbone": Flat(), "images": images(8, 16), "labels": [0, 1] * 4},
+    )
 
 
 @pytest.mark.parametrize("page", ["docs/library.md", "docs/weights.md", "README.md"])
@@ -236,7 +263,12 @@ def test_the_pages_commands_can_be_typed(tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)
     for name in ("FILE", "dino_deitsmall16_pretrain_full_checkpoint.pth"):
         (tmp_path / name).write_bytes(b"1")
-    lines = [line for block in blocks(page, "console") for line in block.splitlines() if "caco.embed" in line or "weights" in page]
+    lines = [
+        line
+        for block in blocks(page, "console")
+        for line in block.splitlines()
+        if "caco.embed" in line or "weights" in page
+    ]
     typed = [shlex.split(line.partition(" #")[0])[3:] for line in lines]
     assert typed
     for (program, *words), line in zip(typed, lines, strict=True):

@@ -1,4 +1,6 @@
-"""What happens around a run: disks that are full or read-only, data that disappear. One sentence, exit code 2, and nothing is lost."""
+"""What happens around a run: disks that are full or read-only, data that disappear. One sentence, exit code 2, and
+nothing is lost.
+"""
 
 import builtins
 import errno
@@ -35,8 +37,9 @@ def train_on_a_full_disk(limit: int, *overrides: str) -> None:
     caco_train(*overrides)
 
 
-@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.long), 1500,
-                                   pytest.param(12_000, marks=pytest.mark.long)])  # the first file of all; the run's records; its checkpoint
+@pytest.mark.parametrize(
+    "limit", [pytest.param(0, marks=pytest.mark.long), 1500, pytest.param(12_000, marks=pytest.mark.long)]
+)  # the first file of all; the run's records; its checkpoint
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, limit):
     run_dir = tmp_path / "run"
     command = [*TINY, *SHORT, f"hydra.run.dir={run_dir}"]
@@ -48,7 +51,10 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, limi
     assert "File too large" in told and "caco: " in told
     ended = Process(caco_train, *command).end()
     assert ended[0] == 0, ended[2]
-    assert read_json(run_dir / "summary.json")["loss"] == train(tmp_path / "whole", "max_steps=4", "data.limit=128", "checkpoint.every_steps=2")["loss"]
+    assert (
+        read_json(run_dir / "summary.json")["loss"]
+        == train(tmp_path / "whole", "max_steps=4", "data.limit=128", "checkpoint.every_steps=2")["loss"]
+    )
 
 
 def _told_to(log: str, limit: int, *overrides: str) -> None:
@@ -98,18 +104,28 @@ def test_a_run_directory_that_cannot_be_written_to_is_one_sentence(tmp_path, beg
     command = [*TINY, *SHORT, f"hydra.run.dir={run_dir}"]
     if begun:
         assert Process(caco_train, *command, "max_steps=2").end()[0] == 0
-    ended = Process(train_where_nothing_can_be_written, str(run_dir), *command, *(["max_steps=2"] if begun else [])).end()
-    assert_one_sentence(ended, "Read-only file system", f"caco: {run_dir}", "choose a place that can be written to".capitalize())
+    ended = Process(
+        train_where_nothing_can_be_written, str(run_dir), *command, *(["max_steps=2"] if begun else [])
+    ).end()
+    assert_one_sentence(
+        ended, "Read-only file system", f"caco: {run_dir}", "choose a place that can be written to".capitalize()
+    )
 
 
 def test_a_run_directory_below_a_file_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("no folder")
     code, _, told = Process(caco_train, *TINY, *SHORT, f"hydra.run.dir={tmp_path}/file/run").end()
-    assert code == 2 and told.endswith(f"{tmp_path}/file is no folder; choose another one with hydra.run.dir\n") and "Traceback" not in told
+    assert (
+        code == 2
+        and told.endswith(f"{tmp_path}/file is no folder; choose another one with hydra.run.dir\n")
+        and "Traceback" not in told
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_folder_of_images_that_disappears_in_the_middle_is_one_sentence_and_the_checkpoint_stays(tmp_path, monkeypatch, workers):
+def test_a_folder_of_images_that_disappears_in_the_middle_is_one_sentence_and_the_checkpoint_stays(
+    tmp_path, monkeypatch, workers
+):
     from PIL import Image
 
     for kind in ("cat", "dog"):
@@ -124,8 +140,23 @@ def test_a_folder_of_images_that_disappears_in_the_middle_is_one_sentence_and_th
             shutil.rmtree(tmp_path / "pets", ignore_errors=True)
 
     monkeypatch.setattr(LedgerTracker, "log", log)
-    settings = ["data=folder", f"data.root={tmp_path}/pets", "data.in_memory_mb=0", "batch=8", "augmentation.size=16", f"loader.num_workers={workers}"]
-    cfg = compose(*settings, "loader.prefetch=1", "eval=[]", "max_steps=20", "bank.size=16", "checkpoint.every_steps=2", bank=False)
+    settings = [
+        "data=folder",
+        f"data.root={tmp_path}/pets",
+        "data.in_memory_mb=0",
+        "batch=8",
+        "augmentation.size=16",
+        f"loader.num_workers={workers}",
+    ]
+    cfg = compose(
+        *settings,
+        "loader.prefetch=1",
+        "eval=[]",
+        "max_steps=20",
+        "bank.size=16",
+        "checkpoint.every_steps=2",
+        bank=False,
+    )
     with pytest.raises(UserError, match=r"pets/(cat|dog)/\d+\.png: .* Are the images still where they were"):
         run_training(cfg, tmp_path / "run")
     assert load(max(Path(tmp_path / "run" / "checkpoints").glob("*.pt")))["step"] >= 2

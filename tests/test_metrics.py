@@ -12,16 +12,22 @@ OPTIONS = sorted(path.stem for path in (CONF / "eval").glob("*.yaml"))
 
 def node(option, *settings):
     """The configuration of an option's evaluator, with further key=value."""
-    return plain(OmegaConf.merge(OmegaConf.load(CONF / "eval" / f"{option}.yaml"), OmegaConf.from_dotlist(list(settings))))
+    return plain(
+        OmegaConf.merge(OmegaConf.load(CONF / "eval" / f"{option}.yaml"), OmegaConf.from_dotlist(list(settings)))
+    )
 
 
 def test_each_option_has_names_of_its_own():
     named = {option: metrics.protocols(node(option)) for option in OPTIONS}
     assert named == {
-        "finetune": ["finetune"], "geometry": ["geometry"], "knn": ["knn20_20pct"], "knn_all": ["knn20"], "linear": ["linear"],
-        "linear_lightly": ["linear_lightly"], "linear_moco": ["linear_moco"], "probe": ["probe"], "semi": ["semi_1", "semi_10"],
-        "transfer": ["transfer"], "segment": ["segment_fcn16"], "detect": ["detect_voc_c4"], "detect_coco": ["detect_coco_c4_1x"],
-        "detect_coco_2x": ["detect_coco_c4_2x"], "detect_coco_fpn": ["detect_coco_fpn_1x"], "dense_linear": ["dense_linear"],
+        "finetune": ["finetune"], "geometry": ["geometry"], "knn": ["knn20_20pct"], "knn_all": ["knn20"],
+        "linear": ["linear"],
+        "linear_lightly": ["linear_lightly"], "linear_moco": ["linear_moco"], "probe": ["probe"],
+        "semi": ["semi_1", "semi_10"],
+        "transfer": ["transfer"], "segment": ["segment_fcn16"], "detect": ["detect_voc_c4"],
+        "detect_coco": ["detect_coco_c4_1x"],
+        "detect_coco_2x": ["detect_coco_c4_2x"], "detect_coco_fpn": ["detect_coco_fpn_1x"],
+        "dense_linear": ["dense_linear"],
         "domain": ["pacs", "pacs_finetune"],
         "domain_labels": ["domain_labels_1", "domain_labels_5", "domain_labels_10", "domain_labels"],
     }  # fmt: skip
@@ -36,13 +42,28 @@ def test_an_evaluator_calls_itself_what_its_configuration_says(option):
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option not in ("knn", "knn_all")])
 def test_whatever_can_change_a_number_changes_the_name(option):
-    """Every argument of every recipe; `when`, the name, and where a set lies cannot change one. Those of k-NN: the next test."""
+    """Every argument of every recipe; `when`, the name, and where a set lies cannot change one. Those of k-NN: the next
+    test.
+    """
     found = node(option)
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.25, str: lambda v: v + "x"}
     for key, value in found.items():
-        if key in ("_target_", "name", "when", "root", "sets", "lists", "fractions", "save_every_steps", "targets", "ways"):
+        if key in (
+            "_target_",
+            "name",
+            "when",
+            "root",
+            "sets",
+            "lists",
+            "fractions",
+            "save_every_steps",
+            "targets",
+            "ways",
+        ):
             continue
-        changed = [other[type(item)](item) for item in value] or [1] if isinstance(value, list) else other[type(value)](value)
+        changed = (
+            [other[type(item)](item) for item in value] or [1] if isinstance(value, list) else other[type(value)](value)
+        )
         names = metrics.protocols(found | {key: changed})
         changed_names = set(names) - set(metrics.protocols(found))
         if option == "domain":  # frozen and fine-tuned have settings of their own
@@ -89,25 +110,49 @@ def test_an_evaluator_from_elsewhere_is_left_to_name_itself():
 
 def test_a_name_falls_into_protocol_and_measure():
     names = ("knn20_20pct_top1", "linear_batch-256_top5", "transfer_size-32/voc2007_map11", "geometry/rank_me")
-    assert [metrics.protocol_of(name) for name in names] == ["knn20_20pct", "linear_batch-256", "transfer_size-32", "geometry"]
+    assert [metrics.protocol_of(name) for name in names] == [
+        "knn20_20pct",
+        "linear_batch-256",
+        "transfer_size-32",
+        "geometry",
+    ]
 
 
 def test_headings():
     names = (
-        "knn20_top1", "knn20_20pct_top1", "knn20_20pct_first_top1", "knn200_t0.1_top1", "probe_top1", "linear_moco_top1", "transfer/dtd_top1",
+        "knn20_top1", "knn20_20pct_top1", "knn20_20pct_first_top1", "knn200_t0.1_top1", "probe_top1",
+        "linear_moco_top1", "transfer/dtd_top1",
     )  # fmt: skip
     assert [metrics.title(name) for name in names] == [
-        "k-NN (20)", "k-NN (20 of 20 %)", "k-NN (20 of the first 20 %)", "k-NN (200, t 0.1)", "probe", "linear_moco", "transfer/dtd",
+        "k-NN (20)", "k-NN (20 of 20 %)", "k-NN (20 of the first 20 %)", "k-NN (200, t 0.1)", "probe", "linear_moco",
+        "transfer/dtd",
     ]  # fmt: skip
 
 
 def test_what_is_a_percentage():
-    names = ["knn20_top1", "linear_top5", "transfer/voc2007_map11", "transfer/pets_mean_per_class", "transfer/voc2007_ap_per_image"]
-    names += ["segment_fcn16/voc2012_miou", "dense_linear/voc2012_mean_accuracy", "segment_fcn16/voc2012_pixel_accuracy"]
-    names += ["detect_voc_c4/voc2007_ap50", "detect_coco_c4_1x/coco2017_mask_ap", "detect_coco_c4_1x/coco2017_box_ap_small"]
+    names = [
+        "knn20_top1",
+        "linear_top5",
+        "transfer/voc2007_map11",
+        "transfer/pets_mean_per_class",
+        "transfer/voc2007_ap_per_image",
+    ]
+    names += [
+        "segment_fcn16/voc2012_miou",
+        "dense_linear/voc2012_mean_accuracy",
+        "segment_fcn16/voc2012_pixel_accuracy",
+    ]
+    names += [
+        "detect_voc_c4/voc2007_ap50",
+        "detect_coco_c4_1x/coco2017_mask_ap",
+        "detect_coco_c4_1x/coco2017_box_ap_small",
+    ]
     assert all(map(metrics.is_percent, names))
     assert not any(map(metrics.is_percent, ["loss", "transfer/dtd_strength", "geometry/rank_me", "train_hours"]))
-    assert metrics.accuracies(["loss", "probe_top1", "untrained/knn20_top1", "linear_top5", "knn20_top1"]) == ["knn20_top1", "probe_top1"]
+    assert metrics.accuracies(["loss", "probe_top1", "untrained/knn20_top1", "linear_top5", "knn20_top1"]) == [
+        "knn20_top1",
+        "probe_top1",
+    ]
 
 
 def test_a_search_maximises_what_the_run_itself_measured():

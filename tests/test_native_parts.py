@@ -1,4 +1,6 @@
-"""The sources of the compiled parts: each header can be read and compiled alone, and one binary serves every processor."""
+"""The sources of the compiled parts: each header can be read and compiled alone, and one binary serves every
+processor.
+"""
 
 import importlib.util
 import os
@@ -52,7 +54,9 @@ def test_a_header_compiles_alone(compiler, header):
 def test_headers_include_each_other_in_no_circle_and_each_is_used(part):
     folder = FOLDERS[part]
     sources, headers = ({path.name for path in folder.glob(kind)} for kind in ("*.cpp", "*.h"))
-    TopologicalSorter({name: included(folder / name) for name in sources | headers}).prepare()  # raises CycleError with the circle
+    TopologicalSorter(
+        {name: included(folder / name) for name in sources | headers}
+    ).prepare()  # raises CycleError with the circle
     assert set().union(*(all_included(folder / name) for name in sources)) == headers
 
 
@@ -66,9 +70,15 @@ def test_behind_a_pragma_for_one_processor_nothing_is_included_but_our_own():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_the_linker_may_share_runs_on_every_processor(part):
-    """Of a function that several files define, such as the growth of a vector, the linker keeps any one: none may need AVX."""
+    """Of a function that several files define, such as the growth of a vector, the linker keeps any one: none may need
+    AVX.
+    """
     found = importlib.util.find_spec(PARTS[part])
-    if found is None or platform.machine() not in ("x86_64", "AMD64") or not (shutil.which("nm") and shutil.which("objdump")):
+    if (
+        found is None
+        or platform.machine() not in ("x86_64", "AMD64")
+        or not (shutil.which("nm") and shutil.which("objdump"))
+    ):
         pytest.skip("needs the compiled part for x86-64, nm and objdump")
 
     def read(*command: str) -> str:
@@ -78,5 +88,7 @@ def test_what_the_linker_may_share_runs_on_every_processor(part):
     shared = {name for _, kind, name in symbols if kind in "WVu"}
     code = read("objdump", "-d", "--no-show-raw-insn")
     functions = dict(re.findall(r"^[0-9a-f]+ <(\S+)>:\n((?:.+\n)+)", code, re.MULTILINE))
-    assert shared & functions.keys() and any("%ymm" in body for body in functions.values()), "the part was read and it has AVX"
+    assert shared & functions.keys() and any("%ymm" in body for body in functions.values()), (
+        "the part was read and it has AVX"
+    )
     assert [name for name in shared & functions.keys() if re.search(r"%[yz]mm|\tv[a-z]+ ", functions[name])] == []

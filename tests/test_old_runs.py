@@ -1,6 +1,8 @@
-"""Runs that commit a06a4e7 made (tests/old_runs) show in everything that reads runs; only going on with them is refused.
+"""Runs that commit a06a4e7 made (tests/old_runs) show in everything that reads runs; only going on with them is
+refused.
 
-What that version called a number is in its files: `knn_top1`, of whatever protocol, and training's overwritten by an evaluation.
+What that version called a number is in its files: `knn_top1`, of whatever protocol, and training's overwritten by an
+evaluation.
 """
 
 import shlex
@@ -44,7 +46,9 @@ def command(monkeypatch, tmp_path, capsys):
 
 
 def test_they_are_what_that_version_wrote():
-    assert {"knn_top1": EVALUATED, "untrained/knn_top1": 18.89168765743073}.items() <= read_json(OLD / "old/tiny/summary.json").items()
+    assert {"knn_top1": EVALUATED, "untrained/knn_top1": 18.89168765743073}.items() <= read_json(
+        OLD / "old/tiny/summary.json"
+    ).items()
     assert {row["kind"] for row in read_rows(OLD / "old/tiny/ledger.jsonl")[0]} == {"filling", "train", "epoch", "eval"}
     assert (OLD / "old/tiny/config.yaml").read_text().count("caco.optimizers.sgd") == 1
     assert sum(file.stat().st_size for file in OLD.rglob("*") if file.is_file()) < 200_000
@@ -53,7 +57,9 @@ def test_they_are_what_that_version_wrote():
 def test_their_numbers_have_todays_names_and_training_s_is_there_again():
     run = recorded.read(OLD / "old" / "tiny")
     assert (run.summary["knn20_20pct_top1"], run.summary["knn20_top1"]) == (TRAINED, EVALUATED)
-    assert not [name for row in [*run.rows, run.summary] for name in row if name.endswith("knn_top1") or name == "momentum"]
+    assert not [
+        name for row in [*run.rows, run.summary] for name in row if name.endswith("knn_top1") or name == "momentum"
+    ]
     assert [row["knn20_20pct_top1"] for row in run.rows if row["kind"] == "eval" and "epochs" in row][-1] == TRAINED
     assert {row["kind"] for row in run.rows} == {"warm_start", "train", "epoch", "eval"}
     assert run.config["method"]["warm_start_passes"] == 8 and "filling_passes" not in run.config["bank"]
@@ -63,12 +69,17 @@ def test_tables_and_figures_count_them(command):
     from analysis import figure, table
 
     code, out, _ = command(table, "7", "--scale", "smoke")
-    none, both = (next(line.split() for line in out.splitlines() if line.startswith(name)) for name in ("None", "Positive+Negative"))
+    none, both = (
+        next(line.split() for line in out.splitlines() if line.startswith(name))
+        for name in ("None", "Positive+Negative")
+    )
     assert code == 0 and none[-7:] == ["87.91", "ref.", "-", "92.44", "ref.", "-", "1"]
     assert both[-7:] == ["81.86", "-6.05", "-", "89.92", "-2.52", "-", "1"]
     assert command(figure, "4", "--scale", "smoke")[0] == 0
     rows = Path("figures/smoke-table7-figure-4.csv").read_text().splitlines()
-    assert len([row for row in rows if row.startswith("both,knn20_top1,")]) == 3, "before the first epoch and after each of two"
+    assert len([row for row in rows if row.startswith("both,knn20_top1,")]) == 3, (
+        "before the first epoch and after each of two"
+    )
 
 
 def test_experiments_do_not_train_them_again(command):
@@ -77,7 +88,9 @@ def test_experiments_do_not_train_them_again(command):
     code, out, _ = command(run, "table7", "scale=smoke", "rows=both", "seed=0", "--dry-run")
     assert (code, out) == (0, "# table7/both seed 0: recorded\n")
     shutil.rmtree(BOTH)
-    assert command(run, "table7", "scale=smoke", "rows=both", "seed=0", "--dry-run")[1].startswith("# table7/both seed 0: to do\n")
+    assert command(run, "table7", "scale=smoke", "rows=both", "seed=0", "--dry-run")[1].startswith(
+        "# table7/both seed 0: to do\n"
+    )
 
 
 def test_a_page_and_a_record_hold_them(command):
@@ -91,7 +104,10 @@ def test_a_page_and_a_record_hold_them(command):
     assert "k-NN (20 of 20 %)" in page and "30.23" in page and "40.30" in page
     assert command(record, str(TINY), "--into", "record.json")[0] == 0
     (run,) = record.read(Path("record.json"))
-    assert run["summary"]["knn20_20pct_top1"] == TRAINED and run["summary"]["config_hash"] == run["config_hash"] != "cad3a8ba00"
+    assert (
+        run["summary"]["knn20_20pct_top1"] == TRAINED
+        and run["summary"]["config_hash"] == run["config_hash"] != "cad3a8ba00"
+    )
     told = record.merge([record.read(Path("record.json")), record.read(Path("record.json"))])
     assert told == ([run], [])
 
@@ -142,8 +158,14 @@ def test_mlflow_and_the_dashboard_get_todays_names(command):
     assert code == 0 and out.count("(FINISHED, run ") == 2
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("old").experiment_id])
-    (last,) = (point for point in client.get_metric_history(run.info.run_id, "eval/knn20_20pct_top1") if point.step == 50)
-    assert (last.value, run.data.metrics["final/knn20_20pct_top1"], run.data.metrics["final/knn20_top1"]) == (TRAINED, TRAINED, EVALUATED)
+    (last,) = (
+        point for point in client.get_metric_history(run.info.run_id, "eval/knn20_20pct_top1") if point.step == 50
+    )
+    assert (last.value, run.data.metrics["final/knn20_20pct_top1"], run.data.metrics["final/knn20_top1"]) == (
+        TRAINED,
+        TRAINED,
+        EVALUATED,
+    )
     assert not [name for name in run.data.metrics if name.endswith("/knn_top1") or name.startswith("filling/")]
     assert run.data.params["method.warm_start_passes"] == "8" and run.data.params["bank"] == "tiny"
     assert "metrics.`eval/knn20_20pct_top1`" in dashboard.columns([run])
@@ -162,7 +184,9 @@ def test_a_store_that_the_old_version_filled_is_read_and_gets_todays_names_besid
     about, summary = (read_json(OLD / BOTH.relative_to("runs") / name) for name in ("tracking.json", "summary.json"))
     metrics = {f"final/{name}": value for name, value in summary.items() if isinstance(value, int | float)}
     data = SimpleNamespace(params=about["params"], tags=about["tags"], metrics=metrics)
-    one = results._of_mlflow(None, SimpleNamespace(data=data, info=SimpleNamespace(run_name="x", run_id="1")), "sqlite:///x", False)
+    one = results._of_mlflow(
+        None, SimpleNamespace(data=data, info=SimpleNamespace(run_name="x", run_id="1")), "sqlite:///x", False
+    )
     assert one.summary["knn20_top1"] == summary["knn_top1"] and one.config["method.warm_start_momentum"] == 0.999
     record = read_json(OLD / "smoke" / "record.json")["runs"]
     assert one.hash == recorded.Names.of(OLD / BOTH.relative_to("runs")).with_hash(summary)["config_hash"]
@@ -185,9 +209,12 @@ def commanded(run_dir):
 def test_going_on_with_one_is_refused_in_a_sentence_that_says_whose_it_is_and_what_to_do(command, tmp_path):
     (TINY / "summary.json").unlink()  # as if it had been killed after its last save
     code, _, err = command(caco_train, *commanded(TINY))
-    assert code == 2 and err == (
-        f"caco: {tmp_path / TINY} holds a run of an earlier version of caco (commit a06a4e77ef), which this version shows, evaluates and "
-        "exports but cannot go on with: finish it with that version, or choose another hydra.run.dir to train anew\n"
+    assert (
+        code == 2
+        and err
+        == f"caco: {tmp_path / TINY} holds a run of an earlier version of caco (commit a06a4e77ef), which this version"
+        " shows, evaluates and exports but cannot go on with: finish it with that version, or choose another"
+        " hydra.run.dir to train anew\n"
     )
 
 
@@ -196,7 +223,10 @@ def test_the_same_command_says_which_run_it_does_not_go_on_with(command, tmp_pat
     cfg = job_config(compose(commanded(old)))
     new = old.with_name(f"words-{run_hash(cfg)}")
     open_run(new, cfg)
-    told = f"caco: {old} is this run by an earlier version of caco (commit a06a4e77ef) and cannot be gone on with: it starts anew in {new}\n"
+    told = (
+        f"caco: {old} is this run by an earlier version of caco (commit a06a4e77ef) and cannot be gone on with: it"
+        f" starts anew in {new}\n"
+    )
     assert capsys.readouterr().err == told
     open_run(new, cfg)
     cfg.seed = 1

@@ -1,4 +1,6 @@
-"""Two runs never share a directory, and two sets of images never share a curve: what would be mixed is refused before it is."""
+"""Two runs never share a directory, and two sets of images never share a curve: what would be mixed is refused before
+it is.
+"""
 
 import shutil
 import sys
@@ -35,8 +37,12 @@ def test_a_sweep_whose_jobs_would_share_a_directory_is_refused_and_told_what_wor
     command = ["data=cifar10", "tracking=ledger", varied, f"launcher={launcher}"]
     with pytest.raises(UserError, match="^[23] jobs of this sweep have one directory, runs/caco/") as refused:
         train.check_command(command, multirun=True)
-    assert f"they differ in {differ} alone" in str(refused.value) and f"hydra.sweep.subdir='{shown}'" in str(refused.value)
-    assert train.check_command([*command, f"hydra.sweep.subdir={shown}"], multirun=True).unfinished == len(varied.split(","))
+    assert f"they differ in {differ} alone" in str(refused.value) and f"hydra.sweep.subdir='{shown}'" in str(
+        refused.value
+    )
+    assert train.check_command([*command, f"hydra.sweep.subdir={shown}"], multirun=True).unfinished == len(
+        varied.split(",")
+    )
 
 
 def test_a_job_that_is_named_twice_is_refused():
@@ -50,14 +56,23 @@ def test_directories_named_by_the_number_of_the_job_are_those_that_hydra_gives(m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CACO_SWEEP", "null")
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    words = ["caco-train", "-m", "data=cifar10", "tracking=ledger", "data.root=/a,/b", "hydra.sweep.subdir=${run_name:}-${hydra.job.num}"]
+    words = [
+        "caco-train",
+        "-m",
+        "data=cifar10",
+        "tracking=ledger",
+        "data.root=/a,/b",
+        "hydra.sweep.subdir=${run_name:}-${hydra.job.num}",
+    ]
     monkeypatch.setattr(sys, "argv", words)
     train.main()
     assert seen == [("/a", "-0"), ("/b", "-1")]
 
 
 def test_what_a_search_draws_is_held_to_it_too(monkeypatch, tmp_path):
-    """Its jobs are not known when the command is checked: the second one that would write there is refused as it starts."""
+    """Its jobs are not known when the command is checked: the second one that would write there is refused as it
+    starts.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
@@ -65,7 +80,9 @@ def test_what_a_search_draws_is_held_to_it_too(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def drawn(*overrides):
-        cfg = composition.compose([*TINY, *BANK, *overrides, "hydra.mode=MULTIRUN", f"hydra.runtime.output_dir={tmp_path / 'run'}"])
+        cfg = composition.compose(
+            [*TINY, *BANK, *overrides, "hydra.mode=MULTIRUN", f"hydra.runtime.output_dir={tmp_path / 'run'}"]
+        )
         HydraConfig.instance().set_config(cfg)
         return train.job(composition.job_config(cfg))
 
@@ -116,7 +133,9 @@ def pictures(tmp_path):
                 (top / split / str(label)).mkdir(parents=True)
                 for i in range(count):
                     colour = (i * 5, shade if split == "test" else 0, 120 * label + i)
-                    Image.new("RGB", (16 + (split == "test") * shade, 16), colour).save(top / split / str(label) / f"{i}.png")
+                    Image.new("RGB", (16 + (split == "test") * shade, 16), colour).save(
+                        top / split / str(label) / f"{i}.png"
+                    )
         return top
 
     return make
@@ -134,7 +153,9 @@ def test_a_run_is_never_evaluated_on_two_test_sets(pictures, tmp_path):
     run_training(cfg, run_dir)
     before = (run_dir / "config.yaml").read_text()
     other = compose(*command, f"data.labelled_root={second}", bank=False)
-    with pytest.raises(UserError, match="evaluated on other images so far .the test images: test: digest [0-9a-f]+, now [0-9a-f]+"):
+    with pytest.raises(
+        UserError, match="evaluated on other images so far .the test images: test: digest [0-9a-f]+, now [0-9a-f]+"
+    ):
         run_training(other, run_dir)
     assert (run_dir / "config.yaml").read_text() == before, "the record is of what was done"
     shutil.move(first, tmp_path / "moved")
@@ -191,4 +212,6 @@ def test_a_run_goes_on_with_a_copy_of_an_evaluators_set_and_not_with_another_one
 
     assert "those of eval.transfer" in (other_images(of({"cars": "a"}), of({"cars": "b"}), is_done=True) or "")
     assert other_images(of({"cars": "a"}), of({"cars": "a"}), is_done=True) is None
-    assert other_images(of([["cars", "key with times"]]), of({"cars": "a"}), is_done=True) is None, "as earlier versions wrote it"
+    assert other_images(of([["cars", "key with times"]]), of({"cars": "a"}), is_done=True) is None, (
+        "as earlier versions wrote it"
+    )

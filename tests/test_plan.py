@@ -20,7 +20,9 @@ def test_steps_are_those_of_the_run(tmp_path):
     assert plan.plan(compose("max_steps=7"))["steps"] == 7
 
 
-@pytest.mark.parametrize("overrides", [[], ["method=nnclr", "augmentation=digits", "projector=small", "projector.dim=8"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["method=nnclr", "augmentation=digits", "projector=small", "projector.dim=8"]]
+)
 def test_operations_are_torch_s_count(overrides):
     """The model's products, of one real step on real tensors; the bank's are by hand, below."""
     cfg = compose(*overrides, "batch=8")
@@ -38,7 +40,9 @@ def test_operations_are_torch_s_count(overrides):
 @pytest.mark.parametrize("method", ["byol", "simsiam", "mocov3", "barlow", "vicreg"])
 def test_operations_of_a_whole_step_are_torch_s_count(method):
     narrow = [] if method in ("barlow", "vicreg") else ["method.predictor_hidden_dim=16"]
-    cfg = compose(f"method={method}", "augmentation=digits", "projector=small", "projector.dim=8", "batch=8", *narrow, bank=False)
+    cfg = compose(
+        f"method={method}", "augmentation=digits", "projector=small", "projector.dim=8", "batch=8", *narrow, bank=False
+    )
     built = assembly.build_method(cfg).train()
     views = [torch.randn(8, 3, size, size) for size in instantiate(cfg.augmentation).sizes]
     with FlopCounterMode(display=False) as counter:
@@ -69,25 +73,33 @@ def test_operations_of_patches_are_torch_s_count(method):
         loss.backward()
     planned = plan.plan(cfg)
     assert planned["model_flops_per_step"] == pytest.approx(counter.get_total_flops(), rel=0.01)
-    held = 4 * (sum(view.numel() for view in views) + patches.numel()) + sum(storage.nbytes() for storage in kept.values())
+    held = 4 * (sum(view.numel() for view in views) + patches.numel()) + sum(
+        storage.nbytes() for storage in kept.values()
+    )
     assert planned["activation_bytes"] == pytest.approx(held, rel=0.1)
     learned = sum(p.numel() for p in built.parameters() if p.requires_grad)
     assert planned["parameter_bytes"] >= 3 * 4 * learned
 
 
 def test_matrices_of_the_embedding_are_counted_with_their_memory_and_messages():
-    """Barlow Twins at the published width: one product of 2 B D D operations, three times with its gradients; 4 D D bytes to add up."""
+    """Barlow Twins at the published width: one product of 2 B D D operations, three times with its gradients; 4 D D
+    bytes to add up.
+    """
     cfg = composition.job_config(composition.compose(["method=barlow", "batch=2048"]))
     wide, narrow = (plan.plan(cfg, world=world) for world in (16, 1))
     assert wide["sent_bytes_per_step"] > 2 * 15 / 16 * 4 * 8192**2
-    encoders = plan.plan(composition.job_config(composition.compose(["method=simsiam", "projector=barlow", "batch=2048"])))
+    encoders = plan.plan(
+        composition.job_config(composition.compose(["method=simsiam", "projector=barlow", "batch=2048"]))
+    )
     matrices = narrow["model_flops_per_step"] - encoders["model_flops_per_step"]
     predictor = 2048 * 2 * 3 * 2 * 2 * 8192 * 512  # SimSiam's, of two views
     assert matrices + predictor == pytest.approx(3 * 2 * 2048 * 8192**2, rel=1e-6)
 
 
 def test_the_bank_s_share_by_hand():
-    """Two directions, each: one product to choose, two for loss and queries, two for the rows; 2 N K D operations each."""
+    """Two directions, each: one product to choose, two for loss and queries, two for the rows; 2 N K D operations
+    each.
+    """
     planned = plan.plan(compose("bank.size=128"), world=4)
     assert planned["bank_flops_per_step"] == 2 * 5 * 2 * 64 * 128 * 8
     assert planned["flops_per_step"] == planned["bank_flops_per_step"] + planned["model_flops_per_step"]
@@ -95,25 +107,36 @@ def test_the_bank_s_share_by_hand():
 
 
 def test_treatments_of_negatives_by_hand():
-    """Hard ones take two sums, so twice the products for loss and rows; margins one. Mixing looks once more for the hardest rows, and has
-    as many more columns as it makes, whose products go through forward and backward."""
+    """Hard ones take two sums, so twice the products for loss and rows; margins one. Mixing looks once more for the
+    hardest rows, and has as many more columns as it makes, whose products go through forward and backward."""
     unit, plain = 2 * 64 * 8, plan.plan(compose("bank.size=128"), world=2)
     hard, margin = (plan.plan(compose("bank.size=128", f"negatives={name}"), world=2) for name in ("hard", "margin"))
-    assert hard["bank_flops_per_step"] == 2 * 9 * unit * 128 and margin["bank_flops_per_step"] == plain["bank_flops_per_step"]
+    assert (
+        hard["bank_flops_per_step"] == 2 * 9 * unit * 128
+        and margin["bank_flops_per_step"] == plain["bank_flops_per_step"]
+    )
     settings = ["negatives=mixed", "negatives.hardest=16", "negatives.pairs=8", "negatives.with_query=4"]
     mixed = plan.plan(compose("bank.size=128", *settings), world=2)
     assert mixed["bank_flops_per_step"] == 2 * 6 * unit * 128
     assert mixed["model_flops_per_step"] - plain["model_flops_per_step"] == 3 * unit * 12 * 2
     assert mixed["activation_bytes"] - plain["activation_bytes"] == 3 * 4 * 32 * 12 * 2
-    found_and_fetched = 2 * (128 * 16 * 12 + 4 * 8 * 128)  # two directions of 64 queries; more rows are drawn than there are
+    found_and_fetched = 2 * (
+        128 * 16 * 12 + 4 * 8 * 128
+    )  # two directions of 64 queries; more rows are drawn than there are
     assert mixed["workspace_bytes"] - plain["workspace_bytes"] == found_and_fetched
     queries, candidates, places, rows = 64 * 32, 64 * 12 * 16, 64 * 8 * 20, 2 * 4 * 8 * 128
-    assert mixed["sent_bytes_per_step"] - plain["sent_bytes_per_step"] == (2 * (queries + 64 * 8 + candidates + places) + rows) / 2
+    assert (
+        mixed["sent_bytes_per_step"] - plain["sent_bytes_per_step"]
+        == (2 * (queries + 64 * 8 + candidates + places) + rows) / 2
+    )
     far = plan.plan(compose("bank.size=100000000", *settings), world=2)
     assert far["sent_bytes_per_step"] < plain["sent_bytes_per_step"] + 1e6, "no message grows with the bank"
 
 
-@pytest.mark.parametrize(("overrides", "streams"), [(["negatives=hard"], True), (["negatives=mixed"], False), (["pn=negative", "negatives=hard"], False)])
+@pytest.mark.parametrize(
+    ("overrides", "streams"),
+    [(["negatives=hard"], True), (["negatives=mixed"], False), (["pn=negative", "negatives=hard"], False)],
+)
 def test_the_report_says_where_no_kernel_serves(overrides, streams):
     told = plan.report(compose(*overrides), world=1, images=None, speeds={})
     assert ("the bank's passes    PyTorch's, in blocks" in told) == streams
@@ -125,7 +148,9 @@ def test_parameters_and_checkpoint_are_those_of_the_run(tmp_path, optimizer):
     train(tmp_path, *overrides)
     planned = plan.plan(compose(*overrides))
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
-    assert checkpoint.stat().st_size == pytest.approx(planned["checkpoint_bytes"], rel=0.25)  # names and zip records besides
+    assert checkpoint.stat().st_size == pytest.approx(
+        planned["checkpoint_bytes"], rel=0.25
+    )  # names and zip records besides
     cfg = compose(*overrides)
     method = assembly.build_method(cfg)
     bytes_of = {name: sum(p.nbytes for p in part.parameters()) for name, part in method.named_children()}
@@ -164,7 +189,9 @@ def test_more_devices_take_less_memory_and_no_message_grows_with_the_bank():
 
 
 def test_a_bank_by_image_has_as_many_rows_as_images_and_a_query_meets_those_that_are_drawn():
-    """ImageNet over 8 devices: 1,281,167 / 8 rows of 128 numbers and a count, and two products with each of 4,096 rows."""
+    """ImageNet over 8 devices: 1,281,167 / 8 rows of 128 numbers and a count, and two products with each of 4,096
+    rows.
+    """
     cfg = composition.job_config(composition.compose(["method=instdisc", "batch=256"]))
     planned = plan.plan(cfg, world=8)
     assert planned["bank_bytes"] == 160_146 * (128 * 4 + 8)
@@ -183,7 +210,10 @@ def test_a_bank_by_image_has_as_many_rows_as_images_and_a_query_meets_those_that
 
 def test_time_is_operations_over_speed_and_bytes_over_bandwidth():
     cfg = compose()
-    slow, fast = plan.plan(cfg, world=2, tflops=1, gbytes_per_s=1e9), plan.plan(cfg, world=2, tflops=2, gbytes_per_s=1e9)
+    slow, fast = (
+        plan.plan(cfg, world=2, tflops=1, gbytes_per_s=1e9),
+        plan.plan(cfg, world=2, tflops=2, gbytes_per_s=1e9),
+    )
     assert slow["step_seconds"] == pytest.approx(slow["flops_per_step"] / 2 / 1e12)
     assert slow["step_seconds"] == pytest.approx(2 * fast["step_seconds"])
     sending = plan.plan(cfg, world=2, tflops=1e9, gbytes_per_s=1)
@@ -228,8 +258,12 @@ def test_the_command_tells_and_refuses(monkeypatch, capsys):
 
 
 def test_evaluations_that_fine_tune_say_what_they_will_take():
-    """As many images as the settings say, of as many operations as one real step has, at the assumed speed; and what one takes."""
-    cfg = compose("eval=[knn,segment,dense_linear]", "eval.segment.images=8", "eval.segment.crop=65", "eval.dense_linear.size=64")
+    """As many images as the settings say, of as many operations as one real step has, at the assumed speed; and what
+    one takes.
+    """
+    cfg = compose(
+        "eval=[knn,segment,dense_linear]", "eval.segment.images=8", "eval.segment.crop=65", "eval.dense_linear.size=64"
+    )
     lines = plan.evaluations(cfg, world=2, tflops=1e-3, measured=True)
     beginnings = (
         "segment_fcn16_images-8_crop-65: crops of 65 px to train on: 480,000 of ",
@@ -240,8 +274,10 @@ def test_evaluations_that_fine_tune_say_what_they_will_take():
     network = FCN16(instantiate(cfg.backbone), channels=256, seed=0)
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(2, 3, 65, 65)).sum().backward()
-    (work, _) = instantiate(cfg.eval.segment).work(lambda: instantiate(cfg.backbone))
+    work, _ = instantiate(cfg.eval.segment).work(lambda: instantiate(cfg.backbone))
     assert work.flops == pytest.approx(counter.get_total_flops() / 2) and work.images == 480_000
     hours = 480_000 * work.flops / (2 * 1e9) / 3600
-    assert f"GFLOP, an estimated {hours:.3g} hours at 0.001 TFLOP/s; one takes " in lines[0] and all(line.endswith(" hours") for line in lines)
+    assert f"GFLOP, an estimated {hours:.3g} hours at 0.001 TFLOP/s; one takes " in lines[0] and all(
+        line.endswith(" hours") for line in lines
+    )
     assert plan.evaluations(compose("eval=[knn]"), world=1, tflops=1.0, measured=True) == []

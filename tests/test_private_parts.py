@@ -1,4 +1,6 @@
-"""What others may change without a word: their private names stay out of this code, or stand in one place, and a test says what breaks."""
+"""What others may change without a word: their private names stay out of this code, or stand in one place, and a test
+says what breaks.
+"""
 
 import ast
 import functools
@@ -7,9 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [path for part in ("caco", "experiments", "analysis", "benchmarks", "hydra_plugins") for path in sorted((ROOT / part).rglob("*.py"))]
+SOURCES = [
+    path
+    for part in ("caco", "experiments", "analysis", "benchmarks", "hydra_plugins")
+    for path in sorted((ROOT / part).rglob("*.py"))
+]
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in SOURCES}
-DOCUMENTED = {"_exit", "_asdict", "_fields_", "_target_"}  # public in spite of their names: os, namedtuple, ctypes, Hydra
+DOCUMENTED = {
+    "_exit",
+    "_asdict",
+    "_fields_",
+    "_target_",
+}  # public in spite of their names: os, namedtuple, ctypes, Hydra
 ALLOWED = {("caco/train.py", "hydra._internal.utils")}  # held by the test of the command line below
 
 
@@ -46,20 +57,32 @@ def foreign(tree: ast.Module) -> set[str]:
             inherited = isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()"
             if inherited or node.attr not in ours:
                 found.add(ast.unparse(node))
-        elif isinstance(node, ast.FunctionDef) and node.name in ("_save_to_state_dict", "_load_from_state_dict", "_check_input_dim"):
+        elif isinstance(node, ast.FunctionDef) and node.name in (
+            "_save_to_state_dict",
+            "_load_from_state_dict",
+            "_check_input_dim",
+        ):
             found.add(node.name)  # torch calls them by these names
     return found
 
 
 def test_the_search_finds_what_it_looks_for():
-    code = "import torch\nfrom unittest.mock import patch\nfrom torch.nn.modules.batchnorm import _BatchNorm\ntorch._foreach_lerp_(x)\nsuper()._hidden()"
+    code = (
+        "import torch\nfrom unittest.mock import patch\nfrom torch.nn.modules.batchnorm import"
+        " _BatchNorm\ntorch._foreach_lerp_(x)\nsuper()._hidden()"
+    )
     assert foreign(ast.parse(code)) == {
         "unittest.mock.patch", "torch.nn.modules.batchnorm._BatchNorm", "torch._foreach_lerp_", "super()._hidden"
     }  # fmt: skip
 
 
 def test_private_parts_of_other_libraries_are_used_nowhere_but_where_it_is_said():
-    found = {(path, name) for path, tree in TREES.items() for name in foreign(tree) if name != "hydra._internal.utils.get_args_parser"}
+    found = {
+        (path, name)
+        for path, tree in TREES.items()
+        for name in foreign(tree)
+        if name != "hydra._internal.utils.get_args_parser"
+    }
     assert found == ALLOWED
 
 
@@ -78,7 +101,16 @@ def test_hydra_s_parser_of_the_command_line_is_where_and_what_caco_train_expects
     except ImportError:
         pytest.fail(f"Hydra has moved hydra._internal.utils.get_args_parser: {consequence}")
     arguments = get_args_parser().parse_args(["-m", "seed=1,2", "batch=4"])
-    expected = {"help", "hydra_help", "cfg", "info", "shell_completion", "config_name", "config_path", "experimental_rerun"}
+    expected = {
+        "help",
+        "hydra_help",
+        "cfg",
+        "info",
+        "shell_completion",
+        "config_name",
+        "config_path",
+        "experimental_rerun",
+    }
     missing = expected - vars(arguments).keys()
     assert not missing, f"Hydra's parser no longer knows {sorted(missing)}: {consequence}"
     assert arguments.multirun and arguments.overrides == ["seed=1,2", "batch=4"], consequence

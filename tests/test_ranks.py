@@ -22,30 +22,54 @@ from caco.runs.checkpoint import load
 
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 SMALL = "augmentation=digits projector=small projector.hidden_dim=16 projector.dim=8 optimizer=sgd"
-OF_METHOD = {m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, []), *OF_PATCHES.get(m, [])]) for m in METHODS if m != "caco"}
+OF_METHOD = {
+    m: " ".join([f"method={m}", SMALL, *FEW_PROTOTYPES.get(m, []), *OF_PATCHES.get(m, [])])
+    for m in METHODS
+    if m != "caco"
+}
 for by_image, images in (("instdisc", 1399), ("pic", 1399), ("pirl", 511), ("cmc", 511)):
     OF_METHOD[by_image] += f" data.limit={images}"  # a row for each: no even share for two or four
 # So few that a pass over all of them is two batches.
 OF_METHOD["sela"] += " data.limit=32"
 OF_METHOD["pcl"] += " data.limit=32 method.num_clusters=[4,6,8] method.num_negatives=1"
-CASES = [*OF_METHOD.values()] + [f"pn={pn}" for pn in SETTINGS] + ["bank.reading=paper", "bank.renewed_after_steps=1 bank.balance=0.5"]
+CASES = (
+    [*OF_METHOD.values()]
+    + [f"pn={pn}" for pn in SETTINGS]
+    + ["bank.reading=paper", "bank.renewed_after_steps=1 bank.balance=0.5"]
+)
 CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
-CASES += [" ".join([case, *treated]) for case in ("pn=both", "pn=negative", OF_METHOD["adco"]) for treated in TREATED.values()]
+CASES += [
+    " ".join([case, *treated]) for case in ("pn=both", "pn=negative", OF_METHOD["adco"]) for treated in TREATED.values()
+]
 CASES += [OF_METHOD["instdisc"] + " method.loss=softmax method.num_noise=null"]
 HARD, MIXED = (" ".join(["pn=both", *TREATED[name]]) for name in ("hard", "mixed"))
-WITH_A_QUEUE = " ".join([OF_METHOD["swav"], *MULTICROP, QUEUE[0].replace("128", "32"), QUEUE[1]])  # two of rank_worker's batches
+WITH_A_QUEUE = " ".join(
+    [OF_METHOD["swav"], *MULTICROP, QUEUE[0].replace("128", "32"), QUEUE[1]]
+)  # two of rank_worker's batches
 CASES += [WITH_A_QUEUE]
 # Groups of the batch are the same on any number of ranks, and so is the order of shuffled keys.
 GROUPS = [f"{OF_METHOD['adco']} norm_groups=4 shuffle_keys=true"]
-GROUPS += [f"{OF_METHOD['byol']} norm_groups=4", " ".join([OF_METHOD["dino"], *MULTICROP, "norm_groups=4 shuffle_keys=true"])]
+GROUPS += [
+    f"{OF_METHOD['byol']} norm_groups=4",
+    " ".join([OF_METHOD["dino"], *MULTICROP, "norm_groups=4 shuffle_keys=true"]),
+]
 CASES += GROUPS
 OF_ALL_RANKS = f"{OF_METHOD['cpcv2']} method.group_size=null"  # the patches of all their images are told apart
 CASES += [OF_ALL_RANKS]
 # Of four, every method, but of CaCo's settings only CaCo itself.
 OF_FOUR = [case for case in CASES if case in ("pn=both", MIXED) or not case.startswith(("pn=", "bank."))]
-# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over prototypes, covariances,
-# rows that are mixed, rows drawn for an image, groups of BatchNorm.
-FAST = ["pn=both", MIXED, OF_METHOD["mocov2"], OF_METHOD["simclr"], WITH_A_QUEUE, OF_METHOD["vicreg"], OF_METHOD["instdisc"], GROUPS[0]]
+# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over
+# prototypes, covariances, rows that are mixed, rows drawn for an image, groups of BatchNorm.
+FAST = [
+    "pn=both",
+    MIXED,
+    OF_METHOD["mocov2"],
+    OF_METHOD["simclr"],
+    WITH_A_QUEUE,
+    OF_METHOD["vicreg"],
+    OF_METHOD["instdisc"],
+    GROUPS[0],
+]
 QUIET = ["eval=[]" if override == "eval=[knn]" else override for override in TINY] + BANK
 EXACT = [*QUIET, *EVERY]  # what is trained in float64 is not evaluated
 FLOAT64 = 1e-7  # of losses, rows and velocities after a dozen steps; see rank_worker.in_float64
@@ -62,7 +86,9 @@ def of_one(case):
     + [pytest.param(4, case, marks=pytest.mark.long) for case in OF_FOUR],
 )
 def test_loss_gradients_bank_and_batchnorm_are_those_of_one_process(tmp_path, case, world):
-    """In float64: three steps keep what is equal equal to ten digits (rank_worker.in_float64 says why not in float32)."""
+    """In float64: three steps keep what is equal equal to ten digits (rank_worker.in_float64 says why not in
+    float32).
+    """
     codes, outputs = ranks(world, rank_worker.write_steps, str(tmp_path / "many.pt"), case)
     assert codes == [0] * world, outputs[0][1][-3000:]
     one, many = of_one(case), torch.load(tmp_path / "many.pt", weights_only=True)
@@ -112,7 +138,9 @@ def test_a_run_on_two_ranks_is_that_of_one_is_recorded_once_and_goes_on_with_one
 def assert_near(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        assert torch.allclose(value.double(), theirs[name].double(), rtol=0, atol=FLOAT64) or name.endswith("uses"), name
+        assert torch.allclose(value.double(), theirs[name].double(), rtol=0, atol=FLOAT64) or name.endswith("uses"), (
+            name
+        )
 
 
 def test_a_float32_run_on_two_ranks_begins_with_the_loss_of_one(tmp_path):
@@ -137,7 +165,11 @@ def test_torchrun_starts_the_ranks_of_a_run(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "caco.train", *TINY, *BANK]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, "max_steps=4", f"hydra.run.dir={tmp_path}"], env=environment, capture_output=True, text=True, check=False
+        [*command, "max_steps=4", f"hydra.run.dir={tmp_path}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "summary.json").read_text())["processes"] == 2
@@ -192,7 +224,9 @@ def test_a_bank_saved_by_four_ranks_is_taken_up_to_the_bit_and_gone_on_with_by_t
     assert codes == [0, 0], outputs[0][1]
     assert "going on from" in outputs[0][1]
     assert_near(final(tmp_path / "run")["method"], twelve["method"])
-    assert not torch.allclose(twelve["method"]["bank.rows.weight"], nine["method"]["bank.rows.weight"], atol=1e4 * FLOAT64)
+    assert not torch.allclose(
+        twelve["method"]["bank.rows.weight"], nine["method"]["bank.rows.weight"], atol=1e4 * FLOAT64
+    )
 
 
 @pytest.mark.long
@@ -234,7 +268,9 @@ def test_a_rank_that_dies_ends_the_others_at_once(tmp_path):
 
 
 def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_the_images(tmp_path):
-    """The first step fills rows 0 to 63. Its two parts have other images with two ranks, so BatchNorm moves the keys a little."""
+    """The first step fills rows 0 to 63. Its two parts have other images with two ranks, so BatchNorm moves the keys a
+    little.
+    """
     rows = []
     for world in (1, 2):
         run_dir = f"hydra.run.dir={tmp_path / str(world)}"
@@ -245,8 +281,29 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
     assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
 
 
-PLANNED_METHODS = ("adco", "simclr", "nnclr", "dino", "byol", "mocov3", "barlow", "vicreg", "infomin", "cpcv2", "instdisc", "pic")
-PLANNED = ["pn=both", "pn=positive", "pn=none", *(OF_METHOD[m] for m in PLANNED_METHODS), OF_ALL_RANKS, WITH_A_QUEUE, *GROUPS]
+PLANNED_METHODS = (
+    "adco",
+    "simclr",
+    "nnclr",
+    "dino",
+    "byol",
+    "mocov3",
+    "barlow",
+    "vicreg",
+    "infomin",
+    "cpcv2",
+    "instdisc",
+    "pic",
+)
+PLANNED = [
+    "pn=both",
+    "pn=positive",
+    "pn=none",
+    *(OF_METHOD[m] for m in PLANNED_METHODS),
+    OF_ALL_RANKS,
+    WITH_A_QUEUE,
+    *GROUPS,
+]
 PLANNED += [OF_METHOD["instdisc"] + " method.loss=softmax method.num_noise=null"]
 PLANNED += [HARD, MIXED.replace("hardest=16", "hardest=128")]  # so that as many different rows are wanted as there are
 

@@ -27,7 +27,8 @@ WITH = [
     ('{"api_key": "Gehe1m"}', '{"api_key": "***"}'),
 ]
 WITHOUT = [
-    "http://host:5000", "http://host:5000/x, says me@host", "{'uri': 'http://host:x', 'mail': 'me@host'}", "sqlite:///a:b@c/x", "https://host: no answer from me@host",
+    "http://host:5000", "http://host:5000/x, says me@host", "{'uri': 'http://host:x', 'mail': 'me@host'}",
+    "sqlite:///a:b@c/x", "https://host: no answer from me@host",
     "sqlite:///a:b@c/mlflow.db", "https://me@host/x", "backbone.register_tokens=4", "http://me:***@host", "key=value",
 ]  # fmt: skip
 
@@ -59,7 +60,10 @@ def test_what_the_environment_keeps_secret_is_hidden_wherever_it_stands(monkeypa
     assert redacted("401 for Gehe1m-77 and an other1 (an%20other1)") == "401 for *** and *** (***)"
 
 
-@pytest.mark.parametrize("setting", ["tracking.uri='http://me:Gehe1m@host:5000'", "+tracking.password=Gehe1m", "tracking.uri='${oc.env:STORE}'"])
+@pytest.mark.parametrize(
+    "setting",
+    ["tracking.uri='http://me:Gehe1m@host:5000'", "+tracking.password=Gehe1m", "tracking.uri='${oc.env:STORE}'"],
+)
 def test_a_setting_that_holds_one_is_refused_without_showing_it(setting, monkeypatch):
     monkeypatch.setenv("STORE", "postgresql://me:Gehe1m@host/db")
     cfg = composition.compose(["data=digits", "tracking=mlflow", setting])
@@ -69,7 +73,9 @@ def test_a_setting_that_holds_one_is_refused_without_showing_it(setting, monkeyp
 
 
 def test_lines_of_a_job_that_hold_one_are_refused():
-    cfg = composition.compose(["data=digits", "tracking=ledger", "launcher=local", "launcher.setup=['export MY_TOKEN=Gehe1m']"])
+    cfg = composition.compose(
+        ["data=digits", "tracking=ledger", "launcher=local", "launcher.setup=['export MY_TOKEN=Gehe1m']"]
+    )
     with pytest.raises(UserError, match="launcher.setup.0: holds a password"):
         validation.check(composition.job_config(cfg))
 
@@ -91,15 +97,22 @@ def test_messages_failures_commands_and_parameters_have_none(tmp_path, monkeypat
 
 
 def test_the_traceback_of_a_bug_has_none(tmp_path):
-    code = "from caco.errors import shown\nwith shown():\n    1 / 0 if False else [].index('postgresql://me:Gehe1m@host/db')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    code = (
+        "from caco.errors import shown\nwith shown():\n    1 / 0 if False else"
+        " [].index('postgresql://me:Gehe1m@host/db')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+    )
     assert done.returncode == 1 and "Traceback" in done.stderr and "Gehe1m" not in done.stderr
 
 
 def test_a_store_is_written_down_without_its_password_and_found_again_with_it(tmp_path, monkeypatch):
     (tmp_path / "mlflow.json").write_text('{"uri": "postgresql://me:***@host/db"}')
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UserError, match=r"belongs to postgresql://me:\*\*\*@host/db, whose password is written down nowhere"):
+    with pytest.raises(
+        UserError, match=r"belongs to postgresql://me:\*\*\*@host/db, whose password is written down nowhere"
+    ):
         own_uri(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:Gehe1m@host/db")
     assert own_uri(tmp_path) == "postgresql://me:Gehe1m@host/db"

@@ -1,4 +1,6 @@
-"""Runs as a table in the terminal: chosen, sorted, grouped over seeds, of every version and in every state; quick, and without torch."""
+"""Runs as a table in the terminal: chosen, sorted, grouped over seeds, of every version and in every state; quick, and
+without torch.
+"""
 
 import json
 import shutil
@@ -19,9 +21,19 @@ SCORES = {(64, 0): 50.0, (64, 1): 54.0, (128, 0): 60.0, (128, 1): 70.0}
 def write(folder, *, size=64, seed=0, score=None, summary=None, failure=None, status="FINISHED", method="caco"):
     """A run's directory as training leaves it, but for what a table does not read."""
     folder.mkdir(parents=True)
-    params = {"method": method, "bank": "tiny", "pn": "both", "eval": "['knn']", "eval.knn._target_": "caco.evals.knn.KNN", "bank.size": str(size), "seed": str(seed), "epochs": "2",
-              "method._target_": "caco.methods.contrastive.Contrastive", "batch": "64", "data.root": f"/data/{seed}", "weights": "null"}  # fmt: skip
-    about = {"params": params, "tags": {}, "status": status, "host": "elsewhere", "pid": 1, "process_start": "1", "run_name": "x"}
+    params = {"method": method, "bank": "tiny", "pn": "both", "eval": "['knn']",
+    "eval.knn._target_": "caco.evals.knn.KNN", "bank.size": str(size), "seed": str(seed), "epochs": "2",
+              "method._target_": "caco.methods.contrastive.Contrastive", "batch": "64", "data.root": f"/data/{seed}",
+              "weights": "null"}  # fmt: skip
+    about = {
+        "params": params,
+        "tags": {},
+        "status": status,
+        "host": "elsewhere",
+        "pid": 1,
+        "process_start": "1",
+        "run_name": "x",
+    }
     (folder / "tracking.json").write_text(json.dumps(about))
     (folder / "config.yaml").write_text("seed: 0\n")
     if score is not None:
@@ -60,9 +72,17 @@ def test_over_seeds_a_row_is_mean_standard_deviation_and_number(runs, capsys):
 
 
 def test_runs_are_chosen_and_sorted_by_settings_and_metrics(runs, capsys):
-    assert [row[-1] for row in shown(capsys, "--where", "size=64", "--sort", "knn20_top1", "--reverse")[3:]] == ["runs/64-1", "runs/64-0"]
+    assert [row[-1] for row in shown(capsys, "--where", "size=64", "--sort", "knn20_top1", "--reverse")[3:]] == [
+        "runs/64-1",
+        "runs/64-0",
+    ]
     assert [row[-1] for row in shown(capsys, "--where", "knn20_top1>=60", "seed!=0")[3:]] == ["runs/128-1"]
-    assert [row[0] for row in shown(capsys, "--columns", "knn20_top1", "--sort", "knn20_top1")[3:]] == ["50.00", "54.00", "60.00", "70.00"]
+    assert [row[0] for row in shown(capsys, "--columns", "knn20_top1", "--sort", "knn20_top1")[3:]] == [
+        "50.00",
+        "54.00",
+        "60.00",
+        "70.00",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +111,9 @@ def test_csv_has_every_number_in_full_and_markdown_is_a_table(runs, capsys):
     results.main(["runs", "--format", "csv", "--seeds"])
     heads, *rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
     assert heads == ["bank.size", "knn20_top1", "knn20_top1_sd", "n", "state", "run"]
-    assert float(rows[0][1]) == 65.0 and float(rows[0][2]) == pytest.approx(statistics.stdev([60, 70]), abs=0, rel=1e-15)
+    assert float(rows[0][1]) == 65.0 and float(rows[0][2]) == pytest.approx(
+        statistics.stdev([60, 70]), abs=0, rel=1e-15
+    )
     assert rows[0][-1] == "runs/128-0 runs/128-1"
     results.main(["runs", "--format", "markdown"])
     assert "| 128 | 1 | 70.00 | runs/128-1 |" in capsys.readouterr().out.splitlines()
@@ -120,11 +142,22 @@ def test_runs_that_have_not_finished_stand_with_their_state_and_its_reason(runs,
 def test_a_setting_that_follows_from_one_that_is_shown_is_left_out_and_paths_always_are(tmp_path):
     for seed, method in enumerate(("byol", "caco", "byol", "caco")):
         write(tmp_path / str(seed), seed=seed // 2, method=method, size={"byol": 1, "caco": 2}[method], score=1.0)
-    assert comparison.differing([recorded.outline(folder) for folder in recorded.directories([tmp_path])]) == ["method", "seed"]
+    assert comparison.differing([recorded.outline(folder) for folder in recorded.directories([tmp_path])]) == [
+        "method",
+        "seed",
+    ]
 
 
 def test_runs_of_earlier_versions_show_by_today_s_names(repo_root, capsys):
-    results.main([str(repo_root / "tests" / "old_runs"), "--format", "csv", "--columns", "method.warm_start_passes,knn20_20pct_top1,knn20_top1"])
+    results.main(
+        [
+            str(repo_root / "tests" / "old_runs"),
+            "--format",
+            "csv",
+            "--columns",
+            "method.warm_start_passes,knn20_20pct_top1,knn20_top1",
+        ]
+    )
     heads, *rows = capsys.readouterr().out.splitlines()
     by_run = {row.rpartition("/")[2]: row.split(",") for row in rows}
     whole = recorded.read(repo_root / "tests/old_runs/old/tiny")
@@ -147,7 +180,10 @@ def test_a_thousand_runs_take_seconds_and_no_torch(tmp_path):
     one = write(tmp_path / "runs" / "one", score=50.0)
     for number in range(999):
         shutil.copytree(one, tmp_path / "runs" / str(number))
-    program = "import sys; from caco import results; results.main(['runs']); assert 'torch' not in sys.modules and 'mlflow' not in sys.modules"
+    program = (
+        "import sys; from caco import results; results.main(['runs']); assert 'torch' not in sys.modules and 'mlflow'"
+        " not in sys.modules"
+    )
     begun = time.monotonic()
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
     assert time.monotonic() - begun < 15, "on a machine that has other work; 1.8 s where it was measured"
@@ -157,7 +193,16 @@ def test_a_thousand_runs_take_seconds_and_no_torch(tmp_path):
 def test_a_sweep_ends_with_its_table(tmp_path):
     from processes import Process, caco_train
 
-    command = ["-m", *TINY, "max_steps=1", "eval=[]", "bank.size=64,128", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep", "hydra.sweep.subdir=${bank.size}-${seed}"]
+    command = [
+        "-m",
+        *TINY,
+        "max_steps=1",
+        "eval=[]",
+        "bank.size=64,128",
+        "seed=0,1",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        "hydra.sweep.subdir=${bank.size}-${seed}",
+    ]
     code, out, err = Process(caco_train, *command).end()
     assert code == 0, err
     lines = [line.split() for line in out.splitlines()]

@@ -13,19 +13,30 @@ BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 
 def printed(page, program):
-    lines = [line.removeprefix("$ ").partition("   #")[0] for block in BLOCK.findall(page.read_text()) for line in block.splitlines()]
+    lines = [
+        line.removeprefix("$ ").partition("   #")[0]
+        for block in BLOCK.findall(page.read_text())
+        for line in block.splitlines()
+    ]
     return [shlex.split(line)[3:] for line in lines if line.startswith(f"python -m {program} ")]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     top = tmp_path_factory.mktemp("pages")
-    tiny.train(top / "runs" / "one", "max_steps=null", "epochs=2", "data.limit=64", "eval=[knn_all]", "eval_every_epochs=2")
+    tiny.train(
+        top / "runs" / "one", "max_steps=null", "epochs=2", "data.limit=64", "eval=[knn_all]", "eval_every_epochs=2"
+    )
     return top
 
 
 def test_what_continues_a_run_composes(runs, repo_root):
-    commands = [words for page in ("README.md", "docs/runs.md") for words in printed(repo_root / page, "caco.train") if "continue_from=RUN" in words]
+    commands = [
+        words
+        for page in ("README.md", "docs/runs.md")
+        for words in printed(repo_root / page, "caco.train")
+        if "continue_from=RUN" in words
+    ]
     assert len(commands) == 3
     for words in commands:
         words = [word.replace("RUN", str(runs / "runs/one")) for word in words]

@@ -1,4 +1,6 @@
-"""make sets up what a target needs, once; pip and apt-get are replaced by programs that only note how they are called."""
+"""make sets up what a target needs, once; pip and apt-get are replaced by programs that only note how they are
+called.
+"""
 
 import importlib.util
 import os
@@ -12,7 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-TORCH, NEEDS, CACO, MLFLOW, REST = "torch torchvision", "@ @analysis", "--no-deps -e .", "@mlflow", "@slurm @dense @test"
+TORCH, NEEDS, CACO, MLFLOW, REST = (
+    "torch torchvision",
+    "@ @analysis",
+    "--no-deps -e .",
+    "@mlflow",
+    "@slurm @dense @test",
+)
 
 
 @pytest.fixture
@@ -34,11 +42,17 @@ def made(tmp_path):
     def make(*arguments: str) -> tuple[list[str], str]:
         calls.write_text("")
         # Without what the make around the tests has told its programs.
-        variables = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        variables = {
+            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+        }
         variables["PATH"] = f"{programs}:{variables['PATH']}"
         command = ["make", *arguments, f"PYTHON={sys.executable}"]
         done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=True)
-        installed = [line.split(" ", 3)[3] for line in calls.read_text().splitlines() if line.startswith("scripts/pip_install.py")]
+        installed = [
+            line.split(" ", 3)[3]
+            for line in calls.read_text().splitlines()
+            if line.startswith("scripts/pip_install.py")
+        ]
         return [words for words in installed if words != "--upgrade pip"], done.stderr
 
     make.folder = folder
@@ -79,8 +93,14 @@ def test_large_wheels_are_read_from_what_pip_prints(tmp_path):
     spec.loader.exec_module(pip_install)
     local = tmp_path / "scikit_learn-1.9.1-cp311-none-any.whl"
     local.write_bytes(bytes(2_000_000))
-    assert pip_install.wheel("  Downloading torch-2.14.1-cp311-manylinux_2_28_x86_64.whl (555.4 MB)\n") == ("torch", 555.4)
-    assert pip_install.wheel("  Using cached nvidia_cudnn_cu13-9.2-py3-none-any.whl (553 kB)\n") == ("nvidia-cudnn-cu13", 0.553)
+    assert pip_install.wheel("  Downloading torch-2.14.1-cp311-manylinux_2_28_x86_64.whl (555.4 MB)\n") == (
+        "torch",
+        555.4,
+    )
+    assert pip_install.wheel("  Using cached nvidia_cudnn_cu13-9.2-py3-none-any.whl (553 kB)\n") == (
+        "nvidia-cudnn-cu13",
+        0.553,
+    )
     assert pip_install.wheel(f"Processing {local} (from caco-ssl)\n") == ("scikit-learn", 2.0)
     assert pip_install.wheel("  Downloading torch-2.14.1-cp311-any.whl.metadata (30 kB)\n") is None
     assert "torch" in " ".join(pip_install.needs("@")) and pip_install.needs("@slurm") == ["submitit>=1.5"]

@@ -1,5 +1,5 @@
-"""The contracts between the parts: mypy holds every class to its Protocol and every caller to what that declares; and nobody asks
-what kind a part is."""
+"""The contracts between the parts: mypy holds every class to its Protocol and every caller to what that declares; and
+nobody asks what kind a part is."""
 
 import ast
 import importlib.util
@@ -26,15 +26,30 @@ from caco.tracking.base import Tracker
 CONTRACTS = (Bank, Evaluator, Loader, Method, Negatives, Positives, Source, Tracker, Treatment)
 # What records call a result follows from which of our evaluators gave it; of one from elsewhere they say its own words.
 NAMES_OF_RECORDS = ("caco/metrics.py", "caco/runs/renamed.py")
-IN_CONF = {"bank": Bank, "eval": Evaluator, "loader": Loader, "method": Method, "negatives": Treatment, "tracking": Tracker}
+IN_CONF = {
+    "bank": Bank,
+    "eval": Evaluator,
+    "loader": Loader,
+    "method": Method,
+    "negatives": Treatment,
+    "tracking": Tracker,
+}
 
 
 def test_mypy_finds_nothing(repo_root, pytestconfig):
-    """The settings are pyproject.toml's; the first time takes a quarter of a minute of one core, later ones what has changed."""
+    """The settings are pyproject.toml's; the first time takes a quarter of a minute of one core, later ones what has
+    changed.
+    """
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed: pip install mypy, or caco's extra `test`, has the types checked here")
     cache = pytestconfig.cache.mkdir("mypy")
-    done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", str(cache)], cwd=repo_root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir", str(cache)],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -59,7 +74,13 @@ def test_a_part_that_lacks_a_member_is_refused_before_anything_is_computed():
         def run(self, backbone):
             yield "half", 0.5
 
-    with pytest.raises(UserError, match="^eval.half: Half has no bounded, build, departures, image_sets, inputs, needs_labels, on_all_ranks, require, work; derive it from caco.evals.base.Evaluator, "):
+    with pytest.raises(
+        UserError,
+        match=(
+            "^eval.half: Half has no bounded, build, departures, image_sets, inputs, needs_labels, on_all_ranks,"
+            " require, work; derive it from caco.evals.base.Evaluator, "
+        ),
+    ):
         require_contract("eval.half", Half(), Evaluator)
     whole = type("Whole", (Half, Evaluator), {"build": lambda self, store, *, seed: None})()
     require_contract("eval.whole", whole, Evaluator)
@@ -67,7 +88,9 @@ def test_a_part_that_lacks_a_member_is_refused_before_anything_is_computed():
 
 
 def kinds_asked(path: Path, names: set[str]) -> list[str]:
-    """Where a file asks whether a value is of one of these classes, or writes one's name out, as to compare it with a configuration's."""
+    """Where a file asks whether a value is of one of these classes, or writes one's name out, as to compare it with a
+    configuration's.
+    """
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         asked: set[str] = set()
@@ -94,9 +117,22 @@ def test_nobody_asks_what_kind_of_part_something_is(repo_root):
     for group in IN_CONF:
         offered(group)  # imports what conf/ names
     names = {one.__name__ for contract in CONTRACTS for one in family(contract) if one.__module__.startswith("caco.")}
-    assert {"LearnableBank", BetonImages.__name__, "BankRow", "KNN", "MLflowTracker", "Contrastive", "AutoLoader"} <= names
+    assert {
+        "LearnableBank",
+        BetonImages.__name__,
+        "BankRow",
+        "KNN",
+        "MLflowTracker",
+        "Contrastive",
+        "AutoLoader",
+    } <= names
     parts = ("caco", "experiments", "analysis", "benchmarks", "hydra_plugins")
-    files = [file for part in parts for file in (repo_root / part).rglob("*.py") if file.relative_to(repo_root).as_posix() not in NAMES_OF_RECORDS]
+    files = [
+        file
+        for part in parts
+        for file in (repo_root / part).rglob("*.py")
+        if file.relative_to(repo_root).as_posix() not in NAMES_OF_RECORDS
+    ]
     assert [line for file in files for line in kinds_asked(file, names)] == []
 
 
@@ -106,6 +142,13 @@ def family(contract: type) -> set[type]:
 
 def test_asking_is_found(tmp_path):
     file = tmp_path / "asks.py"
-    lines = ["isinstance(a, (int, sets.Files))", "type(b) is Files", "c.endswith('.Files')", "Files.__name__", "Files(d)", "isinstance(e, int)"]
+    lines = [
+        "isinstance(a, (int, sets.Files))",
+        "type(b) is Files",
+        "c.endswith('.Files')",
+        "Files.__name__",
+        "Files(d)",
+        "isinstance(e, int)",
+    ]
     file.write_text("\n".join(lines))
     assert kinds_asked(file, {"Files"}) == [f"asks.py:{number}: Files" for number in (1, 2, 3, 4)]

@@ -28,10 +28,16 @@ TINY = [
     "loader.num_workers=0",
     "log_every_steps=1",
 ]
-# Of a method with prototypes some, where its YAML has tens of thousands; and labels or clusters at once, where it waits.
+# Of a method with prototypes some, where its YAML has tens of thousands; and labels or clusters at once, where it
+# waits.
 FEW_PROTOTYPES = {name: ["method.num_prototypes=24"] for name in ("swav", "dino")} | {
     "sela": ["method.num_heads=2", "method.num_moments=8"],
-    "pcl": ["method.num_clusters=[8,12,24]", "method.num_negatives=6", "method.first_clustering_epoch=0", "method.restarts=1"],
+    "pcl": [
+        "method.num_clusters=[8,12,24]",
+        "method.num_negatives=6",
+        "method.first_clustering_epoch=0",
+        "method.restarts=1",
+    ],
 }
 # And of one that mixes negatives.
 MIXED = ["negatives.hardest=16", "negatives.pairs=8", "negatives.with_query=4", "negatives.warmup_epochs=0"]
@@ -41,12 +47,22 @@ COLOURED = ["data._target_=coloured.images", "data.size=32"]
 OF_PATCHES = {
     "infomin": [*COLOURED, "augmentation=infomin_cifar", "method.jigsaw_hidden_dim=16"],
     "cpcv2": [
-        *COLOURED, "augmentation=cpcv2_cifar", "method.hidden_dim=8", "method.blocks=2", "method.averaging=0.9",
-        "method.group_size=4", "batch=16",
+        *COLOURED,
+        "augmentation=cpcv2_cifar",
+        "method.hidden_dim=8",
+        "method.blocks=2",
+        "method.averaging=0.9",
+        "method.group_size=4",
+        "batch=16",
     ],
     "pirl": [*COLOURED, "augmentation=pirl_cifar", "method.num_noise=64"],
     "cmc": [
-        *COLOURED, "augmentation=cmc_cifar", "backbone=cmc_small", "projector=cmc", "projector.hidden_dim=16", "projector.dim=16",
+        *COLOURED,
+        "augmentation=cmc_cifar",
+        "backbone=cmc_small",
+        "projector=cmc",
+        "projector.hidden_dim=16",
+        "projector.dim=16",
         "method.num_noise=64",
     ],
 }
@@ -60,7 +76,9 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def compose(*overrides: str, bank: bool = True) -> DictConfig:
-    """A checked configuration without Hydra's own part; Hydra takes a third of a second for each, so each is made once."""
+    """A checked configuration without Hydra's own part; Hydra takes a third of a second for each, so each is made
+    once.
+    """
     return copy.deepcopy(_composed((*TINY, *(BANK if bank else []), *overrides)))
 
 
@@ -75,7 +93,14 @@ def now(phase: str = "training", step: int = 0, **values: float):
     from caco.methods.base import Now
 
     epoch = (0, step) if phase == "training" else (None, None)
-    set_by_hand = {"twin_momentum": 0.99, "bank_lr": 0.0, "teacher_temperature": 0.04, "labels_made": 0.0, "row_share": 0.5, **values}
+    set_by_hand = {
+        "twin_momentum": 0.99,
+        "bank_lr": 0.0,
+        "teacher_temperature": 0.04,
+        "labels_made": 0.0,
+        "row_share": 0.5,
+        **values,
+    }
     return Now(step, phase, step, False, *epoch, set_by_hand, lr=0.01)
 
 
@@ -112,4 +137,8 @@ def noise(cfg, images: int, generator, dtype=None):
     recipe = instantiate(cfg.augmentation)
     views = [torch.randn(images, 3, size, size, generator=generator, dtype=dtype) for size in recipe.sizes]
     cut = recipe.patches
-    return views, None if cut is None else torch.randn(images, cut.grid**2, 3, cut.size, cut.size, generator=generator, dtype=dtype)
+    return views, (
+        None
+        if cut is None
+        else torch.randn(images, cut.grid**2, 3, cut.size, cut.size, generator=generator, dtype=dtype)
+    )

@@ -1,4 +1,6 @@
-"""A toy PACS whose classes are told by colour and its domains by brightness: what a mean over each channel can learn."""
+"""A toy PACS whose classes are told by colour and its domains by brightness: what a mean over each channel can
+learn.
+"""
 
 import numpy as np
 from PIL import Image

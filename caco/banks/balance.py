@@ -1,4 +1,5 @@
-"""How unevenly queries use a bank's rows on average, as a term of their loss, without a G x K matrix: three streamed passes.
+"""How unevenly queries use a bank's rows on average, as a term of their loss, without a G x K matrix: three streamed
+passes.
 
 The rows may be sharded over ranks: queries are gathered, each rank goes over its own rows, and sums are reduced.
 
@@ -17,7 +18,8 @@ from caco.banks.rows import Rows
 
 
 def mean_activation_divergence(q_BD: Tensor, rows: Rows, tau: float) -> Tensor:
-    """KL divergence of the rows' mean probability over all ranks' queries from an even use of the K rows, a scalar from 0 to log K.
+    """KL divergence of the rows' mean probability over all ranks' queries from an even use of the K rows, a scalar from
+    0 to log K.
 
     Source: `equations.mean_activation_divergence`. Its gradient goes to the queries; of the rows it asks nothing.
     Args:
@@ -63,7 +65,9 @@ class _Divergence(torch.autograd.Function):
 
 
 def _blocks(q_GD: Tensor, w_RD: Tensor, tau: float) -> Any:
-    """exp((cosine - 1) / tau), [G, S], and unit rows [S, D], a block at a time; a unit vector's logit is at most 1 / tau."""
+    """exp((cosine - 1) / tau), [G, S], and unit rows [S, D], a block at a time; a unit vector's logit is at most 1 /
+    tau.
+    """
     for block in scoring.blocks(len(w_RD), len(q_GD)):
         m_SD = scoring.unit_rows(w_RD[block])[0]
         yield ((q_GD @ m_SD.T - 1) / tau).exp_(), m_SD

@@ -1,4 +1,6 @@
-"""The bank with a row for each training image, a running mean of its embeddings, written by index (InstDisc, PIRL, CMC)."""
+"""The bank with a row for each training image, a running mean of its embeddings, written by index (InstDisc, PIRL,
+CMC).
+"""
 
 from typing import Literal
 
@@ -16,19 +18,22 @@ from caco.schedules import RunShape, Table, constant
 
 
 class ImageBank(nn.Module, Bank):
-    """N rows, of which row i is image i's: V_i <- n(m V_i + (1 - m) v_i), once an optimiser step. The rows count as they are stored.
+    """N rows, of which row i is image i's: V_i <- n(m V_i + (1 - m) v_i), once an optimiser step. The rows count as
+    they are stored.
 
-    Before they are written for the first time they are as they were drawn, so that their norms may be about 1; then they are unit.
+    Before they are written for the first time they are as they were drawn, so that their norms may be about 1; then
+    they are unit.
 
     Args:
         size: rows, N; None in a configuration, where it is the number of training images.
         dim: width D of the embedding.
         seed: of the rows as they were drawn.
         momentum: m.
-        norms: of the rows as they were drawn, see `rows.random_rows`: "uniform" (InstDisc's and CMC's code), "unit" (PIRL's),
+        norms: of the rows as they were drawn, see `rows.random_rows`: "uniform" (InstDisc's and CMC's code), "unit"
+            (PIRL's),
             "normal".
-        parts: how many embeddings of an image a row holds side by side, each dim / parts wide, with a norm and a Z of its own; a bank
-            for each of CMC's inputs.
+        parts: how many embeddings of an image a row holds side by side, each dim / parts wide, with a norm and a Z of
+            its own; a bank for each of CMC's inputs.
 
     Source: arXiv 1805.01978; published code, lib/NCEAverage.py and lib/LinearAverage.py: rows, their motion and Z.
     """
@@ -40,7 +45,16 @@ class ImageBank(nn.Module, Bank):
     normaliser: Tensor  # of each part Z of `contrast`, of the first step for ever; 0 before it
 
     @held
-    def __init__(self, *, size: Several | None, dim: Width, seed: Seed, momentum: ShareBelowOne = 0.5, norms: Norms = "uniform", parts: Layers = 1):
+    def __init__(
+        self,
+        *,
+        size: Several | None,
+        dim: Width,
+        seed: Seed,
+        momentum: ShareBelowOne = 0.5,
+        norms: Norms = "uniform",
+        parts: Layers = 1,
+    ):
         super().__init__()
         if size is None:
             raise UserError("a bank by image needs size, the number of images; in a configuration null stands for it")
@@ -70,7 +84,8 @@ class ImageBank(nn.Module, Bank):
         self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None,
         objective: Objective | None = None, learn: bool = True,
     ) -> scoring.Score:  # fmt: skip
-        """Loss of each query over all N rows and extra columns; see `scoring.score`. The rows take no gradient. A collective.
+        """Loss of each query over all N rows and extra columns; see `scoring.score`. The rows take no gradient. A
+        collective.
 
         Args:
             positive_B: the queries' images.
@@ -80,11 +95,14 @@ class ImageBank(nn.Module, Bank):
         assert objective is None, "no method treats the negatives of a bank by image"
         if self.parts > 1:
             raise UserError(
-                "a bank whose rows have several parts is contrasted with drawn rows alone; expected method.num_noise=NUMBER, got null"
+                "a bank whose rows have several parts is contrasted with drawn rows alone; expected"
+                " method.num_noise=NUMBER, got null"
             )
-        # Once all rows are unit, which the fused kernels make them anyway, the rounding of a norm is all that is between the two.
+        # Once all rows are unit, which the fused kernels make them anyway, the rounding of a norm is all that is
+        # between the two.
         return scoring.score(
-            q_BD, self.rows.weight, positive_B, first_row=self.rows.first, size=self.size, tau=temperature, extra_BE=extra_BE,
+            q_BD, self.rows.weight, positive_B, first_row=self.rows.first, size=self.size, tau=temperature,
+            extra_BE=extra_BE,
             as_stored=not self.rows.are_unit(),
         )  # fmt: skip
 
@@ -100,10 +118,11 @@ class ImageBank(nn.Module, Bank):
         epsilon: float = 1e-7,
         part: int = 0,
     ) -> noise.Contrast:
-        """Loss of each query against (a part of) its image's row and `num_noise` drawn ones; see `noise.contrast`. A collective.
+        """Loss of each query against (a part of) its image's row and `num_noise` drawn ones; see `noise.contrast`. A
+        collective.
 
-        Of "nce", the first step's first call estimates Z, as N times the mean of exp(q.V_j / tau) over all ranks' queries and what was
-        drawn for them; the step's `update` keeps it.
+        Of "nce", the first step's first call estimates Z, as N times the mean of exp(q.V_j / tau) over all ranks'
+        queries and what was drawn for them; the step's `update` keeps it.
         """
         w_RD = self.rows.weight.detach()[:, part * self.width : (part + 1) * self.width]
         where = noise.Draw(self.rows.first, self.size, temperature, num_noise, stream)
@@ -113,7 +132,9 @@ class ImageBank(nn.Module, Bank):
         return noise.contrast(q_BD, w_RD, image_B, where, form=form, normaliser=normaliser or 1.0, epsilon=epsilon)
 
     def statistics(self) -> dict[str, float]:
-        """Of the rows since the last call, see `Rows.statistics`; and normaliser, Z, of several parts by their numbers."""
+        """Of the rows since the last call, see `Rows.statistics`; and normaliser, Z, of several parts by their
+        numbers.
+        """
         names = ["normaliser"] if self.parts == 1 else [f"normaliser_{number + 1}" for number in range(self.parts)]
         return self.rows.statistics() | dict(zip(names, self.normaliser.tolist(), strict=True))
 
@@ -128,7 +149,8 @@ class ImageBank(nn.Module, Bank):
         """
         if index_G is None:
             raise UserError(
-                "a bank by image is written by index, which this method does not give; expected method=instdisc, pirl or cmc"
+                "a bank by image is written by index, which this method does not give; expected method=instdisc, pirl"
+                " or cmc"
             )
         own_G = (index_G >= self.rows.first) & (index_G < self.rows.last)
         row_P, number_G = torch.unique(index_G[own_G] - self.rows.first, return_inverse=True)

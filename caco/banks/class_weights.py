@@ -1,4 +1,6 @@
-"""The bank whose rows are the weights of a classifier with a class for each training image (PIC): learned by ordinary descent."""
+"""The bank whose rows are the weights of a classifier with a class for each training image (PIC): learned by ordinary
+descent.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,12 @@ from caco.schedules import RunShape, Table, constant
 
 
 class ClassWeights(nn.Module, Bank):
-    """N rows w, of which row i is the class of image i. With a step of the optimiser they take one of their own, of SGD on the same
-    cross-entropy: a row is pulled by its image's embedding, weighted by 1 - p, and pushed away from all others by p.
+    """N rows w, of which row i is the class of image i. With a step of the optimiser they take one of their own, of SGD
+    on the same cross-entropy: a row is pulled by its image's embedding, weighted by 1 - p, and pushed away from all
+    others by p.
 
-    Logits are cosines over tau, so what is learned of a row is its direction; its stored norm is free. Neither the N x B matrix of
-    probabilities nor an N x D gradient is held: loss and motion each stream over the rows once.
+    Logits are cosines over tau, so what is learned of a row is its direction; its stored norm is free. Neither the N x
+    B matrix of probabilities nor an N x D gradient is held: loss and motion each stream over the rows once.
 
     Args:
         size: rows, N; None in a configuration, where it is the number of training images.
@@ -35,7 +38,14 @@ class ClassWeights(nn.Module, Bank):
 
     @held
     def __init__(
-        self, *, size: Several | None, dim: Width, seed: Seed, spread: AboveZero = 0.01, momentum: ShareBelowOne = 0.9, weight_decay: NonNegative = 1e-4
+        self,
+        *,
+        size: Several | None,
+        dim: Width,
+        seed: Seed,
+        spread: AboveZero = 0.01,
+        momentum: ShareBelowOne = 0.9,
+        weight_decay: NonNegative = 1e-4,
     ):
         super().__init__()
         if size is None:
@@ -57,7 +67,8 @@ class ClassWeights(nn.Module, Bank):
         self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None,
         objective: Objective | None = None, learn: bool = True,
     ) -> scoring.Score:  # fmt: skip
-        """Cross-entropy of each query over all N rows and extra columns; see `scoring.score`. Its backward asks the rows to move.
+        """Cross-entropy of each query over all N rows and extra columns; see `scoring.score`. Its backward asks the
+        rows to move.
 
         Args:
             positive_B: the queries' images.
@@ -65,7 +76,8 @@ class ClassWeights(nn.Module, Bank):
         """
         assert objective is None, "no method treats the negatives of a bank by image"
         return scoring.score(
-            q_BD, self.rows.weight if learn else self.rows.weight.detach(), positive_B, first_row=self.rows.first, size=self.size,
+            q_BD, self.rows.weight if learn else self.rows.weight.detach(), positive_B, first_row=self.rows.first,
+            size=self.size,
             tau=temperature, extra_BE=extra_BE, anchors=self.anchors if learn else None,
         )  # fmt: skip
 
@@ -81,7 +93,8 @@ class ClassWeights(nn.Module, Bank):
             return
         # Eq. 10's weights with a push of -1 are cross-entropy's: p - 1 at the positive and p elsewhere, downhill.
         motion.move(
-            self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors), pull=1.0, push=-1.0, lr=lr,
+            self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors), pull=1.0,
+            push=-1.0, lr=lr,
             momentum=self.momentum, weight_decay=self.weight_decay, normalise=False,
         )  # fmt: skip
         self.anchors.clear()

@@ -14,8 +14,8 @@ from caco.schedules import RunShape, Table, constant
 class FifoBank(nn.Module, Bank):
     """The last K keys, as negatives (MoCo v2) or as a place to look for neighbours (NNCLR).
 
-    Keys enter in `update`, after the step that they were computed in, so no key is ever its own negative. In one's own loop it takes
-    `loss` and `update` (caco/banks/own_loop.py).
+    Keys enter in `update`, after the step that they were computed in, so no key is ever its own negative. In one's own
+    loop it takes `loss` and `update` (caco/banks/own_loop.py).
 
     Args:
         size: rows, K.
@@ -45,11 +45,19 @@ class FifoBank(nn.Module, Bank):
         self.update(lr=0.0, keys_GD=keys_GD)
 
     def warning(self, statistics: dict[str, float]) -> str | None:
-        """What is wrong with a queue of which `rows.statistics` says this; neighbouring keys that resemble one another are not."""
+        """What is wrong with a queue of which `rows.statistics` says this; neighbouring keys that resemble one another
+        are not.
+        """
         return few_rows_chosen(statistics)
 
     def loss(
-        self, q_BD: Tensor, k_BD: Tensor, *, temperature: float = 0.2, positive: own_loop.PositiveOf = "key", extra_BE: Tensor | None = None,
+        self,
+        q_BD: Tensor,
+        k_BD: Tensor,
+        *,
+        temperature: float = 0.2,
+        positive: own_loop.PositiveOf = "key",
+        extra_BE: Tensor | None = None,
         learn: bool = True,
     ) -> Tensor:
         """As `LearnableBank.loss`, over the queue; in training mode the keys are noted for `update`.
@@ -57,7 +65,8 @@ class FifoBank(nn.Module, Bank):
         Args:
             temperature: tau; 0.2 in MoCo v2.
             learn: not used; the learnable bank's loss takes it.
-            positive: "key": the key, and all rows are negatives (MoCo); "row": the row of the queue that is nearest to it.
+            positive: "key": the key, and all rows are negatives (MoCo); "row": the row of the queue that is nearest to
+                it.
         """
         value = own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE)
         if self.training:
@@ -89,7 +98,8 @@ class FifoBank(nn.Module, Bank):
 
         Args:
             lr: not used; the learnable bank's update takes it.
-            keys_GD: all ranks' keys of the step, unit vectors; None for those that `loss` was given since the last update.
+            keys_GD: all ranks' keys of the step, unit vectors; None for those that `loss` was given since the last
+                update.
         """
         if keys_GD is None:
             if not self.keys:

@@ -1,11 +1,12 @@
-"""The rows of a bank that are nearest to each query, many of them, and their vectors: for negatives that are made of these (MoCHi).
+"""The rows of a bank that are nearest to each query, many of them, and their vectors: for negatives that are made of
+these (MoCHi).
 
-The rows may be sharded over ranks: queries are gathered, each rank searches its own rows, and candidates travel to the rank whose
-query it is; then each row that some rank wants travels once. No B x K matrix is held, and nothing of size K x D travels unless all
-rows are wanted.
+The rows may be sharded over ranks: queries are gathered, each rank searches its own rows, and candidates travel to the
+rank whose query it is; then each row that some rank wants travels once. No B x K matrix is held, and nothing of size K
+x D travels unless all rows are wanted.
 
-Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, H rows found for a query, E wanted by it,
-U wanted by some query, D width.
+Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, H rows found for a query,
+E wanted by it, U wanted by some query, D width.
 """
 
 import torch
@@ -19,8 +20,8 @@ from caco.banks.rows import Rows
 
 @torch.no_grad()
 def hardest(q_BD: Tensor, rows: Rows, count: int, left_out_B: Tensor | None = None) -> Tensor:
-    """Index, over the whole bank, of the `count` rows with the largest cosines, the largest first, int64 [B, H]; all where they are
-    fewer.
+    """Index, over the whole bank, of the `count` rows with the largest cosines, the largest first, int64 [B, H]; all
+    where they are fewer.
 
     Args:
         q_BD: unit queries of this rank.
@@ -32,7 +33,10 @@ def hardest(q_BD: Tensor, rows: Rows, count: int, left_out_B: Tensor | None = No
         left_out_G = None if left_out_B is None else distributed.gather(left_out_B) - rows.first
         value_GN, row_GN = _of_these_rows(q_GD, rows.weight, count, left_out_G)
         most = min(count, -(-rows.size // distributed.world()))  # of any rank
-        value_GN, row_GN = F.pad(value_GN, (0, most - value_GN.shape[1]), value=-torch.inf), F.pad(row_GN, (0, most - row_GN.shape[1]))
+        value_GN, row_GN = (
+            F.pad(value_GN, (0, most - value_GN.shape[1]), value=-torch.inf),
+            F.pad(row_GN, (0, most - row_GN.shape[1])),
+        )
         value_BN, row_BN = (distributed.exchange(x).transpose(0, 1).flatten(1) for x in (value_GN, row_GN + rows.first))
         return row_BN.gather(1, value_BN.topk(count, dim=1).indices)
 
@@ -56,6 +60,8 @@ def _of_these_rows(q_GD: Tensor, w_RD: Tensor, count: int, left_out_G: Tensor | 
 
 @torch.no_grad()
 def fetch(rows: Rows, row_BE: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows that all ranks' queries together want, [U, D], each once, and where among these each of row_BE is, int64 [B, E]."""
+    """Unit rows that all ranks' queries together want, [U, D], each once, and where among these each of row_BE is,
+    int64 [B, E].
+    """
     row_U = torch.unique(distributed.gather(row_BE))
     return rows.rows_of_all(row_U), torch.searchsorted(row_U, row_BE)

@@ -18,7 +18,8 @@ from caco.schedules import RunShape, Table, warmup_and_cosine
 class LearnableBank(nn.Module, Bank):
     """K rows that take a cooperative-adversarial gradient step with every optimiser step.
 
-    In one's own loop it takes `loss` and `update` (caco/banks/own_loop.py); an optimiser that is given its parameters leaves them alone.
+    In one's own loop it takes `loss` and `update` (caco/banks/own_loop.py); an optimiser that is given its parameters
+    leaves them alone.
 
     Args:
         size: rows, K. The paper's 1M, 2M, 4M, 8M, 12M are 8192, 16384, 32768, 65536, 98304.
@@ -29,22 +30,23 @@ class LearnableBank(nn.Module, Bank):
         lr: rate of the rows' SGD, 3.0 in the paper for every batch.
         lr_reference_batch: None keeps `lr` for every batch, as published; a number makes the rate
             lr * batch / lr_reference_batch, which keeps the published motion of a row at other batch sizes.
-        final_lr: the rate at the end of the run, reached by a cosine after the warm-up; scaled with the batch as `lr` is.
-            None keeps `lr` to the end, as the paper's recipe does. 0 lets the rows come to rest as the encoder does.
+        final_lr: the rate at the end of the run, reached by a cosine after the warm-up; scaled with the batch as `lr`
+            is. None keeps `lr` to the end, as the paper's recipe does. 0 lets the rows come to rest as the encoder
+            does.
         warmup_epochs: linear warm-up of the rate.
         momentum: of the rows' SGD.
         weight_decay: of the stored rows; 0 in CaCo, 1e-4 in AdCo.
         temperature: None shares the encoder's; a number is the bank's own (AdCo).
         reading: "code" leaves the stored rows' norms free, as the published code; "paper" puts rows back on the
             sphere after each step (`equations.bank_update`).
-        initialisation: "keys": the keys of the warm start overwrite the rows in order, as published; "random": they stay as they
-            were drawn, and there is no warm start unless its steps are asked for.
-        random_norms: of rows as they were drawn: "normal": about sqrt(dim), of a plain normal law, so that they turn slowly; "unit":
-            uniform on the sphere. As published is what conf/learned_bank.yaml takes.
-        renewed_after_steps: a row that no key has chosen for so many steps becomes one of the step's keys (`Rows.renew`); None, as
-            published: never.
-        balance: weight of a term of the queries' loss that is 0 where all rows are equally probable on average over the batch
-            (`equations.mean_activation_divergence`); 0, as published: without.
+        initialisation: "keys": the keys of the warm start overwrite the rows in order, as published; "random": they
+            stay as they were drawn, and there is no warm start unless its steps are asked for.
+        random_norms: of rows as they were drawn: "normal": about sqrt(dim), of a plain normal law, so that they turn
+            slowly; "unit": uniform on the sphere. As published is what conf/learned_bank.yaml takes.
+        renewed_after_steps: a row that no key has chosen for so many steps becomes one of the step's keys
+            (`Rows.renew`); None, as published: never.
+        balance: weight of a term of the queries' loss that is 0 where all rows are equally probable on average over the
+            batch (`equations.mean_activation_divergence`); 0, as published: without.
 
     Source: arXiv 2203.14370, Eqs. 6-11.
     """
@@ -74,15 +76,32 @@ class LearnableBank(nn.Module, Bank):
         super().__init__()
         learnable = pull > 0 or push > 0
         if renewed_after_steps is not None and not learnable:
-            raise UserError(f"bank.renewed_after_steps: rows that do not learn are not renewed; expected null, got {renewed_after_steps}")
-        self.rows = Rows(size=size, dim=dim, seed=seed, learnable=learnable, norms=random_norms, renewed_after_steps=renewed_after_steps)
+            raise UserError(
+                "bank.renewed_after_steps: rows that do not learn are not renewed; expected null, got"
+                f" {renewed_after_steps}"
+            )
+        self.rows = Rows(
+            size=size,
+            dim=dim,
+            seed=seed,
+            learnable=learnable,
+            norms=random_norms,
+            renewed_after_steps=renewed_after_steps,
+        )
         self.size, self.pull, self.push, self.balance = size, pull, push, balance
-        self.lr, self.final_lr, self.lr_reference_batch, self.warmup_epochs = lr, final_lr, lr_reference_batch, warmup_epochs
+        self.lr, self.final_lr, self.lr_reference_batch, self.warmup_epochs = (
+            lr,
+            final_lr,
+            lr_reference_batch,
+            warmup_epochs,
+        )
         self.momentum, self.weight_decay, self.temperature, self.reading = momentum, weight_decay, temperature, reading
         self.filled_by_keys = initialisation == "keys"
         self.default_warm_start_passes = 1 if self.filled_by_keys else 0
         self.needs_whole_batch = balance > 0
-        self.keys: list[Tensor] = []  # of the step in progress, those of all ranks, that `loss` was given, for rows that are renewed
+        self.keys: list[
+            Tensor
+        ] = []  # of the step in progress, those of all ranks, that `loss` was given, for rows that are renewed
         self.anchors: list[scoring.Anchors] = []  # of the rows by the step in progress
 
     def rates(self, run: RunShape) -> Table:
@@ -92,22 +111,30 @@ class LearnableBank(nn.Module, Bank):
         return warmup_and_cosine(run, self.lr * scale, final_lr * scale, self.warmup_epochs)
 
     def loss(
-        self, q_BD: Tensor, k_BD: Tensor, *, temperature: float = 0.08, positive: own_loop.PositiveOf = "row", extra_BE: Tensor | None = None,
+        self,
+        q_BD: Tensor,
+        k_BD: Tensor,
+        *,
+        temperature: float = 0.08,
+        positive: own_loop.PositiveOf = "row",
+        extra_BE: Tensor | None = None,
         learn: bool = True,
     ) -> Tensor:
-        """-log p of each query's positive among all rows of the bank and any extra columns (Eq. 3), averaged over this rank's queries.
+        """-log p of each query's positive among all rows of the bank and any extra columns (Eq. 3), averaged over this
+        rank's queries.
 
-        Its backward pass gives gradients to the queries, to the extra columns and, with positive="key", to keys that take one; what it
-        asks of the rows is noted for `update`. Several calls, of several pairs of views or parts of a batch, add up until then. With a
-        process group every call is a collective, of as many queries on each rank; gradients are then to be averaged over the ranks.
+        Its backward pass gives gradients to the queries, to the extra columns and, with positive="key", to keys that
+        take one; what it asks of the rows is noted for `update`. Several calls, of several pairs of views or parts of a
+        batch, add up until then. With a process group every call is a collective, of as many queries on each rank;
+        gradients are then to be averaged over the ranks.
 
         Args:
-            q_BD: embeddings of the encoder, of any length: unit vectors are made of them here. bf16 ones are scored in float32; under
-                autocast of bf16 the products may round their factors, as in a run with precision=bf16.
+            q_BD: embeddings of the encoder, of any length: unit vectors are made of them here. bf16 ones are scored in
+                float32; under autocast of bf16 the products may round their factors, as in a run with precision=bf16.
             k_BD: embeddings of the same images' other views, in general of a momentum twin (caco.nn.twin.MomentumTwin).
             temperature: tau; 0.08 in CaCo.
-            positive: "row": the bank's row that is nearest to the key (CaCo, Eq. 11); "key": the key itself, and all rows are negatives
-                (AdCo).
+            positive: "row": the bank's row that is nearest to the key (CaCo, Eq. 11); "key": the key itself, and all
+                rows are negatives (AdCo).
             extra_BE: cosines of the queries with further negatives, not divided by tau; -inf masks one out.
             learn: whether the rows are to move for it; not in a warm start, whose keys `fill` writes over them.
         Returns:
@@ -115,7 +142,9 @@ class LearnableBank(nn.Module, Bank):
         Raises:
             UserError: shapes, precisions or devices that do not fit, all of them at once; queries that are not finite.
         """
-        value = own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE, learn=learn)
+        value = own_loop.loss(
+            self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE, learn=learn
+        )
         if self.rows.renewed_after_steps and learn:
             self.keys.append(distributed.gather(own_loop.unit(k_BD.detach(), self.rows)))
         return value
@@ -130,7 +159,9 @@ class LearnableBank(nn.Module, Bank):
         objective: reweighted.Objective | None = None,
         learn: bool = True,
     ) -> scoring.Score:
-        """Loss of each query over all rows and extra columns; see `scoring.score`. Its backward asks the rows to move."""
+        """Loss of each query over all rows and extra columns; see `scoring.score`. Its backward asks the rows to
+        move.
+        """
         learn = learn and self.rows.weight.requires_grad
         return reweighted.score_of(objective)(
             q_BD,
@@ -146,7 +177,11 @@ class LearnableBank(nn.Module, Bank):
 
     def regulariser(self, q_BD: Tensor, *, temperature: float) -> Tensor | None:
         """`balance` times the divergence of the rows' mean activation; it asks nothing of the rows."""
-        return self.balance * mean_activation_divergence(q_BD, self.rows, self.temperature or temperature) if self.balance else None
+        return (
+            self.balance * mean_activation_divergence(q_BD, self.rows, self.temperature or temperature)
+            if self.balance
+            else None
+        )
 
     @torch.no_grad()
     def fill(self, keys_GD: Tensor, step: int) -> None:
@@ -176,10 +211,14 @@ class LearnableBank(nn.Module, Bank):
         if not self.anchors:
             return
         if keys_GD is None and self.rows.renewed_after_steps and not self.keys:
-            raise UserError("update: rows that are renewed become keys of the step; expected keys_GD, or a step whose `loss` was given keys")
+            raise UserError(
+                "update: rows that are renewed become keys of the step; expected keys_GD, or a step whose `loss` was"
+                " given keys"
+            )
         motion.move(
             self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors),
-            pull=self.pull, push=self.push, lr=self.lr if lr is None else lr, momentum=self.momentum, weight_decay=self.weight_decay,
+            pull=self.pull, push=self.push, lr=self.lr if lr is None else lr, momentum=self.momentum,
+            weight_decay=self.weight_decay,
             normalise=self.reading == "paper",
         )  # fmt: skip
         self.anchors.clear()

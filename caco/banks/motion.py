@@ -1,7 +1,7 @@
 """How a bank's rows move along what queries have asked of them (caco/banks/scoring.py: Anchors), a block at a time.
 
-On a CPU the pass is fused (caco/banks/kernels/fused.py) where that was built, on CUDA where Triton works; else it streams in blocks of
-PyTorch. No kernel knows of positives that are rows and no negatives (`Anchors.pull_N`).
+On a CPU the pass is fused (caco/banks/kernels/fused.py) where that was built, on CUDA where Triton works; else it
+streams in blocks of PyTorch. No kernel knows of positives that are rows and no negatives (`Anchors.pull_N`).
 
 Shapes: N the queries of all terms of a step, R this rank's rows, S rows in one block, D width.
 """

@@ -1,11 +1,12 @@
-"""Contrast a query with a few rows of a bank that are drawn at random for it, in place of all rows: noise-contrastive estimation
-(InstDisc, PIRL, CMC) and a softmax over what was drawn.
+"""Contrast a query with a few rows of a bank that are drawn at random for it, in place of all rows: noise-contrastive
+estimation (InstDisc, PIRL, CMC) and a softmax over what was drawn.
 
-The rows may be sharded over ranks: queries are gathered, each rank scores those of the drawn rows that it holds, and sums and the
-queries' gradients are reduced. Neither the drawn rows nor a number for each of them travels; they are drawn and read a part at a time.
+The rows may be sharded over ranks: queries are gathered, each rank scores those of the drawn rows that it holds, and
+sums and the queries' gradients are reduced. Neither the drawn rows nor a number for each of them travels; they are
+drawn and read a part at a time.
 
-Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, M rows drawn for a query, C those of them on this rank, b
-queries of one part, D width.
+Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, M rows drawn for a query, C those of them on
+this rank, b queries of one part, D width.
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ class Contrast(NamedTuple):
 
 
 def noise_rows(stream: int, image_B: Tensor, count: int, size: int) -> Tensor:
-    """For each image `count` rows of `size`, drawn uniformly with replacement, int64 [B, count]: SplitMix64, started from the two.
+    """For each image `count` rows of `size`, drawn uniformly with replacement, int64 [B, count]: SplitMix64, started
+    from the two.
 
     Of (stream, image) alone, on every device and whichever process draws.
 
@@ -58,8 +60,8 @@ def _mix(bits: Tensor) -> Tensor:
 class Draw(NamedTuple):
     """Which rows meet which queries.
 
-    first_row: of the whole bank, where this rank's rows begin. size: rows of the whole bank. tau: temperature. num_noise: rows drawn
-    for a query. stream: what the draws depend on besides the image, see `noise_rows`.
+    first_row: of the whole bank, where this rank's rows begin. size: rows of the whole bank. tau: temperature.
+    num_noise: rows drawn for a query. stream: what the draws depend on besides the image, see `noise_rows`.
     """
 
     first_row: int
@@ -81,8 +83,9 @@ def contrast(
 ) -> Contrast:
     """Loss of each query against the row of its image and the drawn ones; the rows count as they are stored.
 
-    With P_j = exp(q.w_j / tau) / normaliser, c = num_noise / size, i the image and the sum over what was drawn for it, itself perhaps
-    among it: "nce": -log P_i / (P_i + c + epsilon) - sum_j log c / (P_j + c + epsilon). "softmax": -log P_i / (P_i + sum_j P_j).
+    With P_j = exp(q.w_j / tau) / normaliser, c = num_noise / size, i the image and the sum over what was drawn for it,
+    itself perhaps among it: "nce": -log P_i / (P_i + c + epsilon) - sum_j log c / (P_j + c + epsilon). "softmax": -log
+    P_i / (P_i + sum_j P_j).
 
     Args:
         q_BD: unit queries of this rank, float32 or float64.
@@ -96,8 +99,8 @@ def contrast(
 
 @torch.no_grad()
 def mean_exponential(q_BD: Tensor, w_RD: Tensor, image_B: Tensor, draw: Draw) -> float:
-    """Of exp(q.w_j / tau) over each query's own row and its drawn ones, and over all ranks' queries; times `size` it estimates the
-    normaliser Z of P. The arguments are `contrast`'s."""
+    """Of exp(q.w_j / tau) over each query's own row and its drawn ones, and over all ranks' queries; times `size` it
+    estimates the normaliser Z of P. The arguments are `contrast`'s."""
     with torch.autocast(q_BD.device.type, enabled=False):
         q_GD, image_G = distributed.gather(q_BD), distributed.gather(image_B)
         own_GD = _rows_of(image_G, w_RD, draw.first_row)
@@ -117,8 +120,8 @@ def _rows_of(image_G: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
 
 
 def _drawn(image_G: Tensor, w_RD: Tensor, draw: Draw) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For a part of the queries at a time: which they are, those of their drawn rows that this rank holds [b, C, D], and which of
-    these places are used, bool [b, C]."""
+    """For a part of the queries at a time: which they are, those of their drawn rows that this rank holds [b, C, D],
+    and which of these places are used, bool [b, C]."""
     rows = max(1, PART_ELEMENTS // (draw.num_noise * w_RD.shape[1]))
     for start in range(0, len(image_G), rows):
         part = slice(start, start + rows)

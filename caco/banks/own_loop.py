@@ -1,13 +1,15 @@
-"""A bank in anyone's own loop: the loss of a batch of embeddings against it, without a configuration, a Trainer or a process group.
+"""A bank in anyone's own loop: the loss of a batch of embeddings against it, without a configuration, a Trainer or a
+process group.
 
-    bank = LearnableBank(size=65536, dim=128)                  # of caco.banks.learnable; or FifoBank of caco.banks.fifo, MoCo's queue
+    bank = LearnableBank(size=65536, dim=128) # of caco.banks.learnable; or FifoBank of caco.banks.fifo, MoCo's queue
     ...
         loss = bank.loss(q, k)                                 # q of the encoder, k of its momentum twin, [B, D] each
         loss.backward()                                        # gradients of q; what it asks of the rows is noted
         optimizer.step()
         bank.update()                                          # the rows move, or take the keys: once an optimiser step
 
-It is `Bank.score` of the methods (caco/methods/contrastive.py), with their two commonest positives, and so the same kernels.
+It is `Bank.score` of the methods (caco/methods/contrastive.py), with their two commonest positives, and so the same
+kernels.
 
 Shapes: B this rank's queries, D width, E extra columns.
 """
@@ -27,7 +29,9 @@ PositiveOf = Literal["row", "key"]
 
 
 def unit(embedding_BD: Tensor, rows: Rows) -> Tensor:
-    """Embeddings of any length and precision as unit vectors in the rows' precision: bf16's eight bits do not survive tau 0.08."""
+    """Embeddings of any length and precision as unit vectors in the rows' precision: bf16's eight bits do not survive
+    tau 0.08.
+    """
     with torch.autocast(embedding_BD.device.type, enabled=False):
         return F.normalize(embedding_BD.to(rows.weight.dtype), dim=1)
 
@@ -58,13 +62,16 @@ def loss(
     return value if extra is None else value + extra
 
 
-def _refuse_unfit(bank: Bank, q_BD: Tensor, k_BD: Tensor, temperature: float, positive: str, extra_BE: Tensor | None) -> None:
+def _refuse_unfit(
+    bank: Bank, q_BD: Tensor, k_BD: Tensor, temperature: float, positive: str, extra_BE: Tensor | None
+) -> None:
     """Raises UserError, which names everything that is wrong."""
     rows, problems = bank.rows, list[str]()
     expected = rows.weight.shape[1]
     if q_BD.ndim != 2 or q_BD.shape != k_BD.shape or q_BD.shape[1] != expected or not len(q_BD):
         problems.append(
-            f"queries and keys: expected [B, {expected}] both, as wide as the bank's rows; got {list(q_BD.shape)} and {list(k_BD.shape)}"
+            f"queries and keys: expected [B, {expected}] both, as wide as the bank's rows; got {list(q_BD.shape)} and"
+            f" {list(k_BD.shape)}"
         )
     elif extra_BE is not None and (extra_BE.ndim != 2 or len(extra_BE) != len(q_BD)):
         problems.append(f"extra: expected cosines [{len(q_BD)}, E]; got {list(extra_BE.shape)}")
@@ -74,28 +81,33 @@ def _refuse_unfit(bank: Bank, q_BD: Tensor, k_BD: Tensor, temperature: float, po
         problems.append(f"positive: expected row or key; got {positive!r}")
     if rows.weight.dtype not in (torch.float32, torch.float64):
         problems.append(
-            f"the bank's rows: expected float32, got {str(rows.weight.dtype).removeprefix('torch.')}: small steps are lost in it; leave the "
-            "bank out of .half() and .bfloat16(), and take autocast (in Lightning bf16-mixed)"
+            f"the bank's rows: expected float32, got {str(rows.weight.dtype).removeprefix('torch.')}: small steps are"
+            " lost in it; leave the bank out of .half() and .bfloat16(), and take autocast (in Lightning bf16-mixed)"
         )
     if rows.weight.device != q_BD.device:
-        problems.append(f"the bank lies on {rows.weight.device} and the queries on {q_BD.device}: move it, as bank.to(device)")
+        problems.append(
+            f"the bank lies on {rows.weight.device} and the queries on {q_BD.device}: move it, as bank.to(device)"
+        )
     device = q_BD.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-        problems.append("autocast: expected bfloat16, or none; got float16, whose loss scaling would scale the motion of the rows")
+        problems.append(
+            "autocast: expected bfloat16, or none; got float16, whose loss scaling would scale the motion of the rows"
+        )
     if (rows.first, rows.last) != distributed.shard(rows.size):
         problems.append(
-            f"this bank was made before the process group of {distributed.world()} ranks, so each holds all of its rows: make it afterwards "
-            "(in Lightning in configure_model)"
+            f"this bank was made before the process group of {distributed.world()} ranks, so each holds all of its"
+            " rows: make it afterwards (in Lightning in configure_model)"
         )
     if problems:
         raise UserError("\n".join(problems))
 
 
 def leave_to_ranks(module: nn.Module) -> nn.Module:
-    """Call it on a module with banks inside before DistributedDataParallel wraps it (in Lightning at the end of configure_model).
+    """Call it on a module with banks inside before DistributedDataParallel wraps it (in Lightning at the end of
+    configure_model).
 
-    Each rank has other rows of a bank, and they get no gradients: DistributedDataParallel would write rank 0's rows over all others', and
-    wait for gradients. This tells it which parameters and buffers to leave alone.
+    Each rank has other rows of a bank, and they get no gradients: DistributedDataParallel would write rank 0's rows
+    over all others', and wait for gradients. This tells it which parameters and buffers to leave alone.
 
     Returns:
         the module.

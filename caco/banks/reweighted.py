@@ -1,23 +1,28 @@
-"""Losses that count their negatives otherwise than InfoNCE does, over a bank that is streamed as in caco/banks/scoring.py.
+"""Losses that count their negatives otherwise than InfoNCE does, over a bank that is streamed as in
+caco/banks/scoring.py.
 
-Such a loss L_i depends on query i through the logit s_i = q_i.m_+ / tau of its positive m_+, the number of its negatives, and a few
-sums over these, A_ti = log sum_j exp(t q_i.m_j / tau), one for each exponent t: 1 alone with a margin and in the debiased loss, 1 + beta
-and beta where hard negatives count more. So its derivatives by the cosines are, with a_ti = dL_i / dA_ti and b_i = -dL_i / ds_i,
+Such a loss L_i depends on query i through the logit s_i = q_i.m_+ / tau of its positive m_+, the number of its
+negatives, and a few sums over these, A_ti = log sum_j exp(t q_i.m_j / tau), one for each exponent t: 1 alone with a
+margin and in the debiased loss, 1 + beta and beta where hard negatives count more. So its derivatives by the cosines
+are, with a_ti = dL_i / dA_ti and b_i = -dL_i / ds_i,
 
     tau dL_i / d(q_i.m_j) = c_ij = sum_t t a_ti exp(t q_i.m_j / tau - A_ti)      of a negative j
     tau dL_i / d(q_i.m_+) = -b_i                                                  of the positive
 
-and the cooperative-adversarial motion of a bank's rows (Eqs. 6 to 10) is InfoNCE's with c_ij in place of p_ij and b_i in place
-of 1 - p_i+:
+and the cooperative-adversarial motion of a bank's rows (Eqs. 6 to 10) is InfoNCE's with c_ij in place of p_ij and b_i
+in place of 1 - p_i+:
 
-    g_j = -1 / (tau |w_j|) sum_i weight_i w_ij (I - m_j m_j^T) q_i,    w_ij = push c_ij of a negative, pull b_i of the positive.
+    g_j = -1 / (tau |w_j|) sum_i weight_i w_ij (I - m_j m_j^T) q_i, w_ij = push c_ij of a negative, pull b_i of the
+    positive.
 
-(Of InfoNCE a_1i = 1 - p_i+, so c_ij = p_ij.) c_ij can be below 0: a loss that leans on hard negatives falls as an easy one comes
-nearer, and the push goes the other way. a and b come from autograd, of a few numbers a query; the sums, and what they weigh, are streamed.
+(Of InfoNCE a_1i = 1 - p_i+, so c_ij = p_ij.) c_ij can be below 0: a loss that leans on hard negatives falls as an easy
+one comes nearer, and the push goes the other way. a and b come from autograd, of a few numbers a query; the sums, and
+what they weigh, are streamed.
 
-A positive that is a row of the bank (CaCo) is none of the negatives, and has to be left out of the sums: taken away afterwards it
-would take all digits with it where it is the largest. No kernel leaves a row out, so then the passes are blocks of PyTorch; where the
-positive is no row (MoCo, AdCo, Table VII's Negative) the kernels make one pass for each exponent.
+A positive that is a row of the bank (CaCo) is none of the negatives, and has to be left out of the sums: taken away
+afterwards it would take all digits with it where it is the largest. No kernel leaves a row out, so then the passes are
+blocks of PyTorch; where the positive is no row (MoCo, AdCo, Table VII's Negative) the kernels make one pass for each
+exponent.
 
 Shapes: as in caco/banks/scoring.py.
 """
@@ -47,7 +52,8 @@ class Objective(Protocol):
         """The loss [B] of each query, differentiable by logits and sums.
 
         Args:
-            positive_B: s, the positive's cosine over tau. log_sums: A of each exponent, [B] each. count_B: of the negatives.
+            positive_B: s, the positive's cosine over tau. log_sums: A of each exponent, [B] each. count_B: of the
+                negatives.
         """
         ...
 
@@ -58,7 +64,9 @@ class _Derivatives(NamedTuple):
     by_sums: list[Tensor]  # a of each exponent
 
 
-def _derivatives(objective: Objective, cosine_B: Tensor, log_sums: list[Tensor], count_B: Tensor, tau: float) -> _Derivatives:
+def _derivatives(
+    objective: Objective, cosine_B: Tensor, log_sums: list[Tensor], count_B: Tensor, tau: float
+) -> _Derivatives:
     leaves = [x_B.detach().clone().requires_grad_() for x_B in (cosine_B / tau, *log_sums)]
     with torch.enable_grad():
         loss_B = objective(leaves[0], leaves[1:], count_B, tau)
@@ -120,11 +128,16 @@ class _ReweightedScore(torch.autograd.Function):
                 sums = _sums_without_a_row(q_GD, w_RD, taus, exponents, left_out_G, with_sums=with_sums)
             else:
                 sums = [
-                    scoring.sums_over_rows(q_GD, w_RD, [tau / t for tau in taus], with_sums=with_sums, bf16=bf16) for t in exponents
+                    scoring.sums_over_rows(q_GD, w_RD, [tau / t for tau in taus], with_sums=with_sums, bf16=bf16)
+                    for t in exponents
                 ]
             top_G = distributed.max_(sums[0].peak_G.clone())
-            m_GD = torch.where(own_shard_G[:, None], scoring.unit_rows(w_RD[torch.where(own_shard_G, local_G, 0)])[0], 0.0)
-            reduced = distributed.sum_(torch.stack([*(z_G for part in sums for z_G in part.z), (q_GD * m_GD).sum(1).double()]))
+            m_GD = torch.where(
+                own_shard_G[:, None], scoring.unit_rows(w_RD[torch.where(own_shard_G, local_G, 0)])[0], 0.0
+            )
+            reduced = distributed.sum_(
+                torch.stack([*(z_G for part in sums for z_G in part.z), (q_GD * m_GD).sum(1).double()])
+            )
             if not (torch.isfinite(reduced).all() and (top_G < 1.01).all()):  # the same on every rank
                 scoring.refuse(q_GD, w_RD, first_row)
             *z, cosine_G = reduced
@@ -165,7 +178,9 @@ class _ReweightedScore(torch.autograd.Function):
                 for t, log_sum_B, share_B in zip(exponents, log_sums[0], result[0].by_sums, strict=True):
                     weight_BE = (t / taus[0] * others_BE - log_sum_B[:, None].to(others_BE.dtype)).exp_()
                     toward_BE += weight_BE * (t * share_B)[:, None].to(others_BE.dtype)
-                own_BE = torch.where(in_extra_B, result[0].by_positive_B.to(others_BE.dtype), toward_BE.gather(1, column_B)[:, 0])
+                own_BE = torch.where(
+                    in_extra_B, result[0].by_positive_B.to(others_BE.dtype), toward_BE.gather(1, column_B)[:, 0]
+                )
                 toward_BE.scatter_(1, column_B, own_BE[:, None])
             # Of the softmax at the largest exponent, over all rows, the positive's too.
             top_B = distributed.own(top_G, B).double()
@@ -190,9 +205,13 @@ class _ReweightedScore(torch.autograd.Function):
                 weight_G = distributed.gather(grad_B) / distributed.world()
                 log_sum, share = of_bank[1:].chunk(2)
                 for e, t in enumerate(exponents):
-                    pull_G = -of_bank[0] / t if e == 0 else torch.zeros_like(weight_G)  # asked once, whatever the exponents
+                    pull_G = (
+                        -of_bank[0] / t if e == 0 else torch.zeros_like(weight_G)
+                    )  # asked once, whatever the exponents
                     left_out = pull_G if rows_are_positives else None
-                    anchors.append(Anchors(q_GD, positive_G, log_sum[e], weight_G, taus[-1] / t, bf16, share[e], left_out))
+                    anchors.append(
+                        Anchors(q_GD, positive_G, log_sum[e], weight_G, taus[-1] / t, bf16, share[e], left_out)
+                    )
             scale_B1 = (grad_B / taus[0])[:, None]
             grad_q_BD = None if toward_BD is None else toward_BD * scale_B1
             grad_extra_BE = None if toward_BE is None else toward_BE * scale_B1
@@ -212,15 +231,15 @@ def score(
     extra_BE: Tensor | None = None,
     anchors: list[Anchors] | None = None,
 ) -> Score:
-    """As `scoring.score`, of another loss than InfoNCE; its negatives are all rows and extra columns but the positive and what is
-    masked.
+    """As `scoring.score`, of another loss than InfoNCE; its negatives are all rows and extra columns but the positive
+    and what is masked.
 
-    Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, of the loss at temperature `bank_tau`,
-    is added to `anchors`.
+    Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, of the loss at
+    temperature `bank_tau`, is added to `anchors`.
 
     Returns:
-        the losses; and, in place of the largest probability of InfoNCE's softmax, that of the softmax at tau over the largest
-        exponent.
+        the losses; and, in place of the largest probability of InfoNCE's softmax, that of the softmax at tau over the
+        largest exponent.
     Raises:
         ValueError, UnusableError: as `scoring.score`.
     """

@@ -23,8 +23,9 @@ Norms = Literal["unit", "normal", "uniform"]
 def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Norms = "unit") -> Tensor:
     """Rows first..last of a bank, the same for any sharding, [last - first, dim].
 
-    norms: "normal": of independent standard normal numbers, so a row's norm is about sqrt(dim); "unit": these on the unit sphere,
-    uniform there; "uniform": of independent numbers in +-sqrt(3 / dim), so a row's norm is about 1 (InstDisc's and CMC's code).
+    norms: "normal": of independent standard normal numbers, so a row's norm is about sqrt(dim); "unit": these on the
+    unit sphere, uniform there; "uniform": of independent numbers in +-sqrt(3 / dim), so a row's norm is about 1
+    (InstDisc's and CMC's code).
     """
     parts = []
     for block in range(first // INIT_BLOCK, -(-last // INIT_BLOCK)):
@@ -40,11 +41,16 @@ def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Norms = "u
 
 
 def few_rows_chosen(statistics: dict[str, float]) -> str | None:
-    """A sentence where an epoch's keys chose next to no rows of those that they could have chosen (see `Rows.statistics`)."""
+    """A sentence where an epoch's keys chose next to no rows of those that they could have chosen (see
+    `Rows.statistics`).
+    """
     percent = statistics.get("rows_used_of_possible")
     if percent is None or percent >= FEWEST_CHOSEN:
         return None
-    return f"the keys chose only {percent:.1f} % of the rows that they could have chosen, so most images share a few positives"
+    return (
+        f"the keys chose only {percent:.1f} % of the rows that they could have chosen, so most images share a few"
+        " positives"
+    )
 
 
 def many_near_duplicates(statistics: dict[str, float]) -> str | None:
@@ -52,7 +58,10 @@ def many_near_duplicates(statistics: dict[str, float]) -> str | None:
     percent = statistics["near_duplicates"]
     if percent <= MOST_NEAR_DUPLICATES:
         return None
-    return f"{percent:.0f} % of the rows have another row within a cosine of {TWIN_COSINE}, so the rows have run into one another"
+    return (
+        f"{percent:.0f} % of the rows have another row within a cosine of {TWIN_COSINE}, so the rows have run into one"
+        " another"
+    )
 
 
 def _gather_rows(rows: "Rows", state: dict[str, Any], prefix: str, metadata: object) -> None:
@@ -69,7 +78,9 @@ def _take_shard(rows: "Rows", state: dict[str, Any], prefix: str, *_: object) ->
         if prefix + name in state:
             state[prefix + name] = state[prefix + name][rows.first : rows.last]
     if prefix + "renewed" in state and not distributed.is_main():
-        state[prefix + "renewed"] = torch.zeros_like(state[prefix + "renewed"])  # of all ranks together; the first goes on counting from it
+        state[prefix + "renewed"] = torch.zeros_like(
+            state[prefix + "renewed"]
+        )  # of all ranks together; the first goes on counting from it
 
 
 class Rows(nn.Module):
@@ -92,7 +103,14 @@ class Rows(nn.Module):
     renewed: Tensor  # int64, how many of this rank's were, since the last `statistics`
 
     def __init__(
-        self, *, size: int, dim: int, seed: int, learnable: bool, norms: Norms = "unit", renewed_after_steps: int | None = None
+        self,
+        *,
+        size: int,
+        dim: int,
+        seed: int,
+        learnable: bool,
+        norms: Norms = "unit",
+        renewed_after_steps: int | None = None,
     ):
         super().__init__()
         if size < 2:
@@ -101,7 +119,9 @@ class Rows(nn.Module):
             raise UserError(f"a bank's rows need a width of at least 1; got dim={dim}")
         by_rank = distributed.all_objects((size, dim, seed))
         if len(set(by_rank)) > 1:
-            raise UserError(f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, by_rank))}")
+            raise UserError(
+                f"every rank must have the same bank; got (size, dim, seed) by rank: {', '.join(map(str, by_rank))}"
+            )
         self.size, self.learnable = size, learnable
         self.first, self.last = distributed.shard(size)
         self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed, norms=norms), requires_grad=learnable)
@@ -132,9 +152,11 @@ class Rows(nn.Module):
 
     @torch.no_grad()
     def renew(self, k_GD: Tensor) -> None:
-        """After a step, make its keys the rows that no key has chosen for `renewed_after_steps` steps, with a velocity of 0.
+        """After a step, make its keys the rows that no key has chosen for `renewed_after_steps` steps, with a velocity
+        of 0.
 
-        The rows in order take the keys in order, each key at most one row; rows for which no key is left wait for the next step.
+        The rows in order take the keys in order, each key at most one row; rows for which no key is left wait for the
+        next step.
 
         Args:
             k_GD: all ranks' unit keys of the step.
@@ -150,7 +172,9 @@ class Rows(nn.Module):
         self.renewed += len(old_R)
 
     def lookup(self, row_B: Tensor, *, as_stored: bool = False) -> Tensor:
-        """Rows by index over the whole bank, [B, D], unit ones unless they are wanted as they are stored; no gradient."""
+        """Rows by index over the whole bank, [B, D], unit ones unless they are wanted as they are stored; no
+        gradient.
+        """
         row_G = distributed.gather(row_B)
         here_G = (row_G >= self.first) & (row_G < self.last)
         w_GD = self.weight.detach()[torch.where(here_G, row_G - self.first, 0)]
@@ -175,9 +199,10 @@ class Rows(nn.Module):
         """How the rows were used since the last call, and how they lie; one pass over a sample of the bank.
 
         rows_used: percent of rows chosen as a positive at least once; rows_used_of_possible: the same as a share of the
-        rows that so many choices could have reached, the smaller of K and the choices. use_entropy: of the choices, as a share of the
-        entropy of even use, percent. row_norm_mean, row_norm_std: of the stored rows. near_duplicates: percent of a
-        fixed sample of rows that have another row within a cosine of 0.99. rows_renewed: percent of the rows (`renew`).
+        rows that so many choices could have reached, the smaller of K and the choices. use_entropy: of the choices, as
+        a share of the entropy of even use, percent. row_norm_mean, row_norm_std: of the stored rows. near_duplicates:
+        percent of a fixed sample of rows that have another row within a cosine of 0.99. rows_renewed: percent of the
+        rows (`renew`).
         """
         total = distributed.sum_(self.uses.sum().double()).item()
         used = distributed.sum_((self.uses > 0).sum().double()).item()

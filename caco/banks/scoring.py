@@ -2,8 +2,9 @@
 gradient, a second one, in the bank's update (caco/banks/motion.py), for the rows'.
 
 The bank's rows may be sharded over ranks. Queries (small) are gathered, each rank scores its own rows, and sums, maxima
-and query gradients are reduced; nothing of size K x D travels. `caco/equations.py` is the oracle. On a CPU the passes are
-fused (caco/banks/kernels/fused.py) where that was built, on CUDA where Triton works; else they stream in blocks of PyTorch.
+and query gradients are reduced; nothing of size K x D travels. `caco/equations.py` is the oracle. On a CPU the passes
+are fused (caco/banks/kernels/fused.py) where that was built, on CUDA where Triton works; else they stream in blocks of
+PyTorch.
 
 Unit vectors bound a cosine by 1 and so a logit by 1/tau: a fixed shift takes the place of a running maximum.
 
@@ -37,9 +38,11 @@ class Score(NamedTuple):
 
 
 class Anchors(NamedTuple):
-    """The queries that pull and push the rows, and how: kept from the backward pass until the bank's update (caco/banks/motion.py).
+    """The queries that pull and push the rows, and how: kept from the backward pass until the bank's update
+    (caco/banks/motion.py).
 
-    Of a loss other than InfoNCE (caco/banks/reweighted.py) there are these for each exponent t, whose temperature is tau / t.
+    Of a loss other than InfoNCE (caco/banks/reweighted.py) there are these for each exponent t, whose temperature is
+    tau / t.
     """
 
     q_ND: Tensor
@@ -49,7 +52,9 @@ class Anchors(NamedTuple):
     tau: float
     bf16: bool  # whether factors may be rounded to bfloat16: see `low_precision`
     share_N: Tensor | None = None  # factor of a query's pushes, of any sign; None: 1
-    pull_N: Tensor | None = None  # of the positive, a row that is no negative; None: 1 - p, where it is one like all others
+    pull_N: Tensor | None = (
+        None  # of the positive, a row that is no negative; None: 1 - p, where it is one like all others
+    )
 
     @classmethod
     def joined(cls, several: list["Anchors"]) -> list["Anchors"]:
@@ -64,16 +69,23 @@ class Anchors(NamedTuple):
     def _of_one_temperature(cls, several: list["Anchors"]) -> "Anchors":
         if len(several) == 1:
             return several[0]
-        q, positive, log_sum, weight = (torch.cat(parts) for parts in zip(*(anchors[:4] for anchors in several), strict=True))
+        q, positive, log_sum, weight = (
+            torch.cat(parts) for parts in zip(*(anchors[:4] for anchors in several), strict=True)
+        )
         shares = [anchors.share_N for anchors in several if anchors.share_N is not None]
         pulls = [anchors.pull_N for anchors in several if anchors.pull_N is not None]
-        assert len(shares) in (0, len(several)) and len(pulls) in (0, len(several)), "a step has one loss, and one kind of positives"
+        assert len(shares) in (0, len(several)) and len(pulls) in (
+            0,
+            len(several),
+        ), "a step has one loss, and one kind of positives"
         others = (torch.cat(parts) if parts else None for parts in (shares, pulls))
         return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others)
 
 
 def low_precision(device: torch.device) -> bool:
-    """Whether the run's precision lets products round their factors to bfloat16: it says so by autocast, as to PyTorch's own."""
+    """Whether the run's precision lets products round their factors to bfloat16: it says so by autocast, as to
+    PyTorch's own.
+    """
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
@@ -132,7 +144,9 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
         near_GT = (value_GT >= value_GT[:, :1] - 2 * error_G[:, None]) & (row_GT >= 0)
         doubtful = near_GT[:, 1].nonzero()[:, 0]
         few, many = doubtful[~near_GT[doubtful, -1]], doubtful[near_GT[doubtful, -1]]
-        for some in few.split(128):  # all that could be the nearest are among the candidates; a part at a time, for the memory
+        for some in few.split(
+            128
+        ):  # all that could be the nearest are among the candidates; a part at a time, for the memory
             key_P, slot_P = near_GT[some].nonzero(as_tuple=True)
             m_PD = unit_rows(w_RD[row_GT[some[key_P], slot_P]].double())[0]
             exact_FT = m_PD.new_full((len(some), near_GT.shape[1]), -torch.inf)
@@ -150,7 +164,8 @@ def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> tuple[Tensor, Tensor]:
     row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
     for block in blocks(len(w_RD), len(k_GD)):
         cosine_GS = k_GD @ unit_rows(w_RD[block])[0].T
-        # Only these keys' answers may change, few after some blocks: a place takes far longer to look for than a maximum.
+        # Only these keys' answers may change, few after some blocks: a place takes far longer to look for than a
+        # maximum.
         near = (cosine_GS.amax(1) >= best_G2[:, 0] - close).nonzero()[:, 0]
         value_F2, index_F2 = cosine_GS[near].topk(min(2, cosine_GS.shape[1]), dim=1)
         row_G[near] = torch.where(value_F2[:, 0] > best_G2[near, 0], index_F2[:, 0] + block.start, row_G[near])
@@ -175,11 +190,14 @@ def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 # The loss.
 
 
-def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float, *, as_stored: bool) -> Sequence[float | Tensor]:
+def _shifts(
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float, *, as_stored: bool
+) -> Sequence[float | Tensor]:
     """What to subtract from the logits so that their exponentials can be summed: one number, or one a query.
 
-    A product with a row is at least -longest, the largest norm, so a row of the whole range between -longest/tau and longest/tau must
-    stay above zero; at temperatures where that is wider than float32's exponents, the largest product is looked for first.
+    A product with a row is at least -longest, the largest norm, so a row of the whole range between -longest/tau and
+    longest/tau must stay above zero; at temperatures where that is wider than float32's exponents, the largest product
+    is looked for first.
     """
     if q_GD.dtype == torch.float64 or 2 * longest / min(taus) <= HIGHEST - LOWEST:
         return [max(0.0, longest / tau - HIGHEST) for tau in taus]
@@ -191,7 +209,14 @@ def _shifts(q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float, *, as
 
 
 def _sums(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, bf16: bool, as_stored: bool
+    q_GD: Tensor,
+    w_RD: Tensor,
+    taus: list[float],
+    shifts: Sequence[float | Tensor],
+    *,
+    with_sums: bool,
+    bf16: bool,
+    as_stored: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """As fused.forward, in blocks of PyTorch where the kernel does not serve."""
     if fused.supports(q_GD, w_RD) and not isinstance(shifts[0], Tensor) and not as_stored:
@@ -241,7 +266,9 @@ class _StreamedScore(torch.autograd.Function):
             own_shard_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
             longest = distributed.max_(w_RD.norm(dim=1).amax()).item() if as_stored else 1.0
             shifts = _shifts(q_GD, w_RD, taus, longest, as_stored=as_stored)
-            z, peak_G, sums_GD = _sums(q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16, as_stored=as_stored)
+            z, peak_G, sums_GD = _sums(
+                q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16, as_stored=as_stored
+            )
             top_G = distributed.max_(peak_G)
             m_GD = rows_scored(w_RD[torch.where(own_shard_G, local_G, 0)], as_stored=as_stored)
             m_GD = torch.where(own_shard_G[:, None], m_GD, 0.0)
@@ -346,7 +373,8 @@ def score(
         positive_B: int64; below `size` a row of the whole bank, `size + e` extra column e.
         extra_BE: cosines, not divided by tau, of columns that are no rows; -inf masks one out.
         anchors: None where the rows do not learn.
-        as_stored: whether rows count by their norms too (InstDisc, before it has written all its rows); such rows do not learn.
+        as_stored: whether rows count by their norms too (InstDisc, before it has written all its rows); such rows do
+            not learn.
     Raises:
         ValueError: shapes that do not fit.
         UnusableError: queries that are not finite unit vectors, rows without a direction.

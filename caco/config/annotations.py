@@ -85,10 +85,16 @@ def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: st
     if inner:
         return inner[0]
     choices = [item for _, member in members for item in _literals(member)]
-    if isinstance(value, str) and _reads_as_number(value) and "str" not in [_word(_head(member)) for _, member in members]:
+    if (
+        isinstance(value, str)
+        and _reads_as_number(value)
+        and "str" not in [_word(_head(member)) for _, member in members]
+    ):
         # What a variable of the environment holds is text; in YAML, so is what stands in quotes.
-        return [f"{path}: expected {' or '.join(_shown(m, w) for w, m in members)}, got the text {value!r}; a variable is read as a number by "
-                "'${oc.decode:${oc.env:NAME}}'"]  # fmt: skip
+        return [
+            f"{path}: expected {' or '.join(_shown(m, w) for w, m in members)}, got the text {value!r}; a variable is"
+            " read as a number by '${oc.decode:${oc.env:NAME}}'"
+        ]
     near = difflib.get_close_matches(str(value), [str(item) for item in choices], n=1)
     hint = f"; did you mean {near[0]}?" if near and isinstance(value, str) else ""
     expected = " or ".join(_shown(member, where) for where, member in members)
@@ -117,7 +123,9 @@ def argument_mismatches(
             found.append(f"{inner_path}: {owner} takes no such argument{hint}")
     for name, parameter in taken.parameters.items():
         if parameter.required and name not in {*given, *supplied} and is_plain(parameter.annotation, taken.module):
-            found.append(f"{path}.{name}: {owner} needs it, expected {shown(parameter.annotation, taken.module)}, got nothing")
+            found.append(
+                f"{path}.{name}: {owner} needs it, expected {shown(parameter.annotation, taken.module)}, got nothing"
+            )
     return found
 
 
@@ -203,7 +211,11 @@ def bounds(declared: list[ast.expr]) -> list[Range | Length]:
 
 def shown(annotation: ast.expr | None, module: Module) -> str:
     """What a value is expected to be, in words: "int from 1", "list[float] of 3", "a or b"."""
-    return "a value" if annotation is None else " or ".join(_shown(member, where) for where, member in alternatives(annotation, module))
+    return (
+        "a value"
+        if annotation is None
+        else " or ".join(_shown(member, where) for where, member in alternatives(annotation, module))
+    )
 
 
 def _shown(member: ast.expr, module: Module) -> str:

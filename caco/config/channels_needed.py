@@ -1,4 +1,6 @@
-"""Whether what is chosen beside data.channels=N goes with images as they are stored, of other than red, green and blue."""
+"""Whether what is chosen beside data.channels=N goes with images as they are stored, of other than red, green and
+blue.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,35 +17,44 @@ def channels_of(cfg: DictConfig | Mapping[str, Any]) -> int | None:
 
 
 def problems(tree: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """One line for each setting that such images cannot have. What a recipe sets of colours is left out of their views, and said; what the
-    command line sets of them is refused."""
+    """One line for each setting that such images cannot have. What a recipe sets of colours is left out of their views,
+    and said; what the command line sets of them is refused."""
     channels, found = channels_of(tree), []
     if channels is None:
         return []
     augmentation = tree.get("augmentation") or {}
     if augmentation.get("colours", "rgb") != "rgb":
         found.append(
-            f"augmentation.colours: expected rgb with data.channels={channels}, for other spaces are made of red, green and blue of 8 bits; got "
-            f"{augmentation['colours']}; choose another augmentation"
+            f"augmentation.colours: expected rgb with data.channels={channels}, for other spaces are made of red, green"
+            f" and blue of 8 bits; got {augmentation['colours']}; choose another augmentation"
         )
     views = augmentation.get("views")
     for name, view in views.items() if isinstance(views, Mapping) else ():
         if isinstance(view, Mapping) and view.get("then"):
             found.append(
-                f"augmentation.views.{name}.then: its operations are of RGB of 8 bits, and data.channels={channels}; leave them out, "
-                f"'~augmentation.views.{name}.then', or choose another augmentation"
+                f"augmentation.views.{name}.then: its operations are of RGB of 8 bits, and data.channels={channels};"
+                f" leave them out, '~augmentation.views.{name}.then', or choose another augmentation"
             )
     for item in overrides:
         key, _, value = item.lstrip("+~").partition("=")
         if item.startswith("~"):
             continue
         if key in ("augmentation.mean", "augmentation.std"):
-            found.append(f"{key}: is of photographs; with data.channels={channels} say data.{key.rpartition('.')[2]}, or leave it out to have it measured")
+            found.append(
+                f"{key}: is of photographs; with data.channels={channels} say data.{key.rpartition('.')[2]}, or leave"
+                " it out to have it measured"
+            )
         elif key.startswith("augmentation.views.") and channels != 3 and _is_of_colour(key.rpartition(".")[2], value):
-            found.append(f"{key}: images of {channels} channels have no hue, saturation or grey; expected 0 for these, or it left out; got {value}")
+            found.append(
+                f"{key}: images of {channels} channels have no hue, saturation or grey; expected 0 for these, or it"
+                f" left out; got {value}"
+            )
     for name, node in (tree.get("eval") or {}).items():
         if signatures.declared(str(node.get("_target_")), "reads_photographs"):
-            found.append(f"eval.{name}: reads photographs of its own, RGB of 8 bits, and this backbone takes data.channels={channels}; leave it out")
+            found.append(
+                f"eval.{name}: reads photographs of its own, RGB of 8 bits, and this backbone takes"
+                f" data.channels={channels}; leave it out"
+            )
     return found
 
 
@@ -67,4 +78,9 @@ def left_out(tree: Mapping[str, Any]) -> str | None:
         parts["hue"] |= jitter[3] > 0
         parts["grey"] |= view.get("gray_p", 0.2) > 0
     names = [name for name, is_set in parts.items() if is_set]
-    return f"data.channels={channels}: views have no {', '.join(names)}, which the recipe sets and only red, green and blue have" if names else None
+    return (
+        f"data.channels={channels}: views have no {', '.join(names)}, which the recipe sets and only red, green and"
+        " blue have"
+        if names
+        else None
+    )

@@ -25,14 +25,18 @@ from caco.runs.identity import file_digest, run_name
 
 
 def register() -> None:
-    """Tell Hydra the schemas and OmegaConf the resolvers: a run's directory, what is in a file, what follows from other settings."""
+    """Tell Hydra the schemas and OmegaConf the resolvers: a run's directory, what is in a file, what follows from other
+    settings.
+    """
     ConfigStore.instance().store("schema", Root)
     ConfigStore.instance().store("evaluate_schema", EvaluateRoot)
     ConfigStore.instance().store("export_schema", ExportRoot)
     ConfigStore.instance().store("embed_schema", EmbedRoot)
     ConfigStore.instance().store("of_the_run", {})  # caco/config/pretrained.py replaces it by what a run recorded
     ConfigStore.instance().store("bank_learning_taken_whole", bank_learning_taken_whole())
-    ConfigStore.instance().store("caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher")
+    ConfigStore.instance().store(
+        "caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher"
+    )
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("file_digest", file_digest, replace=True)
     OmegaConf.register_new_resolver("config_dir", folders.config_dir, replace=True)
@@ -41,7 +45,9 @@ def register() -> None:
 
 
 def bank_learning_taken_whole() -> dict[str, str]:
-    """For conf/learned_bank.yaml: each setting of conf/config.yaml's bank_learning by its name, so that it is listed there alone."""
+    """For conf/learned_bank.yaml: each setting of conf/config.yaml's bank_learning by its name, so that it is listed
+    there alone.
+    """
     names = OmegaConf.load(CONF / "config.yaml").bank_learning
     return {name: f"${{bank_learning.{name}}}" for name in names}
 
@@ -52,7 +58,9 @@ def installed_tracking() -> str:
 
 
 def random_norms(initialisation: str, reading: str) -> str:
-    """For conf/learned_bank.yaml: as published, rows that start at random and keep their norms have those of a plain normal law."""
+    """For conf/learned_bank.yaml: as published, rows that start at random and keep their norms have those of a plain
+    normal law.
+    """
     return "normal" if (initialisation, reading) == ("random", "code") else "unit"
 
 
@@ -81,7 +89,10 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
         shown = f": {name[:40]}...{name[-40:]}" if len(name) > 90 else f": {name}" if name else ""
         raise UserError(f"an option's name must be that of a file ({error.strerror}{shown})") from error
     except Exception as error:  # noqa: BLE001 - Hydra and OmegaConf raise what they like where a command line makes no sense to them
-        raise UserError(f"this command line cannot be composed: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise UserError(
+            "this command line cannot be composed:"
+            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
 
 
 def job_config(cfg: DictConfig) -> DictConfig:
@@ -96,7 +107,9 @@ def instantiate(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
         part: mapping with `_target_`, a dotted path; parts inside it that have one too are built first.
         supplied: arguments that no YAML holds, such as a module or parameters, or that come in place of what it holds.
     """
-    arguments = cast(dict[str, Any], OmegaConf.to_container(part, resolve=True)) if isinstance(part, DictConfig) else dict(part)
+    arguments = (
+        cast(dict[str, Any], OmegaConf.to_container(part, resolve=True)) if isinstance(part, DictConfig) else dict(part)
+    )
     called = target({"_target_": arguments.pop("_target_")})
     arguments = {key: _build_inner(value) for key, value in arguments.items()}
     return called(**arguments | supplied)

@@ -1,7 +1,8 @@
-"""A finished run that is trained longer: `continue_from=RUN epochs=400 continued_schedule=restart|planned`. Imports no torch.
+"""A finished run that is trained longer: `continue_from=RUN epochs=400 continued_schedule=restart|planned`. Imports no
+torch.
 
-The new run's configuration is the one that RUN recorded, with the few settings that may differ. It is a root of its own, "continued",
-beside conf/config.yaml, so that Hydra composes, sweeps and launches it as any other.
+The new run's configuration is the one that RUN recorded, with the few settings that may differ. It is a root of its
+own, "continued", beside conf/config.yaml, so that Hydra composes, sweeps and launches it as any other.
 """
 
 import shlex
@@ -26,8 +27,10 @@ SCHEDULES = ("restart", "planned")
 GROUPS = ("eval", "tracking", "loader", "launcher")  # chosen anew as a whole; all others are the run's
 # What may differ; with a dot behind it all below. The rest decides what a checkpoint holds, or what the images are.
 MAY_DIFFER = (
-    "continue_from", "continued_schedule", "epochs", "max_steps", "name", "precision", "device", "compile", "schedule.", "optimizer.lr", "bank.lr",
-    "bank.final_lr", "data.root", "data.labelled_root", "data.download", "data.in_memory_mb", "log_every_steps", "eval_every_epochs",
+    "continue_from", "continued_schedule", "epochs", "max_steps", "name", "precision", "device", "compile", "schedule.",
+    "optimizer.lr", "bank.lr",
+    "bank.final_lr", "data.root", "data.labelled_root", "data.download", "data.in_memory_mb", "log_every_steps",
+    "eval_every_epochs",
     "checkpoint.", "profile", "anomaly", "hydra.", "derived", *(f"{group}." for group in GROUPS),
 )  # fmt: skip
 _choices: dict[str, str] = {}  # the options that the run was started with, for whoever names them
@@ -39,7 +42,8 @@ def choices() -> Mapping[str, str]:
 
 
 def root(overrides: Sequence[str]) -> str:
-    """The root that a command line is composed with: "config", or "continued", which is made here of the run that it names.
+    """The root that a command line is composed with: "config", or "continued", which is made here of the run that it
+    names.
 
     Raises:
         UserError: there is no such run, it is not finished, or the command line changes what may not differ.
@@ -53,7 +57,10 @@ def root(overrides: Sequence[str]) -> str:
     location = pretrained.locate(given[0], key="continue_from")
     run_dir = location.run_dir
     if location.checkpoint is not None:
-        raise UserError(f"continue_from: a run is continued from its end; expected its directory, continue_from={run_dir}, got a checkpoint of it")
+        raise UserError(
+            f"continue_from: a run is continued from its end; expected its directory, continue_from={run_dir}, got a"
+            " checkpoint of it"
+        )
     tree, summary = _finished(run_dir)
     _refuse_what_may_not_differ(overrides, run_dir)
     folders.use_recorded(tree.get("config_dir"))
@@ -69,7 +76,9 @@ def _given(overrides: Sequence[str]) -> list[str]:
         parsed = OverridesParser.create().parse_overrides(mine[-1:])
     except OverrideParseException:
         return []  # composing the command line says what is wrong with it
-    values = [value for item in parsed for value in (item.sweep_iterator() if item.is_discrete_sweep() else [item.value()])]
+    values = [
+        value for item in parsed for value in (item.sweep_iterator() if item.is_discrete_sweep() else [item.value()])
+    ]
     return [str(value) for value in values if value is not None]
 
 
@@ -77,34 +86,49 @@ def _finished(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A finished run's configuration and summary."""
     if renamed.is_old(run_dir):
         raise UserError(
-            f"continue_from: {run_dir} is a run of an earlier version of caco, which this one shows, evaluates and exports but cannot go on with"
+            f"continue_from: {run_dir} is a run of an earlier version of caco, which this one shows, evaluates and"
+            " exports but cannot go on with"
         )
     summary, environment = read_json(run_dir / "summary.json"), read_json(run_dir / "environment.json")
     if not summary or metrics.missing_at_the_end(summary):
-        how = f"its own command goes on with it: {environment['command']}" if "command" in environment else "its own command goes on with it"
+        how = (
+            f"its own command goes on with it: {environment['command']}"
+            if "command" in environment
+            else "its own command goes on with it"
+        )
         raise UserError(f"continue_from: {run_dir} is not finished; {how}")
     return renamed.read_config(run_dir), summary
 
 
 def _refuse_what_may_not_differ(overrides: Sequence[str], run_dir: Path) -> None:
     keys = {key_of(item): item for item in overrides}
-    wrong = [item for key, item in keys.items() if key not in GROUPS and not any(key == may or may[-1] == "." and key.startswith(may) for may in MAY_DIFFER)]
+    wrong = [
+        item
+        for key, item in keys.items()
+        if key not in GROUPS and not any(key == may or may[-1] == "." and key.startswith(may) for may in MAY_DIFFER)
+    ]
     if wrong:
         raise UserError(
-            f"continue_from: {', '.join(wrong)} cannot differ from {run_dir}, whose weights, optimiser and images go on; may be set: epochs, "
-            "continued_schedule, max_steps, schedule.*, optimizer.lr, bank.lr, bank.final_lr, precision, device, eval, loader, tracking, launcher, "
-            "checkpoint.*, name and where the data lie. To begin anew with its weights: "
-            f"weights={shlex.quote(str(pretrained.checkpoints(run_dir)[-1]))} format=caco"
+            f"continue_from: {', '.join(wrong)} cannot differ from {run_dir}, whose weights, optimiser and images go"
+            " on; may be set: epochs, continued_schedule, max_steps, schedule.*, optimizer.lr, bank.lr, bank.final_lr,"
+            " precision, device, eval, loader, tracking, launcher, checkpoint.*, name and where the data lie. To begin"
+            f" anew with its weights: weights={shlex.quote(str(pretrained.checkpoints(run_dir)[-1]))} format=caco"
         )
 
 
 def _chosen_by(run_dir: Path) -> dict[str, str]:
     params = read_json(run_dir / "tracking.json").get("params", {})
-    return {group: params[group] for group in folders.groups() if isinstance(params.get(group), str) and params[group] != "null"}
+    return {
+        group: params[group]
+        for group in folders.groups()
+        if isinstance(params.get(group), str) and params[group] != "null"
+    }
 
 
 def _composed_of(tree: dict[str, Any], summary: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The root: what the run recorded; what came later as it was before; of what is no part of a run's identity today's defaults."""
+    """The root: what the run recorded; what came later as it was before; of what is no part of a run's identity today's
+    defaults.
+    """
     today = read_yaml(folders.CONF / "config.yaml")
     defaults = OmegaConf.to_container(today, resolve=False)
     assert isinstance(defaults, dict)
@@ -115,14 +139,19 @@ def _composed_of(tree: dict[str, Any], summary: Mapping[str, Any], overrides: Se
         part, _, name = key.partition(".")
         if not name:
             before[part] = value
-        elif isinstance(defaults.get(part), dict):  # of a component that is not given the constructor's default is how it was
+        elif isinstance(
+            defaults.get(part), dict
+        ):  # of a component that is not given the constructor's default is how it was
             before.setdefault(part, {})[name] = value
     merged = OmegaConf.to_container(OmegaConf.merge(DictConfig(defaults), DictConfig(before)), resolve=False)
     assert isinstance(merged, dict)
     for key, value in tree.items():
-        merged[key] = {**merged[key], **value} if isinstance(merged.get(key), dict) and isinstance(value, dict) else value
+        merged[key] = (
+            {**merged[key], **value} if isinstance(merged.get(key), dict) and isinstance(value, dict) else value
+        )
     merged |= {
-        "max_steps": None, "weights": None, "format": None, "weights_digest": None, "config_dir": "${config_dir:}", "derived": [],
+        "max_steps": None, "weights": None, "format": None, "weights_digest": None, "config_dir": "${config_dir:}",
+        "derived": [],
         "continued_schedule": None, "continued_run": run_hash(tree), "continued_epochs": summary["epochs"],
     }  # fmt: skip
     chosen = {key_of(item) for item in overrides}

@@ -1,8 +1,8 @@
 """Where options and components come from: conf/, and a folder of the user's own, which `--config-dir DIR` names.
 
-DIR/method/mine.yaml is the option method=mine, and its `_target_: mine.Mine` is found in DIR/mine.py. A command that starts
-from a run looks besides into the folder that the run recorded. What a command looks into is one state of its process: the
-import path is one, too, and forked and spawned processes inherit that.
+DIR/method/mine.yaml is the option method=mine, and its `_target_: mine.Mine` is found in DIR/mine.py. A command that
+starts from a run looks besides into the folder that the run recorded. What a command looks into is one state of its
+process: the import path is one, too, and forked and spawned processes inherit that.
 """
 
 import difflib
@@ -65,7 +65,8 @@ def use(*folders: str | Path) -> None:
     """Look into these folders besides conf/, the first of them first, and no longer into others.
 
     Raises:
-        UserError: one is not there, or something in it would be ignored: a file whose name is taken, a # @package further down.
+        UserError: one is not there, or something in it would be ignored: a file whose name is taken, a # @package
+            further down.
     """
     chosen = [Path(folder).expanduser().absolute() for folder in folders]
     for folder in chosen:
@@ -95,7 +96,9 @@ def use_recorded(folder: str | None) -> None:
 
 
 def _forget() -> None:
-    """As if no folder had been used; modules of theirs may be edited before they are used again, or others have their names."""
+    """As if no folder had been used; modules of theirs may be edited before they are used again, or others have their
+    names.
+    """
     for folder in _added:
         sys.path.remove(folder)
     for name, module in list(sys.modules.items()):
@@ -125,11 +128,14 @@ def option_file(group: str, option: str) -> Path | None:
 def groups() -> dict[str, list[str]]:
     """Every config group and its options, as they lie in conf/ and in the user's folder."""
     names = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-    return {name: sorted({file.stem for root in (CONF, *_own) for file in (root / name).glob("*.yaml")}) for name in names}
+    return {
+        name: sorted({file.stem for root in (CONF, *_own) for file in (root / name).glob("*.yaml")}) for name in names
+    }
 
 
 def files(folder: Path) -> list[Path]:
-    """What belongs to a folder of the user's own: at its top, in the folders there, and at any depth of those that hold Python.
+    """What belongs to a folder of the user's own: at its top, in the folders there, and at any depth of those that hold
+    Python.
 
     So a folder that holds runs or images as well can be used; they are no part of it.
     """
@@ -143,7 +149,9 @@ def files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in found
-        if path.suffix in SUFFIXES and path.is_file() and not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
+        if path.suffix in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
     )
 
 
@@ -195,7 +203,9 @@ def _refuse_what_would_be_ignored(folder: Path, ours: Sequence[Path]) -> None:
             continue
         known = CONF / file.relative_to(folder)
         if known.is_file() and not known.samefile(file):
-            raise UserError(f"{file}: caco has {known.relative_to(CONF)} already and would take its own; give yours another name")
+            raise UserError(
+                f"{file}: caco has {known.relative_to(CONF)} already and would take its own; give yours another name"
+            )
         if re.search(r"\A(?!\s*#\s*@)[\s\S]*^\s*#\s*@package\b", file.read_text(encoding="utf-8"), re.MULTILINE):
             raise UserError(f"{file}: # @package has to be its first line; further down it is a mere comment")
     for name, path in _modules(folder).items():
@@ -209,5 +219,7 @@ def _refuse_what_would_be_ignored(folder: Path, ours: Sequence[Path]) -> None:
 
 
 def groups_chosen_by(file: Path) -> list[str]:
-    """The groups whose option the defaults of an option's file choose anew: of conf/preset/demo.yaml method, bank, ..."""
+    """The groups whose option the defaults of an option's file choose anew: of conf/preset/demo.yaml method, bank,
+    ...
+    """
     return re.findall(r"^\s*- override /([\w/]+):", file.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,4 +1,6 @@
-"""What a command line asks for and the composed configuration does not do: refused, not ignored. Needs neither torch nor data."""
+"""What a command line asks for and the composed configuration does not do: refused, not ignored. Needs neither torch
+nor data.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -40,8 +42,11 @@ def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[st
                 continue
             for key, wanted in settings_of(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
-                # A method's wishes for the root and for other components (its warm-up, its rate) are there to be changed by a preset.
-                own_of_option = key.split(".")[0] in (("method", "bank") if group == "method" else (*COMPONENTS, "bank", "negatives", "eval"))
+                # A method's wishes for the root and for other components (its warm-up, its rate) are there to be
+                # changed by a preset.
+                own_of_option = key.split(".")[0] in (
+                    ("method", "bank") if group == "method" else (*COMPONENTS, "bank", "negatives", "eval")
+                )
                 if own_of_option and not by_hand and leaves.get(key) != wanted and "${" not in str(wanted):
                     undone_by = presets[-1] if presets else "a later group"
                     found.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={wanted}")
@@ -49,7 +54,9 @@ def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[st
 
 
 def _merged_to_nothing(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Each `key={}`, inner ones too, of which Hydra makes nothing: it merges groups of settings key by key, so what is there stays."""
+    """Each `key={}`, inner ones too, of which Hydra makes nothing: it merges groups of settings key by key, so what is
+    there stays.
+    """
     problems = []
 
     def visit(override: str, key: str, value: Any, there: Any) -> None:
@@ -58,8 +65,9 @@ def _merged_to_nothing(tree: dict[str, Any], overrides: Sequence[str]) -> list[s
         if not value and there:
             names = [name for name in there if name != "_target_"]
             problems.append(
-                f"{override}: changes nothing, because settings are merged key by key: {key} keeps {', '.join(names[:3])}{', ...' * (len(names) > 3)}. "
-                f"Leave one out by ~{key}.{names[-1]}, change one by {key}.{names[-1]}=VALUE"
+                f"{override}: changes nothing, because settings are merged key by key: {key} keeps"
+                f" {', '.join(names[:3])}{', ...' * (len(names) > 3)}. Leave one out by ~{key}.{names[-1]}, change one"
+                f" by {key}.{names[-1]}=VALUE"
             )
         for name, inner in value.items():
             visit(override, f"{key}.{name}", inner, there.get(str(name)))
@@ -74,20 +82,26 @@ def _merged_to_nothing(tree: dict[str, Any], overrides: Sequence[str]) -> list[s
 
 
 def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
-    """Settings of bank_learning that do not come to this setting's bank, which conf/learned_bank.yaml gives them all."""
+    """Settings of bank_learning that do not come to this setting's bank, which conf/learned_bank.yaml gives them
+    all.
+    """
     block, bank = tree.get("bank_learning", {}), tree.get("bank") or {}
     problems = []
     for name in assigned:
         parent, _, key = name.partition(".")
         if parent == "bank_learning" and key not in ("", *bank):
             taken = ", ".join(name for name in block if name in bank)
-            expected = f"there are {taken}" if taken else "nothing learns in it; expected pn=both, pn=negative or method=adco"
+            expected = (
+                f"there are {taken}" if taken else "nothing learns in it; expected pn=both, pn=negative or method=adco"
+            )
             problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
     return problems
 
 
 def _untreated(tree: dict[str, Any], choices: Mapping[str, Any]) -> list[str]:
-    """A treatment of negatives where the method takes none. Which go with which negatives, caco/methods/treatments.py decides."""
+    """A treatment of negatives where the method takes none. Which go with which negatives, caco/methods/treatments.py
+    decides.
+    """
     if tree.get("negatives") is None:  # plain; commands that train nothing have none
         return []
     target = tree["method"]["_target_"]
@@ -95,8 +109,9 @@ def _untreated(tree: dict[str, Any], choices: Mapping[str, Any]) -> list[str]:
         return []
     taking = [name for name, other in _targets_of_methods().items() if _takes(other, "treatment")]
     return [
-        f"negatives={choices.get('negatives')}: {target.rpartition('.')[2]}, the class of method={choices.get('method')}, takes no treatment of "
-        f"negatives: it has none, or a loss of its own over them; expected negatives=plain, or as method one of {', '.join(taking)}"
+        f"negatives={choices.get('negatives')}: {target.rpartition('.')[2]}, the class of"
+        f" method={choices.get('method')}, takes no treatment of negatives: it has none, or a loss of its own over"
+        f" them; expected negatives=plain, or as method one of {', '.join(taking)}"
     ]
 
 
@@ -117,7 +132,9 @@ def _composes_pn(method: str | None) -> bool:
     """Whether the method's option has the group pn among its defaults."""
     file = folders.option_file("method", str(method))
     defaults = read_yaml(file).get("defaults") or () if file else ()
-    return any("/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults)
+    return any(
+        "/pn" in item if isinstance(item, DictConfig) else item != "_self_" and _composes_pn(item) for item in defaults
+    )
 
 
 def settings_of(group: str, file: Path) -> list[tuple[str, Any]]:

@@ -41,14 +41,16 @@ def locate(run: str, key: str = "run") -> Location:
         if not (path / "config.yaml").is_file():
             raise UserError(f"{key}: expected a run's directory, with config.yaml, got {run}, which has none")
         if not checkpoints(path):
-            raise UserError(f"{key}: expected checkpoints in {run}/checkpoints, got none: the run has not saved one yet")
+            raise UserError(
+                f"{key}: expected checkpoints in {run}/checkpoints, got none: the run has not saved one yet"
+            )
         return Location(path, None)
     if path.is_file():
         folders = [folder for folder in path.absolute().parents[:3] if (folder / "config.yaml").is_file()]
         if not CHECKPOINT.fullmatch(path.name) or not folders:
             raise UserError(
-                f"{key}: expected a checkpoint file where its run left it (RUN/checkpoints/step_000001000.pt), got {run}; "
-                f"for a file from elsewhere: weights={run} format=... backbone=... data=..."
+                f"{key}: expected a checkpoint file where its run left it (RUN/checkpoints/step_000001000.pt), got"
+                f" {run}; for a file from elsewhere: weights={run} format=... backbone=... data=..."
             )
         return Location(folders[0], path)
     if re.fullmatch(r"[0-9a-f]{32}", run):
@@ -56,9 +58,12 @@ def locate(run: str, key: str = "run") -> Location:
             if read_json(mark).get("run_id") == run:
                 return locate(str(mark.parent), key)
         raise UserError(
-            f"{key}: no run below {Path('runs').absolute()} was sent to MLflow as {run}; expected its directory, {key}=DIRECTORY"
+            f"{key}: no run below {Path('runs').absolute()} was sent to MLflow as {run}; expected its directory,"
+            f" {key}=DIRECTORY"
         )
-    raise UserError(f"{key}: expected a run's directory, a checkpoint file or an MLflow run id, got {run}, which is not there")
+    raise UserError(
+        f"{key}: expected a run's directory, a checkpoint file or an MLflow run id, got {run}, which is not there"
+    )
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -114,7 +119,9 @@ def _recorded(run_dir: Path, root: schema.AnyRoot, chosen: dict[str, Any]) -> di
     """The parts of a run's configuration that this root has too and that the command line does not choose anew."""
     tree = renamed.read_config(run_dir)
     folders.use_recorded(tree.get("config_dir"))
-    tree["batch"] = max(1, min(tree["batch"], 512))  # as in training: then features, and what is counted on them, are the same
+    tree["batch"] = max(
+        1, min(tree["batch"], 512)
+    )  # as in training: then features, and what is counted on them, are the same
     taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed", "batch")
     if root is schema.EmbedRoot:  # its images are others
         tree.pop("data", None)

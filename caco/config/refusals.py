@@ -24,11 +24,17 @@ from caco.redaction import OF_SECRETS, holds_secret, redacted, shortened
 from caco.runs import renamed
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
-_OF_MLFLOW = ("tracking.uri", "tracking.experiment", "tracking.feed_seconds", "tracking.finish_seconds", "tracking.model")
+_OF_MLFLOW = (
+    "tracking.uri",
+    "tracking.experiment",
+    "tracking.feed_seconds",
+    "tracking.finish_seconds",
+    "tracking.model",
+)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """"; did you mean a, b?" or nothing."""
+    """ "; did you mean a, b?" or nothing."""
     known = sorted(set(known))
     # Lower case, because 12m should find 12M.
     lowered = {name.lower(): name for name in known}
@@ -39,40 +45,64 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def refuse_unwritable(overrides: Sequence[str]) -> None:
-    """Refuse what cannot be written down, and `data.root=$UNSET`: without a value it would be the working directory, or no directory at all.
+    """Refuse what cannot be written down, and `data.root=$UNSET`: without a value it would be the working directory, or
+    no directory at all.
 
     Raises:
         UserError: names what has no value, or may not be written down: a password.
     """
-    if secret := [item for item in overrides if holds_secret(item)]:  # wherever it stands: a run's directory, the name of an option, ...
+    if secret := [
+        item for item in overrides if holds_secret(item)
+    ]:  # wherever it stands: a run's directory, the name of an option, ...
         raise UserError(f"{redacted(' '.join(secret))}: {OF_SECRETS}")
     for item in overrides:
         try:
             item.encode()
         except UnicodeEncodeError:
             shown = item.encode(errors="backslashreplace").decode()
-            raise UserError(f"{shown} is no text in this locale's encoding; set LC_ALL=C.UTF-8, or rename the file") from None
-    empty = [item for item in overrides if item.partition("=")[1:] == ("=", "") or item.partition("=")[2] in ("''", '""')]
+            raise UserError(
+                f"{shown} is no text in this locale's encoding; set LC_ALL=C.UTF-8, or rename the file"
+            ) from None
+    empty = [
+        item for item in overrides if item.partition("=")[1:] == ("=", "") or item.partition("=")[2] in ("''", '""')
+    ]
     if empty:
-        raise UserError(f"{', '.join(empty)} has no value after the =: is a variable of the shell unset? Nothing is written null")
+        raise UserError(
+            f"{', '.join(empty)} has no value after the =: is a variable of the shell unset? Nothing is written null"
+        )
 
 
 def explain(error: Exception, overrides: Sequence[str], root: str = "config") -> str:
     """One or two lines on why the command line `overrides` does not compose with the root conf/<root>.yaml."""
     if isinstance(error, OverrideParseException):
-        why = next((line for line in str(error).splitlines() if not line.startswith("Error parsing override")), "no key=value")
+        why = next(
+            (line for line in str(error).splitlines() if not line.startswith("Error parsing override")), "no key=value"
+        )
         why = "a sign that Hydra's grammar does not know unquoted" if why.startswith("Lexer") else why
-        return f"{error.override or 'the command line'} cannot be read ({why}); expected key=value{_quoted(error.override)}"
+        return (
+            f"{error.override or 'the command line'} cannot be read ({why}); expected"
+            f" key=value{_quoted(error.override)}"
+        )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _explain_option(error.missing_cfg_file)
     twice = re.search(r"Multiple values for ([^.\s]+)", str(error))
     if twice:
-        those = [item for item in overrides if item.lstrip("+~").partition("=")[0].replace("/", ".") == twice.group(1).replace("/", ".")]
+        those = [
+            item
+            for item in overrides
+            if item.lstrip("+~").partition("=")[0].replace("/", ".") == twice.group(1).replace("/", ".")
+        ]
         return f"{twice.group(1)} is chosen twice{': ' * bool(those)}{' '.join(those)}; leave all but one out"
     given = re.search(r"Could not override '([^'@]+)", str(error))
     if given:
         inner = re.search(r"full_key: (\S+)", str(error.__cause__))
-        return _explain_key(given.group(1), overrides, root, in_defaults_list="defaults list" in str(error), inner=inner[1] if inner else "")
+        return _explain_key(
+            given.group(1),
+            overrides,
+            root,
+            in_defaults_list="defaults list" in str(error),
+            inner=inner[1] if inner else "",
+        )
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ValidationError) and cause.full_key:
         return _explain_type(cause)
@@ -100,8 +130,8 @@ def culprit(said: str, overrides: Sequence[str]) -> str | None:
 
 
 def _quoted(override: str | None) -> str:
-    """How a value is written that Hydra's grammar does not take as it is (a path with blanks, umlauts, parentheses, =, ~): what a shell is
-    to be given, if that can be read."""
+    """How a value is written that Hydra's grammar does not take as it is (a path with blanks, umlauts, parentheses, =,
+    ~): what a shell is to be given, if that can be read."""
     key, equals, value = (override or "").partition("=")
     if not equals or not value:
         return ""
@@ -115,11 +145,15 @@ def _quoted(override: str | None) -> str:
 
 
 def _explain_option(missing: str) -> str:
-    known = [name for name in groups() if missing.startswith(f"{name}/")]  # an address as the option has slashes of its own
+    known = [
+        name for name in groups() if missing.startswith(f"{name}/")
+    ]  # an address as the option has slashes of its own
     group, option = (known[0], missing.removeprefix(f"{known[0]}/")) if known else missing.rpartition("/")[::2]
     options = groups().get(group, [])
     listed = f" There are: {', '.join(options)}." if options else ""
-    return f"{group}={option}: no such option{nearest(option, options) or '.'}{listed}{folders.misplaced(group, option)}"
+    return (
+        f"{group}={option}: no such option{nearest(option, options) or '.'}{listed}{folders.misplaced(group, option)}"
+    )
 
 
 def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_list: bool, inner: str) -> str:
@@ -146,13 +180,23 @@ def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_l
         target = OmegaConf.to_container(node, resolve=False).get("_target_")  # type: ignore[union-attr]
         signature = find(target) if isinstance(target, str) else None
         taken = signature.parameters.get(name) if signature else None
-        if signature and taken and is_plain(taken.annotation, signature.module) and name not in SUPPLIED.get(parent, ()):
-            value = next((item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}=")), "VALUE")
+        if (
+            signature
+            and taken
+            and is_plain(taken.annotation, signature.module)
+            and name not in SUPPLIED.get(parent, ())
+        ):
+            value = next(
+                (item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(f"{key}=")), "VALUE"
+            )
             if inner.startswith(f"{key}."):
                 return f"{inner} is not set by the chosen {parent}; to add it, write +{key}={value}"
             return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
         if key in _OF_MLFLOW and not is_installed("mlflow"):
-            return f"{key}: belongs to tracking=mlflow, and MLflow is not installed; to have it: {command_to_install('mlflow')}"
+            return (
+                f"{key}: belongs to tracking=mlflow, and MLflow is not installed; to have it:"
+                f" {command_to_install('mlflow')}"
+            )
         near = nearest(name, [str(item) for item in node])
         return f"{key}: no such key{near or nearest(key, known)} {parent} has: {', '.join(map(str, node))}"
     if parent and cfg is not None and parent in ROOTS[root].__dataclass_fields__:

@@ -141,6 +141,21 @@ class EmbedRoot:
     loader: Any = MISSING
 
 
-COMPONENTS = ("method", "backbone", "projector", "optimizer", "augmentation", "data", "loader", "tracking")  # of a run, besides its bank
+COMPONENTS = (
+    "method",
+    "backbone",
+    "projector",
+    "optimizer",
+    "augmentation",
+    "data",
+    "loader",
+    "tracking",
+)  # of a run, besides its bank
 AnyRoot = type[Root] | type[EvaluateRoot] | type[ExportRoot] | type[EmbedRoot]
-ROOTS: dict[str, AnyRoot] = {"config": Root, "continued": Root, "evaluate": EvaluateRoot, "export": ExportRoot, "embed": EmbedRoot}
+ROOTS: dict[str, AnyRoot] = {
+    "config": Root,
+    "continued": Root,
+    "evaluate": EvaluateRoot,
+    "export": ExportRoot,
+    "embed": EmbedRoot,
+}

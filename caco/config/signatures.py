@@ -165,9 +165,9 @@ def signature(module: Module, node: ast.stmt) -> Signature | None:
 
 
 def declared(target: str, name: str) -> Any:
-    """The plain value that the class of the dotted path `target`, or a base of it, gives a name of its own, as `package = "mlflow"`;
-    of a call, as `needs = Needs(patches="shuffled")`, its plain keywords as a dict, and of a dict its plain items; None where it gives
-    none or cannot be read."""
+    """The plain value that the class of the dotted path `target`, or a base of it, gives a name of its own, as `package
+    = "mlflow"`; of a call, as `needs = Needs(patches="shuffled")`, its plain keywords as a dict, and of a dict its
+    plain items; None where it gives none or cannot be read."""
     module_name, _, class_name = str(target).rpartition(".")  # that it is text is demanded elsewhere
     module = load(module_name) if module_name else None
     return _declared(lookup(module, class_name), name) if module else None
@@ -190,7 +190,10 @@ def _plain_value(node: ast.expr | None) -> Any:
     if isinstance(node, ast.Call):
         return {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
     if isinstance(node, ast.Dict):
-        keys, values = ([part.value if isinstance(part, ast.Constant) else None for part in parts] for parts in (node.keys, node.values))
+        keys, values = (
+            [part.value if isinstance(part, ast.Constant) else None for part in parts]
+            for parts in (node.keys, node.values)
+        )
         return dict(zip(keys, values, strict=True))
     return node.value if isinstance(node, ast.Constant) else None
 

@@ -24,8 +24,10 @@ from caco.runs import renamed
 from caco.runs.identity import file_digest, flat, plain
 
 FORMATS = (  # of released weights, caco/nn/formats.py
-    "caco", "adco", "moco", "torchvision", "timm", "transformers", "vissl", "dino", "dinov2", "lightly", "stable_pretraining", "solo",
-    "instdisc", "pycontrast", "pcl", "mocov3", "simsiam", "swav", "barlow", "vicreg", "simclr", "sela", "mmselfsup", "byol",
+    "caco", "adco", "moco", "torchvision", "timm", "transformers", "vissl", "dino", "dinov2", "lightly",
+    "stable_pretraining", "solo",
+    "instdisc", "pycontrast", "pcl", "mocov3", "simsiam", "swav", "barlow", "vicreg", "simclr", "sela", "mmselfsup",
+    "byol",
 )  # fmt: skip
 EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
 # Plain values that no YAML gives, because another component or the data decide them.
@@ -58,8 +60,12 @@ def check(
     problems = _shape(tree, root) + _senseless(tree)
     if not problems:
         values = _root(tree) if root is Root else _root_of_the_pretrained(tree)
-        problems = values + _components(tree) + _not_installed(tree) + no_effect.problems(tree, overrides, choices or {})
-        problems = problems or _of_one_name(tree.get("eval", {})) + (views_needed.early_problems(tree) if root is Root else [])
+        problems = (
+            values + _components(tree) + _not_installed(tree) + no_effect.problems(tree, overrides, choices or {})
+        )
+        problems = problems or _of_one_name(tree.get("eval", {})) + (
+            views_needed.early_problems(tree) if root is Root else []
+        )
         problems = problems or channels_needed.problems(tree, overrides)
     if problems:
         raise UserError("\n".join(problems))
@@ -76,7 +82,9 @@ def _senseless(tree: dict[str, Any]) -> list[str]:
         elif not isinstance(value, str):
             continue
         elif not value and not key.startswith("launcher.sbatch."):
-            problems.append(f"{key}: expected a value, got an empty text; is a variable of the shell unset? Nothing is written null")
+            problems.append(
+                f"{key}: expected a value, got an empty text; is a variable of the shell unset? Nothing is written null"
+            )
         elif "\0" in value:
             problems.append(f"{key}: expected a text without a byte of zero, got {shortened(value, 60)}")
         elif names_secret(key.rpartition(".")[2]) or holds_secret(value):
@@ -103,11 +111,16 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
             problems.append(f"{key}: expected a component with a _target_, got {shortened(tree[key], 60)}")
     if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
         problems.append(
-            f"bank: this setting has none, got {shortened(tree['bank'], 60)}; a method without one says bank: null in its file, as "
-            "conf/method/simclr.yaml does"
+            f"bank: this setting has none, got {shortened(tree['bank'], 60)}; a method without one says bank: null in"
+            " its file, as conf/method/simclr.yaml does"
         )
-    if tree.get("negatives") is not None and not (isinstance(tree["negatives"], dict) and "_target_" in tree["negatives"]):
-        problems.append(f"negatives: expected a treatment of negatives with a _target_, or null for plain ones, got {shortened(tree['negatives'], 60)}")
+    if tree.get("negatives") is not None and not (
+        isinstance(tree["negatives"], dict) and "_target_" in tree["negatives"]
+    ):
+        problems.append(
+            "negatives: expected a treatment of negatives with a _target_, or null for plain ones, got"
+            f" {shortened(tree['negatives'], 60)}"
+        )
     if tree.get("launcher") is not None and not (isinstance(tree["launcher"], dict) and "_target_" in tree["launcher"]):
         problems.append(f"launcher: expected none, local or slurm, got {shortened(tree['launcher'], 60)}")
     evaluators = tree.get("eval", {} if "eval" not in known else None)
@@ -133,8 +146,14 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("accumulate", tree["accumulate"] is None or tree["accumulate"] >= 1, "null or at least 1")
     groups, batch = tree["norm_groups"], tree["batch"]
     counted = type(groups) is int and groups >= 1 and (groups == 1 or batch % groups == 0 and batch // groups >= 2)
-    demand("norm_groups", groups == "rank" or counted, f"1, rank, or a divisor of batch, {batch}, with 2 images or more to a group")
-    demand("shuffle_keys", not tree["shuffle_keys"] or groups != 1, "false with norm_groups=1, where it changes nothing")
+    demand(
+        "norm_groups",
+        groups == "rank" or counted,
+        f"1, rank, or a divisor of batch, {batch}, with 2 images or more to a group",
+    )
+    demand(
+        "shuffle_keys", not tree["shuffle_keys"] or groups != 1, "false with norm_groups=1, where it changes nothing"
+    )
     demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
     demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
     demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
@@ -148,21 +167,27 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("schedule.drop_factor", 0 < schedule["drop_factor"] < 1, "a number between 0 and 1")
     if [schedule["final_fraction"] is None, schedule["final_lr"] is None, not schedule["drops"]].count(False) != 1:
         problems.append(
-            "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got {final_fraction}, "
-            "{final_lr} and {drops}".format(**schedule)
+            "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got"
+            " {final_fraction}, {final_lr} and {drops}".format(**schedule)
         )
     by_image = tree["bank"] is not None and signatures.declared(tree["bank"]["_target_"], "by_image")
-    demand("bank.size", not by_image or tree["bank"].get("size") is None, "null: this bank has a row for each training image")
+    demand(
+        "bank.size",
+        not by_image or tree["bank"].get("size") is None,
+        "null: this bank has a row for each training image",
+    )
     demand("warm_start.steps", warm_start["steps"] is None or warm_start["steps"] >= 0, "null, or 0 or more")
     demand("warm_start.passes", warm_start["passes"] is None or warm_start["passes"] >= 0, "null, or 0 or more")
     if None not in warm_start.values():
         problems.append(
-            "warm_start: expected steps or passes, got both, {steps} and {passes}; set one of them to null".format(**warm_start)
+            "warm_start: expected steps or passes, got both, {steps} and {passes}; set one of them to null".format(
+                **warm_start
+            )
         )
     elif warm_start["passes"] and tree["bank"] is None:
         problems.append(
-            f"warm_start.passes: they go over the rows of a bank, and this setting has none, got {warm_start['passes']}; "
-            "say warm_start.steps=N"
+            "warm_start.passes: they go over the rows of a bank, and this setting has none, got"
+            f" {warm_start['passes']}; say warm_start.steps=N"
         )
     demand("schedule.unit", schedule["unit"] in ("step", "epoch"), "step or epoch")
     demand("log_every_steps", tree["log_every_steps"] >= 1, "at least 1")
@@ -192,18 +217,30 @@ def _demands(tree: dict[str, Any]) -> tuple[list[str], Callable[[str, bool, str]
 def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> None:
     weights = tree["weights"]
     demand("weights", weights is None or tree["weights_digest"] is not None, "a file that is there and can be read")
-    demand("weights_digest", tree["weights_digest"] == (None if weights is None else file_digest(weights)), "it not to be set; weights=FILE does")
+    demand(
+        "weights_digest",
+        tree["weights_digest"] == (None if weights is None else file_digest(weights)),
+        "it not to be set; weights=FILE does",
+    )
     if weights is None:
         demand("format", tree["format"] is None, "null, as there is no weights=FILE")
     else:
         family, _, choice = (tree["format"] or FORMATS[0]).partition(":")
-        expected = f"null, for what the keys of weights={weights} say, or one of {', '.join(FORMATS)}, with :online or :twin after it or not"
+        expected = (
+            f"null, for what the keys of weights={weights} say, or one of {', '.join(FORMATS)}, with :online or :twin"
+            " after it or not"
+        )
         demand("format", family in FORMATS and choice in ("", "online", "twin"), expected)
 
 
 def _continued(tree: dict[str, Any], problems: list[str], demand: Callable[[str, bool, str], None]) -> None:
     """Of a run that trains a finished one longer; of any other that it says nothing of it."""
-    run, schedule, before, epochs = tree["continue_from"], tree["continued_schedule"], tree["continued_epochs"], tree["epochs"]
+    run, schedule, before, epochs = (
+        tree["continue_from"],
+        tree["continued_schedule"],
+        tree["continued_epochs"],
+        tree["epochs"],
+    )
     if run is None:
         for key in ("continued_schedule", "continued_run", "continued_epochs"):
             demand(key, tree[key] is None, "null, as there is no continue_from=RUN")
@@ -218,7 +255,8 @@ def _continued(tree: dict[str, Any], problems: list[str], demand: Callable[[str,
     demand("epochs", epochs > before, f"more than the {before:g} that {run} has trained, those included")
     if schedule == "restart" and before != int(before):
         problems.append(
-            f"continued_schedule: {run} has ended within an epoch, after {before:g}, and a schedule begins anew with a whole one; expected planned"
+            f"continued_schedule: {run} has ended within an epoch, after {before:g}, and a schedule begins anew with a"
+            " whole one; expected planned"
         )
 
 
@@ -231,7 +269,9 @@ def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
     _weights(tree, demand)
     if "layouts" in tree:
         demand("to", tree["to"] is not None, "a folder to write to, as to=FOLDER")
-        demand("layouts", bool(tree["layouts"]) and set(tree["layouts"]) <= set(EXPORTS), f"some of {', '.join(EXPORTS)}")
+        demand(
+            "layouts", bool(tree["layouts"]) and set(tree["layouts"]) <= set(EXPORTS), f"some of {', '.join(EXPORTS)}"
+        )
         return problems
     demand("batch", tree["batch"] >= 1, "at least 1 image")
     demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
@@ -241,12 +281,21 @@ def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
         demand("overlap", tree["overlap"] in ("refuse", "allow"), "refuse or allow")
         demand("eval", bool(tree["eval"]), "at least one evaluator, as eval=[knn,linear]")
     else:
-        demand("to", (tree["to"] or "").endswith((".npz", ".parquet")), "a file to write to, as to=FILE.npz or to=FILE.parquet")
+        demand(
+            "to",
+            (tree["to"] or "").endswith((".npz", ".parquet")),
+            "a file to write to, as to=FILE.npz or to=FILE.parquet",
+        )
         if (tree["to"] or "").endswith(".parquet") and not is_installed("pyarrow"):
-            problems.append("to: a .parquet is written by pyarrow, which is not installed: pip install pyarrow, or take to=FILE.npz")
+            problems.append(
+                "to: a .parquet is written by pyarrow, which is not installed: pip install pyarrow, or take to=FILE.npz"
+            )
         unreadable = tree["loader"].get("corrupt", "fail") if isinstance(tree["loader"], dict) else "fail"
         if unreadable != "fail":
-            problems.append(f"loader.corrupt: expected fail, got {unreadable!r}: an image that cannot be read would get another's features")
+            problems.append(
+                f"loader.corrupt: expected fail, got {unreadable!r}: an image that cannot be read would get another's"
+                " features"
+            )
     return problems
 
 
@@ -287,20 +336,25 @@ def _of_one_name(evaluators: dict[str, Any]) -> list[str]:
     first: dict[str, str] = {}
     given = [(name, protocol) for name, node in evaluators.items() for protocol in metrics.protocols(node)]
     return [
-        f"eval.{name}: its results would be called {protocol}, as those of eval.{first[protocol]} are: leave one of them out, or give it other settings"
+        f"eval.{name}: its results would be called {protocol}, as those of eval.{first[protocol]} are: leave one of"
+        " them out, or give it other settings"
         for name, protocol in given
         if first.setdefault(protocol, name) != name
     ]
 
 
 def missing_package(tracking: Mapping[str, Any]) -> str | None:
-    """What is not installed here and the chosen tracker needs (caco/tracking/base.py: `package`); None where nothing is missing."""
+    """What is not installed here and the chosen tracker needs (caco/tracking/base.py: `package`); None where nothing is
+    missing.
+    """
     package = signatures.declared(str(tracking.get("_target_")), "package")
     return None if package is None or is_installed(package) else package
 
 
 def _not_installed(tree: dict[str, Any]) -> list[str]:
-    """Of the tracker; MLflow, where it is missing, is chosen by nobody who does not name it (composition.py: installed_tracking)."""
+    """Of the tracker; MLflow, where it is missing, is chosen by nobody who does not name it (composition.py:
+    installed_tracking).
+    """
     package = missing_package(tree.get("tracking", {}))
     if package is None:
         return []

@@ -18,7 +18,9 @@ def early_problems(tree: Mapping[str, Any]) -> list[str]:
     if not isinstance(needs, Mapping) or not isinstance(views, Mapping):
         return []
     cut = {name: view["patches"] for name, view in views.items() if isinstance(view, Mapping) and view.get("patches")}
-    return problems(needs, next(iter(cut.values()), None), tree["augmentation"].get("colours", "rgb"), name=next(iter(cut), ""))
+    return problems(
+        needs, next(iter(cut.values()), None), tree["augmentation"].get("colours", "rgb"), name=next(iter(cut), "")
+    )
 
 
 def refuse(needs: Mapping[str, Any], patches: Any, colours: str) -> None:
@@ -34,7 +36,9 @@ def refuse(needs: Mapping[str, Any], patches: Any, colours: str) -> None:
         raise UserError("\n".join(found))
 
 
-def problems(needs: Mapping[str, Any], patches: Mapping[str, Any] | None, colours: str, *, name: str = "NAME") -> list[str]:
+def problems(
+    needs: Mapping[str, Any], patches: Mapping[str, Any] | None, colours: str, *, name: str = "NAME"
+) -> list[str]:
     """One line for each need that is not met.
 
     Args:
@@ -50,22 +54,26 @@ def problems(needs: Mapping[str, Any], patches: Mapping[str, Any] | None, colour
     elif wanted != "none" and patches is None:
         options = _options(lambda option: _has_patches(option, shuffled=wanted == "shuffled"))
         found.append(
-            f"augmentation: this method takes {number} of each image, and no view here is cut into patches; choose one of {options}. "
-            "Images of fewer than 24 pixels a side, as the digits, are too small for patches"
+            f"augmentation: this method takes {number} of each image, and no view here is cut into patches; choose one"
+            f" of {options}. Images of fewer than 24 pixels a side, as the digits, are too small for patches"
         )
     elif patches is not None and (shuffled := bool(patches.get("shuffled"))) != (wanted == "shuffled"):
         found.append(
-            f"augmentation: this method takes patches {'in a random order' if wanted == 'shuffled' else 'row by row'}; expected "
-            f"augmentation.views.{name}.patches.shuffled={str(not shuffled).lower()}, got {str(shuffled).lower()}"
+            f"augmentation: this method takes patches {'in a random order' if wanted == 'shuffled' else 'row by row'};"
+            f" expected augmentation.views.{name}.patches.shuffled={str(not shuffled).lower()}, got"
+            f" {str(shuffled).lower()}"
         )
     if patches is not None and count and count != patches["grid"] ** 2:
-        found.append(f"augmentation: this method takes {number} of each image; got a grid of {patches['grid']} x {patches['grid']}")
+        found.append(
+            f"augmentation: this method takes {number} of each image; got a grid of {patches['grid']} x"
+            f" {patches['grid']}"
+        )
     if needs.get("lightness_first") and colours not in LIGHTNESS_FIRST:
         options = _options(lambda option: option.get("colours") in LIGHTNESS_FIRST)
         found.append(
-            "augmentation: this method contrasts the lightness of an image with its colour, and needs colours="
-            f"{', '.join(LIGHTNESS_FIRST)}; got {colours}; choose one of {options}. Grey images, as the digits, have no colour to "
-            "contrast with"
+            "augmentation: this method contrasts the lightness of an image with its colour, and needs"
+            f" colours={', '.join(LIGHTNESS_FIRST)}; got {colours}; choose one of {options}. Grey images, as the"
+            " digits, have no colour to contrast with"
         )
     return found
 

@@ -100,8 +100,8 @@ def build_method(cfg: DictConfig, num_images: int | None = None) -> Method:
 
 
 def method_on(encoder: Encoder, cfg: DictConfig, num_images: int | None) -> tuple[Method, Bank | None]:
-    """The objective on this encoder, and its bank. A part that is not there is no argument: a method that knows nothing of banks, or of
-    treatments of negatives, takes none.
+    """The objective on this encoder, and its bank. A part that is not there is no argument: a method that knows nothing
+    of banks, or of treatments of negatives, takes none.
 
     Args:
         num_images: of the training set; needed where `counts_images`.
@@ -142,14 +142,17 @@ def refuse_unfit(method: Method, views: Views, source: Source) -> None:
 
 
 def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
-    """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no other rank."""
+    """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no
+    other rank.
+    """
     backbone = backbone_of(cfg.backbone, channels_of(cfg))
     backbone.load_state_dict(method.backbone.state_dict())
     return backbone.eval()
 
 
 def refuse_different_steps(step: int | None, run_dir: Path) -> None:
-    """A collective: every rank reads the run's checkpoints itself, and a file may be late or damaged on one machine alone.
+    """A collective: every rank reads the run's checkpoints itself, and a file may be late or damaged on one machine
+    alone.
 
     Args:
         step: of the checkpoint that this rank has loaded, or None.
@@ -158,10 +161,12 @@ def refuse_different_steps(step: int | None, run_dir: Path) -> None:
     """
     steps = distributed.all_objects(step)
     if len(set(steps)) > 1:
-        loaded = ", ".join(f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps))
+        loaded = ", ".join(
+            f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)
+        )
         raise UserError(
-            f"every rank must load the same checkpoint; got {loaded}. Nothing was changed: see to it that all machines can read "
-            f"the same files in {run_dir / 'checkpoints'}, then start the same command again"
+            f"every rank must load the same checkpoint; got {loaded}. Nothing was changed: see to it that all machines"
+            f" can read the same files in {run_dir / 'checkpoints'}, then start the same command again"
         )
 
 
@@ -173,8 +178,9 @@ def refuse_other_groups(saved_by: int) -> None:
     """
     if saved_by != distributed.world():
         raise UserError(
-            f"norm_groups=rank: this run's BatchNorm had {saved_by} groups, one for each process, and would go on with "
-            f"{distributed.world()}; start {saved_by} processes (a run with norm_groups={saved_by} also goes on with fewer)"
+            f"norm_groups=rank: this run's BatchNorm had {saved_by} groups, one for each process, and would go on with"
+            f" {distributed.world()}; start {saved_by} processes (a run with norm_groups={saved_by} also goes on with"
+            " fewer)"
         )
 
 
@@ -205,7 +211,13 @@ def run_training(
 
     def bind_loader() -> BoundLoader:
         return settings.bind(
-            splits.pretrain, views, batch=cfg.batch, seed=cfg.seed, rank=distributed.rank(), world=distributed.world(), device=device
+            splits.pretrain,
+            views,
+            batch=cfg.batch,
+            seed=cfg.seed,
+            rank=distributed.rank(),
+            world=distributed.world(),
+            device=device,
         )
 
     with doing("starting the loader"):
@@ -259,7 +271,9 @@ def run_training(
         method=method,
         loader=loader,
         images=images,
-        optimisation=Optimisation(instantiate(cfg.optimizer, groups=method.parameter_groups()), OptimizerSchedule(**schedule), run),
+        optimisation=Optimisation(
+            instantiate(cfg.optimizer, groups=method.parameter_groups()), OptimizerSchedule(**schedule), run
+        ),
         run=run,
         evaluation=evaluation,
         tracker=tracker,
@@ -292,7 +306,9 @@ def run_training(
             message = f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}"
             if is_done:
                 when = path.stat().st_mtime
-                message = ended_before(known, when=when, run_dir=run_dir, evaluators=label.evaluators, epochs=cfg.epochs)
+                message = ended_before(
+                    known, when=when, run_dir=run_dir, evaluators=label.evaluators, epochs=cfg.epochs
+                )
             print(message, file=sys.stderr)
         if is_done:
             loader.close()
@@ -303,16 +319,22 @@ def run_training(
     elif before is not None:
         trainer.load_state_dict(taken_over(before[0], place=trainer.place(before[0]["step"]), config_hash=config_hash))
         if main:
-            print(f"caco: continues {before[1]} ({cfg.continued_schedule}), step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
+            print(
+                f"caco: continues {before[1]} ({cfg.continued_schedule}), step {trainer.step} of {trainer.total_steps}",
+                file=sys.stderr,
+            )
 
-    of_parent = {} if cfg.continue_from is None else {"continued_from": cfg.continue_from, "continued_run": cfg.continued_run}
+    of_parent = (
+        {} if cfg.continue_from is None else {"continued_from": cfg.continue_from, "continued_run": cfg.continued_run}
+    )
     status = "FAILED"
     summary: dict = {}
     started = time.monotonic()
     if main:
         rows = 0 if cfg.bank is None else cfg.bank.size or len(splits.pretrain)
         message = beginning(
-            data=splits.pretrain.name, num_train=len(splits.pretrain), num_test=len(splits.test or ()) if cfg.eval else 0,
+            data=splits.pretrain.name, num_train=len(splits.pretrain),
+            num_test=len(splits.test or ()) if cfg.eval else 0,
             choices=label.choices, bank_rows=rows, batch=cfg.batch, epochs=cfg.epochs,
             warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
             processes=distributed.world(), device=device.type, run_dir=run_dir,
@@ -326,7 +348,13 @@ def run_training(
         tracker.start(
             run_dir,
             params={**label.choices, **flat(cfg)},
-            tags={**environment, "config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest, **of_parent},
+            tags={
+                **environment,
+                "config_hash": config_hash,
+                "data": splits.pretrain.name,
+                "data_digest": data_digest,
+                **of_parent,
+            },
             run_name=label.name,
             state=newest[0]["tracker"] if newest else None,
             sweep=label.sweep,
@@ -340,7 +368,12 @@ def run_training(
             write_json(run_dir / "summary.json", summary)
             seconds = time.monotonic() - started
             message = ending(
-                summary, seconds=seconds, run_dir=run_dir, evaluators=label.evaluators, epochs=cfg.epochs, commands=label.sweep is None
+                summary,
+                seconds=seconds,
+                run_dir=run_dir,
+                evaluators=label.evaluators,
+                epochs=cfg.epochs,
+                commands=label.sweep is None,
             )
             print(message, file=sys.stderr)
         status = "FINISHED"
@@ -351,8 +384,8 @@ def run_training(
         if not distributed.has_lost_another(error):
             raise
         raise UserError(
-            "another of this run's processes has ended or does not answer; what it said, or failure.txt, says why. The same command goes on "
-            f"from the last checkpoint ({str(error).splitlines()[0][:200]})"
+            "another of this run's processes has ended or does not answer; what it said, or failure.txt, says why. The"
+            f" same command goes on from the last checkpoint ({str(error).splitlines()[0][:200]})"
         ) from error
     finally:
         if main:

@@ -1,4 +1,6 @@
-"""What follows from data.channels, images as they are stored: a run's views, its backbone, and what is noted of both in its directory."""
+"""What follows from data.channels, images as they are stored: a run's views, its backbone, and what is noted of both in
+its directory.
+"""
 
 import sys
 from collections.abc import Mapping
@@ -27,8 +29,8 @@ FILE = "channels.json"  # in a run's directory: channels, mean and std of its im
 def backbone_of(node: DictConfig | dict[str, Any], channels: int | None) -> nn.Module:
     """The backbone that a configuration names, for images of so many channels; None is three.
 
-    One that takes `in_channels` is given it; of any other, torchvision's or one of your own, the first convolution is replaced.
-    Raises:
+    One that takes `in_channels` is given it; of any other, torchvision's or one of your own, the first convolution is
+    replaced. Raises:
         UserError: it has no first convolution of three channels.
     """
     if channels in (None, 3):
@@ -42,8 +44,8 @@ def backbone_of(node: DictConfig | dict[str, Any], channels: int | None) -> nn.M
 def views_of(cfg: DictConfig, splits: Splits, *, run_dir: Path | None, say: Say = silent) -> Views:
     """The recipe's views, of the images that these splits have. A collective.
 
-    Of images as they are stored, their mean and standard deviation are those that data.mean and data.std say, or that the run in run_dir
-    has noted, or else measured on the training images and said. `note` writes them down.
+    Of images as they are stored, their mean and standard deviation are those that data.mean and data.std say, or that
+    the run in run_dir has noted, or else measured on the training images and said. `note` writes them down.
     Raises:
         UserError: the recipe does not go with such images; none of them can be read.
     """
@@ -60,7 +62,11 @@ def views_of(cfg: DictConfig, splits: Splits, *, run_dir: Path | None, say: Say 
         mean, std = mean_and_std(splits.pretrain, say)
         if distributed.is_main():
             each = [f"{m:.4g} and {s:.4g}" for m, s in zip(mean[:4], std[:4], strict=True)] + ["..."] * (len(mean) > 4)
-            print(f"caco: mean and standard deviation of each channel, measured on {splits.pretrain.name}: {', '.join(each)}", file=sys.stderr)
+            print(
+                f"caco: mean and standard deviation of each channel, measured on {splits.pretrain.name}:"
+                f" {', '.join(each)}",
+                file=sys.stderr,
+            )
     if distributed.is_main() and (line := left_out(plain(cfg))):
         print(f"caco: {line}", file=sys.stderr)
     return ChannelViews(views, mean=mean, std=std)

@@ -1,4 +1,6 @@
-"""What one image of a run takes on one device: arithmetic, memory, messages. Counted on tensors without contents, for caco.plan."""
+"""What one image of a run takes on one device: arithmetic, memory, messages. Counted on tensors without contents, for
+caco.plan.
+"""
 
 import copy
 import dataclasses
@@ -25,7 +27,18 @@ from caco.runs.identity import plain
 def parts(cfg: DictConfig, num_images: int) -> str:
     """What the counts depend on, so that runs that share it are counted once."""
     tree = plain(cfg)
-    names = ("method", "bank", "negatives", "backbone", "projector", "optimizer", "augmentation", "precision", "norm_groups", "shuffle_keys")
+    names = (
+        "method",
+        "bank",
+        "negatives",
+        "backbone",
+        "projector",
+        "optimizer",
+        "augmentation",
+        "precision",
+        "norm_groups",
+        "shuffle_keys",
+    )
     chosen = {name: tree.get(name) for name in names}
     by_image = chosen["bank"] is not None and chosen["bank"]["size"] is None
     chosen["num_images"] = None if not counts_images(cfg) else 2 if by_image else num_images
@@ -37,7 +50,9 @@ def parts(cfg: DictConfig, num_images: int) -> str:
 
 @functools.lru_cache(maxsize=64)
 def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
-    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward. And what was built."""
+    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward. And
+    what was built.
+    """
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
         encoder = build_encoder(cfg)
@@ -47,7 +62,9 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
     sizes, channels = views.sizes, channels_of(cfg) or 3
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
-    others = [child.to("meta") for child in others if any(p.requires_grad for p in child.parameters())]  # no twin of a head
+    others = [
+        child.to("meta") for child in others if any(p.requires_grad for p in child.parameters())
+    ]  # no twin of a head
     costs = method.costs(sizes)
     of_patches = set() if costs.patch_network is None else set(costs.patch_network.modules())
     others = [child for child in others if child not in of_patches]
@@ -55,7 +72,9 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     learning = [p for group in groups for p in group.parameters]
     optimizer = instantiate(cfg.optimizer, groups=groups)
     weight_bytes = sum(p.nbytes for p in learning)
-    twin_bytes = sum(p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank."))
+    twin_bytes = sum(
+        p.nbytes for name, p in method.named_parameters() if not p.requires_grad and not name.startswith("bank.")
+    )
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
     flops = activation_bytes = 0.0
     of_images = float(channels) * sum(size * size for size in sizes)  # values that the views of an image have
@@ -92,7 +111,11 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         "key_gradients": costs.gathers_with_gradient,
         "learnable": bank is not None and bank.rows.learnable,
         "norm_sums": _norm_sums(costs, sizes, encoder, others, in_groups=cfg.norm_groups != 1),
-        "shuffled_bytes": sum(4 * (channels * sizes[view] ** 2 + cfg.projector.dim) for view in costs.followed) if cfg.shuffle_keys else 0,
+        "shuffled_bytes": (
+            sum(4 * (channels * sizes[view] ** 2 + cfg.projector.dim) for view in costs.followed)
+            if cfg.shuffle_keys
+            else 0
+        ),
         "scores": costs.prototypes * len(costs.encoded),
         "matrices": costs.matrices,
         "summed_bytes": costs.summed_bytes,
@@ -101,14 +124,18 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     return figures, method, bank
 
 
-def run_once(encoder: nn.Module, others: list[nn.Module], shape: tuple[int, ...], precision: str) -> tuple[float, float, float]:
-    """Of one image (or its patches) of this shape: operations of the encoder forward, of it and what follows it forward and
-    backward, bytes kept for backward."""
+def run_once(
+    encoder: nn.Module, others: list[nn.Module], shape: tuple[int, ...], precision: str
+) -> tuple[float, float, float]:
+    """Of one image (or its patches) of this shape: operations of the encoder forward, of it and what follows it forward
+    and backward, bytes kept for backward."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     run = copy.deepcopy(encoder).to(dtype)
 
     def forward(images: int) -> tuple[torch.Tensor, int]:
-        """The output, and the bytes of all that is kept for backward: of weights and what is made of them, and of the images."""
+        """The output, and the bytes of all that is kept for backward: of weights and what is made of them, and of the
+        images.
+        """
         held: list[torch.Tensor] = []  # meta tensors, so holding them costs nothing and keeps their storages apart
 
         def hold(x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +160,9 @@ def run_once(encoder: nn.Module, others: list[nn.Module], shape: tuple[int, ...]
 
 
 def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module], *, in_groups: bool) -> int:
-    """How many numbers the BatchNorm layers sum over the ranks: means and variances and, but in groups, their gradients."""
+    """How many numbers the BatchNorm layers sum over the ranks: means and variances and, but in groups, their
+    gradients.
+    """
 
     def features(*parts: nn.Module) -> int:
         return sum(m.num_features for part in parts for m in part.modules() if isinstance(m, BATCH_NORMS))
@@ -141,8 +170,13 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
     backbone, total = features(encoder.get_submodule("backbone")), 0
     if costs.patch_network is not None:
         total += (2 if in_groups else 4) * features(costs.patch_network)
-    for views, numbers, heads in ((costs.encoded, 2 if in_groups else 4, others), (costs.followed, 2, [])):  # a twin has no predictor
-        passes = (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
+    for views, numbers, heads in (
+        (costs.encoded, 2 if in_groups else 4, others),
+        (costs.followed, 2, []),
+    ):  # a twin has no predictor
+        passes = (
+            (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
+        )
         total += numbers * (backbone * passes[0] + (features(encoder, *heads) - backbone) * passes[1])
     return total
 
@@ -150,19 +184,28 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
 def sent_bytes(one: dict[str, float], batch: int, size: int, dim: int, world: int) -> float:
     """Bytes that one rank sends in a step: all-gathers pass a part on to each other rank, all-reduces go round twice.
 
-    Of the bank nothing but queries, keys and their sums travels, whatever its size. Where further negatives are made of its rows,
-    each of these travels once, and so many different ones are counted as there can be.
+    Of the bank nothing but queries, keys and their sums travels, whatever its size. Where further negatives are made of
+    its rows, each of these travels once, and so many different ones are counted as there can be.
     """
     part, ring = (world - 1) * batch / world, 2 * (world - 1) / world
     term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums
-    term += 8 * (part * (1 + 2 * one["sums"]) + ring * batch * one["sums"]) if one["sums"] else 0  # sums and derivatives, doubles
+    term += (
+        8 * (part * (1 + 2 * one["sums"]) + ring * batch * one["sums"]) if one["sums"] else 0
+    )  # sums and derivatives, doubles
     scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
     lookup = part * 8 + ring * batch * 4 * dim
     drawn = part * (4 * dim + 8) + ring * batch * (4 * dim + 8 + 8)  # query, image; gradient, sum, own score
-    # Query and positive; candidates and their places, of which each rank gets its own queries'; the places that are wanted; the rows.
-    mixing = part * (4 * dim + 8 * (one["scans"] > 0) + 12 * min(one["candidates"], -(-size // world)) + 8 * one["drawn"])
+    # Query and positive; candidates and their places, of which each rank gets its own queries'; the places that are
+    # wanted; the rows.
+    mixing = part * (
+        4 * dim + 8 * (one["scans"] > 0) + 12 * min(one["candidates"], -(-size // world)) + 8 * one["drawn"]
+    )
     mixing = one["bank_terms"] * mixing + ring * 4 * dim * min(size, one["bank_terms"] * batch * one["drawn"])
-    keys = part * one["shuffled_bytes"] + one["key_gathers"] * part * 4 * dim + one["key_gradients"] * ring * batch * 4 * dim
+    keys = (
+        part * one["shuffled_bytes"]
+        + one["key_gathers"] * part * 4 * dim
+        + one["key_gradients"] * ring * batch * 4 * dim
+    )
     return (
         ring * (one["gradient_bytes"] + 4 * one["norm_sums"] + one["summed_bytes"])
         + one["bank_terms"] * term

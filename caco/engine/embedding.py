@@ -33,7 +33,8 @@ ROWS = 8192  # that are written at once
 
 
 def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: Path) -> None:
-    """Features of all images, kept aside batch by batch, then written into one file under its name; one that is there already stays.
+    """Features of all images, kept aside batch by batch, then written into one file under its name; one that is there
+    already stays.
 
     Args:
         location: the run whose backbone it is; None for weights=.
@@ -50,19 +51,23 @@ def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: P
         of_run = {} if location is None else noted(location.run_dir)
         if of_run.get("channels") != channels_of(cfg):
             raise UserError(
-                f"data.channels: this backbone was trained on {_of_channels(of_run.get('channels'))}, and the images are to be read as "
-                f"{_of_channels(channels_of(cfg))}; expected data.channels={of_run.get('channels', 'null')}"
+                f"data.channels: this backbone was trained on {_of_channels(of_run.get('channels'))}, and the images"
+                f" are to be read as {_of_channels(channels_of(cfg))}; expected"
+                f" data.channels={of_run.get('channels', 'null')}"
             )
         backbone = backbone_of(cfg.backbone, channels_of(cfg))
         load_pretrained(cfg, location, backbone)
         backbone.to(device).to(memory_format=torch.channels_last).eval()
         splits, say = build_splits(cfg), say_sometimes(main)
         views = views_of(cfg, splits, run_dir=None if location is None else location.run_dir, say=say)
-        sources = [source for source in dict.fromkeys([splits.pretrain, splits.train, splits.test]) if source is not None]
+        sources = [
+            source for source in dict.fromkeys([splits.pretrain, splits.train, splits.test]) if source is not None
+        ]
         for source in sources:
             source.look(say)
         store = FeatureStore(
-            splits, views, batch=cfg.batch, device=device, precision=cfg.precision, loader=instantiate(cfg.loader), folder=aside, say=say,
+            splits, views, batch=cfg.batch, device=device, precision=cfg.precision, loader=instantiate(cfg.loader),
+            folder=aside, say=say,
         )  # fmt: skip
         store.all_ranks = distributed.world() > 1
         about = distributed.together(lambda: _about(cfg, store, sources, backbone, views) if main else {})[0]
@@ -80,10 +85,14 @@ def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: P
 
 
 def _of_channels(channels: int | None) -> str:
-    return "photographs" if channels is None else f"images as they are stored, of {channels} channel{'s' * (channels > 1)}"
+    return (
+        "photographs" if channels is None else f"images as they are stored, of {channels} channel{'s' * (channels > 1)}"
+    )
 
 
-def _about(cfg: DictConfig, store: FeatureStore, sources: list[Source], backbone: torch.nn.Module, views: Views) -> dict[str, Any]:
+def _about(
+    cfg: DictConfig, store: FeatureStore, sources: list[Source], backbone: torch.nn.Module, views: Views
+) -> dict[str, Any]:
     """What decides the features, as plain values."""
     return {
         "backbone": store.digest_of(backbone),
@@ -111,7 +120,9 @@ def already(to: Path, about: dict[str, Any]) -> str | None:
 
             found = json.loads(parquet.read_schema(to).metadata[b"caco"])
     except Exception as error:  # noqa: BLE001 - a file of anyone's leads its readers into errors of any type
-        raise UserError(f"to: {to} is there already and is no file of caco.embed's; choose another name, or remove it") from error
+        raise UserError(
+            f"to: {to} is there already and is no file of caco.embed's; choose another name, or remove it"
+        ) from error
     if found != about:
         differs = ", ".join(name for name in about if found.get(name) != about[name])
         raise UserError(f"to: {to} is there already, of another {differs}; choose another name, or remove it")
@@ -119,20 +130,30 @@ def already(to: Path, about: dict[str, Any]) -> str | None:
 
 
 def names_of(source: Source, root: Path | None) -> list[str]:
-    """Of each image its file below the root, or, where it has none of its own, the set's name and the image's position."""
+    """Of each image its file below the root, or, where it has none of its own, the set's name and the image's
+    position.
+    """
     if not len(source) or source.path(0) is None:
         return [f"{source.name}/{index}" for index in range(len(source))]
     paths = [Path(path) for path in map(source.path, range(len(source))) if path is not None]
     inside = root is not None and all(path.is_relative_to(root) for path in paths)
     names = [str(path.relative_to(root)) if inside and root is not None else str(path) for path in paths]
-    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]  # a name may be of any bytes
+    return [
+        name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names
+    ]  # a name may be of any bytes
 
 
-def _write(to: Path, aside: Path, features: list[Tensor], sources: list[Source], cfg: DictConfig, about: dict[str, Any]) -> None:
+def _write(
+    to: Path, aside: Path, features: list[Tensor], sources: list[Source], cfg: DictConfig, about: dict[str, Any]
+) -> None:
     root = cfg.data.get("root")
     files = [name for source in sources for name in names_of(source, None if root is None else expanded(root))]
     labels = [source.labels for source in sources]
-    label = None if any(one is None or one.ndim != 1 for one in labels) else np.concatenate([one for one in labels if one is not None])
+    label = (
+        None
+        if any(one is None or one.ndim != 1 for one in labels)
+        else np.concatenate([one for one in labels if one is not None])
+    )
     unfinished = aside / to.name
     writer = _npz if to.suffix == ".npz" else _parquet
     writer(unfinished, features, files, label, sources[0].classes, json.dumps(about))
@@ -147,7 +168,12 @@ def _pieces(features: list[Tensor]) -> Iterator[np.ndarray]:
 
 
 def _npz(
-    path: Path, features: list[Tensor], files: list[str], label: np.ndarray | None, classes: list[str] | None, about: str
+    path: Path,
+    features: list[Tensor],
+    files: list[str],
+    label: np.ndarray | None,
+    classes: list[str] | None,
+    about: str,
 ) -> None:
     others = {"files": np.array(files), "about": np.array(about)}
     if label is not None:
@@ -164,7 +190,12 @@ def _npz(
 
 
 def _parquet(
-    path: Path, features: list[Tensor], files: list[str], label: np.ndarray | None, classes: list[str] | None, about: str
+    path: Path,
+    features: list[Tensor],
+    files: list[str],
+    label: np.ndarray | None,
+    classes: list[str] | None,
+    about: str,
 ) -> None:
     import pyarrow
     from pyarrow import parquet
@@ -177,7 +208,10 @@ def _parquet(
     with parquet.ParquetWriter(path, schema, compression="none") as writer:
         for rows in _pieces(features):
             part = slice(first, first + len(rows))
-            columns = [pyarrow.array(files[part]), pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), width)]
+            columns = [
+                pyarrow.array(files[part]),
+                pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), width),
+            ]
             columns += [] if label is None else [pyarrow.array(label[part])]
             writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
             first += len(rows)

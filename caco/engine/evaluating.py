@@ -64,10 +64,15 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     distributed.start(device)
     refuse_unfit_backbone(cfg)
     torch.manual_seed(cfg.seed)
-    backbone = backbone_of(cfg.backbone, channels_of(cfg))  # as the run's was before its first step: seeded alike and built first
+    backbone = backbone_of(
+        cfg.backbone, channels_of(cfg)
+    )  # as the run's was before its first step: seeded alike and built first
     encoders: dict[str, torch.nn.Module] = {"": backbone}
     if cfg.baselines:
-        encoders |= {"untrained/": copy.deepcopy(backbone), "pixels/": RawPixels(cfg.augmentation.size, channels=channels_of(cfg) or 3)}
+        encoders |= {
+            "untrained/": copy.deepcopy(backbone),
+            "pixels/": RawPixels(cfg.augmentation.size, channels=channels_of(cfg) or 3),
+        }
     path, step = load_pretrained(cfg, location, backbone)
     with doing("reading the images"):
         splits = build_splits(cfg)
@@ -96,7 +101,12 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     )
     evaluation.require(backbone)
     record = Record(
-        results_dir, cfg, tracker=build_tracker(cfg), step=step, path=path, is_run=location is not None and cfg.to is None
+        results_dir,
+        cfg,
+        tracker=build_tracker(cfg),
+        step=step,
+        path=path,
+        is_run=location is not None and cfg.to is None,
     )
     status = None
     try:
@@ -120,6 +130,8 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
         distributed.stop()
     if record.results:
         print(record.table())
-        for line in dict.fromkeys(line for evaluator in evaluation.evaluators.values() for line in evaluator.departures):
+        for line in dict.fromkeys(
+            line for evaluator in evaluation.evaluators.values() for line in evaluator.departures
+        ):
             print(f"caco: {line}")
     return record.results

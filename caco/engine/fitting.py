@@ -1,6 +1,8 @@
-"""What settings and a folder of images lack of one another: found before torch is imported or a directory made, and named all at once.
+"""What settings and a folder of images lack of one another: found before torch is imported or a directory made, and
+named all at once.
 
-Where a value that nobody gave does not fit and a sensible one follows from the images or the length of the run, it is derived.
+Where a value that nobody gave does not fit and a sensible one follows from the images or the length of the run, it is
+derived.
 """
 
 import os
@@ -54,11 +56,14 @@ class Given:
     def __call__(self, key: str) -> bool:
         options = folders.groups().keys()  # choosing one of these gives no value in it
         return (self._recorded and not key.startswith("schedule.")) or any(
-            key == one or one.startswith(f"{key}.") or (key.startswith(f"{one}.") and one not in options) for one in self._keys
+            key == one or one.startswith(f"{key}.") or (key.startswith(f"{one}.") and one not in options)
+            for one in self._keys
         )
 
 
-def fit(tree: Mapping[str, Any], given: Given, read: Callable[[Mapping[str, Any]], Splits | None], *, world: int = 1) -> Fit:
+def fit(
+    tree: Mapping[str, Any], given: Given, read: Callable[[Mapping[str, Any]], Splits | None], *, world: int = 1
+) -> Fit:
     """What does not fit in a configuration that is otherwise right, and what was derived so that it does.
 
     Args:
@@ -80,24 +85,41 @@ def fit(tree: Mapping[str, Any], given: Given, read: Callable[[Mapping[str, Any]
     needing = [name for name, node in evaluators.items() if signatures.declared(node["_target_"], "needs_labels")]
     labels = None if splits.train is None else splits.train.labels
     if needing and labels is not None and splits.test is None:
-        if not given("data.validation_fraction") and not given("data.labelled_root") and tree["data"].get("validation_fraction") is None:
-            found.derived[f"data.validation_fraction={HELD_OUT}"] = "there are no test images, and a tenth of the training images takes their place"
+        if (
+            not given("data.validation_fraction")
+            and not given("data.labelled_root")
+            and tree["data"].get("validation_fraction") is None
+        ):
+            found.derived[f"data.validation_fraction={HELD_OUT}"] = (
+                "there are no test images, and a tenth of the training images takes their place"
+            )
             held_out = round(HELD_OUT * num_train)
-            num_train, labels = num_train - held_out, labels[held_out:]  # to count by; which are held out is drawn later
+            num_train, labels = (
+                num_train - held_out,
+                labels[held_out:],
+            )  # to count by; which are held out is drawn later
         else:
             found.problems.append(_missing("no test images", splits, needing))
             needing = []
     elif needing and (labels is None or splits.test is None or splits.test.labels is None):
         if given("eval"):
-            found.problems.append(_missing("no labels" if labels is None else "no labelled test images", splits, needing))
+            found.problems.append(
+                _missing("no labels" if labels is None else "no labelled test images", splits, needing)
+            )
         else:
-            found.derived["eval=[geometry]"] = f"the images have no labels, which {' and '.join(needing)} need; geometry needs none"
+            found.derived["eval=[geometry]"] = (
+                f"the images have no labels, which {' and '.join(needing)} need; geometry needs none"
+            )
         needing = []
     if num_train < batch:
         largest = 2 ** int(np.log2(max(num_train, 1)))
         found.problems.append(
             f"batch: expected at most the {num_train:,} images of {splits.pretrain.name} to train on, got {batch:,}"
-            + (f"; batch={largest} leaves {num_train // largest} steps an epoch" if largest >= 2 else "; give more images")
+            + (
+                f"; batch={largest} leaves {num_train // largest} steps an epoch"
+                if largest >= 2
+                else "; give more images"
+            )
         )
     if labels is not None:
         for name in needing:
@@ -111,16 +133,21 @@ def _warmup(tree: Mapping[str, Any], given: Given, found: Fit) -> None:
     if length < epochs:
         return
     if given(key):
-        found.problems.append(f"{key}: expected less than the {epochs:g} epochs of the schedule, got {length:g}; 0 is none")
+        found.problems.append(
+            f"{key}: expected less than the {epochs:g} epochs of the schedule, got {length:g}; 0 is none"
+        )
     else:
-        found.derived[f"{key}={WARMUP_SHARE * epochs:g}"] = f"{length:g} epochs of warm-up do not fit into {epochs:g}; a tenth of them does"
+        found.derived[f"{key}={WARMUP_SHARE * epochs:g}"] = (
+            f"{length:g} epochs of warm-up do not fit into {epochs:g}; a tenth of them does"
+        )
 
 
 def _missing(what: str, splits: Splits, needing: Sequence[str]) -> str:
     return (
-        f"eval=[{','.join(needing)}]: expected labelled training and test images, got {splits.pretrain.name} with {what}; give data.labelled_root=PATH "
-        f"(train/ and test/ of class folders){', hold some out with data.validation_fraction=0.1' * (splits.train is not None)}, or take "
-        "eval=[geometry], which needs none"
+        f"eval=[{','.join(needing)}]: expected labelled training and test images, got {splits.pretrain.name} with"
+        f" {what}; give data.labelled_root=PATH (train/ and test/ of class"
+        f" folders){', hold some out with data.validation_fraction=0.1' * (splits.train is not None)}, or take"
+        " eval=[geometry], which needs none"
     )
 
 
@@ -134,16 +161,21 @@ def _evaluator(name: str, node: Mapping[str, Any], labels: np.ndarray, given: Gi
             continue
         fits = total // world * world
         if given(key) or (share and given(f"eval.{name}.{share}")) or fits < 2:
-            found.problems.append(f"{key}: expected at most {there:,}, the labelled training images that it takes, got {node[setting]:,}")
+            found.problems.append(
+                f"{key}: expected at most {there:,}, the labelled training images that it takes, got {node[setting]:,}"
+            )
             continue
         if part != 1:
-            found.derived[f"eval.{name}.{share}=1"] = f"{part:g} of the labelled training images are {there:,}, fewer than its {setting}, {node[setting]:,}"
+            found.derived[f"eval.{name}.{share}=1"] = (
+                f"{part:g} of the labelled training images are {there:,}, fewer than its {setting}, {node[setting]:,}"
+            )
         if total < node[setting]:
             found.derived[f"{key}={fits}"] = f"there are {total:,} labelled training images"
 
 
 def images_of(data: Mapping[str, Any]) -> Splits | None:
-    """The images of a `data` that is read from a folder, none of them opened; None of others. A run in this process walks over no folder again.
+    """The images of a `data` that is read from a folder, none of them opened; None of others. A run in this process
+    walks over no folder again.
 
     Raises:
         UserError: the folder is not there, or not as it should be.
@@ -176,7 +208,8 @@ def remembered(look: bool) -> Callable[[Mapping[str, Any]], Splits | None]:
 
 
 def overrides_that_fit(
-    cfg: DictConfig, overrides: Sequence[str], problems: list[str], read: Callable[[Mapping[str, Any]], Splits | None], *, recorded: bool,
+    cfg: DictConfig, overrides: Sequence[str], problems: list[str], read: Callable[[Mapping[str, Any]], Splits | None],
+    *, recorded: bool,
     is_sound: bool,
 ) -> list[str]:  # fmt: skip
     """What was derived for this command line, as overrides, and said; what does not fit is added to the problems.
@@ -198,6 +231,9 @@ def overrides_that_fit(
         return []
     if is_first_rank():
         for override, why in found.derived.items():
-            print(f"caco: nobody gave {override.partition('=')[0]}: it is {override.partition('=')[2]}, as {why}", file=sys.stderr)
+            print(
+                f"caco: nobody gave {override.partition('=')[0]}: it is {override.partition('=')[2]}, as {why}",
+                file=sys.stderr,
+            )
     names = ",".join(override.partition("=")[0] for override in found.derived)
     return [*found.derived, f"derived=[{names}]"]

@@ -1,4 +1,6 @@
-"""Optimisers from libraries on the paper's parameter groups, and what a step does with them: rates, clipping, freezing."""
+"""Optimisers from libraries on the paper's parameter groups, and what a step does with them: rates, clipping,
+freezing.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,9 +16,11 @@ from caco.ranges import Betas, Count, NonNegative, ShareBelowOne
 from caco.schedules import RunShape, Table, cosine, drops, scaled_lr, warmup_and_cosine
 
 
-def parameter_groups(groups: list[ParameterGroup], weight_decay: float, *, exclude_one_dimensional: bool) -> list[dict[str, Any]]:
-    """torch's groups: of each of the method's the parameters that decay and, where it or the optimiser excludes these, those of one
-    dimension (biases, BatchNorm), which do not."""
+def parameter_groups(
+    groups: list[ParameterGroup], weight_decay: float, *, exclude_one_dimensional: bool
+) -> list[dict[str, Any]]:
+    """torch's groups: of each of the method's the parameters that decay and, where it or the optimiser excludes these,
+    those of one dimension (biases, BatchNorm), which do not."""
     parts = []
     for group in groups:
         own = {"rate": group.rate, "frozen_steps": group.frozen_steps, "frozen_epochs": group.frozen_epochs}
@@ -59,12 +63,13 @@ def lars_timm(
 
     timm scales no group whose weight decay is 0, so parameters of one dimension get neither decay nor scaling.
 
-    trust_clip: whether a parameter's rate is the smaller of the learning rate and that factor, and not their product (LARC's
-        clipping, which solo-learn's LARS has).
+    trust_clip: whether a parameter's rate is the smaller of the learning rate and that factor, and not their product
+        (LARC's clipping, which solo-learn's LARS has).
     """
     if weight_decay <= 0:
         raise UserError(
-            f"optimizer.weight_decay must be positive with timm's LARS, which ties its scaling to it; got {weight_decay}; or optimizer=lars"
+            "optimizer.weight_decay must be positive with timm's LARS, which ties its scaling to it; got"
+            f" {weight_decay}; or optimizer=lars"
         )
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
     rate = scaled_lr(lr, batch, reference_batch)
@@ -141,12 +146,12 @@ class OptimizerSchedule:
     Args:
         warmup_epochs: of the learning rate.
         warmup_start: fraction of the learning rate at the first tick of the warm-up's W. None: 1 / W.
-        warmup_end: which tick is the first with the whole rate: the warm-up's "last" (SwAV, DINO), or the "next" (BYOL, MoCo v3, Barlow
-            Twins, VICReg, whose rate of 0 at the start is t / W).
+        warmup_end: which tick is the first with the whole rate: the warm-up's "last" (SwAV, DINO), or the "next" (BYOL,
+            MoCo v3, Barlow Twins, VICReg, whose rate of 0 at the start is t / W).
         final_fraction: of the learning rate, at the end; 0.01 in the paper. None where `final_lr` says it.
         final_lr: the learning rate at the end by itself, whatever the batch makes of the peak (DINO).
-        drops: in place of the cosine and its end: shares of the run, rounded to whole epochs, from each of which on the learning rate
-            is `drop_factor` times what it was before (InstDisc, SeLa, CMC).
+        drops: in place of the cosine and its end: shares of the run, rounded to whole epochs, from each of which on the
+            learning rate is `drop_factor` times what it was before (InstDisc, SeLa, CMC).
         final_weight_decay: at the end of a cosine from the optimiser's; None keeps that (DINO goes from 0.04 to 0.4).
         clip_gradient_norm: the gradient's largest norm over all parameters together; None does not clip.
         clip_each_gradient_norm: the largest norm of each parameter's gradient by itself (DINO).
@@ -178,15 +183,17 @@ class OptimizerSchedule:
             )
         if not all(0 < share < 1 for share in drops) or not 0 < drop_factor < 1:
             raise UserError(
-                f"schedule needs drops and drop_factor between 0 and 1; got drops={list(drops)}, drop_factor={drop_factor}"
+                f"schedule needs drops and drop_factor between 0 and 1; got drops={list(drops)},"
+                f" drop_factor={drop_factor}"
             )
         if warmup_end not in ("last", "next"):
             raise UserError(f"schedule needs warmup_end last or next; got {warmup_end!r}")
         clips = {"clip_gradient_norm": clip_gradient_norm, "clip_each_gradient_norm": clip_each_gradient_norm}
         if (final_weight_decay or 0) < 0 or any(clip is not None and clip <= 0 for clip in clips.values()):
             raise UserError(
-                "schedule needs final_weight_decay >= 0 and clip_gradient_norm and clip_each_gradient_norm > 0, or null; got "
-                f"final_weight_decay={final_weight_decay}, " + ", ".join(f"{name}={clip}" for name, clip in clips.items())
+                "schedule needs final_weight_decay >= 0 and clip_gradient_norm and clip_each_gradient_norm > 0, or"
+                f" null; got final_weight_decay={final_weight_decay}, "
+                + ", ".join(f"{name}={clip}" for name, clip in clips.items())
             )
         self.warmup_epochs, self.warmup_start, self.warmup_end = warmup_epochs, warmup_start, warmup_end
         self.final_fraction, self.final_lr = final_fraction, final_lr
@@ -195,7 +202,9 @@ class OptimizerSchedule:
         self.clip_gradient_norm, self.clip_each_gradient_norm = clip_gradient_norm, clip_each_gradient_norm
 
     def learning_rate(self, run: RunShape, base_lr: float = 1.0) -> Table:
-        """Factor on the base rate: a line up to 1 in the warm-up's W ticks, then a cosine to the end's fraction of it, or drops."""
+        """Factor on the base rate: a line up to 1 in the warm-up's W ticks, then a cosine to the end's fraction of it,
+        or drops.
+        """
         if self.warmup_epochs >= run.epochs:
             raise UserError(
                 f"schedule.warmup_epochs must be below epochs, {run.epochs}; got {self.warmup_epochs} "
@@ -219,14 +228,19 @@ class Optimisation:
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: OptimizerSchedule, run: RunShape):
         self.optimizer = optimizer
-        self.clip_gradient_norm, self.clip_each_gradient_norm = schedule.clip_gradient_norm, schedule.clip_each_gradient_norm
+        self.clip_gradient_norm, self.clip_each_gradient_norm = (
+            schedule.clip_gradient_norm,
+            schedule.clip_each_gradient_norm,
+        )
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.lr_factor = run.placed(schedule.learning_rate(run.of_schedules(), self.base_lr[0]))
         decays = [group["weight_decay"] for group in optimizer.param_groups]
         final = schedule.final_weight_decay
-        self.weight_decay = None if final is None else [
-            run.placed(cosine(run.of_schedules(), decay, final)) if decay else None for decay in decays
-        ]
+        self.weight_decay = (
+            None
+            if final is None
+            else [run.placed(cosine(run.of_schedules(), decay, final)) if decay else None for decay in decays]
+        )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -245,7 +259,8 @@ class Optimisation:
         """Set the rates and decays of a step.
 
         Args:
-            lr_factor: of a phase before the training, whose decays are those of the training's first step; None in the training.
+            lr_factor: of a phase before the training, whose decays are those of the training's first step; None in the
+                training.
         """
         training_step = now.step_in_phase if lr_factor is None else 0
         factor = self.lr_factor[training_step] if lr_factor is None else lr_factor

@@ -1,8 +1,8 @@
 """Being told to stop, by a scheduler or a user: a flag that the loop reads, and what happens after its save.
 
 SIGUSR2 comes from SLURM ahead of a time limit or a preemption (`--signal`), SIGTERM on `scontrol requeue`, on the
-preemption of clusters that send nothing else, on `scancel`, and from any user's `kill`, SIGHUP when the terminal is closed or
-the connection to it is lost. (Under nohup, which lets a run go on then, SIGHUP stays ignored.)
+preemption of clusters that send nothing else, on `scancel`, and from any user's `kill`, SIGHUP when the terminal is
+closed or the connection to it is lost. (Under nohup, which lets a run go on then, SIGHUP stays ignored.)
 """
 
 import contextlib
@@ -28,7 +28,9 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Within `with`, a signal to stop is noted instead of obeyed; the loop asks `requested` and ends at a step's end."""
+    """Within `with`, a signal to stop is noted instead of obeyed; the loop asks `requested` and ends at a step's
+    end.
+    """
 
     def __init__(self):
         self.signum: int | None = None

@@ -1,4 +1,6 @@
-"""What a person sees of a run: how it begins and ends, and while it trains a bar on a terminal, plain lines elsewhere."""
+"""What a person sees of a run: how it begins and ends, and while it trains a bar on a terminal, plain lines
+elsewhere.
+"""
 
 import contextlib
 import re
@@ -16,43 +18,67 @@ from caco.saying import clock, doing
 
 
 def beginning(
-    *, data: str, num_train: int, num_test: int, choices: Mapping[str, str], bank_rows: int, batch: int, warm_start_steps: int,
+    *, data: str, num_train: int, num_test: int, choices: Mapping[str, str], bank_rows: int, batch: int,
+    warm_start_steps: int,
     epochs: int, steps_per_epoch: int, processes: int, device: str, run_dir: Path,
 ) -> str:  # fmt: skip
     """What is about to run, for how long, and where its results will be."""
-    shown = [group for group in ("method", "pn", "negatives", "backbone", "augmentation") if choices.get(group) not in (None, "", "plain")]
+    shown = [
+        group
+        for group in ("method", "pn", "negatives", "backbone", "augmentation")
+        if choices.get(group) not in (None, "", "plain")
+    ]
     parts = [f"{group} {choices[group]}" for group in shown]
     bank = f", a bank of {bank_rows:,} rows" if bank_rows else ""
     warm_start = f"{warm_start_steps:,} steps of warm start, then " if warm_start_steps else ""
     tested = f", {num_test:,} images to evaluate with" if num_test else ""
     where = device if processes == 1 else f"{processes} processes, {device}"
     return (
-        f"caco: data:    {data}, {num_train:,} images to learn from without their labels{tested}\n"
-        f"caco: method:  {', '.join(parts)}{bank}\n"
-        f"caco: length:  {warm_start}{epochs:,} epochs of {steps_per_epoch:,} steps, {batch:,} images a step, on {where}\n"
-        f"caco: results: {run_dir}"
+        f"caco: data:    {data}, {num_train:,} images to learn from without their labels{tested}\ncaco: method: "
+        f" {', '.join(parts)}{bank}\ncaco: length:  {warm_start}{epochs:,} epochs of {steps_per_epoch:,} steps,"
+        f" {batch:,} images a step, on {where}\ncaco: results: {run_dir}"
     )
 
 
-def ending(summary: Mapping[str, Any], *, seconds: float, run_dir: Path, evaluators: Sequence[str], epochs: int = 0, commands: bool = True) -> str:
-    """That a run is finished, its results, what of them is missing, and (but for a job of a sweep) commands to go on with."""
+def ending(
+    summary: Mapping[str, Any],
+    *,
+    seconds: float,
+    run_dir: Path,
+    evaluators: Sequence[str],
+    epochs: int = 0,
+    commands: bool = True,
+) -> str:
+    """That a run is finished, its results, what of them is missing, and (but for a job of a sweep) commands to go on
+    with.
+    """
     lines = [f"caco: finished in {clock(seconds)}: {run_dir}{_results(summary)}"]
     if failed := summary.get("failed_evaluations"):
         lines += [f"caco: {len(failed)} evaluation{'s' * (len(failed) > 1)} failed:"]
         lines += [f"caco:   {one['message'].splitlines()[0]}" for one in failed]
         if metrics.missing_at_the_end(summary):
-            lines += ["caco: so results are missing, and the exit code is 3; the same command makes the evaluation at the end again"]
+            lines += [
+                "caco: so results are missing, and the exit code is 3; the same command makes the evaluation at the end"
+                " again"
+            ]
     return "\n".join(lines + (_next(summary, run_dir, evaluators, epochs) if commands else []))
 
 
-def ended_before(summary: Mapping[str, Any], *, when: float, run_dir: Path, evaluators: Sequence[str], epochs: int) -> str:
+def ended_before(
+    summary: Mapping[str, Any], *, when: float, run_dir: Path, evaluators: Sequence[str], epochs: int
+) -> str:
     """That the command of a finished run was given again.
 
     Args:
         when: it finished, in seconds since 1970.
     """
     date = time.strftime("%Y-%m-%d at %H:%M", time.localtime(when))
-    return "\n".join([f"caco: finished already on {date}: {run_dir}{_results(summary)}", *_next(summary, run_dir, evaluators, epochs)])
+    return "\n".join(
+        [
+            f"caco: finished already on {date}: {run_dir}{_results(summary)}",
+            *_next(summary, run_dir, evaluators, epochs),
+        ]
+    )
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -68,17 +94,27 @@ def _next(summary: Mapping[str, Any], run_dir: Path, evaluators: Sequence[str], 
         "twice as long", f"epochs={2 * epochs} continued_schedule=restart",
     )  # fmt: skip
     commands = {
-        "beside the untrained network and raw pixels": f"python -m caco.evaluate {_setting('run', run)} eval=[{','.join(evaluators)}] baselines=true",
+        "beside the untrained network and raw pixels": (
+            f"python -m caco.evaluate {_setting('run', run)} eval=[{','.join(evaluators)}] baselines=true"
+        ),
         "beside other runs": f"python -m caco.results {shlex.quote(folder)}",
         longer: f"python -m caco.train {_setting('continue_from', run)} {how}",
     }
-    shown = {what: command for what, command in commands.items() if (evaluators or "evaluate" not in command) and (epochs or "train " not in command)}
+    shown = {
+        what: command
+        for what, command in commands.items()
+        if (evaluators or "evaluate" not in command) and (epochs or "train " not in command)
+    }
     return [f"caco: next, {what}:\ncaco:   {command}" for what, command in shown.items()]
 
 
 def _typed(path: Path | str) -> str:
     current, absolute = Path.cwd(), Path(path).absolute()
-    return str(absolute.relative_to(current)) if absolute != current and absolute.is_relative_to(current) else str(absolute)
+    return (
+        str(absolute.relative_to(current))
+        if absolute != current and absolute.is_relative_to(current)
+        else str(absolute)
+    )
 
 
 def _setting(key: str, path: str) -> str:
@@ -135,7 +171,9 @@ class Progress:
         self.paused += time.monotonic() - since
 
     def step(self, step: int, where: str, loss: float | None) -> None:
-        """`step` steps are done; `where` says in words where in the run that is. `loss` is given where it is known already."""
+        """`step` steps are done; `where` says in words where in the run that is. `loss` is given where it is known
+        already.
+        """
         self._done = step
         self._first.close()
         if self.bar is not None:

@@ -7,7 +7,8 @@ from caco.evals.evaluation import Evaluation
 
 
 def images_read(evaluation: Evaluation) -> dict[str, Any]:
-    """The images that a run's evaluations read besides those that it is trained on, by digest: what images.json in its directory keeps.
+    """The images that a run's evaluations read besides those that it is trained on, by digest: what images.json in its
+    directory keeps.
 
     They are no part of a run's identity, nor is where they lie; so this is how two test sets are kept out of one curve.
     """
@@ -32,8 +33,11 @@ def other_images(recorded: dict[str, Any], ours: dict[str, Any], *, is_done: boo
     """
     parts = [*recorded.get("images", {}), *recorded.get("epoch", {}), *(recorded.get("end", {}) if is_done else {})]
     known, here = ({**of.get("images", {}), **of.get("epoch", {}), **of.get("end", {})} for of in (recorded, ours))
-    # What earlier versions wrote of an evaluator's sets, a list, had the times of files in it, and a copy looked like other images.
-    differ = [part for part in parts if part in here and type(here[part]) is type(known[part]) and here[part] != known[part]]
+    # What earlier versions wrote of an evaluator's sets, a list, had the times of files in it, and a copy looked like
+    # other images.
+    differ = [
+        part for part in parts if part in here and type(here[part]) is type(known[part]) and here[part] != known[part]
+    ]
     if not differ:
         return None
     where = {"train": "the labelled training images", "test": "the test images"}
@@ -41,6 +45,7 @@ def other_images(recorded: dict[str, Any], ours: dict[str, Any], *, is_done: boo
     shown = {part: (known[part], here[part]) if isinstance(known[part], str) else None for part in differ}
     digests = "; ".join(f"{part}: digest {pair[0]}, now {pair[1]}" for part, pair in shown.items() if pair)
     return (
-        f"this run has been evaluated on other images so far ({named}{': ' * bool(digests)}{digests}), and its curve would be of both: point "
-        "data.root, data.labelled_root or the evaluator's root at those, or choose another hydra.run.dir"
+        f"this run has been evaluated on other images so far ({named}{': ' * bool(digests)}{digests}), and its curve"
+        " would be of both: point data.root, data.labelled_root or the evaluator's root at those, or choose another"
+        " hydra.run.dir"
     )

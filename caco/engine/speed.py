@@ -15,7 +15,8 @@ from caco.engine.assembly import build_encoder, pick_device
 
 
 def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int = 3) -> dict[str, float]:
-    """This machine's own tflops and bank_tflops, each the best of a few runs; the second where a query meets whole rows of a bank.
+    """This machine's own tflops and bank_tflops, each the best of a few runs; the second where a query meets whole rows
+    of a bank.
 
     Args:
         images: of the first view's size through the encoder, forward and backward.
@@ -25,7 +26,9 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
     encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
     views = instantiate(cfg.augmentation)
     size = (views.sizes or [views.patches.size])[0]
-    view = torch.randn(images, channels_of(cfg) or 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    view = torch.randn(images, channels_of(cfg) or 3, size, size, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
 
     def model() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):

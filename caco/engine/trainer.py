@@ -39,7 +39,8 @@ class NonFiniteLossError(UserError):
 class Trainer:
     """Runs a method over a loader; owns the step counter, the rates, precision, cadence and the run's state.
 
-    Steps are numbered from 0 over the whole run. Those of a method's earlier phases (a warm start) come first; epoch 0 follows them.
+    Steps are numbered from 0 over the whole run. Those of a method's earlier phases (a warm start) come first; epoch 0
+    follows them.
 
     Args:
         method, loader, optimisation, images, evaluation, tracker, checkpoints: the parts.
@@ -47,8 +48,8 @@ class Trainer:
         seed: of what draws random numbers in the model.
         config_hash, data_digest: what a checkpoint must share to be gone on from.
         max_steps: stop after so many steps (earlier phases included), or None.
-        accumulate: forward and backward passes that a batch is cut into, to fit a small memory; None is 1. The gradients,
-            the positives and the bank's motion are those of the whole batch; BatchNorm sees the parts.
+        accumulate: forward and backward passes that a batch is cut into, to fit a small memory; None is 1. The
+            gradients, the positives and the bank's motion are those of the whole batch; BatchNorm sees the parts.
         precision: "bf16" runs the encoders under autocast; embeddings, bank and parameters stay float32.
         log_every_steps, eval_every_epochs, save_every_epochs, save_every_steps, milestone_epochs: cadence.
         anomaly: torch's detection of the operation that made a NaN; slow.
@@ -87,8 +88,16 @@ class Trainer:
         self.evaluation, self.tracker, self.checkpoints = evaluation, tracker, checkpoints
         self.device, self.config_hash, self.data_digest = device, config_hash, data_digest
         self.precision, self.anomaly, self.profile_to = precision, anomaly, profile_to
-        self.log_every_steps, self.eval_every_epochs, self.save_every_epochs = log_every_steps, eval_every_epochs, save_every_epochs
-        self.save_every_steps, self.milestone_epochs, self.stop = save_every_steps, set(milestone_epochs), stop or Stop()
+        self.log_every_steps, self.eval_every_epochs, self.save_every_epochs = (
+            log_every_steps,
+            eval_every_epochs,
+            save_every_epochs,
+        )
+        self.save_every_steps, self.milestone_epochs, self.stop = (
+            save_every_steps,
+            set(milestone_epochs),
+            stop or Stop(),
+        )
 
         self.accumulate = accumulate or 1
         own = run.batch // distributed.world()
@@ -99,13 +108,15 @@ class Trainer:
             )
         if self.accumulate > 1 and method.needs.whole_batch:
             raise UserError(
-                "accumulate: the images of a batch meet one another in this method's loss, and a part of a batch has fewer of "
-                f"them; expected null, got {accumulate}"
+                "accumulate: the images of a batch meet one another in this method's loss, and a part of a batch has"
+                f" fewer of them; expected null, got {accumulate}"
             )
         self.phases = method.phases(run)
         self.tables = {name: run.placed(table) for name, table in method.schedules(run.of_schedules()).items()}
         self._check_phases()
-        self.first_step = [sum(phase.steps or 0 for phase in self.phases[:number]) for number in range(len(self.phases))]
+        self.first_step = [
+            sum(phase.steps or 0 for phase in self.phases[:number]) for number in range(len(self.phases))
+        ]
         self.training_starts = self.first_step[-1]
         self.total_steps = self.training_starts + run.steps
         if max_steps is not None:
@@ -114,10 +125,17 @@ class Trainer:
         self.step, self.signs = 0, Signs()
         self.epoch_sums: dict[str, torch.Tensor] = {}
         self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
-        self.evaluation_due: Literal["epoch", "end"] | None = "epoch"  # saved before it is made, and so made when a run goes on
-        self.failed_evaluations: list[dict[str, Any]] = []  # evaluator, step, and after what, in words, with the message
+        self.evaluation_due: Literal["epoch", "end"] | None = (
+            "epoch"  # saved before it is made, and so made when a run goes on
+        )
+        self.failed_evaluations: list[
+            dict[str, Any]
+        ] = []  # evaluator, step, and after what, in words, with the message
         self.has_warned = False
-        self.time = {"steps": 0, "seconds": 0.0}  # how many steps have been timed, and how long they took; in all processes
+        self.time = {
+            "steps": 0,
+            "seconds": 0.0,
+        }  # how many steps have been timed, and how long they took; in all processes
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout and the like, from here on
 
     # Where a step lies.
@@ -201,8 +219,8 @@ class Trainer:
                 # Every rank sees the same mean, so all stop together, and nothing has been updated yet.
                 if not math.isfinite(loss := values["loss"].item()):
                     raise NonFiniteLossError(
-                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good; try a lower "
-                        "optimizer.lr, or precision=fp32"
+                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good;"
+                        " try a lower optimizer.lr, or precision=fp32"
                     )
                 distributed.mean_gradients(self.optimisation.parameters)
                 self.optimisation.step(now)
@@ -219,12 +237,17 @@ class Trainer:
 
                 self._log(now, values, progress)
                 last = self.step == self.total_steps
-                ended = now.epoch if now.step_in_epoch == self.run.steps_per_epoch - 1 else None  # an epoch, with this step
+                ended = (
+                    now.epoch if now.step_in_epoch == self.run.steps_per_epoch - 1 else None
+                )  # an epoch, with this step
                 phase_over = now.epoch is None and now.last_of_phase
                 if ended is not None:
                     self._log_epoch(ended, progress)
                 if phase_over:
-                    progress.say(f"{now.phase.capitalize()} finished: {now.step_in_phase + 1} steps. Training starts with epoch 1.")
+                    progress.say(
+                        f"{now.phase.capitalize()} finished: {now.step_in_phase + 1} steps. Training starts with"
+                        " epoch 1."
+                    )
                     self.epoch_sums.clear()
                 if last or phase_over or (ended is not None and (ended + 1) % self.eval_every_epochs == 0):
                     self.evaluation_due = "end" if last else "epoch"
@@ -299,7 +322,11 @@ class Trainer:
 
     def _log_epoch(self, epoch: int, progress: Progress) -> None:
         count = self.epoch_sums.pop("count").item()
-        row = {name: value.item() / count for name, value in self.epoch_sums.items()} | self.method.statistics() | self.signs.of_epoch()
+        row = (
+            {name: value.item() / count for name, value in self.epoch_sums.items()}
+            | self.method.statistics()
+            | self.signs.of_epoch()
+        )
         self.epoch_sums.clear()
         self.latest |= row
         self._record({"epoch": epoch, **row}, "epoch")
@@ -309,10 +336,14 @@ class Trainer:
             self._record({"epoch": epoch, "message": warning}, "warning")
 
     def evaluate_if_due(self, progress: Progress) -> None:
-        """Evaluate the backbone; percent, 0-100. A collective. An evaluator that fails is named, and the training goes on."""
+        """Evaluate the backbone; percent, 0-100. A collective. An evaluator that fails is named, and the training goes
+        on.
+        """
         if self.evaluation_due is None:
             return
-        ended = next((p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None)  # a warm start
+        ended = next(
+            (p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None
+        )  # a warm start
         after = f"the {ended.name}" if ended else f"{self.epochs_done():g} of {self.run.epochs} epochs"
 
         def failed(name: str, error: Exception) -> None:
@@ -339,7 +370,9 @@ class Trainer:
 
     def _name_of_backbone(self) -> str:
         """Of what evaluators see, among the method's parts: DINO's is the teacher's, and a file must say so."""
-        return next((name for name, module in self.method.named_modules() if module is self.method.backbone), "encoder.backbone")
+        return next(
+            (name for name, module in self.method.named_modules() if module is self.method.backbone), "encoder.backbone"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on. A collective: the bank's shards are gathered."""
@@ -372,7 +405,9 @@ class Trainer:
             ValueError: the checkpoint is of another configuration, or of other data.
         """
         if state["config_hash"] != self.config_hash:
-            raise UserError(f"expected a checkpoint of configuration {self.config_hash}; got one of {state['config_hash']}")
+            raise UserError(
+                f"expected a checkpoint of configuration {self.config_hash}; got one of {state['config_hash']}"
+            )
         if state["data_digest"] != self.data_digest:
             raise UserError(
                 f"expected a checkpoint made with these data (digest {self.data_digest}); got one made with others "
@@ -382,7 +417,10 @@ class Trainer:
         assert state["place"] == self.place(self.step), "the same data and configuration give the same steps"
         self.evaluation_due, self.has_warned = state["evaluation_due"], state["has_warned"]
         # An older checkpoint does not say.
-        self.time, self.failed_evaluations = dict(state.get("time", self.time)), list(state.get("failed_evaluations", []))
+        self.time, self.failed_evaluations = (
+            dict(state.get("time", self.time)),
+            list(state.get("failed_evaluations", [])),
+        )
         self.method.load_state_dict(state["method"])
         self.optimisation.optimizer.load_state_dict(state["optimizer"])
         self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])

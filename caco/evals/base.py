@@ -17,8 +17,8 @@ When = Literal["epoch", "end"]
 class Work:
     """A part of what an evaluation takes, for caco.plan: so many images of one kind.
 
-    what: in words: "segment_fcn16: crops of 513 px to train on". images: how many, over all steps. flops: multiplications and additions
-    of one. once: computes one on a device, to be timed.
+    what: in words: "segment_fcn16: crops of 513 px to train on". images: how many, over all steps. flops:
+    multiplications and additions of one. once: computes one on a device, to be timed.
     """
 
     what: str
@@ -30,17 +30,20 @@ class Work:
 class Evaluator(Protocol):
     """Measures a backbone: `build` once, then `run` as often as the backbone has become another.
 
-    An evaluator of one's own derives from it, sets `when` and defines `build` and `run`. Its constructor takes plain values, the keys of
-    its YAML. Who calls: caco/evals/evaluation.py, for the Trainer and for caco.evaluate.
+    An evaluator of one's own derives from it, sets `when` and defines `build` and `run`. Its constructor takes plain
+    values, the keys of its YAML. Who calls: caco/evals/evaluation.py, for the Trainer and for caco.evaluate.
 
     when: "epoch" for every evaluation while training and the last one, "end" for the last one alone.
-    on_all_ranks: whether `run` is a collective, because it trains, or because the ranks share the reading of images. Then what the
-        store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone has: it computes and yields, and
-        the other ranks, having asked for the same, yield nothing. Others run on rank 0, which reads by itself, and the other ranks wait.
-    needs_labels: whether it needs labelled training and test images of the run's own `data`: then a run without any is told before it begins.
-    bounded: settings that may be at most the number of labelled training images, or of the share of each class that another setting says:
+    on_all_ranks: whether `run` is a collective, because it trains, or because the ranks share the reading of images.
+        Then what the store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone
+        has: it computes and yields, and the other ranks, having asked for the same, yield nothing. Others run on rank
+        0, which reads by itself, and the other ranks wait.
+    needs_labels: whether it needs labelled training and test images of the run's own `data`: then a run without any is
+    told before it begins. bounded: settings that may be at most the number of labelled training images, or of the share
+    of each class that another setting says:
         {"k": "fraction"}, {"batch": ""}.
-    departures: in what it differs from what was published by that name, a sentence each, printed with the results at the end.
+    departures: in what it differs from what was published by that name, a sentence each, printed with the results at
+    the end.
     """
 
     when: When
@@ -51,7 +54,8 @@ class Evaluator(Protocol):
 
     @abstractmethod
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """On every rank, before anything is trained: take from the store what every `run` needs, and draw, by the seed alone.
+        """On every rank, before anything is trained: take from the store what every `run` needs, and draw, by the seed
+        alone.
 
         Here is said what the images lack (labels, enough of them), not after hours of training.
 
@@ -68,19 +72,22 @@ class Evaluator(Protocol):
 
     @abstractmethod
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (name, number), accuracies in percent. A name is that of a column in the record and of no other evaluator.
+        """Yields (name, number), accuracies in percent. A name is that of a column in the record and of no other
+        evaluator.
 
-        Leaves the backbone's weights, modes and gradients and torch's random numbers as they were: training goes on with them.
+        Leaves the backbone's weights, modes and gradients and torch's random numbers as they were: training goes on
+        with them.
         """
 
     def inputs(self) -> list[Any]:
-        """What the numbers depend on besides the constructor's arguments and the store's images, as plain values, after `build`: other
-        sets of images, by name and digest. For caco.evaluate, which makes no result twice."""
+        """What the numbers depend on besides the constructor's arguments and the store's images, as plain values, after
+        `build`: other sets of images, by name and digest. For caco.evaluate, which makes no result twice."""
         return []
 
     def image_sets(self) -> dict[str, str]:
-        """The sets of images of its own by name, each with a digest of its content, after `build`: where another folder holds another set of
-        that name, its results get a name of their own (caco/evals/record.py), and a run does not go on with it."""
+        """The sets of images of its own by name, each with a digest of its content, after `build`: where another folder
+        holds another set of that name, its results get a name of their own (caco/evals/record.py), and a run does not
+        go on with it."""
         return {}
 
     def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:

@@ -1,6 +1,7 @@
 """Training a linear classifier on a backbone, frozen or not: what linear evaluation and fine-tuning have in common.
 
-An epoch, in order: rates, features, head, loss, gradients' mean over the ranks, optimiser; a checkpoint after each epoch.
+An epoch, in order: rates, features, head, loss, gradients' mean over the ranks, optimiser; a checkpoint after each
+epoch.
 """
 
 import copy
@@ -72,7 +73,11 @@ class Recipe:
         rate = scaled_lr(self.lr, self.batch, self.reference_batch)
         if self.larc:
             return LARC(
-                parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay, trust_coefficient=self.trust_coefficient
+                parameters,
+                lr=rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                trust_coefficient=self.trust_coefficient,
             )
         return torch.optim.SGD(
             parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
@@ -116,8 +121,9 @@ def train_classifier(
 ) -> nn.Sequential:
     """Backbone and head trained on augmented views of a labelled source. A collective.
 
-    Deterministic: views depend on (seed, epoch, image). With a folder in the store, as a run has while it trains, each epoch ends
-    with a checkpoint, and a call with the same backbone, images and settings goes on from the last one to the same bits.
+    Deterministic: views depend on (seed, epoch, image). With a folder in the store, as a run has while it trains, each
+    epoch ends with a checkpoint, and a call with the same backbone, images and settings goes on from the last one to
+    the same bits.
 
     Args:
         frozen: only the head learns, on the eval-mode backbone; else a copy of the backbone learns too, in train mode.
@@ -147,7 +153,8 @@ def train_classifier(
     )  # fmt: skip
     factors = recipe.lr_factors(loader.steps_per_epoch)
     first_epoch = 0
-    made_from = {"recipe": vars(recipe), "backbone": backbone_digest, "images": "" if store.folder is None else source.digest(),
+    made_from = {"recipe": vars(recipe), "backbone": backbone_digest,
+    "images": "" if store.folder is None else source.digest(),
                  "seed": seed, "frozen": frozen, "precision": store.precision, "size": views.size, "mean": views.mean,
                  "std": views.std, "world": distributed.world()}  # fmt: skip
     checkpoints = store.checkpoints(name, made_from)
@@ -161,8 +168,12 @@ def train_classifier(
             store.say(f"{name}: going on from {path}, epoch {first_epoch} of {recipe.epochs}")
     try:
         for epoch in range(first_epoch, recipe.epochs):
-            loss = _epoch(network, parameters, optimizer, loader, epoch, factors, store, frozen=frozen, seed=seed, name=name)
-            store.say(f"{name}: epoch {epoch + 1} of {recipe.epochs}, loss {loss:.4f}", passing=epoch + 1 < recipe.epochs)
+            loss = _epoch(
+                network, parameters, optimizer, loader, epoch, factors, store, frozen=frozen, seed=seed, name=name
+            )
+            store.say(
+                f"{name}: epoch {epoch + 1} of {recipe.epochs}, loss {loss:.4f}", passing=epoch + 1 < recipe.epochs
+            )
             if checkpoints is not None and distributed.is_main():
                 state = {"epoch": epoch + 1, "network": learning.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoints.save(state, epoch + 1)
@@ -209,7 +220,9 @@ def _epoch(
             for step in range(steps):
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factors[epoch * steps + step]
-                distributed.together(partial(learn, step))  # an image that one rank cannot read must not leave the others waiting
+                distributed.together(
+                    partial(learn, step)
+                )  # an image that one rank cannot read must not leave the others waiting
                 distributed.mean_gradients(parameters)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -230,7 +243,9 @@ def _features(backbone: nn.Module, images: Tensor, store: FeatureStore, *, froze
             return backbone(images.contiguous(memory_format=torch.channels_last)).float()
         with torch.no_grad():
             pieces = images.split(store.batch)
-            return torch.cat([backbone(piece.contiguous(memory_format=torch.channels_last)).float() for piece in pieces])
+            return torch.cat(
+                [backbone(piece.contiguous(memory_format=torch.channels_last)).float() for piece in pieces]
+            )
 
 
 def width_of(backbone: nn.Module, store: FeatureStore) -> int:

@@ -23,18 +23,30 @@ from caco.evals.base import Evaluator
 from caco.evals.classifier import Recipe, train_classifier
 from caco.evals.features import FeatureStore
 from caco.evals.logistic import choose_strength, logits_of, strengths
-from caco.ranges import AboveZero, Count, Length, Natural, NonNegative, Pixels, Several, ShareBelowOne, ShareInterval, held
+from caco.ranges import (
+    AboveZero,
+    Count,
+    Length,
+    Natural,
+    NonNegative,
+    Pixels,
+    Several,
+    ShareBelowOne,
+    ShareInterval,
+    held,
+)
 
 
 class Domain(Evaluator):
-    """Accuracy on each domain of a classifier of the three others: `<protocol>/<domain>_top1`, and the mean of the four domains,
-    `<protocol>/mean_top1`, percent. The protocols are `pacs`, of frozen features, and `pacs_finetune`; what is changed of them stands
-    in their names (caco/metrics.py).
+    """Accuracy on each domain of a classifier of the three others: `<protocol>/<domain>_top1`, and the mean of the four
+    domains, `<protocol>/mean_top1`, percent. The protocols are `pacs`, of frozen features, and `pacs_finetune`; what is
+    changed of them stands in their names (caco/metrics.py).
 
-    Protocol of the set's published lists, as Dassl has it: train on the train lists of three domains, choose by their crossval lists,
-    test once on all images of the fourth. Frozen: logistic regression by L-BFGS, as transfer's, whose strength is chosen so, and which
-    is not fitted again. Fine-tuned: JiGen's optimisation (SGD 0.001, batch 128, 30 epochs, a tenth of the rate after 24, crops and
-    flips, without its changes of colour), after the last epoch; of several rates the best by the crossval lists.
+    Protocol of the set's published lists, as Dassl has it: train on the train lists of three domains, choose by their
+    crossval lists, test once on all images of the fourth. Frozen: logistic regression by L-BFGS, as transfer's, whose
+    strength is chosen so, and which is not fitted again. Fine-tuned: JiGen's optimisation (SGD 0.001, batch 128, 30
+    epochs, a tenth of the rate after 24, crops and flips, without its changes of colour), after the last epoch; of
+    several rates the best by the crossval lists.
 
     Args:
         root: holds PACS in one of the published layouts (caco/data/sets/domains.py).
@@ -82,14 +94,17 @@ class Domain(Evaluator):
             raise UserError(f"domain lrs: expected each rate once, got {list(lrs)}")
         self.root, self.targets, self.size, self.when, self.lrs = root, list(targets), size, when, list(lrs)
         self.solver: dict[str, Any] = {
-            "strengths": strengths(num_strengths, weakest, strongest), "max_iterations": max_iterations, "tolerance": tolerance
+            "strengths": strengths(num_strengths, weakest, strongest), "max_iterations": max_iterations,
+            "tolerance": tolerance
         }  # fmt: skip
         self.recipe = Recipe(
-            epochs=epochs, batch=batch, lr=self.lrs[0], reference_batch=None, momentum=momentum, weight_decay=weight_decay,
+            epochs=epochs, batch=batch, lr=self.lrs[0], reference_batch=None, momentum=momentum,
+            weight_decay=weight_decay,
             schedule="steps", milestones=list(milestones), decay=decay, scale=list(scale), drop_last=True,
         )  # fmt: skip
         self.protocols = metrics.domain(
-            ways=ways, size=size, num_strengths=num_strengths, weakest=weakest, strongest=strongest, max_iterations=max_iterations,
+            ways=ways, size=size, num_strengths=num_strengths, weakest=weakest, strongest=strongest,
+            max_iterations=max_iterations,
             tolerance=tolerance, lrs=lrs, epochs=epochs, batch=batch, momentum=momentum, weight_decay=weight_decay,
             milestones=milestones, decay=decay, scale=scale,
         )  # fmt: skip
@@ -111,8 +126,8 @@ class Domain(Evaluator):
                 store.refuse_shared(store.splits.pretrain, self._pacs.part([target]))
             except UserError as error:
                 raise UserError(
-                    f"{error}. An encoder that was pre-trained on domains of PACS is tested on one that it has not seen: "
-                    "eval.domain.targets=[DOMAIN]"
+                    f"{error}. An encoder that was pre-trained on domains of PACS is tested on one that it has not"
+                    " seen: eval.domain.targets=[DOMAIN]"
                 ) from error
         like, crop = store.views, View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
         self._views = Views(size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0)
@@ -126,8 +141,8 @@ class Domain(Evaluator):
         return {"pacs": digest_together([self._pacs.every])}
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<protocol>/<domain>_top1`, percent), what was chosen for it (`..._strength`, lambda, or `..._lr` of several), and
-        (`<protocol>/mean_top1`, percent)."""
+        """Yields (`<protocol>/<domain>_top1`, percent), what was chosen for it (`..._strength`, lambda, or `..._lr` of
+        several), and (`<protocol>/mean_top1`, percent)."""
         for way, protocol in self._protocol_of.items():
             found = list(self._frozen(backbone) if way == "frozen" else self._finetuned(backbone, protocol))
             for target, accuracy, chosen in found:
@@ -149,13 +164,23 @@ class Domain(Evaluator):
             train, crossval = (torch.from_numpy(pacs.at(others_than(target), which)) for which in ("train", "crossval"))
             test = torch.from_numpy(pacs.at([target]))
 
-            def measured(strength: float, logits_MC: Tensor, target: str = target, crossval: Tensor = crossval) -> float:
+            def measured(
+                strength: float, logits_MC: Tensor, target: str = target, crossval: Tensor = crossval
+            ) -> float:
                 value = _percent(logits_MC, label_N[crossval])
-                store.say(f"{self._protocol_of['frozen']}/{target}: strength {strength:.1e}, crossval {value:.2f}", passing=True)
+                store.say(
+                    f"{self._protocol_of['frozen']}/{target}: strength {strength:.1e}, crossval {value:.2f}",
+                    passing=True,
+                )
                 return value
 
             strength, classifier = choose_strength(
-                x_ND[train], label_N[train].to(store.device), x_ND[crossval], measured, num_classes=len(CLASSES), **self.solver
+                x_ND[train],
+                label_N[train].to(store.device),
+                x_ND[crossval],
+                measured,
+                num_classes=len(CLASSES),
+                **self.solver,
             )
             yield target, _percent(logits_of(x_ND[test], *classifier), label_N[test]), {"strength": strength}
 
@@ -168,14 +193,17 @@ class Domain(Evaluator):
             best, network, chosen = -math.inf, None, 0.0
             for lr in self.lrs:
                 trained = train_classifier(
-                    backbone, train, replace(self.recipe, lr=lr, batch=batch), store, num_classes=len(CLASSES), frozen=False,
+                    backbone, train, replace(self.recipe, lr=lr, batch=batch), store, num_classes=len(CLASSES),
+                    frozen=False,
                     seed=self._seed, name=f"{protocol}-{target}", like=self._views,
                 )  # fmt: skip
                 value = 0.0
                 if len(self.lrs) > 1:
                     logits_MC = store.outputs(trained, crossval, self._views)
                     labels = torch.from_numpy(labels_of(crossval))
-                    value = distributed.shared_object(_percent(logits_MC, labels) if distributed.is_main() else None, patient=True)
+                    value = distributed.shared_object(
+                        _percent(logits_MC, labels) if distributed.is_main() else None, patient=True
+                    )
                 if value > best:
                     best, network, chosen = value, trained, lr
             assert network is not None, "at least one rate was tried"

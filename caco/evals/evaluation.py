@@ -25,7 +25,8 @@ class Evaluation:
     """Builds each evaluator once and then runs them on whatever the backbone has become.
 
     Args:
-        evaluators: by their config name (`eval.<name>`); may be empty. What they are asked, and when: caco/evals/base.py.
+        evaluators: by their config name (`eval.<name>`); may be empty. What they are asked, and when:
+            caco/evals/base.py.
         splits ... say: see FeatureStore.
         seed: of the evaluators' own draws.
     Raises:
@@ -107,11 +108,14 @@ class Evaluation:
                 self.store.say(line)
         return results
 
-    def each(self, backbone: nn.Module, names: list[str], failed: Failed | None = None) -> Iterator[tuple[str, dict[str, float]]]:
+    def each(
+        self, backbone: nn.Module, names: list[str], failed: Failed | None = None
+    ) -> Iterator[tuple[str, dict[str, float]]]:
         """(name, results) of these evaluators, one after the other.
 
         Args:
-            failed: is told, on every rank, of an evaluator that raised, and the others go on; without it the error is raised.
+            failed: is told, on every rank, of an evaluator that raised, and the others go on; without it the error is
+                raised.
         """
         self.store.forget()
         try:

@@ -18,7 +18,8 @@ Precision = Literal["bf16", "fp32"]
 def extract(
     backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str, precision: Precision
 ) -> tuple[Tensor, Tensor]:
-    """Features of every image in order, by the backbone in eval mode; leaves its modes, buffers and the RNGs as they were.
+    """Features of every image in order, by the backbone in eval mode; leaves its modes, buffers and the RNGs as they
+    were.
 
     Args:
         batches: (images [b, 3, H, W], labels [b]) pairs.
@@ -49,24 +50,29 @@ def for_each_batch(
     precision: Precision,
     all_ranks: bool = False,
 ) -> None:
-    """As `extract`, but gives each batch's features [b, D] (in the backbone's own type, on the CPU) and labels to `take`.
+    """As `extract`, but gives each batch's features [b, D] (in the backbone's own type, on the CPU) and labels to
+    `take`.
 
     Args:
-        all_ranks: every rank is here, with batches of its own: `take` gets on rank 0 the first batch of each rank, then the second of
-            each, and on the others nothing. What goes wrong on one rank is raised on all.
+        all_ranks: every rank is here, with batches of its own: `take` gets on rank 0 the first batch of each rank, then
+            the second of each, and on the others nothing. What goes wrong on one rank is raised on all.
     """
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision: expected bf16 or fp32, got {precision!r}")
     device = torch.device(device)
     was_training = {module: module.training for module in backbone.modules()}
-    cuda_devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    cuda_devices = (
+        [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     own = iter(batches)
     computed: list[tuple[Tensor, Tensor]] = []  # by this rank, of the next batch
     arrived: list[tuple[Tensor, Tensor]] = []  # on rank 0, of the last one, by every rank
 
     def work() -> bool:
-        """Whether there is another batch. What arrived is taken here, where the other ranks hear of it if that fails."""
+        """Whether there is another batch. What arrived is taken here, where the other ranks hear of it if that
+        fails.
+        """
         for features_bD, labels_b in arrived:
             take(features_bD, labels_b)
         arrived.clear()
@@ -96,7 +102,9 @@ def for_each_batch(
 
 
 def in_one(num_images: int) -> tuple[list[Tensor], Callable[[Tensor, Tensor], None]]:
-    """A list that will hold one tensor [num_images, D] float32, and a `take` that fills it: features are not held twice."""
+    """A list that will hold one tensor [num_images, D] float32, and a `take` that fills it: features are not held
+    twice.
+    """
     whole: list[Tensor] = []
     filled = [0]
 
@@ -111,7 +119,9 @@ def in_one(num_images: int) -> tuple[list[Tensor], Callable[[Tensor, Tensor], No
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Matrix products without TF32 or bfloat16, whatever training allows itself: what we count must not depend on that."""
+    """Matrix products without TF32 or bfloat16, whatever training allows itself: what we count must not depend on
+    that.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -121,7 +131,9 @@ def full_float32() -> Iterator[None]:
 
 
 def network_digest(network: nn.Module) -> str:
-    """Sixteen hexadecimal digits of what a network computes: its structure, every parameter and buffer, and code of the user's own."""
+    """Sixteen hexadecimal digits of what a network computes: its structure, every parameter and buffer, and code of the
+    user's own.
+    """
     code = folders.code_of({type(module).__module__ for module in network.modules()})
     state = hashlib.sha256(f"{network!r}{code or ''}".encode())
     for name, tensor in network.state_dict().items():

@@ -21,8 +21,8 @@ def key_of(made_from: dict[str, Any]) -> str:
 class FeatureFiles:
     """Features on disk, each file found again by what it was made from; bounded memory, whatever the set's size.
 
-    A file is written from its first row to its last under another name and renamed when it is whole; one that a kill cut
-    off is gone on with. Two processes that want the same file make it once.
+    A file is written from its first row to its last under another name and renamed when it is whole; one that a kill
+    cut off is gone on with. Two processes that want the same file make it once.
 
     Args:
         folder: where they are; made when needed.

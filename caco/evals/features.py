@@ -1,4 +1,6 @@
-"""Frozen features of a backbone, computed once and shared by all evaluators: in memory for a round, or on disk for good."""
+"""Frozen features of a backbone, computed once and shared by all evaluators: in memory for a round, or on disk for
+good.
+"""
 
 import contextlib
 import shutil
@@ -28,19 +30,23 @@ from caco.saying import Say, counting, silent
 class FeatureStore:
     """The train and test images and their features in this round; each feature is computed at most once a round.
 
-    Images of small sets are transformed once and stay in memory across rounds, those of large ones are read again, by the workers that
-    the loader has. Where all ranks run an evaluator (`all_ranks`, which Evaluation sets), `features`, `of` and `outputs` are
-    collectives: each rank reads and computes a share, and rank 0 gets the result, the others an empty tensor.
+    Images of small sets are transformed once and stay in memory across rounds, those of large ones are read again, by
+    the workers that the loader has. Where all ranks run an evaluator (`all_ranks`, which Evaluation sets), `features`,
+    `of` and `outputs` are collectives: each rank reads and computes a share, and rank 0 gets the result, the others an
+    empty tensor.
 
     Args:
         splits: only `train` and `test` are used.
         views: whose plain view of each image is taken.
         batch: images a forward pass.
         cache_bytes: a split whose transformed images take no more than this stays in memory.
-        loader: settings of the loader that training uses: its workers read images, and evaluators train with it on augmented views.
-        folder: where features and evaluators' checkpoints are kept on disk; None keeps features in memory, and no checkpoint.
+        loader: settings of the loader that training uses: its workers read images, and evaluators train with it on
+            augmented views.
+        folder: where features and evaluators' checkpoints are kept on disk; None keeps features in memory, and no
+            checkpoint.
         cache: another folder for the features, which several evaluations may share.
-        passing: while training: features stay in memory all the same, and an evaluator's checkpoints are removed after its results.
+        passing: while training: features stay in memory all the same, and an evaluator's checkpoints are removed after
+            its results.
         overlap: whether evaluators that bring images of their own may test on training images.
         compared: finds images that sets share, and keeps what it knows of them.
         say: is told what an evaluator that takes its time is doing; `passing` lines may be left out.
@@ -104,7 +110,9 @@ class FeatureStore:
         if self.overlap == "refuse":
             self._compared.refuse(train, test)
 
-    def features(self, backbone: nn.Module, split: Literal["train", "test"], indices: np.ndarray | None = None) -> Tensor:
+    def features(
+        self, backbone: nn.Module, split: Literal["train", "test"], indices: np.ndarray | None = None
+    ) -> Tensor:
         """Features [n, D] of these images (None: all) of a split, on the CPU; those not yet known are computed.
 
         float32, or what the backbone gives (bf16) where they are mapped from a file.
@@ -127,7 +135,9 @@ class FeatureStore:
             taken[0] += len(features_bD)
 
         if len(todo):
-            self._each_batch(backbone, self._batches(split, self._own(todo)), take, f"features of {source.name}", len(todo))
+            self._each_batch(
+                backbone, self._batches(split, self._own(todo)), take, f"features of {source.name}", len(todo)
+            )
             done[todo] = True
         if split not in self._features:
             return torch.empty(0)
@@ -193,10 +203,11 @@ class FeatureStore:
         return self._keys[id(source)][1]
 
     def checkpoints(self, name: str, made_from: dict[str, Any]) -> Checkpoints | None:
-        """Where an evaluator that trains keeps its state, found again by all that decides its numbers; None where nothing is kept.
+        """Where an evaluator that trains keeps its state, found again by all that decides its numbers; None where
+        nothing is kept.
 
-        Of images that is their digest and not their cache key: a job that goes on, on another node with a copy of the images, has to
-        find it.
+        Of images that is their digest and not their cache key: a job that goes on, on another node with a copy of the
+        images, has to find it.
         """
         if self.folder is None:
             return None
@@ -233,7 +244,9 @@ class FeatureStore:
         batches = plain_batches(source, views, indices=own, device=self.device, **self._reading())
         self._each_batch(network, batches, take, f"features of {source.name}", len(source), first)
 
-    def _each_batch(self, network: nn.Module, batches: Iterable, take: Callable, what: str, total: int, first: int = 0) -> None:
+    def _each_batch(
+        self, network: nn.Module, batches: Iterable, take: Callable, what: str, total: int, first: int = 0
+    ) -> None:
         count = counting(self.say, what, total, first)
 
         def take_and_count(features_bD: Tensor, labels_b: Tensor) -> None:
@@ -287,6 +300,6 @@ def require_classes(train: Source, test: Source) -> None:
         names = [test.classes[c] if test.classes else str(c) for c in unseen]
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise UserError(
-            f"{test.name}: expected no class that {train.name} has no image of, got {len(names)}: {shown}. Nothing can be "
-            "right about their images: give training images of them, or take the class out of the test images"
+            f"{test.name}: expected no class that {train.name} has no image of, got {len(names)}: {shown}. Nothing can"
+            " be right about their images: give training images of them, or take the class out of the test images"
         )

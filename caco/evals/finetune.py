@@ -27,9 +27,10 @@ class FineTune(Evaluator):
 
     Args:
         name: semi, finetune, or one of your own.
-        fractions: shares of each training class whose labels are used, each drawn by the seed, at least one image a class.
-        lists: instead of a draw, a text file for each share: names of image files, one a line (SimCLR publishes those of
-            ImageNet: google-research/simclr, imagenet_subsets/1percent.txt and 10percent.txt).
+        fractions: shares of each training class whose labels are used, each drawn by the seed, at least one image a
+            class.
+        lists: instead of a draw, a text file for each share: names of image files, one a line (SimCLR publishes those
+            of ImageNet: google-research/simclr, imagenet_subsets/1percent.txt and 10percent.txt).
         epochs: for each share.
         batch: at most; smaller where there are fewer labels, and the rate with it.
         lr ... interpolation: see Recipe.
@@ -85,7 +86,9 @@ class FineTune(Evaluator):
             for count in epochs
         ]
         self.protocols = [
-            metrics.fine_tuned(name=name, fraction=fraction, listed=lists is not None, frozen_below=frozen_below, **vars(recipe))
+            metrics.fine_tuned(
+                name=name, fraction=fraction, listed=lists is not None, frozen_below=frozen_below, **vars(recipe)
+            )
             for fraction, recipe in zip(fractions, self.recipes, strict=True)
         ]
 
@@ -138,7 +141,9 @@ def listed(source: Source, path: str) -> np.ndarray:
         raise UserError(f"lists: expected a text file of image files' names, got {path}, which is not there")
     position = {file_of_image.name: i for i in range(len(source)) if (file_of_image := source.path(i)) is not None}
     if not position:
-        raise UserError(f"lists: expected images in files, got {source.name}, whose images have no names; leave lists=null")
+        raise UserError(
+            f"lists: expected images in files, got {source.name}, whose images have no names; leave lists=null"
+        )
     names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     unknown = [name for name in names if name not in position]
     if unknown or not names or len(set(names)) < len(names):

@@ -21,7 +21,8 @@ from caco.ranges import Several, held
 
 
 def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
-    """Mean squared distance of the unit features of two views of an image: 0 where they agree, 2 where they are unrelated.
+    """Mean squared distance of the unit features of two views of an image: 0 where they agree, 2 where they are
+    unrelated.
 
     Source: Wang and Isola (arXiv 2005.10242), alpha = 2.
     """
@@ -30,8 +31,8 @@ def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
 
 @full_float32()
 def uniformity(x_ND: Tensor, *, block: int = 1024) -> float:
-    """log of the mean of exp(-2 |x - y|^2) over pairs of different images' unit features: 0 where all coincide, about -4
-    where they are spread evenly in many dimensions.
+    """log of the mean of exp(-2 |x - y|^2) over pairs of different images' unit features: 0 where all coincide, about
+    -4 where they are spread evenly in many dimensions.
 
     Source: Wang and Isola (arXiv 2005.10242), t = 2.
     """
@@ -43,10 +44,11 @@ def uniformity(x_ND: Tensor, *, block: int = 1024) -> float:
 class Geometry(Evaluator):
     """Label-free numbers of the features of some of the images that were pre-trained on.
 
-    geometry/alignment (two augmented views), geometry/uniformity, geometry/rank_me (of D), geometry/rank_share (rank_me / D),
-    geometry/spread (mean over dimensions of the unit features' standard deviation, times sqrt(D): 1 where they are spread
-    evenly, 0 where they coincide), geometry/mean_cosine (of different images: 1 where all point one way),
-    geometry/dead_dimensions (percent that hardly vary). Of another number of images: geometry_images-512/... (caco/metrics.py).
+    geometry/alignment (two augmented views), geometry/uniformity, geometry/rank_me (of D), geometry/rank_share (rank_me
+    / D), geometry/spread (mean over dimensions of the unit features' standard deviation, times sqrt(D): 1 where they
+    are spread evenly, 0 where they coincide), geometry/mean_cosine (of different images: 1 where all point one way),
+    geometry/dead_dimensions (percent that hardly vary). Of another number of images: geometry_images-512/...
+    (caco/metrics.py).
 
     Args:
         images: how many, drawn by the seed; all where there are fewer.

@@ -23,7 +23,8 @@ _LAST_INDEX = 2**32 - 1
 
 
 def _ordered_keys(sim_QN: Tensor, first_index: int) -> Tensor:
-    """One int64 a pair that sorts by similarity, then by the smaller index: so equal similarities rank deterministically.
+    """One int64 a pair that sorts by similarity, then by the smaller index: so equal similarities rank
+    deterministically.
 
     The bits of a float32 order like integers once those of negative numbers are inverted.
     """
@@ -59,7 +60,8 @@ def nearest(
         raise ValueError(f"k: expected 1 to {len(bank_ND)}, the size of the feature bank, got {k}")
     if block < 1:
         raise ValueError(f"block: expected at least 1, got {block}")
-    # The bank, which may be mapped from a file larger than memory, is gone through once; the queries for each of its blocks.
+    # The bank, which may be mapped from a file larger than memory, is gone through once; the queries for each of its
+    # blocks.
     best = [torch.empty(len(query), 0, dtype=torch.int64, device=device) for query in query_QD.split(block)]
     for first in range(0, len(bank_ND), block):
         rows = F.normalize(bank_ND[first : first + block].to(device, torch.float32), dim=1)
@@ -111,10 +113,12 @@ def balanced_share(labels: np.ndarray, *, fraction: float, seed: int) -> np.ndar
 
 
 def first_share(source: Source, labels: np.ndarray, *, fraction: float) -> np.ndarray:
-    """Sorted indices of the first int(fraction * n) of each class's n images, at least one of each, in the order of their files' folders
-    and then names; where they are no files, in that of the set (which `caco.write` takes from the files that it reads).
+    """Sorted indices of the first int(fraction * n) of each class's n images, at least one of each, in the order of
+    their files' folders and then names; where they are no files, in that of the set (which `caco.write` takes from the
+    files that it reads).
 
-    Source: CaCo's published code, data_processing/imagenet.py: the images of its k-NN monitor (which has none of a class of four).
+    Source: CaCo's published code, data_processing/imagenet.py: the images of its k-NN monitor (which has none of a
+    class of four).
     """
     are_files = len(source) > 0 and source.path(0) is not None
     chosen = []
@@ -140,8 +144,8 @@ class KNN(Evaluator):
         k: neighbours that vote.
         temperature: a neighbour's weight is exp(cosine / temperature).
         fraction: share of each training class that forms the bank.
-        choice: which images these are: "random", drawn once by the seed; or the "first" by the names of their files, rounded down to whole
-            images, as in the published code.
+        choice: which images these are: "random", drawn once by the seed; or the "first" by the names of their files,
+            rounded down to whole images, as in the published code.
         block: queries and bank rows compared at a time: bounds memory.
         when: "epoch" (while training, and at its end) or "end".
     """
@@ -161,7 +165,14 @@ class KNN(Evaluator):
         block: Count = 2048,
         when: Literal["epoch", "end"] = "epoch",
     ) -> None:
-        self.k, self.temperature, self.fraction, self.choice, self.block, self.when = k, temperature, fraction, choice, block, when
+        self.k, self.temperature, self.fraction, self.choice, self.block, self.when = (
+            k,
+            temperature,
+            fraction,
+            choice,
+            block,
+            when,
+        )
         self.protocol = metrics.knn(k=k, temperature=temperature, fraction=fraction, choice=choice)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:

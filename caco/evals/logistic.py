@@ -27,7 +27,8 @@ def moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Standardised:
-    """Features as (x - mean) / scale, made a block of rows at a time: a million of them are in memory once, as they came.
+    """Features as (x - mean) / scale, made a block of rows at a time: a million of them are in memory once, as they
+    came.
 
     x_ND: float32, or what a file of features holds. What `fit` and `objective` ask of features, this answers.
     """
@@ -108,16 +109,18 @@ def fit(
 ) -> tuple[Tensor, Tensor]:
     """Weight [D, C] and bias [C] at the optimum of `objective`, by torch's L-BFGS with a strong-Wolfe line search.
 
-    Ends when the gradient's `size` is not above `tolerance`; warns where max_iterations do not suffice. The same input gives the same
-    result.
+    Ends when the gradient's `size` is not above `tolerance`; warns where max_iterations do not suffice. The same input
+    gives the same result.
 
     Args:
         start: weight and bias to start from; zeros without.
-        steps: how far the weights of each feature [D] and the bias should move at first, up to a factor: L-BFGS works on
-            what is left when they are divided out.
+        steps: how far the weights of each feature [D] and the bias should move at first, up to a factor: L-BFGS works
+            on what is left when they are divided out.
         size: of a gradient by weight and bias, for the tolerance; its largest entry without.
     """
-    weight_DC, bias_C = start if start is not None else (x_ND.new_zeros(x_ND.shape[1], num_classes), x_ND.new_zeros(num_classes))
+    weight_DC, bias_C = (
+        start if start is not None else (x_ND.new_zeros(x_ND.shape[1], num_classes), x_ND.new_zeros(num_classes))
+    )
     size = size or largest
     step_D1, step = (torch.ones_like(weight_DC[:, :1]), 1.0) if steps is None else (steps[0][:, None], steps[1])
     inner_DC, inner_C = weight_DC / step_D1, bias_C / step
@@ -191,7 +194,9 @@ class Axes:
         return self.axes_DR.T @ weight_DC, bias_C + self.mean_D @ weight_DC
 
     def size(self, grad_RC: Tensor, grad_C: Tensor) -> float:
-        """No less than the largest entry of the gradient by the weights of the features as they came, and by the bias."""
+        """No less than the largest entry of the gradient by the weights of the features as they came, and by the
+        bias.
+        """
         # That gradient is the turned one turned back, plus the bias's times the features' mean.
         return (grad_RC.norm(dim=0) + grad_C.abs() * max(1.0, self.mean_D.abs().max().item())).max().item()
 
@@ -216,8 +221,8 @@ def fit_on_axes(
     """Weight [R, C] and bias [C] for turned features.
 
     Args:
-        strength: lambda of sum_i loss_i + lambda / 2 |W|^2: scikit-learn's 1 / C. Independent of N, so that it means the
-            same when validation images join the training images.
+        strength: lambda of sum_i loss_i + lambda / 2 |W|^2: scikit-learn's 1 / C. Independent of N, so that it means
+            the same when validation images join the training images.
     """
     if start is None:
         start = (z_NR.new_zeros(z_NR.shape[1], num_classes), z_NR.new_zeros(num_classes))
@@ -258,7 +263,8 @@ def choose_strength(
     max_iterations: int,
     tolerance: float,
 ) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The strength whose classifier of training images is best on validation images, the first of equals; and that classifier.
+    """The strength whose classifier of training images is best on validation images, the first of equals; and that
+    classifier.
 
     Args:
         measured: of a strength and its logits [M, C], on the CPU: how good they are.

@@ -64,5 +64,7 @@ class Probe(Evaluator):
             l2=self.l2,
             max_iterations=self.max_iterations,
         )
-        predicted = torch.cat([(x_ND(x.to(device)) @ weight_DC + bias_C).argmax(dim=1).cpu() for x in test_ND.split(65536)])
+        predicted = torch.cat(
+            [(x_ND(x.to(device)) @ weight_DC + bias_C).argmax(dim=1).cpu() for x in test_ND.split(65536)]
+        )
         yield f"{self.protocol}_top1", 100 * (predicted == self._test_labels).double().mean().item()

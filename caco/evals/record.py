@@ -29,10 +29,11 @@ class Record:
     """The results of one evaluation command in a directory.
 
     evaluations/NAME-KEY.json holds what an evaluator gave, and of what; its key says of what, so the same question is
-    answered from there. Ledger, MLflow and summary.json get the same numbers by name, those of other data than the run's
-    as DATA/NAME (DATA-DIGEST/NAME where only the images are others), of an evaluator's set as SET-DIGEST/NAME if this directory first
-    knew other images by the set's name, of the baselines as untrained/NAME and pixels/NAME. What training measured at this step stays:
-    where an evaluation with the same protocol gives another number (another seed, precision, batch, ...), that one is in its file alone.
+    answered from there. Ledger, MLflow and summary.json get the same numbers by name, those of other data than the
+    run's as DATA/NAME (DATA-DIGEST/NAME where only the images are others), of an evaluator's set as SET-DIGEST/NAME if
+    this directory first knew other images by the set's name, of the baselines as untrained/NAME and pixels/NAME. What
+    training measured at this step stays: where an evaluation with the same protocol gives another number (another seed,
+    precision, batch, ...), that one is in its file alone.
 
     Args:
         results_dir: where they go.
@@ -43,7 +44,9 @@ class Record:
         is_run: whether results_dir is the run's own directory.
     """
 
-    def __init__(self, results_dir: Path, cfg: DictConfig, *, tracker: Tracker, step: int, path: Path, is_run: bool) -> None:
+    def __init__(
+        self, results_dir: Path, cfg: DictConfig, *, tracker: Tracker, step: int, path: Path, is_run: bool
+    ) -> None:
         self.dir, self.cfg, self.tracker, self.step, self.path = results_dir, cfg, tracker, step, path
         self.is_run = is_run
         self.results: dict[str, float] = {}
@@ -59,7 +62,9 @@ class Record:
         ledger = Ledger(self.dir / "ledger.jsonl")
         self._rows = recorded.read(self.dir).rows
         if self.is_run:  # only training's rows say how many epochs are over
-            measured = [row for row in self._rows if row["kind"] == "eval" and row["step"] == self.step and "epochs" in row]
+            measured = [
+                row for row in self._rows if row["kind"] == "eval" and row["step"] == self.step and "epochs" in row
+            ]
             self._of_training = {name: value for row in measured for name, value in row.items()}
         self.tracker.start(
             self.dir,
@@ -82,8 +87,10 @@ class Record:
         self._images = {split: None if source is None else source.digest() for split, source in sources.items()}
         self._sets_of[name] = evaluator.image_sets()
         return {
-            "evaluator": {k: v for k, v in node.items() if not is_neutral(f"eval.{name}.{k}")}
-            | folders.code_of([node["_target_"]]),
+            "evaluator": (
+                {k: v for k, v in node.items() if not is_neutral(f"eval.{name}.{k}")}
+                | folders.code_of([node["_target_"]])
+            ),
             "inputs": evaluator.inputs(),
             "encoder": store.digest_of(encoder),
             "images": {split: None if source is None else store.key_of(source) for split, source in sources.items()},
@@ -102,11 +109,18 @@ class Record:
         self._take(prefix, name, made_from, renamed.results(values, made_from["evaluator"]))
         return True
 
-    def add(self, prefix: str, name: str, made_from: dict[str, Any], values: dict[str, float], *, seconds: float) -> None:
+    def add(
+        self, prefix: str, name: str, made_from: dict[str, Any], values: dict[str, float], *, seconds: float
+    ) -> None:
         """Write one evaluator's results down; what this returns from survives a kill."""
         file = self._file(name, made_from)
         file.parent.mkdir(exist_ok=True)
-        about = {"weights": str(self.path), "step": self.step, "baseline": prefix.rstrip("/") or None, "seconds": seconds}
+        about = {
+            "weights": str(self.path),
+            "step": self.step,
+            "baseline": prefix.rstrip("/") or None,
+            "seconds": seconds,
+        }
         of = {"time": time.time(), "command": command(), "environment": self._environment}
         write_json(file, {"results": values, **about, "made_from": made_from, **of})
         self._take(prefix, name, made_from, values)
@@ -118,8 +132,8 @@ class Record:
         for key in named.keys() & self._of_training.keys():
             if named[key] != self._of_training[key]:
                 print(
-                    f"caco: {key}: training measured {self._of_training[key]:.6g}, which stays; the {named[key]:.6g} of this evaluation is "
-                    f"in {self._file(name, made_from)} alone",
+                    f"caco: {key}: training measured {self._of_training[key]:.6g}, which stays; the {named[key]:.6g} of"
+                    f" this evaluation is in {self._file(name, made_from)} alone",
                     file=sys.stderr,
                 )
         new = {key: value for key, value in named.items() if key not in self._of_training}
@@ -133,10 +147,12 @@ class Record:
             write_json(summary, {**recorded.read(self.dir).summary, **new})
 
     def _of_other_data(self) -> str:
-        """"" on the images of the run's own evaluations; else what the names of the results begin with."""
+        """ "" on the images of the run's own evaluations; else what the names of the results begin with."""
         if not self.is_run or not (self.dir / "config.yaml").is_file():
             return ""
-        recorded = read_json(self.dir / "images.json").get("images", {})  # by digest; runs of earlier versions have none
+        recorded = read_json(self.dir / "images.json").get(
+            "images", {}
+        )  # by digest; runs of earlier versions have none
         elsewhere = ("data.root", "data.download", "data.in_memory_mb", *(["data.labelled_root"] if recorded else []))
         theirs, ours = (
             {key: value for key, value in flat({"data": tree["data"]}).items() if key not in elsewhere}
@@ -148,7 +164,9 @@ class Record:
         return f"{self._data_name()}-{differ[-1]}/" if differ else ""
 
     def _of_other_sets(self, sets: dict[str, str]) -> dict[str, str]:
-        """What the names of results begin with, by set: "" of the images that this directory first knew by that name, else SET-DIGEST/."""
+        """What the names of results begin with, by set: "" of the images that this directory first knew by that name,
+        else SET-DIGEST/.
+        """
         file = self.dir / "images.json"
         about = read_json(file)
         first: dict[str, str] = dict(about.get("sets", {}))
@@ -167,7 +185,9 @@ class Record:
     def table(self) -> str:
         """The results, a line each, beside those of the baselines where there are any."""
         names = [name for name in self.results if not name.startswith(metrics.BASELINES)]
-        columns = {"": "trained"} | {b: b.rstrip("/") for b in metrics.BASELINES if any(r.startswith(b) for r in self.results)}
+        columns = {"": "trained"} | {
+            b: b.rstrip("/") for b in metrics.BASELINES if any(r.startswith(b) for r in self.results)
+        }
         width = max(map(len, names))
         lines = [" " * width + "".join(f"{title:>12}" for title in columns.values())] if len(columns) > 1 else []
         for name in names:
@@ -177,14 +197,18 @@ class Record:
 
 
 def _of_set(key: str, beginnings: dict[str, str]) -> str:
-    """What the name of a result begins with: its set stands in its last part, as in transfer/cars_top1, if there are several."""
+    """What the name of a result begins with: its set stands in its last part, as in transfer/cars_top1, if there are
+    several.
+    """
     measure = key.rpartition("/")[2]
     named = [name for name in beginnings if len(beginnings) == 1 or measure.startswith(f"{name}_")]
     return beginnings[max(named, key=len)] if named else ""
 
 
 def say_sometimes(enabled: bool, *, seconds: float = 5.0) -> Say:
-    """say(text, passing=False) for stderr, past a bar that is there: a passing line only if none was said for some seconds."""
+    """say(text, passing=False) for stderr, past a bar that is there: a passing line only if none was said for some
+    seconds.
+    """
     last = [0.0]
 
     def say(text: str, passing: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""Transfer: logistic regression of frozen features on other sets, its strength chosen on validation images, tested once.
+"""Transfer: logistic regression of frozen features on other sets, its strength chosen on validation images, tested
+once.
 
 Shapes: N images, C classes.
 """
@@ -29,21 +30,23 @@ PUBLISHED = (
 
 
 class Transfer(Evaluator):
-    """Each set's metric on its test images: `<protocol>/<set>_<metric>`, percent; also the strength that was chosen and the
-    gradient's largest entry at the optimum. The protocol is `transfer`, what is changed of it stands in its name (caco/metrics.py).
+    """Each set's metric on its test images: `<protocol>/<set>_<metric>`, percent; also the strength that was chosen and
+    the gradient's largest entry at the optimum. The protocol is `transfer`, what is changed of it stands in its name
+    (caco/metrics.py).
 
-    Protocol of SimCLR (arXiv 2002.05709, B.8) and BYOL (arXiv 2006.07733, D.1): features of the frozen backbone, shorter
-    side resized (bicubic), centre crop, no augmentation; L2-regularised multinomial logistic regression by L-BFGS; 45
-    strengths between 1e-6 and 1e5 tried on the validation images, the strongest of equals taken; refitted on training and
-    validation images; the test images scored once. VOC2007: one class against the rest, mean of the classes' 11-point
-    average precisions. A set that is not there is named with what to fetch, and the others go on.
+    Protocol of SimCLR (arXiv 2002.05709, B.8) and BYOL (arXiv 2006.07733, D.1): features of the frozen backbone,
+    shorter side resized (bicubic), centre crop, no augmentation; L2-regularised multinomial logistic regression by
+    L-BFGS; 45 strengths between 1e-6 and 1e5 tried on the validation images, the strongest of equals taken; refitted on
+    training and validation images; the test images scored once. VOC2007: one class against the rest, mean of the
+    classes' 11-point average precisions. A set that is not there is named with what to fetch, and the others go on.
 
     Args:
         root: the folder that holds the sets.
         sets: the published ones, or folders of your own below root (train/ and test/ of class folders).
         size: pixels of the centre crop.
         num_strengths, weakest, strongest: lambda of sum_i loss_i + lambda / 2 |W|^2, evenly spaced in the logarithm.
-        max_iterations, tolerance: of L-BFGS; it ends where no entry of the gradient of the mean loss is above tolerance.
+        max_iterations, tolerance: of L-BFGS; it ends where no entry of the gradient of the mean loss is above
+            tolerance.
         when: "epoch" (while training, and at its end) or "end".
     """
 
@@ -72,18 +75,25 @@ class Transfer(Evaluator):
         self.strengths = strengths(num_strengths, weakest, strongest)
         self.max_iterations, self.tolerance = max_iterations, tolerance
         self.protocol = metrics.transfer(
-            size=size, num_strengths=num_strengths, weakest=weakest, strongest=strongest, max_iterations=max_iterations, tolerance=tolerance
+            size=size,
+            num_strengths=num_strengths,
+            weakest=weakest,
+            strongest=strongest,
+            max_iterations=max_iterations,
+            tolerance=tolerance,
         )
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
         """Finds the sets; says what is missing.
 
         Raises:
-            ValueError: no root, none of the sets is there, one is damaged, has a class in its test images alone, or tests on
-                images that it trains on.
+            ValueError: no root, none of the sets is there, one is damaged, has a class in its test images alone, or
+                tests on images that it trains on.
         """
         if self.root is None or not expanded(self.root).is_dir():
-            raise UserError(f"root: expected the folder that holds the sets, as eval.transfer.root=PATH, got {self.root}")
+            raise UserError(
+                f"root: expected the folder that holds the sets, as eval.transfer.root=PATH, got {self.root}"
+            )
         self._store, self._found, missing = store, [], []
         for name in self.sets:
             try:
@@ -102,7 +112,8 @@ class Transfer(Evaluator):
         crop = View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
         like = store.views
         self._views = Views(
-            size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0, plain_interpolation="bicubic",
+            size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0,
+            plain_interpolation="bicubic",
             colours=like.colours,
         )  # fmt: skip
 
@@ -124,13 +135,17 @@ class Transfer(Evaluator):
         return {s.name: digest_together([s.train, s.validation, s.test]) for s in self._found}
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<protocol>/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest entry)."""
+        """Yields (`<protocol>/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest
+        entry).
+        """
         for one in self._found:
             yield from self._one(backbone, one)
 
     def _one(self, backbone: nn.Module, one: TransferSet) -> Iterator[tuple[str, float]]:
         store = self._store
-        train, validation, test = (store.of(backbone, source, self._views) for source in (one.train, one.validation, one.test))
+        train, validation, test = (
+            store.of(backbone, source, self._views) for source in (one.train, one.validation, one.test)
+        )
         if not distributed.is_main():
             return
         train, validation, test = (features.to(store.device) for features in (train, validation, test))
@@ -167,12 +182,19 @@ def _labels(source: Source, store: FeatureStore) -> Tensor:
 def score(logits_NC: Tensor, labels: np.ndarray, metric: str) -> Iterator[tuple[str, float]]:
     """(metric, percent); of VOC2007's also (`ap_per_image`, percent), the variant that AdCo's code reports."""
     if metric == "map11":
-        yield "map11", 100 * statistics.mean(
-            average_precision_11(logits_NC[:, c].double().numpy(), labels[:, c]) for c in range(labels.shape[1])
+        yield (
+            "map11",
+            100
+            * statistics.mean(
+                average_precision_11(logits_NC[:, c].double().numpy(), labels[:, c]) for c in range(labels.shape[1])
+            ),
         )
         # Over the classes of an image instead of the images of a class; not comparable with any mean average precision.
         some = (labels == 1).any(axis=1)
-        yield "ap_per_image", 100 * float(average_precision_score(labels[some] == 1, logits_NC.numpy()[some], average="samples"))
+        yield (
+            "ap_per_image",
+            100 * float(average_precision_score(labels[some] == 1, logits_NC.numpy()[some], average="samples")),
+        )
         return
     right = logits_NC.argmax(dim=1).numpy() == labels
     if metric == "top1":

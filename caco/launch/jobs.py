@@ -57,7 +57,12 @@ def environment_of_jobs(code: Path) -> dict[str, str]:
     level = {} if instructions.LEVEL is None else {instructions.VARIABLE: instructions.LEVEL}
     # The copy of the user's own folder, too, comes before what is there otherwise, that folder itself perhaps.
     path = [str(code), str(code / OWN) if (code / OWN).is_dir() else "", os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1", SWEEP: os.environ.get(SWEEP, "null"), **level}
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONSAFEPATH": "1",
+        SWEEP: os.environ.get(SWEEP, "null"),
+        **level,
+    }
 
 
 def demand(key: str, got: Any, holds: bool, expected: str) -> None:

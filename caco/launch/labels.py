@@ -39,7 +39,10 @@ def label(hydra_cfg: HydraConf) -> Label:
     chosen = {**continued.choices(), **hydra_cfg.runtime.choices}
     choices = {group: option for group, option in chosen.items() if option and "/" not in group}
     # Hydra does not say among the choices what a command line chooses of a group of which there may be several.
-    evaluators = next((item.partition("=")[2] for item in reversed(overrides) if item.startswith("eval=")), str(choices.get("eval", "")))
+    evaluators = next(
+        (item.partition("=")[2] for item in reversed(overrides) if item.startswith("eval=")),
+        str(choices.get("eval", "")),
+    )
     return Label(" ".join(varied) or title(overrides), choices, sweep, re.findall(r"\w+", evaluators))
 
 

@@ -36,7 +36,12 @@ class Local:
         if self.gpus:
             import torch  # seconds, and only here
 
-            demand("gpus_per_job", self.gpus, self.gpus <= (n := torch.cuda.device_count()), f"at most {n}, as this machine has")
+            demand(
+                "gpus_per_job",
+                self.gpus,
+                self.gpus <= (n := torch.cuda.device_count()),
+                f"at most {n}, as this machine has",
+            )
 
     def submit(self, jobs: list[Job], folder: Path, code: Path) -> list[str]:
         """Start the jobs, which then run `code`; their process ids."""

@@ -17,7 +17,8 @@ from caco.ranges import AboveZero, Count, Natural, held
 
 # The outcome of jobs that are no longer in SLURM's hands; every other state means wait.
 ENDED = {
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED",
     "REVOKED", "TIMEOUT",
 }  # fmt: skip
 
@@ -105,11 +106,15 @@ class Slurm:
         """
         if not all(shutil.which(command) for command in ("sbatch", "squeue", "sinfo", "scontrol")):
             raise UserError(
-                "launcher=slurm needs SLURM's commands, sbatch and others: run this on a login node, or take launcher=local"
+                "launcher=slurm needs SLURM's commands, sbatch and others: run this on a login node, or take"
+                " launcher=local"
             )
         check_ranks(cfg, self.ranks, self.gpus_per_node)
-        # Partition (* is the default one), its time limit, GPUs and so on a node, nodes, CPUs a node; a line for each kind.
-        listed = [line.split("|") for line in _slurm("sinfo", "--noheader", "--format=%P|%l|%G|%D|%c").stdout.splitlines()]
+        # Partition (* is the default one), its time limit, GPUs and so on a node, nodes, CPUs a node; a line for each
+        # kind.
+        listed = [
+            line.split("|") for line in _slurm("sinfo", "--noheader", "--format=%P|%l|%G|%D|%c").stdout.splitlines()
+        ]
         names = {line[0].rstrip("*") for line in listed}
         default = {line[0].rstrip("*") for line in listed if line[0].endswith("*")}
         chosen = default if self.partition is None else set(self.partition.split(","))
@@ -121,13 +126,17 @@ class Slurm:
         # Most clusters take what exceeds these and let it wait for ever.
         has = {
             "hours": max(_hours(limit) for limit, *_ in ours),
-            "gpus_per_node": max(sum(map(int, re.findall(r"\bgpu(?::[^:(,]+)?:(\d+)", kinds))) for _, kinds, *_ in ours),
+            "gpus_per_node": max(
+                sum(map(int, re.findall(r"\bgpu(?::[^:(,]+)?:(\d+)", kinds))) for _, kinds, *_ in ours
+            ),
             "nodes": sum(int(nodes) for *_, nodes, _ in ours),
         }
         where = f"partition {','.join(sorted(chosen))}"
         for key, most in has.items():
             if self.requested[key] > most:
-                raise UserError(f"launcher.{key}: expected at most {most:g}, as {where} has, got {self.requested[key]:g}")
+                raise UserError(
+                    f"launcher.{key}: expected at most {most:g}, as {where} has, got {self.requested[key]:g}"
+                )
         cpus = max(int(cpus.rstrip("+")) for *_, cpus in ours)
         if self.cpus > cpus:
             raise UserError(f"launcher: expected at most the {cpus} CPUs that a node of {where} has, got {self.cpus}")
@@ -146,7 +155,10 @@ class Slurm:
         executor.update_parameters(
             **self._wanted,
             job_name="caco",
-            setup=[*self.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment_of_jobs(code).items())],
+            setup=[
+                *self.setup,
+                *(f"export {name}={shlex.quote(value)}" for name, value in environment_of_jobs(code).items()),
+            ],
             teardown=self._teardown(folder),
         )
         try:

@@ -14,8 +14,8 @@ OWN = "config_dir"  # the folder of the user's own, in a copy
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy caco, conf and the folder of --config-dir into a folder of `folder`, named by content and commit; Python's path must begin
-    with that.
+    """Copy caco, conf and the folder of --config-dir into a folder of `folder`, named by content and commit; Python's
+    path must begin with that.
 
     The copy has no Git: its source.json says which commit it is, and whether with changes (caco/runs/environment.py).
     """

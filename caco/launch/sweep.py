@@ -122,7 +122,8 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
         print(f"\ncaco: the jobs go on; the same command follows them again, scancel {ids} ends them", file=sys.stderr)
         sys.exit(130)
     _wait_for_results(jobs)
-    # A job that was refused in the directory of a run that is done has failed, too: failure.txt was removed before it began.
+    # A job that was refused in the directory of a run that is done has failed, too: failure.txt was removed before it
+    # began.
     failed = [job for job in jobs if _lacks(job) or (job in begun and (job.run_dir / "failure.txt").exists())]
     if failed:
         raise SweepFailed(_report(jobs, failed, states))

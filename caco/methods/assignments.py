@@ -1,4 +1,5 @@
-"""What methods with prototypes share: fair assignments over all ranks, prediction across views, and how prototypes are used.
+"""What methods with prototypes share: fair assignments over all ranks, prediction across views, and how prototypes are
+used.
 
 Shapes: B this rank's images, K prototypes, V views, T of them with a target.
 """
@@ -26,8 +27,8 @@ def balanced(score_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
     Args:
         score_BK: cosines; the ranks may have different numbers of images.
     """
-    # In float64, because users take an epsilon of 0.01, where exp(1 / epsilon) is no float32. The sum over everything and the
-    # factors 1/K and 1/G of the equation cancel in what follows them.
+    # In float64, because users take an epsilon of 0.01, where exp(1 / epsilon) is no float32. The sum over everything
+    # and the factors 1/K and 1/G of the equation cancel in what follows them.
     q_BK = ((score_BK.double() - 1) / epsilon).exp()
     for _ in range(iterations):
         q_BK = q_BK / distributed.sum_(q_BK.sum(0))
@@ -37,12 +38,12 @@ def balanced(score_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 
 @torch.no_grad()
 def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tensor:
-    """SeLa's labels of the images of all ranks together: int64 [N] of this rank's, so that the K labels have about as many images
-    each.
+    """SeLa's labels of the images of all ranks together: int64 [N] of this rank's, so that the K labels have about as
+    many images each.
 
-    With P = p^power, c = 1/N' for N' images over all ranks: r = (1/K) / (P^T c), c' = (1/N') / (P r), again and again, until the sum
-    over images of |c / c' - 1|, looked at every tenth time, the first included, is at most `tolerance`; then the largest r_k P_ik
-    c_i. In float64. Only the sums over images travel, K numbers an iteration.
+    With P = p^power, c = 1/N' for N' images over all ranks: r = (1/K) / (P^T c), c' = (1/N') / (P r), again and again,
+    until the sum over images of |c / c' - 1|, looked at every tenth time, the first included, is at most `tolerance`;
+    then the largest r_k P_ik c_i. In float64. Only the sums over images travel, K numbers an iteration.
 
     Source: arXiv 1911.05371; published code, sinkhornknopp.py: cpu_sk.
     Args:
@@ -59,8 +60,9 @@ def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tens
         r_K = 1 / num_labels / distributed.sum_(p_NK.T @ c_N)
         if not r_K.isfinite().all():  # the same on every rank
             raise UserError(
-                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have no probability for any image, to the power {power}: the "
-                "network has collapsed, or method.power is too high; try a lower one, or a lower optimizer.lr"
+                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have no probability for any image, to the power"
+                f" {power}: the network has collapsed, or method.power is too high; try a lower one, or a lower"
+                " optimizer.lr"
             )
         next_N = 1 / num_images / (p_NK @ r_K)
         if count % 10 == 0:
@@ -76,7 +78,9 @@ def cross_view_loss(targets: list[Tensor], scores: list[Tensor], temperature: fl
         targets: of the first T views [B, K] each, without gradient; rows sum to 1. scores: of all V views [B, K] each.
     """
     if len(scores) < 2:
-        raise UserError("this method predicts one view's assignment from another's; expected at least 2 views of an image, got 1")
+        raise UserError(
+            "this method predicts one view's assignment from another's; expected at least 2 views of an image, got 1"
+        )
     total = scores[0].new_zeros(())
     for v, s_BK in enumerate(scores):
         aim_BK = sum(q_BK for t, q_BK in enumerate(targets) if t != v)
@@ -98,8 +102,9 @@ def nearest_counts(score_BK: Tensor) -> Tensor:
 def use_statistics(uses_K: Tensor) -> dict[str, float]:
     """How evenly the prototypes were used, from counts of `nearest_counts`.
 
-    prototypes/used: percent that were some image's nearest. prototypes/use_perplexity: exp of the entropy of the use, the number of
-    evenly used prototypes that would have it; 1 is collapse. prototypes/use_entropy: that entropy as a share of even use's, percent.
+    prototypes/used: percent that were some image's nearest. prototypes/use_perplexity: exp of the entropy of the use,
+    the number of evenly used prototypes that would have it; 1 is collapse. prototypes/use_entropy: that entropy as a
+    share of even use's, percent.
     """
     total = uses_K.sum().item()
     if not total:
@@ -117,4 +122,6 @@ def collapse(statistics: Mapping[str, Any]) -> str | None:
     perplexity = statistics.get("prototypes/use_perplexity")
     if perplexity is None or perplexity > 1.5:
         return None
-    return f"almost all images have the same nearest prototype (prototypes/use_perplexity {perplexity:.2f}, 1 is collapse)"
+    return (
+        f"almost all images have the same nearest prototype (prototypes/use_perplexity {perplexity:.2f}, 1 is collapse)"
+    )

@@ -15,14 +15,15 @@ from caco.ranges import AboveZero, NonNegative, held
 
 
 class BarlowTwins(Method):
-    """The correlations c of the coordinates of one view's embedding with the other's, over all ranks' images, are the identity matrix.
+    """The correlations c of the coordinates of one view's embedding with the other's, over all ranks' images, are the
+    identity matrix.
 
-    L = sum_d (c_dd - 1)^2 + lambda sum_{d != e} c_de^2, where c is a mean over images of products of coordinates that a BatchNorm
-    without scale and shift has made of mean 0 and variance 1. With small views, which Barlow Twins itself has not: the mean of L over
-    all pairs of a large view and another.
+    L = sum_d (c_dd - 1)^2 + lambda sum_{d != e} c_de^2, where c is a mean over images of products of coordinates that a
+    BatchNorm without scale and shift has made of mean 0 and variance 1. With small views, which Barlow Twins itself has
+    not: the mean of L over all pairs of a large view and another.
 
-    The published code adds up c over W ranks without the gradient of the sum, so that it gets 1 / W of the gradient (W = 16), to
-    which LARS is blind but for parameters of one dimension and the decay: loss_scale=0.0625 does the same.
+    The published code adds up c over W ranks without the gradient of the sum, so that it gets 1 / W of the gradient (W
+    = 16), to which LARS is blind but for parameters of one dimension and the decay: loss_scale=0.0625 does the same.
 
     Args:
         encoder: its projector's output is the embedding.
@@ -44,7 +45,11 @@ class BarlowTwins(Method):
     ):
         super().__init__()
         self.encoder, self.norm = encoder, nn.BatchNorm1d(encoder.projector.dim, affine=False)
-        self.off_diagonal_weight, self.loss_scale, self.one_dimensional_rate = off_diagonal_weight, loss_scale, one_dimensional_rate
+        self.off_diagonal_weight, self.loss_scale, self.one_dimensional_rate = (
+            off_diagonal_weight,
+            loss_scale,
+            one_dimensional_rate,
+        )
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
@@ -77,10 +82,14 @@ class BarlowTwins(Method):
     def costs(self, sizes: list[int]) -> Costs:
         """The ranks add up c."""
         pairs = len(pairs_of(sizes))
-        return Costs(encoded=list(range(len(sizes))), matrices=pairs, summed_bytes=4 * pairs * self.norm.num_features**2)
+        return Costs(
+            encoded=list(range(len(sizes))), matrices=pairs, summed_bytes=4 * pairs * self.norm.num_features**2
+        )
 
 
 def off_diagonal(x_DD: Tensor) -> Tensor:
-    """All but the diagonal, [D - 1, D], without a copy: behind its first element a matrix is rows of D elements and one of the diagonal."""
+    """All but the diagonal, [D - 1, D], without a copy: behind its first element a matrix is rows of D elements and one
+    of the diagonal.
+    """
     dim = len(x_DD)
     return x_DD.flatten()[1:].view(dim - 1, dim + 1)[:, :-1]

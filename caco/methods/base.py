@@ -1,8 +1,8 @@
 """The contract between a method and the Trainer, and nothing else.
 
-The Trainer knows steps, precision, the optimiser, cadence and saving. Everything that has a method's word in it (bank, twin,
-teacher, centre, queue, temperature, prototypes) is the method's, behind the members of `Method`. A method that nobody here
-wrote is a class that derives from it and defines `forward`.
+The Trainer knows steps, precision, the optimiser, cadence and saving. Everything that has a method's word in it (bank,
+twin, teacher, centre, queue, temperature, prototypes) is the method's, behind the members of `Method`. A method that
+nobody here wrote is a class that derives from it and defines `forward`.
 """
 
 from collections.abc import Mapping
@@ -24,16 +24,19 @@ TRAINING = "training"  # the phase that the epochs are
 class Needs:
     """What a method needs of a batch and of the images; read before anything is built and by the Trainer.
 
-    A class that says it in plain keywords, as `needs = Needs(patches="shuffled")`, is read without being imported, so that views
-    which do not fit are refused at once; an instance may add to it.
+    A class that says it in plain keywords, as `needs = Needs(patches="shuffled")`, is read without being imported, so
+    that views which do not fit are refused at once; an instance may add to it.
 
-    whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would change it.
-    indices: something is kept for each training image, found by the batch's `index`; the constructor is given `num_images`, how many
-        these are. (An unreadable image's stand-in has the other image's index, so that an image may be twice in a batch.)
-    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order; "none" refuses
-        them.
+    whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would
+    change it. indices: something is kept for each training image, found by the batch's `index`; the constructor is
+    given `num_images`, how many
+        these are. (An unreadable image's stand-in has the other image's index, so that an image may be twice in a
+        batch.)
+    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order;
+        "none" refuses them.
     num_patches: how many of an image; None: any square number.
-    lightness_first: the first channel is lightness, the two others colour (Lab, YDbDr, YCbCr), of images that have some.
+    lightness_first: the first channel is lightness, the two others colour (Lab, YDbDr, YCbCr), of images that have
+    some.
     """
 
     whole_batch: bool = False
@@ -94,11 +97,14 @@ class Costs:
     Args:
         encoded, followed: views that an encoder with gradient embeds, and a twin without.
         terms: of the loss, each a row of logits a query.
-        bank_terms: of these over the bank's rows; searches, lookups: passes of all keys over the bank for a row, and for its vector.
-        sums: of exponentials over the rows that a bank term's loss has where it is another than InfoNCE, else 0; left_out: whether each query
-            leaves one row out of them, which PyTorch does, in blocks, and no kernel.
-        candidates: rows that each query of a bank term looks for, drawn: of these, to make further negatives of them, synthetic: so many.
-        columns_per_image: of a term, for each image of the global batch, beyond the bank's; columns: whatever the batch.
+        bank_terms: of these over the bank's rows; searches, lookups: passes of all keys over the bank for a row, and
+            for its vector.
+        sums: of exponentials over the rows that a bank term's loss has where it is another than InfoNCE, else 0;
+            left_out: whether each query leaves one row out of them, which PyTorch does, in blocks, and no kernel.
+        candidates: rows that each query of a bank term looks for, drawn: of these, to make further negatives of them,
+            synthetic: so many.
+        columns_per_image: of a term, for each image of the global batch, beyond the bank's; columns: whatever the
+            batch.
         drawn_terms, drawn_rows: terms that meet, instead of all rows of the bank, so many that are drawn for a query.
         gathers, gathers_with_gradient: of one embedding of all ranks' images.
         prototypes: columns of the scores that each encoded view has.
@@ -106,8 +112,8 @@ class Costs:
         summed_bytes: of what the ranks add up besides gradients and BatchNorm.
         pass_bytes: for each of a device's images of the training set, in a pass over all of them (SeLa).
         together: whether the views of one size go through the backbone at once, and all through the projector.
-        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are none. plan
-            runs it.
+        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are
+            none. plan runs it.
     """
 
     encoded: list[int]
@@ -138,7 +144,9 @@ class Costs:
 class Outputs(NamedTuple):
     loss: Tensor  # scalar, this rank's part; the ranks' mean is the batch's loss
     metrics: dict[str, Tensor]  # scalars without gradient
-    embedding: Tensor | None = None  # [B, D] of the first view, by the encoder that learns, of any norm: signs of collapse are read there
+    embedding: Tensor | None = (
+        None  # [B, D] of the first view, by the encoder that learns, of any norm: signs of collapse are read there
+    )
 
 
 @dataclass(frozen=True)
@@ -146,9 +154,11 @@ class ParameterGroup:
     """Parameters that the optimiser treats alike.
 
     Args:
-        rate: a factor on the scheduled learning rate; or the name of a schedule whose value takes the place of its factor.
+        rate: a factor on the scheduled learning rate; or the name of a schedule whose value takes the place of its
+            factor.
         decay: whether weight decay applies (where the optimiser excludes biases and norms, to the others).
-        decay_one_dimensional: whether it applies to biases and norms too, where the optimiser does not exclude them (not in DINO).
+        decay_one_dimensional: whether it applies to biases and norms too, where the optimiser does not exclude them
+            (not in DINO).
         frozen_steps: at the run's start, in which they do not move.
         frozen_epochs: so, in epochs of the training (DINO's last layer).
     """
@@ -176,7 +186,9 @@ class Method(nn.Module):
         return [Phase(TRAINING)]
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
-        """Name -> one number for each step of the training, such as {"twin_momentum": cosine(run, 0.99, 1.0)}. All are logged."""
+        """Name -> one number for each step of the training, such as {"twin_momentum": cosine(run, 0.99, 1.0)}. All are
+        logged.
+        """
         return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -184,27 +196,37 @@ class Method(nn.Module):
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
 
     def order(self, epoch: int) -> np.ndarray | None:
-        """The images of an epoch, int64, in an order of the method's own, the same on every rank; None: the loader's."""
+        """The images of an epoch, int64, in an order of the method's own, the same on every rank; None: the
+        loader's.
+        """
         return None
 
     def before_epoch(self, now: Now, images: Images) -> None:
         """Before the first step of an epoch, and not again when a run goes on in the middle of it."""
 
     def before_step(self, now: Now, images: Images) -> None:
-        """Before the forward pass: a twin that moves before the keys are computed, labels made anew in the middle of an epoch."""
+        """Before the forward pass: a twin that moves before the keys are computed, labels made anew in the middle of an
+        epoch.
+        """
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
-        """The loss of a batch (or of a part of it, see `needs.whole_batch`) and named scalars. Changes nothing but statistics."""
+        """The loss of a batch (or of a part of it, see `needs.whole_batch`) and named scalars. Changes nothing but
+        statistics.
+        """
         raise NotImplementedError
 
     def after_step(self, now: Now) -> None:
-        """After the optimiser's step, which only a finite loss is followed by: bank, queue, centre, a twin that moves after."""
+        """After the optimiser's step, which only a finite loss is followed by: bank, queue, centre, a twin that moves
+        after.
+        """
 
     def after_phase(self, now: Now) -> None:
         """After the last step of a phase: the twin becomes a copy at the end of a warm start."""
 
     def overwritten(self) -> set[str]:
-        """Parts, by the names of children, that the run fills before it uses what they hold: weights from elsewhere leave them out."""
+        """Parts, by the names of children, that the run fills before it uses what they hold: weights from elsewhere
+        leave them out.
+        """
         return set()
 
     def statistics(self) -> dict[str, float]:

@@ -20,17 +20,18 @@ from caco.schedules import RunShape, Table, cosine
 class BYOL(Method):
     """The prediction p of one view is to be the twin's embedding z' of the other, both on the unit sphere.
 
-    L = mean_i |n(p_1) - n(z'_2)|^2 + mean_i |n(p_2) - n(z'_1)|^2 = 4 - 2 cos(p_1, z'_2) - 2 cos(p_2, z'_1), from 0 to 8, where
-    n(x) = x / sqrt(max(|x|^2, 1e-12)). Small views predict too and are not predicted; BYOL itself has none.
+    L = mean_i |n(p_1) - n(z'_2)|^2 + mean_i |n(p_2) - n(z'_1)|^2 = 4 - 2 cos(p_1, z'_2) - 2 cos(p_2, z'_1), from 0 to
+    8, where n(x) = x / sqrt(max(|x|^2, 1e-12)). Small views predict too and are not predicted; BYOL itself has none.
 
-    The published code trains a linear classifier on its features besides, in the same loss and without a gradient to them; here an
-    evaluator does so (eval=[probe]).
+    The published code trains a linear classifier on its features besides, in the same loss and without a gradient to
+    them; here an evaluator does so (eval=[probe]).
 
     Args:
         encoder: its projector's output is what the predictor takes and what the twin's is compared with.
         predictor_hidden_dim: width of the predictor's hidden layer.
         predictor_initialisation: as `Projector`'s.
-        momentum, final_momentum: the twin's m at the start and the end of its cosine; it moves after the optimiser's step.
+        momentum, final_momentum: the twin's m at the start and the end of its cosine; it moves after the optimiser's
+            step.
         twin_initialisation: "random" draws the twin's first parameters anew, as published; "copy" takes the encoder's.
         reduction: of the terms, "sum" as published, or "mean"; see `pair_terms`.
     """

@@ -19,7 +19,8 @@ Library = Literal["sklearn", "faiss"]
 
 
 class Clusters(nn.Module):
-    """K centroids, how wide the cluster of each is, and the cluster of each image; the same on every rank. `make` fills them.
+    """K centroids, how wide the cluster of each is, and the cluster of each image; the same on every rank. `make` fills
+    them.
 
     Args:
         num_images: N.
@@ -38,7 +39,9 @@ class Clusters(nn.Module):
         self.register_buffer("cluster", torch.zeros(num_images, dtype=torch.int32))
 
     @torch.no_grad()
-    def make(self, x_ND: Tensor, *, temperature: float, iterations: int, restarts: int, seed: int, library: Library) -> None:
+    def make(
+        self, x_ND: Tensor, *, temperature: float, iterations: int, restarts: int, seed: int, library: Library
+    ) -> None:
         """Cluster all images' embeddings. A collective; rank 0 works while the others wait, however long.
 
         Args:
@@ -47,9 +50,13 @@ class Clusters(nn.Module):
         """
         if distributed.is_main():
             x = x_ND.numpy()
-            centroids, cluster = k_means(x, len(self.centroids), iterations=iterations, restarts=restarts, seed=seed, library=library)
+            centroids, cluster = k_means(
+                x, len(self.centroids), iterations=iterations, restarts=restarts, seed=seed, library=library
+            )
             self.width.copy_(torch.from_numpy(widths(x, centroids, cluster, temperature)))
-            self.centroids.copy_(F.normalize(torch.from_numpy(centroids), dim=1))  # only now: members are at a distance from means
+            self.centroids.copy_(
+                F.normalize(torch.from_numpy(centroids), dim=1)
+            )  # only now: members are at a distance from means
             self.cluster.copy_(torch.from_numpy(cluster))
         distributed.wait_for_main()
         for values in (self.width, self.centroids, self.cluster):
@@ -59,17 +66,24 @@ class Clusters(nn.Module):
 def k_means(
     x: np.ndarray, number: int, *, iterations: int, restarts: int, seed: int, library: Library
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means [K, D] and each vector's nearest mean, int64 [N]: Lloyd's iterations from `restarts` random choices, of which the best
-    counts.
+    """Means [K, D] and each vector's nearest mean, int64 [N]: Lloyd's iterations from `restarts` random choices, of
+    which the best counts.
 
-    The same for the same vectors and seed: scikit-learn works in one thread, for several add up in the order in which they come.
-    Faiss, which the published code takes (of more than 1000 vectors a cluster it takes as many at random), has other random numbers.
+    The same for the same vectors and seed: scikit-learn works in one thread, for several add up in the order in which
+    they come. Faiss, which the published code takes (of more than 1000 vectors a cluster it takes as many at random),
+    has other random numbers.
     """
     if library == "faiss":
         import faiss
 
         made = faiss.Kmeans(
-            x.shape[1], number, niter=iterations, nredo=restarts, seed=seed, min_points_per_centroid=10, max_points_per_centroid=1000
+            x.shape[1],
+            number,
+            niter=iterations,
+            nredo=restarts,
+            seed=seed,
+            min_points_per_centroid=10,
+            max_points_per_centroid=1000,
         )
         made.train(np.ascontiguousarray(x, np.float32))
         return made.centroids.astype(x.dtype), made.index.search(np.ascontiguousarray(x, np.float32), 1)[1][:, 0]
@@ -78,15 +92,19 @@ def k_means(
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(limits=1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct vectors than clusters: the method says what has collapsed
-        lloyd = KMeans(number, init="random", n_init=restarts, max_iter=iterations, tol=0.0, random_state=seed, algorithm="lloyd")
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # fewer distinct vectors than clusters: the method says what has collapsed
+        lloyd = KMeans(
+            number, init="random", n_init=restarts, max_iter=iterations, tol=0.0, random_state=seed, algorithm="lloyd"
+        )
         found = lloyd.fit(x)
     return found.cluster_centers_, found.labels_.astype(np.int64)
 
 
 def widths(x: np.ndarray, centroids: np.ndarray, cluster: np.ndarray, temperature: float) -> np.ndarray:
-    """phi_c = mean distance of the members to their centroid / log(n_c + 10), [K]; of clusters with at most one member the largest of
-    all; then cut to the 10th and the 90th percentile, and scaled to a mean of `temperature`.
+    """phi_c = mean distance of the members to their centroid / log(n_c + 10), [K]; of clusters with at most one member
+    the largest of all; then cut to the 10th and the 90th percentile, and scaled to a mean of `temperature`.
 
     Source: published code, main_pcl.py: run_kmeans.
     """
@@ -101,7 +119,8 @@ def widths(x: np.ndarray, centroids: np.ndarray, cluster: np.ndarray, temperatur
     phi = np.clip(phi, *np.percentile(phi, (10, 90)))
     if not phi.mean() > 0:
         raise UserError(
-            "every image has the same embedding, so there is nothing to cluster: the encoder has collapsed; try a lower optimizer.lr"
+            "every image has the same embedding, so there is nothing to cluster: the encoder has collapsed; try a lower"
+            " optimizer.lr"
         )
     return temperature * phi / phi.mean()
 
@@ -113,8 +132,10 @@ def check(num_images: int, numbers: list[int], library: str) -> None:
     if not numbers or min(numbers) < 2 or max(numbers) >= num_images:
         in_proportion = ",".join(str(max(2, round(num_images / share))) for share in (51, 26, 13))
         raise UserError(
-            f"method.num_clusters: expected numbers from 2 to below the {num_images} images, got {list(numbers)}; in the published "
-            f"proportions method.num_clusters=[{in_proportion}]"
+            f"method.num_clusters: expected numbers from 2 to below the {num_images} images, got {list(numbers)}; in"
+            f" the published proportions method.num_clusters=[{in_proportion}]"
         )
     if library == "faiss" and not is_installed("faiss"):
-        raise UserError("method.library=faiss: it is not installed; to have it: pip install faiss-cpu; or method.library=sklearn")
+        raise UserError(
+            "method.library=faiss: it is not installed; to have it: pip install faiss-cpu; or method.library=sklearn"
+        )

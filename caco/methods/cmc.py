@@ -19,14 +19,15 @@ from caco.ranges import AboveZero, Count, NonNegative, Seed, held
 
 
 class CMC(InstDisc):
-    """L = L(c, bank of lightness) + L(l, bank of colours): l and c embed an image's first channel and its two others, by networks of
-    their own, and each is contrasted with the rows that the other has written. Both against the same drawn rows; each bank has its
-    own Z.
+    """L = L(c, bank of lightness) + L(l, bank of colours): l and c embed an image's first channel and its two others,
+    by networks of their own, and each is contrasted with the rows that the other has written. Both against the same
+    drawn rows; each bank has its own Z.
 
     Args:
         encoder: gives both embeddings side by side, [B, 2 D], none yet unit: a `GroupedProjector` on `ChannelGroups`.
         bank: an `ImageBank` of two parts.
-        num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views losses are averaged there too.
+        num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views losses are averaged
+            there too.
     """
 
     needs = Needs(indices=True, lightness_first=True)
@@ -45,16 +46,19 @@ class CMC(InstDisc):
         epsilon: NonNegative = 1e-7,
     ):
         super().__init__(
-            encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise,
+            encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss,
+            num_noise=num_noise,
             epsilon=epsilon,
         )  # fmt: skip
         if num_noise is None:
-            raise UserError("method.num_noise: this method's bank is contrasted with drawn rows alone; expected a number, got null")
+            raise UserError(
+                "method.num_noise: this method's bank is contrasted with drawn rows alone; expected a number, got null"
+            )
         groups = getattr(encoder.projector, "groups", 1)
         if (groups, bank.parts) != (2, 2):
             raise UserError(
-                "this method needs an embedding of the lightness and one of the colours: a projector with 2 groups (projector=cmc) "
-                f"and a bank with 2 parts (bank.parts=2); got {groups} and {bank.parts}"
+                "this method needs an embedding of the lightness and one of the colours: a projector with 2 groups"
+                f" (projector=cmc) and a bank with 2 parts (bank.parts=2); got {groups} and {bank.parts}"
             )
 
     def embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:

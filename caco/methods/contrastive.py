@@ -30,14 +30,21 @@ WARM_START = "warm start"
 
 
 def warm_start_steps(steps: int | None, passes: int | None, bank_size: int, batch: int) -> int:
-    """Steps of a warm start that is `steps` long, or as long as the keys of so large a batch take to go over the rows `passes` times."""
+    """Steps of a warm start that is `steps` long, or as long as the keys of so large a batch take to go over the rows
+    `passes` times.
+    """
     return steps if steps is not None else (passes or 0) * -(-bank_size // batch)
 
 
 def weighted(score: Score, terms: list[Term], positives: Sequence[Positive] = ()) -> Tensor:
-    """The loss: the terms' means, [T, B] over B, by their weights and, where a query has several positives, by those of these."""
+    """The loss: the terms' means, [T, B] over B, by their weights and, where a query has several positives, by those of
+    these.
+    """
     of_each = zip(terms, positives or [Positive()] * len(terms), score.loss_B, strict=True)
-    return sum((term.weight * _shares(loss_B, positive).mean() for term, positive, loss_B in of_each), torch.zeros_like(score.loss_B[0, 0]))
+    return sum(
+        (term.weight * _shares(loss_B, positive).mean() for term, positive, loss_B in of_each),
+        torch.zeros_like(score.loss_B[0, 0]),
+    )
 
 
 def _shares(x_B: Tensor, positive: Positive) -> Tensor:
@@ -56,10 +63,12 @@ def contrast(
     step: Step | None = None,
     learn: bool = True,
 ) -> Score:
-    """Losses of each term's queries against one positive each and a source of negatives; the bank's rows are streamed once for all.
+    """Losses of each term's queries against one positive each and a source of negatives; the bank's rows are streamed
+    once for all.
 
     Args:
-        q: of each term unit queries [B, D]; k: unit keys of all ranks' images [G, D], in rank order; positives: of the queries.
+        q: of each term unit queries [B, D]; k: unit keys of all ranks' images [G, D], in rank order; positives: of the
+            queries.
         treatment: of the negatives; None: plain. step: what its draws depend on.
         learn: whether the bank's rows are to move for it.
     Returns:
@@ -67,7 +76,11 @@ def contrast(
     """
     treatment = treatment or Treatment()
     vectors = any(positive.vector_BD is not None for positive in positives)
-    extra = [columns_BE for term in zip(q, k, positives, strict=True) if (columns_BE := _columns(*term, negatives, vectors)) is not None]
+    extra = [
+        columns_BE
+        for term in zip(q, k, positives, strict=True)
+        if (columns_BE := _columns(*term, negatives, vectors)) is not None
+    ]
     chosen = [positive.row_B for positive in positives if positive.row_B is not None]
     made_NE = treatment.columns(torch.cat(q), torch.cat(chosen) if chosen else None, bank, step)
     columns = [torch.cat(extra)] if extra else []
@@ -81,7 +94,9 @@ def contrast(
             for q_BD, positive in zip(q, positives, strict=True)
         ]
         other = {} if treatment.objective is None else {"objective": treatment.objective}
-        score = bank.score(torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE, learn=learn, **other)
+        score = bank.score(
+            torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE, learn=learn, **other
+        )
     else:
         assert extra_NE is not None, "a positive that is no row, and negatives that are none"
         logits_NE = extra_NE / temperature
@@ -97,8 +112,8 @@ def contrast(
 
 
 def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives: Negatives, vectors: bool) -> Tensor | None:
-    """Cosines beyond the bank's rows, [B, E]: of a positive that is none of these, and of other images. Where positives of other terms
-    are `vectors`, a term whose positive is a row has an empty column in their place."""
+    """Cosines beyond the bank's rows, [B, E]: of a positive that is none of these, and of other images. Where positives
+    of other terms are `vectors`, a term whose positive is a row has an empty column in their place."""
     columns = []
     if positive.vector_BD is not None:
         columns = [(q_BD * positive.vector_BD).sum(1, keepdim=True)]
@@ -120,7 +135,8 @@ class Contrastive(Method):
         encoder: images to unit embeddings; its `.backbone` is what evaluators see.
         bank: a bank, or None where no source reads one.
         positives, negatives: sources (`caco/methods/sources.py`).
-        treatment: what is made of the negatives in the training (`caco/methods/treatments.py`); None: plain, as in the warm start
+        treatment: what is made of the negatives in the training (`caco/methods/treatments.py`); None: plain, as in the
+            warm start
         always.
         temperature: tau of the loss.
         momentum, final_momentum: the twin's m at the start and the end of its cosine; None for no twin: then keys are
@@ -128,9 +144,10 @@ class Contrastive(Method):
         symmetric: whether both views query (else view 0 queries, view 1 is the key).
         reduction: of the terms, "sum" or "mean"; see `pair_terms`.
         warm_start_temperature, warm_start_momentum: tau and the twin's m in the warm start, the steps before epoch 0.
-        warm_start_steps, warm_start_passes: how long that is: so many steps, or so many times as many as keys need to go over
-            the bank's rows once. Neither: as published, one pass where the bank is learned, else none.
-        warm_start_key: the view whose keys are positives and fill the bank there, for queries of the first: the "second", or the
+        warm_start_steps, warm_start_passes: how long that is: so many steps, or so many times as many as keys need to
+            go over the bank's rows once. Neither: as published, one pass where the bank is learned, else none.
+        warm_start_key: the view whose keys are positives and fill the bank there, for queries of the first: the
+            "second", or the
             "last", which in multi-crop is the smallest (AdCo's code).
     """
 
@@ -164,13 +181,14 @@ class Contrastive(Method):
             raise UserError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
         if positives.of_both_kinds and treatment is not None:
             raise UserError(
-                f"{type(positives).__name__} has positives of two kinds, and negatives that are treated go with one; got "
-                f"{type(treatment).__name__}, expected negatives=plain"
+                f"{type(positives).__name__} has positives of two kinds, and negatives that are treated go with one;"
+                f" got {type(treatment).__name__}, expected negatives=plain"
             )
         require_treatable(treatment, negatives, bank)
         if warm_start_steps is not None and warm_start_passes is not None:
             raise UserError(
-                f"warm_start: expected steps or passes, got both, {warm_start_steps} and {warm_start_passes}; set one of them to null"
+                f"warm_start: expected steps or passes, got both, {warm_start_steps} and {warm_start_passes}; set one"
+                " of them to null"
             )
         if warm_start_passes and bank is None:
             raise UserError(
@@ -188,7 +206,9 @@ class Contrastive(Method):
         self.num_warm_start_steps, self.warm_start_passes = warm_start_steps, warm_start_passes
         self.warm_start_key = 1 if warm_start_key == "second" else -1
         self.symmetric, self.reduction = symmetric, reduction
-        self.keys: list[list[Tensor]] = []  # of the step in progress, by part of the batch and view, for the bank's update
+        self.keys: list[
+            list[Tensor]
+        ] = []  # of the step in progress, by part of the batch and view, for the bank's update
 
         in_warm_start = bool(warm_start_steps or warm_start_passes) and not self._rows_are_filled
         together = in_warm_start or negatives.columns_per_image > 0 or (bank is not None and bank.needs_whole_batch)
@@ -226,7 +246,11 @@ class Contrastive(Method):
             self.twin.update(self.encoder, now["twin_momentum"])
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
-        return self.warm_start_loss(batch.views) if now.phase == WARM_START else self.loss(batch.views, Step(batch.index, now))
+        return (
+            self.warm_start_loss(batch.views)
+            if now.phase == WARM_START
+            else self.loss(batch.views, Step(batch.index, now))
+        )
 
     def after_step(self, now: Now) -> None:
         """The rows move, or take the keys, once per optimiser step."""
@@ -263,7 +287,9 @@ class Contrastive(Method):
         )
 
     def encode(self, views: list[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor], list[Term]]:
-        """Queries of every view that queries, keys of the views that are chosen (own and gathered), and the terms of the loss."""
+        """Queries of every view that queries, keys of the views that are chosen (own and gathered), and the terms of
+        the loss.
+        """
         terms = self.terms([view.shape[-1] for view in views])
         querying, chosen = sorted({term.query for term in terms}), sorted({term.key for term in terms})
         q = {v: self.encoder(views[v]) for v in querying}
@@ -291,8 +317,15 @@ class Contrastive(Method):
         )  # fmt: skip
         self.keys.append([all_k[v].detach() for v in sorted(by_view)])
         loss = weighted(score, terms, positives)
-        metrics = {"positive_probability": self._mean_probability(score, positives), "max_probability": score.max_probability_B.mean()}
-        extra = None if self.bank is None else self.bank.regulariser(torch.cat(list(q.values())), temperature=self.temperature)
+        metrics = {
+            "positive_probability": self._mean_probability(score, positives),
+            "max_probability": score.max_probability_B.mean(),
+        }
+        extra = (
+            None
+            if self.bank is None
+            else self.bank.regulariser(torch.cat(list(q.values())), temperature=self.temperature)
+        )
         if extra is not None:
             loss, metrics["bank_regulariser"] = loss + extra, extra.detach()
         return Outputs(loss, metrics, q[0])
@@ -303,12 +336,16 @@ class Contrastive(Method):
         shares = [_shares(of_term_B, positive) for of_term_B, positive in zip(probability_TB, positives, strict=True)]
         return self.positives.per_query * torch.stack(shares).mean()
 
-    def positives_of(self, k: Mapping[int, Tensor], terms: list[Term], now: Now | None = None) -> dict[int, list[Positive]]:
+    def positives_of(
+        self, k: Mapping[int, Tensor], terms: list[Term], now: Now | None = None
+    ) -> dict[int, list[Positive]]:
         """Of each view whose keys choose, [B] or [B, D] each; a bank is searched once for all."""
         views = sorted({term.key for term in terms})
         together = self.positives.all_of(torch.cat([k[v] for v in views]), self.bank, now)
         parts = [zip(*(_by_view(of_all, len(views)) for of_all in positive), strict=True) for positive in together]
-        return {v: [Positive(*part) for part in of_view] for v, of_view in zip(views, zip(*parts, strict=True), strict=True)}
+        return {
+            v: [Positive(*part) for part in of_view] for v, of_view in zip(views, zip(*parts, strict=True), strict=True)
+        }
 
     def _step_keys(self) -> Tensor:
         """The step's keys by view, rank and image, into however many parts the batch was cut."""
@@ -318,8 +355,9 @@ class Contrastive(Method):
         ]
         return torch.cat(views)
 
-    # The warm start, before epoch 0: the encoder learns from the other view alone, and its keys fill the bank. In the paper it
-    # fills the bank once (K/B steps); AdCo's authors call it the key to the method, and short runs need more of it.
+    # The warm start, before epoch 0: the encoder learns from the other view alone, and its keys fill the bank. In the
+    # paper it fills the bank once (K/B steps); AdCo's authors call it the key to the method, and short runs need more
+    # of it.
 
     @property
     def _rows_are_filled(self) -> bool:
@@ -336,10 +374,13 @@ class Contrastive(Method):
 
     def warm_start_steps(self, batch: int) -> int:
         """Steps before epoch 0 at a global batch."""
-        return warm_start_steps(self.num_warm_start_steps, self.warm_start_passes, 0 if self.bank is None else self.bank.size, batch)
+        return warm_start_steps(
+            self.num_warm_start_steps, self.warm_start_passes, 0 if self.bank is None else self.bank.size, batch
+        )
 
     def warm_start_loss(self, views: list[Tensor]) -> Outputs:
-        """InfoNCE (Eq. 1) in one direction: the other view as positive; as negatives the bank that the keys are filling, or,
+        """InfoNCE (Eq. 1) in one direction: the other view as positive; as negatives the bank that the keys are
+        filling, or,
         where they fill none, the batch's other keys."""
         q_BD, view = self.encoder(views[0]), views[self.warm_start_key]
         if self.twin is not None:
@@ -356,17 +397,21 @@ class Contrastive(Method):
         return Outputs(score.loss_B.mean(), {}, q_BD)
 
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        """What these values of an epoch say of a bank or of embeddings that have collapsed, and what helps; None where nothing is wrong."""
+        """What these values of an epoch say of a bank or of embeddings that have collapsed, and what helps; None where
+        nothing is wrong.
+        """
         named = {name.removeprefix("bank/"): value for name, value in statistics.items() if name.startswith("bank/")}
         wrong = self.bank.warning(named) if self.bank is not None else None
         if wrong is None:
             return super().warning(statistics)
         return (
-            f"The bank has collapsed: {wrong}. Its positives and negatives teach the encoder little in this state. What helps: a "
-            "longer warm start (warm_start.steps), a lower rate of the rows (bank.lr) or one that ends at 0 (bank.final_lr=0), "
-            "less push (bank.push), fewer rows (bank.size)."
+            f"The bank has collapsed: {wrong}. Its positives and negatives teach the encoder little in this state. What"
+            " helps: a longer warm start (warm_start.steps), a lower rate of the rows (bank.lr) or one that ends at 0"
+            " (bank.final_lr=0), less push (bank.push), fewer rows (bank.size)."
         )
 
     def statistics(self) -> dict[str, float]:
         """Of the bank's use and shape since the last call; `bank/` and a name."""
-        return {} if self.bank is None else {f"bank/{name}": value for name, value in self.bank.rows.statistics().items()}
+        return (
+            {} if self.bank is None else {f"bank/{name}": value for name, value in self.bank.rows.statistics().items()}
+        )

@@ -27,15 +27,16 @@ from caco.schedules import RunShape, Table, constant
 class ContextNetwork(nn.Module):
     """Features [B, F, H, W] to contexts of that shape: the one at row i sees rows 0 to i.
 
-    Residual blocks of convolutions: 1 x 1, ReLU, 1 x 3 with the neighbours to both sides, 2 x 1 with the row above (a row of zeros
-    above the first), ReLU, 1 x 1; at last a ReLU.
+    Residual blocks of convolutions: 1 x 1, ReLU, 1 x 3 with the neighbours to both sides, 2 x 1 with the row above (a
+    row of zeros above the first), ReLU, 1 x 1; at last a ReLU.
     """
 
     def __init__(self, *, width: int, hidden_dim: int = 256, blocks: int = 5):
         super().__init__()
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(width, hidden_dim, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden_dim, hidden_dim, (1, 3), padding=(0, 1)),
+                nn.Conv2d(width, hidden_dim, 1), nn.ReLU(inplace=True),
+                nn.Conv2d(hidden_dim, hidden_dim, (1, 3), padding=(0, 1)),
                 nn.ZeroPad2d((0, 0, 1, 0)), nn.Conv2d(hidden_dim, hidden_dim, (2, 1)), nn.ReLU(inplace=True),
                 nn.Conv2d(hidden_dim, width, 1),
             )
@@ -58,10 +59,24 @@ class Prediction(nn.Module):
         scale: of the predictions.
     """
 
-    def __init__(self, *, width: int, dim: int, hidden_dim: int, blocks: int, directions: int, distances: Sequence[int], scale: float):
+    def __init__(
+        self,
+        *,
+        width: int,
+        dim: int,
+        hidden_dim: int,
+        blocks: int,
+        directions: int,
+        distances: Sequence[int],
+        scale: float,
+    ):
         super().__init__()
-        self.contexts = nn.ModuleList(ContextNetwork(width=width, hidden_dim=hidden_dim, blocks=blocks) for _ in range(directions))
-        self.predictors = nn.ModuleList(nn.ModuleList(nn.Conv2d(width, dim, 1) for _ in distances) for _ in range(directions))
+        self.contexts = nn.ModuleList(
+            ContextNetwork(width=width, hidden_dim=hidden_dim, blocks=blocks) for _ in range(directions)
+        )
+        self.predictors = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(width, dim, 1) for _ in distances) for _ in range(directions)
+        )
         self.distances, self.scale = list(distances), scale
 
     def forward(self, z_BHWF: Tensor) -> list[list[Tensor]]:
@@ -80,21 +95,23 @@ class Prediction(nn.Module):
 class CPCv2(Method):
     """What lies k rows further in an image is predicted from the rows up to here, and told from all other patches.
 
-    L = sum over directions and distances k of mean CE(s c W_k . targets), where the right target is the patch of the same image and
-    column k rows further, and the others are all patches of all images (of a group). Gradients flow into predictions and targets.
+    L = sum over directions and distances k of mean CE(s c W_k . targets), where the right target is the patch of the
+    same image and column k rows further, and the others are all patches of all images (of a group). Gradients flow into
+    predictions and targets.
 
     Evaluators and exports see the average of the encoder's weights over the steps.
 
     Args:
-        encoder: its projector makes the targets of a patch's features, a linear layer as published; the same for all directions.
+        encoder: its projector makes the targets of a patch's features, a linear layer as published; the same for all
+            directions.
         grid: patches a side, H.
-        distances: k, in rows. Published are "several"; the pseudocode's default is [3], the nearest that shares no pixels with its
-            context.
+        distances: k, in rows. Published are "several"; the pseudocode's default is [3], the nearest that shares no
+            pixels with its context.
         directions: 1, downwards, up to 4.
         hidden_dim, blocks: of the context networks.
         scale: s, of the predictions.
-        group_size: images whose patches are told apart from each other, neighbours in a rank's batch (published: a worker's 16);
-            None: those of the batch of all ranks.
+        group_size: images whose patches are told apart from each other, neighbours in a rank's batch (published: a
+            worker's 16); None: those of the batch of all ranks.
         averaging: m of the running average of the encoder's weights, made after each step; None for none.
     """
 
@@ -116,7 +133,9 @@ class CPCv2(Method):
     ):
         super().__init__()
         if len(set(distances)) != len(distances) or max(distances) >= grid:
-            raise UserError(f"method.distances must be different numbers from 1 to grid - 1, {grid - 1}; got {list(distances)}")
+            raise UserError(
+                f"method.distances must be different numbers from 1 to grid - 1, {grid - 1}; got {list(distances)}"
+            )
         self.encoder = encoder
         self.prediction = Prediction(
             width=feature_width(encoder.backbone), dim=encoder.projector.dim, hidden_dim=hidden_dim, blocks=blocks,
@@ -139,8 +158,8 @@ class CPCv2(Method):
     def _check_groups(self, num_images: int) -> None:
         if self.group_size is not None and num_images % self.group_size:
             raise UserError(
-                f"method.group_size: expected null, or a divisor of the {num_images} images that a process takes at once; got "
-                f"{self.group_size}"
+                f"method.group_size: expected null, or a divisor of the {num_images} images that a process takes at"
+                f" once; got {self.group_size}"
             )
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
@@ -174,7 +193,9 @@ class CPCv2(Method):
                 ours.copy_(theirs)
 
     def costs(self, sizes: list[int]) -> Costs:
-        """A term for each predicted patch of an image; the targets of all patches are gathered, unless groups keep to their rank."""
+        """A term for each predicted patch of an image; the targets of all patches are gathered, unless groups keep to
+        their rank.
+        """
         patches = self.grid**2
         predicted = sum((self.grid - k) * self.grid for k in self.prediction.distances) * len(self.prediction.contexts)
         gathered = 0 if self.group_size else patches
@@ -202,7 +223,9 @@ def _losses(p_BHWD: Tensor, target_GHWD: Tensor, *, first: int, group_size: int 
     within = torch.arange(rows * columns, device=p_BHWD.device) + (side - rows) * columns
     label_N = (image[:, None] * side * columns + within).flatten()
     with torch.autocast(p_BHWD.device.type, enabled=False):
-        logits = torch.bmm(p_BHWD.reshape(groups, -1, width), target_GHWD.reshape(groups, -1, width).transpose(1, 2)).flatten(0, 1)
+        logits = torch.bmm(
+            p_BHWD.reshape(groups, -1, width), target_GHWD.reshape(groups, -1, width).transpose(1, 2)
+        ).flatten(0, 1)
         return F.cross_entropy(logits, label_N, reduction="none")
 
 
@@ -216,5 +239,7 @@ class _PatchNetwork(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         z_ND = self.backbone(patches.flatten(0, 1))
         side = math.isqrt(patches.shape[1])
-        made = [p for of_direction in self.prediction(z_ND.unflatten(0, (len(patches), side, side))) for p in of_direction]
+        made = [
+            p for of_direction in self.prediction(z_ND.unflatten(0, (len(patches), side, side))) for p in of_direction
+        ]
         return torch.cat([self.projector(z_ND).flatten(), *(p.flatten() for p in made)])

@@ -1,8 +1,10 @@
-"""Signs of collapse, under one name each for all methods: measured on the embeddings that a method hands out (`Outputs.embedding`).
+"""Signs of collapse, under one name each for all methods: measured on the embeddings that a method hands out
+(`Outputs.embedding`).
 
     embedding_spread    at every step, of this rank's images: a pass over [B, D]
-    embedding_rank_me   at the end of every epoch, of up to 512 images of its last step, from all ranks alike: the eigenvalues of a matrix
-                        that is at most 512 x 512, for one core a millisecond where D is 64 and a tenth of a second where it is 8192
+    embedding_rank_me at the end of every epoch, of up to 512 images of its last step, from all ranks alike: the
+                        eigenvalues of a matrix that is at most 512 x 512, for one core a millisecond where D is 64 and
+                        a tenth of a second where it is 8192
 
 Methods with prototypes log how these are used besides (`assignments.use_statistics`).
 """
@@ -22,8 +24,8 @@ MOST_ROWS = 512
 
 @torch.no_grad()
 def spread(z_BD: Tensor) -> Tensor:
-    """Standard deviation of unit embeddings, averaged over their coordinates, times sqrt(D): 1 where they are spread evenly, 0 where
-    they coincide. As geometry/spread. A scalar without gradient.
+    """Standard deviation of unit embeddings, averaged over their coordinates, times sqrt(D): 1 where they are spread
+    evenly, 0 where they coincide. As geometry/spread. A scalar without gradient.
 
     Args:
         z_BD: embeddings of any norm, made unit here.
@@ -33,7 +35,8 @@ def spread(z_BD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rank_me(z_ND: Tensor) -> float:
-    """`equations.rank_me` of unit embeddings, from 1, where they coincide, to min(N, D), where they fill all directions alike.
+    """`equations.rank_me` of unit embeddings, from 1, where they coincide, to min(N, D), where they fill all directions
+    alike.
 
     By way of the smaller of the products z z^T and z^T z, whose eigenvalues are the singular values' squares.
 
@@ -75,4 +78,7 @@ def collapse(statistics: Mapping[str, Any], what_helps: str) -> str | None:
     value = statistics.get("embedding_spread")
     if value is None or value > 0.05:
         return None
-    return f"The embedding has collapsed: embedding_spread {value:.3f}, where 1 is even and 0 one point. What helps: {what_helps}."
+    return (
+        f"The embedding has collapsed: embedding_spread {value:.3f}, where 1 is even and 0 one point. What helps:"
+        f" {what_helps}."
+    )

@@ -25,10 +25,12 @@ NUM_TAUGHT = 2  # views that the teacher sees: the first two
 
 
 class DINO(Method):
-    """The teacher's scores of the first two views, centred and sharpened, are what the student predicts from every other view.
+    """The teacher's scores of the first two views, centred and sharpened, are what the student predicts from every
+    other view.
 
-    L = 1 / (2 (V - 1)) sum_{t < 2} sum_{v != t} mean_i -sum_k softmax((y_ti - c) / tau_t)_k log softmax(s_vi / tau)_k. The teacher follows the
-    student's weights, the centre c the mean of the raw scores y, both after the optimiser's step.
+    L = 1 / (2 (V - 1)) sum_{t < 2} sum_{v != t} mean_i -sum_k softmax((y_ti - c) / tau_t)_k log softmax(s_vi / tau)_k.
+    The teacher follows the student's weights, the centre c the mean of the raw scores y, both after the optimiser's
+    step.
 
     Evaluators and exports see the teacher's backbone, as in the published evaluations.
 
@@ -38,8 +40,8 @@ class DINO(Method):
         norm_last_layer: keeps the prototypes' norms at 1; else they learn (published for the longer ViT-S runs).
         last_layer_frozen_epochs: at the run's start, in which the prototypes stay as they were drawn.
         temperature: tau, the student's.
-        teacher_temperature: tau_t, from `first_teacher_temperature` by a line over the first `teacher_temperature_epochs` epochs, changed
-            with each epoch, whatever `schedule.unit` says.
+        teacher_temperature: tau_t, from `first_teacher_temperature` by a line over the first
+            `teacher_temperature_epochs` epochs, changed with each epoch, whatever `schedule.unit` says.
         momentum, final_momentum: the teacher's m at the start and the end of its cosine.
         centre_momentum: of c, which starts at 0.
     """
@@ -65,7 +67,9 @@ class DINO(Method):
     ):
         super().__init__()
         self.encoder = encoder
-        self.prototypes = NormedPrototypes(dim=encoder.projector.dim, number=num_prototypes, learn_norms=not norm_last_layer)
+        self.prototypes = NormedPrototypes(
+            dim=encoder.projector.dim, number=num_prototypes, learn_norms=not norm_last_layer
+        )
         self.twin, self.twin_prototypes = MomentumTwin(encoder), MomentumTwin(self.prototypes)
         for module in self.twin.modules():
             if isinstance(module, DropPath):
@@ -86,7 +90,9 @@ class DINO(Method):
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
         """The teacher's m, and its temperature by epoch."""
-        rising = np.linspace(self.first_teacher_temperature, self.teacher_temperature, self.teacher_temperature_epochs).tolist()
+        rising = np.linspace(
+            self.first_teacher_temperature, self.teacher_temperature, self.teacher_temperature_epochs
+        ).tolist()
         by_epoch = [rising[epoch] if epoch < len(rising) else self.teacher_temperature for epoch in range(run.epochs)]
         return {
             "twin_momentum": cosine(run, self.momentum, self.final_momentum),
@@ -133,9 +139,9 @@ class DINO(Method):
         if wrong is None:
             return super().warning(statistics)
         return (
-            f"The teacher has collapsed: {wrong}. What helps: a last layer that stays longer at first (method.last_layer_frozen_epochs), a lower "
-            "method.teacher_temperature where target_entropy is near log K, a higher method.momentum with small batches (0.9995 at 256), a "
-            "lower optimizer.lr."
+            f"The teacher has collapsed: {wrong}. What helps: a last layer that stays longer at first"
+            " (method.last_layer_frozen_epochs), a lower method.teacher_temperature where target_entropy is near log"
+            " K, a higher method.momentum with small batches (0.9995 at 256), a lower optimizer.lr."
         )
 
     def costs(self, sizes: list[int]) -> Costs:

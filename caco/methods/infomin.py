@@ -22,8 +22,8 @@ from caco.ranges import AboveZero, Count, Natural, Share, Width, held
 class InfoMin(Contrastive):
     """View 1 and, by a head of their own, the patches of the image each query the key of view 2 among the negatives.
 
-    L = (1 - w) CE(q) + w CE(q_jigsaw), both with the same key and negatives. The twin moves after the optimiser's step, as in the
-    published code (MoCo's moves before the keys); it has no jigsaw head.
+    L = (1 - w) CE(q) + w CE(q_jigsaw), both with the same key and negatives. The twin moves after the optimiser's step,
+    as in the published code (MoCo's moves before the keys); it has no jigsaw head.
 
     Args:
         encoder, bank, positives, negatives: as in `Contrastive`; published are the other view and a queue.
@@ -32,8 +32,8 @@ class InfoMin(Contrastive):
         jigsaw_weight: w.
         jigsaw_hidden_dim: width of the hidden layer that each patch's features go through.
         num_patches: P.
-        warm_start_temperature, warm_start_momentum, warm_start_steps, warm_start_passes: as in `Contrastive`; the patches learn
-            after it.
+        warm_start_temperature, warm_start_momentum, warm_start_steps, warm_start_passes: as in `Contrastive`; the
+            patches learn after it.
     """
 
     needs = Needs(patches="shuffled")
@@ -73,7 +73,10 @@ class InfoMin(Contrastive):
             warm_start_passes=warm_start_passes,
         )
         self.jigsaw = JigsawHead(
-            in_dim=feature_width(encoder.backbone), hidden_dim=jigsaw_hidden_dim, dim=encoder.projector.dim, num_patches=num_patches
+            in_dim=feature_width(encoder.backbone),
+            hidden_dim=jigsaw_hidden_dim,
+            dim=encoder.projector.dim,
+            num_patches=num_patches,
         )
         self.jigsaw_weight = jigsaw_weight
         self.needs = dataclasses.replace(self.needs, num_patches=num_patches)
@@ -90,11 +93,14 @@ class InfoMin(Contrastive):
         positives, key = {view: one for view, [one] in self.positives_of(k, terms).items()}, terms[0].key
         keys = [term.key for term in terms] + [key]
         score = contrast(
-            [q[term.query] for term in terms] + [jigsaw_BD], [all_k[key] for key in keys], [positives[key] for key in keys],
+            [q[term.query] for term in terms] + [jigsaw_BD], [all_k[key] for key in keys],
+            [positives[key] for key in keys],
             self.negatives, self.bank, self.temperature,
         )  # fmt: skip
         self.keys.append([all_k[view].detach() for view in sorted(positives)])
-        of_views, of_patches = (type(score)(*(values[part] for values in score)) for part in (slice(-1), slice(-1, None)))
+        of_views, of_patches = (
+            type(score)(*(values[part] for values in score)) for part in (slice(-1), slice(-1, None))
+        )
         w = self.jigsaw_weight
         loss = (1 - w) * weighted(of_views, terms) + w * of_patches.loss_B.mean()
         probabilities = {"positive_probability": of_views, "jigsaw_probability": of_patches}

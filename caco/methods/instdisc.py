@@ -1,4 +1,5 @@
-"""InstDisc, or NPID: each image is a class of its own, told from others by a bank with a row for each (arXiv 1805.01978).
+"""InstDisc, or NPID: each image is a class of its own, told from others by a bank with a row for each (arXiv
+1805.01978).
 
 Shapes: B this rank's images, G all ranks', D width of the embedding, V views, N images of the training set.
 """
@@ -21,12 +22,13 @@ from caco.ranges import AboveZero, Count, NonNegative, Seed, held
 class InstDisc(Method):
     """The embedding v of an image is to be nearer to the image's row V_i of the bank than to the other images' rows.
 
-    "nce": L = mean_i -log P_i / (P_i + M/N) - sum_j log (M/N) / (P_j + M/N), j over M rows drawn for the image, P_j = exp(v.V_j /
-    tau) / Z, with the bank's Z, of the first step (with `accumulate`, of its first part). "softmax": cross-entropy over the image's
-    row and M drawn ones, or over all N. After the step V_i moves towards v. No gradient reaches the bank.
+    "nce": L = mean_i -log P_i / (P_i + M/N) - sum_j log (M/N) / (P_j + M/N), j over M rows drawn for the image, P_j =
+    exp(v.V_j / tau) / Z, with the bank's Z, of the first step (with `accumulate`, of its first part). "softmax":
+    cross-entropy over the image's row and M drawn ones, or over all N. After the step V_i moves towards v. No gradient
+    reaches the bank.
 
-    The published method has one view of an image. Of several, the losses are averaged, all against the same drawn rows, and the first
-    view's embedding is written.
+    The published method has one view of an image. Of several, the losses are averaged, all against the same drawn rows,
+    and the first view's embedding is written.
 
     Args:
         encoder: images to unit embeddings; its `.backbone` is what evaluators see.
@@ -37,8 +39,8 @@ class InstDisc(Method):
         loss: see above.
         num_noise: M; None for all rows, with "softmax".
         epsilon: added to the denominators of "nce", as published.
-        proximal_weight: lambda of lambda |v - V_i|^2, which keeps an embedding near its image's last ones (the paper's Eq. 10; its
-            code has none).
+        proximal_weight: lambda of lambda |v - V_i|^2, which keeps an embedding near its image's last ones (the paper's
+            Eq. 10; its code has none).
     """
 
     needs = Needs(indices=True)
@@ -60,13 +62,19 @@ class InstDisc(Method):
     ):
         super().__init__()
         if num_noise is None and loss == "nce":
-            raise UserError("method.num_noise: null, for all rows, goes with method.loss=softmax; method.loss=nce needs a number")
+            raise UserError(
+                "method.num_noise: null, for all rows, goes with method.loss=softmax; method.loss=nce needs a number"
+            )
         if bank.size != num_images:
-            raise UserError(f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows")
+            raise UserError(
+                f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows"
+            )
         self.encoder, self.bank = encoder, bank
         self.seed, self.temperature, self.form, self.num_noise = seed, temperature, loss, num_noise
         self.epsilon, self.proximal_weight = epsilon, proximal_weight
-        self.seen: list[tuple[Tensor, Tensor]] = []  # images and embeddings of the step in progress, by part of the batch
+        self.seen: list[
+            tuple[Tensor, Tensor]
+        ] = []  # images and embeddings of the step in progress, by part of the batch
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
@@ -82,7 +90,8 @@ class InstDisc(Method):
             score = self.bank.score(v_ND, image_N, temperature=self.temperature)
             return Contrast(score.loss_B, (-score.loss_B.detach()).exp())
         return self.bank.contrast(
-            v_ND, image_N, temperature=self.temperature, num_noise=self.num_noise, stream=mixed_seed(self.seed, *numbers),
+            v_ND, image_N, temperature=self.temperature, num_noise=self.num_noise,
+            stream=mixed_seed(self.seed, *numbers),
             form=self.form, epsilon=self.epsilon, part=part,
         )  # fmt: skip
 

@@ -21,17 +21,20 @@ from caco.schedules import RunShape, Table, cosine
 
 
 class MoCoV3(Method):
-    """A view's prediction q has the twin's key k of the image's other view as its positive and the other images' as its negatives.
+    """A view's prediction q has the twin's key k of the image's other view as its positive and the other images' as its
+    negatives.
 
-    L = 2 tau CE(n(q_1) n(k_2)^T / tau) + 2 tau CE(n(q_2) n(k_1)^T / tau), over the keys of all ranks. Small views query too and are
-    no keys; MoCo v3 itself has none.
+    L = 2 tau CE(n(q_1) n(k_2)^T / tau) + 2 tau CE(n(q_2) n(k_1)^T / tau), over the keys of all ranks. Small views query
+    too and are no keys; MoCo v3 itself has none.
 
     Args:
         encoder: its projector's output is what the predictor takes.
         temperature: tau; 1.0 for ResNets, 0.2 for ViTs.
         predictor_hidden_dim: width of the predictor's hidden layer.
-        predictor_last_batch_norm: whether a BatchNorm without scale and shift ends the predictor: for ViTs, not for ResNets.
-        momentum, final_momentum: the twin's m at the start and the end of its cosine; it moves before the keys are computed.
+        predictor_last_batch_norm: whether a BatchNorm without scale and shift ends the predictor: for ViTs, not for
+            ResNets.
+        momentum, final_momentum: the twin's m at the start and the end of its cosine; it moves before the keys are
+            computed.
         reduction: of the terms, "sum" as published, or "mean"; see `pair_terms`.
     """
 
@@ -56,7 +59,12 @@ class MoCoV3(Method):
             in_dim=dim, hidden_dim=predictor_hidden_dim, dim=dim, layers=2,
             last_batch_norm=predictor_last_batch_norm, last_affine=not predictor_last_batch_norm,
         )  # fmt: skip
-        self.temperature, self.momentum, self.final_momentum, self.reduction = temperature, momentum, final_momentum, reduction
+        self.temperature, self.momentum, self.final_momentum, self.reduction = (
+            temperature,
+            momentum,
+            final_momentum,
+            reduction,
+        )
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state

@@ -19,7 +19,8 @@ class NNCLR(Contrastive):
     """The nearest past embedding of view a should predict view b's image among those of the batch.
 
     L = -log [ exp(nn(z_i, Q) . p_i / tau) / sum_k exp(nn(z_i, Q) . p_k / tau) ], averaged over both directions; small
-    crops only predict. p is the predictor's, which takes z before it is made unit. The queue takes the embeddings of the first view.
+    crops only predict. p is the predictor's, which takes z before it is made unit. The queue takes the embeddings of
+    the first view.
 
     Args:
         encoder, bank: as in `Contrastive`; the bank is the queue Q.
@@ -68,8 +69,10 @@ class NNCLR(Contrastive):
         neighbours = {view: one for view, [one] in self.positives_of(dict(enumerate(z)), terms).items()}
         # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
         score = contrast(
-            [vector_BD for term in terms if (vector_BD := neighbours[term.key].vector_BD) is not None], [everyone[term.query] for term in terms],
-            [Positive(p[term.query]) for term in terms], self.negatives, None, self.temperature, treatment=self.treatment, step=step,
+            [vector_BD for term in terms if (vector_BD := neighbours[term.key].vector_BD) is not None],
+            [everyone[term.query] for term in terms],
+            [Positive(p[term.query]) for term in terms], self.negatives, None, self.temperature,
+            treatment=self.treatment, step=step,
         )  # fmt: skip
         self.keys.append([distributed.gather(z[0])])
         return Outputs(weighted(score, terms), {"positive_probability": (-score.loss_B.detach()).exp().mean()}, z[0])

@@ -1,4 +1,5 @@
-"""PCL v2: MoCo v2, and besides each image is to be near the prototype of its cluster, anew before each epoch (arXiv 2005.04966).
+"""PCL v2: MoCo v2, and besides each image is to be near the prototype of its cluster, anew before each epoch (arXiv
+2005.04966).
 
 Shapes: B this rank's images, G all ranks', D width of the embedding, K clusters, E columns of a clustering's scores.
 """
@@ -27,13 +28,14 @@ from caco.ranges import AboveZero, Count, Length, Natural, Seed, Several, Share,
 class PCL(Contrastive):
     """L = InfoNCE + mean over the clusterings of ProtoNCE; before `first_clustering_epoch` InfoNCE alone.
 
-    ProtoNCE of a query q_i of an image in cluster s: -log exp(q_i.c_s / phi_s) / sum_j exp(q_i.c_j / phi_j), over the prototypes of
-    the batch's images (also those of the same cluster, as published) and `num_negatives` others, drawn without replacement from
-    clusters that no image of the batch is in. Each prototype has a temperature phi of its own. The gradient is the query's alone.
+    ProtoNCE of a query q_i of an image in cluster s: -log exp(q_i.c_s / phi_s) / sum_j exp(q_i.c_j / phi_j), over the
+    prototypes of the batch's images (also those of the same cluster, as published) and `num_negatives` others, drawn
+    without replacement from clusters that no image of the batch is in. Each prototype has a temperature phi of its own.
+    The gradient is the query's alone.
 
-    Before each epoch from then on the twin embeds every image's plain view, in evaluation mode; these embeddings are clustered. What
-    comes of it is in the state, so that a run goes on with it in the middle of an epoch. The batch is that of all ranks, where the
-    published code's is a GPU's own.
+    Before each epoch from then on the twin embeds every image's plain view, in evaluation mode; these embeddings are
+    clustered. What comes of it is in the state, so that a run goes on with it in the middle of an epoch. The batch is
+    that of all ranks, where the published code's is a GPU's own.
 
     Args:
         encoder, bank: as in `Contrastive`; the bank is the queue.
@@ -76,14 +78,19 @@ class PCL(Contrastive):
         warm_start_passes: Natural | None = None,
     ):
         super().__init__(
-            encoder=encoder, bank=bank, positives=OtherView(), negatives=BankRows(), temperature=temperature, momentum=momentum,
-            final_momentum=final_momentum, symmetric=False, reduction="mean", warm_start_temperature=warm_start_temperature,
-            warm_start_momentum=warm_start_momentum, warm_start_steps=warm_start_steps, warm_start_passes=warm_start_passes,
+            encoder=encoder, bank=bank, positives=OtherView(), negatives=BankRows(), temperature=temperature,
+            momentum=momentum,
+            final_momentum=final_momentum, symmetric=False, reduction="mean",
+            warm_start_temperature=warm_start_temperature,
+            warm_start_momentum=warm_start_momentum, warm_start_steps=warm_start_steps,
+            warm_start_passes=warm_start_passes,
         )  # fmt: skip
         clusters.check(num_images, list(num_clusters), library)
         self.needs = PCL.needs
         dim = encoder.projector.dim
-        self.clusterings = nn.ModuleList(Clusters(num_images=num_images, number=number, dim=dim) for number in num_clusters)
+        self.clusterings = nn.ModuleList(
+            Clusters(num_images=num_images, number=number, dim=dim) for number in num_clusters
+        )
         self.register_buffer("made", torch.zeros((), dtype=torch.int64))
         self.seed, self.num_negatives, self.first_clustering_epoch = seed, num_negatives, first_clustering_epoch
         self.library, self.iterations, self.restarts = library, iterations, restarts
@@ -92,7 +99,9 @@ class PCL(Contrastive):
         return super().overwritten() | {"clusterings"}
 
     def before_epoch(self, now: Now, images: Images) -> None:
-        """Cluster the embeddings of all images. What comes of it follows from the twin, the images and the seed alone."""
+        """Cluster the embeddings of all images. What comes of it follows from the twin, the images and the seed
+        alone.
+        """
         if now.epoch is None or now.epoch < self.first_clustering_epoch:
             return
         x_ND = self._embeddings(images)
@@ -123,12 +132,16 @@ class PCL(Contrastive):
         q, k, all_k, terms = self.encode(batch.views)
         positives = {view: one for view, [one] in self.positives_of(k, terms).items()}
         score = contrast(
-            [q[term.query] for term in terms], [all_k[term.key] for term in terms], [positives[term.key] for term in terms],
+            [q[term.query] for term in terms], [all_k[term.key] for term in terms],
+            [positives[term.key] for term in terms],
             self.negatives, self.bank, self.temperature,
         )  # fmt: skip
         self.keys.append([all_k[view].detach() for view in sorted(positives)])
         loss = weighted(score, terms)
-        metrics = {"positive_probability": (-score.loss_B.detach()).exp().mean(), "max_probability": score.max_probability_B.mean()}
+        metrics = {
+            "positive_probability": (-score.loss_B.detach()).exp().mean(),
+            "max_probability": score.max_probability_B.mean(),
+        }
         if self.made:
             prototype_loss = torch.stack([self._prototype_loss(q_BD, batch.index, now) for q_BD in q.values()]).mean()
             loss, metrics = loss + prototype_loss, metrics | {"prototype_loss": prototype_loss.detach()}
@@ -160,14 +173,19 @@ class PCL(Contrastive):
         values = super().statistics()
         if self.made:
             largest = max(self._clusterings(), key=lambda clustering: len(clustering.centroids))
-            values |= assignments.use_statistics(torch.bincount(largest.cluster.long(), minlength=len(largest.centroids)))
+            values |= assignments.use_statistics(
+                torch.bincount(largest.cluster.long(), minlength=len(largest.centroids))
+            )
         return values
 
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
         wrong = assignments.collapse(statistics)
         if wrong is None:
             return super().warning(statistics)
-        return f"The embedding has collapsed: {wrong}. What helps: a lower optimizer.lr, a later method.first_clustering_epoch."
+        return (
+            f"The embedding has collapsed: {wrong}. What helps: a lower optimizer.lr, a later"
+            " method.first_clustering_epoch."
+        )
 
     def costs(self, sizes: list[int]) -> Costs:
         """Scores of the prototypes: those of the batch's images, and the drawn ones."""

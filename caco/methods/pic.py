@@ -1,4 +1,5 @@
-"""PIC: each image is a class of its own, told apart by a classifier with learned weights for all of them (arXiv 2006.14618).
+"""PIC: each image is a class of its own, told apart by a classifier with learned weights for all of them (arXiv
+2006.14618).
 
 Shapes: B this rank's images, D width of the embedding, V views, N images of the training set.
 """
@@ -22,8 +23,8 @@ Order = Literal["window", "released", "released_shuffled", "epoch"]
 class PIC(Method):
     """Cross-entropy of cosines over tau with the weights of all N classes; an image's class is its index.
 
-    The published method has one view of an image. Of several, the losses are averaged; those of smaller size than the first (its
-    multi-crop) leave the class weights alone.
+    The published method has one view of an image. Of several, the losses are averaged; those of smaller size than the
+    first (its multi-crop) leave the class weights alone.
 
     Args:
         encoder: images to unit embeddings; its `.backbone` is what evaluators see.
@@ -33,7 +34,8 @@ class PIC(Method):
         seed: of the order of the images.
         temperature: tau.
         order: of the images; see `images_in_windows`. "epoch" is every image once an epoch, in a random order.
-        window_size, window_stride: images of a window, and by how many it moves on. A window that holds all images is "epoch".
+        window_size, window_stride: images of a window, and by how many it moves on. A window that holds all images is
+            "epoch".
     """
 
     needs = Needs(indices=True)
@@ -55,11 +57,13 @@ class PIC(Method):
         super().__init__()
         if order != "epoch" and (window_size < batch or window_stride < 1):
             raise UserError(
-                f"method needs a window_size of at least the batch, {batch}, and a window_stride of at least 1; got {window_size} and "
-                f"{window_stride}"
+                f"method needs a window_size of at least the batch, {batch}, and a window_stride of at least 1; got"
+                f" {window_size} and {window_stride}"
             )
         if bank.size != num_images:
-            raise UserError(f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows")
+            raise UserError(
+                f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows"
+            )
         self.encoder, self.bank = encoder, bank
         self.num_images, self.batch, self.seed, self.temperature = num_images, batch, seed, temperature
         self.order_of_images: Order = "epoch" if window_size >= num_images else order
@@ -74,12 +78,15 @@ class PIC(Method):
         return [ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad])]
 
     def order(self, epoch: int) -> np.ndarray | None:
-        """Windows follow one another whatever an epoch is; this is the part of their images that the epoch's steps take."""
+        """Windows follow one another whatever an epoch is; this is the part of their images that the epoch's steps
+        take.
+        """
         if self.order_of_images == "epoch":
             return None
         images = self.num_images // self.batch * self.batch
         return images_in_windows(
-            epoch * images, (epoch + 1) * images, num_images=self.num_images, size=self.window_size, stride=self.window_stride,
+            epoch * images, (epoch + 1) * images, num_images=self.num_images, size=self.window_size,
+            stride=self.window_stride,
             batch=self.batch, seed=self.seed, kind=self.order_of_images,
         )  # fmt: skip
 
@@ -117,15 +124,18 @@ def images_in_windows(
     seed: int,
     kind: Literal["window", "released", "released_shuffled"],
 ) -> np.ndarray:
-    """Images number `start` to `end` of an endless sequence of windows, each visited in a random order, int64 [end - start].
+    """Images number `start` to `end` of an endless sequence of windows, each visited in a random order, int64 [end -
+    start].
 
-    Of a window the last images, which make no whole batch, are left out of that visit, so that no image is twice in a batch.
+    Of a window the last images, which make no whole batch, are left out of that visit, so that no image is twice in a
+    batch.
 
-    "window": over the images in one random order, a window of `size` that moves on by `stride`, from the last image to the first
-    again: an image is in size / stride windows, one after the other. That is the method as it is described. "released": its code,
-    which takes positions modulo the window's length and not the number of images, so that the window never moves: the same `size`
-    images for ever. "released_shuffled": its code with --shuffle-per-epoch, as its scripts have it: a fresh random set of `size`
-    images for each window, but each (size / stride)th repeats the one before.
+    "window": over the images in one random order, a window of `size` that moves on by `stride`, from the last image to
+    the first again: an image is in size / stride windows, one after the other. That is the method as it is described.
+    "released": its code, which takes positions modulo the window's length and not the number of images, so that the
+    window never moves: the same `size` images for ever. "released_shuffled": its code with --shuffle-per-epoch, as its
+    scripts have it: a fresh random set of `size` images for each window, but each (size / stride)th repeats the one
+    before.
 
     Source: published code, the sliding-window sampler.
     """
@@ -143,6 +153,7 @@ def images_in_windows(
     visited = size // batch * batch
     first, last = start // visited, (end - 1) // visited
     visits = [
-        np.random.default_rng(mixed_seed(seed, 1, window)).permutation(members(window))[:visited] for window in range(first, last + 1)
+        np.random.default_rng(mixed_seed(seed, 1, window)).permutation(members(window))[:visited]
+        for window in range(first, last + 1)
     ]
     return np.concatenate(visits)[start - first * visited :][: end - start]

@@ -1,4 +1,5 @@
-"""PIRL: the embedding of an image and that of its shuffled patches both meet the image's row of a bank (arXiv 1912.01991).
+"""PIRL: the embedding of an image and that of its shuffled patches both meet the image's row of a bank (arXiv
+1912.01991).
 
 Shapes: B this rank's images, P patches, D width of the embedding.
 """
@@ -21,15 +22,15 @@ from caco.ranges import AboveZero, Count, Layers, NonNegative, Seed, Share, Widt
 
 
 class PIRL(InstDisc):
-    """L = (1 - w) L(v) + w L(g), each InstDisc's loss, against rows drawn for itself: v embeds the image, g by a head of its own its
-    patches.
+    """L = (1 - w) L(v) + w L(g), each InstDisc's loss, against rows drawn for itself: v embeds the image, g by a head
+    of its own its patches.
 
-    The two never meet directly: the bank's row is where they meet. Only v is written to it, after the step. Z is that of the first
-    batch of patches, for both.
+    The two never meet directly: the bank's row is where they meet. Only v is written to it, after the step. Z is that
+    of the first batch of patches, for both.
 
     Args:
-        encoder, bank, num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views losses are averaged
-            there too.
+        encoder, bank, num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views
+            losses are averaged there too.
         patches_weight: w.
         patches_layers: linear layers between the features and what the head gives of each patch; 1 as published.
         patches_hidden_dim: between these, where there are several.
@@ -56,11 +57,13 @@ class PIRL(InstDisc):
         num_patches: Count = 9,
     ):
         super().__init__(
-            encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss, num_noise=num_noise,
+            encoder=encoder, bank=bank, num_images=num_images, seed=seed, temperature=temperature, loss=loss,
+            num_noise=num_noise,
             epsilon=epsilon,
         )  # fmt: skip
         self.jigsaw = JigsawHead(
-            in_dim=feature_width(encoder.backbone), hidden_dim=patches_hidden_dim, dim=encoder.projector.dim, layers=patches_layers,
+            in_dim=feature_width(encoder.backbone), hidden_dim=patches_hidden_dim, dim=encoder.projector.dim,
+            layers=patches_layers,
             num_patches=num_patches,
         )  # fmt: skip
         self.patches_weight = patches_weight
@@ -69,13 +72,17 @@ class PIRL(InstDisc):
     def parameter_groups(self) -> list[ParameterGroup]:
         """All that learns, of which biases and BatchNorm do not decay, as published."""
         learning = [p for p in self.parameters() if p.requires_grad]
-        return [ParameterGroup([p for p in learning if p.ndim > 1]), ParameterGroup([p for p in learning if p.ndim <= 1], decay=False)]
+        return [
+            ParameterGroup([p for p in learning if p.ndim > 1]),
+            ParameterGroup([p for p in learning if p.ndim <= 1], decay=False),
+        ]
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
         """Patches first: Z is theirs."""
         if batch.patches is None:
             raise UserError(
-                "this method takes patches of each image, and its batches have none; expected an augmentation that cuts a view"
+                "this method takes patches of each image, and its batches have none; expected an augmentation that cuts"
+                " a view"
             )
         features_NF = self.backbone(batch.patches.flatten(0, 1))
         g_BD = F.normalize(at_least_float32(self.jigsaw(features_NF)), dim=1)
@@ -85,7 +92,10 @@ class PIRL(InstDisc):
         w = self.patches_weight
         loss = (1 - w) * of_images.loss_B.mean() + w * of_patches.loss_B.mean()
         self.remember(batch.index, v[0])
-        metrics = {"positive_probability": of_images.probability_B.mean(), "jigsaw_probability": of_patches.probability_B.mean()}
+        metrics = {
+            "positive_probability": of_images.probability_B.mean(),
+            "jigsaw_probability": of_patches.probability_B.mean(),
+        }
         return Outputs(loss, metrics, v[0])
 
     def costs(self, sizes: list[int]) -> Costs:

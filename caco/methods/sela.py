@@ -1,7 +1,8 @@
-"""SeLa: classification with labels that the network itself gives all images, so that each label has as many (arXiv 1911.05371).
+"""SeLa: classification with labels that the network itself gives all images, so that each label has as many (arXiv
+1911.05371).
 
-Shapes: B this rank's images, N images of the training set, P of these on this rank, H heads, K labels of a head, F width before the
-last layer.
+Shapes: B this rank's images, N images of the training set, P of these on this rank, H heads, K labels of a head, F
+width before the last layer.
 """
 
 from collections.abc import Mapping
@@ -25,21 +26,23 @@ from caco.schedules import RunShape, Table
 class SeLa(Method):
     """L = mean over the heads of cross-entropy with the head's labels, which are made anew at some moments of the run.
 
-    At such a moment all images go through the network once, as in training (augmented, in training mode, so that BatchNorm's
-    statistics move) and without gradient; then each head's labels are `assignments.balanced_labels` of its probabilities. Before the
-    first moment, which comes before the first step, a head's labels are the images' numbers modulo K, shuffled.
+    At such a moment all images go through the network once, as in training (augmented, in training mode, so that
+    BatchNorm's statistics move) and without gradient; then each head's labels are `assignments.balanced_labels` of its
+    probabilities. Before the first moment, which comes before the first step, a head's labels are the images' numbers
+    modulo K, shuffled.
 
     The published method has one view of an image; of several the losses are averaged, and the first is labelled.
 
     Args:
-        encoder: images to the logits of all heads, H K of them, not on the unit sphere; its projector's last layer is linear. Its
-            `.backbone` is what evaluators see.
+        encoder: images to the logits of all heads, H K of them, not on the unit sphere; its projector's last layer is
+            linear. Its `.backbone` is what evaluators see.
         num_images: N, of the training set.
         seed: of the first labels.
         num_heads: H, which divides the projector's width.
         num_moments: at which labels are made anew, over the run.
-        spacing: of the moments t_j in epochs, E of them in the run, j from 0 to num_moments - 1 = J: "quadratic", (E + 1.01) (j /
-            J)^2, dense at first; "linear", (E + 1.01) j / J. With a step at most one is due; the next ones wait.
+        spacing: of the moments t_j in epochs, E of them in the run, j from 0 to num_moments - 1 = J: "quadratic", (E +
+            1.01) (j / J)^2, dense at first; "linear", (E + 1.01) j / J. With a step at most one is due; the next ones
+            wait.
         one_head_at_a_time: a moment makes the labels of head (epoch mod H) alone (its authors' CIFAR recipe).
         power: lambda, of the probabilities; higher is nearer to each image's own most probable label.
         tolerance: of the balance, as a sum over all images.
@@ -66,12 +69,13 @@ class SeLa(Method):
         super().__init__()
         if encoder.projector.dim % num_heads or encoder.projector.dim // num_heads < 2:
             raise UserError(
-                f"method.num_heads: expected a divisor of projector.dim, {encoder.projector.dim}, that leaves 2 labels or more to a "
-                f"head; got {num_heads}"
+                f"method.num_heads: expected a divisor of projector.dim, {encoder.projector.dim}, that leaves 2 labels"
+                f" or more to a head; got {num_heads}"
             )
         if not isinstance(encoder.projector[-1], nn.Linear):
             raise UserError(
-                "projector.last_batch_norm=true: the heads are the projector's last layer, which has to be linear; expected false"
+                "projector.last_batch_norm=true: the heads are the projector's last layer, which has to be linear;"
+                " expected false"
             )
         self.encoder, self.num_images = encoder, num_images
         self.num_heads, self.num_labels = num_heads, encoder.projector.dim // num_heads
@@ -89,7 +93,9 @@ class SeLa(Method):
         """labels_made: 1 at the steps before which labels are made anew, else 0."""
         last = max(1, self.num_moments - 1)
         shares = [(j / last) ** (2 if self.spacing == "quadratic" else 1) for j in range(self.num_moments)]
-        waiting = [(run.epochs + 1.01) * share * self.num_images for share in reversed(shares)]  # in images; the next one last
+        waiting = [
+            (run.epochs + 1.01) * share * self.num_images for share in reversed(shares)
+        ]  # in images; the next one last
         table = []
         for step in range(run.steps):
             is_due = bool(waiting) and step * run.batch >= waiting[-1]
@@ -101,7 +107,9 @@ class SeLa(Method):
     def before_step(self, now: Now, images: Images) -> None:
         if now["labels_made"]:
             heads = range(self.num_heads)
-            self.make_labels(images, now.step, [(now.epoch or 0) % self.num_heads] if self.one_head_at_a_time else list(heads))
+            self.make_labels(
+                images, now.step, [(now.epoch or 0) % self.num_heads] if self.one_head_at_a_time else list(heads)
+            )
 
     @torch.no_grad()
     def make_labels(self, images: Images, step: int, heads: list[int]) -> None:
@@ -123,7 +131,9 @@ class SeLa(Method):
         for head in heads:
             part = slice(head * self.num_labels, (head + 1) * self.num_labels)
             logit_PK = F.linear(hidden_PF, last.weight[part], None if last.bias is None else last.bias[part])
-            label_P = assignments.balanced_labels(F.log_softmax(logit_PK.double(), 1), power=self.power, tolerance=self.tolerance)
+            label_P = assignments.balanced_labels(
+                F.log_softmax(logit_PK.double(), 1), power=self.power, tolerance=self.tolerance
+            )
             of_all = torch.zeros_like(self.labels[head])
             of_all[index_P] = label_P.to(of_all.dtype)
             self.labels[head] = distributed.sum_(of_all)  # each image is on one rank
@@ -145,10 +155,15 @@ class SeLa(Method):
         wrong = assignments.collapse(statistics)
         if wrong is None:
             return super().warning(statistics)
-        return f"The labels have collapsed: {wrong}. What helps: a lower method.power, which balances them more, a lower optimizer.lr."
+        return (
+            f"The labels have collapsed: {wrong}. What helps: a lower method.power, which balances them more, a lower"
+            " optimizer.lr."
+        )
 
     def costs(self, sizes: list[int]) -> Costs:
-        """In a pass: the last layer's input, and of a head at a time logits, log probabilities and their powers in float64."""
+        """In a pass: the last layer's input, and of a head at a time logits, log probabilities and their powers in
+        float64.
+        """
         last = self.encoder.projector[-1]
         assert isinstance(last, nn.Linear)
         return Costs(encoded=list(range(len(sizes))), pass_bytes=4 * last.in_features + (4 + 3 * 8) * self.num_labels)

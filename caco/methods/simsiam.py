@@ -19,14 +19,14 @@ from caco.schedules import RunShape, Table, constant
 class SimSiam(Method):
     """The prediction p of one view points where the other's embedding z does, through which no gradient goes.
 
-    L = -1/2 [ mean_i cos(p_1, z_2) + mean_i cos(p_2, z_1) ], from -1 to 1. Small views predict too and are not predicted; SimSiam
-    itself has none.
+    L = -1/2 [ mean_i cos(p_1, z_2) + mean_i cos(p_2, z_1) ], from -1 to 1. Small views predict too and are not
+    predicted; SimSiam itself has none.
 
     Args:
         encoder: its projector's output is z.
         predictor_hidden_dim: width of the predictor's hidden layer, narrower than the embedding.
-        constant_predictor_rate: whether the predictor keeps the learning rate of the start while the encoder's falls. The published
-            68.1 needs it; without it 67.7.
+        constant_predictor_rate: whether the predictor keeps the learning rate of the start while the encoder's falls.
+            The published 68.1 needs it; without it 67.7.
         reduction: of the terms, "mean" as published, or "sum"; see `pair_terms`.
     """
 
@@ -58,7 +58,9 @@ class SimSiam(Method):
         """The encoder, and the predictor, which may have a rate of its own."""
         return [
             ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad]),
-            ParameterGroup(list(self.predictor.parameters()), rate="predictor_rate" if self.constant_predictor_rate else 1.0),
+            ParameterGroup(
+                list(self.predictor.parameters()), rate="predictor_rate" if self.constant_predictor_rate else 1.0
+            ),
         ]
 
     def terms(self, sizes: list[int]) -> list[Term]:

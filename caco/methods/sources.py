@@ -30,9 +30,10 @@ class Positive(NamedTuple):
 class Positives:
     """Called with unit keys [B, D] and the bank; gives each key's query its positive.
 
-    needs_bank: whether there must be one. bank_rows: whether the positive is a row of it, which the bank's rows as negatives then
-    have to hold. searches, lookups: how often a key looks for its nearest row, and how often it fetches a row's vector. per_query: how
-    many positives a query has; of_both_kinds: whether some are vectors and some are rows.
+    needs_bank: whether there must be one. bank_rows: whether the positive is a row of it, which the bank's rows as
+    negatives then have to hold. searches, lookups: how often a key looks for its nearest row, and how often it fetches
+    a row's vector. per_query: how many positives a query has; of_both_kinds: whether some are vectors and some are
+    rows.
     """
 
     needs_bank = bank_rows = of_both_kinds = False
@@ -47,15 +48,18 @@ class Positives:
         return {}
 
     def all_of(self, k_BD: Tensor, bank: Bank | None, now: Now | None) -> list[Positive]:
-        """Each query's positives, whose weights add up to 1; where it has one, that. now: of the step, None outside a run."""
+        """Each query's positives, whose weights add up to 1; where it has one, that. now: of the step, None outside a
+        run.
+        """
         return [self(k_BD, bank)]
 
 
 class Negatives:
-    """Called with unit queries [B, D] and the unit keys of all ranks [G, D]; gives cosines of extra columns [B, E], or None.
+    """Called with unit queries [B, D] and the unit keys of all ranks [G, D]; gives cosines of extra columns [B, E], or
+    None.
 
-    bank_rows: whether the bank's rows are negatives besides. columns_per_image: extra columns for each image of the global batch;
-    where there are any, a part of a batch has fewer.
+    bank_rows: whether the bank's rows are negatives besides. columns_per_image: extra columns for each image of the
+    global batch; where there are any, a part of a batch has fewer.
     """
 
     bank_rows = False
@@ -98,11 +102,11 @@ class BankRow(Positives):
 
 
 class NearestRows(Positives):
-    """Several rows of the bank itself, those nearest to the key, each weighted by the softmax of its cosine with the key
-    (`equations.several_positives_loss`). With a count of 1 it is `BankRow`.
+    """Several rows of the bank itself, those nearest to the key, each weighted by the softmax of its cosine with the
+    key (`equations.several_positives_loss`). With a count of 1 it is `BankRow`.
 
-    Where one row is of another class than the image, others may not be: later papers on CaCo's code weight positives so, each by a
-    formula of its own; this one is ours.
+    Where one row is of another class than the image, others may not be: later papers on CaCo's code weight positives
+    so, each by a formula of its own; this one is ours.
 
     Args:
         count: rows, k.
@@ -125,13 +129,16 @@ class NearestRows(Positives):
         bank.rows.note_chosen(row_BC.flatten())
         m_BCD = bank.rows.lookup(row_BC.flatten()).unflatten(0, row_BC.shape)
         weight_BC = torch.softmax(torch.einsum("bd,bcd->bc", k_BD.detach(), m_BCD) / self.temperature, 1)
-        return [Positive(row_B=row_B, weight_B=weight_B) for row_B, weight_B in zip(row_BC.unbind(1), weight_BC.unbind(1), strict=True)]
+        return [
+            Positive(row_B=row_B, weight_B=weight_B)
+            for row_B, weight_B in zip(row_BC.unbind(1), weight_BC.unbind(1), strict=True)
+        ]
 
 
 class OtherViewThenRow(Positives):
-    """The key of the other view and the bank's most probable row, whose share of the loss grows from one number to another over the
-    training, by a half cosine (`equations.several_positives_loss`). A young bank, whose rows are mostly of other classes than the
-    image, then does little harm.
+    """The key of the other view and the bank's most probable row, whose share of the loss grows from one number to
+    another over the training, by a half cosine (`equations.several_positives_loss`). A young bank, whose rows are
+    mostly of other classes than the image, then does little harm.
 
     Args:
         first_share, last_share: of the row, at the first step of the training and at its end.

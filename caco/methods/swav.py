@@ -26,8 +26,8 @@ NUM_ASSIGNED = 2  # views whose assignments are predicted: the first two
 class SwAV(Method):
     """The first two views are assigned to prototypes so that all of these are used alike; every other view predicts it.
 
-    L = 1/2 sum_{c < 2} 1/(V - 1) sum_{v != c} mean_i -sum_k q_cik log softmax(z_vi . C / tau)_k, where q_c is the Sinkhorn assignment of
-    the batch of all ranks, together with a queue of earlier embeddings where there is one.
+    L = 1/2 sum_{c < 2} 1/(V - 1) sum_{v != c} mean_i -sum_k q_cik log softmax(z_vi . C / tau)_k, where q_c is the
+    Sinkhorn assignment of the batch of all ranks, together with a queue of earlier embeddings where there is one.
 
     Args:
         encoder: images to unit embeddings; its `.backbone` is what evaluators see.
@@ -36,7 +36,8 @@ class SwAV(Method):
         epsilon: of the Sinkhorn assignment; smaller is harder.
         sinkhorn_iterations: of it.
         prototypes_frozen_steps: at the run's start, in which the prototypes stay as they were drawn.
-        queue_size: rows over all ranks for each assigned view, of which a whole number of batches is used; 0 for no queue.
+        queue_size: rows over all ranks for each assigned view, of which a whole number of batches is used; 0 for no
+            queue.
         queue_start_epoch: with which the queue begins to be filled, counted from 0; it takes part once it is full.
     """
 
@@ -59,9 +60,7 @@ class SwAV(Method):
     ):
         super().__init__()
         if epsilon < assignments.SMALLEST_EPSILON:
-            raise UserError(
-                f"method.epsilon: expected at least {assignments.SMALLEST_EPSILON}, got {epsilon}"
-            )
+            raise UserError(f"method.epsilon: expected at least {assignments.SMALLEST_EPSILON}, got {epsilon}")
         dim = encoder.projector.dim
         self.encoder, self.prototypes = encoder, Prototypes(dim=dim, number=num_prototypes)
         self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
@@ -78,8 +77,8 @@ class SwAV(Method):
     def phases(self, run: RunShape) -> list[Phase]:
         if 0 < self.queue.shape[1] < run.batch:
             raise UserError(
-                f"method.queue_size: expected 0 for no queue, or at least the batch, {run.batch}, of which it holds whole ones; got "
-                f"{self.queue.shape[1]}"
+                f"method.queue_size: expected 0 for no queue, or at least the batch, {run.batch}, of which it holds"
+                f" whole ones; got {self.queue.shape[1]}"
             )
         return super().phases(run)
 
@@ -137,8 +136,9 @@ class SwAV(Method):
         if wrong is None:
             return super().warning(statistics)
         return (
-            f"The embedding has collapsed: {wrong}. What helps: harder assignments (method.epsilon=0.03), prototypes that stay longer at "
-            "first (method.prototypes_frozen_steps), fewer of them (method.num_prototypes), a lower optimizer.lr, easier views."
+            f"The embedding has collapsed: {wrong}. What helps: harder assignments (method.epsilon=0.03), prototypes"
+            " that stay longer at first (method.prototypes_frozen_steps), fewer of them (method.num_prototypes), a"
+            " lower optimizer.lr, easier views."
         )
 
     def costs(self, sizes: list[int]) -> Costs:

@@ -26,9 +26,7 @@ def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Li
     keys = range(num_large) if symmetric else [1]
     large = [(q, k) for k in keys for q in (range(num_large) if symmetric else [0]) if q != k]
     small = [(q, k) for k in keys for q in range(num_large, num_large + num_small)]
-    return [
-        Term(q, k, 1.0 if reduction == "sum" else 1 / len(pairs)) for pairs in (large, small) for q, k in pairs
-    ]
+    return [Term(q, k, 1.0 if reduction == "sum" else 1 / len(pairs)) for pairs in (large, small) for q, k in pairs]
 
 
 def terms_of(sizes: list[int], *, symmetric: bool = True, reduction: Literal["sum", "mean"]) -> list[Term]:

@@ -1,10 +1,11 @@
-"""What is made of a query's negatives before they count: reweighted (debiased, hard), kept at a margin (IFM), mixed (MoCHi).
+"""What is made of a query's negatives before they count: reweighted (debiased, hard), kept at a margin (IFM), mixed
+(MoCHi).
 
-Where negatives come from says a source (caco/methods/sources.py); each of these goes with every source that has what it needs, and
-declares what that is and costs: nobody asks for its class. Plain negatives have no treatment.
+Where negatives come from says a source (caco/methods/sources.py); each of these goes with every source that has what it
+needs, and declares what that is and costs: nobody asks for its class. Plain negatives have no treatment.
 
-Shapes: B this rank's images, N queries of all terms, term by term, H rows that a query chooses from, E columns made for it, U rows
-used by some query, D width.
+Shapes: B this rank's images, N queries of all terms, term by term, H rows that a query chooses from, E columns made for
+it, U rows used by some query, D width.
 """
 
 import inspect
@@ -39,24 +40,34 @@ class Step(NamedTuple):
 class Treatment:
     """The defaults: nothing is needed, and nothing done.
 
-    needs_bank_rows: whether the bank's rows have to be negatives. objective: the loss where it is another than InfoNCE; its sums go
-    over all negatives of whatever source. candidates, drawn, synthetic: rows that a query chooses from, draws of these, and columns
-    made of them (caco/methods/base.py: Costs).
+    needs_bank_rows: whether the bank's rows have to be negatives. objective: the loss where it is another than InfoNCE;
+    its sums go over all negatives of whatever source. candidates, drawn, synthetic: rows that a query chooses from,
+    draws of these, and columns made of them (caco/methods/base.py: Costs).
     """
 
     needs_bank_rows = False
     objective: Objective | None = None
     candidates = drawn = synthetic = 0
 
-    def columns(self, q_ND: Tensor, positive_row_N: Tensor | None, bank: Bank | None, step: Step | None) -> Tensor | None:
-        """Cosines of further negatives with unit queries, [N, E]; of queries whose positive is that row of the bank, if it is one."""
+    def columns(
+        self, q_ND: Tensor, positive_row_N: Tensor | None, bank: Bank | None, step: Step | None
+    ) -> Tensor | None:
+        """Cosines of further negatives with unit queries, [N, E]; of queries whose positive is that row of the bank, if
+        it is one.
+        """
         return None
 
     def costs(self, *, rows_are_positives: bool) -> dict[str, Any]:
         """What it adds to a method's Costs."""
         sums = 0 if self.objective is None else len(self.objective.exponents)
         left_out = self.objective is not None and rows_are_positives
-        return {"sums": sums, "left_out": left_out, "candidates": self.candidates, "drawn": self.drawn, "synthetic": self.synthetic}
+        return {
+            "sums": sums,
+            "left_out": left_out,
+            "candidates": self.candidates,
+            "drawn": self.drawn,
+            "synthetic": self.synthetic,
+        }
 
 
 def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: Bank | None) -> None:
@@ -66,11 +77,15 @@ def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: B
     name = type(treatment).__name__
     if treatment.needs_bank_rows and not negatives.bank_rows:
         raise UserError(
-            f"negatives: {name} makes negatives of the bank's rows, and these are no negatives with {type(negatives).__name__}; expected "
-            "method=mocov2, method=adco, pn=both or pn=negative, whose negatives they are, or another treatment: plain, debiased, hard, "
-            "margin"
+            f"negatives: {name} makes negatives of the bank's rows, and these are no negatives with"
+            f" {type(negatives).__name__}; expected method=mocov2, method=adco, pn=both or pn=negative, whose negatives"
+            " they are, or another treatment: plain, debiased, hard, margin"
         )
-    if treatment.objective is not None and bank is not None and "objective" not in inspect.signature(bank.score).parameters:
+    if (
+        treatment.objective is not None
+        and bank is not None
+        and "objective" not in inspect.signature(bank.score).parameters
+    ):
         raise UserError(
             f"negatives: {name} is another loss than InfoNCE, and {type(bank).__name__}.score takes no `objective` "
             "(caco/banks/base.py); expected negatives=plain, or a bank that passes it on to caco.banks.reweighted.score"
@@ -78,13 +93,15 @@ def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: B
 
 
 class Reweighted(Treatment):
-    """Debiased and hard negatives: their sum estimated without false ones, and with more weight on those near the query.
+    """Debiased and hard negatives: their sum estimated without false ones, and with more weight on those near the
+    query.
 
     Of a query with N negatives, pos = exp(q.m_+ / tau) and neg_j = exp(q.m_j / tau):
         R = N sum_j neg_j^(1 + beta) / sum_j neg_j^beta
         loss = -log pos / (pos + max((R - tau_+ N pos) / (1 - tau_+), N exp(-1 / tau)))
-    Gradients flow through the weights and through pos in the difference; where the maximum is the second, none comes to the negatives.
-    Published on SimCLR (arXiv 2010.04592, and 2007.00224 with beta 0); with any other positives and negatives it is the same estimate.
+    Gradients flow through the weights and through pos in the difference; where the maximum is the second, none comes to
+    the negatives. Published on SimCLR (arXiv 2010.04592, and 2007.00224 with beta 0); with any other positives and
+    negatives it is the same estimate.
 
     Args:
         positive_share: tau_+, how many of the negatives are taken for positives, in [0, 1). 0: none.
@@ -105,7 +122,9 @@ class Reweighted(Treatment):
         if not self.positive_share:
             log_ng_B = torch.maximum(log_r_B, lowest_B)
         else:
-            below_B = math.log(self.positive_share) + log_count_B + positive_B - log_r_B  # log of what is taken away, as a part of R
+            below_B = (
+                math.log(self.positive_share) + log_count_B + positive_B - log_r_B
+            )  # log of what is taken away, as a part of R
             some_left_B = below_B < 0
             left_B = torch.log1p(-torch.where(some_left_B, below_B, -1.0).exp())
             estimate_B = log_r_B + left_B - math.log1p(-self.positive_share)
@@ -114,11 +133,11 @@ class Reweighted(Treatment):
 
 
 class Margin(Treatment):
-    """Implicit feature modification: besides the loss itself, that of cosines moved by epsilon against it, the positive's down, all
-    negatives' up.
+    """Implicit feature modification: besides the loss itself, that of cosines moved by epsilon against it, the
+    positive's down, all negatives' up.
 
-    loss = (CE(cosines) + alpha CE(moved cosines)) / (1 + alpha). A shift common to all changes no cross entropy, so moving them is a
-    margin of 2 epsilon on the positive alone. Published on MoCo v2 (arXiv 2106.11230).
+    loss = (CE(cosines) + alpha CE(moved cosines)) / (1 + alpha). A shift common to all changes no cross entropy, so
+    moving them is a margin of 2 epsilon on the positive alone. Published on MoCo v2 (arXiv 2106.11230).
 
     Args:
         epsilon: of a cosine, 0 or more.
@@ -143,13 +162,14 @@ class Margin(Treatment):
 
 
 class Mixed(Treatment):
-    """MoCHi: further negatives for each query, mixed from the negatives of the bank that are nearest to it, with one another and with
-    itself.
+    """MoCHi: further negatives for each query, mixed from the negatives of the bank that are nearest to it, with one
+    another and with itself.
 
-    n(a m_i + (1 - a) m_j) with a from U(0, 1), and n(b q + (1 - b) m_j) with b from U(0, 1/2), of rows drawn from the hardest, i = j
-    allowed; n is the unit vector. No gradient goes into what is mixed, neither to rows nor to the q in it: so they are constants among
-    the query's negatives, and the rows of a bank that learns move as by the loss that has them in its denominator. Drawn anew for each
-    query and step, from (seed, step, term, image) alone. Published on MoCo v2 (arXiv 2010.01028).
+    n(a m_i + (1 - a) m_j) with a from U(0, 1), and n(b q + (1 - b) m_j) with b from U(0, 1/2), of rows drawn from the
+    hardest, i = j allowed; n is the unit vector. No gradient goes into what is mixed, neither to rows nor to the q in
+    it: so they are constants among the query's negatives, and the rows of a bank that learns move as by the loss that
+    has them in its denominator. Drawn anew for each query and step, from (seed, step, term, image) alone. Published on
+    MoCo v2 (arXiv 2010.01028).
 
     Args:
         hardest: N, rows of the bank that a query's are drawn from; all negatives where these are fewer.
@@ -161,15 +181,23 @@ class Mixed(Treatment):
     needs_bank_rows = True
 
     @held
-    def __init__(self, *, hardest: Count = 1024, pairs: Natural = 1024, with_query: Natural = 128, warmup_epochs: Natural = 15, seed: Seed = 0):
+    def __init__(
+        self,
+        *,
+        hardest: Count = 1024,
+        pairs: Natural = 1024,
+        with_query: Natural = 128,
+        warmup_epochs: Natural = 15,
+        seed: Seed = 0,
+    ):
         if pairs + with_query == 0:
-            raise UserError(
-                "one of negatives.pairs and negatives.with_query must be above 0; got 0 of both"
-            )
+            raise UserError("one of negatives.pairs and negatives.with_query must be above 0; got 0 of both")
         self.pairs, self.with_query, self.warmup_epochs, self.seed = pairs, with_query, warmup_epochs, seed
         self.candidates, self.drawn, self.synthetic = hardest, 2 * pairs + with_query, pairs + with_query
 
-    def columns(self, q_ND: Tensor, positive_row_N: Tensor | None, bank: Bank | None, step: Step | None) -> Tensor | None:
+    def columns(
+        self, q_ND: Tensor, positive_row_N: Tensor | None, bank: Bank | None, step: Step | None
+    ) -> Tensor | None:
         """Cosines [N, E] with what was mixed for each query, pairs first."""
         assert bank is not None and step is not None, "needs_bank_rows; a step of the training has images"
         assert step.now.epoch is not None, "the warm start has plain negatives"
@@ -190,7 +218,8 @@ class Mixed(Treatment):
         return torch.cat(cosines)
 
     def draws(self, step: Step, num_queries: int, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Which of each query's hardest rows are mixed, int64 [N, 2 s + s'] in [0, num_rows): first of the pairs, second of the pairs,
+        """Which of each query's hardest rows are mixed, int64 [N, 2 s + s'] in [0, num_rows): first of the pairs,
+        second of the pairs,
         with the query; and the share of the first, or of the query, [N, s + s']."""
         numbers = []
         for term in range(num_queries // len(step.index_B)):

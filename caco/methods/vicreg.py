@@ -17,13 +17,14 @@ from caco.ranges import NonNegative, held
 
 
 class VICReg(Method):
-    """Variance, invariance and covariance of embeddings that are neither normalised nor predicted, without twin or negatives.
+    """Variance, invariance and covariance of embeddings that are neither normalised nor predicted, without twin or
+    negatives.
 
     L = 25 mean (x - y)^2 + 25 [ mean_d max(0, 1 - sd(x_d)) + mean_d max(0, 1 - sd(y_d)) ] / 2
         + [ sum_{d != e} Cov(x)_de^2 + sum_{d != e} Cov(y)_de^2 ] / D,
-    where sd^2 = variance + 1e-4, and variance and Cov divide by one less than all ranks' images. With small views, which VICReg itself
-    has not: the first term's mean over all pairs of a large view and another, and over views the second's mean and twice the third's,
-    in which two views give the above.
+    where sd^2 = variance + 1e-4, and variance and Cov divide by one less than all ranks' images. With small views,
+    which VICReg itself has not: the first term's mean over all pairs of a large view and another, and over views the
+    second's mean and twice the third's, in which two views give the above.
 
     Args:
         encoder: its projector's output is the embedding.
@@ -34,7 +35,12 @@ class VICReg(Method):
 
     @held
     def __init__(
-        self, *, encoder: Encoder, invariance_weight: NonNegative = 25.0, variance_weight: NonNegative = 25.0, covariance_weight: NonNegative = 1.0
+        self,
+        *,
+        encoder: Encoder,
+        invariance_weight: NonNegative = 25.0,
+        variance_weight: NonNegative = 25.0,
+        covariance_weight: NonNegative = 1.0,
     ):
         super().__init__()
         self.weights = {"invariance": invariance_weight, "variance": variance_weight, "covariance": covariance_weight}
@@ -53,7 +59,9 @@ class VICReg(Method):
         terms = {
             "invariance": torch.stack([F.mse_loss(x[a], x[b]) for a, b in pairs]).mean(),
             "variance": torch.stack([F.relu(1 - sd_D).mean() for sd_D in deviations]).mean(),
-            "covariance": 2 * torch.stack([off_diagonal(cov_DD).square().sum() / len(cov_DD) for cov_DD in covariances]).mean(),
+            "covariance": (
+                2 * torch.stack([off_diagonal(cov_DD).square().sum() / len(cov_DD) for cov_DD in covariances]).mean()
+            ),
         }
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return Outputs(loss, {name: term.detach() for name, term in terms.items()}, x[0])

@@ -36,22 +36,28 @@ def timm_backbone(
         name: timm's, for example resnet50 or vit_small_patch16_224.
         cifar_stem: for ResNets: a 3x3 convolution of stride 1 and no max-pooling, for 32-pixel images.
         drop_path_rate: stochastic depth.
-        image_size: for ViTs, the pixels of a square image, a multiple of the patch's; images of other sizes of whole patches go too.
-            None is the model's own, for images of that size alone.
-        zero_init_last: for ResNets: the scale of each block's last BatchNorm starts at 0, so that the block starts as the identity.
+        image_size: for ViTs, the pixels of a square image, a multiple of the patch's; images of other sizes of whole
+            patches go too. None is the model's own, for images of that size alone.
+        zero_init_last: for ResNets: the scale of each block's last BatchNorm starts at 0, so that the block starts as
+            the identity.
         patch_size: for ViTs, the pixels of a square patch; None is the model's own.
-        register_tokens: for ViTs, learned tokens that no feature is read from (arXiv 2309.16588); None is the model's own number.
-        pool: for ViTs, the feature: "cls", the class token after the last norm, or "mean", the mean of the patches' tokens after it,
-            without class token and registers. The weights have the same names with both. None is the model's own way.
+        register_tokens: for ViTs, learned tokens that no feature is read from (arXiv 2309.16588); None is the model's
+            own number.
+        pool: for ViTs, the feature: "cls", the class token after the last norm, or "mean", the mean of the patches'
+            tokens after it, without class token and registers. The weights have the same names with both. None is the
+            model's own way.
         variant: for ViTs: "timm", or "dino" for DINO's class token and positions, see `DINOViT`.
-        layer_norm: for ResNets: layer normalisation, over all channels and places of an image, in place of BatchNorm (CPC v2).
+        layer_norm: for ResNets: layer normalisation, over all channels and places of an image, in place of BatchNorm
+            (CPC v2).
         in_channels: of the images; data.channels says it.
     Raises:
-        UserError: timm knows no such model, or something is asked of it that is of ResNets, or of ViTs, or that this ViT is not made
-            with.
+        UserError: timm knows no such model, or something is asked of it that is of ResNets, or of ViTs, or that this
+            ViT is not made with.
     """
     _must_be_known(name)
-    options: dict = {"num_classes": 0} | ({"drop_path_rate": drop_path_rate} if drop_path_rate else {})  # which not every model takes
+    options: dict = {"num_classes": 0} | (
+        {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    )  # which not every model takes
     options |= {"in_chans": in_channels} if in_channels != 3 else {}
     if image_size is not None:
         # Crops of several sizes go through one ViT, so its position embeddings are interpolated.
@@ -67,10 +73,17 @@ def timm_backbone(
     else:
         try:
             model = timm.create_model(name, pretrained=False, **options)
-        except (AssertionError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:  # timm's ways to refuse
+        except (
+            AssertionError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            NotImplementedError,
+        ) as error:  # timm's ways to refuse
             shown = ", ".join(f"{key}={value}" for key, value in options.items())
             raise UserError(f"backbone: timm makes no {name} with {shown}: {error}") from error
-    # Of some models (MobileNetV3, VGG) a layer between pooling and classifier gives the feature, and num_features is the width before it.
+    # Of some models (MobileNetV3, VGG) a layer between pooling and classifier gives the feature, and num_features is
+    # the width before it.
     model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
     if image_size is not None or of_vits:
         refuse_parts_of_patches(model)
@@ -92,22 +105,30 @@ def mocov3_vit(
     pool: Literal["cls", "mean"] | None = None,
     in_channels: NumChannels = 3,
 ) -> nn.Module:
-    """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the projection of the patches
-    stays as it was drawn. Its feature is the class token's, as published, unless `pool` says another.
+    """A ViT of timm's as MoCo v3 trains it (arXiv 2104.02057): positions are fixed sines and cosines, and the
+    projection of the patches stays as it was drawn. Its feature is the class token's, as published, unless `pool` says
+    another.
 
     Args:
         name: timm's, for example vit_small_patch16_224, with a class token.
         num_heads: MoCo v3's ViT-S has 12, timm's 6.
         image_size: pixels of a square image; crops of other sizes of whole patches go too.
         frozen_patches: whether that projection takes no gradient.
-        patch_size, register_tokens, pool: as in `timm_backbone`; registers, which MoCo v3 itself has none of, have no positions.
+        patch_size, register_tokens, pool: as in `timm_backbone`; registers, which MoCo v3 itself has none of, have no
+            positions.
         in_channels: of the images; data.channels says it.
     Raises:
         UserError: timm knows no such model, or not as a ViT with a class token and position embeddings.
     """
     _must_be_known(name)
     of_vits = vit_options(patch_size=patch_size, register_tokens=register_tokens, pool=pool)
-    options: dict = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": True, "num_heads": num_heads, "weight_init": "moco"}
+    options: dict = {
+        "num_classes": 0,
+        "img_size": image_size,
+        "dynamic_img_size": True,
+        "num_heads": num_heads,
+        "weight_init": "moco",
+    }
     options |= {"in_chans": in_channels} if in_channels != 3 else {}
     model = created_vit(name, **options, **of_vits)
     if not model.has_class_token or model.pos_embed is None:
@@ -127,7 +148,9 @@ def mocov3_vit(
 
 
 def sines_and_cosines(rows: int, columns: int, width: int) -> Tensor:
-    """Position embeddings [rows * columns, width], row by row: [sin r w, cos r w, sin c w, cos c w], w = 10000^(-4 i / width)."""
+    """Position embeddings [rows * columns, width], row by row: [sin r w, cos r w, sin c w, cos c w], w = 10000^(-4 i /
+    width).
+    """
     if width % 4:
         raise UserError(f"positions of sines and cosines need a width that is a multiple of 4; got {width}")
     frequency = 10000.0 ** -(torch.arange(width // 4) * 4 / width)
@@ -156,8 +179,8 @@ def small_resnet(
     # convolutions that halve the resolution, and the process dies.
     if width < 8 or width % 2 or len(blocks) != 4 or min(blocks) < 1:
         raise UserError(
-            f"small_resnet needs an even width of at least 8 and a block or more in each of 4 stages; got width={width}, "
-            f"blocks={list(blocks)}"
+            "small_resnet needs an even width of at least 8 and a block or more in each of 4 stages; got"
+            f" width={width}, blocks={list(blocks)}"
         )
     if stem_stride not in (1, 2):
         raise UserError(f"small_resnet's stem_stride must be 1 or 2; got {stem_stride}")
@@ -171,7 +194,9 @@ def small_resnet(
 
 def _must_be_known(name: str) -> None:
     if not timm.is_model(name):
-        raise UserError(f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(_near(name, 5)) or 'none'}")
+        raise UserError(
+            f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(_near(name, 5)) or 'none'}"
+        )
 
 
 def _near(name: str, count: int) -> list[str]:
@@ -181,7 +206,8 @@ def _near(name: str, count: int) -> list[str]:
 
 
 def refuse_unfit(sizes: Sequence[int], **settings: Any) -> None:
-    """Before any weight is drawn: a `timm_backbone` of these settings makes of images of each of these sizes features [B, num_features].
+    """Before any weight is drawn: a `timm_backbone` of these settings makes of images of each of these sizes features
+    [B, num_features].
 
     Tried on tensors without contents, once a process.
     Raises:
@@ -192,19 +218,27 @@ def refuse_unfit(sizes: Sequence[int], **settings: Any) -> None:
         if problem is None:
             continue
         name = settings["name"]
-        message = f"backbone.name={name} makes no features [images, width] of images of {size} x {size} pixels: {problem}."
-        if settings.get("image_size") != max(sizes) and all(why_unfit(s, **settings | {"image_size": max(sizes)}) is None for s in sizes):
+        message = (
+            f"backbone.name={name} makes no features [images, width] of images of {size} x {size} pixels: {problem}."
+        )
+        if settings.get("image_size") != max(sizes) and all(
+            why_unfit(s, **settings | {"image_size": max(sizes)}) is None for s in sizes
+        ):
             raise UserError(f"{message} With backbone.image_size={max(sizes)} it does")
         own = own_size(name)
         if own != size and why_unfit(own, **settings) is None:
-            raise UserError(f"{message} It is made for {own} x {own}: augmentation.size={own}, or another of timm's models")
+            raise UserError(
+                f"{message} It is made for {own} x {own}: augmentation.size={own}, or another of timm's models"
+            )
         near: list[str] = []
         for other in _near(name, 12):
             if other != name and why_unfit(size, name=other) is None:
                 near.append(other)
             if len(near) == 3:
                 break
-        raise UserError(f"{message} Near are {', '.join(near)}" if near else f"{message} See docs/backbones.md for those that do")
+        raise UserError(
+            f"{message} Near are {', '.join(near)}" if near else f"{message} See docs/backbones.md for those that do"
+        )
 
 
 def own_size(name: str) -> int:
@@ -249,8 +283,8 @@ def feature_width(backbone: nn.Module) -> int:
 
 
 def preact_resnet(*, name: str = "resnetv2_50", in_channels: NumChannels = 3) -> nn.Module:
-    """A pre-activation ResNet of timm's as SeLa trains it (arXiv 1911.05371): no BatchNorm after the stem, and none, with its ReLU,
-    between the last block and the pooling.
+    """A pre-activation ResNet of timm's as SeLa trains it (arXiv 1911.05371): no BatchNorm after the stem, and none,
+    with its ReLU, between the last block and the pooling.
 
     Args:
         name: timm's, resnetv2_50 or another with BatchNorm.

@@ -14,11 +14,12 @@ from caco.ranges import Count, Layers, Length, Several, Width, held
 
 
 class ChannelGroups(nn.Module):
-    """Two networks, one for an image's first channel, its lightness, and one for the two others, its colours (CMC). Their features,
-    side by side, are the image's.
+    """Two networks, one for an image's first channel, its lightness, and one for the two others, its colours (CMC).
+    Their features, side by side, are the image's.
 
     Args:
-        lightness, colours: networks for images of three channels, whose first convolution is replaced by one of as many channels.
+        lightness, colours: networks for images of three channels, whose first convolution is replaced by one of as many
+            channels.
     """
 
     def __init__(self, *, lightness: nn.Module, colours: nn.Module):
@@ -30,15 +31,20 @@ class ChannelGroups(nn.Module):
         return torch.cat([self.lightness(images[:, :1]), self.colours(images[:, 1:])], 1)
 
 
-def small_channel_groups(*, width: Width = 16, blocks: Annotated[Sequence[Layers], Length(least=4, most=4)] = (1, 1, 1, 1), stem_stride: Count = 1) -> nn.Module:
+def small_channel_groups(
+    *,
+    width: Width = 16,
+    blocks: Annotated[Sequence[Layers], Length(least=4, most=4)] = (1, 1, 1, 1),
+    stem_stride: Count = 1,
+) -> nn.Module:
     """`ChannelGroups` of two `small_resnet`s; the arguments are of each."""
     lightness, colours = (small_resnet(width=width, blocks=blocks, stem_stride=stem_stride) for _ in range(2))
     return ChannelGroups(lightness=lightness, colours=colours)
 
 
 class GroupedProjector(nn.Module):
-    """Several perceptrons side by side: each takes its equal share of the features and gives its share of the embedding (CMC, whose
-    groups are the features of an image's lightness and of its colours).
+    """Several perceptrons side by side: each takes its equal share of the features and gives its share of the embedding
+    (CMC, whose groups are the features of an image's lightness and of its colours).
 
     Args:
         in_dim: width of all features. dim: width of what all give.
@@ -47,14 +53,24 @@ class GroupedProjector(nn.Module):
     """
 
     @held
-    def __init__(self, *, in_dim: Width, hidden_dim: Width = 2048, dim: Width = 256, layers: Layers = 1, groups: Several = 2):
+    def __init__(
+        self, *, in_dim: Width, hidden_dim: Width = 2048, dim: Width = 256, layers: Layers = 1, groups: Several = 2
+    ):
         super().__init__()
         if in_dim % groups or dim % groups:
             raise UserError(
-                f"projector needs 2 groups or more, which share its {in_dim} features and its dim evenly; got dim={dim}, groups={groups}"
+                f"projector needs 2 groups or more, which share its {in_dim} features and its dim evenly; got"
+                f" dim={dim}, groups={groups}"
             )
         self.each = nn.ModuleList(
-            Projector(in_dim=in_dim // groups, hidden_dim=hidden_dim, dim=dim // groups, layers=layers, batch_norm=False, bias=True)
+            Projector(
+                in_dim=in_dim // groups,
+                hidden_dim=hidden_dim,
+                dim=dim // groups,
+                layers=layers,
+                batch_norm=False,
+                bias=True,
+            )
             for _ in range(groups)
         )
         self.dim, self.groups = dim, groups

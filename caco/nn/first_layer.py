@@ -7,10 +7,13 @@ from caco.errors import UserError
 
 def with_channels(network: nn.Module, channels: int) -> nn.Module:
     """A network whose first convolution, of three channels, is a new one of so many, drawn by the same law."""
-    name, first = next(((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
+    name, first = next(
+        ((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None)
+    )
     if first is None or first.in_channels != 3 or not isinstance(first.padding, tuple):
         raise UserError(
-            f"a network for {channels} of the channels needs a first convolution of three; {type(network).__name__} has none"
+            f"a network for {channels} of the channels needs a first convolution of three; {type(network).__name__} has"
+            " none"
         )
     size, stride, padding = (_pair(values) for values in (first.kernel_size, first.stride, first.padding))
     new = nn.Conv2d(channels, first.out_channels, size, stride, padding, bias=first.bias is not None)

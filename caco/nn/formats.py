@@ -1,8 +1,9 @@
 """Which family a file of weights is of, by its keys, and its tensors by our own names, those of a method's state_dict.
 
-A family is a row of `FAMILIES`: how its files are known, and what each name's beginning is called with us, or, after a ~, what kind of thing
-is left out. A name that no rule knows ends the reading. Layouts are those of the authors' code that saves or loads them; what was not read is
-in docs/weights.md. A twin is the momentum network, online the one that gets gradients.
+A family is a row of `FAMILIES`: how its files are known, and what each name's beginning is called with us, or, after a
+~, what kind of thing is left out. A name that no rule knows ends the reading. Layouts are those of the authors' code
+that saves or loads them; what was not read is in docs/weights.md. A twin is the momentum network, online the one that
+gets gradients.
 """
 
 import re
@@ -113,7 +114,11 @@ def _with_rows(file: File) -> dict[str, Tensor]:
 
 
 def _dino(file: File) -> dict[str, Tensor]:
-    return file.below("student", prefix="online/") | file.below("teacher", prefix="twin/") | file.below("dino_loss", prefix="loss/")
+    return (
+        file.below("student", prefix="online/")
+        | file.below("teacher", prefix="twin/")
+        | file.below("dino_loss", prefix="loss/")
+    )
 
 
 def _vissl(file: File) -> dict[str, Tensor]:
@@ -134,15 +139,20 @@ def _plain(file: File) -> dict[str, Tensor]:
 SOLO = (
     (r"(?:backbone|encoder)\.", BACKBONE), (r"momentum_(?:backbone|encoder)\.", TWIN + BACKBONE),
     *head("projector", PROJECTOR), *head("momentum_projector", TWIN + PROJECTOR), *head("predictor", PREDICTOR),
-    (r"(?:momentum_)?(?:projector|predictor)\.", "~head"), (r"(?:momentum_)?classifier\.", "~classifier trained with labels"),
+    (r"(?:momentum_)?(?:projector|predictor)\.", "~head"),
+    (r"(?:momentum_)?classifier\.", "~classifier trained with labels"),
     (r"(?:momentum_)?head\.|prototypes\.", "~head"), (r"queue", "~bank"), (r"dino_loss|loss", "~loss"),
 )  # fmt: skip
 LIGHTLY = (
-    (r"student_backbone\.(?:vit\.)?", BACKBONE), (r"(?:key_|teacher_)backbone\.(?:vit\.)?|backbone_momentum\.", TWIN + BACKBONE),
-    (r"student_(?:projection_)?head\.layers\.", PROJECTOR), (r"(?:key_|teacher_)(?:projection_)?head\.layers\.", TWIN + PROJECTOR),
+    (r"student_backbone\.(?:vit\.)?", BACKBONE),
+    (r"(?:key_|teacher_)backbone\.(?:vit\.)?|backbone_momentum\.", TWIN + BACKBONE),
+    (r"student_(?:projection_)?head\.layers\.", PROJECTOR),
+    (r"(?:key_|teacher_)(?:projection_)?head\.layers\.", TWIN + PROJECTOR),
     (r"projection_head_momentum\.layers\.", TWIN + PROJECTOR), (r"projection_head\.layers\.", PROJECTOR),
-    (r"prediction_head\.layers\.", PREDICTOR), (r"(?:student_|key_|teacher_)?(?:projection_|prediction_)?head[._]", "~head"),
-    (r"prototypes\.", "~prototypes"), (r"criterion\.", "~loss"), (r"online_classifier\.", "~classifier trained with labels"),
+    (r"prediction_head\.layers\.", PREDICTOR),
+    (r"(?:student_|key_|teacher_)?(?:projection_|prediction_)?head[._]", "~head"),
+    (r"prototypes\.", "~prototypes"), (r"criterion\.", "~loss"),
+    (r"online_classifier\.", "~classifier trained with labels"),
 )  # fmt: skip
 LIGHTLY_HOLDS = (
     r"(?:(?:student_|key_|teacher_)?(?:projection|prediction)|student|teacher)_head(?:_momentum)?\.layers\.|"
@@ -150,11 +160,23 @@ LIGHTLY_HOLDS = (
 )
 CHILD = r"(?:student_|key_|teacher_)?backbone(?:_momentum)?"
 OF_RELEASED = (
-    *two_encoders(rf"{DDP}encoder_q", rf"{DDP}encoder_k"), (rf"{DDP}queue_ptr$", "bank.next_row"), (r"bank/velocity", "~bank's momentum"),
+    *two_encoders(rf"{DDP}encoder_q", rf"{DDP}encoder_k"), (rf"{DDP}queue_ptr$", "bank.next_row"),
+    (r"bank/velocity", "~bank's momentum"),
     (r"bank/", "bank."), (rf"{DDP}queue", "~bank"),
 )  # fmt: skip
 RELEASED = ("caco", "adco", "moco", "pcl")
-ANYBODY = ("torchvision", "timm", "dino", "barlow", "vicreg", "simclr", "byol", "sela", "mocov3", "instdisc")  # one network tells no more
+ANYBODY = (
+    "torchvision",
+    "timm",
+    "dino",
+    "barlow",
+    "vicreg",
+    "simclr",
+    "byol",
+    "sela",
+    "mocov3",
+    "instdisc",
+)  # one network tells no more
 
 # In this order; the first that holds is it.
 FAMILIES = (
@@ -175,14 +197,16 @@ FAMILIES = (
     Family(
         "DINO", ("dino",), lambda f: f.holds("teacher", "student"),
         (
-            (rf"online/{DDP}backbone\.", BACKBONE), (rf"twin/{DDP}backbone\.", TWIN + BACKBONE), (rf"(?:online|twin)/{DDP}head\.", "~head"),
+            (rf"online/{DDP}backbone\.", BACKBONE), (rf"twin/{DDP}backbone\.", TWIN + BACKBONE),
+            (rf"(?:online|twin)/{DDP}head\.", "~head"),
             (r"loss/", "~loss"),
         ), _dino, "twin",
     ),
     Family(
         "DINOv2", ("dinov2",),
         lambda f: bool(f.below("teacher")) or f.has(r"blocks\.\d+\.(?:\d+\.)?ls1\.gamma", "mask_token"),
-        ((r"(?:dino|ibot)_head\.", "~head"), (r"(?:backbone\.)?mask_token", "~mask token"), (r"(?:backbone\.)?", BACKBONE)),
+        ((r"(?:dino|ibot)_head\.", "~head"), (r"(?:backbone\.)?mask_token", "~mask token"), (r"(?:backbone\.)?",
+        BACKBONE)),
         lambda f: dinov2(f.below("teacher") or f.state),
     ),
     Family(
@@ -190,16 +214,20 @@ FAMILIES = (
         (*LIGHTLY, (r"backbone\.(?:vit\.)?", TWIN + BACKBONE)), lambda f: children(f.state, CHILD), "twin",
     ),
     Family(
-        "lightly", ("lightly",), lambda f: f.has(LIGHTLY_HOLDS, r"backbone\."), (*LIGHTLY, (r"backbone\.(?:vit\.)?", BACKBONE)),
+        "lightly", ("lightly",), lambda f: f.has(LIGHTLY_HOLDS, r"backbone\."),
+        (*LIGHTLY, (r"backbone\.(?:vit\.)?", BACKBONE)),
         lambda f: children(f.state, CHILD),
     ),
     Family(
-        "stable-pretraining", ("stable_pretraining",), lambda f: f.has(r"callbacks_modules\.") or f.has(r"backbone\.student\."),
+        "stable-pretraining", ("stable_pretraining",),
+        lambda f: f.has(r"callbacks_modules\.") or f.has(r"backbone\.student\."),
         (
             (r"callbacks_modules\.", "~classifier trained with labels"), (r"backbone\.student\.", BACKBONE),
-            (r"backbone\.teacher\.", TWIN + BACKBONE), (r"backbone\.(?:base_ema_coefficient|ema_coefficient)", "~numbers"),
+            (r"backbone\.teacher\.", TWIN + BACKBONE),
+            (r"backbone\.(?:base_ema_coefficient|ema_coefficient)", "~numbers"),
             (r"backbone\.", BACKBONE), (r"projector\.teacher\.", TWIN + PROJECTOR),
-            (r"projector\.(?:student\.)?", PROJECTOR), (r"predictor\.", PREDICTOR), (r"prototypes", "~prototypes"), (r"queue", "~bank"),
+            (r"projector\.(?:student\.)?", PROJECTOR), (r"predictor\.", PREDICTOR), (r"prototypes", "~prototypes"),
+            (r"queue", "~bank"),
         ),
     ),
     Family(
@@ -209,35 +237,42 @@ FAMILIES = (
         SOLO,
     ),
     Family(
-        "InstDisc, CIFAR", ("instdisc",), lambda f: f.holds("net", "lemniscate"), refuses="its network has another stem and other names",
+        "InstDisc, CIFAR", ("instdisc",), lambda f: f.holds("net", "lemniscate"),
+        refuses="its network has another stem and other names",
     ),
     Family(
         "InstDisc", ("instdisc",), lambda f: f.holds("lemniscate"), ((rf"{DDP}fc\.", "~embedding"), (DDP, BACKBONE)),
     ),
     Family(
-        "CMC", ("pycontrast",), lambda f: f.has(rf"{DDP}encoder1\.") or f.has(r"encoder\.module\.(?:l_to_ab|ab_to_l)\."),
+        "CMC", ("pycontrast",),
+        lambda f: f.has(rf"{DDP}encoder1\.") or f.has(r"encoder\.module\.(?:l_to_ab|ab_to_l)\."),
         refuses="it holds two networks, of one and of two channels, of which none takes RGB images",
     ),
     Family(
         "InstDisc or MoCo of CMC's authors", ("pycontrast",), lambda f: f.has(r"encoder\.module\."),
         (
-            (r"(?:twin/)?encoder\.module\.fc\.", "~embedding"), (r"bank/", "~bank"), (r"twin/encoder\.module\.", TWIN + BACKBONE),
+            (r"(?:twin/)?encoder\.module\.fc\.", "~embedding"), (r"bank/", "~bank"),
+            (r"twin/encoder\.module\.", TWIN + BACKBONE),
             (r"encoder\.module\.", BACKBONE),
         ), _pycontrast,
     ),
     Family(
-        "PyContrast", ("pycontrast",), lambda f: f.has(r"module\.encoder\.", r"module\.head") and not f.has(r"module\.predictor\."),
+        "PyContrast", ("pycontrast",),
+        lambda f: f.has(r"module\.encoder\.", r"module\.head") and not f.has(r"module\.predictor\."),
         (
             (r"twin/(?:module\.)?encoder\.", TWIN + BACKBONE), (r"twin/(?:module\.)?", "~head"), (r"bank/", "~bank"),
-            (r"module\.encoder\.", BACKBONE), *head(r"module\.head", PROJECTOR), (r"module\.(?:head|head_jig|jigsaw)\.", "~head"),
+            (r"module\.encoder\.", BACKBONE), *head(r"module\.head", PROJECTOR),
+            (r"module\.(?:head|head_jig|jigsaw)\.", "~head"),
         ), _pycontrast,
     ),
-    Family("CaCo", RELEASED, lambda f: f.holds("Memory_Bank") and f.has(rf"{DDP}encoder_q\.fc\.1\.running_mean"), OF_RELEASED, _with_rows),
+    Family("CaCo", RELEASED, lambda f: f.holds("Memory_Bank") and f.has(rf"{DDP}encoder_q\.fc\.1\.running_mean"),
+    OF_RELEASED, _with_rows),
     Family("AdCo", RELEASED, lambda f: f.holds("Memory_Bank") and f.has(rf"{DDP}encoder_q\."), OF_RELEASED, _with_rows),
     Family("MoCo v1 or PCL v1", RELEASED, lambda f: f.has(rf"{DDP}encoder_q\.fc\.weight"), OF_RELEASED, _with_rows),
     Family("MoCo v2 or PCL v2", RELEASED, lambda f: f.has(rf"{DDP}encoder_q\."), OF_RELEASED, _with_rows),
     Family(
-        "MoCo v3, a ViT with a stem of convolutions", ("mocov3",), lambda f: f.has(rf"{DDP}base_encoder\.patch_embed\.proj\.3\."),
+        "MoCo v3, a ViT with a stem of convolutions", ("mocov3",),
+        lambda f: f.has(rf"{DDP}base_encoder\.patch_embed\.proj\.3\."),
         refuses="caco has no ViT with a stem of convolutions",
     ),
     Family(
@@ -249,12 +284,14 @@ FAMILIES = (
         (*head(rf"{DDP}encoder\.fc", PROJECTOR), (rf"{DDP}encoder\.", BACKBONE), *head(rf"{DDP}predictor", PREDICTOR)),
     ),
     Family(
-        "SwAV or DeepCluster v2", ("swav",), lambda f: f.has(rf"{DDP}prototypes\.") or f.has(rf"{DDP}projection_head\."),
+        "SwAV or DeepCluster v2", ("swav",),
+        lambda f: f.has(rf"{DDP}prototypes\.") or f.has(rf"{DDP}projection_head\."),
         (*head(rf"{DDP}projection_head", PROJECTOR), (rf"{DDP}prototypes\.", "~prototypes"), (DDP, BACKBONE)),
     ),
     Family(
         "Barlow Twins", ("barlow",), lambda f: f.has(rf"{DDP}backbone\.", rf"{DDP}projector\.", rf"{DDP}bn\."),
-        ((rf"{DDP}backbone\.", BACKBONE), *head(rf"{DDP}projector", PROJECTOR), (rf"{DDP}bn\.", "~normalisation of the embeddings")),
+        ((rf"{DDP}backbone\.", BACKBONE), *head(rf"{DDP}projector", PROJECTOR), (rf"{DDP}bn\.",
+        "~normalisation of the embeddings")),
     ),
     Family(
         "VICReg", ("vicreg",), lambda f: f.has(rf"{DDP}backbone\.", rf"{DDP}projector\."),
@@ -270,7 +307,8 @@ FAMILIES = (
     ),
     Family(
         "SeLa, in training", ("sela",), lambda f: f.holds("L") and f.has(rf"{DDP}features\."),
-        ((rf"{DDP}features\.", BACKBONE), (rf"{DDP}top_layer", "~pseudo-labels")), lambda f: children(f.state, rf"{DDP}features"),
+        ((rf"{DDP}features\.", BACKBONE), (rf"{DDP}top_layer", "~pseudo-labels")),
+        lambda f: children(f.state, rf"{DDP}features"),
     ),
     Family(
         "detectron2", (), lambda f: f.has(r"stem\.conv1\.|backbone\.bottom_up\."),
@@ -287,10 +325,15 @@ FAMILIES = (
     ),
     Family(
         ONE_NETWORK, ANYBODY, lambda f: True,
-        ((r"ema/(?:module\.)?n_averaged", "~numbers"), (r"ema/(?:module\.)*", TWIN + BACKBONE), (DDP, BACKBONE)), _plain,
+        ((r"ema/(?:module\.)?n_averaged", "~numbers"), (r"ema/(?:module\.)*", TWIN + BACKBONE), (DDP, BACKBONE)),
+        _plain,
     ),
 )  # fmt: skip
-FORMATS = tuple(dict.fromkeys(["caco", "adco", "moco", "torchvision", "timm", *(name for family in FAMILIES for name in family.formats)]))
+FORMATS = tuple(
+    dict.fromkeys(
+        ["caco", "adco", "moco", "torchvision", "timm", *(name for family in FAMILIES for name in family.formats)]
+    )
+)
 
 
 def reading(content: Mapping[Any, Any], choice: str | None = None) -> Reading:
@@ -325,8 +368,8 @@ def reading(content: Mapping[Any, Any], choice: str | None = None) -> Reading:
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"by its keys it is of {family.says}, which has no place for {len(unknown)} of them: {', '.join(unknown[:3])}"
-            + (", ..." if len(unknown) > 3 else "")
+            f"by its keys it is of {family.says}, which has no place for {len(unknown)} of them:"
+            f" {', '.join(unknown[:3])}" + (", ..." if len(unknown) > 3 else "")
         )
     if family.evaluated == "twin":
         named |= {EVALUATED + name: x for name, x in below(named, TWIN + BACKBONE).items()}
@@ -340,8 +383,12 @@ def below(named: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def tensors(state: object) -> dict[str, Tensor]:
     """Those of a state that a module of ours could have: of plain numbers, and with contents."""
     items = state.items() if isinstance(state, Mapping) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value)}
+    return {
+        name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value)
+    }
 
 
 def _is_plain(value: Tensor) -> bool:
-    return value.layout == torch.strided and value.device.type == "cpu" and not (value.is_complex() or value.is_quantized)
+    return (
+        value.layout == torch.strided and value.device.type == "cpu" and not (value.is_complex() or value.is_quantized)
+    )

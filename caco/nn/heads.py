@@ -12,7 +12,9 @@ from caco.errors import UserError
 from caco.ranges import Layers, Width, held
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
-INITIALISATIONS: dict[str, Callable[[int], tuple[float, float]] | None] = {  # by a layer's inputs: a normal law's spread and cut
+INITIALISATIONS: dict[
+    str, Callable[[int], tuple[float, float]] | None
+] = {  # by a layer's inputs: a normal law's spread and cut
     "torch": None,
     "normal_0.01": lambda inputs: (0.01, math.inf),
     "truncated_normal_0.02": lambda inputs: (0.02, 2.0),
@@ -21,10 +23,11 @@ INITIALISATIONS: dict[str, Callable[[int], tuple[float, float]] | None] = {  # b
 
 
 class Projector(nn.Sequential):
-    """A multilayer perceptron: linear layers, (BatchNorm and) an activation between them. Predictors are of this class too.
+    """A multilayer perceptron: linear layers, (BatchNorm and) an activation between them. Predictors are of this class
+    too.
 
-    The paper's projector is 2048-2048-2048-256 with BatchNorm and without biases; AdCo's and MoCo v2's 2048-2048-128 has biases
-    and no BatchNorm.
+    The paper's projector is 2048-2048-2048-256 with BatchNorm and without biases; AdCo's and MoCo v2's 2048-2048-128
+    has biases and no BatchNorm.
 
     Args:
         in_dim: width of its input, the backbone's features.
@@ -37,9 +40,10 @@ class Projector(nn.Sequential):
         bias: biases in the linear layers.
         last_bias: a bias in the last one; None for what `bias` says.
         activation: between the layers.
-        initialisation: of the linear layers: torch's; or a normal law, and biases of 0: "normal_0.01": of that spread (SimCLR);
-            "truncated_normal_0.02": of that spread, cut at 2 (DINO); "truncated_normal_fan_in": of a spread of 1/sqrt(inputs), cut at
-            twice that (BYOL).
+        initialisation: of the linear layers: torch's; or a normal law, and biases of 0: "normal_0.01": of that spread
+            (SimCLR);
+            "truncated_normal_0.02": of that spread, cut at 2 (DINO); "truncated_normal_fan_in": of a spread of
+            1/sqrt(inputs), cut at twice that (BYOL).
     """
 
     @held
@@ -59,7 +63,9 @@ class Projector(nn.Sequential):
         initialisation: Literal["torch", "normal_0.01", "truncated_normal_0.02", "truncated_normal_fan_in"] = "torch",
     ):
         if not (last_affine or last_batch_norm):
-            raise UserError("projector.last_affine=false is of the last BatchNorm, and last_batch_norm=false leaves that out")
+            raise UserError(
+                "projector.last_affine=false is of the last BatchNorm, and last_batch_norm=false leaves that out"
+            )
         widths = [in_dim] + [hidden_dim] * (layers - 1) + [dim]
         biases = [bias] * (layers - 1) + [bias if last_bias is None else last_bias]
         law = INITIALISATIONS[initialisation]
@@ -84,11 +90,11 @@ class Projector(nn.Sequential):
 
 
 class JigsawHead(nn.Module):
-    """Features of the patches of some images to an embedding of each image: one perceptron for all patches, then one linear layer for
-    what it gives of an image's patches, one after the other. Nothing is made unit.
+    """Features of the patches of some images to an embedding of each image: one perceptron for all patches, then one
+    linear layer for what it gives of an image's patches, one after the other. Nothing is made unit.
 
-    Source: the published code of InfoMin (PyContrast, networks/util.py: JigsawHead, whose perceptron has two layers) and of PIRL
-    (vissl, one layer); InfoMin's shuffles an image's patches here, the views have done it already.
+    Source: the published code of InfoMin (PyContrast, networks/util.py: JigsawHead, whose perceptron has two layers)
+    and of PIRL (vissl, one layer); InfoMin's shuffles an image's patches here, the views have done it already.
 
     Args:
         in_dim: width of the features.
@@ -111,17 +117,21 @@ class JigsawHead(nn.Module):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """What a head gives under autocast has bf16's eight bits of mantissa, which similarities at tau 0.08 do not survive."""
+    """What a head gives under autocast has bf16's eight bits of mantissa, which similarities at tau 0.08 do not
+    survive.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Encoder(nn.Module):
     """Backbone, then projector, then the unit sphere. Images [B, 3, H, W] to float32 embeddings [B, D].
 
-    `unit=False` stops before the sphere, at what the projector gives: predictors take that, and losses of its covariance.
+    `unit=False` stops before the sphere, at what the projector gives: predictors take that, and losses of its
+    covariance.
 
-    Several views at once, a list of [B, 3, H, W], give [V * B, D]: neighbours of one size go through the backbone together and all
-    through the projector. So BatchNorm's statistics are of a size there and of all views here, as in SwAV's and DINO's code.
+    Several views at once, a list of [B, 3, H, W], give [V * B, D]: neighbours of one size go through the backbone
+    together and all through the projector. So BatchNorm's statistics are of a size there and of all views here, as in
+    SwAV's and DINO's code.
 
     Args:
         backbone: has `num_features`, the width of its output.

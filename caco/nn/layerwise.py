@@ -12,8 +12,19 @@ class LayerWise(torch.optim.Optimizer):
     A subclass gives g'. A parameter without gradient stays, and so does its v.
     """
 
-    def __init__(self, params: Any, *, lr: float, momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 1e-3):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient})
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust_coefficient: float = 1e-3,
+    ):
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient},
+        )
 
     def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
         """g' of a parameter and its gradient, a new tensor."""
@@ -23,7 +34,9 @@ class LayerWise(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override] # nothing here computes a loss anew
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                scaled = self.scaled(p, p.grad, decay=group["weight_decay"], trust_coefficient=group["trust_coefficient"])
+                scaled = self.scaled(
+                    p, p.grad, decay=group["weight_decay"], trust_coefficient=group["trust_coefficient"]
+                )
                 state = self.state[p]
                 if "momentum_buffer" in state:
                     state["momentum_buffer"].mul_(group["momentum"]).add_(scaled)
@@ -35,10 +48,11 @@ class LayerWise(torch.optim.Optimizer):
 class LARS(LayerWise):
     """Layer-wise adaptive rates for parameters of more than one dimension: g' = trust |p| / |g + wd p| (g + wd p).
 
-    Where one of the norms is 0, g' = g + wd p. Parameters of one dimension (biases, BatchNorm) take g as it is: no decay.
+    Where one of the norms is 0, g' = g + wd p. Parameters of one dimension (biases, BatchNorm) take g as it is: no
+    decay.
 
-    Source: the published code of BYOL, MoCo v3, Barlow Twins, VICReg and DINO, which do the same arithmetic. timm's (`lars_timm`)
-    has |g| + wd |p| below, LARC takes every parameter.
+    Source: the published code of BYOL, MoCo v3, Barlow Twins, VICReg and DINO, which do the same arithmetic. timm's
+    (`lars_timm`) has |g| + wd |p| below, LARC takes every parameter.
     """
 
     def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def dinov2(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By timm's names: its blocks are numbered once, its SwiGLU's layers are called fc1 and fc2, and registers have no position."""
+    """By timm's names: its blocks are numbered once, its SwiGLU's layers are called fc1 and fc2, and registers have no
+    position.
+    """
     named = {}
     for name, tensor in state.items():
         name = re.sub(r"(?<![^.])blocks\.\d+\.(?=\d+\.)", "blocks.", name)
@@ -39,13 +41,24 @@ def simclr2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # of a ResNet as a Sequential
+CHILDREN = {
+    "0": "conv1",
+    "1": "bn1",
+    "4": "layer1",
+    "5": "layer2",
+    "6": "layer3",
+    "7": "layer4",
+}  # of a ResNet as a Sequential
 
 
 def children(state: dict[str, Tensor], beginning: str) -> dict[str, Tensor]:
-    """torchvision's names of what lies below a beginning (a regular expression) by number, as of a Sequential of a ResNet's children."""
+    """torchvision's names of what lies below a beginning (a regular expression) by number, as of a Sequential of a
+    ResNet's children.
+    """
     pattern = re.compile(rf"^((?:{beginning})\.)([014567])\.")
-    return {pattern.sub(lambda found: f"{found[1]}{CHILDREN[found[2]]}.", name): tensor for name, tensor in state.items()}
+    return {
+        pattern.sub(lambda found: f"{found[1]}{CHILDREN[found[2]]}.", name): tensor for name, tensor in state.items()
+    }
 
 
 def transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,20 +71,29 @@ def transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
             parts.setdefault(f"{found[1]}attn.qkv.{found[3]}", {})[found[2]] = tensor
         else:
             named[name] = tensor
-    named |= {name: torch.cat([three[part] for part in ("query", "key", "value")]) for name, three in parts.items() if len(three) == 3}
+    named |= {
+        name: torch.cat([three[part] for part in ("query", "key", "value")])
+        for name, three in parts.items()
+        if len(three) == 3
+    }
 
     def layer(found: re.Match[str]) -> str:
         return f"layer{int(found[1]) + 1}.{found[2]}."
 
     table: dict[str, str | Callable[[re.Match[str]], str]] = {
         r"^embedder\.embedder\.convolution\.": "conv1.", r"^embedder\.embedder\.normalization\.": "bn1.",
-        r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.": layer, r"\blayer\.(\d)\.convolution\.": lambda f: f"conv{int(f[1]) + 1}.",
-        r"\blayer\.(\d)\.normalization\.": lambda f: f"bn{int(f[1]) + 1}.", r"\bshortcut\.convolution\.": "downsample.0.",
+        r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.": layer,
+        r"\blayer\.(\d)\.convolution\.": lambda f: f"conv{int(f[1]) + 1}.",
+        r"\blayer\.(\d)\.normalization\.": lambda f: f"bn{int(f[1]) + 1}.",
+        r"\bshortcut\.convolution\.": "downsample.0.",
         r"\bshortcut\.normalization\.": "downsample.1.", r"^embeddings\.position_embeddings$": "pos_embed",
-        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
-        r"\blayernorm_before\.": "norm1.", r"\blayernorm_after\.": "norm2.", r"\battention\.output\.dense\.": "attn.proj.",
+        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^embeddings\.": "",
+        r"^encoder\.layer\.": "blocks.",
+        r"\blayernorm_before\.": "norm1.", r"\blayernorm_after\.": "norm2.",
+        r"\battention\.output\.dense\.": "attn.proj.",
         r"\bintermediate\.dense\.": "mlp.fc1.", r"\boutput\.dense\.": "mlp.fc2.", r"^layernorm\.": "norm.",
-        r"\blayer_scale(\d)\.lambda1$": r"ls\1.gamma", r"\bmlp\.weights_in\.": "mlp.fc1.", r"\bmlp\.weights_out\.": "mlp.fc2.",
+        r"\blayer_scale(\d)\.lambda1$": r"ls\1.gamma", r"\bmlp\.weights_in\.": "mlp.fc1.",
+        r"\bmlp\.weights_out\.": "mlp.fc2.",
     }  # fmt: skip
     for theirs, ours in table.items():
         named = {re.sub(theirs, ours, name): tensor for name, tensor in named.items()}

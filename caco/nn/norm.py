@@ -1,7 +1,7 @@
 """BatchNorm over the batch of all ranks, or of parts of it that have statistics of their own.
 
-torch's SyncBatchNorm takes the statistics over all ranks on CUDA and refuses CPU tensors; no library's splits the batch of a rank
-and does what the layer does besides.
+torch's SyncBatchNorm takes the statistics over all ranks on CUDA and refuses CPU tensors; no library's splits the batch
+of a rank and does what the layer does besides.
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,8 @@ class _InPlaceOf(nn.BatchNorm1d):
 class AllRanksBatchNorm(_InPlaceOf):
     """Statistics over all ranks, for CPU processes; the gradient flows through the statistics.
 
-    The ranks may have unequal numbers of images, and images of unequal shapes: what each has of both is added up with its sums.
-    With momentum None the running statistics are the plain mean of all batches, as torch's are.
+    The ranks may have unequal numbers of images, and images of unequal shapes: what each has of both is added up with
+    its sums. With momentum None the running statistics are the plain mean of all batches, as torch's are.
     """
 
     def _in_training(self, x: Tensor) -> Tensor:
@@ -81,13 +81,14 @@ class AllRanksBatchNorm(_InPlaceOf):
 
 
 class GroupedBatchNorm(_InPlaceOf):
-    """Each group of a rank's images has statistics of its own; rows of several views of an image belong to the group of the image.
+    """Each group of a rank's images has statistics of its own; rows of several views of an image belong to the group of
+    the image.
 
-    Barlow Twins' loss, whose coordinates a BatchNorm normalises, does it with groups too. The running statistics move towards the mean
-    of what the groups of all ranks have, and so are the same on every rank.
+    Barlow Twins' loss, whose coordinates a BatchNorm normalises, does it with groups too. The running statistics move
+    towards the mean of what the groups of all ranks have, and so are the same on every rank.
 
-    Source: the SplitBatchNorm of MoCo's CIFAR notebook, whose groups are every S-th image, and on several GPUs MoCo's BatchNorm of
-    each; of whose running statistics the published code keeps those of the first GPU.
+    Source: the SplitBatchNorm of MoCo's CIFAR notebook, whose groups are every S-th image, and on several GPUs MoCo's
+    BatchNorm of each; of whose running statistics the published code keeps those of the first GPU.
 
     Args:
         groups: of a rank, neighbours in its batch.
@@ -101,14 +102,17 @@ class GroupedBatchNorm(_InPlaceOf):
     def _in_training(self, x: Tensor) -> Tensor:
         if self.groups > 1 and len(x) % self.images:
             raise UserError(
-                f"norm_groups: expected a batch of {self.images} images, or several views of it one after the other; got {len(x)} rows"
+                f"norm_groups: expected a batch of {self.images} images, or several views of it one after the other;"
+                f" got {len(x)} rows"
             )
         pieces = x.split(self.images // self.groups) if self.groups > 1 else (x,)
         normalised, running = list(pieces), []
         for group in range(self.groups):
             own = pieces[group :: self.groups]  # one of each view
             mean, variance = self.running_mean.clone(), self.running_var.clone()
-            out = nn.functional.batch_norm(_joined(own), mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            out = nn.functional.batch_norm(
+                _joined(own), mean, variance, self.weight, self.bias, True, self.momentum, self.eps
+            )
             # What one view alone has stays whole: autograd allows no activation in place on a part of a split.
             normalised[group :: self.groups] = [out] if len(own) == 1 else out.split([len(piece) for piece in own])
             running.append(torch.stack([mean, variance]))
@@ -129,7 +133,8 @@ _KNOWN = {layer.forward for layer in (*BATCH_NORMS, BatchNormAct2d, _InPlaceOf)}
 
 
 def over_all_ranks(module: M, device: torch.device) -> M:
-    """Replace every BatchNorm inside by one over all ranks; with one process nothing changes, but that groups are no more.
+    """Replace every BatchNorm inside by one over all ranks; with one process nothing changes, but that groups are no
+    more.
 
     Raises:
         UserError: a layer of the backbone computes something of its own, which the replacement would leave out.
@@ -140,9 +145,14 @@ def over_all_ranks(module: M, device: torch.device) -> M:
     if distributed.world() == 1:
         return module
     _refuse_others(module, f"{distributed.world()} processes", "train in one process")
-    # timm's and not torch's, which would replace a BatchNormAct2d by a layer without its activation; nor does it know our layers.
+    # timm's and not torch's, which would replace a BatchNormAct2d by a layer without its activation; nor does it know
+    # our layers.
     ours = any(isinstance(layer, _InPlaceOf) for layer in module.modules())
-    return convert_sync_batchnorm(module) if device.type == "cuda" and not ours else cast(M, _replaced(module, AllRanksBatchNorm))
+    return (
+        convert_sync_batchnorm(module)
+        if device.type == "cuda" and not ours
+        else cast(M, _replaced(module, AllRanksBatchNorm))
+    )
 
 
 def groups_of_a_rank(norm_groups: int | str, *, world: int, images: int) -> int:
@@ -158,8 +168,9 @@ def groups_of_a_rank(norm_groups: int | str, *, world: int, images: int) -> int:
     groups = max(1, count // world)
     if count > 1 and (count % world or images % groups or images // groups < 2):
         raise UserError(
-            f"norm_groups: expected 1, rank, or a multiple of the {world} process{'es' * (world > 1)} that cuts the {images} images "
-            f"which each puts through the network at once into equal groups of at least 2; got {norm_groups}"
+            f"norm_groups: expected 1, rank, or a multiple of the {world} process{'es' * (world > 1)} that cuts the"
+            f" {images} images which each puts through the network at once into equal groups of at least 2; got"
+            f" {norm_groups}"
         )
     return groups
 
@@ -169,19 +180,25 @@ def in_groups(module: M, device: torch.device, norm_groups: int | str, *, images
 
     Args:
         norm_groups, images: as in `groups_of_a_rank`.
-        shuffle_keys: whether momentum twins embed the images of all ranks in another order, so that a key's statistics are of other
-            images than its query's (MoCo, AdCo).
+        shuffle_keys: whether momentum twins embed the images of all ranks in another order, so that a key's statistics
+            are of other images than its query's (MoCo, AdCo).
     Raises:
-        UserError: as in `groups_of_a_rank` and `over_all_ranks`; there is no BatchNorm, or nothing that shuffling would change.
+        UserError: as in `groups_of_a_rank` and `over_all_ranks`; there is no BatchNorm, or nothing that shuffling would
+            change.
     """
     world = distributed.world()
     groups = groups_of_a_rank(norm_groups, world=world, images=images)
     if shuffle_keys:
         twins = [twin for twin in module.modules() if isinstance(twin, MomentumTwin) and _has_batch_norm(twin)]
         if not twins:
-            raise UserError("shuffle_keys: expected false, as this method has no momentum twin with BatchNorm; got true")
+            raise UserError(
+                "shuffle_keys: expected false, as this method has no momentum twin with BatchNorm; got true"
+            )
         if norm_groups == 1 or groups * world == 1:
-            raise UserError(f"shuffle_keys: with one group of images it changes nothing; expected more norm_groups, got {norm_groups}")
+            raise UserError(
+                "shuffle_keys: with one group of images it changes nothing; expected more norm_groups, got"
+                f" {norm_groups}"
+            )
         for twin in twins:
             twin.shuffles = True
     if norm_groups == 1:
@@ -200,8 +217,8 @@ def _refuse_others(module: nn.Module, over: str, instead: str) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, BATCH_NORMS) and type(layer).forward not in _KNOWN:
             raise UserError(
-                f"{name}: expected layers of torch's BatchNorm or timm's BatchNormAct2d, whose statistics can be taken over "
-                f"{over}, got {type(layer).__name__}: {instead}, or choose another backbone"
+                f"{name}: expected layers of torch's BatchNorm or timm's BatchNormAct2d, whose statistics can be taken"
+                f" over {over}, got {type(layer).__name__}: {instead}, or choose another backbone"
             )
 
 

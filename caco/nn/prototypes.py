@@ -1,4 +1,5 @@
-"""Prototypes: K learned directions that unit embeddings are compared with. Scores are float32 at least, whatever autocast says.
+"""Prototypes: K learned directions that unit embeddings are compared with. Scores are float32 at least, whatever
+autocast says.
 
 Shapes: B embeddings, D their width, K prototypes.
 """
@@ -13,7 +14,8 @@ from caco.errors import UserError
 
 
 class Prototypes(nn.Module):
-    """Scores z C^T of unit embeddings z [B, D]: cosines [B, K] while the rows of C are of unit norm, which `normalise` makes them (SwAV).
+    """Scores z C^T of unit embeddings z [B, D]: cosines [B, K] while the rows of C are of unit norm, which `normalise`
+    makes them (SwAV).
 
     Args:
         dim: width D.
@@ -35,7 +37,8 @@ class Prototypes(nn.Module):
 
 
 class NormedPrototypes(nn.Module):
-    """Scores of unit embeddings [B, D] with rows g v / |v|, through which the gradient goes: weight normalisation (DINO).
+    """Scores of unit embeddings [B, D] with rows g v / |v|, through which the gradient goes: weight normalisation
+    (DINO).
 
     Args:
         dim, number: as in `Prototypes`.
@@ -62,5 +65,7 @@ def _as_linear(dim: int, number: int) -> Tensor:
 def _scores(z_BD: Tensor, weight_KD: Tensor) -> Tensor:
     """Without autocast: a softmax at temperature 0.04 does not survive bf16's eight bits."""
     kind = z_BD.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():  # none for caco.plan's tensors
+    with (
+        torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    ):  # none for caco.plan's tensors
         return F.linear(z_BD, weight_KD)

@@ -18,9 +18,9 @@ class MomentumTwin(nn.Module):
 
     Args:
         encoder: what it follows.
-        initialisation: "copy" begins with the encoder's parameters. "random" with others of the same law: in each tensor that is
-            learned, the encoder's own values in another order, which for values that were drawn independently and alike is
-            another draw, and leaves scales of 1 and biases of 0 what they are.
+        initialisation: "copy" begins with the encoder's parameters. "random" with others of the same law: in each
+            tensor that is learned, the encoder's own values in another order, which for values that were drawn
+            independently and alike is another draw, and leaves scales of 1 and biases of 0 what they are.
     """
 
     def __init__(self, encoder: nn.Module, *, initialisation: Literal["copy", "random"] = "copy"):
@@ -44,7 +44,8 @@ class MomentumTwin(nn.Module):
         return self._shuffled(images, **how) if self.shuffles else self.encoder(images, **how)
 
     def _shuffled(self, images: Tensor | list[Tensor], **how: bool) -> Tensor:
-        """The images of all ranks go through the encoder in an order drawn anew, and what comes of them goes back to where they were.
+        """The images of all ranks go through the encoder in an order drawn anew, and what comes of them goes back to
+        where they were.
 
         Source: _batch_shuffle_ddp and _batch_unshuffle_ddp of MoCo's code (moco/builder.py), which AdCo's has too.
         """

@@ -11,15 +11,18 @@ from torch.nn import functional as F
 
 from caco.errors import UserError
 
-POOLS: dict[str, dict[str, Any]] = {"cls": {"global_pool": "token"}, "mean": {"global_pool": "avg", "fc_norm": False}}  # timm's words
+POOLS: dict[str, dict[str, Any]] = {
+    "cls": {"global_pool": "token"},
+    "mean": {"global_pool": "avg", "fc_norm": False},
+}  # timm's words
 
 
 class DINOViT(VisionTransformer):
     """timm's ViT with the class token's start and the positions of DINO's (arXiv 2104.14294).
 
-    The class token is drawn from a truncated normal distribution of spread 0.02, where timm has 1e-6; registers, which DINO has none
-    of, stay as timm draws them. On n x m patches the positions learned for N x N are interpolated bicubically, without timm's smoothing
-    (antialias), and as if the patches were (n + 0.1) x (m + 0.1).
+    The class token is drawn from a truncated normal distribution of spread 0.02, where timm has 1e-6; registers, which
+    DINO has none of, stay as timm draws them. On n x m patches the positions learned for N x N are interpolated
+    bicubically, without timm's smoothing (antialias), and as if the patches were (n + 0.1) x (m + 0.1).
 
     Source: the authors' code, vision_transformer.py: trunc_normal_(self.cls_token, std=.02), interpolate_pos_encoding.
     """
@@ -29,9 +32,13 @@ class DINOViT(VisionTransformer):
             nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Tokens [B, class token, registers and patches, D] with their positions, from those of the patches [B, n, m, D]."""
+        """Tokens [B, class token, registers and patches, D] with their positions, from those of the patches [B, n, m,
+        D].
+        """
         num_images, rows, columns, width = x.shape
-        num_placed = self.pos_embed.shape[1] - self.patch_embed.num_patches  # of class token and registers, where they have a position
+        num_placed = (
+            self.pos_embed.shape[1] - self.patch_embed.num_patches
+        )  # of class token and registers, where they have a position
         first, patches = self.pos_embed[:, :num_placed], self.pos_embed[:, num_placed:]
         place = interpolated(patches, self.patch_embed.grid_size, (rows, columns))
         tokens = [token.expand(num_images, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
@@ -48,7 +55,9 @@ def interpolated(place: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) 
     return F.interpolate(square, scale_factor=factors, mode="bicubic").flatten(2).transpose(1, 2)
 
 
-def vit_options(*, patch_size: int | None, register_tokens: int | None, pool: Literal["cls", "mean"] | None) -> dict[str, Any]:
+def vit_options(
+    *, patch_size: int | None, register_tokens: int | None, pool: Literal["cls", "mean"] | None
+) -> dict[str, Any]:
     """timm's words for what is not left to the model."""
     if pool is not None and pool not in POOLS:
         raise UserError(f"backbone.pool: expected cls, mean or null, got {pool!r}")
@@ -71,7 +80,8 @@ def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **optio
         raise UserError(f"backbone.variant: expected timm or dino, got {variant!r}")
     if not name.startswith("vit_"):
         raise UserError(
-            f"backbone.name must be a ViT of timm's for patch_size, register_tokens, pool, variant and MoCo v3's; got {name!r}"
+            "backbone.name must be a ViT of timm's for patch_size, register_tokens, pool, variant and MoCo v3's; got"
+            f" {name!r}"
         )
     try:
         model = timm.create_model(name, pretrained=False, **options)
@@ -89,7 +99,8 @@ def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **optio
 
 
 def refuse_parts_of_patches(model: nn.Module) -> None:
-    """Have a ViT refuse images that do not consist of whole patches: those that it is made for now, others when they come.
+    """Have a ViT refuse images that do not consist of whole patches: those that it is made for now, others when they
+    come.
 
     Raises:
         UserError: those that it is made for do not.
@@ -104,8 +115,10 @@ def refuse_parts_of_patches(model: nn.Module) -> None:
 def _refuse_parts(sides: tuple[int, int], embed: nn.Module, images: tuple[Tensor]) -> None:
     shape = images[0].shape[-2:]
     if any(pixels % side for pixels, side in zip(shape, sides, strict=True)):
-        near = sorted({max(1, pixels // side + more) * side for pixels, side in zip(shape, sides, strict=True) for more in (0, 1)})
+        near = sorted(
+            {max(1, pixels // side + more) * side for pixels, side in zip(shape, sides, strict=True) for more in (0, 1)}
+        )
         raise UserError(
-            f"a ViT with patches of {sides[0]} pixels takes images of whole patches; got {shape[0]} x {shape[1]} pixels, near are "
-            f"{' and '.join(map(str, near))}"
+            f"a ViT with patches of {sides[0]} pixels takes images of whole patches; got {shape[0]} x {shape[1]}"
+            f" pixels, near are {' and '.join(map(str, near))}"
         )

@@ -1,6 +1,7 @@
 """Weights from elsewhere: our own checkpoints, released ones of many families, torchvision's and timm's.
 
-Whatever the layout, its tensors are first given our own names, those of a method's state_dict (caco/nn/formats.py); then all go one way.
+Whatever the layout, its tensors are first given our own names, those of a method's state_dict (caco/nn/formats.py);
+then all go one way.
 """
 
 import pickle
@@ -19,13 +20,19 @@ from caco.errors import UserError
 from caco.nn.formats import BACKBONE, EVALUATED, FORMATS, HEADS_OF_384, TWIN, Reading, below, reading
 from caco.runs import checkpoint, pickle_size
 
-CLASSIFIERS = ("fc.", "head.", "classifier.")  # of torchvision's and timm's models, left out where the backbone has none
+CLASSIFIERS = (
+    "fc.",
+    "head.",
+    "classifier.",
+)  # of torchvision's and timm's models, left out where the backbone has none
 OWN_OF_A_RUN = ("rows.velocity", "rows.uses")  # the bank's momentum and statistics: a new run starts its own
 CHOICES = ("online", "twin")
 
 
 class Initialised(Protocol):
-    """A method, as `initialise` needs it: its parts by the names that they have in its state_dict, `encoder` one of them."""
+    """A method, as `initialise` needs it: its parts by the names that they have in its state_dict, `encoder` one of
+    them.
+    """
 
     @property
     def backbone(self) -> nn.Module: ...
@@ -40,7 +47,8 @@ def initialise(method: Initialised, path: Path | str, format: str | None) -> str
 
     The backbone must fit. The projector, the momentum twin, the bank and what else a method has are taken where the
     file holds them in the same shapes, and stay as they were where not; a twin that the file lacks becomes a copy of
-    the encoder. The bank is taken only with its projector; what the run fills anyway is left out. What is said tells why a bank is not taken.
+    the encoder. The bank is taken only with its projector; what the run fills anyway is left out. What is said tells
+    why a bank is not taken.
 
     Args:
         path, format: as in `read`.
@@ -98,14 +106,16 @@ def initialise(method: Initialised, path: Path | str, format: str | None) -> str
 
 
 def load_backbone(path: Path | str, format: str | None, backbone: nn.Module) -> str:
-    """Give a backbone the weights of a file, and say what it got; of an encoder and its momentum twin, the encoder's, unless that family
-    evaluates the twin's (DINO), or the run that saved them did.
+    """Give a backbone the weights of a file, and say what it got; of an encoder and its momentum twin, the encoder's,
+    unless that family evaluates the twin's (DINO), or the run that saved them did.
 
     Raises:
         ValueError: as in `read`; or the file's network has another architecture.
     """
     found = read(path, format)
-    return _fill_backbone(backbone, below(found.named, EVALUATED) or below(found.named, BACKBONE), path, found, _family(format))
+    return _fill_backbone(
+        backbone, below(found.named, EVALUATED) or below(found.named, BACKBONE), path, found, _family(format)
+    )
 
 
 def read(path: Path | str, format: str | None) -> Reading:
@@ -113,23 +123,37 @@ def read(path: Path | str, format: str | None) -> Reading:
 
     Args:
         path: a file of torch.save, or .safetensors.
-        format: one of `FORMATS` (docs/weights.md), or None to go by the file's keys; `FORMAT:twin` takes the momentum twin's weights for the
-            encoder's (and what timm's training averages), `FORMAT:online` the encoder's where the family evaluates the twin's.
+        format: one of `FORMATS` (docs/weights.md), or None to go by the file's keys; `FORMAT:twin` takes the momentum
+            twin's weights for the encoder's (and what timm's training averages), `FORMAT:online` the encoder's where
+            the family evaluates the twin's.
     Raises:
         ValueError: no such file or format; the file is damaged, holds more than data, or looks like another format.
     """
     family, _, choice = (format or "").partition(":")
     if family and family not in FORMATS or choice and choice not in CHOICES:
-        raise UserError(f"format: expected one of {', '.join(FORMATS)}, with :online or :twin after it or not; got {format!r}")
+        raise UserError(
+            f"format: expected one of {', '.join(FORMATS)}, with :online or :twin after it or not; got {format!r}"
+        )
     content = _content(Path(path))
     try:
         found = reading(content if isinstance(content, dict) else {}, choice or None)
     except UserError as error:
         raise UserError(f"weights={path}: {error}") from error
-    except (LookupError, ValueError, RuntimeError) as error:  # tensors that are to be joined are missing, or of shapes that do not go together
-        raise UserError(f"weights={path}: its keys are those of a family, and its tensors are not ({str(error).splitlines()[0][:100]})") from error
+    except (
+        LookupError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # tensors that are to be joined are missing, or of shapes that do not go together
+        raise UserError(
+            f"weights={path}: its keys are those of a family, and its tensors are not"
+            f" ({str(error).splitlines()[0][:100]})"
+        ) from error
     if not found.named:
-        keys = [key[:60] if isinstance(key, str) else type(key).__name__ for key in list(content)[:5]] if isinstance(content, dict) else []
+        keys = (
+            [key[:60] if isinstance(key, str) else type(key).__name__ for key in list(content)[:5]]
+            if isinstance(content, dict)
+            else []
+        )
         shown = ", ".join(keys) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"weights={path}: expected a network's state_dict; got {shown or 'nothing'}")
     if family and family not in found.formats:
@@ -145,7 +169,10 @@ def _chosen(found: Reading, choice: str, path: Path | str) -> Reading:
     named = {name: tensor for name, tensor in found.named.items() if not name.startswith(EVALUATED)}
     if choice == "twin":
         if not below(named, TWIN + BACKBONE):
-            raise UserError(f"weights={path}: format=...:twin expects a momentum twin, or an average of the weights; {found.family} has none here")
+            raise UserError(
+                f"weights={path}: format=...:twin expects a momentum twin, or an average of the weights; {found.family}"
+                " has none here"
+            )
         encoder = below(named, TWIN)
         named = {name: tensor for name, tensor in named.items() if not name.startswith("encoder.")} | encoder
     return Reading(found.family, found.formats, named, found.left, choice)
@@ -165,10 +192,14 @@ class _Inert:
         """Of whatever state."""
 
 
-# argparse's settings and NumPy's numbers, in old and new names: DINO, SwAV, CMC and torchvision save them. What a file calls so is `_Inert`.
+# argparse's settings and NumPy's numbers, in old and new names: DINO, SwAV, CMC and torchvision save them. What a file
+# calls so is `_Inert`.
 INERT = ("argparse.Namespace", "numpy.dtype") + tuple(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core"))
 ELSEWHERE = {
-    ".pkl": "a .pkl, which runs code when it is read: BYOL's and detectron2's. Take a converted file, or the one it was made from",
+    ".pkl": (
+        "a .pkl, which runs code when it is read: BYOL's and detectron2's. Take a converted file, or the one it was"
+        " made from"
+    ),
     ".index": "a checkpoint of TensorFlow's: convert it first (github.com/tonylins/simclr-converter does SimCLR's)",
 }
 
@@ -196,11 +227,15 @@ def _content(path: Path) -> object:
         ) from error
     except Exception as error:  # a damaged file leads torch's reader into errors of any type
         why = _code(error) or f"it is of another kind, or damaged: {type(error).__name__}"
-        raise UserError(f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; {why}") from error
+        raise UserError(
+            f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; {why}"
+        ) from error
 
 
 def _code(error: BaseException | None) -> str | None:
-    """What a file asks to be run, if that is why it was refused. Not torch's own words: they go on to recommend running it."""
+    """What a file asks to be run, if that is why it was refused. Not torch's own words: they go on to recommend running
+    it.
+    """
     found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     return f"it asks for {found[1]}" if found else None
 
@@ -238,8 +273,15 @@ def _fill_backbone(
     backbone.load_state_dict(tensors, strict=False)
     left = found.left | ({"classifier": given - len(tensors)} if given > len(tensors) else {})
     others = len(found.named) - len(below(found.named, EVALUATED)) - given
-    whose = "" if not below(found.named, TWIN + BACKBONE) else f", of the {'momentum twin' if found.evaluated == 'twin' else 'online network'}"
-    parts = [f"weights of {path} are {found.family} by their keys: {len(tensors)} of the backbone's {len(own)} tensors{whose}"]
+    whose = (
+        ""
+        if not below(found.named, TWIN + BACKBONE)
+        else f", of the {'momentum twin' if found.evaluated == 'twin' else 'online network'}"
+    )
+    parts = [
+        f"weights of {path} are {found.family} by their keys: {len(tensors)} of the backbone's {len(own)}"
+        f" tensors{whose}"
+    ]
     if len(own) > len(tensors):
         parts.append(f"{len(own) - len(tensors)} counters of batches are missing, and not needed")
     parts += [f"{others} are of other parts that caco knows"] if others > 0 else []
@@ -249,11 +291,18 @@ def _fill_backbone(
 
 def _refuse_other_heads(backbone: nn.Module, path: Path | str, found: Reading, family: str | None) -> None:
     """A ViT-S has the same tensors whatever the number of its attention heads, so the family says it."""
-    known = family if family in HEADS_OF_384 else next((name for name in found.formats if len(found.formats) == 1 and name in HEADS_OF_384), None)
+    known = (
+        family
+        if family in HEADS_OF_384
+        else next((name for name in found.formats if len(found.formats) == 1 and name in HEADS_OF_384), None)
+    )
     blocks = getattr(backbone, "blocks", None)
     if known is None or blocks is None or getattr(backbone, "num_features", None) != 384:
         return
     heads = blocks[0].attn.num_heads
     if heads != HEADS_OF_384[known]:
         use = "backbone=mocov3_vit_small" if known == "mocov3" else "backbone=vit_small or dino_vit_small"
-        raise UserError(f"weights={path}: {known}'s ViT-S has {HEADS_OF_384[known]} attention heads, this backbone {heads}; take {use}")
+        raise UserError(
+            f"weights={path}: {known}'s ViT-S has {HEADS_OF_384[known]} attention heads, this backbone {heads}; take"
+            f" {use}"
+        )

@@ -57,7 +57,9 @@ class Checkpoints:
             aside.unlink(missing_ok=True)
             # torch's zip writer turns a failed write into a RuntimeError, about positions.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise FileError(f"checkpoint {path} could not be written ({cause}); the ones before it are untouched") from error
+            raise FileError(
+                f"checkpoint {path} could not be written ({cause}); the ones before it are untouched"
+            ) from error
         _sync_directory(self.directory)
         for old in self._files()[: -self.keep]:
             old.unlink()
@@ -76,7 +78,9 @@ class Checkpoints:
             except UserError as error:
                 print(f"caco: {error}; falling back to the one before", file=sys.stderr)
         if files:
-            raise FileError(f"none of the {len(files)} checkpoints in {self.directory} can be read; remove them to start anew")
+            raise FileError(
+                f"none of the {len(files)} checkpoints in {self.directory} can be read; remove them to start anew"
+            )
         return None
 
 
@@ -93,10 +97,14 @@ def load(path: Path) -> dict:
 
 
 def contents(path: Path) -> object:
-    """What torch.save wrote into a file, on the CPU; nothing in it is run, and what is damaged is refused, as by `load`."""
+    """What torch.save wrote into a file, on the CPU; nothing in it is run, and what is damaged is refused, as by
+    `load`.
+    """
     try:
         with open(path, "rb") as file:
-            if file.read(4) != b"PK\x03\x04":  # torch.load would take it for a file of before 1.6, whatever zip file it ends with
+            if (
+                file.read(4) != b"PK\x03\x04"
+            ):  # torch.load would take it for a file of before 1.6, whatever zip file it ends with
                 raise UserError(f"checkpoint {path} is damaged (it does not begin as a file of torch.save does)")
         # torch.load does not look at the checksums that torch.save writes.
         with zipfile.ZipFile(path) as archive:
@@ -104,9 +112,14 @@ def contents(path: Path) -> object:
             if unpacked > path.stat().st_size:  # torch.save compresses nothing
                 raise UserError(f"checkpoint {path} would unpack to {unpacked:,} bytes and is no file of torch.save")
             # torch's reader gives uninitialised memory for what calls itself a folder, whatever its checksum.
-            damaged = next((part.filename for part in archive.infolist() if part.external_attr & 0xFF or part.volume), None) or archive.testzip()
+            damaged = (
+                next((part.filename for part in archive.infolist() if part.external_attr & 0xFF or part.volume), None)
+                or archive.testzip()
+            )
             for part in archive.infolist():
-                if damaged is None and part.filename.lower().endswith(".pkl"):  # torch's reader finds names of other case, too
+                if damaged is None and part.filename.lower().endswith(
+                    ".pkl"
+                ):  # torch's reader finds names of other case, too
                     pickle_size.check(io.BytesIO(archive.read(part)), f"checkpoint {path}")
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -114,7 +127,9 @@ def contents(path: Path) -> object:
         raise
     except Exception as error:  # a damaged file leads the readers of zip files and of torch into errors of any type
         # In short, and not torch's own advice, which is to load it with the code in it.
-        why = type(error).__name__ + (f": {str(error).splitlines()[0][:200]}" if isinstance(error, OSError | zipfile.BadZipFile) else "")
+        why = type(error).__name__ + (
+            f": {str(error).splitlines()[0][:200]}" if isinstance(error, OSError | zipfile.BadZipFile) else ""
+        )
         raise UserError(f"checkpoint {path} is damaged ({why})") from error
     raise UserError(f"checkpoint {path} is damaged (in {damaged})")
 

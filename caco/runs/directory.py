@@ -34,12 +34,14 @@ _MOMENT_S = 1.0
 
 
 def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Mapping[str, str] = {}) -> None:
-    """Make run_dir this run's, for as long as this process lives, and write config.yaml (of a new run) and environment.json into it.
+    """Make run_dir this run's, for as long as this process lives, and write config.yaml (of a new run) and
+    environment.json into it.
 
     Args:
         code: what it runs besides caco, for environment.json.
     Raises:
-        ValueError: another process trains there now, or the directory holds a run of another identity, or of an earlier version.
+        ValueError: another process trains there now, or the directory holds a run of another identity, or of an earlier
+            version.
     """
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -48,16 +50,14 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Map
     if record.exists():
         if renamed.is_old(run_dir):
             raise UserError(
-                f"{run_dir} holds a run of {_version(run_dir)}, which this version shows, evaluates and exports but cannot go on with: "
-                "finish it with that version, or choose another hydra.run.dir to train anew"
+                f"{run_dir} holds a run of {_version(run_dir)}, which this version shows, evaluates and exports but"
+                " cannot go on with: finish it with that version, or choose another hydra.run.dir to train anew"
             )
         changed = differences(identity(read_yaml(record)), identity(cfg))
         if changed:
             shown = "\n".join(f"  {line}" for line in changed[:20])
             more = f"\n  and {len(changed) - 20} more" if len(changed) > 20 else ""
-            raise UserError(
-                f"{run_dir} holds another run; choose another hydra.run.dir. What differs:\n{shown}{more}"
-            )
+            raise UserError(f"{run_dir} holds another run; choose another hydra.run.dir. What differs:\n{shown}{more}")
     else:
         _name_what_is_left_behind(run_dir, cfg)
         write_config(run_dir, cfg)
@@ -67,13 +67,17 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Map
 
 
 def write_config(run_dir: Path, cfg: DictConfig | Mapping[str, Any]) -> None:
-    """Write config.yaml. Of a run that goes on only once its images are known to be the same: what is refused leaves the record alone."""
+    """Write config.yaml. Of a run that goes on only once its images are known to be the same: what is refused leaves
+    the record alone.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
 
 
 def _version(run_dir: Path) -> str:
-    return f"an earlier version of caco (commit {read_json(run_dir / 'environment.json').get('git_sha', 'unknown')[:10]})"
+    return (
+        f"an earlier version of caco (commit {read_json(run_dir / 'environment.json').get('git_sha', 'unknown')[:10]})"
+    )
 
 
 def _name_what_is_left_behind(run_dir: Path, cfg: DictConfig | Mapping[str, Any]) -> None:
@@ -81,7 +85,11 @@ def _name_what_is_left_behind(run_dir: Path, cfg: DictConfig | Mapping[str, Any]
     words, _, _ = run_dir.name.rpartition("-")
     for other in sorted(run_dir.parent.glob(f"{glob.escape(words)}-*")) if words else ():
         if other != run_dir and renamed.is_old(other) and run_hash(renamed.read_config(other)) == run_hash(cfg):
-            print(f"caco: {other} is this run by {_version(other)} and cannot be gone on with: it starts anew in {run_dir}", file=sys.stderr)
+            print(
+                f"caco: {other} is this run by {_version(other)} and cannot be gone on with: it starts anew in"
+                f" {run_dir}",
+                file=sys.stderr,
+            )
 
 
 def write_environment(run_dir: Path, code: Mapping[str, str] = {}) -> dict[str, str]:
@@ -131,8 +139,8 @@ def discard(run_dir: Path) -> bool:
 def is_first_rank() -> bool:
     """Whether this process, of those that train one run together, is the one that writes; known before torch is.
 
-    Processes work together where their environment says so, as torchrun's and a launcher's does (caco/distributed.py). What srun alone has
-    started several times are so many runs, and each has to have a directory of its own.
+    Processes work together where their environment says so, as torchrun's and a launcher's does (caco/distributed.py).
+    What srun alone has started several times are so many runs, and each has to have a directory of its own.
     """
     return int(os.environ.get("WORLD_SIZE", "1")) <= 1 or int(os.environ.get("RANK", "0")) == 0
 
@@ -140,9 +148,9 @@ def is_first_rank() -> bool:
 def hold(run_dir: Path) -> None:
     """Hold run_dir/.lock until this process ends, however it ends.
 
-    Three things keep a second writer out. The kernel's lock, where the file system has locks and all machines share them. A sign of life in
-    the file, which its holder renews every few seconds, for file systems that have none, or lock on each machine by itself. And, without
-    locks, another look at the file a moment after it was written.
+    Three things keep a second writer out. The kernel's lock, where the file system has locks and all machines share
+    them. A sign of life in the file, which its holder renews every few seconds, for file systems that have none, or
+    lock on each machine by itself. And, without locks, another look at the file a moment after it was written.
 
     Raises:
         UserError: another process holds it; or the directory cannot be written.
@@ -157,11 +165,14 @@ def hold(run_dir: Path) -> None:
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise FileError(error.errno, f"{error.strerror}: a run writes into its directory; choose another hydra.run.dir", str(path)) from error
+        raise FileError(
+            error.errno, f"{error.strerror}: a run writes into its directory; choose another hydra.run.dir", str(path)
+        ) from error
     has_locks = True
     try:
         # A POSIX record lock: forked loader workers do not inherit it, so a worker that outlives a killed run
-        # cannot keep the next one out (flock would). No other descriptor of the file may be closed from here on: that gives it up.
+        # cannot keep the next one out (flock would). No other descriptor of the file may be closed from here on: that
+        # gives it up.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         holder = _read_holder(lock)
@@ -195,7 +206,9 @@ def _remove_left_behind(run_dir: Path) -> None:
 
 @dataclass
 class Holder:
-    """Who holds a directory, as its lock file says: begun tells it from a later process of the same number, beats is its sign of life."""
+    """Who holds a directory, as its lock file says: begun tells it from a later process of the same number, beats is
+    its sign of life.
+    """
 
     pid: int
     host: str
@@ -235,7 +248,11 @@ def _holder(path: Path) -> Holder | None:
 
 def _shows_life(path: Path, before: Holder) -> bool:
     """Whether a holder on another machine, of which no clock and no process table tells, renews its sign."""
-    print(f"caco: {path.parent} was last held by process {before.pid} on {before.host}; looking for {_PATIENCE_S:g} s whether it lives", file=sys.stderr)
+    print(
+        f"caco: {path.parent} was last held by process {before.pid} on {before.host}; looking for {_PATIENCE_S:g} s"
+        " whether it lives",
+        file=sys.stderr,
+    )
     end = time.monotonic() + _PATIENCE_S
     while time.monotonic() < end:
         time.sleep(_PATIENCE_S / 20)
@@ -270,8 +287,8 @@ def _tasks_of_srun() -> int:
 def _in_use(run_dir: Path, holder: Holder | None) -> UserError:
     who = f"process {holder.pid} on {holder.host}" if holder else "another process"
     many = (
-        f"; srun has started {_tasks_of_srun()} of them, each a run of its own: say srun --ntasks=1, or leave srun out and take "
-        "launcher=slurm, whose processes work together"
+        f"; srun has started {_tasks_of_srun()} of them, each a run of its own: say srun --ntasks=1, or leave srun out"
+        " and take launcher=slurm, whose processes work together"
         if _tasks_of_srun() > 1
         else ""
     )

@@ -65,7 +65,8 @@ def remove_left_behind(folder: Path, *, of_others: tuple[str, ...] = (), others_
 
     Args:
         folder: nobody else writes into it now, but for these:
-        of_others: names that other processes write into it, ("*",): all; of these only what has not changed for `others_s` seconds.
+        of_others: names that other processes write into it, ("*",): all; of these only what has not changed for
+            `others_s` seconds.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         found = re.fullmatch(r"\.(.+)\.\d+|(.+)\.partial", path.name)

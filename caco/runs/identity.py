@@ -1,7 +1,7 @@
 """What makes a run itself: everything in the resolved configuration that can change a number.
 
-What cannot (where the data lie, how many workers read them, how often something is logged or saved, who is told) is recorded, not
-hashed: so a run moved to another machine stays the same run.
+What cannot (where the data lie, how many workers read them, how often something is logged or saved, who is told) is
+recorded, not hashed: so a run moved to another machine stays the same run.
 """
 
 import hashlib
@@ -53,8 +53,9 @@ NEUTRAL_KEYS = (
     "config_dir",  # where it lies; of what is in it environment.json has the digests
     "hydra",
 )
-# Settings that came later, with the value that is how runs were before. There they are no part of the identity: a run that does not use
-# them is the run that it was. Whoever adds a setting to conf/ adds its line, or every run so far gets another hash.
+# Settings that came later, with the value that is how runs were before. There they are no part of the identity: a run
+# that does not use them is the run that it was. Whoever adds a setting to conf/ adds its line, or every run so far gets
+# another hash.
 AS_BEFORE: dict[str, Any] = {
     "accumulate": None,
     "backbone.layer_norm": False,
@@ -211,5 +212,3 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key, absent) != ours.get(key, absent)
     ]
-
-

@@ -1,4 +1,6 @@
-"""Paths as a user types them: ~ means the home folder, whatever shell or none has seen it, and one that cannot be is refused in words."""
+"""Paths as a user types them: ~ means the home folder, whatever shell or none has seen it, and one that cannot be is
+refused in words.
+"""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +21,11 @@ def expanded(path: str | Path) -> Path:
     text = str(path)
     full = os.path.expanduser(text)
     if text.startswith("~") and full.startswith("~"):
-        whose = "this user has no home folder (HOME is not set)" if text in ("~", "~/") or text.startswith("~/") else "there is no such user here"
+        whose = (
+            "this user has no home folder (HOME is not set)"
+            if text in ("~", "~/") or text.startswith("~/")
+            else "there is no such user here"
+        )
         raise UserError(f"{text}: {whose}; write the whole path")
     return Path(full)
 
@@ -39,7 +45,9 @@ def require_writable(folder: Path, key: str) -> None:
         UserError: says which folder is the cause.
     """
     if not is_possible(folder):
-        raise UserError(f"{redacted(str(folder))[:80]}...: its name is too long for a file system; choose another one with {key}")
+        raise UserError(
+            f"{redacted(str(folder))[:80]}...: its name is too long for a file system; choose another one with {key}"
+        )
     for path in (folder.absolute(), *folder.absolute().parents):
         try:
             if not os.path.lexists(path):
@@ -49,12 +57,15 @@ def require_writable(folder: Path, key: str) -> None:
         if not path.is_dir():
             raise FileError(f"{folder} cannot be made: {path} is no folder; choose another one with {key}")
         if not os.access(path, os.W_OK | os.X_OK):
-            raise FileError(f"{folder} cannot be written: this user may not write into {path}; choose another folder with {key}")
+            raise FileError(
+                f"{folder} cannot be written: this user may not write into {path}; choose another folder with {key}"
+            )
         return
 
 
 def read_text(file: Path) -> str:
-    """A text that a user supplies, in whatever encoding an editor writes: UTF-8 with or without its mark, UTF-16 with one, else Latin-1.
+    """A text that a user supplies, in whatever encoding an editor writes: UTF-8 with or without its mark, UTF-16 with
+    one, else Latin-1.
 
     Raises:
         FileError: it cannot be read.
@@ -72,7 +83,8 @@ def read_text(file: Path) -> str:
 
 
 def with_home(overrides: Sequence[str]) -> list[str]:
-    """A command line whose directories for runs have their ~ replaced: Hydra makes these itself, and would make a folder of that name.
+    """A command line whose directories for runs have their ~ replaced: Hydra makes these itself, and would make a
+    folder of that name.
 
     Raises:
         UserError: nobody here has such a home.
@@ -81,7 +93,11 @@ def with_home(overrides: Sequence[str]) -> list[str]:
     for item in overrides:
         key, equals, value = item.partition("=")
         bare = value.strip("'\"")
-        if equals and key.lstrip("+") in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir") and bare.startswith("~"):
+        if (
+            equals
+            and key.lstrip("+") in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+            and bare.startswith("~")
+        ):
             quoted = str(expanded(bare)).replace("\\", "\\\\").replace("'", "\\'")
             item = f"{key}='{quoted}'"
         taken.append(item)

@@ -1,8 +1,9 @@
 """How much work it is to read a pickle, before it is read: a few bytes can ask for hours.
 
-A tuple that holds one tuple twice, which holds another twice, and so on, is short in a file, and as a key in it (or in a set) each of its
-2^n paths is gone along to hash it, in C, where nothing can interrupt it. So are thousands of huge whole numbers that have one hash.
-Nothing is run here: the standard library's `pickletools` names each instruction and what it takes from the stack and puts there.
+A tuple that holds one tuple twice, which holds another twice, and so on, is short in a file, and as a key in it (or in
+a set) each of its 2^n paths is gone along to hash it, in C, where nothing can interrupt it. So are thousands of huge
+whole numbers that have one hash. Nothing is run here: the standard library's `pickletools` names each instruction and
+what it takes from the stack and puts there.
 """
 
 import pickletools
@@ -17,7 +18,8 @@ _FILLED = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS")
 
 
 def check(file: IO[bytes], name: str) -> None:
-    """Go through one pickle, up to and with its STOP; of what is no pickle nothing is said, since its reader comes no further.
+    """Go through one pickle, up to and with its STOP; of what is no pickle nothing is said, since its reader comes no
+    further.
 
     Args:
         name: of the file.
@@ -33,7 +35,9 @@ def check(file: IO[bytes], name: str) -> None:
 
 
 def _go_through(file: IO[bytes], name: str) -> None:
-    stack: list[Any] = []  # of each thing its parts, all counted, in a list that is shared where the thing is; None for a mark
+    stack: list[
+        Any
+    ] = []  # of each thing its parts, all counted, in a list that is shared where the thing is; None for a mark
     memo: dict[Any, list[int]] = {}
     count = total = huge = 0
     for code, argument, _ in pickletools.genops(file):
@@ -48,7 +52,9 @@ def _go_through(file: IO[bytes], name: str) -> None:
         if pickletools.markobject in code.stack_before:
             while (top := stack.pop()) is not None:
                 taken.append(top)
-        of_known_number = [item for item in code.stack_before if item not in (pickletools.markobject, pickletools.stackslice)]
+        of_known_number = [
+            item for item in code.stack_before if item not in (pickletools.markobject, pickletools.stackslice)
+        ]
         below = [stack.pop() for _ in of_known_number]
         inside = sum(parts[0] for parts in taken + below[: -1 if code.name in _FILLED else None])
         if code.name in _FILLED:

@@ -1,9 +1,9 @@
 """The one table of what was renamed: runs and records of earlier versions show through it, by today's names.
 
-Whoever renames a key of the configuration, something that a `_target_` names, a metric or a kind of row adds a line here, in the
-same commit: from a06a4e7 on, each rename so far is there. tests/old_runs holds runs that an earlier version made; a rename that
-none of them shows needs one more. What old names cannot say, such as how a checkpoint is to be gone on with, is refused
-(caco/runs/directory.py).
+Whoever renames a key of the configuration, something that a `_target_` names, a metric or a kind of row adds a line
+here, in the same commit: from a06a4e7 on, each rename so far is there. tests/old_runs holds runs that an earlier
+version made; a rename that none of them shows needs one more. What old names cannot say, such as how a checkpoint is to
+be gone on with, is refused (caco/runs/directory.py).
 """
 
 import copy
@@ -77,7 +77,9 @@ ROW_VALUES = {"momentum": "twin_momentum"}  # of the rows of kind train and fill
 
 
 def _former_protocols(evaluator: Mapping[str, Any]) -> list[str]:
-    """What a06a4e7 called the protocols of an evaluator, in the order of `metrics.protocols`: k-NN was knn, whatever its k."""
+    """What a06a4e7 called the protocols of an evaluator, in the order of `metrics.protocols`: k-NN was knn, whatever
+    its k.
+    """
     kind = evaluator["_target_"].rpartition(".")[2]
     fractions = evaluator.get("fractions", [1.0])
     if kind == "FineTune" and len(fractions) > 1:
@@ -87,8 +89,14 @@ def _former_protocols(evaluator: Mapping[str, Any]) -> list[str]:
 
 
 def _before_last_batches(evaluator: Mapping[str, Any]) -> list[str]:
-    """What the versions called it that came after, and whose linear evaluation left a smaller last batch out without a word of it."""
-    return metrics.protocols({"drop_last": False, **evaluator}) if evaluator["_target_"] == "caco.evals.linear.Linear" else []
+    """What the versions called it that came after, and whose linear evaluation left a smaller last batch out without a
+    word of it.
+    """
+    return (
+        metrics.protocols({"drop_last": False, **evaluator})
+        if evaluator["_target_"] == "caco.evals.linear.Linear"
+        else []
+    )
 
 
 # Reading by it.
@@ -111,7 +119,8 @@ def config(recorded: Mapping[str, Any]) -> dict[str, Any]:
     method, bank = (part if isinstance(part, dict) else {} for part in (tree.get("method"), recorded.get("bank")))
     for key, value in NAMED_SINCE.get(method.get("_target_", ""), {}).items():
         method.setdefault(key, value)
-    # One pass was the default, and is what null means today; a bank of random rows had a number of passes and made none.
+    # One pass was the default, and is what null means today; a bank of random rows had a number of passes and made
+    # none.
     if str(bank.get("filling_passes")) == "1" or ("filling_passes" in bank and bank["initialisation"] != "keys"):
         del method["warm_start_passes"]
     return tree
@@ -132,8 +141,8 @@ def _move(tree: dict[str, Any], old: str, new: str) -> None:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration whose `flat` leaves these are. A name that is a part of another's is left out: MLflow's parameters
-    hold the chosen options, too."""
+    """The configuration whose `flat` leaves these are. A name that is a part of another's is left out: MLflow's
+    parameters hold the chosen options, too."""
     tree: dict[str, Any] = {}
     for name in sorted(leaves, key=len, reverse=True):
         *parts, last = name.split(".")
@@ -176,8 +185,9 @@ def _recorded_config(run_dir: Path) -> dict[str, Any]:
 class Names:
     """How one run is read: what its version called otherwise gets today's names.
 
-    A name that does not say its protocol is renamed by the configuration of the evaluator that gave the number: training's are in
-    the run's, those of an evaluation afterwards in its file below evaluations/. Where that is gone the name stays.
+    A name that does not say its protocol is renamed by the configuration of the evaluator that gave the number:
+    training's are in the run's, those of an evaluation afterwards in its file below evaluations/. Where that is gone
+    the name stays.
 
     Args:
         recorded: the run's configuration as it recorded it.
@@ -199,7 +209,9 @@ class Names:
     @staticmethod
     def params(recorded: Mapping[str, Any]) -> dict[str, Any]:
         """What tracking.json has: the leaves as text, and among them the options that were chosen."""
-        options = {name: value for name, value in recorded.items() if any(other.startswith(f"{name}.") for other in recorded)}
+        options = {
+            name: value for name, value in recorded.items() if any(other.startswith(f"{name}.") for other in recorded)
+        }
         rest = {name: value for name, value in recorded.items() if name not in options}
         return {**options, **flat(config(nested(rest)))}
 
@@ -212,17 +224,19 @@ class Names:
             new = {old: name for old, name in ROW_VALUES.items() if name not in row}
         else:
             new = {}
-        return {new.get(k, k): (ROW_KINDS.get(v, v) if k == "kind" and self.is_old else v) for k, v in row.items()}
+        return {new.get(k, k): ROW_KINDS.get(v, v) if k == "kind" and self.is_old else v for k, v in row.items()}
 
     def summary(self, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A run's final values.
 
         Args:
-            rows: of its ledger, as recorded. They tell what training measured: up to a06a4e7 an evaluation with another protocol
-                replaced it in the summary. Without any, the summary's values are taken for training's.
+            rows: of its ledger, as recorded. They tell what training measured: up to a06a4e7 an evaluation with another
+                protocol replaced it in the summary. Without any, the summary's values are taken for training's.
         """
         measured = {k: v for row in rows if row["kind"] == "eval" and "epochs" in row for k, v in row.items()}
-        trained = {old: new for old, new in _of_training(summary, self._protocols).items() if not rows or old in measured}
+        trained = {
+            old: new for old, new in _of_training(summary, self._protocols).items() if not rows or old in measured
+        }
         evaluated = self._of_evaluations(summary, summary.get("steps"))
         values = {new: measured.get(old, summary[old]) for old, new in trained.items()}
         for name, value in summary.items():
@@ -232,7 +246,11 @@ class Names:
 
     def with_hash(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A summary, or tracking.json's tags, with the hash that the configuration has today."""
-        return {**values, "config_hash": run_hash(self.config)} if self.is_old and "config_hash" in values else dict(values)
+        return (
+            {**values, "config_hash": run_hash(self.config)}
+            if self.is_old and "config_hash" in values
+            else dict(values)
+        )
 
     def _of_evaluations(self, values: Mapping[str, Any], step: int | None) -> dict[str, str]:
         """Old name -> new of those values that an evaluation afterwards gave."""
@@ -241,7 +259,9 @@ class Names:
             for old, new in _of_training(one["results"], protocols).items():
                 for name, value in values.items():
                     prefix = name.removesuffix(old)
-                    is_its = name.endswith(old) and (prefix == "" or prefix.endswith("/")) and value == one["results"][old]
+                    is_its = (
+                        name.endswith(old) and (prefix == "" or prefix.endswith("/")) and value == one["results"][old]
+                    )
                     baseline = next((of.rstrip("/") for of in metrics.BASELINES if prefix.startswith(of)), None)
                     if is_its and one["step"] == step and one["baseline"] == baseline:
                         found[name] = prefix + new
@@ -262,7 +282,9 @@ def _renames(evaluators: Any) -> dict[str, str]:
 
 
 def _of_training(values: Mapping[str, Any], protocols: Mapping[str, str]) -> dict[str, str]:
-    """Old name -> new of the values that are called by a former protocol. One that is there by its new name is of a newer version."""
+    """Old name -> new of the values that are called by a former protocol. One that is there by its new name is of a
+    newer version.
+    """
     found = {}
     for name in values:
         protocol = metrics.protocol_of(name)

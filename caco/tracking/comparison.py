@@ -1,4 +1,6 @@
-"""Runs side by side: chosen, sorted, grouped over seeds, as a table with what differs between them. Imports no torch."""
+"""Runs side by side: chosen, sorted, grouped over seeds, as a table with what differs between them. Imports no
+torch.
+"""
 
 import csv
 import difflib
@@ -52,7 +54,8 @@ def known_names(runs: Sequence[Outline]) -> set[str]:
 
 
 def full_name(name: str, known: set[str]) -> str:
-    """A column by its name, or by as much of its end as tells it from others: lr_reference_batch for bank.lr_reference_batch.
+    """A column by its name, or by as much of its end as tells it from others: lr_reference_batch for
+    bank.lr_reference_batch.
 
     Raises:
         UserError: no run has it, or it could be several.
@@ -65,11 +68,14 @@ def full_name(name: str, known: set[str]) -> str:
     if ending:
         raise UserError(f"{name}: could be {', '.join(ending)}; give the whole name")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    raise UserError(f"{name}: no run here has such a setting or metric" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    raise UserError(
+        f"{name}: no run here has such a setting or metric" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
 
 
 def chosen(runs: Sequence[Outline], conditions: Sequence[str]) -> list[Outline]:
-    """The runs for which all conditions hold: KEY=VALUE, KEY!=VALUE, KEY<VALUE, ... of settings, metrics, options and state.
+    """The runs for which all conditions hold: KEY=VALUE, KEY!=VALUE, KEY<VALUE, ... of settings, metrics, options and
+    state.
 
     Raises:
         UserError: a condition cannot be read, or names what no run has.
@@ -96,19 +102,30 @@ def _among(run: Outline, name: str, wanted: Any, text: str) -> bool:
 
 
 def differing(runs: Sequence[Outline]) -> list[str]:
-    """The settings that tell runs apart, as few as do: options first, then the others. One that follows from those before is left out."""
+    """The settings that tell runs apart, as few as do: options first, then the others. One that follows from those
+    before is left out.
+    """
     first = ["method", "pn", "bank", "backbone", "data", "augmentation", "optimizer", "projector", "negatives"]
     options = sorted(set().union(*(run.options for run in runs)) - {"tracking", "loader", "launcher", "eval", "preset"})
     options.sort(key=lambda name: first.index(name) if name in first else len(first))
-    settings = sorted(filterfalse(is_neutral, set().union(*(run.settings for run in runs))), key=lambda key: (key in _LAST, "." in key, key))
+    settings = sorted(
+        filterfalse(is_neutral, set().union(*(run.settings for run in runs))),
+        key=lambda key: (key in _LAST, "." in key, key),
+    )
     groups: dict[tuple[str, ...], list[Outline]] = {(): list(runs)}
     taken: list[str] = []
 
     def value(run: Outline, key: str) -> str:
         return repr(run.options.get(key) if key in options else run.settings.get(key))
 
-    seeds = [key for key in settings if key == "seed" or key.endswith(".seed")]  # the run's own first: others mostly follow it
-    for key in [*options, *(key for key in settings if key not in seeds), *sorted(seeds, key=lambda key: key != "seed")]:
+    seeds = [
+        key for key in settings if key == "seed" or key.endswith(".seed")
+    ]  # the run's own first: others mostly follow it
+    for key in [
+        *options,
+        *(key for key in settings if key not in seeds),
+        *sorted(seeds, key=lambda key: key != "seed"),
+    ]:
         parts: dict[tuple[str, ...], list[Outline]] = {}
         for of, together in groups.items():
             for run in together:
@@ -120,12 +137,18 @@ def differing(runs: Sequence[Outline]) -> list[str]:
 
 
 def rows_of(runs: Sequence[Outline], *, over_seeds: bool) -> list[Row]:
-    """A row a run; or one for all runs whose settings are the same but for the seed. Those that have not ended stay by themselves."""
+    """A row a run; or one for all runs whose settings are the same but for the seed. Those that have not ended stay by
+    themselves.
+    """
     if not over_seeds:
         return [Row([run]) for run in runs]
     together: dict[Any, list[Outline]] = {}
     for run in runs:
-        follows = {key for key, value in run.settings.items() if key == "seed" or (key.endswith(".seed") and value == run.settings.get("seed"))}
+        follows = {
+            key
+            for key, value in run.settings.items()
+            if key == "seed" or (key.endswith(".seed") and value == run.settings.get("seed"))
+        }
         own = {key: value for key, value in run.settings.items() if key not in follows and not is_neutral(key)}
         together.setdefault((run.state, repr(sorted(own.items())) if run.summary else run.run_dir), []).append(run)
     return [Row(some) for some in together.values()]
@@ -137,18 +160,24 @@ def sort(rows: list[Row], by: str | None, *, reverse: bool, known: set[str]) -> 
         return rows
     name = full_name(by, known)
     having = [row for row in rows if row.value(name) is not None]
-    having.sort(key=lambda row: (0, row.value(name), "") if _is_number(row.value(name)) else (1, 0, str(row.value(name))), reverse=reverse)
+    having.sort(
+        key=lambda row: (0, row.value(name), "") if _is_number(row.value(name)) else (1, 0, str(row.value(name))),
+        reverse=reverse,
+    )
     return having + [row for row in rows if row.value(name) is None]
 
 
 def results_of(runs: Sequence[Outline]) -> list[str]:
-    """The metrics that a table shows unless others are asked for: accuracies; where there are none, what k-NN has in their place, the loss."""
+    """The metrics that a table shows unless others are asked for: accuracies; where there are none, what k-NN has in
+    their place, the loss.
+    """
     found = metrics.accuracies(set().union(*(run.summary for run in runs)))
     return found or (["loss"] if any("loss" in run.summary for run in runs) else [])
 
 
 def table(
-    runs: Sequence[Outline], *, columns: Sequence[str] | None = None, by: str | None = None, reverse: bool = False, over_seeds: bool = False,
+    runs: Sequence[Outline], *, columns: Sequence[str] | None = None, by: str | None = None, reverse: bool = False,
+    over_seeds: bool = False,
     format: str = "text", title: str = "",
 ) -> str:  # fmt: skip
     """The runs as a table; see `python -m caco.results --help`.
@@ -170,11 +199,24 @@ def table(
         heads = [head for name in names for head in ((name, f"{name}_sd") if _varies(rows, name) else (name,))]
     heads += (["n"] if over_seeds else []) + (["state", "run"] if in_full else [*(["state"] if states else []), "run"])
     for row in rows:
-        cells = [cell for name in names for cell in _cells(row, name, in_full=in_full, with_sd=over_seeds and _varies(rows, name))]
+        cells = [
+            cell
+            for name in names
+            for cell in _cells(row, name, in_full=in_full, with_sd=over_seeds and _varies(rows, name))
+        ]
         cells += [str(len(row.runs))] if over_seeds else []
         run = row.runs[0]
         cells += [run.state] if in_full or states else []
-        lines.append([*cells, " ".join(_shown(one.run_dir) for one in row.runs) if in_full or len(row.runs) == 1 else f"{_shown(run.run_dir)} ..."])
+        lines.append(
+            [
+                *cells,
+                (
+                    " ".join(_shown(one.run_dir) for one in row.runs)
+                    if in_full or len(row.runs) == 1
+                    else f"{_shown(run.run_dir)} ..."
+                ),
+            ]
+        )
     if in_full:
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([heads, *lines])
@@ -210,7 +252,13 @@ def _cells(row: Row, name: str, *, in_full: bool, with_sd: bool) -> list[str]:
     if name in row.runs[0].options and not in_full:
         value = row.runs[0].options[name]
     blank = "" if in_full else "-"
-    text = blank if value is None else number(value, percent=False) if isinstance(value, float) and not in_full else str(value)
+    text = (
+        blank
+        if value is None
+        else number(value, percent=False)
+        if isinstance(value, float) and not in_full
+        else str(value)
+    )
     return [text, *([""] if in_full and with_sd else [])]
 
 

@@ -1,7 +1,8 @@
 """python -m caco.tracking.dashboard [RUNS] : see all runs in a browser. Also `make dashboard`.
 
-Brings MLflow up to date with the run directories (what it missed is sent, runs whose process is gone end), starts its server
-on the store that runs are tracked in, prints its address, and keeps both up until Ctrl-C; runs do not depend on it.
+Brings MLflow up to date with the run directories (what it missed is sent, runs whose process is gone end), starts its
+server on the store that runs are tracked in, prints its address, and keeps both up until Ctrl-C; runs do not depend on
+it.
 """
 
 import argparse
@@ -30,12 +31,23 @@ from caco.tracking.sync import find_runs, sync
 _FIRST = ("method", "pn", "negatives", "bank", "backbone", "data", "batch", "epochs", "seed")
 _MAX_PARAMS = 8
 # Sections of the charts, from top to bottom, and whether they open unfolded.
-_SECTIONS = {"eval": True, "train": True, "epoch": True, "paper": False, "final": False, "warm_start": False, "warning": False, "filling": False, "System metrics": False}
+_SECTIONS = {
+    "eval": True,
+    "train": True,
+    "epoch": True,
+    "paper": False,
+    "final": False,
+    "warm_start": False,
+    "warning": False,
+    "filling": False,
+    "System metrics": False,
+}
 _VIEW = "caco"  # the name of our view of an experiment, in its address
 
 
 def columns(runs: list[Any]) -> list[str]:
-    """The columns of the runs table: parameters in which the runs differ, newest results with the paper's, where it ran.
+    """The columns of the runs table: parameters in which the runs differ, newest results with the paper's, where it
+    ran.
 
     Args:
         runs: MLflow's, of one experiment.
@@ -45,7 +57,9 @@ def columns(runs: list[Any]) -> list[str]:
     # Of all that an option sets (pn=both sets push, pull and more) its name says enough.
     names = {name for run in runs for name in run.data.params if "." not in name or name in typed}
     differ = [name for name in names if len({run.data.params.get(name) for run in runs}) > 1]
-    params = sorted(differ, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))[:_MAX_PARAMS]
+    params = sorted(differ, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))[
+        :_MAX_PARAMS
+    ]
     metrics = {name for run in runs for name in run.data.metrics}
     results = sorted(name for name in metrics if name.startswith("eval/") and name != "eval/epochs")
     beside = [name for result in results for name in (result, result.replace("eval/", "paper/", 1)) if name in metrics]
@@ -68,7 +82,8 @@ def view(runs: list[Any]) -> dict[str, Any]:
     ranked = next((name for name in chosen if name.startswith("metrics.`eval/")), "attributes.start_time")
     counters = {name for run in runs for name in run.data.metrics if name.rpartition("/")[2] in ("epoch", "epochs")}
     return {
-        # Ordered by a result and not by time, runs are listed one by one; else a sweep's are folded in and have no charts.
+        # Ordered by a result and not by time, runs are listed one by one; else a sweep's are folded in and have no
+        # charts.
         "orderByKey": ranked,
         "orderByAsc": False,
         "selectedColumns": chosen,
@@ -76,11 +91,25 @@ def view(runs: list[Any]) -> dict[str, Any]:
         "runsHiddenMode": "FIRST_20_RUNS",
         # MLflow adds a chart for each other metric, and a section for each other part of a name.
         "compareRunSections": [
-            {"uuid": name, "name": name, "display": is_open, "isReordered": False, "deleted": False, "isGenerated": True}
+            {
+                "uuid": name,
+                "name": name,
+                "display": is_open,
+                "isReordered": False,
+                "deleted": False,
+                "isGenerated": True,
+            }
             for name, is_open in _SECTIONS.items()
         ],
         "compareRunCharts": [
-            {"type": "LINE", "uuid": name, "metricKey": name, "metricSectionId": name.partition("/")[0], "deleted": True, "isGenerated": True}
+            {
+                "type": "LINE",
+                "uuid": name,
+                "metricKey": name,
+                "metricSectionId": name.partition("/")[0],
+                "deleted": True,
+                "isGenerated": True,
+            }
             for name in sorted(counters)
         ],
         "isAccordionReordered": True,
@@ -88,8 +117,8 @@ def view(runs: list[Any]) -> dict[str, Any]:
 
 
 def recoloured(runs: list[Any]) -> dict[str, str]:
-    """The runs whose colour another, older one has, or that have none, by id, with a colour that is free. What is drawn in one colour is then
-    one row of the table. Sweeps, which have no curves, are all black."""
+    """The runs whose colour another, older one has, or that have none, by id, with a colour that is free. What is drawn
+    in one colour is then one row of the table. Sweeps, which have no curves, are all black."""
     others = [run for run in runs if run.data.tags.get("mlflow.runColor") != OF_SWEEPS]
     taken, without = set[str](), list[str]()
     for run in others:
@@ -103,11 +132,16 @@ def recoloured(runs: list[Any]) -> dict[str, str]:
 
 
 def prepare(client: Any, experiment: Any) -> None:
-    """Save our view of an experiment in it, if it has changed, and see to it that each of its runs has a colour of its own."""
+    """Save our view of an experiment in it, if it has changed, and see to it that each of its runs has a colour of its
+    own.
+    """
     runs = client.search_runs([experiment.experiment_id], max_results=1000, order_by=["attributes.start_time ASC"])
     for run_id, colour in recoloured(runs).items():
         client.set_tag(run_id, "mlflow.runColor", colour)
-    tags = {"mlflow.experimentKind": "custom_model_development", f"mlflow.sharedViewState.{_VIEW}": json.dumps(view(runs))}
+    tags = {
+        "mlflow.experimentKind": "custom_model_development",
+        f"mlflow.sharedViewState.{_VIEW}": json.dumps(view(runs)),
+    }
     for name, value in tags.items():
         if experiment.tags.get(name) != value:
             client.set_experiment_tag(experiment.experiment_id, name, value)
@@ -115,7 +149,9 @@ def prepare(client: Any, experiment: Any) -> None:
 
 def address(base: str, experiment_id: str) -> str:
     """Of an experiment's page, with our view of it; the bare address opens on what language models need."""
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={_VIEW}&workflowType=machine_learning"
+    return (
+        f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={_VIEW}&workflowType=machine_learning"
+    )
 
 
 def update(folder: Path, uri: str, *, named: bool, check: bool = False) -> list[str]:
@@ -193,7 +229,9 @@ def free_port(host: str, wanted: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m caco.tracking.dashboard", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="the folder of run directories; default runs")
+    parser.add_argument(
+        "runs", nargs="?", type=Path, default=Path("runs"), help="the folder of run directories; default runs"
+    )
     parser.add_argument("--uri", help="MLflow server or database; default: as tracking=mlflow")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: others reach it too, without a password")
     parser.add_argument("--port", type=int, default=5000, help="default 5000; another one where it is taken")

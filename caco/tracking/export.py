@@ -1,10 +1,12 @@
-"""python -m caco.tracking.export RUN_DIR ... : the curves of any runs as CSV, in TensorBoard's files, or in Weights & Biases.
+"""python -m caco.tracking.export RUN_DIR ... : the curves of any runs as CSV, in TensorBoard's files, or in Weights &
+Biases.
 
   python -m caco.tracking.export runs/NAME --csv curves.csv       one line a number: run, kind, step, time, name, value
   python -m caco.tracking.export runs/ --tensorboard              then: tensorboard --logdir runs
   python -m caco.tracking.export runs/ --wandb PROJECT            --offline: without a network, for wandb sync
 
-Works on runs of any tracking and version, at any time, beside runs that are still going on; to MLflow python -m caco.tracking.sync sends.
+Works on runs of any tracking and version, at any time, beside runs that are still going on; to MLflow python -m
+caco.tracking.sync sends.
 """
 
 import argparse
@@ -28,7 +30,8 @@ COLUMNS = ("run", "kind", "step", "time", "name", "value")
 
 
 def write_csv(run_dirs: list[Path], file: Path) -> int:
-    """Every number of these runs' ledgers, by today's names, one a line; a number that is not finite is nan, inf or -inf. Returns how many.
+    """Every number of these runs' ledgers, by today's names, one a line; a number that is not finite is nan, inf or
+    -inf. Returns how many.
 
     run: the directory, from the folder that holds them all on. time: seconds since 1970.
     """
@@ -87,7 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.wandb and mode == "online":
             require_login()
         for run_dir in run_dirs:
-            feed: Feed = TensorBoardFeed(run_dir) if options.tensorboard else WandbFeed(run_dir, project=options.wandb, mode=mode)
+            feed: Feed = (
+                TensorBoardFeed(run_dir)
+                if options.tensorboard
+                else WandbFeed(run_dir, project=options.wandb, mode=mode)
+            )
             try:
                 print(f"{run_dir}: {send(feed, run_dir)}", flush=True)
             except Exception as error:  # noqa: BLE001 - libraries and networks raise what they like; the others go on

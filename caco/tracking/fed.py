@@ -19,8 +19,8 @@ _log = logging.getLogger(__name__)
 
 
 class Feed(Protocol):
-    """One run directory on its way to somewhere: open(), send() as often as one likes, end(), release(). All may raise anything; after
-    that release() and open() again, and nothing is lost or doubled.
+    """One run directory on its way to somewhere: open(), send() as often as one likes, end(), release(). All may raise
+    anything; after that release() and open() again, and nothing is lost or doubled.
 
     where: for messages. is_open: between open() and release().
     """
@@ -89,7 +89,8 @@ class Feeder(threading.Thread):
 
 
 class FedTracker(Tracker):
-    """Tracks a run in its ledger and, fed from it by a thread, in what a subclass names. log() waits for nothing but the ledger.
+    """Tracks a run in its ledger and, fed from it by a thread, in what a subclass names. log() waits for nothing but
+    the ledger.
 
     Args:
         feed_seconds: the thread sends what is new this often.
@@ -115,7 +116,8 @@ class FedTracker(Tracker):
         """The command that sends what did not arrive in time."""
 
     def start(
-        self, run_dir: Path, *, params: dict[str, Any], tags: dict[str, str], run_name: str, state: dict[str, Any] | None,
+        self, run_dir: Path, *, params: dict[str, Any], tags: dict[str, str], run_name: str,
+        state: dict[str, Any] | None,
         sweep: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._ledger.start(run_dir, params=params, tags=tags, run_name=run_name, state=state, sweep=sweep)
@@ -137,4 +139,6 @@ class FedTracker(Tracker):
         self._ledger.finish(status, summary)
         feeder, self._feeder = self._feeder, None
         if feeder is not None and not feeder.finish(status, summary, self.finish_seconds):
-            _log.warning("%s lacks a part of this run; send it: %s", feeder.feed.where, self.to_send_later(self._run_dir))
+            _log.warning(
+                "%s lacks a part of this run; send it: %s", feeder.feed.where, self.to_send_later(self._run_dir)
+            )

@@ -1,4 +1,6 @@
-"""Feeds a run's ledger to MLflow, once each row, and keeps the run of a sweep above its jobs'. Imports MLflow when used."""
+"""Feeds a run's ledger to MLflow, once each row, and keeps the run of a sweep above its jobs'. Imports MLflow when
+used.
+"""
 
 import contextlib
 import getpass
@@ -39,7 +41,10 @@ class Feed:
         self.is_open = False
         self._client: Any = None
         self._lock = contextlib.ExitStack()
-        self._system_offset, self._system_skip = 0, 0  # bytes of system.jsonl that are read; of the rows behind them, how many MLflow has
+        self._system_offset, self._system_skip = (
+            0,
+            0,
+        )  # bytes of system.jsonl that are read; of the rows behind them, how many MLflow has
 
     @property
     def where(self) -> str:
@@ -107,7 +112,8 @@ class Feed:
             self._client, self._experiment_id = connect(self.uri, self.experiment)
 
     def missing(self) -> int:
-        """How many points the store lacks of those that it is believed to have: by run, key and step, as it answers now. Changes nothing.
+        """How many points the store lacks of those that it is believed to have: by run, key and step, as it answers
+        now. Changes nothing.
 
         Raises:
             BlockingIOError: another process is sending this run.
@@ -124,7 +130,11 @@ class Feed:
         run = self._find() if self.mark.run_id else None
         if run is None:
             return sum(map(len, steps.values())) or 1
-        there = {key: {point.step for point in self._client.get_metric_history(self.mark.run_id, key)} for key in steps if key in run.data.metrics}
+        there = {
+            key: {point.step for point in self._client.get_metric_history(self.mark.run_id, key)}
+            for key in steps
+            if key in run.data.metrics
+        }
         return sum(len(known - there.get(key, set())) for key, known in steps.items())
 
     def forget_what_was_sent(self) -> None:
@@ -141,7 +151,9 @@ class Feed:
         name, digest = (about.get("tags", {}).get(key, "") for key in ("data", "data_digest"))
         if name and digest and not run.inputs.dataset_inputs:
             source = about["params"].get("data.root", "null")
-            found = Dataset(name=name, digest=digest, source_type="local", source="the package" if source == "null" else source)
+            found = Dataset(
+                name=name, digest=digest, source_type="local", source="the package" if source == "null" else source
+            )
             context = InputTag("mlflow.data.context", "training")
             self._client.log_inputs(self.mark.run_id, [DatasetInput(dataset=found, tags=[context])])
 
@@ -155,21 +167,32 @@ class Feed:
             self._log(new)
 
     def _enter_sweep(self, sweep: dict[str, Any]) -> None:
-        """Become a child of the sweep's run, which the first child creates; the first sweep that a run is in keeps it."""
+        """Become a child of the sweep's run, which the first child creates; the first sweep that a run is in keeps
+        it.
+        """
         with _sweep_lock(self.run_dir):
             if not self.mark.parent_id:
                 name = sweep["name"].replace("'", "_")[:_MAX_TAG_CHARS]  # in a filter MLflow knows no escapes
                 same = f"tags.`caco.sweep` = '{name}'"
-                parent = next(iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None)
+                parent = next(
+                    iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None
+                )
                 if parent is None:
                     tags = {"caco.sweep": name, "caco.jobs": str(sweep["jobs"]), "mlflow.user": _user()}
-                    tags |= {"mlflow.source.name": "caco.train -m", "mlflow.runColor": OF_SWEEPS, "mlflow.note.content": sweep["title"]}
-                    parent = self._client.create_run(self._experiment_id, run_name=short_sweep(sweep["title"], sweep.get("keys", ())), tags=tags)
+                    tags |= {
+                        "mlflow.source.name": "caco.train -m",
+                        "mlflow.runColor": OF_SWEEPS,
+                        "mlflow.note.content": sweep["title"],
+                    }
+                    parent = self._client.create_run(
+                        self._experiment_id, run_name=short_sweep(sweep["title"], sweep.get("keys", ())), tags=tags
+                    )
                 self._client.set_tag(self.mark.run_id, "mlflow.parentRunId", parent.info.run_id)
                 self.mark.parent_id = parent.info.run_id
                 self.mark.save(self.run_dir)
             siblings = refresh_sweep(self._client, self._experiment_id, self.mark.parent_id)
-            # MLflow's own choice, from the id, gives neighbours one colour. Over several sweeps the dashboard sees to it.
+            # MLflow's own choice, from the id, gives neighbours one colour. Over several sweeps the dashboard sees to
+            # it.
             colour = next(itertools.islice(colours(), siblings.index(self.mark.run_id), None))
             self._client.set_tag(self.mark.run_id, "mlflow.runColor", colour)
 
@@ -274,7 +297,9 @@ class Feed:
 
 
 def new_files(run_dir: Path, mark: Watermark) -> dict[str, str]:
-    """The artifacts of a run directory that MLflow lacks, and the state of each: configuration, environment, figures."""
+    """The artifacts of a run directory that MLflow lacks, and the state of each: configuration, environment,
+    figures.
+    """
     paths = [run_dir / "config.yaml", run_dir / "environment.json", *sorted((run_dir / "figures").glob("[!.]*"))]
     found = {p.relative_to(run_dir).as_posix(): p.stat() for p in paths if p.is_file()}
     states = {name: f"{status.st_size} bytes of {status.st_mtime_ns}" for name, status in found.items()}

@@ -160,8 +160,8 @@ class Ledger:
 class LedgerTracker(Tracker):
     """Tracks a run in its directory alone; `python -m caco.tracking.sync` can send it to MLflow at any time.
 
-    Files: ledger.jsonl (the record), system.jsonl (what the machine did), tracking.json (name, parameters, tags, process,
-    status).
+    Files: ledger.jsonl (the record), system.jsonl (what the machine did), tracking.json (name, parameters, tags,
+    process, status).
 
     Args:
         system_seconds: how often the machine's load is written down; 0 is never.
@@ -171,7 +171,9 @@ class LedgerTracker(Tracker):
     @held
     def __init__(self, *, system_seconds: NonNegative = 10.0, paper: dict[str, float] | None = None) -> None:
         self._system_seconds, self._paper = system_seconds, dict(paper or {})
-        self.store: dict[str, str] | None = None  # of a tracker that feeds one besides: where the run belongs, for who sends it later
+        self.store: dict[str, str] | None = (
+            None  # of a tracker that feeds one besides: where the run belongs, for who sends it later
+        )
         self._ledger: Ledger | None = None
         self._sampler: Sampler | None = None
 

@@ -35,7 +35,8 @@ class MLflowTracker(Tracker):
         experiment: the MLflow experiment; created where there is none.
         feed_seconds: the thread sends what is new this often.
         finish_seconds: finish() waits at most this long for the rest to be sent.
-        model: whether the final weights become a model of MLflow, in the run directory and the store (ResNet-50: 94 MB each).
+        model: whether the final weights become a model of MLflow, in the run directory and the store (ResNet-50: 94 MB
+            each).
         system_seconds, paper: see LedgerTracker.
 
     Raises:
@@ -81,7 +82,10 @@ class MLflowTracker(Tracker):
         run_dir = Path(run_dir)
         if not self._is_chosen:
             self._go_on_in_its_own_store(run_dir)
-        self._ledger.store = {"uri": redacted(self.uri), "experiment": self.experiment}  # before it is reached: it may never be
+        self._ledger.store = {
+            "uri": redacted(self.uri),
+            "experiment": self.experiment,
+        }  # before it is reached: it may never be
         if state and state.get("mlflow_run_id") and not Watermark.load(run_dir).run_id:
             # The side file is gone: only the checkpoint knows the run, and later rows may have been sent, too.
             num_rows = len(Ledger(run_dir / "ledger.jsonl"))
@@ -103,9 +107,12 @@ class MLflowTracker(Tracker):
             own = str(Watermark.load(run_dir).uri or read_json(run_dir / "tracking.json").get("store", {}).get("uri"))
         if own != self.uri and os.environ.get("MLFLOW_TRACKING_URI"):
             _log.warning(
-                "MLflow: this run goes on in its own store, %s, and not in %s, which MLFLOW_TRACKING_URI names; to move it: "
-                "python -m caco.tracking.sync %s --uri ADDRESS", redacted(own), redacted(self.uri), run_dir,
-            )  # fmt: skip
+                "MLflow: this run goes on in its own store, %s, and not in %s, which MLFLOW_TRACKING_URI names; to move"
+                " it: python -m caco.tracking.sync %s --uri ADDRESS",
+                redacted(own),
+                redacted(self.uri),
+                run_dir,
+            )
         self.uri = own
 
     def log(self, step: int, values: Row, kind: str = "train") -> None:
@@ -120,7 +127,9 @@ class MLflowTracker(Tracker):
         return {**state, "mlflow_run_id": mark.run_id, "sent": min(mark.sent, state["rows"])}
 
     def log_model(self, make_backbone: "Callable[[], nn.Module]") -> None:
-        """Keep what it makes, a torch module in eval mode, as the run's model; finish() sends it. One warning where it cannot."""
+        """Keep what it makes, a torch module in eval mode, as the run's model; finish() sends it. One warning where it
+        cannot.
+        """
         if not self.model:
             return
         from caco.tracking.model import save_model

@@ -9,10 +9,11 @@ from typing import Any
 
 
 def save_model(backbone: Any, run_dir: Path) -> Path:
-    """Write `backbone`, a torch module from images [B, C, H, W] to features [B, D], to run_dir/model, as a whole or not at all.
+    """Write `backbone`, a torch module from images [B, C, H, W] to features [B, D], to run_dir/model, as a whole or not
+    at all.
 
-    `mlflow.pytorch.load_model` gives it back as a module that can be trained on; it needs timm, not caco; and of a backbone
-    of the user's own the file that it is in, on Python's path.
+    `mlflow.pytorch.load_model` gives it back as a module that can be trained on; it needs timm, not caco; and of a
+    backbone of the user's own the file that it is in, on Python's path.
     """
     target, aside = run_dir / "model", run_dir / f".model.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -36,7 +37,8 @@ def _save(backbone: Any, folder: Path) -> None:
     first = next((module for module in backbone.modules() if type(module).__name__ == "Conv2d"), None)
     channels = first.in_channels if first is not None else 3
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(numbers, (-1, channels, -1, -1))]), outputs=Schema([TensorSpec(numbers, (-1, backbone.num_features))])
+        inputs=Schema([TensorSpec(numbers, (-1, channels, -1, -1))]),
+        outputs=Schema([TensorSpec(numbers, (-1, backbone.num_features))]),
     )
     mlflow.pytorch.save_model(
         backbone,

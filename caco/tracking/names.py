@@ -1,4 +1,6 @@
-"""Names and colours of runs in MLflow's page, which shows some 20 characters of a name and draws its charts in a run's own colour."""
+"""Names and colours of runs in MLflow's page, which shows some 20 characters of a name and draws its charts in a run's
+own colour.
+"""
 
 import colorsys
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,8 @@ _GOLDEN = 0.381966  # of the circle: each hue far from those before
 
 
 def short(name: str) -> str:
-    """A run's name that is shown whole, where one can be made: `pn=both bank=tiny seed=1` -> `both tiny seed=1`, `bank.lr=3` -> `lr=3`.
+    """A run's name that is shown whole, where one can be made: `pn=both bank=tiny seed=1` -> `both tiny seed=1`,
+    `bank.lr=3` -> `lr=3`.
 
     An option says of itself what it is of; a number or a switch does not.
     """
@@ -40,7 +43,9 @@ def short_sweep(title: str, keys: Sequence[str]) -> str:
 
 
 def colours() -> Iterator[str]:
-    """Endless, and no one twice among the first thousand: ten that are told apart at a glance, then hues around the circle."""
+    """Endless, and no one twice among the first thousand: ten that are told apart at a glance, then hues around the
+    circle.
+    """
     yield from _COLOURS
     seen, number = {*_COLOURS, OF_SWEEPS}, 0
     while True:
@@ -54,7 +59,12 @@ def colours() -> Iterator[str]:
 
 def _without_groups(word: str) -> str:
     key, _, value = word.partition("=")
-    is_option = "." not in key and value[:1].isalnum() and not value.replace(".", "").isdigit() and value not in ("true", "false", "null")
+    is_option = (
+        "." not in key
+        and value[:1].isalnum()
+        and not value.replace(".", "").isdigit()
+        and value not in ("true", "false", "null")
+    )
     return value if is_option else word
 
 

@@ -49,7 +49,9 @@ class Reader:
         self._offset = end
 
     def points_of(self, rows: list[dict[str, Any]]) -> list[Point]:
-        """The rows' finite numbers, without those that were sent before a roll-back, and those that perhaps were as they were then."""
+        """The rows' finite numbers, without those that were sent before a roll-back, and those that perhaps were as
+        they were then.
+        """
         found = []
         for row in rows:
             for (kind, step, name), value in points(row):

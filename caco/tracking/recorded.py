@@ -1,4 +1,6 @@
-"""A run as it lies in its directory, by today's names, whichever version made it. What reads several runs reads them through this."""
+"""A run as it lies in its directory, by today's names, whichever version made it. What reads several runs reads them
+through this.
+"""
 
 import json
 import os
@@ -29,16 +31,19 @@ def read(run_dir: Path) -> Recorded:
     """What a run has written so far; safe beside a process that is writing."""
     names = Names.of(run_dir)
     rows, _ = read_rows(run_dir / "ledger.jsonl")
-    return Recorded(names.config, [names.row(row) for row in rows], names.summary(read_json(run_dir / "summary.json"), rows))
+    return Recorded(
+        names.config, [names.row(row) for row in rows], names.summary(read_json(run_dir / "summary.json"), rows)
+    )
 
 
 @dataclass(frozen=True)
 class Outline:
     """A run as one of many: what is known of it without reading its ledger.
 
-    run_dir: its directory. state: finished, running, killed, failed, incomplete (an evaluation at its end is missing), begun (it has not come
-    to its first step), damaged. note: why it failed or what it lacks; "". options: group -> option that it was started with, as far as that
-    was written down. settings: the leaves of its configuration by today's dotted names. summary: {} before its end.
+    run_dir: its directory. state: finished, running, killed, failed, incomplete (an evaluation at its end is missing),
+    begun (it has not come to its first step), damaged. note: why it failed or what it lacks; "". options: group ->
+    option that it was started with, as far as that was written down. settings: the leaves of its configuration by
+    today's dotted names. summary: {} before its end.
     """
 
     run_dir: Path
@@ -50,14 +55,20 @@ class Outline:
 
     def value(self, name: str) -> Any:
         """The state, a setting, a metric of its summary, or an option; None of what it has not."""
-        for values in ({"state": self.state, "note": self.note, "run": str(self.run_dir)}, self.settings, self.summary, self.options):
+        for values in (
+            {"state": self.state, "note": self.note, "run": str(self.run_dir)},
+            self.settings,
+            self.summary,
+            self.options,
+        ):
             if name in values:
                 return values[name]
         return None
 
 
 def directories(paths: Iterable[Path]) -> list[Path]:
-    """The run directories at or below these folders, each once, those of each folder sorted; looked for in none of theirs.
+    """The run directories at or below these folders, each once, those of each folder sorted; looked for in none of
+    theirs.
 
     Raises:
         UserError: there is none.
@@ -103,7 +114,9 @@ def _outline(run_dir: Path) -> Outline:
     else:
         state = last_status(run_dir)[0].lower() if about else "begun"
     why = (missing or note)[-1] if missing or note else ""
-    return Outline(run_dir, state, why if state in ("failed", "incomplete") else "", options, flat(names.config), summary)
+    return Outline(
+        run_dir, state, why if state in ("failed", "incomplete") else "", options, flat(names.config), summary
+    )
 
 
 def typed(text: Any) -> Any:

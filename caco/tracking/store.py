@@ -1,4 +1,6 @@
-"""Where MLflow keeps runs, a database or a server: how it is named, reached and, once, made. Imports MLflow when used."""
+"""Where MLflow keeps runs, a database or a server: how it is named, reached and, once, made. Imports MLflow when
+used.
+"""
 
 import logging
 import os
@@ -40,19 +42,20 @@ def resolve_uri(uri: str | None) -> str:
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme.partition("+")[0] not in _SCHEMES or (scheme == "sqlite" and not _database(uri)):
         raise UserError(
-            f"tracking.uri (or MLFLOW_TRACKING_URI): expected a server, http(s)://HOST:PORT, or a database, "
-            f"sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {redacted(uri)!r}; a directory is no store"
+            "tracking.uri (or MLFLOW_TRACKING_URI): expected a server, http(s)://HOST:PORT, or a database,"
+            f" sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {redacted(uri)!r}; a directory is no"
+            " store"
         )
     database = _database(uri)
     return f"sqlite:///{database}" if database else uri
 
 
 def own_uri(run_dir: Path, chosen: str | None = None) -> str:
-    """Where a run belongs, whatever shell asks: `chosen`; else where it was sent; where it was to go when it started; what its configuration
-    says; and only of a run that names no store what resolve_uri says.
+    """Where a run belongs, whatever shell asks: `chosen`; else where it was sent; where it was to go when it started;
+    what its configuration says; and only of a run that names no store what resolve_uri says.
 
-    Addresses are written down without their passwords, which are taken from MLFLOW_TRACKING_URI if that names the same place.
-    Raises:
+    Addresses are written down without their passwords, which are taken from MLFLOW_TRACKING_URI if that names the same
+    place. Raises:
         UserError: the password is not known here, or a database's folder is not there.
     """
     if chosen:
@@ -68,12 +71,15 @@ def own_uri(run_dir: Path, chosen: str | None = None) -> str:
     known = completed(str(named), os.environ.get("MLFLOW_TRACKING_URI"))
     if known is None:
         raise UserError(
-            f"it belongs to {named}, whose password is written down nowhere: name the store with its password in MLFLOW_TRACKING_URI, or "
-            "choose another one with --uri"
+            f"it belongs to {named}, whose password is written down nowhere: name the store with its password in"
+            " MLFLOW_TRACKING_URI, or choose another one with --uri"
         )
     uri = resolve_uri(known)
     if (database := _database(uri)) and not database.parent.is_dir():
-        raise FileError(f"its store, {database}, was in a folder that is not here: make it for a new store, or choose another one with --uri")
+        raise FileError(
+            f"its store, {database}, was in a folder that is not here: make it for a new store, or choose another one"
+            " with --uri"
+        )
     return uri
 
 
@@ -92,7 +98,9 @@ def import_mlflow() -> None:
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a new store tells of its every table
     for name in ("urllib3.connectionpool", "urllib3.util.retry"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # and of a server that is down each try; the feeder says it once
+        logging.getLogger(name).setLevel(
+            logging.ERROR
+        )  # and of a server that is down each try; the feeder says it once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations among MLflow's own dependencies
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
@@ -123,7 +131,9 @@ def _connect(uri: str, experiment: str, artifacts: Path | None) -> tuple[Any, st
     found = client.get_experiment_by_name(experiment)
     if found is None:
         try:
-            tags = {"mlflow.experimentKind": "custom_model_development"}  # else its page opens as one of a language model
+            tags = {
+                "mlflow.experimentKind": "custom_model_development"
+            }  # else its page opens as one of a language model
             where = artifacts and artifacts.as_uri()
             return client, client.create_experiment(experiment, artifact_location=where, tags=tags)
         except MlflowException as error:

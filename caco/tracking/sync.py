@@ -2,8 +2,8 @@
 
 Works on runs that were tracked with tracking=ledger, that lost their server, or that were killed; at any time, as often
 as one likes, and beside runs that are still going on. A run whose process is gone ends as KILLED (or FINISHED, if its
-summary is there), never for ever RUNNING. Of a run on another machine SLURM says whether its job is there; without SLURM,
-one that has written nothing for a day is gone.
+summary is there), never for ever RUNNING. Of a run on another machine SLURM says whether its job is there; without
+SLURM, one that has written nothing for a day is gone.
 """
 
 import argparse
@@ -63,7 +63,9 @@ def _is_gone(run_dir: Path, about: dict[str, Any]) -> bool:
 
 
 def _runs_in_slurm(job: str) -> bool | None:
-    """Whether a job has processes; None where SLURM does not say. One that waits in the queue has none, and goes on later."""
+    """Whether a job has processes; None where SLURM does not say. One that waits in the queue has none, and goes on
+    later.
+    """
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
@@ -73,14 +75,16 @@ def _runs_in_slurm(job: str) -> bool | None:
         return None
     if shown.returncode and "Invalid job id" not in shown.stderr:
         return None  # no controller, or not the cluster that the job was on
-    return any(state in shown.stdout.split() for state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"))
+    return any(
+        state in shown.stdout.split() for state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING")
+    )
 
 
 def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = None, check: bool = True) -> str:
     """Bring MLflow up to date with one run directory; returns a line that says what happened, and where.
 
-    The run's own store and experiment are asked (caco/tracking/store.py: own_uri), unless `uri` or `experiment` name others, which are its
-    own from then on.
+    The run's own store and experiment are asked (caco/tracking/store.py: own_uri), unless `uri` or `experiment` name
+    others, which are its own from then on.
     Args:
         check: count what the store has, too, in place of believing what was noted here when it was sent.
     Raises:
@@ -112,13 +116,17 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
         if status != "RUNNING":
             feed.end(status, summary)
         if check and (missing := feed.missing()):
-            raise UserError(f"the store {redacted(uri)} lacks {missing} of the points that it was just sent; the ledger keeps all")
+            raise UserError(
+                f"the store {redacted(uri)} lacks {missing} of the points that it was just sent; the ledger keeps all"
+            )
     finally:
         feed.release()
     return f"sent {num_sent} rows of {feed.mark.sent} to {redacted(uri)} ({status}, run {feed.mark.run_id})"
 
 
-def sync(run_dirs: list[Path], *, uri: str | None = None, experiment: str | None = None, check: bool = True) -> tuple[list[str], int]:
+def sync(
+    run_dirs: list[Path], *, uri: str | None = None, experiment: str | None = None, check: bool = True
+) -> tuple[list[str], int]:
     """sync_run() for each; then the runs of sweeps are told how their jobs are.
 
     Returns:

@@ -1,7 +1,7 @@
 """What the machine does while a run trains: a row of system.jsonl every few seconds, apart from the run's own numbers.
 
-The file is never rolled back: it tells of the machine, which does not go back to a checkpoint. Its time of change is also the
-run's sign of life, for machines that cannot see its process.
+The file is never rolled back: it tells of the machine, which does not go back to a checkpoint. Its time of change is
+also the run's sign of life, for machines that cannot see its process.
 """
 
 import logging

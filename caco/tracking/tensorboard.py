@@ -1,4 +1,6 @@
-"""Tracking in the ledger and, fed from it, in TensorBoard's event files in the run directory: tensorboard --logdir runs"""
+"""Tracking in the ledger and, fed from it, in TensorBoard's event files in the run directory: tensorboard --logdir
+runs
+"""
 
 import contextlib
 import shutil
@@ -15,8 +17,9 @@ FOLDER = "tensorboard"  # in a run directory
 
 
 class TensorBoardTracker(FedTracker):
-    """Tracks a run in its ledger and in event files, which are written anew from the whole ledger whenever a run begins or goes on: TensorBoard
-    would show a point that was rolled back for ever. What is missed, `python -m caco.tracking.export RUN_DIR --tensorboard` writes later.
+    """Tracks a run in its ledger and in event files, which are written anew from the whole ledger whenever a run begins
+    or goes on: TensorBoard would show a point that was rolled back for ever. What is missed, `python -m
+    caco.tracking.export RUN_DIR --tensorboard` writes later.
 
     Args:
         feed_seconds, finish_seconds, system_seconds, paper: see FedTracker.
@@ -75,7 +78,11 @@ class TensorBoardFeed(Feed):
         """Write the final numbers, as final/NAME."""
         rows = read_rows(self.run_dir / "ledger.jsonl")[0]
         step, time = (rows[-1]["step"], rows[-1]["time"]) if rows else (0, 0.0)
-        numbers = [(f"final/{name}", float(value)) for name, value in summary.items() if isinstance(value, int | float) and is_finite(value)]
+        numbers = [
+            (f"final/{name}", float(value))
+            for name, value in summary.items()
+            if isinstance(value, int | float) and is_finite(value)
+        ]
         self._scalars(numbers, step, time)
         self._writer.flush()
         self._ended = status
@@ -91,7 +98,9 @@ class TensorBoardFeed(Feed):
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         if numbers:
-            self._add(Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers]), step, time)
+            self._add(
+                Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers]), step, time
+            )
 
     def _add(self, summary: Any, step: int, time: float) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -100,7 +109,9 @@ class TensorBoardFeed(Feed):
 
 
 def _parameters(params: dict[str, str], name: str) -> Any:
-    """For TensorBoard's page HPARAMS, which compares runs by them. What makes these messages in its own package needs TensorFlow."""
+    """For TensorBoard's page HPARAMS, which compares runs by them. What makes these messages in its own package needs
+    TensorFlow.
+    """
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import metadata
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
@@ -110,4 +121,6 @@ def _parameters(params: dict[str, str], name: str) -> Any:
         begun.hparams[key].string_value = value
     about = HParamsPluginData(session_start_info=begun, version=metadata.PLUGIN_DATA_VERSION)
     described = metadata.create_summary_metadata(about)
-    return Summary(value=[Summary.Value(tag=metadata.SESSION_START_INFO_TAG, metadata=described, tensor=metadata.NULL_TENSOR)])
+    return Summary(
+        value=[Summary.Value(tag=metadata.SESSION_START_INFO_TAG, metadata=described, tensor=metadata.NULL_TENSOR)]
+    )

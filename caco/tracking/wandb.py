@@ -21,7 +21,8 @@ class WandbTracker(FedTracker):
 
     Args:
         project: of W&B; entity: whose; null is the user's own.
-        mode: "online", or "offline", which needs neither network nor account: `wandb sync RUN_DIR/wandb/offline-run-*` sends it later.
+        mode: "online", or "offline", which needs neither network nor account: `wandb sync RUN_DIR/wandb/offline-run-*`
+            sends it later.
         feed_seconds, finish_seconds, system_seconds, paper: see FedTracker.
     Raises:
         UserError: online, and nobody has logged in here.
@@ -31,10 +32,13 @@ class WandbTracker(FedTracker):
 
     @held
     def __init__(
-        self, *, project: str, entity: str | None = None, mode: Literal["online", "offline"] = "online", feed_seconds: AboveZero = 2.0,
+        self, *, project: str, entity: str | None = None, mode: Literal["online", "offline"] = "online",
+        feed_seconds: AboveZero = 2.0,
         finish_seconds: NonNegative = 30.0, system_seconds: NonNegative = 10.0, paper: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(feed_seconds=feed_seconds, finish_seconds=finish_seconds, system_seconds=system_seconds, paper=paper)
+        super().__init__(
+            feed_seconds=feed_seconds, finish_seconds=finish_seconds, system_seconds=system_seconds, paper=paper
+        )
         self.project, self.entity, self.mode = project, entity, mode
         if mode == "online":
             require_login()
@@ -43,7 +47,9 @@ class WandbTracker(FedTracker):
         return WandbFeed(run_dir, project=self.project, entity=self.entity, mode=self.mode)
 
     def to_send_later(self, run_dir: Path) -> str:
-        return f"python -m caco.tracking.export {run_dir} --wandb {self.project}" + " --offline" * (self.mode == "offline")
+        return f"python -m caco.tracking.export {run_dir} --wandb {self.project}" + " --offline" * (
+            self.mode == "offline"
+        )
 
 
 def require_login() -> None:
@@ -56,15 +62,17 @@ def require_login() -> None:
         if any("wandb" in host for host in netrc.netrc().hosts):
             return
     raise UserError(
-        "tracking=wandb: nobody has logged in to Weights & Biases here; wandb login, or WANDB_API_KEY=KEY in the environment, or "
-        "tracking.mode=offline, which is sent later"
+        "tracking=wandb: nobody has logged in to Weights & Biases here; wandb login, or WANDB_API_KEY=KEY in the"
+        " environment, or tracking.mode=offline, which is sent later"
     )
 
 
 class WandbFeed(Feed):
     """One run directory on its way to W&B."""
 
-    def __init__(self, run_dir: Path, *, project: str, entity: str | None = None, mode: Literal["online", "offline"] = "online") -> None:
+    def __init__(
+        self, run_dir: Path, *, project: str, entity: str | None = None, mode: Literal["online", "offline"] = "online"
+    ) -> None:
         self.run_dir, self.project, self.entity, self.mode = Path(run_dir), project, entity, mode
         self.where, self.is_open = f"Weights & Biases ({mode})", False
         self.mark = OfWandb.load(self.run_dir)
@@ -92,11 +100,16 @@ class WandbFeed(Feed):
         self.mark.run_id, self.mark.experiment, self.mark.closed = self.mark.token, self.project, ""
         self.mark.save(self.run_dir)
         about = read_json(self.run_dir / "tracking.json")
-        quiet = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, disable_code=True, init_timeout=30)
+        quiet = wandb.Settings(
+            console="off", silent=True, x_disable_stats=True, disable_git=True, disable_code=True, init_timeout=30
+        )
         self._run = wandb.init(
-            project=self.project, entity=self.entity, mode=self.mode, id=self.mark.run_id, resume="allow", reinit="create_new",
-            dir=str(self.run_dir), name=about.get("run_name"), group=(about.get("sweep") or {}).get("title"), config=about.get("params", {}),
-            tags=[value for name, value in about.get("tags", {}).items() if name == "data" and len(value) <= 64], settings=quiet,
+            project=self.project, entity=self.entity, mode=self.mode, id=self.mark.run_id, resume="allow",
+            reinit="create_new",
+            dir=str(self.run_dir), name=about.get("run_name"), group=(about.get("sweep") or {}).get("title"),
+            config=about.get("params", {}),
+            tags=[value for name, value in about.get("tags", {}).items() if name == "data" and len(value) <= 64],
+            settings=quiet,
         )  # fmt: skip
         if about.get("paper"):
             self._run.summary.update({f"paper/{name}": float(value) for name, value in about["paper"].items()})
@@ -121,7 +134,11 @@ class WandbFeed(Feed):
 
     def end(self, status: str, summary: dict[str, Any]) -> None:
         """Send the final numbers, as final/NAME of the run's summary, and its status."""
-        numbers = {f"final/{name}": float(value) for name, value in summary.items() if isinstance(value, int | float) and is_finite(value)}
+        numbers = {
+            f"final/{name}": float(value)
+            for name, value in summary.items()
+            if isinstance(value, int | float) and is_finite(value)
+        }
         self._run.summary.update({**numbers, "status": status})
         self._run.finish(exit_code=0 if status == "FINISHED" else 1)
         self._run, self.mark.closed = None, status

@@ -1,4 +1,6 @@
-"""How far a run's ledger is where it is sent to: the side file mlflow.json or wandb.json, kept apart from checkpoints because it runs ahead."""
+"""How far a run's ledger is where it is sent to: the side file mlflow.json or wandb.json, kept apart from checkpoints
+because it runs ahead.
+"""
 
 import dataclasses
 import math

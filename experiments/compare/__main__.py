@@ -3,15 +3,15 @@
     python -m experiments.compare main                            main with the working tree as it is
     python -m experiments.compare a06a4e7 main --cases 'pn='      two commits, some of the cases
 
-Every file of conf/method, conf/pn and conf/negatives, multi-crop, optimisers, single settings, two ranks and a run that was cut and went on are trained
-for a few steps (digits, a narrow ResNet, one thread), and then every row of the ledger but its times, every tensor of the last
-checkpoint and every metric of summary.json are compared. Exit code 0: all equal; 1: something differs, is missing or failed; 2: the
-question makes no sense. A refactoring shows `--steps 50` over all cases. Not compared: speed, words, CUDA, large images, evaluate and
-export.
+Every file of conf/method, conf/pn and conf/negatives, multi-crop, optimisers, single settings, two ranks and a run that
+was cut and went on are trained for a few steps (digits, a narrow ResNet, one thread), and then every row of the ledger
+but its times, every tensor of the last checkpoint and every metric of summary.json are compared. Exit code 0: all
+equal; 1: something differs, is missing or failed; 2: the question makes no sense. A refactoring shows `--steps 50` over
+all cases. Not compared: speed, words, CUDA, large images, evaluate and export.
 
-This is no study of a method, but it stands on the same floor as experiments: above every command, and importing nothing of caco, because
-the code that it runs is another commit's (experiments/compare/worker.py). That code is reached as a user reaches it, by its command line
-and the files of a run, so that what is behind them may be moved about freely.
+This is no study of a method, but it stands on the same floor as experiments: above every command, and importing nothing
+of caco, because the code that it runs is another commit's (experiments/compare/worker.py). That code is reached as a
+user reaches it, by its command line and the files of a run, so that what is behind them may be moved about freely.
 """
 
 import argparse
@@ -50,12 +50,15 @@ def renaming(texts: list[str]) -> list[tuple[str, str]]:
     """The rules of --renamed: OLD=NEW, or a file with one a line.
 
     Raises:
-        Refused: there is no such file; a rule has no "=", is no regular expression, or its NEW asks for a group that OLD has not.
+        Refused: there is no such file; a rule has no "=", is no regular expression, or its NEW asks for a group that
+            OLD has not.
     """
     rules = []
     for text in texts:
         if "=" not in text and not Path(text).is_file():
-            raise Refused(f"--renamed: expected OLD=NEW or a file with one a line, got {text!r}, and there is no such file")
+            raise Refused(
+                f"--renamed: expected OLD=NEW or a file with one a line, got {text!r}, and there is no such file"
+            )
         lines = Path(text).read_text().splitlines() if "=" not in text else [text]
         for line in (line.strip() for line in lines):
             if line and not line.startswith("#"):
@@ -83,19 +86,34 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", nargs="+", default=[], metavar="OVERRIDE", help="for every case, in both commits")
     for side in ("base", "head"):
         parser.add_argument(
-            f"--{side}-set", nargs="+", default=[], metavar="OVERRIDE",
-            help=f"for every case of {side} alone; 'OLD -> NEW' puts NEW where one of a case's own overrides begins with OLD",
-        )  # fmt: skip
+            f"--{side}-set",
+            nargs="+",
+            default=[],
+            metavar="OVERRIDE",
+            help=(
+                f"for every case of {side} alone; 'OLD -> NEW' puts NEW where one of a case's own overrides begins"
+                " with OLD"
+            ),
+        )
     parser.add_argument(
-        "--renamed", nargs="+", default=[], metavar="OLD=NEW",
-        help="base's OLD is head's NEW: a metric, a kind of rows, a tensor (a key at any depth of the checkpoint, or its dotted "
-        "path), as a regular expression that matches the whole name, \\1 in NEW; or a file with one a line",
-    )  # fmt: skip
-    parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="names that are not compared, after renaming")
+        "--renamed",
+        nargs="+",
+        default=[],
+        metavar="OLD=NEW",
+        help=(
+            "base's OLD is head's NEW: a metric, a kind of rows, a tensor (a key at any depth of the checkpoint, or its"
+            " dotted path), as a regular expression that matches the whole name, \\1 in NEW; or a file with one a line"
+        ),
+    )
+    parser.add_argument(
+        "--ignore", nargs="+", default=[], metavar="REGEX", help="names that are not compared, after renaming"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was found")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep both commits' files, runs and outputs there")
     parser.add_argument("--no-native", action="store_true", help="compile nothing: PyTorch's paths alone")
-    parser.add_argument("--one-at-a-time", action="store_true", help="base first, then head; default: both at once, a thread each")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="base first, then head; default: both at once, a thread each"
+    )
     parser.add_argument("--repository", type=Path, default=CHECKOUT, help="default: this checkout")
     return parser
 
@@ -103,7 +121,10 @@ def parser() -> argparse.ArgumentParser:
 def check_out_both(arguments: argparse.Namespace, folder: Path) -> list[Side]:
     """Raises: Refused: there is no such commit."""
     sides = []
-    for label, commit, changes in (("base", arguments.base, arguments.base_set), ("head", arguments.head, arguments.head_set)):
+    for label, commit, changes in (
+        ("base", arguments.base, arguments.base_set),
+        ("head", arguments.head, arguments.head_set),
+    ):
         tree = folder / label / "tree"
         sides.append(Side(label, check_out(arguments.repository, commit, tree), tree, [*arguments.set, *changes]))
     return sides
@@ -126,11 +147,17 @@ def choose_cases(arguments: argparse.Namespace, sides: list[Side]) -> tuple[list
     if not common:
         there = ", ".join(every["base"])
         raise Refused(f"--cases: expected at least one case that both commits have, got none; there are: {there}")
-    return common, {"base": [name for name in base if name not in head], "head": [name for name in head if name not in base]}
+    return common, {
+        "base": [name for name in base if name not in head],
+        "head": [name for name in head if name not in base],
+    }
 
 
-def run_both(arguments: argparse.Namespace, sides: list[Side], cases: list[Case], folder: Path) -> dict[str, dict[str, dict]]:
-    """{base or head: the outcome of each case by its name}, see run_side; FOLDER/SIDE/runs/NUMBER has what each case left.
+def run_both(
+    arguments: argparse.Namespace, sides: list[Side], cases: list[Case], folder: Path
+) -> dict[str, dict[str, dict]]:
+    """{base or head: the outcome of each case by its name}, see run_side; FOLDER/SIDE/runs/NUMBER has what each case
+    left.
 
     Raises:
         Refused: the native parts cannot be compiled.
@@ -141,7 +168,8 @@ def run_both(arguments: argparse.Namespace, sides: list[Side], cases: list[Case]
     stop = threading.Event()
     with ThreadPoolExecutor(1 if arguments.one_at_a_time else 2) as pool:
         running = {
-            side.label: pool.submit(run_side, side, cases, folder / side.label / "runs", arguments.steps, stop) for side in sides
+            side.label: pool.submit(run_side, side, cases, folder / side.label / "runs", arguments.steps, stop)
+            for side in sides
         }
         try:
             return {label: future.result() for label, future in running.items()}
@@ -185,7 +213,9 @@ def compared(arguments: argparse.Namespace, folder: Path) -> tuple[list[Side], l
     results = []
     for number, case in enumerate(cases):
         run_dirs = {label: folder / label / "runs" / f"{number:02}" / "run" for label in outcomes}
-        results.append(result_of(case, {label: of_side[case.name] for label, of_side in outcomes.items()}, run_dirs, names))
+        results.append(
+            result_of(case, {label: of_side[case.name] for label, of_side in outcomes.items()}, run_dirs, names)
+        )
     return sides, results, only
 
 

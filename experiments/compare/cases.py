@@ -1,5 +1,5 @@
-"""What is run: small as tests/tiny.py is, with a value of every step and an evaluation after every epoch. Projector and optimiser are
-the method's own, narrow."""
+"""What is run: small as tests/tiny.py is, with a value of every step and an evaluation after every epoch. Projector and
+optimiser are the method's own, narrow."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from pathlib import Path
 
 BATCH, IMAGES = 64, 1400
 TINY = [
-    "data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "projector.hidden_dim=16", "projector.dim=8",
+    "data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "projector.hidden_dim=16",
+    "projector.dim=8",
     "schedule.warmup_epochs=0", f"batch={BATCH}", "precision=fp32", "device=cpu", "eval=[knn]", "eval_every_epochs=1",
     "tracking=ledger", "loader.num_workers=0", "log_every_steps=1",
 ]  # fmt: skip
@@ -22,10 +23,12 @@ SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, negat
     "accumulate=4": ["accumulate=4"],
     "augmentation=cifar": ["augmentation=cifar"],
     "evaluators": [
-        "eval=[knn_all,probe,geometry,linear,semi]", "eval.linear.epochs=2", "eval.linear.batch=256", "eval.semi.epochs=[2,1]",
+        "eval=[knn_all,probe,geometry,linear,semi]", "eval.linear.epochs=2", "eval.linear.batch=256",
+        "eval.semi.epochs=[2,1]",
     ],
 }  # fmt: skip
-# Digits, enlarged to what patches need; and images that have colours, with a network and a head for lightness and one for the colours.
+# Digits, enlarged to what patches need; and images that have colours, with a network and a head for lightness and one
+# for the colours.
 PARTICULAR = {name: ["data.size=32", f"augmentation={name}_cifar"] for name in ("infomin", "cpcv2", "pirl")}
 PARTICULAR["cmc"] = ["data=photo_tiles", "augmentation=cmc_cifar", "backbone=cmc_small", "projector=cmc"]
 ON_TWO_RANKS = ["pn=both", "pn=positive", "method=simclr", "method=nnclr", "method=adco multi-crop"]
@@ -47,7 +50,9 @@ def options(tree: Path, group: str) -> list[str]:
 
 
 def replaced(overrides: list[str], others: list[str]) -> list[str]:
-    """`others` behind `overrides`, less those that they set anew: caco refuses two choices of which one would be ignored."""
+    """`others` behind `overrides`, less those that they set anew: caco refuses two choices of which one would be
+    ignored.
+    """
     keys = {override.partition("=")[0] for override in others}
     return [override for override in overrides if override.partition("=")[0] not in keys] + others
 
@@ -65,7 +70,9 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
         for name, case in list(cases.items())
         if name != "method=cpcv2"  # it has no whole views
     }
-    chosen = [f"{group}={name}" for group in ("pn", "negatives", "optimizer", "projector") for name in options(tree, group)]
+    chosen = [
+        f"{group}={name}" for group in ("pn", "negatives", "optimizer", "projector") for name in options(tree, group)
+    ]
     settings = {name: [name] for name in chosen} | SETTINGS
     if "projector=cmc" in settings:  # no other method takes it
         settings["projector=cmc"] = ["method=cmc", *PARTICULAR["cmc"]]
@@ -78,7 +85,9 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
 
 
 def translated(overrides: list[str], changes: list[str]) -> list[str]:
-    """A case's overrides as one side takes them: each change "OLD -> NEW" puts NEW where an override begins with OLD, any other is added."""
+    """A case's overrides as one side takes them: each change "OLD -> NEW" puts NEW where an override begins with OLD,
+    any other is added.
+    """
     result = list(overrides)
     for change in changes:
         old, arrow, new = (part.strip() for part in change.partition("->"))

@@ -61,7 +61,9 @@ def read_run(run_dir: Path, names: Names) -> Run:
         raise FileNotFoundError(f"{run_dir} has no checkpoint")
     state = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
     tensors = {
-        name: value for path, value in _leaves(state, names) if isinstance(value, torch.Tensor) and (name := names(path)) is not None
+        name: value
+        for path, value in _leaves(state, names)
+        if isinstance(value, torch.Tensor) and (name := names(path)) is not None
     }
     summary = _renamed(json.loads((run_dir / "summary.json").read_text()), names)
     return Run(rows, tensors, {name: value for name, value in summary.items() if isinstance(value, (int, float))})
@@ -158,7 +160,8 @@ OPTIMISER_STATE = re.compile(r"(optimi[sz]er\.state\.)\d+\.(.*)")
 
 
 def without_order(tensors: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The optimiser's tensors named by their number, less those of `other`: the order in which it was given the parameters is no result.
+    """The optimiser's tensors named by their number, less those of `other`: the order in which it was given the
+    parameters is no result.
 
     Only where both have the same tensors, each as often; else all stay.
     """
@@ -184,14 +187,20 @@ def compare(case: str, base: Run, head: Run) -> Result:
     for kind, step, number in sorted(rows, key=lambda key: key[1]):
         a, b = base.rows[kind, step, number], head.rows[kind, step, number]
         shared = common(a, b, f"{kind}: {{}}".format)
-        apart = [f"step {step}, {kind}: {name} {told_apart(a[name], b[name])}" for name in shared if not same(a[name], b[name])]
+        apart = [
+            f"step {step}, {kind}: {name} {told_apart(a[name], b[name])}"
+            for name in shared
+            if not same(a[name], b[name])
+        ]
         result.differences += apart
         result.differing["rows"] = result.differing.get("rows", 0) + bool(apart)
     result.rows = len(rows)
 
     result.tensors = len(base.tensors.keys() & head.tensors.keys())
     a, b = without_order(base.tensors, head.tensors), without_order(head.tensors, base.tensors)
-    apart = [f"checkpoint: {k} {why}" for k in common(a, b, lambda k: f"tensor {k}") if (why := tensors_apart(a[k], b[k]))]
+    apart = [
+        f"checkpoint: {k} {why}" for k in common(a, b, lambda k: f"tensor {k}") if (why := tensors_apart(a[k], b[k]))
+    ]
     result.differing["tensors"] = len(apart)
     result.differences += apart
 
@@ -213,7 +222,10 @@ def table(results: list[Result]) -> str:
     for result in results:
         words = result.verdict
         if result.failed:
-            sides = {why: " and ".join(side for side in result.failed if result.failed[side] == why) for why in result.failed.values()}
+            sides = {
+                why: " and ".join(side for side in result.failed if result.failed[side] == why)
+                for why in result.failed.values()
+            }
             words += " in " + "; in ".join(f"{side}: {why}" for why, side in sides.items())
         elif result.differences:
             compared = {"rows": result.rows, "tensors": result.tensors, "metrics": result.metrics}

@@ -1,4 +1,6 @@
-"""The runs of one commit: processes that have its code, each of which runs all cases of as many ranks (experiments/compare/worker.py)."""
+"""The runs of one commit: processes that have its code, each of which runs all cases of as many ranks
+(experiments/compare/worker.py).
+"""
 
 import json
 import os
@@ -31,8 +33,12 @@ def environment(tree: Path) -> dict[str, str]:
     return kept | threads | {"PYTHONPATH": str(tree), "PYTHONHASHSEED": "0"}
 
 
-def run_side(side: Side, cases: list[Case], folder: Path, steps: int, stop: threading.Event) -> dict[str, dict[str, Any]]:
-    """Run all cases of a commit; {case: {"error": words or None, "cpu_seconds": ...}}. Each leaves `folder`/NUMBER/run."""
+def run_side(
+    side: Side, cases: list[Case], folder: Path, steps: int, stop: threading.Event
+) -> dict[str, dict[str, Any]]:
+    """Run all cases of a commit; {case: {"error": words or None, "cpu_seconds": ...}}. Each leaves
+    `folder`/NUMBER/run.
+    """
     folder.mkdir(parents=True)
     folders = {case.name: folder / f"{number:02}" for number, case in enumerate(cases)}
     outcomes: dict[str, dict[str, Any]] = {}
@@ -78,7 +84,9 @@ def run_children(
         for rank in range(ranks):
             of_rank = group | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
             # A session of its own: Ctrl-C is for this process, which then ends them.
-            child = subprocess.Popen(command, env=environment(side.tree) | of_rank, cwd=job.parent, start_new_session=True)
+            child = subprocess.Popen(
+                command, env=environment(side.tree) | of_rank, cwd=job.parent, start_new_session=True
+            )
             children.append(child)
         while any(child.poll() is None for child in children) and not stop.is_set():
             if any(child.poll() for child in children):  # one died: the others wait for it in vain

@@ -40,7 +40,8 @@ def git(repository: Path, *arguments: str) -> bytes:
 
 
 def check_out(repository: Path, commit: str | None, into: Path) -> str:
-    """Write a commit's files, or for None those of the working tree that git does not ignore; returns what they are called.
+    """Write a commit's files, or for None those of the working tree that git does not ignore; returns what they are
+    called.
 
     An archive and not `git worktree`: nothing is left in the repository, however this ends.
     """
@@ -52,8 +53,13 @@ def check_out(repository: Path, commit: str | None, into: Path) -> str:
                 (into / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(repository / name, into / name)
         changed = len(git(repository, "status", "--porcelain").splitlines())
-        return f"the working tree (at {git(repository, 'rev-parse', '--short', 'HEAD').decode().strip()}, {changed} files changed)"
-    sha = git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}").decode().strip()
+        return (
+            f"the working tree (at {git(repository, 'rev-parse', '--short', 'HEAD').decode().strip()}, {changed} files"
+            " changed)"
+        )
+    sha = (
+        git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}").decode().strip()
+    )
     with tarfile.open(fileobj=io.BytesIO(git(repository, "archive", sha))) as archive:
         archive.extractall(into, filter="data")
     return commit if sha.startswith(commit) else f"{commit} ({sha[:7]})"
@@ -61,7 +67,9 @@ def check_out(repository: Path, commit: str | None, into: Path) -> str:
 
 def native_digest(tree: Path) -> str:
     """Of everything that the compiled parts are made from."""
-    digest = hashlib.sha256(f"{sys.implementation.cache_tag} {platform.machine()} {sysconfig.get_config_var('CXX')}".encode())
+    digest = hashlib.sha256(
+        f"{sys.implementation.cache_tag} {platform.machine()} {sysconfig.get_config_var('CXX')}".encode()
+    )
     digest.update(json.dumps([os.environ.get(name) for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS")]).encode())
     for path in sorted(tree.rglob("*")):
         if path.name == "setup.py" or path.suffix in (".c", ".cc", ".cpp", ".h", ".hpp"):
@@ -70,7 +78,8 @@ def native_digest(tree: Path) -> str:
 
 
 def build_native(tree: Path, cache: Path) -> list[str]:
-    """Put the compiled parts into a tree; sources that were compiled before are not compiled again. Returns their names.
+    """Put the compiled parts into a tree; sources that were compiled before are not compiled again. Returns their
+    names.
 
     Raises:
         Refused: nothing could be compiled; with the compiler's last words.
@@ -78,7 +87,11 @@ def build_native(tree: Path, cache: Path) -> list[str]:
     kept = cache / native_digest(tree)
     if not kept.is_dir():
         done = subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, capture_output=True, text=True, check=False
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=tree,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         built = [path.relative_to(tree) for path in tree.rglob("*.so") if "build" not in path.relative_to(tree).parts]
         if not built:

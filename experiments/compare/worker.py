@@ -1,9 +1,10 @@
-"""One commit's part of experiments.compare: its cases, one after another, in one process, because torch takes seconds to import.
+"""One commit's part of experiments.compare: its cases, one after another, in one process, because torch takes seconds
+to import.
 
-Started by experiments/compare/running.py as `python -P experiments/compare/worker.py JOB.json`, with the commit's files first on
-PYTHONPATH. It is of another commit than the code that it runs, so it knows no more of that than a user does: the command line of
-caco.train, conf/, and that a run keeps checkpoints/*.pt with the step in their names. Each case leaves FOLDER/run, what it said, and
-outcome-RANK.json.
+Started by experiments/compare/running.py as `python -P experiments/compare/worker.py JOB.json`, with the commit's files
+first on PYTHONPATH. It is of another commit than the code that it runs, so it knows no more of that than a user does:
+the command line of caco.train, conf/, and that a run keeps checkpoints/*.pt with the step in their names. Each case
+leaves FOLDER/run, what it said, and outcome-RANK.json.
 """
 
 import contextlib
@@ -66,7 +67,9 @@ def train(overrides: list[str]) -> None:
 
 
 def take_back(run_dir: Path, step: int) -> Path:
-    """Make a finished run one that was cut after `step`; returns the checkpoint of that step, from which it must go on."""
+    """Make a finished run one that was cut after `step`; returns the checkpoint of that step, from which it must go
+    on.
+    """
     numbers = {path: int(re.findall(r"\d+", path.stem)[-1]) for path in run_dir.glob("checkpoints/**/*.pt")}
     kept = [path for path, number in numbers.items() if number == step]
     if not kept or max(numbers.values()) == step:
@@ -137,7 +140,11 @@ def main() -> None:
         aside.rename(folder / f"outcome-{rank}.json")
         if rank == 0:
             end = "failed" if failure else "done"
-            print(f"compare: {job['side']}: {case['name']}: {end}, {outcome['seconds']:.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"compare: {job['side']}: {case['name']}: {end}, {outcome['seconds']:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

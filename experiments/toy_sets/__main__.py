@@ -1,4 +1,6 @@
-"""`python -m experiments.toy_sets FOLDER`: toy sets in the layouts of VOC, COCO and PACS, to try on them what reads these."""
+"""`python -m experiments.toy_sets FOLDER`: toy sets in the layouts of VOC, COCO and PACS, to try on them what reads
+these.
+"""
 
 import argparse
 from pathlib import Path
@@ -10,7 +12,11 @@ from experiments.toy_sets.whole import draw
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a new folder; then eval.segment.root=FOLDER, and so for detect, detect_coco, domain, ...")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="a new folder; then eval.segment.root=FOLDER, and so for detect, detect_coco, domain, ...",
+    )
     with errors.shown():
         folder = parser.parse_args().folder
         if folder.exists():

@@ -1,5 +1,5 @@
-"""Toy sets in the layouts of PASCAL VOC and COCO 2017: rectangles, ellipses and triangles on noise, whose colour and shape tell their
-class."""
+"""Toy sets in the layouts of PASCAL VOC and COCO 2017: rectangles, ellipses and triangles on noise, whose colour and
+shape tell their class."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,12 @@ from PIL import Image, ImageDraw
 WIDTH, HEIGHT = 128, 96
 COLOURS = {"aeroplane": (220, 40, 40), "bird": (40, 200, 40), "car": (50, 60, 230)}
 VOC_NAMES = list(COLOURS)
-CATEGORIES = {3: "car", 1: "aeroplane", 18: "bird", 90: "kite"}  # of COCO's ids with gaps, not in order; no image has a kite
+CATEGORIES = {
+    3: "car",
+    1: "aeroplane",
+    18: "bird",
+    90: "kite",
+}  # of COCO's ids with gaps, not in order; no image has a kite
 
 
 def shapes(seed: int, *, count: int | None = None) -> tuple[Image.Image, list[tuple[str, tuple[int, int, int, int]]]]:
@@ -46,25 +51,32 @@ def ring(name: str, box: tuple[int, int, int, int]) -> list[tuple[float, float]]
         return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
     if name == "bird":
         angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-        return [(float(x0 + x1 + (x1 - x0) * np.cos(a)) / 2, float(y0 + y1 + (y1 - y0) * np.sin(a)) / 2) for a in angles]
+        return [
+            (float(x0 + x1 + (x1 - x0) * np.cos(a)) / 2, float(y0 + y1 + (y1 - y0) * np.sin(a)) / 2) for a in angles
+        ]
     return [((x0 + x1) / 2, y0), (x1, y1), (x0, y1)]
 
 
 def xml(image: str, objects: list[tuple[str, tuple, bool]]) -> str:
-    """An annotation as the devkit has it: 1-based, inclusive. A first aeroplane has a part with a box of its own, the first edge a
-    decimal."""
+    """An annotation as the devkit has it: 1-based, inclusive. A first aeroplane has a part with a box of its own, the
+    first edge a decimal."""
     body = ""
     for i, (name, (x0, y0, x1, y1), difficult) in enumerate(objects):
         part = (
-            "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>" if i == 0 else ""
+            "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+            if i == 0
+            else ""
         )
         left = f"{x0 + 1}.0" if i == 0 else f"{x0 + 1}"
         body += (
-            f"<object><name>{name}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>{int(difficult)}</difficult>"
-            f"<bndbox><xmin>{left}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>{part}</object>\n"
+            f"<object><name>{name}</name><pose>Unspecified</pose><truncated>0</truncated>"
+            f"<difficult>{int(difficult)}</difficult>"
+            f"<bndbox><xmin>{left}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>"
+            f"{part}</object>\n"
         )
     size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
-    return f"<annotation><folder>VOC</folder><filename>{image}.jpg</filename>{size}<segmented>0</segmented>\n{body}</annotation>\n"
+    head = f"<folder>VOC</folder><filename>{image}.jpg</filename>{size}<segmented>0</segmented>"
+    return f"<annotation>{head}\n{body}</annotation>\n"
 
 
 def write_voc(
@@ -99,8 +111,8 @@ def write_voc(
 
 
 def write_coco(root: Path, *, train: int = 6, val: int = 4, same_val: bool = False, images: str = "") -> None:
-    """A set in COCO's layout. Of the training images one has a crowd and nothing else, one a box without width beside others, one is
-    grey; of val one has no truth and one a crowd too."""
+    """A set in COCO's layout. Of the training images one has a crowd and nothing else, one a box without width beside
+    others, one is grey; of val one has no truth and one a crowd too."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count, first in (("train2017", train, 0), ("val2017", val, 50)):
         folder = root / images / split
@@ -109,7 +121,11 @@ def write_coco(root: Path, *, train: int = 6, val: int = 4, same_val: bool = Fal
         annotations: list[dict[str, object]] = []
 
         def annotate(
-            image: int, category: int, box: list[float], segmentation: object, crowd: int = 0,
+            image: int,
+            category: int,
+            box: list[float],
+            segmentation: object,
+            crowd: int = 0,
             annotations: list[dict[str, object]] = annotations,
         ) -> None:
             row = {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}

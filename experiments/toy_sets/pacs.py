@@ -1,5 +1,5 @@
-"""PACS with shapes for its classes: textured (photo), tinted and blurred (art_painting), flat with an outline (cartoon), black lines on
-white (sketch), in each of the published layouts."""
+"""PACS with shapes for its classes: textured (photo), tinted and blurred (art_painting), flat with an outline
+(cartoon), black lines on white (sketch), in each of the published layouts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,8 @@ def write_pacs(
     first: int = 1,
     draw: Callable[[str, str, np.random.Generator], Image.Image] | None = None,
 ) -> Path:
-    """So many images of each class and domain, on lists that count classes from `first`; returns the folder of the lists.
+    """So many images of each class and domain, on lists that count classes from `first`; returns the folder of the
+    lists.
 
     Args:
         draw: the image of a domain and a class; `drawn` without.
@@ -63,8 +64,14 @@ def write_pacs(
 def drawn(domain: str, name: str, rng: np.random.Generator) -> Image.Image:
     """A shape somewhere, of any size, angle and colours: nothing but its form tells the class."""
     middle, radius, turn = rng.uniform(19, SIZE - 19, 2), rng.uniform(13, 18), rng.uniform(-0.06, 0.06)
-    angle, length = 2 * np.pi * (np.array([a for a, _ in _CORNERS[name]]) + turn), radius * np.array([r for _, r in _CORNERS[name]])
-    corners = [(float(x), float(y)) for x, y in zip(middle[0] + length * np.cos(angle), middle[1] + length * np.sin(angle), strict=True)]
+    angle, length = (
+        2 * np.pi * (np.array([a for a, _ in _CORNERS[name]]) + turn),
+        radius * np.array([r for _, r in _CORNERS[name]]),
+    )
+    corners = [
+        (float(x), float(y))
+        for x, y in zip(middle[0] + length * np.cos(angle), middle[1] + length * np.sin(angle), strict=True)
+    ]
     back, front = rng.integers(0, 256, 3), rng.integers(0, 256, 3)
     while abs(int(back.sum()) - int(front.sum())) < 150:
         back, front = rng.integers(0, 256, 3), rng.integers(0, 256, 3)

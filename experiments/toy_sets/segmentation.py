@@ -1,4 +1,6 @@
-"""VOC 2012 and SBD with a few images of 128 x 96 and shapes whose class fixes their colour, in their published layouts."""
+"""VOC 2012 and SBD with a few images of 128 x 96 and shapes whose class fixes their colour, in their published
+layouts.
+"""
 
 from pathlib import Path
 
@@ -64,7 +66,9 @@ def write_list(path: Path, names: list[str]) -> None:
 
 
 def write_sbd(folder: Path, *, train: list[str], val: list[str], photos: bool = True) -> Path:
-    """img, cls, train.txt and val.txt in a folder, as SBD's archive has them in benchmark_RELEASE/dataset; returns the folder."""
+    """img, cls, train.txt and val.txt in a folder, as SBD's archive has them in benchmark_RELEASE/dataset; returns the
+    folder.
+    """
     for name in (*train, *val):
         image, labels = drawn(name)
         (folder / "cls").mkdir(parents=True, exist_ok=True)

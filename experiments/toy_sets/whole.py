@@ -18,7 +18,10 @@ def draw(folder: Path) -> None:
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     # Numbers of their own, so that no image of a test is one that is trained on, nor has the name of another set's.
-    names = {part: [f"{year}_{first + i:06d}" for i in range(count)] for part, year, first, count in (("train", 2007, 0, 12), ("val", 2009, 100, 6))}
+    names = {
+        part: [f"{year}_{first + i:06d}" for i in range(count)]
+        for part, year, first, count in (("train", 2007, 0, 12), ("val", 2009, 100, 6))
+    }
     segmentation.write_voc(unfinished, **names)
     detection.write_voc(unfinished, train07=8, train12=4, test=6)
     detection.write_coco(unfinished / "coco", train=12, val=6)

@@ -8,7 +8,14 @@ from analysis.results import Result
 from caco.runs.identity import identity
 from experiments.tables import experiments, load_scale, load_table
 
-ENVIRONMENT = {"cpu": "a CPU", "gpus": "none", "cores": "2", "torch": "2.15.0", "git_sha": "0123456789abcdef", "git_dirty": "false"}
+ENVIRONMENT = {
+    "cpu": "a CPU",
+    "gpus": "none",
+    "cores": "2",
+    "torch": "2.15.0",
+    "git_sha": "0123456789abcdef",
+    "git_dirty": "false",
+}
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +35,21 @@ def result(table7):
             step = 29 + 21 * epoch if row in ("both", "negative") else 21 + 21 * epoch
             values = {"max_probability": 0.01 * (epoch + 1) + 0.001 * seed, "loss": 5.0}
             if row != "none":
-                values |= {"bank/rows_used": 10.0 * epoch, "bank/use_entropy": 50.0, "bank/near_duplicates": 1.0, "bank/row_norm_mean": 1.0}
+                values |= {
+                    "bank/rows_used": 10.0 * epoch,
+                    "bank/use_entropy": 50.0,
+                    "bank/near_duplicates": 1.0,
+                    "bank/row_norm_mean": 1.0,
+                }
             curve.append({"kind": "epoch", "step": step, "epoch": epoch, **values})
-            curve.append({"kind": "eval", "step": step, "epochs": epoch + 1.0, "knn20_top1": 30 + (knn - 30) * (epoch + 1) / 2})
+            curve.append(
+                {"kind": "eval", "step": step, "epochs": epoch + 1.0, "knn20_top1": 30 + (knn - 30) * (epoch + 1) / 2}
+            )
         summary = {"knn20_top1": knn, "probe_top1": knn + 5, "steps": step, "epochs": 2.0, "images_per_second": rate}
         summary |= {"processes": 2, "data": "digits/train", "data_digest": digest}
         about = {
-            "name": f"table7-{row}-seed{seed}-{one.hash(seed)}", "hash": one.hash(seed), "seed": seed, "command": "python -m caco.train",
+            "name": f"table7-{row}-seed{seed}-{one.hash(seed)}", "hash": one.hash(seed), "seed": seed,
+            "command": "python -m caco.train",
             "config": identity(one.with_seed(seed)), "environment": ENVIRONMENT, "summary": summary, "curve": curve,
             "label": {"table": "table7", "row": row, "scale": "smoke"}, "source": "ours.json",
         }  # fmt: skip
@@ -71,7 +86,14 @@ def trained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs")
     uri = f"sqlite:///{folder}/mlflow.db"
-    further = ["name=tiny", "tracking=mlflow", f"tracking.uri={uri}", "tracking.finish_seconds=240", "epochs=1", "max_steps=null"]
+    further = [
+        "name=tiny",
+        "tracking=mlflow",
+        f"tracking.uri={uri}",
+        "tracking.finish_seconds=240",
+        "epochs=1",
+        "max_steps=null",
+    ]
     run_dir = folder / "tiny" / "one"
     open_run(run_dir, job_config(compose([*TINY, *BANK, *further])))
     train(run_dir, *further)

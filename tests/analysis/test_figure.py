@@ -78,7 +78,10 @@ def test_compute_is_steps_times_what_a_step_costs(found):
 
 def test_the_size_figure_sets_the_papers_numbers_apart_from_ours(result, tmp_path):
     """At this scale Table VI's CaCo 8M is Table VII's Positive+Negative."""
-    results, rows = [result("both", seed, knn=43.0 + seed) for seed in (0, 1)], ["adco_8m", "adco_1m", "caco_8m", "caco_12m"]
+    results, rows = (
+        [result("both", seed, knn=43.0 + seed) for seed in (0, 1)],
+        ["adco_8m", "adco_1m", "caco_8m", "caco_12m"],
+    )
     found = find(load_table("6"), SMOKE, results, rows)
     figure.draw("size", found, tmp_path)
     data = kept(tmp_path, "smoke-table6-figure-size")
@@ -108,7 +111,15 @@ def test_hours_come_from_the_runs_whose_rate_is_known(result):
 def test_without_results_the_commands_that_make_them_are_named(table7, name):
     about = load_table(figure.OF_RESULTS[name])
     with pytest.raises(UserError, match="python -m experiments.run table[67] scale=smoke rows="):
-        figure.draw(name, [Found(one) for one in table7.values()] if name != "size" else find(about, SMOKE, [], ["caco_8m", "caco_12m"]), None)
+        figure.draw(
+            name,
+            (
+                [Found(one) for one in table7.values()]
+                if name != "size"
+                else find(about, SMOKE, [], ["caco_8m", "caco_12m"])
+            ),
+            None,
+        )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +187,8 @@ def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(traine
     share = (label[picked.numpy()] == splits.test.labels).mean()
     chance = (label[None] == splits.test.labels[:, None]).mean()
     told = re.search(
-        r"Of all (\d+) test images, (\d+)% have a positive of their class .*at random: (\d+)%\); they share (\d+) rows", said
+        r"Of all (\d+) test images, (\d+)% have a positive of their class .*at random: (\d+)%\); they share (\d+) rows",
+        said,
     )
     images, right, by_chance, shared = map(int, told.groups())
     # Of cosines that differ by less than a network of float32 rounds, either may be the larger one there.

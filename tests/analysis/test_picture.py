@@ -92,9 +92,15 @@ def test_the_overrides_that_trained_a_run_name_its_directory(monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["nowhere"], "nowhere: expected a run's directory, or overrides such as preset=demo seed=1, got no such directory"),
+        (
+            ["nowhere"],
+            "nowhere: expected a run's directory, or overrides such as preset=demo seed=1, got no such directory",
+        ),
         (["."], "got a directory without a run's config.yaml"),
-        (["preset=demo", "seed=9"], "expected the run that python -m caco.train preset=demo seed=9 makes, got no such directory"),
+        (
+            ["preset=demo", "seed=9"],
+            "expected the run that python -m caco.train preset=demo seed=9 makes, got no such directory",
+        ),
         (["preset=demo", "sed=9"], "sed: no such key; did you mean seed?"),
     ],
 )
@@ -143,7 +149,8 @@ def test_the_rows_shown_are_those_that_the_keys_choose_and_the_images_those_near
         assert shown.cosine_RN[r].tolist() == pytest.approx(cosine_KN[row, shown.image_RN[r]].tolist(), abs=1e-5)
         assert shown.label_RN[r].tolist() == images.labels[shown.image_RN[r].numpy()].tolist()
 
-    # Picked: of the most chosen rows, which take half of the images, the first, then the farthest from the ones before it.
+    # Picked: of the most chosen rows, which take half of the images, the first, then the farthest from the ones before
+    # it.
     used = [row for row in range(len(m_KD)) if uses_K[row]]
     ordered = sorted(used, key=lambda row: (-uses_K[row], row))
     half = next(n for n in range(1, len(used)) if 2 * uses_K[ordered[:n]].sum() >= len(images))
@@ -187,7 +194,9 @@ def test_the_most_chosen_rows_take_half_of_the_images_or_are_as_many_as_asked_fo
 
 
 def test_near_duplicates_are_shown_once():
-    m_RD = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.001], [0.0, 1.0], [1.0, 1.0], [0.001, 1.0]]), dim=1)
+    m_RD = torch.nn.functional.normalize(
+        torch.tensor([[1.0, 0.0], [1.0, 0.001], [0.0, 1.0], [1.0, 1.0], [0.001, 1.0]]), dim=1
+    )
     assert model.far_apart(m_RD, 8).tolist() == [0, 2, 3]
     assert model.far_apart(m_RD, 2).tolist() == [0, 2]
     assert model.far_apart(m_RD[:2], 8).tolist() == [0], "a bank that has collapsed is one line"
@@ -201,7 +210,14 @@ def test_a_large_set_is_sampled_and_the_picture_says_so(run, monkeypatch):
 
 
 def test_a_queues_rows_are_shown_too_and_the_encoder_embeds_where_there_is_no_twin(tmp_path, monkeypatch):
-    overrides = ["method=nnclr", "projector=small", "projector.hidden_dim=16", "projector.dim=8", f"data.limit={LIMIT}", "max_steps=2"]
+    overrides = [
+        "method=nnclr",
+        "projector=small",
+        "projector.hidden_dim=16",
+        "projector.dim=8",
+        f"data.limit={LIMIT}",
+        "max_steps=2",
+    ]
     figure = drawn(made(tmp_path / "queue", *overrides), monkeypatch)
     curve, rows = figure.axes
     assert len(rows.images) > 0 and "of the 128 rows" in " ".join(figure.texts[-1].get_text().split())
@@ -212,7 +228,9 @@ def test_images_without_labels_are_shown_without_words_about_them(tmp_path, monk
     generator = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(64):
-        Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i:02}.png")
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+            tmp_path / "images" / f"{i:02}.png"
+        )
     data = ["data=folder", f"data.root={tmp_path}/images", "eval=[]"]
     run_dir = made(tmp_path / "run", *data, "batch=32", "bank.size=32", "max_steps=2")
     figure = drawn(run_dir, monkeypatch)
@@ -239,10 +257,16 @@ def test_what_came_before_epoch_0_is_left_of_it():
         {"kind": "eval", "step": 80, "time": 0.0, "knn20_top1": 81.0},  # by caco.evaluate, afterwards
     ]
     curve = picture.curve_of(ledger, "knn20_top1", 20)
-    assert curve == picture.Curve("knn20_top1", [-2.0, 0.0, 1.0, 2.0], [50.0, 60.0, 70.0, 80.0], steps_before=40, starts_at_0=True)
+    assert curve == picture.Curve(
+        "knn20_top1", [-2.0, 0.0, 1.0, 2.0], [50.0, 60.0, 70.0, 80.0], steps_before=40, starts_at_0=True
+    )
     old = [entry for entry in ledger if "phase" not in entry]
-    assert picture.curve_of(old, "knn20_top1", 20) == picture.Curve("knn20_top1", [-2.0, 1.0, 2.0], [50.0, 70.0, 80.0], 40, True)
-    assert picture.curve_of(ledger[:3], "knn20_top1", 20) == picture.Curve("knn20_top1", [-2.0, 0.0], [50.0, 60.0], 40, True), "killed after its warm start"
+    assert picture.curve_of(old, "knn20_top1", 20) == picture.Curve(
+        "knn20_top1", [-2.0, 1.0, 2.0], [50.0, 70.0, 80.0], 40, True
+    )
+    assert picture.curve_of(ledger[:3], "knn20_top1", 20) == picture.Curve(
+        "knn20_top1", [-2.0, 0.0], [50.0, 60.0], 40, True
+    ), "killed after its warm start"
     assert picture.curve_of(ledger[:1], "knn20_top1", 20) == picture.Curve("knn20_top1", [0.0], [50.0], 0, True)
     assert picture.curve_of(ledger[1:2], "knn20_top1", 20) is None
 

@@ -99,7 +99,10 @@ def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trai
     "arguments, words",
     [
         (["--scale", "smok"], "smok: no such scale; did you mean smoke?"),
-        (["--scale", "imagenet100"], "no results among 0; this makes some: python -m experiments.run table7 scale=imagenet100"),
+        (
+            ["--scale", "imagenet100"],
+            "no results among 0; this makes some: python -m experiments.run table7 scale=imagenet100",
+        ),
         (["--sweep", "nowhere"], "nowhere: expected a sweep's folder"),
     ],
 )

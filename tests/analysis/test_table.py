@@ -1,4 +1,6 @@
-"""`python -m analysis.table`: the statistics by hand, what is missing by name, and nothing that only looks like a result."""
+"""`python -m analysis.table`: the statistics by hand, what is missing by name, and nothing that only looks like a
+result.
+"""
 
 import csv
 import dataclasses
@@ -82,7 +84,9 @@ def test_of_a_run_whose_rate_is_unknown_so_are_the_hours(result, rate):
     one = result("both", 0, knn=50.0, rate=rate)
     if rate is None:
         del one.summary["images_per_second"]
-    assert [one.value(metric) for metric in ("images_per_second", "train_hours", "device_hours_per_epoch")] == [None] * 3
+    assert [one.value(metric) for metric in ("images_per_second", "train_hours", "device_hours_per_epoch")] == [
+        None
+    ] * 3
     assert one.value("knn20_top1") == 50.0
 
 
@@ -90,11 +94,19 @@ def test_of_a_run_whose_rate_is_unknown_so_are_the_hours(result, rate):
 
 
 def test_the_papers_numbers_and_ours_stand_side_by_side(result):
-    sheet = made([result(row, seed, knn=knn + seed) for row, knn in (("none", 40.0), ("both", 42.5)) for seed in (0, 1)])
+    sheet = made(
+        [result(row, seed, knn=knn + seed) for row, knn in (("none", 40.0), ("both", 42.5)) for seed in (0, 1)]
+    )
     none, both = cells(sheet, "None"), cells(sheet, "Positive+Negative")
-    assert (none["the paper's", "Top-1"], both["the paper's", "Top-1"], both["the paper's", "gain"]) == ("70.2", "71.3", "+1.1")
+    assert (none["the paper's", "Top-1"], both["the paper's", "Top-1"], both["the paper's", "gain"]) == (
+        "70.2",
+        "71.3",
+        "+1.1",
+    )
     assert none["ours, scale smoke", "k-NN (20)"] == "40.50 ± 0.71" and none["ours, scale smoke", "gain"] == "ref."
-    assert both["ours, scale smoke", "k-NN (20)"] == "43.00 ± 0.71" and both["ours, scale smoke", "gain"] == "+2.50 ± 0.00"
+    assert (
+        both["ours, scale smoke", "k-NN (20)"] == "43.00 ± 0.71" and both["ours, scale smoke", "gain"] == "+2.50 ± 0.00"
+    )
     assert both["ours, scale smoke", "n"] == "2"
     assert not any("paper's" in header for header in sheet.headers)
     assert any("not the paper's" in note for note in sheet.notes)
@@ -113,7 +125,9 @@ def test_no_cell_of_ours_is_ever_empty(result):
 
 
 def test_a_gain_without_the_reference_is_none(result):
-    assert cells(made([result("both", 0, knn=41.0)]), "Positive+Negative")["ours, scale smoke", "gain"] == "no reference"
+    assert (
+        cells(made([result("both", 0, knn=41.0)]), "Positive+Negative")["ours, scale smoke", "gain"] == "no reference"
+    )
 
 
 def test_seeds_beyond_those_asked_for_count(result):
@@ -152,7 +166,12 @@ def test_only_at_the_papers_own_scale_is_ours_subtracted_from_the_papers(table7,
     about = load_table("7")
     sheet = table.sheet(about, paper, find(about, SMOKE, [result("none", 0, knn=70.0)]))
     assert cells(sheet, "None")["ours, scale smoke", "ours - paper's"] == "-0.20"
-    assert [load_scale(name).same_as_paper for name in ("paper", "mini", "cifar10", "imagenet100")] == [True, False, False, False]
+    assert [load_scale(name).same_as_paper for name in ("paper", "mini", "cifar10", "imagenet100")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_methods_that_caco_lacks_are_cited():
@@ -169,7 +188,11 @@ def test_what_others_published_at_a_scale_stands_in_a_column_of_theirs():
     lightly, about = load_scale("cifar10_lightly"), load_table("1")
     found = find(about, lightly, [], rows=["simclr", "byol", "caco_256"])
     sheet = table.sheet(about, lightly, found)
-    assert [cells(sheet, label)["theirs", "lightly's k-NN, best epoch"] for label in ("SimCLR", "BYOL", "CaCo")] == ["84.7", "86.9", "-"]
+    assert [cells(sheet, label)["theirs", "lightly's k-NN, best epoch"] for label in ("SimCLR", "BYOL", "CaCo")] == [
+        "84.7",
+        "86.9",
+        "-",
+    ]
     assert "Theirs: lightly's k-NN, best epoch, as they published it for this recipe." in sheet.notes
     assert "84.7" in table.as_text(sheet) and "theirs: lightly's k-NN, best epoch" in table.as_markdown(sheet)
     rows = csv.DictReader(io.StringIO(table.as_csv(about, lightly, found)))
@@ -183,7 +206,10 @@ def test_a_table_of_which_the_paper_has_no_number_has_no_column_of_the_papers():
     for scale in (SMOKE, dataclasses.replace(SMOKE, same_as_paper=True)):
         sheet = table.sheet(about, scale, find(about, scale, [], rows=["caco", "barlow"]))
         assert all(len(row) == len(sheet.headers) for row in sheet.rows)
-        assert not any("paper's" in words for words in (*sheet.headers, *(group for group, size in sheet.groups if size), *sheet.notes))
+        assert not any(
+            "paper's" in words
+            for words in (*sheet.headers, *(group for group, size in sheet.groups if size), *sheet.notes)
+        )
     assert cells(sheet, "Barlow Twins")["ours, scale smoke", "k-NN (20)"] == "missing"
     assert any(note.startswith("Barlow Twins: its authors report") for note in sheet.notes)
 
@@ -206,7 +232,9 @@ def record_file(tmp_path, result, record_of):
 
 
 def test_every_format_holds_the_numbers(here, record_file):
-    shown = {name: here("7", "--scale", "smoke", "--records", record_file, "--format", name)[1] for name in table.FORMATS}
+    shown = {
+        name: here("7", "--scale", "smoke", "--records", record_file, "--format", name)[1] for name in table.FORMATS
+    }
     assert "40.50 ± 0.71" in shown["text"] and "40.50 ± 0.71" in shown["markdown"]
     assert r"40.50 $\pm$ 0.71" in shown["latex"] and r"\begin{tabular}" in shown["latex"]
     pipes = [line.count("|") for line in shown["markdown"].splitlines() if line.startswith("|")]
@@ -224,8 +252,9 @@ def test_latex_is_escaped():
 
 def test_a_table_from_records_needs_no_torch(record_file, tmp_path):
     program = (
-        "import sys; from analysis import table; sys.argv = ['table', '7', '--scale', 'smoke', '--records', sys.argv[1]]\n"
-        "table.main(); print([name for name in ('torch', 'matplotlib', 'mlflow') if name in sys.modules])"
+        "import sys; from analysis import table; sys.argv = ['table', '7', '--scale', 'smoke', '--records',"
+        " sys.argv[1]]\ntable.main(); print([name for name in ('torch', 'matplotlib', 'mlflow') if name in"
+        " sys.modules])"
     )
     command = [sys.executable, "-c", program, record_file]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -260,7 +289,10 @@ def test_a_mistake_is_refused(here, arguments, words):
 def test_a_record_without_the_runs_asked_for_is_refused_with_what_makes_them(here, record_file):
     code, _, errors = here("6", "--scale", "smoke", "--records", record_file, "--rows", "simclr")
     assert code == 2
-    assert "no run of table6 at scale smoke among its 4" in errors and "python -m experiments.run table6 scale=smoke" in errors
+    assert (
+        "no run of table6 at scale smoke among its 4" in errors
+        and "python -m experiments.run table6 scale=smoke" in errors
+    )
 
 
 def test_an_mlflow_store_gives_the_same_result_as_the_record(trained, tmp_path):
@@ -278,7 +310,9 @@ def test_an_mlflow_store_gives_the_same_result_as_the_record(trained, tmp_path):
     )
     assert len(stored.curve) == len(kept.curve)
     for theirs, ours in zip(stored.curve, sorted(kept.curve, key=lambda row: (row["step"], row["kind"])), strict=True):
-        assert {key: theirs[key] for key in ours if key != "phase"} == {key: ours[key] for key in ours if key != "phase"}
+        assert {key: theirs[key] for key in ours if key != "phase"} == {
+            key: ours[key] for key in ours if key != "phase"
+        }
 
 
 def test_a_store_without_the_runs_asked_for_says_what_it_has_and_what_makes_them(trained):

@@ -84,10 +84,16 @@ def test_random_rows_are_unit_and_do_not_depend_on_how_they_are_shared_out():
     ("code", "random", "normal"), ("code", "keys", "unit"), ("paper", "random", "unit"), ("paper", "keys", "unit"),
 ])  # fmt: skip
 def test_random_rows_of_the_code_reading_have_the_norms_of_a_plain_normal_law(reading, initialisation, norms):
-    chosen = composition.compose([f"bank_learning.reading={reading}", f"bank_learning.initialisation={initialisation}"]).bank
+    chosen = composition.compose(
+        [f"bank_learning.reading={reading}", f"bank_learning.initialisation={initialisation}"]
+    ).bank
     assert chosen.random_norms == norms
-    bank = LearnableBank(size=4096, dim=256, seed=5, reading=reading, initialisation=initialisation, random_norms=chosen.random_norms)
-    assert torch.allclose(F.normalize(bank.rows.weight, dim=1), random_rows(0, 4096, 256, seed=5)), "the directions are the same"
+    bank = LearnableBank(
+        size=4096, dim=256, seed=5, reading=reading, initialisation=initialisation, random_norms=chosen.random_norms
+    )
+    assert torch.allclose(F.normalize(bank.rows.weight, dim=1), random_rows(0, 4096, 256, seed=5)), (
+        "the directions are the same"
+    )
     norm = bank.rows.weight.detach().norm(dim=1)
     # Of D normal numbers the norm is about sqrt(D), spread by 1 / sqrt(2).
     assert norm.mean() == pytest.approx(16.0 if norms == "normal" else 1.0, abs=0.05)

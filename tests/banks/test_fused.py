@@ -1,4 +1,6 @@
-"""The fused kernel, and the streamed path where it is not there, are the dense equations in float64, to the stated precision."""
+"""The fused kernel, and the streamed path where it is not there, are the dense equations in float64, to the stated
+precision.
+"""
 
 import math
 
@@ -65,7 +67,9 @@ def test_loss_label_and_query_gradient(path, shape, tau):
     assert ((k * m[label]).sum(1) - (k * m[fast_label]).sum(1)).max() < 1e-6
     assert torch.allclose(score.loss_B.double(), dense, atol=LOSS.get(path, 3e-6) / tau)
     assert torch.allclose(fast_q.grad.double(), dense_q.grad, atol=GRADIENT.get(path, 2e-6) / tau**2 / B)
-    assert torch.allclose(score.max_probability_B.double(), eq.probabilities(q, m, tau).amax(1), atol=LOSS.get(path, 2e-6) / tau)
+    assert torch.allclose(
+        score.max_probability_B.double(), eq.probabilities(q, m, tau).amax(1), atol=LOSS.get(path, 2e-6) / tau
+    )
 
 
 @pytest.mark.parametrize("reading", ["code", "paper"])
@@ -87,9 +91,7 @@ def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, pu
             positive = torch.arange(B) * 7 % K if term else torch.full((B,), 40)
             if extra:
                 positive[::3] = K
-            score = bank.score(
-                q.float(), positive, temperature=tau, extra_BE=columns.float() if extra else None
-            )
+            score = bank.score(q.float(), positive, temperature=tau, extra_BE=columns.float() if extra else None)
             score.loss_B.mean().backward()
             gradient += eq.bank_gradient(q, w, positive, bank_tau or tau, pull=pull, push=push, extra_BE=columns)
         w, v = eq.bank_update(w, v, gradient + 1e-2 * w, lr=0.7, momentum=0.9, reading=reading)
@@ -113,7 +115,9 @@ def test_equal_rows_go_to_the_lowest_index_however_many_there_are(path):
 
 @pytest.mark.parametrize("path", PATHS[1:], indirect=True)
 def test_the_nearest_rows_cosines_are_within_the_bound_that_comes_with_them(path):
-    """Scattered keys have few rows in reach, a key amid a crowd of rows more than one bfloat16 or even float32 can tell apart."""
+    """Scattered keys have few rows in reach, a key amid a crowd of rows more than one bfloat16 or even float32 can tell
+    apart.
+    """
     rows = stored(3000, 40, seed=0).float()
     noise = torch.randn(200, 40, generator=torch.Generator().manual_seed(1))
     rows[500:600] = rows[12] + 1e-6 * noise[:100]
@@ -138,7 +142,9 @@ def test_a_row_that_is_nearer_by_less_than_float32_can_tell_is_found(path):
     key[0, 0] = 1.0
     rows = torch.zeros(500, 64)
     rows[:, 0] = 1.0
-    rows[torch.arange(500), 1 + torch.arange(500) % 63] = torch.linspace(2e-4, 3e-4, 500).flip(0)  # falling: the last is nearest
+    rows[torch.arange(500), 1 + torch.arange(500) % 63] = torch.linspace(2e-4, 3e-4, 500).flip(
+        0
+    )  # falling: the last is nearest
     assert scoring.most_probable_row(key, rows, 0).tolist() == [499]
 
 
@@ -152,7 +158,9 @@ def test_temperatures_whose_logits_leave_float32_s_range(path, tau):
 
 
 def test_rows_move_right_where_probabilities_leave_a_bfloat16_s_exponents(path):
-    """At a temperature so low for the rows, one bfloat16 a number will not do whatever the run's precision: it is a float32's motion."""
+    """At a temperature so low for the rows, one bfloat16 a number will not do whatever the run's precision: it is a
+    float32's motion.
+    """
     B, K, D, bank_tau = 20, 97, 24, 0.004
     bank = LearnableBank(size=K, dim=D, seed=0, temperature=bank_tau)
     w, q, positive = bank.rows.weight.detach().double(), unit(B, D, seed=1), torch.arange(B) * 3
@@ -200,9 +208,15 @@ def test_threads_do_not_change_what_is_chosen_and_nothing_by_more_than_rounding(
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda q, w: w.index_fill_(0, torch.tensor([17, 200]), 0.0), "2 rows of the bank have no direction; the first is row 17, whose norm is 0.0"),
+        (
+            lambda q, w: w.index_fill_(0, torch.tensor([17, 200]), 0.0),
+            "2 rows of the bank have no direction; the first is row 17, whose norm is 0.0",
+        ),
         (lambda q, w: w[5].fill_(float("inf")), "1 rows of the bank.* row 5, whose norm is inf"),
-        (lambda q, w: q[3].fill_(float("nan")), "1 of 20 queries are not finite unit vectors.* query 3, whose norm is nan"),
+        (
+            lambda q, w: q[3].fill_(float("nan")),
+            "1 of 20 queries are not finite unit vectors.* query 3, whose norm is nan",
+        ),
         (lambda q, w: q[4].mul_(9), "1 of 20 queries are not finite unit vectors.* query 4, whose norm is (9.0|8.99)"),
     ],
 )
@@ -216,7 +230,9 @@ def test_what_cannot_be_scored_is_refused_with_numbers(path, spoil, message):
 
 
 def test_the_run_s_precision_decides_which_products_are_rounded(monkeypatch):
-    """precision=bf16 is autocast around the method's loss: it holds for the score and for the rows' motion that it asks for."""
+    """precision=bf16 is autocast around the method's loss: it holds for the score and for the rows' motion that it asks
+    for.
+    """
     told = []
     monkeypatch.setattr(scoring.fused, "supports", lambda *tensors: True)
     monkeypatch.setattr(scoring.fused, "update", lambda *tensors, bf16, **settings: told.append(("update", bf16)))
@@ -229,10 +245,19 @@ def test_the_run_s_precision_decides_which_products_are_rounded(monkeypatch):
     for autocast, dtype in [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float16)]:
         bank = LearnableBank(size=10, dim=4, seed=0)
         with torch.autocast("cpu", dtype, enabled=autocast):
-            loss = bank.score(F.normalize(torch.ones(3, 4)).requires_grad_(), torch.arange(3), temperature=0.1).loss_B.mean()
+            loss = bank.score(
+                F.normalize(torch.ones(3, 4)).requires_grad_(), torch.arange(3), temperature=0.1
+            ).loss_B.mean()
         loss.backward()
         bank.update(lr=1.0, keys_GD=torch.ones(3, 4))
-    assert told == [("score", False), ("update", False), ("score", True), ("update", True), ("score", False), ("update", False)]
+    assert told == [
+        ("score", False),
+        ("update", False),
+        ("score", True),
+        ("update", True),
+        ("score", False),
+        ("update", False),
+    ]
 
 
 @pytest.mark.parametrize("path", ["plain", "avx2", "wide", "avx512"], indirect=True)

@@ -1,4 +1,6 @@
-"""A bank in anyone's own loop: its loss and motion are the equations', the methods', and the same on any number of ranks."""
+"""A bank in anyone's own loop: its loss and motion are the equations', the methods', and the same on any number of
+ranks.
+"""
 
 import copy
 
@@ -32,7 +34,9 @@ def embeddings(step, number=B, dtype=torch.float64):
 def dense(q, k, w, positive, tau, extra=None):
     """What `loss` says it is, each query's, by PyTorch alone; and the column that is its positive."""
     q, k, m = (F.normalize(x, dim=1) for x in (q, k, w))
-    columns = [q @ m.T] + ([(q * k).sum(1, keepdim=True)] if positive == "key" else []) + ([] if extra is None else [extra])
+    columns = (
+        [q @ m.T] + ([(q * k).sum(1, keepdim=True)] if positive == "key" else []) + ([] if extra is None else [extra])
+    )
     at = (k @ m.T).argmax(1) if positive == "row" else torch.full((len(q),), len(w))
     return F.cross_entropy(torch.cat(columns, 1) / tau, at, reduction="none"), at
 
@@ -42,7 +46,11 @@ def dense(q, k, w, positive, tau, extra=None):
 @pytest.mark.parametrize("columns", [0, E])
 def test_the_loss_and_the_gradients_of_queries_keys_and_extra_columns_are_those_of_autograd(kind, positive, columns):
     (q, k), bank = embeddings(0), kind(size=K, dim=D).double()
-    extra = torch.rand(B, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) * 2 - 1 if columns else None
+    extra = (
+        torch.rand(B, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) * 2 - 1
+        if columns
+        else None
+    )
     results = []
     for of in (lambda *a: bank.loss(a[0], a[1], temperature=0.1, positive=positive, extra_BE=a[2]),
                lambda *a: dense(a[0], a[1], bank.rows.weight.detach(), positive, 0.1, a[2])[0].mean()):  # fmt: skip
@@ -105,15 +113,20 @@ def test_a_queue_takes_the_steps_keys_of_all_calls_once_and_none_in_eval_mode():
 def encoder():
     torch.manual_seed(4)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 16), nn.ReLU())
-    return Encoder(backbone=backbone, projector=Projector(in_dim=16, hidden_dim=16, dim=D, layers=2, batch_norm=True, bias=False))
+    return Encoder(
+        backbone=backbone, projector=Projector(in_dim=16, hidden_dim=16, dim=D, layers=2, batch_norm=True, bias=False)
+    )
 
 
 @pytest.mark.parametrize("kind", ["caco", "moco"])
 def test_a_loop_of_ones_own_makes_the_methods_steps(kind):
-    """Five steps, to the bits of the rows and weights: both halves of the batch in one direction, as the published loops have it."""
+    """Five steps, to the bits of the rows and weights: both halves of the batch in one direction, as the published
+    loops have it.
+    """
     bank = LearnableBank(size=K, dim=D, lr=0.5) if kind == "caco" else FifoBank(size=4 * B, dim=D)
     method = Contrastive(
-        encoder=encoder(), bank=copy.deepcopy(bank), positives=BankRow() if kind == "caco" else OtherView(), negatives=BankRows(),
+        encoder=encoder(), bank=copy.deepcopy(bank), positives=BankRow() if kind == "caco" else OtherView(),
+        negatives=BankRows(),
         temperature=0.1, symmetric=False,
     )  # fmt: skip
     theirs = torch.optim.SGD(method.encoder.parameters(), lr=0.1, momentum=0.9)
@@ -184,21 +197,29 @@ def test_the_optimiser_may_be_given_all_parameters_and_a_checkpoint_holds_the_ba
     module["bank"].update()
     other = LearnableBank(size=K, dim=D, seed=1)
     other.load_state_dict(module["bank"].state_dict())
-    assert torch.equal(other.rows.weight, module["bank"].rows.weight) and torch.equal(other.rows.velocity, module["bank"].rows.velocity)
+    assert torch.equal(other.rows.weight, module["bank"].rows.weight) and torch.equal(
+        other.rows.velocity, module["bank"].rows.velocity
+    )
 
 
 def test_what_does_not_fit_is_refused_and_all_of_it_at_once(monkeypatch):
     bank, (q, k) = LearnableBank(size=K, dim=D), embeddings(8, dtype=torch.float32)
     with pytest.raises(UserError) as refusal:
         bank.loss(q[:, :4], k, temperature=0.0, positive="view")
-    expected = [f"expected [B, {D}] both, as wide as the bank's rows; got [8, 4] and [8, 6]", "temperature: expected a number above 0; got 0.0",
+    expected = [f"expected [B, {D}] both, as wide as the bank's rows; got [8, 4] and [8, 6]",
+    "temperature: expected a number above 0; got 0.0",
                 "positive: expected row or key; got 'view'"]  # fmt: skip
-    assert [wanted in line for wanted, line in zip(expected, str(refusal.value).splitlines(), strict=True)] == [True] * 3
+    assert [wanted in line for wanted, line in zip(expected, str(refusal.value).splitlines(), strict=True)] == [
+        True
+    ] * 3
     with pytest.raises(UserError, match=r"extra: expected cosines \[8, E\]; got \[7, 2\]"):
         bank.loss(q, k, extra_BE=torch.zeros(7, 2))
     with pytest.raises(UserError, match="expected float32, got bfloat16"):
         copy.deepcopy(bank).bfloat16().loss(q, k)
-    with torch.autocast("cpu", torch.float16), pytest.raises(UserError, match="loss scaling would scale the motion of the rows"):
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(UserError, match="loss scaling would scale the motion of the rows"),
+    ):
         bank.loss(q, k)
     with pytest.raises(UserError, match="queries are not finite unit vectors"):
         bank.loss(q * torch.nan, k)
@@ -208,7 +229,9 @@ def test_what_does_not_fit_is_refused_and_all_of_it_at_once(monkeypatch):
 
 
 def a_loop(kind, file):
-    """Some steps on this rank's part of each batch, with DistributedDataParallel where there are several; rank 0 writes what came of it."""
+    """Some steps on this rank's part of each batch, with DistributedDataParallel where there are several; rank 0 writes
+    what came of it.
+    """
     distributed.start(torch.device("cpu"), timeout_s=120)
     torch.manual_seed(1)
     bank = (LearnableBank(size=K, dim=D, lr=0.5) if kind == "caco" else FifoBank(size=4 * B, dim=D)).double()
@@ -267,8 +290,15 @@ def test_in_a_lightning_module(tmp_path):
 
     batches = [embeddings(step, dtype=torch.float32) for step in range(4)]
     module = Cooperative()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", precision="bf16-mixed", default_root_dir=tmp_path, **quiet)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", precision="bf16-mixed", default_root_dir=tmp_path, **quiet
+    )
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     started = LearnableBank(size=K, dim=D, lr=0.5).rows.weight
     assert (module.bank.rows.weight - started).abs().sum() > 0.1 and not module.bank.anchors

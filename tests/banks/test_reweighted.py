@@ -1,4 +1,6 @@
-"""Losses that count negatives otherwise, over a streamed bank, are the dense equations: values, and by autograd every gradient."""
+"""Losses that count negatives otherwise, over a streamed bank, are the dense equations: values, and by autograd every
+gradient.
+"""
 
 import functools
 
@@ -14,15 +16,24 @@ from caco.banks.learnable import LearnableBank
 from caco.methods.treatments import Margin, Reweighted
 
 OBJECTIVES = {
-    "debiased": (Reweighted(positive_share=0.1, concentration=0.0), functools.partial(eq.reweighted_loss, positive_share=0.1, concentration=0.0)),
-    "hard": (Reweighted(positive_share=0.1, concentration=1.0), functools.partial(eq.reweighted_loss, positive_share=0.1, concentration=1.0)),
-    "hard alone": (Reweighted(positive_share=0.0, concentration=0.5), functools.partial(eq.reweighted_loss, positive_share=0.0, concentration=0.5)),
+    "debiased": (
+        Reweighted(positive_share=0.1, concentration=0.0),
+        functools.partial(eq.reweighted_loss, positive_share=0.1, concentration=0.0),
+    ),
+    "hard": (
+        Reweighted(positive_share=0.1, concentration=1.0),
+        functools.partial(eq.reweighted_loss, positive_share=0.1, concentration=1.0),
+    ),
+    "hard alone": (
+        Reweighted(positive_share=0.0, concentration=0.5),
+        functools.partial(eq.reweighted_loss, positive_share=0.0, concentration=0.5),
+    ),
     "margin": (Margin(), functools.partial(eq.margin_loss, epsilon=0.1, alpha=1.0)),
     "margin alone": (Margin(epsilon=0.2, alpha=None), functools.partial(eq.margin_loss, epsilon=0.2, alpha=None)),
 }
 near = functools.partial(torch.allclose, rtol=0, atol=1e-11)
-# Where positives come from: rows of the bank (CaCo), a first extra column (MoCo), the same with one masked and more besides (AdCo), rows with
-# extra columns.
+# Where positives come from: rows of the bank (CaCo), a first extra column (MoCo), the same with one masked and more
+# besides (AdCo), rows with extra columns.
 KINDS = ["rows", "extra", "extra and batch", "rows and batch"]
 
 
@@ -36,12 +47,16 @@ def problem(kind, B=6, K=11, D=5):
 
 
 def expected_rows(dense, q, w, positive, tau, extra, weight, *, pull, push):
-    """What the bank descends: by autograd the gradient at each query's own positive, pull of it, less push of that at its negatives."""
+    """What the bank descends: by autograd the gradient at each query's own positive, pull of it, less push of that at
+    its negatives.
+    """
 
     def loss(w, q, positive, extra):
         return dense(q[None], F.normalize(w, dim=1), positive[None], tau, None if extra is None else extra[None]).sum()
 
-    of_query = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, None if extra is None else 0))(w, q, positive, extra)
+    of_query = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, None if extra is None else 0))(
+        w, q, positive, extra
+    )
     scale = torch.where(torch.arange(len(w)) == positive[:, None], pull, -push).double() * weight[:, None]
     return torch.einsum("nk,nkd->kd", scale, of_query)
 
@@ -61,7 +76,16 @@ def test_loss_and_all_gradients_are_autograd_s_of_the_dense_equation(monkeypatch
     fast_q, fast_extra = q.clone().requires_grad_(), None if extra is None else extra.clone().requires_grad_()
     anchors = []
     score = reweighted.score(
-        fast_q, w, positive, objective=objective, first_row=0, size=len(w), tau=tau, bank_tau=bank_tau, extra_BE=fast_extra, anchors=anchors
+        fast_q,
+        w,
+        positive,
+        objective=objective,
+        first_row=0,
+        size=len(w),
+        tau=tau,
+        bank_tau=bank_tau,
+        extra_BE=fast_extra,
+        anchors=anchors,
     )
     (score.loss_B * weight).sum().backward()
     assert near(score.loss_B, loss)
@@ -69,7 +93,9 @@ def test_loss_and_all_gradients_are_autograd_s_of_the_dense_equation(monkeypatch
     assert extra is None or near(fast_extra.grad, dense_extra.grad)
     for pull, push in [(1.0, 1.0), (0.0, 1.0), (0.5, 2.0)]:
         gradient = motion.row_gradient(w, 0, scoring.Anchors.joined(anchors), pull=pull, push=push)
-        assert near(gradient, expected_rows(dense, q, w, positive, bank_tau or tau, extra, weight, pull=pull, push=push))
+        assert near(
+            gradient, expected_rows(dense, q, w, positive, bank_tau or tau, extra, weight, pull=pull, push=push)
+        )
     cosines = torch.cat([q @ F.normalize(w, dim=1).T, *([] if extra is None else [extra])], 1)
     p = torch.softmax(cosines / tau * objective.exponents[0], 1)
     assert near(score.max_probability_B, p[:, : len(w)].amax(1))
@@ -83,7 +109,17 @@ def test_both_branches_of_the_clamp_are_among_these_problems():
         for tau in (0.5, 0.1):
             q_leaf = q.clone().requires_grad_()
             anchors = []
-            reweighted.score(q_leaf, w, positive, objective=objective, first_row=0, size=len(w), tau=tau, extra_BE=extra, anchors=anchors).loss_B.sum().backward()
+            reweighted.score(
+                q_leaf,
+                w,
+                positive,
+                objective=objective,
+                first_row=0,
+                size=len(w),
+                tau=tau,
+                extra_BE=extra,
+                anchors=anchors,
+            ).loss_B.sum().backward()
             clamped |= set((anchors[0].share_N == 0).tolist())
     assert clamped == {True, False}
 
@@ -93,34 +129,68 @@ def test_of_infonce_it_is_the_plain_score():
     q, w, extra, positive = problem("rows and batch")
     plain = scoring.score(q, w, positive, first_row=0, size=len(w), tau=0.1, extra_BE=extra, anchors=(asked := []))
     for objective in (Margin(epsilon=0.0), Reweighted(positive_share=0.0, concentration=0.0)):
-        other = reweighted.score(q.requires_grad_(), w, positive, objective=objective, first_row=0, size=len(w), tau=0.1, extra_BE=extra, anchors=(anchors := []))
+        other = reweighted.score(
+            q.requires_grad_(),
+            w,
+            positive,
+            objective=objective,
+            first_row=0,
+            size=len(w),
+            tau=0.1,
+            extra_BE=extra,
+            anchors=(anchors := []),
+        )
         assert torch.allclose(plain.loss_B, other.loss_B, atol=1e-12)
         assert torch.allclose(plain.max_probability_B, other.max_probability_B, atol=1e-12)
         other.loss_B.mean().backward()
         gradient = motion.row_gradient(w, 0, scoring.Anchors.joined(anchors), pull=0.7, push=1.5)
-        assert torch.allclose(gradient, eq.bank_gradient(q.detach(), w, positive, 0.1, pull=0.7, push=1.5, extra_BE=extra), atol=1e-12)
+        assert torch.allclose(
+            gradient, eq.bank_gradient(q.detach(), w, positive, 0.1, pull=0.7, push=1.5, extra_BE=extra), atol=1e-12
+        )
     assert asked == []
 
 
 def test_hand_arithmetic_of_two_negatives():
     """One query, cosines 1/2 with its positive, 1/2 and 0 with its negatives, tau 1/2: pos = e, neg = e and 1."""
-    q, m = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([[0.5, 0.75**0.5], [0.5, -(0.75**0.5)], [0.0, 1.0]], dtype=torch.float64)
+    q, m = (
+        torch.tensor([[1.0, 0.0]], dtype=torch.float64),
+        torch.tensor([[0.5, 0.75**0.5], [0.5, -(0.75**0.5)], [0.0, 1.0]], dtype=torch.float64),
+    )
     e = torch.tensor(1.0, dtype=torch.float64).exp()
     weights = torch.stack([e, e / e]) / ((e + 1) / 2)
     hard = (weights * torch.stack([e, e / e])).sum()
     lowest = 2 * (-2 * e / e).exp()
-    assert 0 < (e + 1 - 1.34 * e) / 0.33 < lowest and e + 1 - 1.8 * e < 0, "of the last two shares, what is left and what is too much"
-    cases = [(0.0, 1.0, hard), (0.1, 1.0, (hard - 0.2 * e) / 0.9), (0.1, 0.0, (e + 1 - 0.2 * e) / 0.9), (0.67, 0.0, lowest), (0.9, 0.0, lowest)]
+    assert 0 < (e + 1 - 1.34 * e) / 0.33 < lowest and e + 1 - 1.8 * e < 0, (
+        "of the last two shares, what is left and what is too much"
+    )
+    cases = [
+        (0.0, 1.0, hard),
+        (0.1, 1.0, (hard - 0.2 * e) / 0.9),
+        (0.1, 0.0, (e + 1 - 0.2 * e) / 0.9),
+        (0.67, 0.0, lowest),
+        (0.9, 0.0, lowest),
+    ]
     for share, concentration, left in cases:
         expected = -(e / (e + left)).log()
         objective = Reweighted(positive_share=share, concentration=concentration)
-        assert torch.allclose(eq.reweighted_loss(q, m, torch.tensor([0]), 0.5, positive_share=share, concentration=concentration), expected)
-        assert torch.allclose(reweighted.score(q, m, torch.tensor([0]), objective=objective, first_row=0, size=3, tau=0.5).loss_B, expected)
+        assert torch.allclose(
+            eq.reweighted_loss(q, m, torch.tensor([0]), 0.5, positive_share=share, concentration=concentration),
+            expected,
+        )
+        assert torch.allclose(
+            reweighted.score(q, m, torch.tensor([0]), objective=objective, first_row=0, size=3, tau=0.5).loss_B,
+            expected,
+        )
     moved = -(e ** (1 - 0.4) / (e ** (1 - 0.4) + e + 1)).log()
     plain = -(e / (e + e + 1)).log()
     for alpha, expected in ((1.0, (plain + moved) / 2), (None, moved), (3.0, (plain + 3 * moved) / 4)):
         assert torch.allclose(eq.margin_loss(q, m, torch.tensor([0]), 0.5, epsilon=0.1, alpha=alpha), expected)
-        assert torch.allclose(reweighted.score(q, m, torch.tensor([0]), objective=Margin(alpha=alpha), first_row=0, size=3, tau=0.5).loss_B, expected)
+        assert torch.allclose(
+            reweighted.score(
+                q, m, torch.tensor([0]), objective=Margin(alpha=alpha), first_row=0, size=3, tau=0.5
+            ).loss_B,
+            expected,
+        )
 
 
 @pytest.mark.parametrize("name", ["debiased", "hard", "margin"])
@@ -134,11 +204,15 @@ def test_float32_in_pytorch_s_blocks_stays_close_to_float64_where_rows_are_posit
 
 
 def stays_close(name, kind, bank_tau, tolerance):
-    """Loss, queries' gradient, and rows and velocity after two steps of two terms each, decay and normalised rows included."""
+    """Loss, queries' gradient, and rows and velocity after two steps of two terms each, decay and normalised rows
+    included.
+    """
     B, K, D, tau = 37, 211, 24, 0.1
     objective, dense = OBJECTIVES[name]
     pull, push = (1.0, 0.5) if kind == "rows" else (0.0, 1.0)
-    bank = LearnableBank(size=K, dim=D, seed=0, pull=pull, push=push, temperature=bank_tau, reading="paper", weight_decay=1e-2)
+    bank = LearnableBank(
+        size=K, dim=D, seed=0, pull=pull, push=push, temperature=bank_tau, reading="paper", weight_decay=1e-2
+    )
     w, v = bank.rows.weight.detach().double(), torch.zeros(K, D, dtype=torch.float64)
     weight = torch.full((B,), 1 / B, dtype=torch.float64)
     for step in range(2):
@@ -150,7 +224,13 @@ def stays_close(name, kind, bank_tau, tolerance):
             dense_q, fast_q = q.clone().requires_grad_(), q.float().requires_grad_()
             loss = dense(dense_q, F.normalize(w, dim=1), positive, tau, extra)
             loss.mean().backward()
-            score = bank.score(fast_q, positive, temperature=tau, extra_BE=None if extra is None else extra.float(), objective=objective)
+            score = bank.score(
+                fast_q,
+                positive,
+                temperature=tau,
+                extra_BE=None if extra is None else extra.float(),
+                objective=objective,
+            )
             score.loss_B.mean().backward()
             assert torch.allclose(score.loss_B.double(), loss, atol=tolerance)
             assert torch.allclose(fast_q.grad.double(), dense_q.grad, atol=tolerance / tau / B)
@@ -177,10 +257,17 @@ def test_kernels_serve_where_no_positive_is_a_row_and_pytorch_where_one_is(monke
     objective = Reweighted()
     for positive in (torch.full((3,), 10), torch.arange(3)):
         extra = torch.full((3, 1), 0.5)
-        bank.score(q.clone().requires_grad_(), positive, temperature=0.2, extra_BE=extra, objective=objective).loss_B.mean().backward()
+        bank.score(
+            q.clone().requires_grad_(), positive, temperature=0.2, extra_BE=extra, objective=objective
+        ).loss_B.mean().backward()
         bank.update(lr=1.0, keys_GD=q)
         if positive[0] == 10:
-            assert served == [(0.1, 0.25), (0.2, 0.5), (0.25, 0.0), (0.5, 1.0)], "two passes; two temperatures each, and the rows move with the last"
+            assert served == [
+                (0.1, 0.25),
+                (0.2, 0.5),
+                (0.25, 0.0),
+                (0.5, 1.0),
+            ], "two passes; two temperatures each, and the rows move with the last"
         served.clear()
     assert served == []
 
@@ -191,7 +278,9 @@ def test_a_low_temperature_that_leaves_float32_s_range():
     w = torch.cat([q, -q.repeat(4, 1)])
     positive = torch.arange(6)
     for objective in (Reweighted(positive_share=0.0, concentration=1.0), Margin(epsilon=0.0)):
-        loss = reweighted.score(q.float(), w.float(), positive, objective=objective, first_row=0, size=30, tau=0.004).loss_B
+        loss = reweighted.score(
+            q.float(), w.float(), positive, objective=objective, first_row=0, size=30, tau=0.004
+        ).loss_B
         exact = reweighted.score(q, w, positive, objective=objective, first_row=0, size=30, tau=0.004).loss_B
         assert loss.isfinite().all() and torch.allclose(loss.double(), exact, rtol=1e-4, atol=1e-3)
 

@@ -30,9 +30,7 @@ def test_loss_and_all_gradients(monkeypatch, block_elements, E, pull, push, bank
     m = F.normalize(w, dim=1)
     dense = eq.contrastive_loss(dense_q, m, positive, tau, dense_extra)
     (dense * weight_B).sum().backward()
-    expected_w = eq.bank_gradient(
-        q, w, positive, bank_tau, pull=pull, push=push, extra_BE=extra, weight_B=weight_B
-    )
+    expected_w = eq.bank_gradient(q, w, positive, bank_tau, pull=pull, push=push, extra_BE=extra, weight_B=weight_B)
 
     fast_q, fast_w, anchors = q.clone().requires_grad_(), w.clone().requires_grad_(), []
     fast_extra = extra.clone().requires_grad_() if E else None
@@ -45,7 +43,9 @@ def test_loss_and_all_gradients(monkeypatch, block_elements, E, pull, push, bank
     assert torch.allclose(score.loss_B, dense, atol=1e-12)
     assert torch.allclose(fast_q.grad, dense_q.grad, atol=1e-12)
     assert fast_w.grad is None
-    assert torch.allclose(motion.row_gradient(w, 0, scoring.Anchors.joined(anchors), pull=pull, push=push), expected_w, atol=1e-12)
+    assert torch.allclose(
+        motion.row_gradient(w, 0, scoring.Anchors.joined(anchors), pull=pull, push=push), expected_w, atol=1e-12
+    )
     if E:
         assert torch.allclose(fast_extra.grad, dense_extra.grad, atol=1e-12)
     p = eq.probabilities(q, m, tau, extra)[:, : len(w)]

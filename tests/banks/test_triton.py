@@ -17,7 +17,9 @@ from caco.banks.kernels import fused, triton_kernels
 def test_what_is_promised_of_every_path_holds_in_the_interpreter(repo_root):
     """In a process of its own: Triton asks when it is imported whether to interpret."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/banks/triton_interpreted.py"]
-    done = subprocess.run(command, cwd=repo_root, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=repo_root, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -41,8 +43,9 @@ def test_where_the_kernels_do_not_work_one_line_says_why_and_pytorch_streams(mon
         assert [fused.on_cuda(torch.device("cuda", 0), 64) for _ in range(2)] == [None, None]
     finally:
         fused.on_cuda.cache_clear()
-    assert capsys.readouterr().err == (
-        "caco: the bank's Triton kernels do not serve here (RuntimeError: no kernel image is available); "
+    assert (
+        capsys.readouterr().err
+        == "caco: the bank's Triton kernels do not serve here (RuntimeError: no kernel image is available); "
         "PyTorch streams the bank instead, slower\n"
     )
 

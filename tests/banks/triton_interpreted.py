@@ -1,4 +1,5 @@
-"""The Triton kernels in Triton's interpreter, on a CPU: run by test_triton.py in a process of its own, with TRITON_INTERPRET=1.
+"""The Triton kernels in Triton's interpreter, on a CPU: run by test_triton.py in a process of its own, with
+TRITON_INTERPRET=1.
 
 What tests/banks/test_fused.py promises of every path is promised of this one.
 """
@@ -31,12 +32,15 @@ def serves(monkeypatch):
         monkeypatch.setattr(fused, name, getattr(triton_kernels, name))
     monkeypatch.setattr(triton_kernels, "SIZES", {key: ((64, 256, 4, 1),) * 4 for key in triton_kernels.SIZES})
     monkeypatch.setattr(triton_kernels, "CHUNK", 128)
-    # The interpreter holds bfloat16 as the integers of its bits: it multiplies those, and cuts float32 off where cards round.
+    # The interpreter holds bfloat16 as the integers of its bits: it multiplies those, and cuts float32 off where cards
+    # round.
     builder, held = interpreter.InterpreterBuilder, interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl
 
     def widened(x):
-        return held((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+        return (
+            held((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+        )
 
     def rounded(self, x, kind):
         if (x.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
@@ -57,7 +61,12 @@ def test_loss_label_and_query_gradient(shape, tau):
 
 @pytest.mark.parametrize(
     ("reading", "pull", "push", "bank_tau", "extra"),
-    [("code", 1, 1, None, False), ("paper", 0, 1, 0.02, True), ("code", 1, 0, 0.3, True), ("paper", 0.5, 2, 0.05, False)],
+    [
+        ("code", 1, 1, None, False),
+        ("paper", 0, 1, 0.02, True),
+        ("code", 1, 0, 0.3, True),
+        ("paper", 0.5, 2, 0.05, False),
+    ],
 )
 def test_rows_and_velocity_after_five_steps_of_two_terms(reading, pull, push, bank_tau, extra):
     test_fused.test_rows_and_velocity_after_five_steps_of_two_terms("triton", reading, pull, push, bank_tau, extra)
@@ -84,7 +93,9 @@ def test_gradients_of_parts_of_a_batch_are_those_of_the_whole():
     test_fused.test_gradients_of_parts_of_a_batch_are_those_of_the_whole("triton")
 
 
-@pytest.mark.parametrize(("spoil", "message"), test_fused.test_what_cannot_be_scored_is_refused_with_numbers.pytestmark[0].args[1])
+@pytest.mark.parametrize(
+    ("spoil", "message"), test_fused.test_what_cannot_be_scored_is_refused_with_numbers.pytestmark[0].args[1]
+)
 def test_what_cannot_be_scored_is_refused_with_numbers(spoil, message):
     test_fused.test_what_cannot_be_scored_is_refused_with_numbers("triton", spoil, message)
 
@@ -115,18 +126,25 @@ def test_products_of_bfloat16_change_sums_and_motion_by_less_than_a_hundredth():
     z, peak, sums = triton_kernels.forward(q.float(), w.float(), [tau], [0.0], with_sums=True, bf16=True)
     moved, velocity = w.float(), v.float()
     triton_kernels.update(
-        moved, velocity, q.float(), positive, e.sum(1).log().float(), torch.full((70,), 1 / 70), tau=tau, pull=1.0, push=1.0, lr=1.0,
+        moved, velocity, q.float(), positive, e.sum(1).log().float(), torch.full((70,), 1 / 70), tau=tau, pull=1.0,
+        push=1.0, lr=1.0,
         momentum=0.9, weight_decay=0.0, normalise=False, bf16=True,
     )  # fmt: skip
     gradient = eq.bank_gradient(q, w, positive, tau)
-    for got, exact in [(z[0], e.sum(1)), (peak, (q @ m.T).amax(1)), (sums, e @ m), (0.9 * v - velocity, -gradient), (w - moved, 0.9 * v + gradient)]:
+    for got, exact in [
+        (z[0], e.sum(1)),
+        (peak, (q @ m.T).amax(1)),
+        (sums, e @ m),
+        (0.9 * v - velocity, -gradient),
+        (w - moved, 0.9 * v + gradient),
+    ]:
         assert 1e-6 < (got - exact).norm() / exact.norm() < 1e-2, "bfloat16 rounds to 2^-9; exact would not be bfloat16"
 
 
 @pytest.mark.parametrize("crowded", ["everywhere", "one place"])
 def test_the_bound_of_nearest_holds_for_every_row_not_named(crowded):
-    """Rows that lie so close together that neither bfloat16 nor a few candidates settle which is nearest, and rows that a
-    program would all keep in one place."""
+    """Rows that lie so close together that neither bfloat16 nor a few candidates settle which is nearest, and rows that
+    a program would all keep in one place."""
     near = F.normalize(unit(1, 64, seed=0) + 0.02 * unit(1500, 64, seed=1), dim=1)
     rows = near if crowded == "everywhere" else unit(1500, 64, seed=3)
     rows[3::256] = near[3::256]

@@ -7,7 +7,7 @@ import pytest
 from caco.config.annotations import argument_mismatches, is_plain, mismatches
 from caco.config.signatures import Module, find, load
 
-SOURCE = '''
+SOURCE = """
 from pathlib import Path
 from typing import Any, Literal, Optional, Sequence, TypedDict, Union
 import torch
@@ -25,7 +25,7 @@ class Opaque:
 
 def f(parameters: list[nn.Parameter], *, device: torch.device, backbone: nn.Module, rate: float, views: list[View],
       steps: int = 1, extra: "Optional[nn.Module]" = None): ...
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,10 @@ def test_the_program_supplies_what_yaml_cannot_hold(module):
     taken = signature(module, module.nodes["f"])
     supplied = [name for name, item in taken.parameters.items() if not is_plain(item.annotation, module)]
     assert supplied == ["parameters", "device", "backbone", "extra"], "views is a group of settings"
-    missing = ["optimizer.rate: f needs it, expected float, got nothing", "optimizer.views: f needs it, expected list of View, got nothing"]
+    missing = [
+        "optimizer.rate: f needs it, expected float, got nothing",
+        "optimizer.views: f needs it, expected list of View, got nothing",
+    ]
     assert argument_mismatches({}, taken, "optimizer", "f") == missing
     assert argument_mismatches({}, taken, "optimizer", "f", supplied=["rate", "views"]) == []
     assert argument_mismatches({"rate": 1}, taken, "optimizer", "f", supplied=["rate", "views"]) == [
@@ -145,6 +148,7 @@ def test_annotations_of_libraries_are_understood():
     ]
     assert load("torch.optim.sgd") is not None
 
+
 def test_numbers_are_held_to_their_declared_range_and_lists_to_their_length(tmp_path, monkeypatch):
     """Read from the source, through an alias and in a list; what is expected is said in words."""
     from caco.config import signatures
@@ -154,7 +158,10 @@ from collections.abc import Sequence
 from typing import Annotated
 from caco.ranges import Length, Range, ShareBelowOne
 
-def f(*, k: Annotated[int, Range(least=1, most=9)], m: ShareBelowOne | None, x: Annotated[Sequence[ShareBelowOne], Length(least=2, most=2)]): ...
+def f(
+    *, k: Annotated[int, Range(least=1, most=9)], m: ShareBelowOne | None,
+    x: Annotated[Sequence[ShareBelowOne], Length(least=2, most=2)],
+): ...
 """
     (tmp_path / "ranged_module.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -167,6 +174,9 @@ def f(*, k: Annotated[int, Range(least=1, most=9)], m: ShareBelowOne | None, x: 
         "o.x: expected list of float from 0 below 1, 2 of them, got [0.5] (list)",
     ]
     assert argument_mismatches({"k": 1, "m": "0.5", "x": [0, 1]}, taken, "o", "f") == [
-        "o.m: expected float from 0 below 1 or None, got the text '0.5'; a variable is read as a number by '${oc.decode:${oc.env:NAME}}'",
+        (
+            "o.m: expected float from 0 below 1 or None, got the text '0.5'; a variable is read as a number by"
+            " '${oc.decode:${oc.env:NAME}}'"
+        ),
         "o.x.1: expected float from 0 below 1, got 1 (int)",
     ]

@@ -17,4 +17,7 @@ def test_the_docs_commands_are_accepted(repo_root):
         else:
             table, scale, rows = words
             chosen = rows.removeprefix("rows=").split(",")
-            assert [one.row_id for one in experiments(load_table(table), load_scale(scale.removeprefix("scale=")), rows=chosen)] == chosen
+            assert [
+                one.row_id
+                for one in experiments(load_table(table), load_scale(scale.removeprefix("scale=")), rows=chosen)
+            ] == chosen

@@ -52,7 +52,8 @@ def accept(*overrides: str) -> None:
     check_command(list(overrides), multirun=False)
 
 
-# Views that are cut into patches go with a method that takes them, and networks for lightness and colours with one that has both.
+# Views that are cut into patches go with a method that takes them, and networks for lightness and colours with one that
+# has both.
 WITH_METHOD = {f"augmentation={name}{size}": name for name in ("infomin", "pirl", "cpcv2") for size in ("", "_cifar")}
 WITH_METHOD |= {"projector=cmc": "cmc"}
 
@@ -78,7 +79,9 @@ def test_every_preset_goes_with_every_setting(preset, pn):
 
 @pytest.mark.parametrize("method", refusals.groups()["method"])
 def test_the_demo_goes_with_every_method(method):
-    """Digits are too small for patches, and grey: methods of patches and of colours take its other settings to CIFAR."""
+    """Digits are too small for patches, and grey: methods of patches and of colours take its other settings to
+    CIFAR.
+    """
     cifar = ["data=cifar10", f"augmentation={method}_cifar"] if method in WITH_METHOD.values() else []
     heads = ["backbone=cmc_small", "projector=cmc"] if method == "cmc" else []
     accept("preset=demo", f"method={method}", *cifar, *heads)
@@ -98,8 +101,17 @@ def test_bare_command_is_the_papers_recipe():
     assert cfg["data"]["_target_"] == "caco.data.sets.folders.imagenet"
     assert cfg["optimizer"]["_target_"] == "caco.engine.optimizers.lars"
     assert (cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]) == (0.3, 1.5e-6)
-    unused = dict.fromkeys(("warmup_start", "final_lr", "final_weight_decay", "clip_gradient_norm", "clip_each_gradient_norm"))
-    cosine = {"warmup_epochs": 10, "warmup_end": "last", "final_fraction": 0.01, "unit": "step", "drops": [], "drop_factor": 0.1}
+    unused = dict.fromkeys(
+        ("warmup_start", "final_lr", "final_weight_decay", "clip_gradient_norm", "clip_each_gradient_norm")
+    )
+    cosine = {
+        "warmup_epochs": 10,
+        "warmup_end": "last",
+        "final_fraction": 0.01,
+        "unit": "step",
+        "drops": [],
+        "drop_factor": 0.1,
+    }
     assert cfg["schedule"] == {**cosine, **unused}
     assert (cfg["bank"]["pull"], cfg["bank"]["push"], cfg["bank"]["lr"]) == (1, 1, 3.0)
     assert cfg["method"]["temperature"] == 0.08
@@ -183,7 +195,12 @@ WRONG_TYPES = [
     ("eval.knn.when=never", "eval.knn.when", "epoch | end", "'never' (str)"),
     ("augmentation.size=big", "augmentation.size", "int from 1 up to 65535", "'big' (str)"),
     ("augmentation.views.first.blur_p=x", "augmentation.views.first.blur_p", "float from 0 up to 1", "'x' (str)"),
-    ("augmentation.views.second.scale=0.3", "augmentation.views.second.scale", "list of float above 0 up to 1, 2 of them", "0.3 (float)"),
+    (
+        "augmentation.views.second.scale=0.3",
+        "augmentation.views.second.scale",
+        "list of float above 0 up to 1, 2 of them",
+        "0.3 (float)",
+    ),
     ("augmentation.mean=[0,zero,0]", "augmentation.mean.1", "float", "'zero' (str)"),
     ("tracking.feed_seconds=fast", "tracking.feed_seconds", "float above 0", "'fast' (str)"),
 ]
@@ -200,7 +217,10 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
         ("batch=1", "at least 2"),
         ("epochs=0", "at least 1"),
         ("max_steps=0", "null or at least 1"),
-        *((f"norm_groups={wrong}", "1, rank, or a divisor of batch, 1024") for wrong in ("3", "0", "1024", "ranks", "true", "1.0")),
+        *(
+            (f"norm_groups={wrong}", "1, rank, or a divisor of batch, 1024")
+            for wrong in ("3", "0", "1024", "ranks", "true", "1.0")
+        ),
         ("shuffle_keys=true", "false with norm_groups=1"),
         ("seed=-1", "0 to 2**32 - 1"),
         ("name=a/b", "letters, digits"),
@@ -226,7 +246,10 @@ def test_senseless_values_of_the_root_are_refused(override, expected, whole):
 
 
 def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
-    expected = "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1 and []"
+    expected = (
+        "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1"
+        " and []"
+    )
     assert expected in refusal("schedule.final_lr=0.1")
     accept("schedule.final_lr=0.1", "schedule.final_fraction=null")
 
@@ -268,7 +291,9 @@ def test_a_choice_that_something_later_undoes_is_refused_not_ignored(own_conf):
 def test_a_method_s_rate_gives_way_to_a_preset_s_but_not_to_silence():
     accept("preset=demo", "method=byol")
     assert composed("preset=demo", "method=byol")["optimizer"]["lr"] == composed("preset=demo")["optimizer"]["lr"]
-    assert "optimizer=sgd: a later group sets optimizer.lr=0.2 instead; say optimizer.lr=0.03" in refusal("method=byol", "optimizer=sgd")
+    assert "optimizer=sgd: a later group sets optimizer.lr=0.2 instead; say optimizer.lr=0.03" in refusal(
+        "method=byol", "optimizer=sgd"
+    )
     accept("method=byol", "optimizer=sgd", "optimizer.lr=0.03", "optimizer.weight_decay=1e-4")
 
 
@@ -346,7 +371,9 @@ def test_a_warm_start_is_set_in_one_place():
 def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_starts(whole):
     cfg = copy.deepcopy(whole)
     OmegaConf.update(cfg, "eval.again", {**cfg.eval.knn, "block": 64}, force_add=True)
-    with pytest.raises(UserError, match=r"eval\.again: its results would be called knn20_20pct, as those of eval\.knn are"):
+    with pytest.raises(
+        UserError, match=r"eval\.again: its results would be called knn20_20pct, as those of eval\.knn are"
+    ):
         validation.check(cfg)
     cfg.eval.again.k = 5
     validation.check(cfg)
@@ -355,12 +382,24 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["warm_start.steps=1", "warm_start.passes=2"], "warm_start: expected steps or passes, got both, 1 and 2; set one of them to null"),
-        (["pn=none", "warm_start.passes=2"], "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2"),
+        (
+            ["warm_start.steps=1", "warm_start.passes=2"],
+            "warm_start: expected steps or passes, got both, 1 and 2; set one of them to null",
+        ),
+        (
+            ["pn=none", "warm_start.passes=2"],
+            "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2",
+        ),
         (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
         (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has none; leave it out"),
-        (["pn=positive", "bank_learning.final_lr=0"], "bank_learning.final_lr: this setting's bank takes no final_lr: nothing learns in it"),
-        (["+bank_learning.wobble=1"], "bank_learning.wobble: this setting's bank takes no wobble: there are lr, lr_reference_batch, "),
+        (
+            ["pn=positive", "bank_learning.final_lr=0"],
+            "bank_learning.final_lr: this setting's bank takes no final_lr: nothing learns in it",
+        ),
+        (
+            ["+bank_learning.wobble=1"],
+            "bank_learning.wobble: this setting's bank takes no wobble: there are lr, lr_reference_batch, ",
+        ),
         (["pn=negative", "bank_learning.lr=fast"], "bank.lr: expected float from 0, got 'fast'"),
     ],
 )

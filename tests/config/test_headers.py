@@ -1,4 +1,6 @@
-"""What the headers of conf/method print composes and passes every check that needs no data: commands, and overrides in sentences."""
+"""What the headers of conf/method print composes and passes every check that needs no data: commands, and overrides in
+sentences.
+"""
 
 import re
 from pathlib import Path
@@ -15,7 +17,11 @@ OVERRIDES = re.compile(rf"(?<![^ (]){OVERRIDE}(?: {OVERRIDE})*")
 
 def header(file: Path) -> str:
     """Its comment, without line breaks; each command begins after a mark."""
-    lines = [line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+    lines = [
+        line.removeprefix("#")
+        for line in file.read_text().splitlines()
+        if line.startswith("#") and "@package" not in line
+    ]
     return "".join(line if line.startswith(" ") and not line.startswith("   ") else f" | {line} | " for line in lines)
 
 

@@ -19,11 +19,19 @@ DO_NOT = (["pn=none"], ["pn=positive"])
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory, repo_root):
-    """A checkout in which somebody added `wobble`: one argument, one line. Called with command lines; their banks and refusals."""
+    """A checkout in which somebody added `wobble`: one argument, one line. Called with command lines; their banks and
+    refusals.
+    """
     folder = tmp_path_factory.mktemp("extended")
     for part in ("caco", "conf"):
-        shutil.copytree(repo_root / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.h"))
-    insert(folder / "caco/banks/learnable.py", after="        push: NonNegative = 1.0,\n", line="        wobble: float = 0.5,\n")
+        shutil.copytree(
+            repo_root / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.h")
+        )
+    insert(
+        folder / "caco/banks/learnable.py",
+        after="        push: NonNegative = 1.0,\n",
+        line="        wobble: float = 0.5,\n",
+    )
     insert(folder / "conf/config.yaml", after="bank_learning:", line="  wobble: 0.25\n")
     code = """
         import json, sys
@@ -57,7 +65,14 @@ def insert(path, *, after: str, line: str) -> None:
 
 def test_a_new_setting_is_one_argument_and_one_line_whatever_is_chosen(extended):
     one = "bank_learning.wobble=2"
-    banks = extended(*LEARN, *DO_NOT, ["method=adco", one], ["pn=negative", one, "bank.wobble=3"], ["pn=both", "bank.wobble=much"], ["pn=none", one])
+    banks = extended(
+        *LEARN,
+        *DO_NOT,
+        ["method=adco", one],
+        ["pn=negative", one, "bank.wobble=3"],
+        ["pn=both", "bank.wobble=much"],
+        ["pn=none", one],
+    )
     learned, others, (by_block, by_hand, wrong, useless) = banks[: len(LEARN)], banks[len(LEARN) : -4], banks[-4:]
     assert [bank["wobble"] for bank in learned] == [0.25] * len(LEARN)
     assert not any("wobble" in (bank or {}) for bank in others)

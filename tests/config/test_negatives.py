@@ -1,4 +1,6 @@
-"""What `negatives=` composes to, which method refuses it before anything is built, and the commands and the class that the docs print."""
+"""What `negatives=` composes to, which method refuses it before anything is built, and the commands and the class that
+the docs print.
+"""
 
 import re
 import shlex
@@ -27,10 +29,20 @@ def test_plain_is_what_runs_were_before_there_was_a_choice():
     assert run_hash(composed("negatives=hard")) != run_hash(cfg)
 
 
-@pytest.mark.parametrize("method", ["byol", "mocov3", *(pytest.param(m, marks=pytest.mark.long) for m in ("simsiam", "barlow", "vicreg", "swav", "dino"))])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "byol",
+        "mocov3",
+        *(pytest.param(m, marks=pytest.mark.long) for m in ("simsiam", "barlow", "vicreg", "swav", "dino")),
+    ],
+)
 def test_a_method_that_takes_none_says_so_and_which_do(method):
     told = refusal(f"method={method}", "negatives=hard")
-    assert told.startswith("negatives=hard: ") and f"the class of method={method}, takes no treatment of negatives: it has none, or a loss of its own" in told
+    assert (
+        told.startswith("negatives=hard: ")
+        and f"the class of method={method}, takes no treatment of negatives: it has none, or a loss of its own" in told
+    )
     assert told.endswith("expected negatives=plain, or as method one of adco, caco, mocov2, nnclr, simclr")
 
 
@@ -44,7 +56,10 @@ def test_each_goes_with_each_preset_and_setting_that_has_a_bank_s_rows_as_negati
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["negatives=hrad"], "negatives=hrad: no such option; did you mean hard? There are: debiased, hard, margin, mixed, plain."),
+        (
+            ["negatives=hrad"],
+            "negatives=hrad: no such option; did you mean hard? There are: debiased, hard, margin, mixed, plain.",
+        ),
         (["negatives=hard", "negatives.concentrtion=3"], "did you mean concentration?"),
         (["negatives=margin", "negatives.alpha=much"], "negatives.alpha: expected"),
         (["negatives=null"], "negatives=null: negatives is one of debiased, hard, margin, mixed, plain"),
@@ -61,7 +76,8 @@ RECIPES = {  # optimiser; schedule; method; bank; negatives; views; backbone; th
         {"_target_": "caco.engine.optimizers.sgd", "lr": 0.03, "reference_batch": 256, "momentum": 0.9},
         {"warmup_epochs": 0, "final_fraction": 0.0},
         {"temperature": 0.2, "momentum": 0.999, "final_momentum": 0.999, "symmetric": False},
-        65536, {"hardest": 1024, "pairs": 1024, "with_query": 128, "warmup_epochs": 15}, "mocov2", False, [2048, 2048, 128],
+        65536, {"hardest": 1024, "pairs": 1024, "with_query": 128, "warmup_epochs": 15}, "mocov2", False,
+        [2048, 2048, 128],
     ),
     "ifm": (
         {"_target_": "caco.engine.optimizers.sgd", "lr": 0.8 / 2, "reference_batch": 256, "momentum": 0.9},
@@ -84,7 +100,12 @@ def test_the_method_alone_is_the_published_recipe(name):
     optimizer, schedule, method, bank, negatives, views, small_stem, widths = RECIPES[name]
     cfg = composition.job_config(composition.compose([f"method={name}"]))
     tree = plain(cfg)
-    for part, expected in (("optimizer", optimizer), ("schedule", schedule), ("method", method), ("negatives", negatives)):
+    for part, expected in (
+        ("optimizer", optimizer),
+        ("schedule", schedule),
+        ("method", method),
+        ("negatives", negatives),
+    ):
         assert {key: tree[part][key] for key in expected} == pytest.approx(expected), part
     assert tree["augmentation"] == composed(f"method={name}", f"augmentation={views}")["augmentation"]
     assert (tree["bank"] and tree["bank"]["size"]) == bank and tree["backbone"]["cifar_stem"] == small_stem
@@ -131,11 +152,15 @@ def test_the_docs_own_treatment_trains_encoder_and_bank_by_its_gradient(printed)
     validation.check(cfg, overrides=overrides, choices=dict(cfg.hydra.runtime.choices))
     cfg = composition.job_config(cfg)
     focal = build_method(cfg).treatment
-    q = F.normalize(torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
+    q = F.normalize(
+        torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=1
+    ).requires_grad_()
     w = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     positive, anchors = torch.full((5,), 7), []
     extra = torch.linspace(-0.5, 0.5, 5, dtype=torch.float64)[:, None]
-    score = reweighted.score(q, w, positive, objective=focal, first_row=0, size=7, tau=0.2, extra_BE=extra, anchors=anchors)
+    score = reweighted.score(
+        q, w, positive, objective=focal, first_row=0, size=7, tau=0.2, extra_BE=extra, anchors=anchors
+    )
     score.loss_B.mean().backward()
     leaf = w.clone().requires_grad_()
     logits = torch.cat([q.detach() @ F.normalize(leaf, dim=1).T, extra], 1) / 0.2

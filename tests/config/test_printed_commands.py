@@ -1,4 +1,6 @@
-"""The commands that the files of conf/ print: each can be typed, and those that claim to be a published recipe compose it."""
+"""The commands that the files of conf/ print: each can be typed, and those that claim to be a published recipe compose
+it.
+"""
 
 import re
 import shlex
@@ -18,12 +20,15 @@ def printed(file):
 
 
 FILES = [path.relative_to(CONF) for path in sorted(CONF.rglob("*.yaml"))]
-EVERY = [(str(file), words) for file in FILES for words in printed(file) if "-m" not in words]  # -m: several runs, not one
+EVERY = [
+    (str(file), words) for file in FILES for words in printed(file) if "-m" not in words
+]  # -m: several runs, not one
 
 
 def test_they_are_found():
     assert printed("config.yaml") == [
-        [], ["schedule.unit=epoch", "precision=fp32", "eval.knn.choice=first"], ["preset=demo"], ["bank=12M", "batch=4096"],
+        [], ["schedule.unit=epoch", "precision=fp32", "eval.knn.choice=first"], ["preset=demo"],
+        ["bank=12M", "batch=4096"],
     ]  # fmt: skip
     assert len(EVERY) > 40 and len({file for file, _ in EVERY}) > 35
 
@@ -46,7 +51,13 @@ def test_caco_s_multi_crop_is_the_mean_of_two_terms_and_that_of_twelve():
     assert instantiate(cfg.augmentation).sizes == [224, 224] + [96] * 6
     large = [Term(1, 0, 1 / 2), Term(0, 1, 1 / 2)]
     assert terms(cfg) == large + [Term(query, key, 1 / 12) for key in (0, 1) for query in range(2, 8)]
-    assert (cfg.batch, cfg.epochs, cfg.bank.size, cfg.schedule.unit, cfg.precision) == (2048, 800, 65536, "epoch", "fp32")
+    assert (cfg.batch, cfg.epochs, cfg.bank.size, cfg.schedule.unit, cfg.precision) == (
+        2048,
+        800,
+        65536,
+        "epoch",
+        "fp32",
+    )
 
 
 def test_adco_s_multi_crop_has_one_key_and_adds_five_losses_up():
@@ -64,7 +75,10 @@ def test_adco_s_multi_crop_has_one_key_and_adds_five_losses_up():
         ("caco", {"unit": "epoch", "warmup_epochs": 10, "final_fraction": 0.01}),
         ("adco", {"unit": "epoch", "warmup_epochs": 0, "final_fraction": 0.0006 / 0.03}),
         ("mocov2", {"unit": "epoch", "warmup_epochs": 0, "final_fraction": 0.0}),
-        ("simclr", {"unit": "step", "warmup_epochs": 10, "warmup_start": 0.0, "warmup_end": "next", "final_fraction": 0.0}),
+        (
+            "simclr",
+            {"unit": "step", "warmup_epochs": 10, "warmup_start": 0.0, "warmup_end": "next", "final_fraction": 0.0},
+        ),
     ],
 )
 def test_a_method_s_own_command_has_the_published_schedule_in_float32(method, expected):
@@ -75,7 +89,10 @@ def test_a_method_s_own_command_has_the_published_schedule_in_float32(method, ex
 def test_simclr_starts_and_crops_as_published():
     cfg = compose(printed("method/simclr.yaml")[0])
     assert (cfg.backbone.name, cfg.backbone.zero_init_last) == ("resnet50", True)
-    assert cfg.projector.initialisation == "normal_0.01" and (cfg.projector.layers, cfg.projector.last_batch_norm) == (2, True)
+    assert cfg.projector.initialisation == "normal_0.01" and (cfg.projector.layers, cfg.projector.last_batch_norm) == (
+        2,
+        True,
+    )
     assert [view.interpolation for view in cfg.augmentation.views.values()] == ["bicubic"]
 
 

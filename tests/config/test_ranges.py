@@ -25,7 +25,14 @@ def targets(tree):
         yield from targets(part)
 
 
-TARGETS = sorted({name for file in CONF.rglob("*.yaml") for name in targets(yaml.safe_load(file.read_text())) if name.startswith("caco.")})
+TARGETS = sorted(
+    {
+        name
+        for file in CONF.rglob("*.yaml")
+        for name in targets(yaml.safe_load(file.read_text()))
+        if name.startswith("caco.")
+    }
+)
 
 
 def has_bare_number(hint) -> bool:
@@ -41,7 +48,12 @@ def has_bare_number(hint) -> bool:
 
 def test_a_bare_number_is_seen():
     assert all(map(has_bare_number, (int, float | None, list[float], Sequence[int] | None)))
-    assert not any(map(has_bare_number, (str, typing.Annotated[int, Range(least=1)] | None, typing.Annotated[list[float], Length(least=3)])))
+    assert not any(
+        map(
+            has_bare_number,
+            (str, typing.Annotated[int, Range(least=1)] | None, typing.Annotated[list[float], Length(least=3)]),
+        )
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -54,20 +66,27 @@ def test_no_argument_is_a_number_without_a_range(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_constructor_holds_whoever_calls_it_to_what_it_declares(target):
-    """Ranges, lengths and words have one home, the declaration; a class that is built in Python, without a configuration, refuses the same."""
+    """Ranges, lengths and words have one home, the declaration; a class that is built in Python, without a
+    configuration, refuses the same.
+    """
     module, _, name = target.rpartition(".")
     made = getattr(importlib.import_module(module), name)
     if not inspect.isclass(made):
         return
     hints = typing.get_type_hints(made.__init__, include_extras=True)
-    declared = [hint for argument, hint in hints.items() if argument != "return" and any(word in str(hint) for word in ("Range(", "Length(", "Literal["))]
+    declared = [
+        hint
+        for argument, hint in hints.items()
+        if argument != "return" and any(word in str(hint) for word in ("Range(", "Length(", "Literal["))
+    ]
     assert not declared or hasattr(made.__init__, "__wrapped__")
 
 
 class Part:
     @held
     def __init__(
-        self, *, k: Count = 1, temperature: AboveZero | None = None, when: typing.Literal["epoch", "end"] = "end", mean: PositiveChannels = (1, 1, 1),
+        self, *, k: Count = 1, temperature: AboveZero | None = None, when: typing.Literal["epoch", "end"] = "end",
+        mean: PositiveChannels = (1, 1, 1),
         own: typing.Annotated[int, Range(8, 512)] = 8,
     ):  # fmt: skip
         self.k = k
@@ -77,7 +96,10 @@ class Part:
     "given, told",
     [
         ({"k": 0}, "Part: k: expected int from 1, got 0"),
-        ({"temperature": 0.0, "when": "now"}, r"Part: temperature: expected float above 0 or None, got 0.0; when: expected epoch \| end, got 'now'"),
+        (
+            {"temperature": 0.0, "when": "now"},
+            r"Part: temperature: expected float above 0 or None, got 0.0; when: expected epoch \| end, got 'now'",
+        ),
         ({"temperature": float("nan")}, "temperature: expected float above 0 or None, got nan"),
         ({"mean": [1, 0, 1]}, r"mean: expected list of float above 0, 3 of them, got \[1, 0, 1\]"),
         ({"mean": (1, 2)}, r"mean: .*3 of them, got \(1, 2\)"),
@@ -96,6 +118,8 @@ def test_what_is_in_its_range_is_taken_and_who_misses_an_argument_hears_it_from_
 
 
 def test_bounds_without_names_are_read_too():
-    source = "from typing import Annotated\nfrom caco.ranges import Range\ndef f(k: Annotated[int, Range(8, 512)]): ...\n"
+    source = (
+        "from typing import Annotated\nfrom caco.ranges import Range\ndef f(k: Annotated[int, Range(8, 512)]): ...\n"
+    )
     annotation = ast.parse(source).body[2].args.args[0].annotation
     assert bounds(annotation.slice.elts[1:]) == [Range(least=8, most=512)]

@@ -150,6 +150,20 @@ def test_lookup_finds_where_a_name_is_defined(package):
 
 def test_what_a_class_declares_of_itself_is_read_from_it_or_from_its_base(package):
     package("base.py", "class Base(Protocol):\n    package: ClassVar[str | None] = None\n    rows = columns = 3\n")
-    package("m.py", "from lib.base import Base\nclass Needs(Base):\n    package = 'wandb'\nclass Plain(Base): ...\nTwin = Needs\ndef f(): ...")
-    assert [declared(f"lib.m.{name}", "package") for name in ("Needs", "Plain", "Twin", "f", "Missing")] == ["wandb", None, "wandb", None, None]
-    assert (declared("lib.m.Plain", "rows"), declared("lib.m.Plain", "columns"), declared("lib.m.Plain", "depth")) == (3, 3, None)
+    package(
+        "m.py",
+        "from lib.base import Base\nclass Needs(Base):\n    package = 'wandb'\nclass Plain(Base): ...\nTwin ="
+        " Needs\ndef f(): ...",
+    )
+    assert [declared(f"lib.m.{name}", "package") for name in ("Needs", "Plain", "Twin", "f", "Missing")] == [
+        "wandb",
+        None,
+        "wandb",
+        None,
+        None,
+    ]
+    assert (declared("lib.m.Plain", "rows"), declared("lib.m.Plain", "columns"), declared("lib.m.Plain", "depth")) == (
+        3,
+        3,
+        None,
+    )

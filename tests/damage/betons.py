@@ -58,7 +58,9 @@ def case(prepared: tuple[Path, bytes, bytes], rng: np.random.Generator) -> str:
         first, end = places[kind]
         for _ in range(int(rng.integers(1, 4))):
             at, size = int(rng.integers(first, end)), int(rng.integers(1, 9))
-            value = [bytes([int(rng.integers(0, 256))]), rng.bytes(size), b"\xff" * size, bytes(size)][int(rng.integers(0, 4))]
+            value = [bytes([int(rng.integers(0, 256))]), rng.bytes(size), b"\xff" * size, bytes(size)][
+                int(rng.integers(0, 4))
+            ]
             content[at : min(end, at + len(value))] = value[: end - at]
     elif kind == 6:
         content = bytearray(damaged(whole, rng))

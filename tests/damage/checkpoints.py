@@ -1,4 +1,6 @@
-"""Damaged checkpoints of a run: what is loaded is to the bit what was saved, and where nothing is whole that is said."""
+"""Damaged checkpoints of a run: what is loaded is to the bit what was saved, and where nothing is whole that is
+said.
+"""
 
 import contextlib
 import io
@@ -16,7 +18,12 @@ from caco.runs.checkpoint import Checkpoints
 def state(step: int) -> dict:
     generator = torch.Generator().manual_seed(step)
     weights = {f"layer{i}.weight": torch.randn(8, 5 + i, generator=generator) for i in range(6)}
-    return {"step": step, "method": weights, "optimizer": {"state": {0: {"momentum": torch.ones(40)}}, "param_groups": [{"lr": 0.1}]}, "latest": {"a": 1.5}}
+    return {
+        "step": step,
+        "method": weights,
+        "optimizer": {"state": {0: {"momentum": torch.ones(40)}}, "param_groups": [{"lr": 0.1}]},
+        "latest": {"a": 1.5},
+    }
 
 
 def prepare(folder: Path) -> tuple[Path, dict[int, bytes]]:

@@ -1,7 +1,8 @@
-"""Files that are damaged on purpose, seeded, and what becomes of whoever reads them: refused in a sentence or read, and nothing else.
+"""Files that are damaged on purpose, seeded, and what becomes of whoever reads them: refused in a sentence or read, and
+nothing else.
 
-Each kind is a module with `prepare(folder)` and `case(folder, rng)`, which damages something, reads it and returns a word for what came of
-it; what it must not do is raise anything but a UserError, end the process, or go on for ever.
+Each kind is a module with `prepare(folder)` and `case(folder, rng)`, which damages something, reads it and returns a
+word for what came of it; what it must not do is raise anything but a UserError, end the process, or go on for ever.
 """
 
 import collections
@@ -24,7 +25,9 @@ _fork = multiprocessing.get_context("fork")
 
 
 def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Counter, list[str]]:
-    """How cases number first ... first + count - 1 of a kind ended, in processes of their own; and of each that ended badly how."""
+    """How cases number first ... first + count - 1 of a kind ended, in processes of their own; and of each that ended
+    badly how.
+    """
     found: collections.Counter = collections.Counter()
     bad: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +80,9 @@ def _work(kind: str, first: int, end: int, folder: Path, pipe) -> None:
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """A file's bytes with some of them wrong: flipped, overwritten with what reads as a large number, cut, doubled, exchanged, inserted."""
+    """A file's bytes with some of them wrong: flipped, overwritten with what reads as a large number, cut, doubled,
+    exchanged, inserted.
+    """
     made = bytearray(content)
     for _ in range(int(rng.integers(1, 6))):
         if not made:

@@ -1,5 +1,7 @@
-"""Disks that are full in the middle of a write: a run says so in a sentence with exit code 2, and the same command then ends as if
-nothing had been. A limit on the size of files stands for the disk: whichever file reaches it first is the one that fails."""
+"""Disks that are full in the middle of a write: a run says so in a sentence with exit code 2, and the same command then
+ends as if nothing had been. A limit on the size of files stands for the disk: whichever file reaches it first is the
+one that fails.
+"""
 
 import multiprocessing
 import os
@@ -47,7 +49,10 @@ def run(run_dir: Path, limit: int | None) -> tuple[int | None, str]:
 def _train(run_dir: Path, limit: int | None, told: int) -> None:
     os.dup2(told, 1)
     os.dup2(told, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest's write into files, which the limit would hold for too
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w"),
+        os.fdopen(2, "w"),
+    )  # pytest's write into files, which the limit would hold for too
     os.chdir(run_dir.parent)
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -64,5 +69,7 @@ def case(prepared: tuple[Path, dict], rng: np.random.Generator) -> str:
     assert code in (0, 2) and "Traceback" not in told, f"limit {limit}: exit code {code}: {told[-3000:]}"
     again, more = run(run_dir, None)
     found = read_json(run_dir / "summary.json")
-    assert again == 0 and {name: found.get(name) for name in SAME} == {name: expected.get(name) for name in SAME}, f"limit {limit}: {more[-3000:]}"
+    assert again == 0 and {name: found.get(name) for name in SAME} == {name: expected.get(name) for name in SAME}, (
+        f"limit {limit}: {more[-3000:]}"
+    )
     return "no file reached the limit" if code == 0 else "said, and gone on with to the same bits"

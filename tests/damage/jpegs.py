@@ -1,4 +1,6 @@
-"""Damaged JPEGs (and a few PNGs, TIFFs, WebPs) through Pillow and through the compiled views, and what becomes of their limits."""
+"""Damaged JPEGs (and a few PNGs, TIFFs, WebPs) through Pillow and through the compiled views, and what becomes of their
+limits.
+"""
 
 import io
 import time
@@ -18,7 +20,9 @@ SECONDS = 5.0  # of the process's own time, for one image
 
 def whole() -> list[bytes]:
     made = []
-    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((120, 90), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize(
+        (120, 90), Image.Resampling.BICUBIC
+    )
     for image, settings in (
         (smooth, {"quality": 90}),
         (smooth, {"quality": 75, "progressive": True}),

@@ -20,7 +20,10 @@ def main() -> None:
     found, bad = damaging.outcomes(kind, count, first=first)
     print("\n".join(bad))
     words = ", ".join(f"{found[word]:,} {word}" for word in sorted(found))
-    ended = ", ".join(f"{found[word]} {plural}" for word, plural in (("crash", "crashes"), ("hang", "hangs"), ("traceback", "tracebacks")))
+    ended = ", ".join(
+        f"{found[word]} {plural}"
+        for word, plural in (("crash", "crashes"), ("hang", "hangs"), ("traceback", "tracebacks"))
+    )
     command = f"`python tests/damage/run.py {kind} {count}{f' {first}' if first else ''}`"
     print(f"| damaged {kind} | {count:,} | {command} | {datetime.date.today()} | {words}; {ended} |")
     sys.exit(bool(bad))

@@ -1,4 +1,6 @@
-"""Whatever is wrong in a file, whoever reads it refuses it in a sentence or reads it: no crash, no hang, no bare traceback."""
+"""Whatever is wrong in a file, whoever reads it refuses it in a sentence or reads it: no crash, no hang, no bare
+traceback.
+"""
 
 import damaging
 import pytest
@@ -13,7 +15,10 @@ def test_damaged_files_are_read_or_refused(kind, count):
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("kind", "first", "count"), [("jpegs", 150, 1000), ("betons", 100, 1000), ("checkpoints", 40, 200), ("weights", 40, 160), ("disks", 0, 12)])
+@pytest.mark.parametrize(
+    ("kind", "first", "count"),
+    [("jpegs", 150, 1000), ("betons", 100, 1000), ("checkpoints", 40, 200), ("weights", 40, 160), ("disks", 0, 12)],
+)
 def test_many_more_are_too(kind, first, count):
     _, bad = damaging.outcomes(kind, count, first=first)
     assert not bad, "\n".join(bad)

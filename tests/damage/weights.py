@@ -1,4 +1,6 @@
-"""Files of weights that mean harm, and damaged ones: nothing in them is run, none takes seconds or gigabytes, what does not fit is named."""
+"""Files of weights that mean harm, and damaged ones: nothing in them is run, none takes seconds or gigabytes, what does
+not fit is named.
+"""
 
 import io
 import pickle
@@ -18,20 +20,27 @@ from caco.nn.weights import load_backbone
 
 SECONDS, MEGABYTES = 5.0, 400
 CALLS = [
-    ("os", "system", "touch {}"), ("posix", "system", "touch {}"), ("builtins", "eval", "open('{}', 'w')"), ("builtins", "exec", "open('{}', 'w')"),
-    ("pathlib", "Path.touch", "{}"), ("os", "mkdir", "{}"), ("subprocess", "getoutput", "touch {}"), ("runpy", "run_path", "{}"),
-    ("torch", "save", "{}"), ("torch.serialization", "load", "{}"), ("torch.hub", "load", "{}"), ("numpy", "load", "{}"), ("shutil", "rmtree", "{}"),
-    ("webbrowser", "open", "file://{}"), ("importlib", "import_module", "antigravity"), ("builtins", "getattr", "{}"), ("os", "mkfifo", "{}"),
+    ("os", "system", "touch {}"), ("posix", "system", "touch {}"), ("builtins", "eval", "open('{}', 'w')"),
+    ("builtins", "exec", "open('{}', 'w')"),
+    ("pathlib", "Path.touch", "{}"), ("os", "mkdir", "{}"), ("subprocess", "getoutput", "touch {}"),
+    ("runpy", "run_path", "{}"),
+    ("torch", "save", "{}"), ("torch.serialization", "load", "{}"), ("torch.hub", "load", "{}"),
+    ("numpy", "load", "{}"), ("shutil", "rmtree", "{}"),
+    ("webbrowser", "open", "file://{}"), ("importlib", "import_module", "antigravity"), ("builtins", "getattr", "{}"),
+    ("os", "mkfifo", "{}"),
 ]  # fmt: skip
 
 
-# A tuple of one tuple twice, 50 times, by hand, for Python would not come back from making the dict; as a key, in a set, and within a key.
+# A tuple of one tuple twice, 50 times, by hand, for Python would not come back from making the dict; as a key, in a
+# set, and within a key.
 NESTED = b"X\x01\0\0\0x" + 50 * b"q\x00h\x00\x86"
 SLOW = [
     b"\x80\x02}" + NESTED + b"K\x01s.",
     b"\x80\x02cbuiltins\nset\n]" + NESTED + b"a\x85R.",
     b"\x80\x02]q\x01}(h\x01K\x00" + NESTED + b"K\x02\x86K\x01u.",
-    b"\x80\x02}(" + b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"K\x01" for number in range(9, 60_000)) + b"u.",  # one hash for all
+    b"\x80\x02}("
+    + b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"K\x01" for number in range(9, 60_000))
+    + b"u.",  # one hash for all
 ]
 
 
@@ -53,7 +62,11 @@ def prepare(folder: Path) -> dict:
     files = {}
     torch.save(state, out := io.BytesIO())
     files["new.pth"] = out.getvalue()
-    torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}}, out := io.BytesIO(), _use_new_zipfile_serialization=False)
+    torch.save(
+        {"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}},
+        out := io.BytesIO(),
+        _use_new_zipfile_serialization=False,
+    )
     files["old.pth"] = out.getvalue()
     files["kept.safetensors"] = safetensors.torch.save(state)
     bomb = io.BytesIO()
@@ -83,7 +96,8 @@ def odd(state: dict, rng: np.random.Generator) -> object:
         {**state, name: nested},
         {**state, 5: torch.zeros(2), ("a", "b"): 1},
         {"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}, "Memory_Bank": {"W": torch.zeros(3)}},
-        {"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()} | {"queue_ptr": torch.zeros(3, 2), "queue": torch.zeros(2, 2, 2)}},
+        {"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()} | {"queue_ptr": torch.zeros(3, 2),
+        "queue": torch.zeros(2, 2, 2)}},
         {"method": {f"encoder.backbone.{k}": v for k, v in state.items()}, "backbone": nested},
         {"method": {f"encoder.backbone.{k}": v for k, v in state.items()}, "backbone": "nowhere"},
         {"a" * 100_000: torch.zeros(1)},
@@ -106,17 +120,24 @@ def case(prepared: dict, rng: np.random.Generator) -> str:
         content = SLOW[number] if number < 0 else Call(module, function, argument.format(ran)).pickled()
         name = "call.pth"
         if rng.integers(0, 2):
-            with zipfile.ZipFile(io.BytesIO(files["new.pth"])) as archive, zipfile.ZipFile(out := io.BytesIO(), "w") as other:
+            with (
+                zipfile.ZipFile(io.BytesIO(files["new.pth"])) as archive,
+                zipfile.ZipFile(out := io.BytesIO(), "w") as other,
+            ):
                 for part in archive.namelist():
                     other.writestr(part, content if part.endswith("data.pkl") else archive.read(part))
             content = out.getvalue()
     elif kind == 3:
-        torch.save(odd(prepared["state"], rng), out := io.BytesIO(), _use_new_zipfile_serialization=bool(rng.integers(0, 2)))
+        torch.save(
+            odd(prepared["state"], rng), out := io.BytesIO(), _use_new_zipfile_serialization=bool(rng.integers(0, 2))
+        )
         content, name = out.getvalue(), "odd.pth"
     else:
         # Sizes that are claimed and not there.
         content = files[name].replace((8).to_bytes(1, "little"), (255).to_bytes(1, "little"), int(rng.integers(1, 20)))
-        content = content.replace(pickle.dumps(72, 2)[2:-1], pickle.dumps(10**9, 2)[2:-1]) if name != "bomb.pth" else content
+        content = (
+            content.replace(pickle.dumps(72, 2)[2:-1], pickle.dumps(10**9, 2)[2:-1]) if name != "bomb.pth" else content
+        )
     path = folder / name
     path.write_bytes(content)
     begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,7 +9,17 @@ from caco.data.loaders.torch_loader import TorchLoader
 
 
 def batches(
-    source, views, epochs=(0,), *, kind=TorchLoader, workers=0, prefetch=2, corrupt="fail", batch=8, start_step=0, **options
+    source,
+    views,
+    epochs=(0,),
+    *,
+    kind=TorchLoader,
+    workers=0,
+    prefetch=2,
+    corrupt="fail",
+    batch=8,
+    start_step=0,
+    **options,
 ) -> list[Batch]:
     settings = kind(num_workers=workers, prefetch=prefetch, corrupt=corrupt)
     loader = settings.bind(source, views, **{"batch": batch, "seed": 7} | options)

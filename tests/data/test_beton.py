@@ -1,4 +1,6 @@
-"""A .beton: FFCV reads what we write and we read what FFCV writes; nothing half-made is left, nothing broken is used."""
+"""A .beton: FFCV reads what we write and we read what FFCV writes; nothing half-made is left, nothing broken is
+used.
+"""
 
 import contextlib
 import json
@@ -88,12 +90,17 @@ def test_ffcv_reads_what_we_write(in_memory, tmp_path, monkeypatch):
     assert np.array_equal(np.concatenate(labels)[:, 0], in_memory.train.labels)
 
 
-@pytest.mark.skipif(instructions.LEVEL == "torch", reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off")
+@pytest.mark.skipif(
+    instructions.LEVEL == "torch",
+    reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off",
+)
 def test_ffcvs_pipelines_leave_numbas_types_as_they_are(in_memory, two_views, tmp_path, monkeypatch):
     """Numba files what it compiled under them; what is not found there any more is a traceback when it is deleted."""
     filed = {numba.uint8[::1]: "compiled for arrays of bytes"}
     write_splits(in_memory, tmp_path, mode="raw", num_workers=1)
-    with contextlib.closing(FFCVLoader(num_workers=1).bind(beton(root=str(tmp_path)).train, two_views, batch=8, seed=0)):
+    with contextlib.closing(
+        FFCVLoader(num_workers=1).bind(beton(root=str(tmp_path)).train, two_views, batch=8, seed=0)
+    ):
         assert numba.uint8[::1] in filed and numba.uint8[::1].mutable
     monkeypatch.setattr(ffcv_internals.Compiler, "is_enabled", False)
     ffcv_internals.Loader(str(tmp_path / "train.beton"), batch_size=10, num_workers=1)
@@ -107,7 +114,9 @@ def test_we_read_what_ffcv_writes(in_memory, tmp_path, capfd):
     train = in_memory.train
     samples = [(train.arrays[i], train.labels[i]) for i in range(len(train))]
     file = tmp_path / "theirs.beton"
-    DatasetWriter(str(file), {"image": RGBImageField(), "label": IntField()}, num_workers=1).from_indexed_dataset(samples)
+    DatasetWriter(str(file), {"image": RGBImageField(), "label": IntField()}, num_workers=1).from_indexed_dataset(
+        samples
+    )
     made = BetonImages(file, name="theirs")
     assert same(made, train) and np.array_equal(made.labels, train.labels) and made.classes is None
 
@@ -120,14 +129,20 @@ def test_the_digest_follows_the_images_and_their_choice(in_memory, tmp_path):
     first = digest(in_memory.train)
     assert digest(in_memory.train) == first
     part = beton(root=str(tmp_path), limit=36).train.digest()
-    changed = ImagesInMemory(in_memory.train.arrays ^ 1, name="noise", labels=in_memory.train.labels, classes=["a", "b", "c"])
+    changed = ImagesInMemory(
+        in_memory.train.arrays ^ 1, name="noise", labels=in_memory.train.labels, classes=["a", "b", "c"]
+    )
     assert len({first, part, digest(changed)}) == 3
 
 
 def test_a_file_that_ends_early_is_refused(in_memory, tmp_path):
-    (file, _) = write_splits(in_memory, tmp_path, mode="raw", num_workers=1)
+    file, _ = write_splits(in_memory, tmp_path, mode="raw", num_workers=1)
     whole = file.read_bytes()
-    for size, message in ((len(whole) - 1, "complete .beton of 37 images"), (2000, "got 2000 bytes"), (0, "got 0 bytes")):
+    for size, message in (
+        (len(whole) - 1, "complete .beton of 37 images"),
+        (2000, "got 2000 bytes"),
+        (0, "got 0 bytes"),
+    ):
         file.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=message):
             BetonImages(file, name="cut")

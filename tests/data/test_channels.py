@@ -1,4 +1,6 @@
-"""Images as they are stored (data.channels=N): read without loss, measured, and viewed by (seed, epoch, image, view) alone."""
+"""Images as they are stored (data.channels=N): read without loss, measured, and viewed by (seed, epoch, image, view)
+alone.
+"""
 
 import json
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
+from tiny import TINY
 
 from caco import distributed
 from caco.config.composition import compose, job_config
@@ -24,7 +27,6 @@ from caco.data.views.draws import uniforms
 from caco.engine.channels import backbone_of
 from caco.errors import UserError
 from caco.runs.identity import identity
-from tiny import TINY
 
 RNG = np.random.default_rng(0)
 STEPS_16 = RNG.integers(0, 65536, (9, 7, 5), dtype=np.uint16)
@@ -39,7 +41,9 @@ def as_tiff(array, path, **options):
 def wave(seed, count, size=12):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
-    return np.stack([np.sin(6 * x * (c + 1)) * (c + 1) + 0.1 * rng.standard_normal((size, size)) for c in range(count)], 2).astype(np.float32)
+    return np.stack(
+        [np.sin(6 * x * (c + 1)) * (c + 1) + 0.1 * rng.standard_normal((size, size)) for c in range(count)], 2
+    ).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +62,24 @@ def spectra(tmp_path_factory):
     ("name", "array", "write"),
     [
         ("grey of 16 bits.png", STEPS_16[:, :, 0], lambda array, path: Image.fromarray(array).save(path)),
-        ("grey of 8 bits.png", (STEPS_16[:, :, 0] >> 8).astype(np.uint8), lambda array, path: Image.fromarray(array).save(path)),
-        ("with alpha.png", (STEPS_16[:, :, :4] >> 8).astype(np.uint8), lambda array, path: Image.fromarray(array).save(path)),
+        (
+            "grey of 8 bits.png",
+            (STEPS_16[:, :, 0] >> 8).astype(np.uint8),
+            lambda array, path: Image.fromarray(array).save(path),
+        ),
+        (
+            "with alpha.png",
+            (STEPS_16[:, :, :4] >> 8).astype(np.uint8),
+            lambda array, path: Image.fromarray(array).save(path),
+        ),
         ("five of 16 bits.tif", STEPS_16, lambda array, path: as_tiff(array, path, planarconfig="contig")),
-        ("five planes.tif", STEPS_16, lambda array, path: as_tiff(array.transpose(2, 0, 1).copy(), path, planarconfig="separate", photometric="minisblack")),
+        (
+            "five planes.tif",
+            STEPS_16,
+            lambda array, path: as_tiff(
+                array.transpose(2, 0, 1).copy(), path, planarconfig="separate", photometric="minisblack"
+            ),
+        ),
         ("deflated.tif", STEPS_16[:, :, 0], lambda array, path: as_tiff(array, path, compression="zlib")),
         ("floats.tif", wave(0, 2), lambda array, path: as_tiff(array, path, planarconfig="contig")),
         ("signed.tif", STEPS_16.astype(np.int16), lambda array, path: as_tiff(array, path, planarconfig="contig")),
@@ -116,7 +134,9 @@ def test_unsigned_numbers_count_as_0_to_1_and_others_as_they_are():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_views_of_three_channels_are_those_of_the_photograph_to_its_rounding(seed):
-    """The same draws, crops, resampling, turns and flips; what photographs round to 8 bits after each step, floats do not."""
+    """The same draws, crops, resampling, turns and flips; what photographs round to 8 bits after each step, floats do
+    not.
+    """
     pixels = ndimage.gaussian_filter(np.random.default_rng(seed).integers(0, 256, (40, 50, 3)).astype(float), (2, 2, 0))
     image = np.clip(128 + 4 * (pixels - 128), 30, 225).round().astype(np.uint8)
     view = View(rotate=10, shift=0.1, jitter=[0.1, 0.1, 0.1, 0.0], jitter_p=1.0, gray_p=0.5, blur_p=0.0, flip_p=0.5)
@@ -145,7 +165,10 @@ def test_a_view_depends_on_seed_epoch_image_and_view_alone(spectra):
     for name, images, batch, workers in (("one", source, 20, 0), ("four", source, 4, 2), ("memory", held, 5, 2)):
         loader = TorchLoader(num_workers=workers).bind(images, views, batch=batch, seed=1)
         batches = list(loader.epoch(3))
-        made[name] = [torch.cat([one.views[v].clone() for one in batches])[torch.cat([one.index for one in batches]).argsort()] for v in range(3)]
+        made[name] = [
+            torch.cat([one.views[v].clone() for one in batches])[torch.cat([one.index for one in batches]).argsort()]
+            for v in range(3)
+        ]
         loader.close()
     for v in range(3):
         assert made["one"][v].shape == (20, 5, 8 if v < 2 else 6, 8 if v < 2 else 6)
@@ -201,7 +224,11 @@ def test_a_channel_that_is_the_same_everywhere_has_a_deviation_of_1(tmp_path):
 
 
 def test_statistics_that_do_not_fit_the_channels_are_refused(spectra):
-    for settings in ({"channels": 5, "mean": [0.5] * 5}, {"channels": 5, "mean": [0.5], "std": [1.0]}, {"mean": [0.5] * 3, "std": [1.0] * 3}):
+    for settings in (
+        {"channels": 5, "mean": [0.5] * 5},
+        {"channels": 5, "mean": [0.5], "std": [1.0]},
+        {"mean": [0.5] * 3, "std": [1.0] * 3},
+    ):
         with pytest.raises(UserError, match="data.mean and data.std: expected both"):
             folder(root=str(spectra), **settings)
 
@@ -228,9 +255,18 @@ BASE = ["data=folder", "data.root=/nowhere", "data.channels=4", "tracking=ledger
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["augmentation.views.first.gray_p=0.2"], r"augmentation.views.first.gray_p: images of 4 channels have no hue, saturation or grey"),
-        (["augmentation.views.first.jitter=[0.4,0.4,0.2,0.1]"], "augmentation.views.first.jitter: images of 4 channels have no hue"),
-        (["augmentation.mean=[0.5,0.5,0.5]"], "augmentation.mean: is of photographs; with data.channels=4 say data.mean"),
+        (
+            ["augmentation.views.first.gray_p=0.2"],
+            r"augmentation.views.first.gray_p: images of 4 channels have no hue, saturation or grey",
+        ),
+        (
+            ["augmentation.views.first.jitter=[0.4,0.4,0.2,0.1]"],
+            "augmentation.views.first.jitter: images of 4 channels have no hue",
+        ),
+        (
+            ["augmentation.mean=[0.5,0.5,0.5]"],
+            "augmentation.mean: is of photographs; with data.channels=4 say data.mean",
+        ),
         (["augmentation=infomin", "method=infomin"], "~augmentation.views.both.then"),
         (["augmentation=cmc", "method=cmc"], "augmentation.colours: expected rgb with data.channels=4"),
         (["eval=[transfer]", "eval.transfer.root=/nowhere"], "eval.transfer: reads photographs of its own"),
@@ -245,7 +281,12 @@ def test_what_needs_red_green_and_blue_is_refused_before_anything_is_read(overri
 
 
 def test_what_stays_of_a_recipe_is_not_refused():
-    overrides = [*BASE, "augmentation.views.first.gray_p=0", "augmentation.views.first.jitter=[0.4,0.4,0,0]", "~augmentation.views.second"]
+    overrides = [
+        *BASE,
+        "augmentation.views.first.gray_p=0",
+        "augmentation.views.first.jitter=[0.4,0.4,0,0]",
+        "~augmentation.views.second",
+    ]
     cfg = compose(overrides)
     check(job_config(cfg), overrides=overrides, choices=dict(cfg.hydra.runtime.choices))
 
@@ -254,7 +295,12 @@ LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18_cifar", "small_resnet", *(pytest.param(name, marks=LONG) for name in ("resnet18", "vit_small", "mocov3_vit_small", "resnet50_preact"))]
+    "name",
+    [
+        "resnet18_cifar",
+        "small_resnet",
+        *(pytest.param(name, marks=LONG) for name in ("resnet18", "vit_small", "mocov3_vit_small", "resnet50_preact")),
+    ],
 )
 def test_the_first_layer_follows(name):
     node = job_config(compose([f"backbone={name}"])).backbone
@@ -280,7 +326,8 @@ def test_the_first_layer_of_a_network_of_ones_own_follows_too():
 
 RUN = [
     *(item for item in TINY if not item.startswith(("data=", "augmentation=", "batch=", "eval="))),
-    "data=folder", "data.channels=5", "augmentation=cifar", "augmentation.size=16", "batch=10", "bank.size=20", "eval=[knn,probe]", "eval.knn.k=2",
+    "data=folder", "data.channels=5", "augmentation=cifar", "augmentation.size=16", "batch=10", "bank.size=20",
+    "eval=[knn,probe]", "eval.knn.k=2",
 ]  # fmt: skip
 
 
@@ -299,7 +346,10 @@ def test_a_run_notes_what_it_measured_and_is_evaluated_and_exported_with_it(spec
     assert "mean and standard deviation of each channel, measured on folder/train" in said
     assert "views have no saturation, hue, grey" in said
 
-    for command, arguments in ((evaluate, ["eval=[knn_all]", "eval.knn.k=2", "baselines=true"]), (export, [f"to={tmp_path / 'out'}"])):
+    for command, arguments in (
+        (evaluate, ["eval=[knn_all]", "eval.knn.k=2", "baselines=true"]),
+        (export, [f"to={tmp_path / 'out'}"]),
+    ):
         monkeypatch.setattr("sys.argv", ["caco", f"run={run_dir}", *arguments])
         command.main()
     assert "measured on" not in capfd.readouterr().err  # the run's own are taken
@@ -319,7 +369,10 @@ def test_a_plan_counts_the_channels():
     from caco.plan import plan
 
     with_more, with_three = (
-        plan(job_config(compose([*BASE[:2], "backbone=small_resnet", "batch=16", f"data.channels={count}"])), images=100) for count in (64, 3)
+        plan(
+            job_config(compose([*BASE[:2], "backbone=small_resnet", "batch=16", f"data.channels={count}"])), images=100
+        )
+        for count in (64, 3)
     )
     assert with_more["model_flops_per_step"] > with_three["model_flops_per_step"]
     assert with_more["activation_bytes"] > with_three["activation_bytes"]

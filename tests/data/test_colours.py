@@ -28,14 +28,16 @@ def ydbdr_by_hand(r: float, g: float, b: float) -> list[float]:
 
 def ycbcr_by_hand(r: float, g: float, b: float) -> list[float]:
     return [
-        16 + 65.481 * r + 128.553 * g + 24.966 * b, 128 - 37.797 * r - 74.203 * g + 112 * b, 128 + 112 * r - 93.786 * g - 18.214 * b,
+        16 + 65.481 * r + 128.553 * g + 24.966 * b, 128 - 37.797 * r - 74.203 * g + 112 * b,
+        128 + 112 * r - 93.786 * g - 18.214 * b,
     ]  # fmt: skip
 
 
 BY_HAND = {"lab": lab_by_hand, "ydbdr": ydbdr_by_hand, "ycbcr": ycbcr_by_hand}
 
 
-# What skimage.color (scikit-image 0.26, which the published code calls) gives for red, a dark colour and a mixed one of 8 bits.
+# What skimage.color (scikit-image 0.26, which the published code calls) gives for red, a dark colour and a mixed one of
+# 8 bits.
 SCIKIT_IMAGE = {
     "lab": [[53.240588, 80.092308, 67.202751], [2.530334, -0.020471, 2.557631], [65.250628, -16.885725, -34.829776]],
     "ydbdr": [[0.299, -0.45, -1.333], [0.036129, -0.036659, -0.020788], [0.536588, 0.490784, 0.722118]],

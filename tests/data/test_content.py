@@ -1,16 +1,16 @@
-"""What images are known by: a digest that a copy keeps and an exchange changes, a cache key that every new file changes, in the time
-of one reading."""
+"""What images are known by: a digest that a copy keeps and an exchange changes, a cache key that every new file
+changes, in the time of one reading."""
 
 import os
 import shutil
 import time
 
+import content_worker
 import numpy as np
 import pytest
-from processes import ranks
 from PIL import Image
+from processes import ranks
 
-import content_worker
 from caco.data.sets import content
 from caco.data.sets.content import BLOCK, Looks, in_threads, look_at
 from caco.data.sets.folders import class_folders
@@ -116,16 +116,22 @@ def test_a_file_that_is_gone_is_named(tmp_path, write_images):
     write_images(tmp_path / "c", 3)
     source = class_folders(tmp_path, "set")
     (tmp_path / "c" / "0001.png").unlink()
-    with pytest.raises(FileError, match=r"0001\.png: expected an image that can be read, got FileNotFoundError: No such file"):
+    with pytest.raises(
+        FileError, match=r"0001\.png: expected an image that can be read, got FileNotFoundError: No such file"
+    ):
         source.digest()
 
 
 def test_a_look_reads_no_more_than_the_file(tmp_path, write_images, monkeypatch):
-    """1.3 million files take at most what reading them once takes: counted in bytes and openings, as a test's clock says little."""
+    """1.3 million files take at most what reading them once takes: counted in bytes and openings, as a test's clock
+    says little.
+    """
     write_images(tmp_path / "c", 40, size=80)
     counted = {"bytes": 0, "open": 0}
     pread, open_ = os.pread, os.open
-    monkeypatch.setattr(content.os, "pread", lambda *a: (counted.__setitem__("bytes", counted["bytes"] + a[1]), pread(*a))[1])
+    monkeypatch.setattr(
+        content.os, "pread", lambda *a: (counted.__setitem__("bytes", counted["bytes"] + a[1]), pread(*a))[1]
+    )
     monkeypatch.setattr(content.os, "open", lambda *a: (counted.__setitem__("open", counted["open"] + 1), open_(*a))[1])
     source = class_folders(tmp_path, "set")
     source.digest()

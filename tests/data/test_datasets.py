@@ -36,7 +36,9 @@ def pets(tmp_path: Path, write_images: Callable) -> str:
 # Configuration.
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("data/*.yaml")) + [CONF / "loader" / "torch.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(CONF.glob("data/*.yaml")) + [CONF / "loader" / "torch.yaml"], ids=lambda path: path.stem
+)
 def test_a_yaml_has_exactly_the_arguments_of_its_target_and_says_how_to_use_it(path):
     settings = OmegaConf.to_container(OmegaConf.load(path))
     module, _, name = settings.pop("_target_").rpartition(".")
@@ -91,7 +93,9 @@ def test_tiles_are_the_pixels_of_the_two_photographs_each_once():
     splits = photo_tiles(size=128)
     assert (len(splits.train), len(splits.test)) == (24, 6) and splits.pretrain is splits.train
     ours = {
-        (np.asarray(source.image(i)).tobytes(), int(source.labels[i])) for source in (splits.train, splits.test) for i in range(len(source))
+        (np.asarray(source.image(i)).tobytes(), int(source.labels[i]))
+        for source in (splits.train, splits.test)
+        for i in range(len(source))
     }
     photos = load_sample_images().images
     assert ours == {
@@ -150,7 +154,9 @@ def test_unlabelled_images_are_evaluated_on_a_labelled_folder(tmp_path, write_im
     assert len(splits.pretrain) == 7 and splits.pretrain.labels is None
     assert (len(splits.train), len(splits.test)) == (20, 5)
     assert splits.train.labels is not None
-    with pytest.raises(ValueError, match="data.labelled_root: expected class folders below .*photos/2019/summer, got images without"):
+    with pytest.raises(
+        ValueError, match="data.labelled_root: expected class folders below .*photos/2019/summer, got images without"
+    ):
         folder(root=pets, labelled_root=str(tmp_path / "photos" / "2019" / "summer"))
 
 
@@ -207,7 +213,9 @@ def test_held_out_images_are_never_trained_on_and_replace_the_test_images(pets):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 0.001])
 def test_a_share_that_holds_nothing_or_everything_out_is_refused(pets, fraction):
-    with pytest.raises(ValueError, match=r"data.validation_fraction: expected a share in \(0, 1\) of the 20 images, got"):
+    with pytest.raises(
+        ValueError, match=r"data.validation_fraction: expected a share in \(0, 1\) of the 20 images, got"
+    ):
         folder(root=pets, validation_fraction=fraction)
 
 
@@ -238,7 +246,9 @@ def test_an_unreadable_image_of_a_small_set_is_named_before_training(pets, two_v
     for number in ("0003", "0005"):
         Path(pets, "train", "dog", f"{number}.png").write_bytes(b"broken")
     splits = folder(root=pets)
-    with pytest.raises(UserError, match=r"train/dog/0003\.png: expected an image .* 1 more of folder/train cannot be read either"):
+    with pytest.raises(
+        UserError, match=r"train/dog/0003\.png: expected an image .* 1 more of folder/train cannot be read either"
+    ):
         TorchLoader().bind(splits.train, two_views, batch=4, seed=0)
     with pytest.raises(UserError, match=r"train/dog/0003\.png"):
         FeatureStore(splits, two_views, batch=4, device="cpu", precision="fp32")
@@ -284,7 +294,9 @@ def test_tiny_imagenet_reads_its_validation_labels(tmp_path, write_images):
         (tmp_path / "train" / wnid / f"{wnid}_boxes.txt").write_text("n01_0.JPEG\t0\t0\t62\t62\n")
     write_images(tmp_path / "val" / "images", 4, suffix=".JPEG")
     annotations = tmp_path / "val" / "val_annotations.txt"
-    annotations.write_text("".join(f"{i:04d}.JPEG\t{wnid}\t0\t0\t9\t9\n" for i, wnid in enumerate(["n02", "n01", "n01", "n02"])))
+    annotations.write_text(
+        "".join(f"{i:04d}.JPEG\t{wnid}\t0\t0\t9\t9\n" for i, wnid in enumerate(["n02", "n01", "n01", "n02"]))
+    )
     splits = tiny_imagenet(root=str(tmp_path))
     assert splits.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and splits.test.labels.tolist() == [1, 0, 0, 1]
     assert splits.test.classes == splits.train.classes == ["n01", "n02"]

@@ -17,7 +17,9 @@ def said():
 
 @pytest.fixture
 def reading(said):
-    """reading(root): what is there; what was said is in `said`, but for the numbers of images, of which a toy has few."""
+    """reading(root): what is there; what was said is in `said`, but for the numbers of images, of which a toy has
+    few.
+    """
 
     def make(root):
         def say(text, passing=False):
@@ -50,9 +52,18 @@ def test_lists_classes_and_domains_are_as_published(tmp_path, reading):
     for source in (train, crossval):
         for i in range(len(source)):
             domain, name, _ = source.path(i).parts[-3:]
-            assert domain in ("cartoon", "photo") and CLASSES[labels_of(source)[i]] == name and source.image(i).mode == "RGB"
+            assert (
+                domain in ("cartoon", "photo")
+                and CLASSES[labels_of(source)[i]] == name
+                and source.image(i).mode == "RGB"
+            )
     assert shared_images(train, crossval) == []
-    assert sum(map(sum, PUBLISHED.values())) == 9991 and [sum(PUBLISHED[name]) for name in DOMAINS] == [2048, 2344, 1670, 3929]
+    assert sum(map(sum, PUBLISHED.values())) == 9991 and [sum(PUBLISHED[name]) for name in DOMAINS] == [
+        2048,
+        2344,
+        1670,
+        3929,
+    ]
 
 
 def test_classes_come_from_the_folders_and_a_number_that_differs_is_said(tmp_path, reading, said):
@@ -62,7 +73,9 @@ def test_classes_come_from_the_folders_and_a_number_that_differs_is_said(tmp_pat
     file = lists / "art_painting_crossval_kfold.txt"
     file.write_text(file.read_text().replace("art_painting/dog/pic_003.jpg 0", "art_painting/dog/pic_003.jpg 4"))
     assert labels_of(reading(tmp_path).every).tolist() == before
-    assert said == [f"{file}: the number of art_painting/dog/pic_003.jpg is another class's than the folder's; the folder counts"]
+    assert said == [
+        f"{file}: the number of art_painting/dog/pic_003.jpg is another class's than the folder's; the folder counts"
+    ]
 
 
 @pytest.mark.parametrize("how", ["cut", "removed"])
@@ -81,8 +94,8 @@ def test_what_is_missing_is_one_refusal_with_the_layouts(tmp_path, reading):
     with pytest.raises(FileError) as nothing:
         reading(tmp_path)
     assert (
-        f"data.root: expected PACS below {tmp_path}, got no folder with art_painting/, cartoon/, photo/, sketch/ and no lists"
-        in str(nothing.value)
+        f"data.root: expected PACS below {tmp_path}, got no folder with art_painting/, cartoon/, photo/, sketch/ and no"
+        " lists" in str(nothing.value)
     )
     assert "PACS/kfold/DOMAIN/CLASS/*.jpg" in str(nothing.value) and "pacs/images/DOMAIN/CLASS" in str(nothing.value)
     lists = write_pacs(tmp_path)
@@ -114,14 +127,20 @@ def test_other_numbers_than_the_published_ones_are_said(tmp_path):
     write_pacs(tmp_path)
     said = []
     read(tmp_path, key="data.root", say=lambda text, passing=False: said.append(text))
-    assert len(said) == 8 and "data.root: photo_crossval_kfold.txt: the published list has 171 images, this one 7" in said
+    assert (
+        len(said) == 8 and "data.root: photo_crossval_kfold.txt: the published list has 171 images, this one 7" in said
+    )
 
 
 def test_pre_training_sees_three_domains_and_the_test_the_fourth(tmp_path, capsys):
     write_pacs(tmp_path)
     cfg = compose(["data=pacs", f"data.root={tmp_path}", "data.target=cartoon"])
     splits = instantiate(cfg.data)
-    domains = {name: {source.path(i).parts[-3] for i in range(len(source))} for name, source in vars(splits).items() if source is not None}
+    domains = {
+        name: {source.path(i).parts[-3] for i in range(len(source))}
+        for name, source in vars(splits).items()
+        if source is not None
+    }
     assert domains == {
         "pretrain": {"art_painting", "photo", "sketch"},
         "train": {"art_painting", "photo", "sketch"},
@@ -131,5 +150,7 @@ def test_pre_training_sees_three_domains_and_the_test_the_fourth(tmp_path, capsy
     assert pacs(root=str(tmp_path), target="photo").pretrain.digest() != splits.pretrain.digest()
     held = pacs(root=str(tmp_path), target="cartoon", validation_fraction=0.2)
     assert {held.test.path(i).parts[-3] for i in range(len(held.test))} <= {"art_painting", "photo", "sketch"}
-    with pytest.raises(UserError, match="data.target: expected one of art_painting, cartoon, photo, sketch, got 'clipart'"):
+    with pytest.raises(
+        UserError, match="data.target: expected one of art_painting, cartoon, photo, sketch, got 'clipart'"
+    ):
         pacs(root=str(tmp_path), target="clipart")

@@ -119,7 +119,12 @@ def test_a_missing_set_takes_two_lines_to_put_right(load, tmp_path, monkeypatch)
         with pytest.raises(FileError) as caught:
             load(**options)
         first, second = str(caught.value).splitlines()
-        assert f"data={load.__name__}" in first and "data.root=" in first and re.search(got, first) and "preset=demo" in second
+        assert (
+            f"data={load.__name__}" in first
+            and "data.root=" in first
+            and re.search(got, first)
+            and "preset=demo" in second
+        )
     assert socket.getdefaulttimeout() is None
 
 
@@ -163,10 +168,15 @@ def test_fashion_mnist_is_read_as_debian_has_it_and_as_torchvision_does(tmp_path
         (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
     monkeypatch.setattr("torchvision.datasets.mnist.check_integrity", lambda path: Path(path).is_file())
     theirs = fashion_mnist(root=str(tmp_path / "theirs"), download=False)
-    assert np.array_equal(np.asarray(theirs.test.image(3)), np.asarray(splits.test.image(3))) and theirs.train.digest() == splits.train.digest()
+    assert (
+        np.array_equal(np.asarray(theirs.test.image(3)), np.asarray(splits.test.image(3)))
+        and theirs.train.digest() == splits.train.digest()
+    )
 
 
-@pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(bytes([0, 0, 8, 3] + 40 * [0])), gzip.compress(b"\0" * 3)])
+@pytest.mark.parametrize(
+    "damage", [b"", b"no gzip", gzip.compress(bytes([0, 0, 8, 3] + 40 * [0])), gzip.compress(b"\0" * 3)]
+)
 def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path, damage):
     write_fashion(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damage)

@@ -13,7 +13,9 @@ from caco.data.sets.statistics import MOST_IMAGES
 from caco.runs.identity import plain
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
-COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^\$ python -m caco\.train (.*)$", PAGE, re.MULTILINE)]
+COMMANDS = [
+    shlex.split(line, comments=True) for line in re.findall(r"^\$ python -m caco\.train (.*)$", PAGE, re.MULTILINE)
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS)

@@ -1,4 +1,6 @@
-"""Symbolic links, and what else a folder of images may hold: each image comes once, under its own class, or it is said why not."""
+"""Symbolic links, and what else a folder of images may hold: each image comes once, under its own class, or it is said
+why not.
+"""
 
 import os
 import time
@@ -38,7 +40,9 @@ def test_a_link_to_what_holds_it_is_refused_at_once(pets, to):
     (pets / "train" / "cat" / "up").symlink_to(to)
     begun = time.process_time()
     for root in (pets, pets / "train"):
-        with pytest.raises(UserError, match=r"cat/up(: a link to .*, which holds it| and .* are one folder, by a link)"):
+        with pytest.raises(
+            UserError, match=r"cat/up(: a link to .*, which holds it| and .* are one folder, by a link)"
+        ):
             folder(root=str(root))
     with pytest.raises(UserError, match="which holds it|are one folder"):
         folder(root=str(pets), labelled_root=str(pets))
@@ -55,14 +59,20 @@ def test_several_links_to_one_another_end(pets):
 
 def test_one_folder_under_two_classes_is_refused(pets):
     (pets / "train" / "kitten").symlink_to("cat")
-    with pytest.raises(UserError, match=r"train/kitten and .*train/cat are one folder, by a link: its images would come twice"):
+    with pytest.raises(
+        UserError, match=r"train/kitten and .*train/cat are one folder, by a link: its images would come twice"
+    ):
         folder(root=str(pets))
 
 
-@pytest.mark.parametrize(("link", "to"), [("train/cat/gone.png", "nowhere.png"), ("train/bird", "../nowhere"), ("train/dog/self", "self")])
+@pytest.mark.parametrize(
+    ("link", "to"), [("train/cat/gone.png", "nowhere.png"), ("train/bird", "../nowhere"), ("train/dog/self", "self")]
+)
 def test_a_link_that_leads_nowhere_is_named(pets, link, to):
     (pets / link).symlink_to(to)
-    with pytest.raises(FileError, match=rf"{link}, a link to {to}: expected a folder or an image .* Mend or remove it\."):
+    with pytest.raises(
+        FileError, match=rf"{link}, a link to {to}: expected a folder or an image .* Mend or remove it\."
+    ):
         folder(root=str(pets))
     (pets / link).rename(pets / link.replace(Path(link).name, ".hidden"))
     assert len(folder(root=str(pets)).train) == 5

@@ -30,7 +30,8 @@ from caco.errors import FileError
 from caco.write import write_splits
 
 needs_ffcv = pytest.mark.skipif(
-    instructions.LEVEL == "torch", reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off"
+    instructions.LEVEL == "torch",
+    reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off",
 )
 FFCV = pytest.param(FFCVLoader, marks=needs_ffcv)
 
@@ -110,7 +111,9 @@ def test_auto_takes_ffcv_for_a_beton_and_says_so(noise_source, beton_source, two
     assert capsys.readouterr().err == "caco: views by FFCV, compiled\n"
     assert_same(made, batches(source, two_views, kind=AutoLoader))
     assert capsys.readouterr().err == "caco: views by the compiled views of images in memory\n"
-    assert_same(batches(source, two_views, kind=AutoLoader, rank=1, world=2), batches(source, two_views, rank=1, world=2))
+    assert_same(
+        batches(source, two_views, kind=AutoLoader, rank=1, world=2), batches(source, two_views, rank=1, world=2)
+    )
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(native, "turbojpeg", lambda: None)
     assert_same(batches(file, two_views, kind=AutoLoader), made)
@@ -129,9 +132,15 @@ def test_with_compiled_parts_turned_off_pillow_makes_the_same_batches_and_ffcv_i
     monkeypatch.setattr(instructions, "LEVEL", "torch")
     capsys.readouterr()
     assert_same(batches(source, two_views, kind=AutoLoader), made)
-    assert capsys.readouterr().err == "caco: views by Pillow (the compiled views are turned off by CACO_INSTRUCTIONS=torch) of images in memory\n"
+    assert (
+        capsys.readouterr().err
+        == "caco: views by Pillow (the compiled views are turned off by CACO_INSTRUCTIONS=torch) of images in memory\n"
+    )
     assert_same(batches(file, two_views, kind=AutoLoader), made)
-    message = "loader=ffcv: needs the compiled views, which are turned off by CACO_INSTRUCTIONS=torch: unset CACO_INSTRUCTIONS; loader=auto"
+    message = (
+        "loader=ffcv: needs the compiled views, which are turned off by CACO_INSTRUCTIONS=torch: unset"
+        " CACO_INSTRUCTIONS; loader=auto"
+    )
     with pytest.raises(ValueError, match=message):
         batches(file, two_views, kind=FFCVLoader, workers=1)
 
@@ -180,7 +189,9 @@ def test_memory_stays_flat_over_epochs(beton_source, noise_source, two_views, ki
                 pass
         return resident_mb()
 
-    before = run(range(10 if native.library() else 100))  # beside Pillow, what the allocator keeps in reserve grows for so long
+    before = run(
+        range(10 if native.library() else 100)
+    )  # beside Pillow, what the allocator keeps in reserve grows for so long
     assert run(range(100, 130)) < before + 15
     loader.close()
 
@@ -191,7 +202,9 @@ def photos(tmp_path: Path) -> BetonImages:
     (tmp_path / "in").mkdir()
     smooth = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
     for i, colours in enumerate(smooth):
-        Image.fromarray(colours).resize((60, 40), Image.Resampling.BICUBIC).save(tmp_path / "in" / f"{i:02d}.jpg", quality=90)
+        Image.fromarray(colours).resize((60, 40), Image.Resampling.BICUBIC).save(
+            tmp_path / "in" / f"{i:02d}.jpg", quality=90
+        )
     splits = folder(root=str(tmp_path / "in"))
     write_splits(splits, tmp_path, num_workers=1)
     file = tmp_path / "train.beton"
@@ -204,7 +217,9 @@ def photos(tmp_path: Path) -> BetonImages:
     return BetonImages(file, name="photos")
 
 
-@pytest.mark.parametrize(("kind", "workers"), [(TorchLoader, 0), (TorchLoader, 2), pytest.param(FFCVLoader, 2, marks=needs_ffcv)])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [(TorchLoader, 0), (TorchLoader, 2), pytest.param(FFCVLoader, 2, marks=needs_ffcv)]
+)
 def test_a_corrupt_jpeg_is_named_or_another_stands_in_for_it(photos, two_views, kind, workers, capsys):
     with pytest.raises(ValueError, match=r"train\.beton: .* corrupt JPEG as number [34]\. .*loader\.corrupt=skip"):
         batches(photos, two_views, kind=kind, workers=workers, batch=12)
@@ -223,7 +238,10 @@ def test_a_corrupt_jpeg_is_named_or_another_stands_in_for_it(photos, two_views, 
 @pytest.mark.parametrize("kind", [TorchLoader, FFCV])
 def test_where_nothing_can_be_read_skipping_ends_too(photos, two_views, kind):
     broken = photos.part(np.array([3, 4, 3, 4]), "broken")
-    with pytest.raises(ValueError, match="broken: expected an image that can be read in place of image 0 of broken, got none among the 3 that"):
+    with pytest.raises(
+        ValueError,
+        match="broken: expected an image that can be read in place of image 0 of broken, got none among the 3 that",
+    ):
         batches(broken, two_views, kind=kind, workers=1, batch=4, corrupt="skip")
 
 
@@ -285,7 +303,8 @@ def test_every_image_comes_at_most_once_an_epoch_and_the_rest_is_dropped(noise_s
 def test_order_and_views_differ_between_epochs_and_seeds(noise_source, two_views):
     source = noise_source(32)
     streams = [
-        batches(source, two_views, epochs=(epoch,), seed=seed) for epoch, seed in [(0, 7), (1, 7), (-1, 7), (-2, 7), (0, 8)]
+        batches(source, two_views, epochs=(epoch,), seed=seed)
+        for epoch, seed in [(0, 7), (1, 7), (-1, 7), (-2, 7), (0, 8)]
     ]
     for a in range(len(streams)):
         for b in range(a):
@@ -298,7 +317,9 @@ def test_order_and_views_differ_between_epochs_and_seeds(noise_source, two_views
 
 def test_views_and_samples_draw_apart(two_views):
     """Equal images at different places get different views, and view 0 is not view 1."""
-    source = ImagesInMemory(np.repeat(np.random.default_rng(0).integers(0, 256, (1, 12, 12, 3), np.uint8), 16, 0), name="equal")
+    source = ImagesInMemory(
+        np.repeat(np.random.default_rng(0).integers(0, 256, (1, 12, 12, 3), np.uint8), 16, 0), name="equal"
+    )
     drawn = [view for pair in by_image(batches(source, two_views)).values() for view in pair[:2]]
     assert len({view.numpy().tobytes() for view in drawn}) == 32
 
@@ -376,7 +397,9 @@ def test_an_unreadable_image_is_named_at_once(tmp_path: Path, write_images: Call
     (tmp_path / "cat" / "0013.png").write_bytes(b"not an image")
     source = folder(root=str(tmp_path), in_memory_mb=0).pretrain
     others = multiprocessing.active_children()
-    with pytest.raises(ValueError, match=r"cat/0013\.png: expected an image that can be read, got Unidentified") as caught:
+    with pytest.raises(
+        ValueError, match=r"cat/0013\.png: expected an image that can be read, got Unidentified"
+    ) as caught:
         batches(source, two_views, batch=10, workers=workers)
     assert "Traceback" not in str(caught.value)
     assert set(multiprocessing.active_children()) <= set(others)  # closed although the exception is still held

@@ -1,4 +1,6 @@
-"""The compiled views: the same bits as Pillow's, whatever the image, the size, the settings and the number of threads."""
+"""The compiled views: the same bits as Pillow's, whatever the image, the size, the settings and the number of
+threads.
+"""
 
 import io
 
@@ -49,16 +51,27 @@ def images(height: int, width: int) -> list[np.ndarray]:
     rng = np.random.default_rng(height * width)
     y, x = np.mgrid[:height, :width]
     wash = np.stack([3 * x + y, 5 * y, 255 - 2 * x], -1).astype(np.uint8)
-    return [rng.integers(0, 256, (height, width, 3), np.uint8), wash, np.repeat((x // 3 % 2 * 255)[..., None], 3, -1).astype(np.uint8)]
+    return [
+        rng.integers(0, 256, (height, width, 3), np.uint8),
+        wash,
+        np.repeat((x // 3 % 2 * 255)[..., None], 3, -1).astype(np.uint8),
+    ]
 
 
-def both(views: Views, arrays: list[np.ndarray], *, samples=None, threads=2) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def both(
+    views: Views, arrays: list[np.ndarray], *, samples=None, threads=2
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The views, uint8, by the compiled library and by Pillow."""
     samples = np.arange(len(arrays)) if samples is None else samples
     ours = [np.empty((len(arrays), size, size, 3), np.uint8) for size in views.sizes]
     native.make_views(views.settings(), native.table(arrays), samples, 9, ours, num_threads=threads)
     theirs = [
-        np.stack([views.view_pixels(Image.fromarray(a), v, u) for a, u in zip(arrays, uniforms(9, samples, v).tolist(), strict=True)])
+        np.stack(
+            [
+                views.view_pixels(Image.fromarray(a), v, u)
+                for a, u in zip(arrays, uniforms(9, samples, v).tolist(), strict=True)
+            ]
+        )
         for v in range(views.num_views)
     ]
     return ours, theirs
@@ -68,7 +81,9 @@ def both(views: Views, arrays: list[np.ndarray], *, samples=None, threads=2) -> 
 def test_every_step_equals_pillows(case, level):
     sizes = (1, 7, 32, 33)
     views = Views(size=8, views={str(s): View(size=s, **CASES[case]) for s in sizes}, mean=[0.5] * 3, std=[0.5] * 3)
-    arrays = [image for height, width in ((32, 32), (1, 5), (50, 37), (23, 140), (7, 7)) for image in images(height, width)]
+    arrays = [
+        image for height, width in ((32, 32), (1, 5), (50, 37), (23, 140), (7, 7)) for image in images(height, width)
+    ]
     for ours, theirs in zip(*both(views, arrays), strict=True):
         assert np.array_equal(ours, theirs)
 
@@ -76,7 +91,10 @@ def test_every_step_equals_pillows(case, level):
 def test_the_papers_views_of_photographs_sizes_equal_pillows(level):
     kind = {"blur_p": 0.5, "solarize_p": 0.3}
     views = Views(
-        size=224, views={"large": View(**kind), "small": View(size=96, scale=[0.05, 0.14], **kind)}, mean=[0.5] * 3, std=[0.5] * 3
+        size=224,
+        views={"large": View(**kind), "small": View(size=96, scale=[0.05, 0.14], **kind)},
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
     )
     arrays = [image for _ in range(2) for image in images(375, 500) + images(333, 240)]
     for ours, theirs in zip(*both(views, arrays), strict=True):
@@ -125,7 +143,9 @@ def test_every_turn_of_the_hue_equals_pillows_for_every_saturation_and_value(lev
 
 
 @pytest.mark.parametrize("height", [17, 70, 201])
-@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"quality": 20}])
+@pytest.mark.parametrize(
+    "options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"quality": 20}]
+)
 def test_a_jpeg_of_which_only_some_rows_are_decoded_gives_the_views_of_the_whole(height, options):
     if native.turbojpeg() is None:
         pytest.skip("libturbojpeg is missing")

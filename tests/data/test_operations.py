@@ -1,4 +1,5 @@
-"""Operations that a view may go on with: RandAugment at InfoMin's magnitudes, held to timm's; PIRL's, CPC v2's; each by hand or by
+"""Operations that a view may go on with: RandAugment at InfoMin's magnitudes, held to timm's; PIRL's, CPC v2's; each by
+hand or by
 Pillow."""
 
 import math
@@ -13,7 +14,15 @@ from timm.data import auto_augment as timm_s
 from torch.nn import functional as F
 
 from caco.data.views.draws import uniforms
-from caco.data.views.operations import ALL_OPERATIONS, DropChannels, Elastic, Grayscale, Photometric, RandAugment, SampledBlur
+from caco.data.views.operations import (
+    ALL_OPERATIONS,
+    DropChannels,
+    Elastic,
+    Grayscale,
+    Photometric,
+    RandAugment,
+    SampledBlur,
+)
 
 FILL = (124, 116, 104)
 
@@ -22,7 +31,9 @@ FILL = (124, 116, 104)
 def photo() -> Image.Image:
     y, x = np.mgrid[0:24, 0:32] / 32
     waves = np.stack([np.sin(9 * x), np.cos(7 * y), np.sin(5 * x + 4 * y)], -1) * 100 + 128
-    return Image.fromarray((waves + np.random.default_rng(0).integers(-20, 20, waves.shape)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (waves + np.random.default_rng(0).integers(-20, 20, waves.shape)).clip(0, 255).astype(np.uint8)
+    )
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -64,12 +75,15 @@ def test_an_operation_is_timm_s_at_the_sheet_s_magnitude(photo, name, level):
             drawn = [-a if negative and name in TWO_WAYS else a for a in arguments(level)]
             how = {"resample": Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR, "fillcolor": FILL}
             expected = timm_s.NAME_TO_OP[theirs](photo, *drawn, **how)
-            assert same(ours.apply(photo, name, level, negative=negative, bicubic=bicubic), expected), (negative, bicubic)
+            assert same(ours.apply(photo, name, level, negative=negative, bicubic=bicubic), expected), (
+                negative,
+                bicubic,
+            )
 
 
 def test_magnitudes_by_hand(photo):
-    """Identity changes nothing and is not drawn unless it is named. At the largest level: solarization does nothing, posterization
-    keeps 4 bits; a little below, 3."""
+    """Identity changes nothing and is not drawn unless it is named. At the largest level: solarization does nothing,
+    posterization keeps 4 bits; a little below, 3."""
     ours = RandAugment()
     assert set(ours.names) == set(TIMMS) == set(ALL_OPERATIONS) - {"identity"}
     assert same(ours.apply(photo, "identity", 10.0, negative=False, bicubic=False), photo)
@@ -79,7 +93,9 @@ def test_magnitudes_by_hand(photo):
     assert not np.asarray(ours.apply(photo, "posterize", 2.49, negative=False, bicubic=False)).any(), "no bits are left"
     of_autoaugment = RandAugment(posterize_bits=[4, 8])
     assert same(of_autoaugment.apply(photo, "posterize", 10.0, negative=False, bicubic=False), photo)
-    assert same(of_autoaugment.apply(photo, "posterize", 5.0, negative=False, bicubic=False), ImageOps.posterize(photo, 6))
+    assert same(
+        of_autoaugment.apply(photo, "posterize", 5.0, negative=False, bicubic=False), ImageOps.posterize(photo, 6)
+    )
 
 
 @pytest.mark.parametrize("name", ["color", "contrast", "brightness", "sharpness"])
@@ -87,13 +103,15 @@ def test_enhancement_goes_both_ways_unless_the_published_one_is_asked_for(photo,
     two, one = RandAugment(), RandAugment(enhancement="one_sided")
     enhanced = {sign: two.apply(photo, name, 9.0, negative=sign, bicubic=False) for sign in (False, True)}
     enhancer = getattr(ImageEnhance, name.capitalize())
-    assert same(enhanced[False], enhancer(photo).enhance(1.81)) and same(enhanced[True], enhancer(photo).enhance(1 - 0.81))
+    assert same(enhanced[False], enhancer(photo).enhance(1.81)) and same(
+        enhanced[True], enhancer(photo).enhance(1 - 0.81)
+    )
     assert same(one.apply(photo, name, 9.0, negative=True, bicubic=False), enhancer(photo).enhance(0.1 + 1.62))
 
 
 def test_what_is_drawn_is_drawn_as_published(photo, monkeypatch):
-    """Two of fifteen with replacement, each with probability 1/2, at a normal level cut to 0..10, one way or the other, resampled
-    either way."""
+    """Two of fifteen with replacement, each with probability 1/2, at a normal level cut to 0..10, one way or the other,
+    resampled either way."""
     ours, seen = RandAugment(magnitude=9.0, spread=0.8), []
 
     def record(image, name, level, *, negative, bicubic):
@@ -119,13 +137,18 @@ def test_what_is_drawn_is_drawn_as_published(photo, monkeypatch):
 
 
 def test_timm_s_rand_augment_and_ours_change_images_by_as_much(photo):
-    """The whole, in distribution: timm's of the same settings, which has the one-sided enhancement as its older increments."""
-    names = ["AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness",
+    """The whole, in distribution: timm's of the same settings, which has the one-sided enhancement as its older
+    increments.
+    """
+    names = ["AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
+    "Contrast", "Brightness",
              "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]  # fmt: skip
     settings = {"img_mean": FILL, "magnitude_std": 0.5}
     random.seed(0)
     np.random.seed(0)
-    theirs = timm_s.RandAugment([timm_s.AugmentOp(name, prob=0.5, magnitude=10, hparams=settings) for name in names], num_layers=2)
+    theirs = timm_s.RandAugment(
+        [timm_s.AugmentOp(name, prob=0.5, magnitude=10, hparams=settings) for name in names], num_layers=2
+    )
     ours = RandAugment(enhancement="one_sided", fill=FILL)
     before = np.asarray(photo).astype(float)
     changed = [
@@ -146,12 +169,16 @@ def test_photometric_is_pirl_s_four_operations_together(photo):
     sharpened = ImageEnhance.Sharpness(ImageOps.posterize(photo, 8)).enhance(0.1 + 1.8 * 0.25)
     by_hand = ImageOps.autocontrast(ImageOps.solarize(sharpened, 64))
     assert same(operation(photo, [0.65, 0.999, 0.25, 0.25]), by_hand)
-    bits, thresholds = ({f(u) for u in np.linspace(0, 0.9999, 5000)} for f in (lambda u: 4 + int(5 * u), lambda u: int(257 * u)))
+    bits, thresholds = (
+        {f(u) for u in np.linspace(0, 0.9999, 5000)} for f in (lambda u: 4 + int(5 * u), lambda u: int(257 * u))
+    )
     assert bits == {4, 5, 6, 7, 8} and thresholds == set(range(257)), "both ends included, as published"
 
 
 def test_grayscale_is_a_view_s_own(photo):
-    assert same(Grayscale(p=0.2)(photo, [0.1]), photo.convert("L").convert("RGB")) and same(Grayscale(p=0.2)(photo, [0.2]), photo)
+    assert same(Grayscale(p=0.2)(photo, [0.1]), photo.convert("L").convert("RGB")) and same(
+        Grayscale(p=0.2)(photo, [0.2]), photo
+    )
 
 
 @pytest.mark.parametrize("u", [0.0, 0.3, 0.9])
@@ -221,7 +248,10 @@ def test_a_changed_setting_leaves_the_other_draws_alone(photo):
         (lambda: RandAugment(names=[]), "got none"),
         (lambda: RandAugment(enhancement="both"), r"enhancement: expected two_sided \| one_sided, got 'both'"),
         (lambda: RandAugment(posterize_bits=[5, 4]), "posterize_bits: expected"),
-        (lambda: DropChannels(fill=[0, 0, 256]), r"fill: expected list of int from 0 up to 255, 3 of them, got \[0, 0, 256\]"),
+        (
+            lambda: DropChannels(fill=[0, 0, 256]),
+            r"fill: expected list of int from 0 up to 255, 3 of them, got \[0, 0, 256\]",
+        ),
         (lambda: SampledBlur(taps=22), "an odd number of taps"),
         (lambda: Elastic(lattice=1), "lattice: expected int from 2, got 1"),
         (lambda: Photometric(p=-0.1), r"p: expected float from 0 up to 1, got -0\.1"),

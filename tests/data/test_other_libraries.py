@@ -1,4 +1,6 @@
-"""Sets that Hugging Face's `datasets` and WebDataset wrote, by these libraries themselves: the same images, by position, as in a folder."""
+"""Sets that Hugging Face's `datasets` and WebDataset wrote, by these libraries themselves: the same images, by
+position, as in a folder.
+"""
 
 import io
 import tarfile
@@ -49,9 +51,14 @@ def saved(images, root, **columns):
 
     def part(rows):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
-        return datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None} for content, _ in rows], "label": [n for _, n in rows]}, features)
+        return datasets.Dataset.from_dict(
+            {"image": [{"bytes": content, "path": None} for content, _ in rows], "label": [n for _, n in rows]},
+            features,
+        )
 
-    datasets.DatasetDict({name: part(rows) for name, rows in images.items()}).save_to_disk(str(root), num_shards={name: 2 for name in images})
+    datasets.DatasetDict({name: part(rows) for name, rows in images.items()}).save_to_disk(
+        str(root), num_shards={name: 2 for name in images}
+    )
     return root
 
 
@@ -136,7 +143,8 @@ def test_a_run_learns_from_shards(of_webdataset, tmp_path):
     from tiny import train
 
     overrides = [
-        "data=webdataset", f"data.root={of_webdataset}", "augmentation=cifar", "augmentation.size=16", "batch=10", "bank.size=20", "eval=[probe]",
+        "data=webdataset", f"data.root={of_webdataset}", "augmentation=cifar", "augmentation.size=16", "batch=10",
+        "bank.size=20", "eval=[probe]",
         "max_steps=4",
     ]  # fmt: skip
     summary = train(tmp_path / "run", *overrides)
@@ -164,7 +172,10 @@ def add(path, names):
 def test_what_is_no_set_of_theirs_is_refused_by_what_is_wrong(tmp_path, plain, of_huggingface):
     for root, expected in (
         (plain, "data.root: expected a folder that datasets' save_to_disk wrote"),
-        (of_huggingface, "data.image_column: expected the name of a column of Images, of which there are: image; got picture"),
+        (
+            of_huggingface,
+            "data.image_column: expected the name of a column of Images, of which there are: image; got picture",
+        ),
     ):
         with pytest.raises((FileError, UserError), match=expected):
             huggingface(root=str(root), image_column="picture")

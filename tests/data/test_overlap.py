@@ -35,7 +35,9 @@ def test_copies_are_found_among_files_and_among_pixels(folders):
 
 def test_files_of_other_size_or_beginning_are_not_read_whole(folders, monkeypatch):
     read = []
-    monkeypatch.setattr(overlap, "_content", lambda source, i: read.append(source.path(i)) or Path(source.path(i)).read_bytes())
+    monkeypatch.setattr(
+        overlap, "_content", lambda source, i: read.append(source.path(i)) or Path(source.path(i)).read_bytes()
+    )
     shared_images(*folders)
     assert len(read) == 4
 
@@ -47,7 +49,9 @@ def in_memory(source, name="memory"):
 def test_only_images_of_a_size_that_the_other_set_has_too_are_decoded(folders, monkeypatch):
     train, test = folders  # the test images are of 9 px but for two copies of training images, of 8
     decoded = []
-    monkeypatch.setattr(overlap, "_pixels", lambda source, i: decoded.append((source.name, i)) or source.image(i).tobytes())
+    monkeypatch.setattr(
+        overlap, "_pixels", lambda source, i: decoded.append((source.name, i)) or source.image(i).tobytes()
+    )
     assert shared_images(in_memory(train), test) == [(0, 3), (4, 1)]
     assert sorted(decoded) == [("memory", i) for i in range(6)] + [("set/test", 1), ("set/test", 3)]
 
@@ -84,7 +88,9 @@ def test_of_a_set_that_is_compared_with_many_nothing_is_found_out_twice(folders,
     }
 
 
-def test_copies_are_found_among_betons_and_files_without_decoding_where_both_hold_jpegs(tmp_path, write_images, monkeypatch):
+def test_copies_are_found_among_betons_and_files_without_decoding_where_both_hold_jpegs(
+    tmp_path, write_images, monkeypatch
+):
     write_images(tmp_path / "train" / "cat", 6, suffix=".jpg")
     write_images(tmp_path / "test" / "cat", 5, size=9, suffix=".jpg")
     shutil.copy(tmp_path / "train" / "cat" / "0002.jpg", tmp_path / "test" / "cat" / "0004.jpg")
@@ -96,7 +102,10 @@ def test_copies_are_found_among_betons_and_files_without_decoding_where_both_hol
     assert shared_images(packed["raw"][0], test) == shared_images(train, packed["raw"][1]) == [(2, 4)]
     monkeypatch.setattr(overlap, "_pixels", lambda source, i: pytest.fail("decoded"))
     assert (
-        shared_images(*packed["jpeg"]) == shared_images(packed["jpeg"][0], test) == shared_images(train, packed["jpeg"][1]) == [(2, 4)]
+        shared_images(*packed["jpeg"])
+        == shared_images(packed["jpeg"][0], test)
+        == shared_images(train, packed["jpeg"][1])
+        == [(2, 4)]
     )
 
 
@@ -116,7 +125,8 @@ def test_files_that_only_begin_alike_are_no_copies(tmp_path):
 def test_an_overlap_is_refused_with_the_files_and_what_to_do(folders):
     train, test = folders
     with pytest.raises(
-        ValueError, match=r"2 of the 5 images of set/test are images of set/train too \(.*0000.png is .*0003.png; .*overlap=allow"
+        ValueError,
+        match=r"2 of the 5 images of set/test are images of set/train too \(.*0000.png is .*0003.png; .*overlap=allow",
     ):
         Overlap().refuse_in(Splits(train, train, test))
     with pytest.raises(ValueError, match="are images of set/train too"):  # pre-trained on, without labels

@@ -1,4 +1,6 @@
-"""A view that is cut into patches: where they lie, in which order, what is done to each; from seed, epoch and image alone."""
+"""A view that is cut into patches: where they lie, in which order, what is done to each; from seed, epoch and image
+alone.
+"""
 
 import numpy as np
 import pytest
@@ -75,7 +77,9 @@ def test_each_window_lies_anywhere_in_its_cell_and_nowhere_else():
         for axis in (0, 1):
             counts = np.bincount(offset[:, patch, axis], minlength=7)
             assert abs(counts / 3000 - 1 / 7).max() < 0.03, (patch, axis)
-    assert abs(np.corrcoef(offset.reshape(3000, 18).T) - np.eye(18)).max() < 0.1, "drawn for each patch and axis by itself"
+    assert abs(np.corrcoef(offset.reshape(3000, 18).T) - np.eye(18)).max() < 0.1, (
+        "drawn for each patch and axis by itself"
+    )
 
 
 def test_where_the_windows_lie_is_said_by_numbers_of_their_own():
@@ -103,7 +107,9 @@ def test_patches_depend_on_seed_epoch_and_image_alone():
     views = recipe(30, Patches(grid=3, size=4, stride=10, jitter=6, shuffled=True))
     together = patches_of(views, range(20))
     assert np.array_equal(patches_of(views, [7])[0], together[7])
-    assert not np.array_equal(patches_of(views, [7], stream=6)[0], together[7]) and not np.array_equal(together[6], together[7])
+    assert not np.array_equal(patches_of(views, [7], stream=6)[0], together[7]) and not np.array_equal(
+        together[6], together[7]
+    )
 
 
 def test_what_is_done_to_each_patch_is_drawn_for_each_and_as_for_an_image_of_its_own():
@@ -199,11 +205,13 @@ def views_of(views: dict, **settings) -> Views:
     [
         (lambda: Patches(grid=1, size=4, stride=4), "grid: expected int from 2, got 1"),
         (lambda: Patches(grid=3, size=4, stride=4, jitter=-1), "jitter: expected int from 0, got -1"),
-        (lambda: Patches(grid=2, size=4, stride=4, each=View(count=2)), "a view without patches, count and size of its own"),
+        (lambda: Patches(grid=2, size=4, stride=4, each=View(count=2)),
+        "a view without patches, count and size of its own"),
         (lambda: View(size=20, patches=Patches(grid=3, size=8, stride=7)), "patches that reach over 22 pixels"),
         (lambda: View(patches=Patches(grid=2, size=4, stride=4)), "a view of count 1 with a size of its own"),
         (lambda: View(then={"mine": len}), r"view then\.mine: builtin_function_or_method has no numbers"),
-        (lambda: views_of({n: View(size=8, patches=Patches(grid=2, size=4, stride=4)) for n in "ab"}), "at most one kind that is cut"),
+        (lambda: views_of({n: View(size=8, patches=Patches(grid=2, size=4, stride=4)) for n in "ab"}),
+        "at most one kind that is cut"),
         (lambda: views_of({"a": View()}, colours="hsv"), r"colours: expected rgb \| lab \| ydbdr \| ycbcr, got 'hsv'"),
     ],
 )  # fmt: skip
@@ -214,12 +222,20 @@ def test_what_makes_no_sense_is_refused(make, message):
 
 def test_patches_in_a_yaml_are_checked_as_every_setting():
     cfg = composition.compose(["method=infomin", "data.root=/tmp", "augmentation.views.jigsaw.patches.jitter=much"])
-    with pytest.raises(UserError, match=r"augmentation\.views\.jigsaw\.patches\.jitter: expected int from 0, got 'much'"):
+    with pytest.raises(
+        UserError, match=r"augmentation\.views\.jigsaw\.patches\.jitter: expected int from 0, got 'much'"
+    ):
         validation.check(cfg)
-    cfg = composition.compose(["method=infomin", "data.root=/tmp", "+augmentation.views.both.then.rand_augment.magnitud=3"])
-    with pytest.raises(UserError, match=r"then\.rand_augment\.magnitud: RandAugment takes no such argument; did you mean magnitude"):
+    cfg = composition.compose(
+        ["method=infomin", "data.root=/tmp", "+augmentation.views.both.then.rand_augment.magnitud=3"]
+    )
+    with pytest.raises(
+        UserError, match=r"then\.rand_augment\.magnitud: RandAugment takes no such argument; did you mean magnitude"
+    ):
         validation.check(cfg)
-    cfg = composition.compose(["method=infomin", "data.root=/tmp", "augmentation.views.both.then.rand_augment.magnitude=3"])
+    cfg = composition.compose(
+        ["method=infomin", "data.root=/tmp", "augmentation.views.both.then.rand_augment.magnitude=3"]
+    )
     views = instantiate(cfg.augmentation)
     assert views.kinds.kinds[0][0].then["rand_augment"].magnitude == 3
 

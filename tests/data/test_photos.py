@@ -1,4 +1,6 @@
-"""On real photographs: JPEGs decode alike everywhere, and views agree with torchvision's transforms on Pillow's images."""
+"""On real photographs: JPEGs decode alike everywhere, and views agree with torchvision's transforms on Pillow's
+images.
+"""
 
 import io
 import zipfile
@@ -69,13 +71,24 @@ def test_photographs_decode_alike_from_files_and_from_a_beton(photo_folder, tmp_
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_crops_are_torchvisions(photographs, interpolation):
-    """To one level (bicubic: twelve): Pillow 13 turns the order of the two passes for tall crops, ours is always the same."""
-    made = compiled(photographs, 224, scale=[0.2, 1.0], jitter_p=0.0, gray_p=0.0, flip_p=0.0, interpolation=interpolation)
+    """To one level (bicubic: twelve): Pillow 13 turns the order of the two passes for tall crops, ours is always the
+    same.
+    """
+    made = compiled(
+        photographs, 224, scale=[0.2, 1.0], jitter_p=0.0, gray_p=0.0, flip_p=0.0, interpolation=interpolation
+    )
     differ = 0
     for image, ours, u in zip(photographs, made, uniforms(4, np.arange(len(made)), 0).tolist(), strict=True):
         left, top, right, bottom = crop_box(*image.size, [0.2, 1.0], [3 / 4, 4 / 3], u[:20], u[20], u[21])
         theirs = F.resized_crop(
-            image, top, left, bottom - top, right - left, [224, 224], v2.InterpolationMode(interpolation), antialias=True
+            image,
+            top,
+            left,
+            bottom - top,
+            right - left,
+            [224, 224],
+            v2.InterpolationMode(interpolation),
+            antialias=True,
         )
         error = np.abs(ours.astype(int) - np.asarray(theirs))
         assert error.max() <= (1 if interpolation == "bilinear" else 12) and error.mean() < 0.35
@@ -146,7 +159,9 @@ def test_the_papers_pipelines_agree_with_torchvisions_in_means_and_variances(pho
         made = compiled(many, 64, **common, blur_p=blur_p, solarize_p=solarize_p)
         # Each view's mean and spread over its pixels; photographs are paired, what remains is the noise of the draws.
         for statistic in (np.mean, np.std):
-            ours, others = (statistic(views.reshape(len(small), repeats, -1, 3), axis=2).mean(1) for views in (made, expected))
+            ours, others = (
+                statistic(views.reshape(len(small), repeats, -1, 3), axis=2).mean(1) for views in (made, expected)
+            )
             difference = ours - others
             assert (np.abs(difference.mean(0)) < 4 * difference.std(0) / len(small) ** 0.5).all()
             assert np.abs(difference.mean(0)).max() < 3  # of 255: the noise is not so large that anything would pass

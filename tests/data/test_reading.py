@@ -1,4 +1,6 @@
-"""What an image file shows is what we read, or it is refused: every mode that Pillow opens, and files that are larger than they look."""
+"""What an image file shows is what we read, or it is refused: every mode that Pillow opens, and files that are larger
+than they look.
+"""
 
 import io
 import re
@@ -24,7 +26,27 @@ from caco.runs.files import read_json
 
 GRAY = np.arange(0, 252, 21, dtype=np.uint8).reshape(3, 4)
 COLOURS = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
-EVERY_MODE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16L", "I;16B")
+EVERY_MODE = (
+    "1",
+    "L",
+    "LA",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBX",
+    "RGBa",
+    "La",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "I;16",
+    "I;16L",
+    "I;16B",
+)
 
 
 def in_mode(mode: str) -> tuple[Image.Image, np.ndarray]:
@@ -43,7 +65,10 @@ def in_mode(mode: str) -> tuple[Image.Image, np.ndarray]:
         return Image.fromarray(GRAY.astype(np.float32) / 255), thrice
     colours = Image.fromarray(COLOURS)
     if mode == "CMYK":
-        return Image.merge("CMYK", [Image.fromarray(255 - COLOURS[..., c]) for c in range(3)] + [Image.new("L", (4, 3))]), COLOURS
+        return (
+            Image.merge("CMYK", [Image.fromarray(255 - COLOURS[..., c]) for c in range(3)] + [Image.new("L", (4, 3))]),
+            COLOURS,
+        )
     if mode == "LAB":
         return Image.frombytes("LAB", (4, 3), COLOURS.tobytes()), COLOURS
     return (colours.convert("RGBA").convert("RGBa") if mode == "RGBa" else colours.convert(mode)), COLOURS
@@ -58,7 +83,17 @@ def test_each_mode_of_each_format_shows_its_pixels_or_is_refused(mode):
             continue  # Pillow makes RGB of it when it saves it
         out = io.BytesIO()
         try:
-            image.save(out, kind, **({"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}))
+            image.save(
+                out,
+                kind,
+                **(
+                    {"lossless": True}
+                    if kind == "WEBP"
+                    else {"quality": 100, "subsampling": 0}
+                    if kind == "JPEG"
+                    else {}
+                ),
+            )
         except (OSError, ValueError, KeyError):
             continue  # this format does not have it
         tried += 1
@@ -70,7 +105,10 @@ def test_each_mode_of_each_format_shows_its_pixels_or_is_refused(mode):
             most = 24 if kind in ("JPEG", "GIF") else 3 if mode == "YCbCr" else 0
             assert np.abs(pixels - shown).max() <= most, (kind, opened_as)
         else:
-            with pytest.raises(UnreadableImage, match=f"it: expected an image that can be read, got one of Pillow's mode {re.escape(opened_as)}, "):
+            with pytest.raises(
+                UnreadableImage,
+                match=f"it: expected an image that can be read, got one of Pillow's mode {re.escape(opened_as)}, ",
+            ):
                 rgb(out.getvalue(), "it")
     assert tried or mode in ("HSV", "PA", "RGBa", "La", "I;16L", "RGBX")
 
@@ -93,7 +131,12 @@ def test_what_has_more_than_eight_bits_is_cut_to_its_high_ones_or_refused(tmp_pa
         b"P5 2 1 65535\n" + bytes([1, 2, 3, 4]),
         b"Pf 2 1 -1\n" + np.array([0.5, 1], "<f4").tobytes(),
     ):
-        with pytest.raises(UnreadableImage, match="whose values do not fit into 8 bits a channel: say how many channels such images have, data.channels=N"):
+        with pytest.raises(
+            UnreadableImage,
+            match=(
+                "whose values do not fit into 8 bits a channel: say how many channels such images have, data.channels=N"
+            ),
+        ):
             rgb(content, "deep")
     Image.fromarray(GRAY).save(tmp_path / "signed.tif", tiffinfo={339: 2})
     with pytest.raises(UnreadableImage, match=r"signed\.tif: .* mode L, signed, "):
@@ -133,7 +176,9 @@ BROKEN = (3, 4, 8)
 
 @pytest.fixture
 def pictures(tmp_path: Path, write_images: Callable) -> Callable:
-    """pictures(in_memory_mb): train/ of 12 cats and 8 dogs, of which three cannot be read, each in its own way; test/ of as many."""
+    """pictures(in_memory_mb): train/ of 12 cats and 8 dogs, of which three cannot be read, each in its own way; test/
+    of as many.
+    """
     for split in ("train", "test"):
         write_images(tmp_path / split / "cat", 12, size=20)
         write_images(tmp_path / split / "dog", 8, size=20)
@@ -146,11 +191,16 @@ def pictures(tmp_path: Path, write_images: Callable) -> Callable:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("in_memory_mb", [0, 16])
-def test_others_stand_in_for_what_cannot_be_read_from_files_and_from_memory_alike(pictures, two_views, in_memory_mb, workers, capsys):
+def test_others_stand_in_for_what_cannot_be_read_from_files_and_from_memory_alike(
+    pictures, two_views, in_memory_mb, workers, capsys
+):
     source = pictures(in_memory_mb).train
     (made,) = batches(source, two_views, workers=workers, batch=20, corrupt="skip")
     assert sorted(made.index.tolist()) == sorted([i for i in range(20) if i not in BROKEN] + [5, 5, 9])
-    assert "image 4 cannot be read; image 5 stands in for it" in (told := capsys.readouterr().err) and "cat/0004.png" in told
+    assert (
+        "image 4 cannot be read; image 5 stands in for it" in (told := capsys.readouterr().err)
+        and "cat/0004.png" in told
+    )
     (again,) = batches(pictures(0).train, two_views, batch=20, corrupt="skip")
     assert all((a == b).all() for a, b in zip(made.views, again.views, strict=True))
     with pytest.raises(UnreadableImage, match=r"cat/000[348]\.png"):
@@ -166,7 +216,10 @@ def test_in_evaluations_the_next_of_the_same_class_stand_in(pictures, two_views,
     assert labels.tolist() == [0, 0, 1, 0, 1, 0]
     assert np.array_equal(images[1], images[5]) and np.array_equal(images[3], images[5])
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "caco: 2 of the 6 images of some cannot be read; the next of their class stand in" in told
+    assert (
+        told.count("\n") == 1
+        and "caco: 2 of the 6 images of some cannot be read; the next of their class stand in" in told
+    )
     assert "cat/0003.png" in told and "cat/0008.png" in told
     with pytest.raises(UnreadableImage, match=r"cat/0003\.png"):
         list(plain_batches(source, two_views, batch=4, num_workers=workers))
@@ -176,10 +229,14 @@ def test_in_evaluations_the_next_of_the_same_class_stand_in(pictures, two_views,
 def test_who_stands_in_does_not_depend_on_what_is_read_together(pictures, two_views, in_memory_mb, monkeypatch):
     source = pictures(in_memory_mb).test
     (whole, _), *_ = plain_batches(source, two_views, batch=20, corrupt="skip")
-    assert np.array_equal(whole[3], whole[5]) and np.array_equal(whole[4], whole[5]) and np.array_equal(whole[8], whole[9])
+    assert (
+        np.array_equal(whole[3], whole[5]) and np.array_equal(whole[4], whole[5]) and np.array_equal(whole[8], whole[9])
+    )
     monkeypatch.setattr("caco.data.loaders.plain._PIECE_BYTES", 1)  # an image at once
     for some in ([8], [3, 0], [19, 4, 8, 2, 3]):  # as the ranks read them, or a computation that goes on
-        ((images, _),) = plain_batches(source, two_views, batch=20, indices=np.array(some), num_workers=2, corrupt="skip")
+        ((images, _),) = plain_batches(
+            source, two_views, batch=20, indices=np.array(some), num_workers=2, corrupt="skip"
+        )
         assert np.array_equal(images, whole[some])
 
 
@@ -188,20 +245,33 @@ def test_where_too_many_cannot_be_read_it_is_said_instead_of_tried_for_ever(tmp_
     source = folder(root=str(tmp_path), in_memory_mb=0).train
     for file in (tmp_path / "cat").iterdir():
         file.unlink()
-    with pytest.raises(UnreadableImage, match=r"in place of .*cat/\d+\.png, got none among the 100 that follow it\. Are the images still"):
+    with pytest.raises(
+        UnreadableImage,
+        match=r"in place of .*cat/\d+\.png, got none among the 100 that follow it\. Are the images still",
+    ):
         batches(source, two_views, corrupt="skip")
     with pytest.raises(UnreadableImage, match=r"cat/0000\.png, got none among the 100 of its class that follow it"):
         list(plain_batches(source, two_views, batch=4, corrupt="skip"))
-    with pytest.raises(UnreadableImage, match="FileNotFoundError: No such file or directory. Are the images still where they were"):
+    with pytest.raises(
+        UnreadableImage, match="FileNotFoundError: No such file or directory. Are the images still where they were"
+    ):
         batches(source, two_views)
-    with pytest.raises(OSError, match=r"cat/0000\.png: expected an image that can be read, got FileNotFoundError: No such file"):
+    with pytest.raises(
+        OSError, match=r"cat/0000\.png: expected an image that can be read, got FileNotFoundError: No such file"
+    ):
         source.digest()
 
 
 def test_features_with_stand_ins_are_kept_apart_from_those_without(pictures, two_views, tmp_path):
     def store(corrupt: str) -> FeatureStore:
         return FeatureStore(
-            pictures(0), two_views, batch=4, device="cpu", precision="fp32", loader=TorchLoader(corrupt=corrupt), folder=tmp_path / "kept"
+            pictures(0),
+            two_views,
+            batch=4,
+            device="cpu",
+            precision="fp32",
+            loader=TorchLoader(corrupt=corrupt),
+            folder=tmp_path / "kept",
         )
 
     from caco.evals.pixels import RawPixels
@@ -215,7 +285,8 @@ def test_features_with_stand_ins_are_kept_apart_from_those_without(pictures, two
 def test_a_run_that_skips_trains_and_evaluates(pictures, tmp_path, in_memory_mb):
     pictures(0)
     settings = [
-        "data=folder", f"data.root={tmp_path}", f"data.in_memory_mb={in_memory_mb}", "batch=8", "loader.corrupt=skip", "augmentation.size=16",
+        "data=folder", f"data.root={tmp_path}", f"data.in_memory_mb={in_memory_mb}", "batch=8", "loader.corrupt=skip",
+        "augmentation.size=16",
         "max_steps=4", "bank.size=16", "eval.knn.k=2",
     ]  # fmt: skip
     run_training(compose(*settings, bank=False), tmp_path / "run")

@@ -62,7 +62,9 @@ def test_a_part_has_the_images_and_labels_of_its_positions(files, kept):
 
 
 def test_a_part_of_an_array_has_the_images_of_its_positions():
-    source = ImagesInMemory(np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3), name="four", labels=np.array([3, 2, 1, 0]))
+    source = ImagesInMemory(
+        np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3), name="four", labels=np.array([3, 2, 1, 0])
+    )
     part = source.part(np.array([2, 0]), "two")
     assert part.labels.tolist() == [1, 3]
     assert np.array_equal(pixels(part)[0], pixels(source)[2]) and np.array_equal(pixels(part)[1], pixels(source)[0])
@@ -136,7 +138,9 @@ def test_a_draw_follows_its_seed_and_a_smaller_one_is_inside_a_larger(labels):
 
 def test_a_draw_does_not_favour_a_class_with_the_odd_image():
     labels = np.arange(40) % 4
-    odd = [np.bincount(labels[choose(labels, 5, 40, seed=seed, balanced=True)], minlength=4).argmax() for seed in range(60)]
+    odd = [
+        np.bincount(labels[choose(labels, 5, 40, seed=seed, balanced=True)], minlength=4).argmax() for seed in range(60)
+    ]
     assert set(odd) == {0, 1, 2, 3}
 
 
@@ -150,7 +154,9 @@ def test_an_evaluation_without_labels_is_told_what_to_give(files):
     labelled = Splits(files, files, files.part(np.arange(2), "test"))
     assert labelled.labelled("k-NN") == (labelled.train, labelled.test)
     unlabelled = ImageFiles(files.root, files._files, name="photos")
-    message = r"k-NN needs labelled train and test images; .* no labelled {} split with photos\.\nGive data\.labelled_root"
+    message = (
+        r"k-NN needs labelled train and test images; .* no labelled {} split with photos\.\nGive data\.labelled_root"
+    )
     with pytest.raises(ValueError, match=message.format("train")):
         Splits(unlabelled, None, None).labelled("k-NN")
     with pytest.raises(ValueError, match=message.format("test")):

@@ -33,7 +33,9 @@ def joined(*sources) -> list[tuple[str, int]]:
 
 
 def of_torchvision(dataset, names: str, labels: str = "_labels") -> list[tuple[str, int]]:
-    return sorted((str(path), int(label)) for path, label in zip(getattr(dataset, names), getattr(dataset, labels), strict=True))
+    return sorted(
+        (str(path), int(label)) for path, label in zip(getattr(dataset, names), getattr(dataset, labels), strict=True)
+    )
 
 
 def test_food101(tmp_path):
@@ -73,7 +75,9 @@ def test_sun397(tmp_path):
 def test_cars(tmp_path):
     top = tmp_path / "stanford_cars"
     (top / "devkit").mkdir(parents=True)
-    savemat(top / "devkit" / "cars_meta.mat", {"class_names": np.array(["AM General Hummer", "Acura RL"], dtype=object)})
+    savemat(
+        top / "devkit" / "cars_meta.mat", {"class_names": np.array(["AM General Hummer", "Acura RL"], dtype=object)}
+    )
     kind = [("bbox_x1", "O"), ("class", "O"), ("fname", "O")]
     for split, file, count in (("train", "cars_train_annos.mat", 10), ("test", "cars_test_annos_withlabels.mat", 4)):
         annotations = np.array([(1, i % 2 + 1, f"{i + 1:05d}.jpg") for i in range(count)], dtype=kind)
@@ -116,7 +120,10 @@ def test_voc2007(tmp_path):
         images = [f"{100 * s + i:06d}" for i in range(5)]
         drawn = np.random.default_rng(s).choice(list(marks), (5, 20))
         for c, name in enumerate(VOC_CLASSES):
-            text(top / "ImageSets" / "Main" / f"{name}_{split}.txt", *(f"{i} {mark}" for i, mark in zip(images, drawn[:, c], strict=True)))
+            text(
+                top / "ImageSets" / "Main" / f"{name}_{split}.txt",
+                *(f"{i} {mark}" for i, mark in zip(images, drawn[:, c], strict=True)),
+            )
         for i in images:
             image(top / "JPEGImages" / f"{i}.jpg", int(i))
         expected[split] = np.vectorize(marks.get)(drawn)
@@ -124,7 +131,9 @@ def test_voc2007(tmp_path):
     assert found.metric == "map11" and found.test.classes == list(VOC_CLASSES)
     for split, ours in (("train", found.train), ("val", found.validation), ("test", found.test)):
         assert np.array_equal(ours.labels, expected[split])
-        assert ours.path(3).name == f"{('train', 'val', 'test').index(split) * 100 + 3:06d}.jpg" and ours.image(3).size == (7, 6)
+        assert ours.path(3).name == f"{('train', 'val', 'test').index(split) * 100 + 3:06d}.jpg" and ours.image(
+            3
+        ).size == (7, 6)
     text(top / "ImageSets" / "Main" / "dog_test.txt", "000000 1")
     with pytest.raises(ValueError, match="voc2007: expected the same images in every list of test"):
         load("voc2007", tmp_path, seed=0)
@@ -146,7 +155,11 @@ def test_dtd(tmp_path):
 def test_pets(tmp_path):
     top = tmp_path / "oxford-iiit-pet"
     for file, count in (("trainval.txt", 10), ("test.txt", 4)):
-        listed = [f"{name}_{100 * (count == 4) + i} {breed} 1 {breed}" for breed, name in ((1, "Abyssinian"), (2, "american_bulldog")) for i in range(count // 2)]
+        listed = [
+            f"{name}_{100 * (count == 4) + i} {breed} 1 {breed}"
+            for breed, name in ((1, "Abyssinian"), (2, "american_bulldog"))
+            for i in range(count // 2)
+        ]
         text(top / "annotations" / file, *listed)
         for i, row in enumerate(listed):
             image(top / "images" / f"{row.split()[0]}.jpg", i)
@@ -154,7 +167,9 @@ def test_pets(tmp_path):
     found = load("pets", tmp_path, seed=0)
     assert (len(found.train), len(found.validation), len(found.test), found.metric) == (8, 2, 4, "mean_per_class")
     assert found.train.classes == ["Abyssinian", "american_bulldog"]
-    assert joined(found.train, found.validation) == of_torchvision(theirs.OxfordIIITPet(tmp_path, "trainval"), "_images")
+    assert joined(found.train, found.validation) == of_torchvision(
+        theirs.OxfordIIITPet(tmp_path, "trainval"), "_images"
+    )
     assert files(found.test) == of_torchvision(theirs.OxfordIIITPet(tmp_path, "test"), "_images")
 
 
@@ -171,12 +186,16 @@ def test_caltech101_trains_on_thirty_drawn_images_a_class(tmp_path):
 
 
 def test_flowers(tmp_path, monkeypatch):
-    monkeypatch.setattr(theirs.Flowers102, "_check_integrity", lambda self: True)  # it knows the published files' checksums
+    monkeypatch.setattr(
+        theirs.Flowers102, "_check_integrity", lambda self: True
+    )  # it knows the published files' checksums
     top = tmp_path / "flowers-102"
     top.mkdir()
     labels = np.array([1, 1, 1, 2, 2, 2, 2, 1])
     savemat(top / "imagelabels.mat", {"labels": labels[None]})
-    savemat(top / "setid.mat", {"trnid": np.array([[1, 4]]), "valid": np.array([[2, 5]]), "tstid": np.array([[8, 3, 6, 7]])})
+    savemat(
+        top / "setid.mat", {"trnid": np.array([[1, 4]]), "valid": np.array([[2, 5]]), "tstid": np.array([[8, 3, 6, 7]])}
+    )
     for i in range(8):
         image(top / "jpg" / f"image_{i + 1:05d}.jpg", i)
     found = load("flowers", tmp_path, seed=0)
@@ -217,14 +236,20 @@ def test_a_missing_set_says_what_to_fetch_and_where_to_put_it(tmp_path, name):
     assert told.startswith(f"{name}: expected {tmp_path}/") and "got no such folder" in told
     assert ("torchvision fetches it" in told) == (name not in ("cars", "voc2007"))
     if "import" in told:
-        assert hasattr(theirs, told.partition("import ")[2].partition(" ")[0]) and f"D('{tmp_path}', download=True)" in told
+        assert (
+            hasattr(theirs, told.partition("import ")[2].partition(" ")[0])
+            and f"D('{tmp_path}', download=True)" in told
+        )
 
 
 def test_images_of_a_list_that_are_not_there_are_named(tmp_path):
     text(tmp_path / "dtd" / "labels" / "train1.txt", "banded/a.jpg")
     text(tmp_path / "dtd" / "labels" / "val1.txt", "banded/b.jpg")
     text(tmp_path / "dtd" / "labels" / "test1.txt", "banded/c.jpg")
-    with pytest.raises(ValueError, match=r"dtd/train: expected the 1 images of the published list .* got 1 of them not there \(banded/a.jpg\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"dtd/train: expected the 1 images of the published list .* got 1 of them not there \(banded/a.jpg\)",
+    ):
         load("dtd", tmp_path, seed=0)
 
 

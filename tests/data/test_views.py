@@ -1,4 +1,6 @@
-"""Views: each step does what torchvision's does, as often as the recipe says; compiled views are the same to the bit."""
+"""Views: each step does what torchvision's does, as often as the recipe says; compiled views are the same to the
+bit.
+"""
 
 import hashlib
 import math
@@ -43,7 +45,9 @@ def photo() -> Image.Image:
     """Smooth colours with texture, so that no step is without effect."""
     y, x = np.mgrid[0:24, 0:32] / 32
     waves = np.stack([np.sin(9 * x), np.cos(7 * y), np.sin(5 * x + 4 * y)], -1) * 100 + 128
-    return Image.fromarray((waves + np.random.default_rng(0).integers(-20, 20, waves.shape)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (waves + np.random.default_rng(0).integers(-20, 20, waves.shape)).clip(0, 255).astype(np.uint8)
+    )
 
 
 # Each step against torchvision.
@@ -78,11 +82,17 @@ def test_a_step_that_is_sure_does_what_its_name_says(photo, settings, expected):
     assert not np.array_equal(np.asarray(drawn), np.asarray(square))
 
 
-@pytest.mark.parametrize(("interpolation", "digest"), [("bilinear", "bf8fd3dba7be83df"), ("bicubic", "cf03c88e408091d9")])
+@pytest.mark.parametrize(
+    ("interpolation", "digest"), [("bilinear", "bf8fd3dba7be83df"), ("bicubic", "cf03c88e408091d9")]
+)
 def test_a_tall_crop_is_resized_as_by_the_pillow_of_the_published_runs(interpolation, digest):
-    """The digests are of what `Image.resize` gave in Pillow 7.2, 9.5 and 12.0; that of 13.0 goes down first and gives other pixels."""
+    """The digests are of what `Image.resize` gave in Pillow 7.2, 9.5 and 12.0; that of 13.0 goes down first and gives
+    other pixels.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (200, 60, 3), dtype=np.uint8)
-    view = View(size=32, scale=[1.0, 1.0], ratio=[0.3, 0.3], interpolation=interpolation, jitter_p=0.0, gray_p=0.0, flip_p=0.0)
+    view = View(
+        size=32, scale=[1.0, 1.0], ratio=[0.3, 0.3], interpolation=interpolation, jitter_p=0.0, gray_p=0.0, flip_p=0.0
+    )
     views = Views(size=32, views={"whole": view}, mean=[0.5] * 3, std=[0.5] * 3)
     (made,) = views.batch_pixels([pixels], np.zeros(1, np.int64), 0)
     for one in (made[0], views.view_pixels(Image.fromarray(pixels), 0, uniforms(0, np.zeros(1), 0)[0].tolist())):
@@ -212,7 +222,12 @@ def test_jitter_draws_each_factor_evenly_and_each_order(photo, monkeypatch):
     view = View(**QUIET | {"jitter_p": 1.0, "jitter": [0.4, 0.3, 0.2, 0.1]})
     for u in draws(2400):
         view.draw(photo, 8, u)
-    for step, (middle, strength) in {"brightness": (1, 0.4), "contrast": (1, 0.3), "saturation": (1, 0.2), "hue": (0, 0.1)}.items():
+    for step, (middle, strength) in {
+        "brightness": (1, 0.4),
+        "contrast": (1, 0.3),
+        "saturation": (1, 0.2),
+        "hue": (0, 0.1),
+    }.items():
         assert kstest(drawn[step], "uniform", args=(middle - strength, 2 * strength)).pvalue > 0.001
     orders = [tuple(order[i : i + 4]) for i in range(0, len(order), 4)]
     counts = {each: orders.count(each) for each in set(orders)}

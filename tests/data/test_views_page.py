@@ -14,7 +14,9 @@ from caco.config.composition import CONF, compose, instantiate
 from caco.data.views import operations
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "views.md").read_text(encoding="utf-8")
-COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^\$ python -m caco\.train (.*)$", PAGE, re.MULTILINE)]
+COMMANDS = [
+    shlex.split(line, comments=True) for line in re.findall(r"^\$ python -m caco\.train (.*)$", PAGE, re.MULTILINE)
+]
 OWN = [words for words in COMMANDS if words[0] == "--config-dir"]
 
 
@@ -26,7 +28,11 @@ def test_its_commands_can_be_typed(words):
 
 
 def test_its_tables_name_what_there_is():
-    classes = {name for name, value in vars(operations).items() if isinstance(value, type) and value.__module__ == operations.__name__}
+    classes = {
+        name
+        for name, value in vars(operations).items()
+        if isinstance(value, type) and value.__module__ == operations.__name__
+    }
     assert set(re.findall(r"^\| `([A-Z]\w+)` \|", PAGE, re.MULTILINE)) == classes
     cut = {file.stem for file in (CONF / "augmentation").glob("*.yaml") if "patches:" in file.read_text()}
     rows = re.findall(r"^\| (`[a-z].*?) \|.*(?:InfoMin|PIRL|CPC v2) \|$", PAGE, re.MULTILINE)
@@ -48,7 +54,9 @@ def mine(tmp_path, monkeypatch):
 @pytest.mark.long
 def test_an_operation_of_one_s_own_trains_as_printed(mine, monkeypatch):
     (words,) = OWN
-    monkeypatch.setattr(sys, "argv", ["caco-train", *words, "tracking=ledger", "eval=[]", "max_steps=2", "hydra.run.dir=run"])
+    monkeypatch.setattr(
+        sys, "argv", ["caco-train", *words, "tracking=ledger", "eval=[]", "max_steps=2", "hydra.run.dir=run"]
+    )
     caco.train.main()
     assert (mine / "run" / "summary.json").is_file()
     cfg = compose(words[2:])

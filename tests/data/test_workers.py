@@ -96,7 +96,9 @@ def test_a_worker_that_is_killed_is_one_sentence_and_the_next_epoch_goes_on(not_
     next(running)
     worker = next(child for child in multiprocessing.active_children() if child not in others)
     worker.kill()
-    with pytest.raises(UserError, match="a process that reads images was ended from outside, by SIGKILL, perhaps for want of memory"):
+    with pytest.raises(
+        UserError, match="a process that reads images was ended from outside, by SIGKILL, perhaps for want of memory"
+    ):
         list(running)
     assert set(multiprocessing.active_children()) <= set(others)
     assert_same(list(loader.epoch(1)), batches(source, two_views, epochs=(1,)))
@@ -119,7 +121,9 @@ def test_storage_that_does_not_answer_is_not_waited_for_for_ever(not_compiled, n
         lambda: batches(slow, two_views, workers=1),
         lambda: list(plain_batches(slow, two_views, batch=8, num_workers=1)),
     ):
-        with pytest.raises(UserError, match=r"a process has read images for 0\.3 s without an end. Does the storage .* still answer"):
+        with pytest.raises(
+            UserError, match=r"a process has read images for 0\.3 s without an end. Does the storage .* still answer"
+        ):
             made()
     for worker in set(multiprocessing.active_children()) - set(others):
         worker.join(100)  # killed; on a busy machine it takes its time
@@ -137,7 +141,10 @@ class Wrong(ImagesInMemory):
 
 def test_what_goes_wrong_in_a_worker_is_said_here_with_its_place_if_it_is_a_slip(not_compiled, noise_source, two_views):
     wrong = Wrong(noise_source(8).arrays, name="wrong")
-    with pytest.raises(RuntimeError, match=r"in a process that reads images:\nTraceback (.|\n)*raise self.error(.|\n)*ZeroDivisionError: a slip"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"in a process that reads images:\nTraceback (.|\n)*raise self.error(.|\n)*ZeroDivisionError: a slip",
+    ):
         batches(wrong, two_views, workers=1)
     wrong.error = UserError("these are no images")
     with pytest.raises(UserError, match="^these are no images$"):
@@ -154,7 +161,9 @@ def test_processes_that_cannot_be_started_are_one_sentence(not_compiled, noise_s
 
 
 def make_with_nothing_to_spare(folder: str) -> None:
-    """Batches where no file may grow beyond 1 kB, those of /dev/shm included, and a socket in TMPDIR would have too long a name."""
+    """Batches where no file may grow beyond 1 kB, those of /dev/shm included, and a socket in TMPDIR would have too
+    long a name.
+    """
     os.environ["TMPDIR"] = os.path.join(folder, "x" * 90)
     os.mkdir(os.environ["TMPDIR"])
     source = ImagesInMemory(np.zeros((64, 32, 32, 3), np.uint8), name="black")
@@ -203,7 +212,9 @@ def test_workers_use_one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        seen = {number: next(plain_batches(Threads(), views, batch=2, num_workers=number))[0].max() for number in (0, 1)}
+        seen = {
+            number: next(plain_batches(Threads(), views, batch=2, num_workers=number))[0].max() for number in (0, 1)
+        }
     finally:
         torch.set_num_threads(before)
     assert seen[0] == pytest.approx(2) and seen[1] == pytest.approx(1)

@@ -83,7 +83,9 @@ def test_it_is_killed_and_goes_on_to_the_same_bits(tmp_path, long, cut):
 
 @pytest.mark.long
 def test_restart_carries_everything_over(tmp_path):
-    """With rates that never change a restart changes nothing: weights, twin, bank, velocities, optimiser and random state went over."""
+    """With rates that never change a restart changes nothing: weights, twin, bank, velocities, optimiser and random
+    state went over.
+    """
     whole = train(tmp_path / "whole", "epochs=3", *CONSTANT)
     short = train(tmp_path / "short", "epochs=2", *CONSTANT)
     go_on(tmp_path / "on", short, "epochs=3", "continued_schedule=restart")
@@ -104,9 +106,13 @@ def test_restart_is_a_new_cosine_over_the_added_epochs_and_planned_the_rest_of_t
         return end - (end - start) * 0.5 * (1 + math.cos(math.pi * t / total))
 
     expected = [(half_cosine(peak, 0, t, 8), half_cosine(0.99, 1, t, 8)) for t in range(8)]
-    assert [value for pair in rates("restart") for value in pair] == pytest.approx([value for pair in expected for value in pair])
+    assert [value for pair in rates("restart") for value in pair] == pytest.approx(
+        [value for pair in expected for value in pair]
+    )
     expected = [(half_cosine(peak, 0, t, 12), half_cosine(0.99, 1, t, 12)) for t in range(4, 12)]
-    assert [value for pair in rates("planned") for value in pair] == pytest.approx([value for pair in expected for value in pair])
+    assert [value for pair in rates("planned") for value in pair] == pytest.approx(
+        [value for pair in expected for value in pair]
+    )
     assert final(tmp_path / "restart")["config_hash"] != final(tmp_path / "planned")["config_hash"]
 
 
@@ -115,7 +121,10 @@ def test_its_files_name_the_run_it_continues(tmp_path, cut):
     parent = run_hash(read_yaml(cut / "config.yaml")) if (cut / "config.yaml").exists() else None
     config = read_yaml(tmp_path / "config.yaml")
     assert (config.continue_from, config.continued_run, config.continued_schedule) == (str(cut), parent, "planned")
-    assert config.continued_epochs == pytest.approx(6 / 4) and config.method._target_ == "caco.methods.contrastive.Contrastive"
+    assert (
+        config.continued_epochs == pytest.approx(6 / 4)
+        and config.method._target_ == "caco.methods.contrastive.Contrastive"
+    )
     tags, summary = read_json(tmp_path / "tracking.json")["tags"], read_json(tmp_path / "summary.json")
     assert (tags["continued_from"], tags["continued_run"]) == (str(cut), parent)
     assert (summary["continued_from"], summary["continued_run"]) == (str(cut), parent)
@@ -128,7 +137,8 @@ def test_where_it_lies_is_no_part_of_it_and_which_run_it_is_and_how_it_goes_on_a
     moved = planned.copy()
     moved.continue_from = "elsewhere"
     assert run_hash(moved) == run_hash(planned)
-    others = [compose(cut, "epochs=5", "continued_schedule=planned"), compose(long, "epochs=4", "continued_schedule=planned"),
+    others = [compose(cut, "epochs=5", "continued_schedule=planned"), compose(long, "epochs=4",
+    "continued_schedule=planned"),
               compose(long, "epochs=4", "continued_schedule=restart")]  # fmt: skip
     assert len({run_hash(cfg) for cfg in (planned, *others)}) == 4
 
@@ -166,12 +176,16 @@ def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path, repo_root,
 
 
 def test_another_command_refuses_it():
-    with pytest.raises(UserError, match="^continue_from: expected null: caco.train alone continues a run, got 'runs/x'"):
+    with pytest.raises(
+        UserError, match="^continue_from: expected null: caco.train alone continues a run, got 'runs/x'"
+    ):
         validation.check(composition.job_config(composition.compose(["continue_from=runs/x"])))
 
 
 def test_without_a_run_it_says_nothing_of_one():
-    with pytest.raises(UserError, match="continued_schedule: expected null, as there is no continue_from=RUN, got 'planned'"):
+    with pytest.raises(
+        UserError, match="continued_schedule: expected null, as there is no continue_from=RUN, got 'planned'"
+    ):
         validation.check(composition.job_config(composition.compose(["continued_schedule=planned"])))
 
 
@@ -180,7 +194,9 @@ def test_the_command_line_trains_on_and_a_sweep_over_both_schedules_makes_two_ru
     code, _, err = Process(caco_train, "-m", *words, "continued_schedule=restart,planned").end()
     assert code == 0, err
     runs = sorted(path.name for path in tmp_path.glob("continued*"))
-    assert [name.rpartition("-")[0] for name in runs] == [f"continued-schedule-{s}_epochs-4_max-steps-15" for s in ("planned", "restart")]
+    assert [name.rpartition("-")[0] for name in runs] == [
+        f"continued-schedule-{s}_epochs-4_max-steps-15" for s in ("planned", "restart")
+    ]
     assert f"caco: continues {long}/checkpoints/step_000000014.pt (planned), step 14 of 15" in err
 
 
@@ -190,7 +206,12 @@ def test_two_ranks_go_on_as_two_ranks_would_have(tmp_path):
     for name, more in (("whole", []), ("cut", ["max_steps=8"])):
         codes, outputs = ranks(2, caco_train, *words, *more, f"hydra.run.dir={tmp_path / name}")
         assert codes == [0, 0], outputs
-    on = [f"continue_from={tmp_path / 'cut'}", "epochs=2", "continued_schedule=planned", f"hydra.run.dir={tmp_path / 'on'}"]
+    on = [
+        f"continue_from={tmp_path / 'cut'}",
+        "epochs=2",
+        "continued_schedule=planned",
+        f"hydra.run.dir={tmp_path / 'on'}",
+    ]
     codes, outputs = ranks(2, caco_train, *on)
     assert codes == [0, 0], outputs
     assert_same_state(tmp_path / "whole", tmp_path / "on")

@@ -10,7 +10,14 @@ from caco.evals import classifier
 from caco.evals.knn import KNN
 from caco.runs.files import read_json
 
-BOTH = ["data.limit=300", "eval=[knn,probe]", "eval.probe.when=epoch", "eval_every_epochs=1", "max_steps=null", "epochs=2"]
+BOTH = [
+    "data.limit=300",
+    "eval=[knn,probe]",
+    "eval.probe.when=epoch",
+    "eval_every_epochs=1",
+    "max_steps=null",
+    "epochs=2",
+]
 
 
 @pytest.fixture
@@ -65,14 +72,23 @@ def test_the_checkpoint_is_saved_before_the_evaluation_whatever_the_cadence(tmp_
         yield from original(self, backbone)
 
     monkeypatch.setattr(KNN, "run", run)
-    cadence = ["data.limit=300", "eval=[knn]", "max_steps=null", "epochs=2", "eval_every_epochs=1", "checkpoint.every_epochs=100"]
+    cadence = [
+        "data.limit=300",
+        "eval=[knn]",
+        "max_steps=null",
+        "epochs=2",
+        "eval_every_epochs=1",
+        "checkpoint.every_epochs=100",
+    ]
     with pytest.raises(SystemExit):
         train(tmp_path / "cut", *cadence)
     state = final(tmp_path / "cut")
     assert state["place"][2:] == [1, 0] and state["evaluation_due"] == "epoch"
 
 
-def test_results_that_are_missing_at_the_end_are_said_and_made_by_the_same_command(tmp_path, monkeypatch, failing, capfd):
+def test_results_that_are_missing_at_the_end_are_said_and_made_by_the_same_command(
+    tmp_path, monkeypatch, failing, capfd
+):
     failing(4)
     summary = train(tmp_path / "run", *BOTH)
     assert "knn20_20pct_top1" in summary and summary["failed_evaluations"][0]["step"] == summary["steps"]
@@ -88,18 +104,31 @@ def test_results_that_are_missing_at_the_end_are_said_and_made_by_the_same_comma
 
 def test_a_command_whose_run_lacks_results_ends_with_exit_code_3(tmp_path):
     # A rate that makes the loss infinite: nobody could have said so before.
-    linear = ["eval=[linear]", "eval.linear.epochs=1", "eval.linear.batch=64", "eval.linear.larc=false", "eval.linear.lr=1e39"]
+    linear = [
+        "eval=[linear]",
+        "eval.linear.epochs=1",
+        "eval.linear.batch=64",
+        "eval.linear.larc=false",
+        "eval.linear.lr=1e39",
+    ]
     short = ["data.limit=300", "epochs=1", "max_steps=3", "warm_start.steps=0"]
     tiny = [item for item in TINY if not item.startswith(("eval=", "epochs=", "max_steps="))]
     command = [*tiny, *BANK, *linear, *short, f"hydra.run.dir={tmp_path}"]
     code, _, err = Process(caco_train, *command).end()
     assert code == 3, err
-    assert "Traceback" not in err and "eval.linear failed after" in err and "the loss became" in err and "caco: finished in" in err
+    assert (
+        "Traceback" not in err
+        and "eval.linear failed after" in err
+        and "the loss became" in err
+        and "caco: finished in" in err
+    )
     assert not (tmp_path / "failure.txt").exists() and read_json(tmp_path / "summary.json")["steps"] == 3
 
 
 def test_the_ending_names_what_failed():
-    failed = [{"evaluator": "linear", "step": 10, "message": "eval.linear failed after 1 of 2 epochs: no memory\nmore of it"}]
+    failed = [
+        {"evaluator": "linear", "step": 10, "message": "eval.linear failed after 1 of 2 epochs: no memory\nmore of it"}
+    ]
     summary = {"probe_top1": 50.0, "steps": 20, "failed_evaluations": failed}
     lines = ending(summary, seconds=5, run_dir="runs/x", evaluators=[], commands=False).splitlines()
     assert lines[1:] == ["caco: 1 evaluation failed:", "caco:   eval.linear failed after 1 of 2 epochs: no memory"]
@@ -136,5 +165,9 @@ def test_a_linear_evaluation_while_training_goes_on_from_its_last_epoch(tmp_path
     assert {k: v for k, v in whole.items() if k != "images_per_second"} == {
         k: v for k, v in resumed.items() if k != "images_per_second"
     }
-    assert not list((tmp_path / "cut" / "evaluations" / "classifiers").iterdir()), "and is removed when its results are there"
-    assert not (tmp_path / "cut" / "evaluations" / "features").exists(), "features of a training network are of one round"
+    assert not list((tmp_path / "cut" / "evaluations" / "classifiers").iterdir()), (
+        "and is removed when its results are there"
+    )
+    assert not (tmp_path / "cut" / "evaluations" / "features").exists(), (
+        "features of a training network are of one round"
+    )

@@ -1,4 +1,6 @@
-"""Any folder of images: what does not fit is named at once, what follows from it is derived, and what somebody gave is left alone."""
+"""Any folder of images: what does not fit is named at once, what follows from it is derived, and what somebody gave is
+left alone.
+"""
 
 import os
 import time
@@ -21,7 +23,9 @@ def write(folder, count, *, side=40, seed=0):
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     for number in range(count):
-        Image.fromarray(generator.integers(0, 255, (side + number, side, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(generator.integers(0, 255, (side + number, side, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,9 @@ def images(tmp_path_factory):
 
 def derived(root, *overrides):
     """What was derived for a folder, as overrides, the mark among them."""
-    return train.check_command(["data=folder", f"data.root={root}", "tracking=ledger", *overrides], multirun=False, look=True).derived
+    return train.check_command(
+        ["data=folder", f"data.root={root}", "tracking=ledger", *overrides], multirun=False, look=True
+    ).derived
 
 
 def refused(root, *overrides):
@@ -49,11 +55,17 @@ def refused(root, *overrides):
 
 def test_a_folder_without_labels_is_measured_by_what_needs_none(images, capsys):
     assert derived(images / "flat", "batch=16") == ["eval=[geometry]", "derived=[eval]"]
-    assert "nobody gave eval: it is [geometry], as the images have no labels, which knn and probe need" in capsys.readouterr().err
+    assert (
+        "nobody gave eval: it is [geometry], as the images have no labels, which knn and probe need"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_warm_up_fits_a_short_run(images):
-    assert derived(images / "flat", "batch=16", "eval=[]", "epochs=5") == ["schedule.warmup_epochs=0.5", "derived=[schedule.warmup_epochs]"]
+    assert derived(images / "flat", "batch=16", "eval=[]", "epochs=5") == [
+        "schedule.warmup_epochs=0.5",
+        "derived=[schedule.warmup_epochs]",
+    ]
     assert derived(images / "flat", "batch=16", "eval=[]", "epochs=11") == [], "ten epochs of warm-up fit"
 
 
@@ -69,8 +81,12 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
     extra = train.check_command(words, multirun=False, look=True).derived
     cfg = composition.job_config(composition.compose([*words, *extra]))
     assert list(cfg.derived) == ["schedule.warmup_epochs", "eval"] and list(cfg.eval) == ["geometry"]
-    assert train.check_command([*words, *extra], multirun=False, look=True).derived == [], "as a launcher's job is told it"
-    said = composition.job_config(composition.compose([*words, *(item for item in extra if not item.startswith("derived"))]))
+    assert train.check_command([*words, *extra], multirun=False, look=True).derived == [], (
+        "as a launcher's job is told it"
+    )
+    said = composition.job_config(
+        composition.compose([*words, *(item for item in extra if not item.startswith("derived"))])
+    )
     assert run_hash(cfg) == run_hash(said), "derived or given, it is one run"
 
 
@@ -79,10 +95,26 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
     [
         ("flat", ["batch=16", "eval=[knn]"], ["eval=[knn]: expected labelled training and test images"]),
         ("flat", ["batch=16", "eval.knn.k=5"], ["eval=[knn,probe]: expected labelled"]),
-        ("flat", ["eval=[]", "epochs=5", "schedule.warmup_epochs=5", "batch=16"], ["schedule.warmup_epochs: expected less than the 5 epochs"]),
-        ("split", ["batch=64", "eval.linear.batch=81", "eval=[linear]"], ["eval.linear.batch: expected at most 80, the labelled"]),
-        ("split", ["batch=64", "eval=[knn]", "eval.knn.fraction=0.1"], ["eval.knn.k: expected at most 8, the labelled"]),
-        ("flat", ["eval=[]"], ["batch: expected at most the 30 images of folder to train on, got 1,024; batch=16 leaves 1 steps"]),
+        (
+            "flat",
+            ["eval=[]", "epochs=5", "schedule.warmup_epochs=5", "batch=16"],
+            ["schedule.warmup_epochs: expected less than the 5 epochs"],
+        ),
+        (
+            "split",
+            ["batch=64", "eval.linear.batch=81", "eval=[linear]"],
+            ["eval.linear.batch: expected at most 80, the labelled"],
+        ),
+        (
+            "split",
+            ["batch=64", "eval=[knn]", "eval.knn.fraction=0.1"],
+            ["eval.knn.k: expected at most 8, the labelled"],
+        ),
+        (
+            "flat",
+            ["eval=[]"],
+            ["batch: expected at most the 30 images of folder to train on, got 1,024; batch=16 leaves 1 steps"],
+        ),
         ("empty", ["eval=[]"], ["{root}: expected images"]),
         ("flat", ["preset=demo", "data=folder", "batch=16"], ["eval=[knn,probe]: expected labelled"]),
     ],
@@ -95,13 +127,18 @@ def test_what_the_command_line_or_a_preset_gives_is_refused_and_not_replaced(ima
 
 
 def test_one_refusal_names_all_that_is_wrong_with_settings_and_folder(images):
-    lines = refused(images / "flat", "eval=[linear]", "epochs=5", "schedule.warmup_epochs=7", "method.temperature=-1", "seed=-1")
+    lines = refused(
+        images / "flat", "eval=[linear]", "epochs=5", "schedule.warmup_epochs=7", "method.temperature=-1", "seed=-1"
+    )
     for start in ("seed:", "method.temperature:", "schedule.warmup_epochs:", "eval=[linear]:", "batch:"):
         assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
 
 
 def test_a_sweep_whose_jobs_would_need_different_values_is_refused(images):
-    with pytest.raises(UserError, match="^the jobs of this sweep would need different values of what nobody gave: schedule.warmup_epochs=0.5"):
+    with pytest.raises(
+        UserError,
+        match="^the jobs of this sweep would need different values of what nobody gave: schedule.warmup_epochs=0.5",
+    ):
         words = ["data=folder", f"data.root={images / 'flat'}", "batch=16", "eval=[]", "epochs=5,50"]
         train.check_command(words, multirun=True, look=True)
 
@@ -115,7 +152,14 @@ def test_no_configuration_that_ran_before_gets_another_identity():
 
 
 def test_the_run_does_not_walk_over_the_folder_a_second_time(images, monkeypatch):
-    words = ["data=folder", f"data.root={images / 'classes'}", "batch=64", "tracking=ledger", "data.validation_fraction=0.1", "eval=[]"]
+    words = [
+        "data=folder",
+        f"data.root={images / 'classes'}",
+        "batch=64",
+        "tracking=ledger",
+        "data.validation_fraction=0.1",
+        "eval=[]",
+    ]
     train.check_command(words, multirun=False, look=True)
     seen = []
     monkeypatch.setattr(walking.Walk, "_enter", lambda self, folder: seen.append(folder))

@@ -52,17 +52,25 @@ def test_or_goes_down_to_its_final_rate_by_a_cosine():
 
 
 def test_a_warm_up_from_a_fraction_has_both_ends_and_the_cosine_begins_with_the_whole_rate():
-    """SwAV's and DINO's: linspace(start, peak, W), then final + (peak - final)(1 + cos(pi t / T)) / 2 for t = 0 ... T - 1."""
-    swav = OptimizerSchedule(warmup_epochs=2, warmup_start=0.0625, final_fraction=0.001).learning_rate(RunShape(10, 5, 64))
+    """SwAV's and DINO's: linspace(start, peak, W), then final + (peak - final)(1 + cos(pi t / T)) / 2 for t = 0 ... T -
+    1.
+    """
+    swav = OptimizerSchedule(warmup_epochs=2, warmup_start=0.0625, final_fraction=0.001).learning_rate(
+        RunShape(10, 5, 64)
+    )
     assert swav[:10] == pytest.approx([0.0625 + 0.9375 * t / 9 for t in range(10)])
     assert swav[9] == swav[10] == 1.0
     assert swav[-1] == pytest.approx(0.001 + 0.999 * (1 + math.cos(math.pi * 39 / 40)) / 2) and swav[-1] > 0.001
-    assert OptimizerSchedule(warmup_epochs=1, warmup_start=0.0).learning_rate(RunShape(2, 3, 64))[:4] == pytest.approx([0, 0.5, 1, 1])
+    assert OptimizerSchedule(warmup_epochs=1, warmup_start=0.0).learning_rate(RunShape(2, 3, 64))[:4] == pytest.approx(
+        [0, 0.5, 1, 1]
+    )
 
 
 def test_a_warm_up_from_0_that_the_next_step_ends():
     """BYOL, MoCo v3, Barlow Twins, VICReg: lr t / W, then a cosine over the rest to 0 or to 1/1000."""
-    factor = OptimizerSchedule(warmup_epochs=2, warmup_start=0.0, warmup_end="next", final_fraction=0.001).learning_rate(RunShape(10, 5, 64))
+    factor = OptimizerSchedule(
+        warmup_epochs=2, warmup_start=0.0, warmup_end="next", final_fraction=0.001
+    ).learning_rate(RunShape(10, 5, 64))
     assert factor[:11] == pytest.approx([t / 10 for t in range(11)], abs=1e-15) and factor[0] == 0.0
     assert factor[30] == pytest.approx(0.001 + 0.999 / 2)
     assert factor[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)) * 0.999 + 0.001)
@@ -71,7 +79,9 @@ def test_a_warm_up_from_0_that_the_next_step_ends():
 def test_a_final_rate_is_the_same_at_every_batch():
     for batch in (64, 1024):
         optimizer = optimizers.sgd([ParameterGroup(list(model().parameters()))], batch=batch, lr=0.3)
-        optimisation = Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, final_fraction=None, final_lr=0.001), RunShape(2, 5, batch))
+        optimisation = Optimisation(
+            optimizer, OptimizerSchedule(warmup_epochs=0, final_fraction=None, final_lr=0.001), RunShape(2, 5, batch)
+        )
         optimisation.prepare(now(5), None)
         assert optimisation.lr == pytest.approx((0.3 * batch / 256 + 0.001) / 2)
 
@@ -106,11 +116,17 @@ def test_base_rates_scale_with_the_batch():
 
 
 def test_lars_by_hand():
-    """Two steps. Weights: trust |p| / |g + wd p| times g + wd p. Biases and BatchNorm: g alone. Momentum over what is scaled."""
-    p, bias, new = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6], [[0.0, 0.0]]))
+    """Two steps. Weights: trust |p| / |g + wd p| times g + wd p. Biases and BatchNorm: g alone. Momentum over what is
+    scaled.
+    """
+    p, bias, new = (
+        nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6], [[0.0, 0.0]])
+    )
     groups = [ParameterGroup([p, bias, new])]
     optimizer = optimizers.lars(groups, batch=256, lr=0.5, weight_decay=0.1, momentum=0.9, trust_coefficient=0.01)
-    p.grad, bias.grad, new.grad = (torch.tensor(values, dtype=torch.float64) for values in ([[0.0, 2.0]], [-0.2], [[1.0, 2.0]]))
+    p.grad, bias.grad, new.grad = (
+        torch.tensor(values, dtype=torch.float64) for values in ([[0.0, 2.0]], [-0.2], [[1.0, 2.0]])
+    )
     optimizer.step()
     first = 0.01 * 5 / math.hypot(0.3, 2.4) * torch.tensor([[0.3, 2.4]], dtype=torch.float64)  # g + wd p = [0.3, 2.4]
     at = torch.tensor([[3.0, 4.0]], dtype=torch.float64) - 0.5 * first
@@ -165,13 +181,23 @@ def test_lars_goes_on_from_its_state_to_the_same_bits():
 
 
 def test_larc_by_hand():
-    """Two steps of every parameter, biases and BatchNorm too: the sum of norms below, and momentum over the scaled gradients."""
-    p, bias, new = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6], [[0.0, 0.0]]))
-    optimizer = optimizers.larc([ParameterGroup([p, bias, new])], batch=256, lr=0.5, weight_decay=0.1, momentum=0.9, trust_coefficient=0.01)
-    p.grad, bias.grad, new.grad = (torch.tensor(values, dtype=torch.float64) for values in ([[0.0, 2.0]], [-0.2], [[1.0, 2.0]]))
+    """Two steps of every parameter, biases and BatchNorm too: the sum of norms below, and momentum over the scaled
+    gradients.
+    """
+    p, bias, new = (
+        nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6], [[0.0, 0.0]])
+    )
+    optimizer = optimizers.larc(
+        [ParameterGroup([p, bias, new])], batch=256, lr=0.5, weight_decay=0.1, momentum=0.9, trust_coefficient=0.01
+    )
+    p.grad, bias.grad, new.grad = (
+        torch.tensor(values, dtype=torch.float64) for values in ([[0.0, 2.0]], [-0.2], [[1.0, 2.0]])
+    )
     optimizer.step()
     # |p| 5, |g| 2: 0.01 * 5 / (2 + 0.5) = 0.02 of g + wd p = [0.3, 2.4]
-    assert torch.allclose(p, torch.tensor([[3 - 0.5 * 0.02 * 0.3, 4 - 0.5 * 0.02 * 2.4]], dtype=torch.float64), atol=1e-9, rtol=0)
+    assert torch.allclose(
+        p, torch.tensor([[3 - 0.5 * 0.02 * 0.3, 4 - 0.5 * 0.02 * 2.4]], dtype=torch.float64), atol=1e-9, rtol=0
+    )
     # |p| 0.6, |g| 0.2: 0.01 * 0.6 / (0.2 + 0.06) of -0.2 + 0.06
     trust = 0.006 / 0.26
     assert bias.item() == pytest.approx(0.6 - 0.5 * trust * -0.14, abs=1e-8)
@@ -180,14 +206,18 @@ def test_larc_by_hand():
     p.grad, bias.grad, new.grad = torch.zeros_like(p), torch.tensor([0.1], dtype=torch.float64), None
     optimizer.step()
     # A gradient of norm 0 is not scaled and brings no decay: what moves p is 0.9 of the last step.
-    assert torch.allclose(p, at - 0.5 * 0.9 * torch.tensor([[0.02 * 0.3, 0.02 * 2.4]], dtype=torch.float64), atol=1e-9, rtol=0)
+    assert torch.allclose(
+        p, at - 0.5 * 0.9 * torch.tensor([[0.02 * 0.3, 0.02 * 2.4]], dtype=torch.float64), atol=1e-9, rtol=0
+    )
     velocity = 0.9 * trust * -0.14 + 0.01 * moved / (0.1 + 0.1 * moved) * (0.1 + 0.1 * moved)
     assert bias.item() == pytest.approx(moved - 0.5 * velocity, abs=1e-8)
     assert new.tolist() == [[-0.5, -1.0]], "without a gradient nothing moves, whatever its momentum"
 
 
 def test_larc_and_lars_differ_by_more_than_rounding():
-    """With a decay that counts: sum of norms against timm's on weights alone; a bias is scaled by the one and not by the other."""
+    """With a decay that counts: sum of norms against timm's on weights alone; a bias is scaled by the one and not by
+    the other.
+    """
     moved = {}
     for factory in (optimizers.larc, optimizers.lars):
         net = model()
@@ -202,15 +232,21 @@ def test_larc_and_lars_differ_by_more_than_rounding():
 def test_adamw_decays_no_parameter_of_one_dimension():
     groups = optimizers.adamw([ParameterGroup(list(model().parameters()))], batch=256).param_groups
     assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [(0.05, {2}), (0.0, {1})]
-    (all_decay,) = optimizers.adamw([ParameterGroup(list(model().parameters()))], batch=256, decay_one_dimensional=True).param_groups
+    (all_decay,) = optimizers.adamw(
+        [ParameterGroup(list(model().parameters()))], batch=256, decay_one_dimensional=True
+    ).param_groups
     assert (all_decay["weight_decay"], len(all_decay["params"])) == (0.05, 5), "MoCo v3's decays norms and biases too"
 
 
 def test_a_clipped_trust_is_the_smaller_of_the_rate_and_the_factor():
-    """|p| 5, |g| 2: factor 0.02 x 5 / (2 + 0.1 x 5) = 0.04. A rate of 0.5 becomes 0.04, one of 0.01 stays, and one of 0 moves nothing."""
+    """|p| 5, |g| 2: factor 0.02 x 5 / (2 + 0.1 x 5) = 0.04. A rate of 0.5 becomes 0.04, one of 0.01 stays, and one of 0
+    moves nothing.
+    """
     for lr, rate in ((0.5, 0.04), (0.01, 0.01), (0.0, 0.0)):
         p, bias = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6]))
-        optimizer = optimizers.lars_timm([ParameterGroup([p, bias])], batch=256, weight_decay=0.1, trust_coefficient=0.02, trust_clip=True)
+        optimizer = optimizers.lars_timm(
+            [ParameterGroup([p, bias])], batch=256, weight_decay=0.1, trust_coefficient=0.02, trust_clip=True
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         p.grad, bias.grad = torch.tensor([[0.0, 2.0]], dtype=torch.float64), torch.tensor([-0.2], dtype=torch.float64)
@@ -229,7 +265,8 @@ def test_adam_s_decay_is_part_of_the_gradient():
 
 
 @pytest.mark.parametrize(
-    "factory", [optimizers.lars, optimizers.lars_timm, optimizers.larc, optimizers.sgd, optimizers.adam, optimizers.adamw]
+    "factory",
+    [optimizers.lars, optimizers.lars_timm, optimizers.larc, optimizers.sgd, optimizers.adam, optimizers.adamw],
 )
 def test_a_rate_that_is_not_positive_is_refused(factory):
     with pytest.raises(ValueError, match="optimizer.lr must be positive; got 0"):
@@ -241,12 +278,20 @@ def now(step):
 
 
 def test_a_step_takes_its_rate_and_decay_and_a_group_its_own():
-    """Half the rate for the second group; the third takes its factor from a schedule of the method's; decay from 0.04 to 0.4."""
+    """Half the rate for the second group; the third takes its factor from a schedule of the method's; decay from 0.04
+    to 0.4.
+    """
     parameters = list(model().parameters())
-    groups = [ParameterGroup(parameters[:1]), ParameterGroup(parameters[1:2], rate=0.5), ParameterGroup(parameters[2:], rate="head", decay=False)]
+    groups = [
+        ParameterGroup(parameters[:1]),
+        ParameterGroup(parameters[1:2], rate=0.5),
+        ParameterGroup(parameters[2:], rate="head", decay=False),
+    ]
     optimizer = optimizers.adamw(groups, batch=256, lr=0.1, weight_decay=0.04)
     run = RunShape(4, 5, 64)
-    optimisation = Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, final_fraction=0.0, final_weight_decay=0.4), run)
+    optimisation = Optimisation(
+        optimizer, OptimizerSchedule(warmup_epochs=0, final_fraction=0.0, final_weight_decay=0.4), run
+    )
     optimisation.prepare(now(10), None)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.025, 0.05, 0.05])
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.22, 0.0, 0.0, 0.0])
@@ -262,7 +307,9 @@ def test_gradients_are_clipped_to_their_norm_over_all_parameters():
         p.grad = torch.full_like(p, 3.0)
     norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
     optimizer = optimizers.sgd([ParameterGroup(parameters)], batch=256, lr=1.0, momentum=0.0, weight_decay=0.0)
-    optimisation = Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, clip_gradient_norm=0.5), RunShape(1, 1, 64))
+    optimisation = Optimisation(
+        optimizer, OptimizerSchedule(warmup_epochs=0, clip_gradient_norm=0.5), RunShape(1, 1, 64)
+    )
     optimisation.step(now(0))
     for p, old in zip(parameters, before, strict=True):
         assert torch.allclose(p, old - 3.0 * 0.5 / norm, atol=1e-5)
@@ -276,7 +323,9 @@ def test_each_gradient_is_clipped_to_its_own_norm():
         p.grad = torch.full_like(p, size)
     gradients = [p.grad.clone() for p in parameters]
     optimizer = optimizers.sgd([ParameterGroup(parameters)], batch=256, lr=1.0, momentum=0.0, weight_decay=0.0)
-    Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, clip_each_gradient_norm=0.5), RunShape(1, 1, 64)).step(now(0))
+    Optimisation(optimizer, OptimizerSchedule(warmup_epochs=0, clip_each_gradient_norm=0.5), RunShape(1, 1, 64)).step(
+        now(0)
+    )
     for p, old, g in zip(parameters, before, gradients, strict=True):
         assert torch.allclose(p, old - g * min(1.0, 0.5 / (g.norm() + 1e-6)), atol=1e-9)
     assert min(g.norm() for g in gradients) < 0.5 < max(g.norm() for g in gradients)
@@ -295,14 +344,18 @@ def test_a_group_frozen_for_an_epoch_moves_with_the_first_step_of_the_second():
 
 def test_a_rate_that_drops_at_shares_of_the_run_rounded_to_whole_epochs():
     """CMC: a tenth at epochs 120, 160 and 200 of 240, whatever the batch makes of the warm-up before them."""
-    factor = OptimizerSchedule(warmup_epochs=1, final_fraction=None, drops=[0.5, 0.6667, 0.8333]).learning_rate(RunShape(240, 2, 64))
+    factor = OptimizerSchedule(warmup_epochs=1, final_fraction=None, drops=[0.5, 0.6667, 0.8333]).learning_rate(
+        RunShape(240, 2, 64)
+    )
     by_epoch = [1, 120, 160, 200]
     assert [factor[2 * epoch - 1] for epoch in by_epoch] == pytest.approx([1, 1, 0.1, 0.01])
     assert [factor[2 * epoch] for epoch in by_epoch] == pytest.approx([1, 0.1, 0.01, 0.001])
     assert factor[0] == 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"drops": [0.5, 120]}, {"drops": [0.5], "drop_factor": 1.0}, {"drops": [0.5], "final_lr": 0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"drops": [0.5, 120]}, {"drops": [0.5], "drop_factor": 1.0}, {"drops": [0.5], "final_lr": 0.1}]
+)
 def test_drops_without_a_meaning_are_refused(wrong):
     with pytest.raises(ValueError, match="schedule needs"):
         OptimizerSchedule(final_fraction=None, **wrong)

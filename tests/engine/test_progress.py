@@ -1,4 +1,6 @@
-"""What a person sees of a run: no long silence that is not explained, and at its end commands that work as they are printed."""
+"""What a person sees of a run: no long silence that is not explained, and at its end commands that work as they are
+printed.
+"""
 
 import re
 import shlex
@@ -34,7 +36,9 @@ def test_a_failure_inside_is_that_failure():
 
 
 def commands(text):
-    return [shlex.split(line.removeprefix("caco:   ")) for line in text.splitlines() if line.startswith("caco:   python")]
+    return [
+        shlex.split(line.removeprefix("caco:   ")) for line in text.splitlines() if line.startswith("caco:   python")
+    ]
 
 
 def test_a_run_ends_with_commands_that_can_be_typed_and_begun_again_says_when_it_ended(tmp_path, monkeypatch, capsys):
@@ -54,14 +58,23 @@ def test_a_run_ends_with_commands_that_can_be_typed_and_begun_again_says_when_it
     cfg = composition.job_config(composition.compose(longer[3:], continued.root(longer[3:])))
     validation.check(cfg, overrides=longer[3:])
     code, _, err = Process(caco_train, *command).end()
-    assert code == 0 and re.search(r"^caco: finished already on \d{4}-\d\d-\d\d at \d\d:\d\d: .*it's \(knn20_20pct_top1 ", err, re.MULTILINE), err
+    assert code == 0 and re.search(
+        r"^caco: finished already on \d{4}-\d\d-\d\d at \d\d:\d\d: .*it's \(knn20_20pct_top1 ", err, re.MULTILINE
+    ), err
     assert len(commands(err)) == 3 and f"{read_json(run_dir / 'summary.json')['knn20_20pct_top1']:.2f}" in err
 
 
 def test_what_a_run_without_evaluators_says_and_what_a_job_of_a_sweep_does(tmp_path):
     summary = {"loss": 1.0, "steps": 3}
-    assert [words[2] for words in commands(ending(summary, seconds=121, run_dir=tmp_path, evaluators=[], epochs=2))] == ["caco.results", "caco.train"]
+    assert [
+        words[2] for words in commands(ending(summary, seconds=121, run_dir=tmp_path, evaluators=[], epochs=2))
+    ] == ["caco.results", "caco.train"]
     whole = commands(ending({**summary, "epochs": 2.0}, seconds=121, run_dir=tmp_path, evaluators=[], epochs=2))[-1]
     assert whole[-2:] == ["epochs=4", "continued_schedule=restart"]
-    assert ending(summary, seconds=121, run_dir=tmp_path, evaluators=["knn"], epochs=2, commands=False) == f"caco: finished in 0:02:01: {tmp_path}"
-    assert ended_before(summary, when=0, run_dir=tmp_path, evaluators=[], epochs=2).startswith("caco: finished already on 19")
+    assert (
+        ending(summary, seconds=121, run_dir=tmp_path, evaluators=["knn"], epochs=2, commands=False)
+        == f"caco: finished in 0:02:01: {tmp_path}"
+    )
+    assert ended_before(summary, when=0, run_dir=tmp_path, evaluators=[], epochs=2).startswith(
+        "caco: finished already on 19"
+    )

@@ -94,7 +94,8 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, whol
 )
 def test_so_does_a_process_killed_at_whatever_instant(tmp_path, precision, kills):
     """Ended from outside, again and again, at moments that the run does not choose; workers included."""
-    command = [*TINY, *BANK, "max_steps=24", "checkpoint.every_steps=2", f"precision={precision}", "loader.num_workers=1",
+    command = [*TINY, *BANK, "max_steps=24", "checkpoint.every_steps=2", f"precision={precision}",
+    "loader.num_workers=1",
                "eval_every_epochs=3"]  # fmt: skip
     code, _, errors = Process(caco_train, *command, f"hydra.run.dir={tmp_path}/whole").end()
     assert code == 0, errors
@@ -126,7 +127,9 @@ def test_a_run_killed_between_its_last_save_and_its_summary_keeps_its_rate(tmp_p
 
 
 def test_the_rate_is_the_mean_over_all_processes_that_made_the_run(tmp_path, monkeypatch):
-    """Killed in step 8 after a save at 6, and finished by a second process: 12 steps of 64 images in 1 and 9 seconds."""
+    """Killed in step 8 after a save at 6, and finished by a second process: 12 steps of 64 images in 1 and 9
+    seconds.
+    """
     monkeypatch.setattr(trainer.Progress, "seconds_of_training", lambda self: 1.0 if self.first == 0 else 9.0)
     with monkeypatch.context() as patch:
         cut_after(patch, 7)
@@ -163,7 +166,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     monkeypatch.setattr(
         assembly,
         "Evaluation",
-        type("Quiet", (), {"__init__": lambda *a, **k: None, "run": lambda *a: {}, "require": lambda *a: None, "evaluators": {}}),
+        type(
+            "Quiet",
+            (),
+            {"__init__": lambda *a, **k: None, "run": lambda *a: {}, "require": lambda *a: None, "evaluators": {}},
+        ),
     )
     original = trainer.Trainer._averaged
 
@@ -209,7 +216,9 @@ def test_an_epoch_s_loss_is_the_mean_over_its_steps(tmp_path):
 
 
 def test_the_rates_are_those_of_the_schedule(tmp_path):
-    """SGD at batch 64: 0.03 / 4; bank 3.0 warmed up over one epoch of 21 steps; m from 0.99; in the warm start, full rate."""
+    """SGD at batch 64: 0.03 / 4; bank 3.0 warmed up over one epoch of 21 steps; m from 0.99; in the warm start, full
+    rate.
+    """
     train(tmp_path, "max_steps=4", "schedule.warmup_epochs=1", "epochs=2")
     rows = [row for row in record(tmp_path) if row["kind"] in ("warm_start", "train")]
     assert [row["kind"] for row in rows] == ["warm_start", "warm_start", "train", "train"]
@@ -220,7 +229,9 @@ def test_the_rates_are_those_of_the_schedule(tmp_path):
 
 
 def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
-    """One step after the warm start, redone by hand in the order of the recipe: twin, keys, loss, encoder and bank at once."""
+    """One step after the warm start, redone by hand in the order of the recipe: twin, keys, loss, encoder and bank at
+    once.
+    """
     monkeypatch.setattr(fused, "supports", lambda *_: False)  # float32 on every processor; the kernels: tests/banks
     train(tmp_path / "before", "max_steps=2")
     train(tmp_path / "after", "max_steps=3")
@@ -236,7 +247,9 @@ def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
     method.twin.update(method.encoder, 0.99)
     method.loss(views).loss.backward()
     rows = method.bank.rows
-    expected_rows = rows.weight.detach() - 3.0 * method.bank.gradient()  # first step: velocity is the gradient; no warm-up
+    expected_rows = (
+        rows.weight.detach() - 3.0 * method.bank.gradient()
+    )  # first step: velocity is the gradient; no warm-up
     assert torch.allclose(after["method"]["bank.rows.weight"], expected_rows, atol=1e-6)
     for name, p in method.encoder.named_parameters():
         momentum = before["optimizer"]["state"][[n for n, _ in method.encoder.named_parameters()].index(name)]
@@ -259,7 +272,9 @@ MOCOV2 = ["method=mocov2", "augmentation=digits", "projector=small", "projector.
     ("overrides", "warm_start"), [([], True), ([], False), (["pn=positive"], True), (MOCOV2, True), (MOCOV2, False)]
 )
 def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides, warm_start):
-    """Without BatchNorm, which sees the parts: loss, metrics, gradients, keys and what the rows are asked for, in float64."""
+    """Without BatchNorm, which sees the parts: loss, metrics, gradients, keys and what the rows are asked for, in
+    float64.
+    """
     monkeypatch.setattr(torch.nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: x)
     found = []
     for parts in (1, 4):
@@ -275,7 +290,9 @@ def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides
         views = [torch.randn(16, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
         at = now("warm start" if warm_start else "training", bank_lr=0.5)
         outputs = run._forward_and_backward(batch_of(views), at)
-        gradients = [p.grad.clone() for group in method.parameter_groups() for p in group.parameters if p.grad is not None]
+        gradients = [
+            p.grad.clone() for group in method.parameter_groups() for p in group.parameters if p.grad is not None
+        ]
         keys = method._step_keys()
         method.after_step(at)
         found.append([outputs.loss, *outputs.metrics.values(), keys, method.bank.rows.weight.detach(), *gradients])
@@ -299,7 +316,10 @@ def test_accumulated_runs_learn_and_go_on_to_the_same_bits(tmp_path, monkeypatch
     [
         (["accumulate=3"], "expected a divisor of the 64 images of a process .*; got 3"),
         (["accumulate=64"], "leaves at least 2 in each part; got 64"),
-        (["accumulate=2", "pn=none"], "the images of a batch meet one another in this method's loss.* expected null, got 2"),
+        (
+            ["accumulate=2", "pn=none"],
+            "the images of a batch meet one another in this method's loss.* expected null, got 2",
+        ),
     ],
 )
 def test_batches_that_cannot_be_cut_are_refused(tmp_path, overrides, message):
@@ -316,7 +336,9 @@ def test_rows_without_a_direction_end_the_run_with_their_number(tmp_path, monkey
         original(self, now, *rest)
 
     monkeypatch.setattr(trainer.Trainer, "_log", log)
-    with pytest.raises(trainer.NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 6 \(epoch 1 of 2"):
+    with pytest.raises(
+        trainer.NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 6 \(epoch 1 of 2"
+    ):
         train(tmp_path, *EVERY)
     assert final(tmp_path)["step"] == 3
 
@@ -351,7 +373,9 @@ def test_a_run_cut_in_a_long_warm_start_goes_on_to_the_same_bits(tmp_path, monke
 
 
 @pytest.mark.parametrize("evaluation", [1, 2])
-def test_a_run_that_dies_in_an_evaluation_has_lost_no_step_and_makes_it_when_it_goes_on(tmp_path, monkeypatch, evaluation):
+def test_a_run_that_dies_in_an_evaluation_has_lost_no_step_and_makes_it_when_it_goes_on(
+    tmp_path, monkeypatch, evaluation
+):
     """The one after the warm start, and the last one: each is made after a checkpoint."""
     train(tmp_path / "whole", "max_steps=5")
     original, made = assembly.Evaluation.run, []
@@ -373,7 +397,9 @@ def test_a_run_that_dies_in_an_evaluation_has_lost_no_step_and_makes_it_when_it_
 
 def test_a_bank_that_collapses_is_said_once_and_one_that_does_not_is_not(tmp_path, capfd):
     """Rows that are pulled far at every step run into one another; at rest they stay apart."""
-    train(tmp_path / "wild", "max_steps=null", "bank.reading=paper", "bank.lr=3.0")  # 0.6 of a radian a step at batch 64
+    train(
+        tmp_path / "wild", "max_steps=null", "bank.reading=paper", "bank.lr=3.0"
+    )  # 0.6 of a radian a step at batch 64
     told = capfd.readouterr().err
     assert told.count("The bank has collapsed: ") == 1 and "What helps: a longer warm start (warm_start.steps)" in told
     (row,) = [row for row in record(tmp_path / "wild") if row["kind"] == "warning"]

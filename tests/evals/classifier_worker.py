@@ -19,7 +19,9 @@ def write_head(path) -> None:
     store = FeatureStore(Splits(source, source, source), views, batch=8, device="cpu", precision="fp32")
     torch.manual_seed(0)
     recipe = Recipe(epochs=2, batch=20, lr=2.0, reference_batch=None, drop_last=False)
-    network = classifier.train_classifier(Colours(), source, recipe, store, num_classes=3, frozen=True, seed=3, name="it")
+    network = classifier.train_classifier(
+        Colours(), source, recipe, store, num_classes=3, frozen=True, seed=3, name="it"
+    )
     if distributed.is_main():
         torch.save(network[1].state_dict(), path)
     distributed.stop()

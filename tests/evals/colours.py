@@ -12,7 +12,9 @@ def coloured(count: int, name: str, *, labelled: bool = True, seed: int = 0, cla
     labels = np.arange(count) % classes
     images = rng.integers(0, 120, (count, 8, 8, 3), dtype=np.uint8)
     images[np.arange(count), :, :, labels] += 100
-    return ImagesInMemory(images, name=name, labels=labels if labelled else None, classes=["red", "green", "blue"][:classes])
+    return ImagesInMemory(
+        images, name=name, labels=labels if labelled else None, classes=["red", "green", "blue"][:classes]
+    )
 
 
 class Colours(nn.Module):

@@ -68,8 +68,13 @@ def test_larc_scales_each_gradient_by_the_ratio_of_norms_but_not_that_of_a_zero_
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_an_epoch_ends_with_the_images_that_are_left_or_with_its_last_whole_batch(colours, store_of, drop_last):
-    """60 images in batches of 25: steps of 25, 25 and 10, each with the mean of its images' gradients, against a loop by hand."""
-    store, recipe = store_of(), Recipe(epochs=2, batch=25, lr=2.0, momentum=0.0, reference_batch=None, drop_last=drop_last)
+    """60 images in batches of 25: steps of 25, 25 and 10, each with the mean of its images' gradients, against a loop
+    by hand.
+    """
+    store, recipe = (
+        store_of(),
+        Recipe(epochs=2, batch=25, lr=2.0, momentum=0.0, reference_batch=None, drop_last=drop_last),
+    )
     train = store.splits.train
     network = classifier.train_classifier(colours, train, recipe, store, num_classes=3, frozen=True, seed=3, name="it")
     head = new_head(4, 3, seed=3)
@@ -87,7 +92,9 @@ def test_an_epoch_ends_with_the_images_that_are_left_or_with_its_last_whole_batc
                 for parameter, gradient in zip((weight, bias), gradients, strict=True):
                     parameter -= rate * gradient
         assert sizes == ([25, 25] if drop_last else [25, 25, 10])
-    assert torch.allclose(network[1].weight.double(), weight, atol=1e-5) and torch.allclose(network[1].bias.double(), bias, atol=1e-5)
+    assert torch.allclose(network[1].weight.double(), weight, atol=1e-5) and torch.allclose(
+        network[1].bias.double(), bias, atol=1e-5
+    )
 
 
 @pytest.mark.long
@@ -133,7 +140,9 @@ class Cut(BaseException):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_cut_evaluation_goes_on_from_its_last_epoch_to_the_same_bits(tmp_path, monkeypatch, colours, store_of, frozen):
+def test_a_cut_evaluation_goes_on_from_its_last_epoch_to_the_same_bits(
+    tmp_path, monkeypatch, colours, store_of, frozen
+):
     colours.dropout = nn.Dropout(0.5)
     forward = type(colours).forward
     monkeypatch.setattr(type(colours), "forward", lambda self, images: self.dropout(forward(self, images)))
@@ -226,7 +235,10 @@ def test_shares_are_stratified_and_the_whole_network_learns_on_a_copy(colours, s
     assert [torch.tensor(labels[share]).bincount().tolist() for share in semi._shares] == [[3, 3, 3], [15, 15, 15]]
     before = copy.deepcopy(colours.state_dict())
     results = dict(semi.run(colours))
-    assert list(results) == ["semi_10_batch-9_lr-8_epochs-12_top1", "semi_50_batch-9_lr-8_epochs-6_top1"] and min(results.values()) > 90
+    assert (
+        list(results) == ["semi_10_batch-9_lr-8_epochs-12_top1", "semi_50_batch-9_lr-8_epochs-6_top1"]
+        and min(results.values()) > 90
+    )
     assert all(torch.equal(value, before[name]) for name, value in colours.state_dict().items())
     store.forget()
     network = classifier.train_classifier(

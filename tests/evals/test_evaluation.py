@@ -42,7 +42,9 @@ def coloured(count, name, *, labelled=True, seed=0):
 
 
 class Backbone(nn.Module):
-    """All that evaluation could disturb: BatchNorm's buffers, dropout, a part frozen in eval mode; counts its images."""
+    """All that evaluation could disturb: BatchNorm's buffers, dropout, a part frozen in eval mode; counts its
+    images.
+    """
 
     def __init__(self):
         super().__init__()
@@ -77,11 +79,16 @@ def splits():
 
 
 def evaluation(evaluators, splits, views, **kwargs):
-    return Evaluation(evaluators, splits, views, **{"batch": 8, "device": "cpu", "precision": "fp32", "seed": 0, **kwargs})
+    return Evaluation(
+        evaluators, splits, views, **{"batch": 8, "device": "cpu", "precision": "fp32", "seed": 0, **kwargs}
+    )
 
 
 def test_features_are_the_eval_mode_outputs_in_order(backbone, views, splits):
-    batches = [(torch.stack([views.plain(splits.test.image(i)) for i in chunk]), torch.tensor(chunk)) for chunk in ([0, 1, 2], [3])]
+    batches = [
+        (torch.stack([views.plain(splits.test.image(i)) for i in chunk]), torch.tensor(chunk))
+        for chunk in ([0, 1, 2], [3])
+    ]
     features, labels = extract(backbone, batches, device="cpu", precision="fp32")
     reference = copy.deepcopy(backbone).eval()
     with torch.no_grad():
@@ -132,7 +139,9 @@ def test_evaluators_that_cannot_work_are_refused_together_before_anything_is_tra
     with pytest.raises(UserError, match=r"^eval.a: no images of mine in PATH\neval.c: no images of mine in PATH$"):
         evaluation({"a": Refusing(), "b": Probe(), "c": Refusing()}, splits, views)
     made = evaluation({"a": OfOthers(), "b": Probe(), "c": OfOthers()}, splits, views)
-    with pytest.raises(UserError, match=r"^eval.a: needs another network than Backbone\neval.c: needs another network than Backbone$"):
+    with pytest.raises(
+        UserError, match=r"^eval.a: needs another network than Backbone\neval.c: needs another network than Backbone$"
+    ):
         made.require(backbone)
 
 
@@ -208,7 +217,9 @@ def test_a_round_sees_what_the_backbone_has_become(views, splits):
     assert round_.run(colours, "end") == {"knn3_top1": 100.0, "probe_top1": 100.0}
 
     class Blind(nn.Module):
-        """The same features for every image: four, so that of length 1 they are halves, and cosines 1 however one rounds."""
+        """The same features for every image: four, so that of length 1 they are halves, and cosines 1 however one
+        rounds.
+        """
 
         def forward(self, images):
             return images.new_ones(len(images), 4)
@@ -269,5 +280,7 @@ def test_cuda_gives_what_the_cpu_gives(backbone, views, splits):
     torch.cuda.manual_seed(7)
     draws = torch.rand(4, device="cuda")
     torch.cuda.manual_seed(7)
-    assert evaluation({"knn": KNN(k=3), "probe": Probe()}, splits, views, device="cuda").run(backbone, "end") == expected
+    assert (
+        evaluation({"knn": KNN(k=3), "probe": Probe()}, splits, views, device="cuda").run(backbone, "end") == expected
+    )
     assert torch.equal(torch.rand(4, device="cuda"), draws)

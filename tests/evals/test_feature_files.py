@@ -1,4 +1,6 @@
-"""Features on disk: made once for each (backbone, images, view, precision), gone on with after a kill, mapped, not read."""
+"""Features on disk: made once for each (backbone, images, view, precision), gone on with after a kill, mapped, not
+read.
+"""
 
 import copy
 import json
@@ -71,7 +73,8 @@ def test_bf16_features_take_two_bytes_a_number_and_evaluators_read_them(tmp_path
     evaluators = {"knn": KNN(k=3), "probe": Probe()}
     settings = {"batch": 8, "device": "cpu", "precision": "fp32", "seed": 0}
     results = [
-        Evaluation(evaluators, store.splits, store.views, **settings, folder=folder).run(Half(), "end") for folder in (None, tmp_path)
+        Evaluation(evaluators, store.splits, store.views, **settings, folder=folder).run(Half(), "end")
+        for folder in (None, tmp_path)
     ]
     assert results[0] == results[1] == {"knn3_top1": 100.0, "probe_top1": 100.0}
 

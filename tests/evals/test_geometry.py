@@ -39,9 +39,16 @@ def test_spread_features_and_collapsed_ones_are_told_apart_without_labels(store_
     collapsed = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
     with torch.no_grad():
         collapsed[1].weight.mul_(1e-6)
-    good, bad = ({name.replace("geometry_images-16/", "geometry/"): v for name, v in geometry.run(one)} for one in (spread, collapsed))
-    assert bad["geometry/mean_cosine"] > 0.999 and bad["geometry/spread"] < 0.01 and bad["geometry/dead_dimensions"] == 100
-    assert bad["geometry/uniformity"] == pytest.approx(0, abs=1e-3) and bad["geometry/rank_me"] == pytest.approx(1, abs=0.05)
+    good, bad = (
+        {name.replace("geometry_images-16/", "geometry/"): v for name, v in geometry.run(one)}
+        for one in (spread, collapsed)
+    )
+    assert (
+        bad["geometry/mean_cosine"] > 0.999 and bad["geometry/spread"] < 0.01 and bad["geometry/dead_dimensions"] == 100
+    )
+    assert bad["geometry/uniformity"] == pytest.approx(0, abs=1e-3) and bad["geometry/rank_me"] == pytest.approx(
+        1, abs=0.05
+    )
     assert good["geometry/rank_me"] > 2 and good["geometry/dead_dimensions"] == 0
     assert good["geometry/rank_share"] == pytest.approx(good["geometry/rank_me"] / 8)
 

@@ -26,7 +26,9 @@ def brute_force(query, bank, labels, *, k, temperature, num_classes):
     for q in query.double():
         sims = [float(q @ m / (q.norm() * m.norm())) for m in bank.double()]
         neighbours = sorted(range(len(sims)), key=lambda j: (-sims[j], j))[:k]
-        votes = [math.fsum(math.exp(sims[j] / temperature) for j in neighbours if labels[j] == c) for c in range(num_classes)]
+        votes = [
+            math.fsum(math.exp(sims[j] / temperature) for j in neighbours if labels[j] == c) for c in range(num_classes)
+        ]
         predicted.append(votes.index(max(votes)))
     return torch.tensor(predicted)
 
@@ -76,9 +78,7 @@ def test_keys_rank_by_value_then_smaller_index_and_read_back():
 
 
 def test_votes_are_exp_of_similarity_over_temperature():
-    votes = knn_votes(
-        torch.tensor([[0.9, 0.5, 0.4]]), torch.tensor([[2, 0, 0]]), temperature=0.2, num_classes=4
-    )
+    votes = knn_votes(torch.tensor([[0.9, 0.5, 0.4]]), torch.tensor([[2, 0, 0]]), temperature=0.2, num_classes=4)
     expected = torch.tensor([[math.exp(2.5) + math.exp(2.0), 0, math.exp(4.5), 0]], dtype=torch.float64) / math.exp(4.5)
     torch.testing.assert_close(votes, expected, rtol=1e-6, atol=0)
 
@@ -143,7 +143,18 @@ def test_the_first_of_each_class_are_as_many_as_int_says():
 
 def test_the_first_images_of_a_class_are_those_of_the_first_names(tmp_path):
     """Whatever order the set has them in, and whatever folders of a class they lie in."""
-    files = ["b/10.png", "b/9.png", "b/1.png", "a/z.png", "a/y/x.png", "a/c.png", "a/b.png", "b/2.png", "a/y/a.png", "b/3.png"]
+    files = [
+        "b/10.png",
+        "b/9.png",
+        "b/1.png",
+        "a/z.png",
+        "a/y/x.png",
+        "a/c.png",
+        "a/b.png",
+        "b/2.png",
+        "a/y/a.png",
+        "b/3.png",
+    ]
     labels = np.array([file.startswith("b/") for file in files], int)
     chosen = first_share(ImageFiles(tmp_path, files, name="it", labels=labels), labels, fraction=0.6)
     assert sorted(files[i] for i in chosen) == ["a/b.png", "a/c.png", "a/z.png", "b/1.png", "b/10.png", "b/2.png"]

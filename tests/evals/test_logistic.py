@@ -33,7 +33,9 @@ def test_every_strength_ends_at_scikit_learns_optimum_with_no_gradient_left(corr
     for strength, weight, bias in path(x, y, [1e4, 1e2, 1.0, 1e-2], num_classes=4):
         _, grad_weight, grad_bias = objective(weight, bias, x.double(), y, l2=strength / len(x))
         assert largest(grad_weight, grad_bias) < 1.01e-5
-        oracle = LogisticRegression(C=1 / strength, solver="newton-cholesky", tol=1e-9).fit(x.double().numpy(), y.numpy())
+        oracle = LogisticRegression(C=1 / strength, solver="newton-cholesky", tol=1e-9).fit(
+            x.double().numpy(), y.numpy()
+        )
         ours = (x.double() @ weight + bias).softmax(dim=1)
         theirs = torch.from_numpy(oracle.predict_proba(x.double().numpy()))
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)

@@ -52,11 +52,11 @@ def test_float64_optimum_has_no_gradient_and_equals_scikit_learns(digits, l2):
 def test_float32_fit_as_the_probe_runs_it_is_within_one_image_of_scikit_learn(digits):
     x, y, x_test, y_test = digits
     weight, bias = fit(x, y, num_classes=10, l2=1e-3)
-    _, grad_weight, grad_bias = objective(
-        weight.double(), bias.double(), x.double(), y, l2=1e-3, block=65536
-    )
+    _, grad_weight, grad_bias = objective(weight.double(), bias.double(), x.double(), y, l2=1e-3, block=65536)
     assert max(grad_weight.abs().max(), grad_bias.abs().max()) < 2e-5
-    oracle = LogisticRegression(C=1 / (1e-3 * len(x)), solver="newton-cholesky", tol=1e-10).fit(x.double().numpy(), y.numpy())
+    oracle = LogisticRegression(C=1 / (1e-3 * len(x)), solver="newton-cholesky", tol=1e-10).fit(
+        x.double().numpy(), y.numpy()
+    )
     ours = ((x_test @ weight + bias).argmax(1) == y_test).sum().item()
     assert abs(ours - round(oracle.score(x_test.double().numpy(), y_test.numpy()) * len(y_test))) <= 1
 
@@ -111,7 +111,14 @@ def test_the_probe_makes_no_second_copy_of_the_features_and_the_same_classifier(
         ours = fit(standardised, y, num_classes=10, l2=1e-3, max_iterations=3, block=100)
     assert largest.elements < x.numel() / 4, "it works on blocks of rows, or of columns"
     with pytest.warns(UserWarning, match="gradient"):
-        whole = fit((x.float() - standardised.mean_D) / standardised.scale_D, y, num_classes=10, l2=1e-3, max_iterations=3, block=100)
+        whole = fit(
+            (x.float() - standardised.mean_D) / standardised.scale_D,
+            y,
+            num_classes=10,
+            l2=1e-3,
+            max_iterations=3,
+            block=100,
+        )
     assert torch.equal(ours[0], whole[0]) and torch.equal(ours[1], whole[1])
     mean, scale = x.double().mean(0), x.double().std(0, correction=0)
     torch.testing.assert_close(standardised.mean_D.double(), mean, rtol=1e-5, atol=1e-6)
@@ -121,7 +128,11 @@ def test_the_probe_makes_no_second_copy_of_the_features_and_the_same_classifier(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"l2": 0.0}, "l2: expected float above 0"), ({"max_iterations": 0}, "max_iterations: expected int from 1"), ({"when": ""}, "when: expected epoch")],
+    [
+        ({"l2": 0.0}, "l2: expected float above 0"),
+        ({"max_iterations": 0}, "max_iterations: expected int from 1"),
+        ({"when": ""}, "when: expected epoch"),
+    ],
 )
 def test_refuses_settings_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -81,7 +81,12 @@ def test_no_evaluator_reads_an_image_in_the_process_that_waits_for_it(evaluator)
     evaluation = Evaluation({"it": evaluator}, Splits(train, train, test), VIEWS, **settings)
     evaluation.store.cache_bytes = 0
     assert evaluation.run(
-        Flat().requires_grad_(False) if not isinstance(evaluator, FineTune) else nn.Sequential(Flat(), nn.Linear(12, 12)), "end"
+        (
+            Flat().requires_grad_(False)
+            if not isinstance(evaluator, FineTune)
+            else nn.Sequential(Flat(), nn.Linear(12, 12))
+        ),
+        "end",
     )
     assert train.here.value == test.here.value == 0
 
@@ -92,7 +97,9 @@ def test_every_loader_says_how_many_workers_a_pass_has():
 
 def test_a_plain_pass_of_a_method_has_the_workers_too():
     source = Where(11)
-    images = Images(source, VIEWS, lambda: pytest.fail("no training batches"), batch=4, device=torch.device("cpu"), num_workers=1)
+    images = Images(
+        source, VIEWS, lambda: pytest.fail("no training batches"), batch=4, device=torch.device("cpu"), num_workers=1
+    )
     assert [len(batch.index) for batch in images("plain")] == [4, 4, 3] and source.here.value == 0
 
 
@@ -136,7 +143,9 @@ def test_a_bicubic_plain_view_is_bicubic_of_images_in_memory_too():
 
 def test_the_pieces_that_workers_make_are_of_eight_megabytes_whatever_the_batch(monkeypatch):
     pieces = []
-    monkeypatch.setattr(plain, "in_order", lambda maker, keys, workers, **options: (pieces.extend(keys), in_order(maker, keys, 0))[1])
+    monkeypatch.setattr(
+        plain, "in_order", lambda maker, keys, workers, **options: (pieces.extend(keys), in_order(maker, keys, 0))[1]
+    )
     views = Views(size=224, views={"one": View()}, mean=[0.5] * 3, std=[0.25] * 3)
     list(plain_batches(Where(1000), views, batch=512, num_workers=4))
     assert [len(piece) for piece in pieces] == ([55] * 9 + [17]) + ([55] * 8 + [48]) and 55 * 3 * 224**2 <= 2**23

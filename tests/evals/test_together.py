@@ -38,8 +38,11 @@ def test_two_ranks_find_what_one_does_with_half_of_the_images_each(root, kept):
     assert codes == [0, 0], outputs
     (results, first), (others, second) = (json.loads((root / f"out{rank}").read_text()) for rank in range(2))
     assert others == {} and list(results) == list(expected)
-    # The same batches, so the same features to the bit; of two ranks the linear classifier's sums are rounded otherwise.
-    assert {k: v for k, v in results.items() if "linear" not in k} == {k: v for k, v in expected.items() if "linear" not in k}
+    # The same batches, so the same features to the bit; of two ranks the linear classifier's sums are rounded
+    # otherwise.
+    assert {k: v for k, v in results.items() if "linear" not in k} == {
+        k: v for k, v in expected.items() if "linear" not in k
+    }
     assert first + second == images and first < 0.7 * images
 
 
@@ -47,7 +50,13 @@ def test_what_fails_on_one_rank_fails_for_all_by_name_and_the_others_are_made(ro
     codes, outputs = ranks(2, together_worker.fail, str(root), str(root / "out"))
     assert codes == [0, 0], outputs
     (results, told), (_, others) = (json.loads((root / f"out{rank}").read_text()) for rank in range(2))
-    assert [line.partition(":")[0] for line in told] == [line.partition(":")[0] for line in others] == ["knn", "geometry", "probe"]
-    assert all("b/1.png: expected an image that can be read" in line for line in (told[0], others[0], told[2], others[2]))
+    assert (
+        [line.partition(":")[0] for line in told]
+        == [line.partition(":")[0] for line in others]
+        == ["knn", "geometry", "probe"]
+    )
+    assert all(
+        "b/1.png: expected an image that can be read" in line for line in (told[0], others[0], told[2], others[2])
+    )
     assert told[1] == "geometry: of rank 0 alone" and others[1] == "geometry: rank 0: of rank 0 alone"
     assert {name.partition("/")[0] for name in results} == {"pacs_size-8_num_strengths-3"}

@@ -15,8 +15,8 @@ from caco.evals.transfer import Transfer, average_precision_11, score
 
 
 def test_eleven_point_average_precision_by_hand():
-    # Ranked: present, absent, present, (left out), absent, present. Precisions at the hits: 1/1, 2/3, 3/5, and the recalls
-    # 1/3, 2/3, 1. Recalls 0 to 0.3: 1; 0.4 to 0.6: 2/3; 0.7 to 1: 3/5.
+    # Ranked: present, absent, present, (left out), absent, present. Precisions at the hits: 1/1, 2/3, 3/5, and the
+    # recalls 1/3, 2/3, 1. Recalls 0 to 0.3: 1; 0.4 to 0.6: 2/3; 0.7 to 1: 3/5.
     scores = np.array([0.9, 0.8, 0.7, 0.65, 0.6, 0.5])
     marks = np.array([1, 0, 1, -1, 0, 1])
     assert average_precision_11(scores, marks) == pytest.approx((4 * 1 + 3 * 2 / 3 + 4 * 3 / 5) / 11)
@@ -98,16 +98,27 @@ def test_sets_that_are_there_are_scored_and_missing_ones_named(store_of, tmp_pat
     sets["colours"] = TransferSet("colours", images(30, 1), images(9, 2), images(12, 3), "mean_per_class")
     evaluator = built(store_of(say=lambda text, passing=False: told.append(text)), tmp_path, "dtd", "colours")
     results = dict(evaluator.run(ChannelMeans()))
-    assert list(results) == ["transfer_size-8_num_strengths-5/colours_mean_per_class", f"{evaluator.protocol}/colours_strength", f"{evaluator.protocol}/colours_gradient"]
-    assert results["transfer_size-8_num_strengths-5/colours_mean_per_class"] == 100.0 and results["transfer_size-8_num_strengths-5/colours_gradient"] < 2e-5
+    assert list(results) == [
+        "transfer_size-8_num_strengths-5/colours_mean_per_class",
+        f"{evaluator.protocol}/colours_strength",
+        f"{evaluator.protocol}/colours_gradient",
+    ]
+    assert (
+        results["transfer_size-8_num_strengths-5/colours_mean_per_class"] == 100.0
+        and results["transfer_size-8_num_strengths-5/colours_gradient"] < 2e-5
+    )
     assert told[0] == f"transfer goes on without dtd: expected {tmp_path}/dtd, got no such folder"
     with pytest.raises(ValueError, match="none of the sets is there:\ndtd: expected"):
         built(store_of(), tmp_path, "dtd")
-    with pytest.raises(ValueError, match="root: expected the folder that holds the sets, as eval.transfer.root=PATH, got None"):
+    with pytest.raises(
+        ValueError, match="root: expected the folder that holds the sets, as eval.transfer.root=PATH, got None"
+    ):
         built(store_of(), tmp_path, "dtd", root=None)
 
 
-def test_the_strength_comes_from_the_validation_images_and_the_test_images_are_scored_once(store_of, tmp_path, sets, monkeypatch):
+def test_the_strength_comes_from_the_validation_images_and_the_test_images_are_scored_once(
+    store_of, tmp_path, sets, monkeypatch
+):
     # The training labels are mostly wrong, the validation labels swap two classes: choosing on the test images would
     # choose another strength than choosing on these.
     rng = np.random.default_rng(0)
@@ -116,7 +127,11 @@ def test_the_strength_comes_from_the_validation_images_and_the_test_images_are_s
     sets["x"] = one
     scored = []
     original = transfer.score
-    monkeypatch.setattr(transfer, "score", lambda logits, labels, metric: (scored.append(id(labels)), original(logits, labels, metric))[1])
+    monkeypatch.setattr(
+        transfer,
+        "score",
+        lambda logits, labels, metric: (scored.append(id(labels)), original(logits, labels, metric))[1],
+    )
     results = dict(built(store_of(), tmp_path, "x").run(ChannelMeans()))
     assert scored == [id(one.validation.labels)] * 5 + [id(one.test.labels)]
 
@@ -148,7 +163,10 @@ def test_several_labels_an_image_are_told_apart_one_by_one(store_of, tmp_path, s
 
     sets["voc2007"] = TransferSet("voc2007", several(40, 1), several(20, 2), several(30, 3), "map11")
     results = dict(built(store_of(), tmp_path, "voc2007", strongest=1e-3).run(ChannelMeans()))
-    assert [name.rpartition("/")[2] for name, value in results.items() if value > 95] == ["voc2007_map11", "voc2007_ap_per_image"]
+    assert [name.rpartition("/")[2] for name, value in results.items() if value > 95] == [
+        "voc2007_map11",
+        "voc2007_ap_per_image",
+    ]
 
 
 def test_test_images_that_are_trained_on_are_refused_unless_told(store_of, tmp_path, sets):

@@ -59,7 +59,8 @@ def evaluation(root: str, names: list[str], **settings) -> Evaluation:
         "linear": Linear(epochs=2, batch=20, lr=4.0, larc=False),
     }
     # Batches of five: of the images that are left at the end one rank has none.
-    return Evaluation({name: every[name] for name in names}, splits, views, batch=5, device="cpu", precision="fp32", seed=0,
+    return Evaluation({name: every[name] for name in names}, splits, views, batch=5, device="cpu", precision="fp32",
+    seed=0,
                       loader=TorchLoader(num_workers=0), **settings)  # fmt: skip
 
 
@@ -79,7 +80,9 @@ def evaluate(root: str, out: str, names: list[str], kept: bool) -> None:
 
 
 def fail(root: str, out: str) -> None:
-    """A test image cannot be read, another evaluator fails on rank 0 alone, and a third has nothing to do with either."""
+    """A test image cannot be read, another evaluator fails on rank 0 alone, and a third has nothing to do with
+    either.
+    """
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     made = evaluation(root, ["knn", "geometry", "probe", "domain"])
     (Path(root) / "images" / "test" / "b" / "1.png").write_bytes(b"no image")

@@ -1,4 +1,6 @@
-"""AdCo's page at the smallest scale: segmentation, detection and PACS, on toy sets that are drawn, beside what the page prints."""
+"""AdCo's page at the smallest scale: segmentation, detection and PACS, on toy sets that are drawn, beside what the page
+prints.
+"""
 
 import json
 import sys
@@ -80,7 +82,9 @@ def test_the_table_shows_the_page_s_four_numbers_as_inferred_before_anything_is_
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_one_command_evaluates_it_all_on_toy_sets_and_the_table_shows_ours_beside_the_page_s(monkeypatch, capsys, tmp_path):
+def test_one_command_evaluates_it_all_on_toy_sets_and_the_table_shows_ours_beside_the_page_s(
+    monkeypatch, capsys, tmp_path
+):
     """On a machine without any data; nothing is made twice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")

@@ -1,4 +1,6 @@
-"""`python -m experiments.compare`: what two commits' runs share, what it says where they differ, and what a renaming may change."""
+"""`python -m experiments.compare`: what two commits' runs share, what it says where they differ, and what a renaming
+may change.
+"""
 
 import json
 import math
@@ -26,8 +28,10 @@ ROWS = [
 ]
 STATE = {
     "config_hash": "0123456789",
-    "method": {"encoder.weight": torch.arange(4.0), "bank.rows.weight": torch.ones(2, 2), "bank.rows.velocity": torch.zeros(2)},
-    "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}, 1: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
+    "method": {"encoder.weight": torch.arange(4.0), "bank.rows.weight": torch.ones(2, 2),
+    "bank.rows.velocity": torch.zeros(2)},
+    "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}, 1: {"momentum_buffer": torch.zeros(3)}},
+    "param_groups": [{"lr": 0.1}]},
     "random": [{"cpu": torch.arange(3, dtype=torch.uint8)}],
 }  # fmt: skip
 SUMMARY = {"knn_top1": 60.0, "steps": 3, "images_per_second": 100.0, "config_hash": "0123456789"}
@@ -88,7 +92,9 @@ def test_one_element_of_one_tensor_is_found_and_said(result):
     state = copied(STATE)
     state["method"]["encoder.weight"] = torch.tensor([0.0, 1.0, 2.0, next_float32(3.0)])
     found = result(state=state)
-    assert found.differences == ["checkpoint: method.encoder.weight element 3 3 | 3.00000024 (1 ulp of float32), 1 of 4 elements"]
+    assert found.differences == [
+        "checkpoint: method.encoder.weight element 3 3 | 3.00000024 (1 ulp of float32), 1 of 4 elements"
+    ]
 
 
 @pytest.mark.parametrize("changed", [torch.zeros(2, dtype=torch.float64), torch.zeros(3), -torch.zeros(2)])
@@ -144,7 +150,9 @@ def test_the_order_of_the_optimiser_s_parameters_is_no_difference_but_their_valu
     assert result(state=state).verdict == "equal"
     shutil.rmtree(tmp_path / "base"), shutil.rmtree(tmp_path / "head")
     state["optimizer"]["state"] = {0: STATE["optimizer"]["state"][0], 1: STATE["optimizer"]["state"][0]}
-    assert result(state=state).differences[0].startswith("checkpoint: optimizer.state.1.momentum_buffer element 0 0 | 1")
+    assert (
+        result(state=state).differences[0].startswith("checkpoint: optimizer.state.1.momentum_buffer element 0 0 | 1")
+    )
 
 
 @pytest.mark.parametrize("rule", ["loss=", "=loss"])
@@ -164,7 +172,9 @@ def test_the_cases_are_every_file_of_methods_and_settings(repo_root):
 
 
 def test_a_commit_s_own_words_are_put_into_a_case_s_overrides():
-    told = translated(["pn=both", "warm_start.passes=3"], ["warm_start.passes -> bank_learning.filling_passes", "seed=1"])
+    told = translated(
+        ["pn=both", "warm_start.passes=3"], ["warm_start.passes -> bank_learning.filling_passes", "seed=1"]
+    )
     assert told == ["pn=both", "bank_learning.filling_passes=3", "seed=1"]
 
 
@@ -195,7 +205,11 @@ def test_a_process_that_dies_costs_the_case_that_it_was_at_and_no_other(tmp_path
     cases = [Case(name, [], ranks=ranks) for name in ("first", "second", "third")]
     side = Side("base", "base", tmp_path, [])
     outcomes = running.run_side(side, cases, tmp_path / "runs", 4, threading.Event())
-    assert {name: outcome["error"] is None for name, outcome in outcomes.items()} == {"first": True, "second": False, "third": True}
+    assert {name: outcome["error"] is None for name, outcome in outcomes.items()} == {
+        "first": True,
+        "second": False,
+        "third": True,
+    }
     assert "9" in outcomes["second"]["error"]
 
 
@@ -207,7 +221,8 @@ def test_native_parts_are_compiled_once_for_the_same_sources(tmp_path):
         (trees[name] / "part").mkdir(parents=True)
         (trees[name] / "part" / "kernel.cpp").write_text(source)
         (trees[name] / "setup.py").write_text(
-            f"open({str(tmp_path / 'calls')!r}, 'a').write('x')\nopen('part/_kernel.so', 'w').write(open('part/kernel.cpp').read())\n"
+            f"open({str(tmp_path / 'calls')!r}, 'a').write('x')\nopen('part/_kernel.so',"
+            " 'w').write(open('part/kernel.cpp').read())\n"
         )
         assert build_native(trees[name], tmp_path / "cache") == ["_kernel"]
     assert (tmp_path / "calls").read_text() == "xx"
@@ -246,7 +261,9 @@ def test_the_working_tree_is_its_files_as_they_are_without_those_that_git_ignore
     assert (tmp_path / "tree" / "new").read_text() == "untracked"
     assert (tmp_path / "tree" / "conf" / "config.yaml").read_text() == "changed"
     check_out(clone, "HEAD", tmp_path / "committed")
-    assert (tmp_path / "committed" / "conf" / "evaluate.yaml").is_file() and not (tmp_path / "committed" / "new").exists()
+    assert (tmp_path / "committed" / "conf" / "evaluate.yaml").is_file() and not (
+        tmp_path / "committed" / "new"
+    ).exists()
 
 
 @pytest.mark.parametrize(

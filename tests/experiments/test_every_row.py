@@ -8,15 +8,17 @@ import pytest
 from experiments import run, tables
 from experiments.tables import experiments, load_scale, load_table
 
-
-# Of two tables of ours only the rows that are unlike all others: the rest are settings of methods that the paper's tables have.
+# Of two tables of ours only the rows that are unlike all others: the rest are settings of methods that the paper's
+# tables have.
 SOME = {"study_bank": ["weighted", "blended", "balanced", "renewed"], "cifar10_repetitions": ["mocov2_symmetric"]}
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)  # some ninety runs of five to ten seconds
 def test_every_row_of_every_table_is_trained_at_the_smallest_scale(monkeypatch, tmp_path):
-    """Digits for most; tiles of two photographs where digits are too small or too grey; AdCo's page on toy sets besides."""
+    """Digits for most; tiles of two photographs where digits are too small or too grey; AdCo's page on toy sets
+    besides.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
     scale = load_scale("smoke")

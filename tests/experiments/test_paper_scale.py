@@ -1,4 +1,6 @@
-"""scale=paper is the published recipe to the letter: what a run of it does in every epoch, written out from the publications."""
+"""scale=paper is the published recipe to the letter: what a run of it does in every epoch, written out from the
+publications.
+"""
 
 import math
 
@@ -14,8 +16,12 @@ STEPS = 3  # of an epoch, here
 
 @pytest.fixture(scope="module")
 def rows():
-    """The configurations of rows that caco runs, by table and row; those of Tables II, IV and V differ from them in numbers alone."""
-    every = [one for name in "1367" for one in experiments(load_table(name), load_scale("paper")) if one.why_not is None]
+    """The configurations of rows that caco runs, by table and row; those of Tables II, IV and V differ from them in
+    numbers alone.
+    """
+    every = [
+        one for name in "1367" for one in experiments(load_table(name), load_scale("paper")) if one.why_not is None
+    ]
     return {one.name: (one.row, one.cfg) for one in every}
 
 
@@ -46,17 +52,29 @@ def test_all_is_float32_and_the_monitor_s_images_are_the_first(rows):
         assert cfg.precision == "fp32" and cfg.data._target_.endswith(".imagenet"), name
         knn, linear = cfg.eval.knn, cfg.eval.linear
         assert (knn.k, knn.temperature, knn.fraction, knn.choice) == (20, 0.2, 0.2, "first"), name
-        assert (linear.epochs, linear.batch, linear.lr, linear.unit, linear.drop_last) == (100, 4096, 0.025, "epoch", False), name
+        assert (linear.epochs, linear.batch, linear.lr, linear.unit, linear.drop_last) == (
+            100,
+            4096,
+            0.025,
+            "epoch",
+            False,
+        ), name
 
 
 def test_caco_s_rates_and_its_twin_s_m_change_once_an_epoch(rows):
-    """Ten epochs of (e + 1) / 10, then a cosine to a hundredth; the bank's 3.0 is warmed up alike and stays; m from 0.99 to 1."""
+    """Ten epochs of (e + 1) / 10, then a cosine to a hundredth; the bank's 3.0 is warmed up alike and stays; m from
+    0.99 to 1.
+    """
     for name, cfg in of_method(rows, "caco"):
         peak, E = cfg.optimizer.lr * cfg.batch / 256, cfg.epochs
         final = peak / 100
 
         def rate(e, peak=peak, final=final, E=E):
-            return peak * (e + 1) / 10 if e < 10 else final + (peak - final) * (1 + math.cos(math.pi * (e - 10) / (E - 10))) / 2
+            return (
+                peak * (e + 1) / 10
+                if e < 10
+                else final + (peak - final) * (1 + math.cos(math.pi * (e - 10) / (E - 10))) / 2
+            )
 
         assert rates(cfg) == pytest.approx(by_epoch(rate, E)), name
         twin = cosine(run_of(cfg), cfg.method.momentum, cfg.method.final_momentum)
@@ -64,7 +82,12 @@ def test_caco_s_rates_and_its_twin_s_m_change_once_an_epoch(rows):
         if cfg.bank is not None and "lr" in cfg.bank:
             bank = instantiate({**cfg.bank, "size": 8, "dim": 2})
             assert bank.rates(run_of(cfg)) == pytest.approx(by_epoch(lambda e: 3.0 * min(1, (e + 1) / 10), E)), name
-            assert (cfg.bank.reading, cfg.bank.initialisation, cfg.bank.momentum, cfg.bank.weight_decay) == ("code", "keys", 0.9, 0.0)
+            assert (cfg.bank.reading, cfg.bank.initialisation, cfg.bank.momentum, cfg.bank.weight_decay) == (
+                "code",
+                "keys",
+                0.9,
+                0.0,
+            )
         assert cfg.optimizer.lr == (0.03 if name.endswith("256") else 0.3) and cfg.method.temperature == 0.08
 
 
@@ -75,9 +98,18 @@ def test_adco_ends_at_the_same_rate_and_fills_at_its_own_temperature_whatever_it
         E = cfg.epochs
         rate = by_epoch(lambda e, peak=peak, E=E: 0.0006 + (peak - 0.0006) * (1 + math.cos(math.pi * e / E)) / 2, E)
         assert rates(cfg) == pytest.approx(rate), name
-        assert (cfg.method.temperature, cfg.method.warm_start_temperature, cfg.bank.temperature) == (tau, tau, bank_tau), name
+        assert (cfg.method.temperature, cfg.method.warm_start_temperature, cfg.bank.temperature) == (
+            tau,
+            tau,
+            bank_tau,
+        ), name
         assert (cfg.norm_groups, cfg.shuffle_keys) == (8, True), name
-        assert (cfg.method.momentum, cfg.method.final_momentum, cfg.bank.lr, cfg.bank.final_lr) == (0.999, 0.999, 3.0, None), name
+        assert (cfg.method.momentum, cfg.method.final_momentum, cfg.bank.lr, cfg.bank.final_lr) == (
+            0.999,
+            0.999,
+            3.0,
+            None,
+        ), name
     assert {cfg.bank.size for _, cfg in of_method(rows, "adco")} == {8192, 16384, 65536}
 
 

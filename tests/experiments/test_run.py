@@ -132,7 +132,9 @@ def test_a_dry_run_says_what_a_run_took_if_it_is_known(here, capsys, tmp_path):
         write_json(done / "summary.json", {"steps": 50, "images_per_second": rate})
         assert here("table7", "scale=smoke", "rows=both", "seed=0,1", "--dry-run") == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == "# table7/both seed 0: done" and lines[1] == "# table7/both seed 1: to do" and told in lines[2]
+        assert (
+            lines[0] == "# table7/both seed 0: done" and lines[1] == "# table7/both seed 1: to do" and told in lines[2]
+        )
 
 
 def test_a_dry_run_says_why_a_row_is_not_run(here, capsys):
@@ -186,7 +188,9 @@ def test_jobs_of_a_launcher_are_the_runs_that_are_left(here, monkeypatch, tmp_pa
 
     pytest.importorskip("submitit")
     monkeypatch.setattr(sweep, "follow", follow)
-    assert here("table7", "scale=smoke", "rows=none", "launcher=local", "launcher.parallel=2") == 1  # nothing came of them
+    assert (
+        here("table7", "scale=smoke", "rows=none", "launcher=local", "launcher.parallel=2") == 1
+    )  # nothing came of them
     ((parallel, folder, run_dirs, overrides),) = seen
     assert parallel == 2 and folder == tmp_path / "runs/smoke" and len(run_dirs) == 2
     assert not any(o.startswith("launcher") for o in overrides) and "seed=0" in overrides

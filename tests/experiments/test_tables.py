@@ -24,7 +24,9 @@ def published_facts():
     with open(HERE / "published.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["table"] in NUMERALS]
     column = {"V": "dataset"}
-    return Counter((row["table"], row["method"], row[column.get(row["table"], "metric")], float(row["value"])) for row in rows)
+    return Counter(
+        (row["table"], row["method"], row[column.get(row["table"], "metric")], float(row["value"])) for row in rows
+    )
 
 
 def test_every_published_number_of_the_seven_tables_is_in_its_yaml_and_no_other_is():
@@ -34,7 +36,9 @@ def test_every_published_number_of_the_seven_tables_is_in_its_yaml_and_no_other_
         if name == "adco_page":
             continue
         if table.table not in NUMERALS:
-            assert not any(row.published for row in table.rows.values()), "what the paper prints stands in its own tables"
+            assert not any(row.published for row in table.rows.values()), (
+                "what the paper prints stands in its own tables"
+            )
         for row in table.rows.values():
             # Table VI says the bank's size in the label, the facts in a column of their own.
             method = row.label.rsplit(" ", 1)[0] if row.label.endswith(("1M", "2M", "4M", "8M", "12M")) else row.label
@@ -45,14 +49,24 @@ def test_every_published_number_of_the_seven_tables_is_in_its_yaml_and_no_other_
 
 def test_the_numbers_of_adco_s_page_are_those_of_the_facts_and_are_called_inferred():
     with open(HERE / "published.csv", newline="") as file:
-        facts = {float(row["value"]) for row in csv.DictReader(file) if row["table"] == "AdCo-page" and not row["dataset"].startswith("ImageNet")}
+        facts = {
+            float(row["value"])
+            for row in csv.DictReader(file)
+            if row["table"] == "AdCo-page" and not row["dataset"].startswith("ImageNet")
+        }
     page = load_table("adco_page")
-    assert {value for row in page.rows.values() for value in row.published.values()} == facts and "inferred" in page.title
+    assert {
+        value for row in page.rows.values() for value in row.published.values()
+    } == facts and "inferred" in page.title
     at_paper = experiment("adco_page", "adco", "paper")
     assert at_paper.hash(0) == experiment("2", "adco", "paper").hash(0), "AdCo is trained once"
     assert all(at_paper.scale.evaluator_of(at_paper.scale.metrics[column][0]) for column in page.columns)
     on_pacs = experiment("adco_page", "adco_pacs", "paper").cfg
-    assert (on_pacs.data.target, on_pacs.backbone.name, list(on_pacs.eval)) == ("art_painting", "resnet18", ["knn", "domain_labels"])
+    assert (on_pacs.data.target, on_pacs.backbone.name, list(on_pacs.eval)) == (
+        "art_painting",
+        "resnet18",
+        ["knn", "domain_labels"],
+    )
 
 
 def test_mlflow_is_told_the_published_numbers_where_data_recipe_and_metric_are_the_same():
@@ -62,11 +76,14 @@ def test_mlflow_is_told_the_published_numbers_where_data_recipe_and_metric_are_t
 
     (word,) = told("paper", "tracking=mlflow")
     assert yaml.safe_load(word.partition("=")[2]) == {
-        "segment_fcn16/voc2012_miou": 70.0, "detect_coco_c4_2x/coco2017_box_ap": 37.9, "detect_coco_c4_2x/coco2017_mask_ap": 34.3,
+        "segment_fcn16/voc2012_miou": 70.0, "detect_coco_c4_2x/coco2017_box_ap": 37.9,
+        "detect_coco_c4_2x/coco2017_mask_ap": 34.3,
     }  # fmt: skip
     assert told("paper") == told("paper", "tracking=ledger") == told("smoke", "tracking=mlflow") == []
     (one,) = experiments(load_table("adco_page"), load_scale("paper"), rows=["adco"], further=["tracking=mlflow"])
-    assert dict(one.cfg.tracking.paper)["segment_fcn16/voc2012_miou"] == 70.0 and one.hash(0) == experiment("adco_page", "adco", "paper").hash(0)
+    assert dict(one.cfg.tracking.paper)["segment_fcn16/voc2012_miou"] == 70.0 and one.hash(0) == experiment(
+        "adco_page", "adco", "paper"
+    ).hash(0)
 
 
 def test_the_published_recipes_are_those_of_the_facts():
@@ -87,9 +104,16 @@ def test_the_published_recipes_are_those_of_the_facts():
 
 @pytest.fixture(scope="module")
 def paper():
-    """Rows that caco runs, at the paper's scale, by name; those of Tables II, IV and V differ from them in numbers alone."""
+    """Rows that caco runs, at the paper's scale, by name; those of Tables II, IV and V differ from them in numbers
+    alone.
+    """
     found = {}
-    for name, rows in {"table1": None, "table3": None, "table6": ["adco_1m", "caco_8m", "caco_12m"], "table7": None}.items():
+    for name, rows in {
+        "table1": None,
+        "table3": None,
+        "table6": ["adco_1m", "caco_8m", "caco_12m"],
+        "table7": None,
+    }.items():
         for one in experiments(load_table(name), load_scale("paper"), rows=rows):
             if one.why_not is None:
                 found[one.name] = one
@@ -111,7 +135,9 @@ def test_rows_that_are_one_run_have_one_hash(paper):
     assert len(table7) == 4
 
 
-@pytest.mark.parametrize("scale", [pytest.param(scale, marks=() if scale == "smoke" else pytest.mark.long) for scale in tables.scales()])
+@pytest.mark.parametrize(
+    "scale", [pytest.param(scale, marks=() if scale == "smoke" else pytest.mark.long) for scale in tables.scales()]
+)
 def test_the_study_of_negatives_differs_in_their_treatment_alone_and_begins_with_caco_itself(scale):
     rows = {one.row_id: one for one in experiments(load_table("negatives"), load_scale(scale))}
     assert rows["plain"].hash(0) == experiment("7", "both", scale).hash(0)
@@ -126,7 +152,8 @@ CHANGED_BY = {  # keys of a row's identity that are not those of CaCo's
     "size_quarter": {"bank.size"}, "size_sixteenth": {"bank.size"}, "size_four": {"bank.size"},
     "no_warm_start": {"epochs", "method.warm_start_steps"}, "short_warm_start": {"epochs", "method.warm_start_steps"},
     "constant_rate": {"bank.final_lr"}, "low_rate": {"bank.lr"}, "full_push": {"bank.push"}, "no_push": {"bank.push"},
-    "code_reading": {"bank.reading"}, "frozen": {"bank.pull", "bank.push"}, "cold": {"method.temperature"}, "own_temperature": {"bank.temperature"},
+    "code_reading": {"bank.reading"}, "frozen": {"bank.pull", "bank.push"}, "cold": {"method.temperature"},
+    "own_temperature": {"bank.temperature"},
     "weighted": {f"method.positives.{key}" for key in ("_target_", "count", "temperature")},
     "blended": {f"method.positives.{key}" for key in ("_target_", "first_share", "last_share")},
     "half_blended": {f"method.positives.{key}" for key in ("_target_", "first_share", "last_share")},
@@ -138,7 +165,9 @@ CHANGED_BY = {  # keys of a row's identity that are not those of CaCo's
 @pytest.mark.parametrize("scale", ["digits", "fashion"])
 def test_the_study_of_the_bank_changes_one_thing_a_row_and_all_rows_train_for_as_many_steps(scale):
     rows = {one.row_id: one for one in experiments(load_table("study_bank"), load_scale(scale))}
-    assert rows["caco"].hash(0) == experiment("7", "both", scale).hash(0) and rows["none"].hash(0) == experiment("7", "none", scale).hash(0)
+    assert rows["caco"].hash(0) == experiment("7", "both", scale).hash(0) and rows["none"].hash(0) == experiment(
+        "7", "none", scale
+    ).hash(0)
     caco = identity(rows["caco"].cfg)
     for row_id, changed in CHANGED_BY.items():
         own = identity(rows[row_id].cfg)
@@ -190,7 +219,18 @@ def test_multi_crop_is_refused_where_images_are_small_and_not_left_out(scale):
 def test_one_head_for_all_is_not_forced_on_methods_that_it_would_break():
     """cifar10 is MoCo's notebook for every row: one linear layer, one rate."""
     chosen = list(experiments(load_table("1"), load_scale("cifar10")))
-    assert {one.row_id for one in chosen if one.why_not is None} == {"simclr", "mocov2", "nnclr", "adco", "infomin", "instdisc", "pclv2", "caco_256", "caco_1024", "caco_4096"}
+    assert {one.row_id for one in chosen if one.why_not is None} == {
+        "simclr",
+        "mocov2",
+        "nnclr",
+        "adco",
+        "infomin",
+        "instdisc",
+        "pclv2",
+        "caco_256",
+        "caco_1024",
+        "caco_4096",
+    }
     assert all("scale=cifar10_lightly" in one.why_not for one in chosen if one.row_id in ("byol", "simsiam", "swav"))
 
 
@@ -199,14 +239,29 @@ SHORT = {"Barlow Twins": "barlow", "InfoMin Aug": "infomin", "PCL v2": "pcl"}
 
 def test_every_method_that_a_table_names_and_caco_has_is_run():
     """By label: a row may be cited only where conf/method has nothing of that name."""
-    ours = {"simclr", "mocov2", "mocov3", "simsiam", "swav", "nnclr", "byol", "adco", "dino", "barlow", "vicreg", "caco"}
+    ours = {
+        "simclr",
+        "mocov2",
+        "mocov3",
+        "simsiam",
+        "swav",
+        "nnclr",
+        "byol",
+        "adco",
+        "dino",
+        "barlow",
+        "vicreg",
+        "caco",
+    }
     ours |= {"mochi", "ifm", "hcl", "debiased", "infomin", "cpcv2", "instdisc", "pirl", "cmc", "pic", "pcl", "sela"}
     assert ours == {name for name in refusals.groups()["method"] if "_" not in name}
     settings = ("table7", "negatives", "study_bank", "cifar10_repetitions")  # whose rows are settings of a method
     for name in tables.tables():
         for row in load_table(name).rows.values():
             label = row.label.removesuffix(" on PACS")
-            method = label.split(" ")[0].lower() if label[-1] == "M" else SHORT.get(label, label.lower().replace(" ", ""))
+            method = (
+                label.split(" ")[0].lower() if label[-1] == "M" else SHORT.get(label, label.lower().replace(" ", ""))
+            )
             runs = next((word.removeprefix("method=") for word in row.run or () if word.startswith("method=")), None)
             assert (runs is None) == (method not in ours) or name in settings, f"{name}: {row.label}"
             assert runs in (None, method) or name in settings, f"{name}: {row.label}"
@@ -215,12 +270,20 @@ def test_every_method_that_a_table_names_and_caco_has_is_run():
 def test_rivals_train_for_the_same_steps():
     rows = load_table("rivals").rows
     assert {(row.epochs, row.batch) for row in rows.values()} == {(200, 1024)} and {"barlow", "vicreg"} <= rows.keys()
-    named = {word for name in tables.tables() if name != "rivals" for row in load_table(name).rows.values() for word in row.run or ()}
+    named = {
+        word
+        for name in tables.tables()
+        if name != "rivals"
+        for row in load_table(name).rows.values()
+        for word in row.run or ()
+    }
     assert not {"method=barlow", "method=vicreg"} & named
     at_mini = list(experiments(load_table("rivals"), load_scale("mini")))
     assert {(one.sized("epochs"), one.sized("batch")) for one in at_mini} == {(10, 128)}
     assert all("data.limit=10000" in one.overrides(0) and one.why_not is None for one in at_mini)
-    assert experiment("rivals", "caco", "mini").hash(0) == experiment("7", "both", "mini").hash(0), "CaCo is trained once"
+    assert experiment("rivals", "caco", "mini").hash(0) == experiment("7", "both", "mini").hash(0), (
+        "CaCo is trained once"
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,7 +310,10 @@ def test_what_can_change_a_number_is_no_further_setting(override):
         experiments(load_table("7"), load_scale("smoke"), further=[override])
 
 
-@pytest.mark.parametrize("wrong, word", [({"sclae": 1}, "sclae"), ({"times": {"epochs": "long"}}, "long"), ({"exactly": {"rows": 1}}, "rows")])
+@pytest.mark.parametrize(
+    "wrong, word",
+    [({"sclae": 1}, "sclae"), ({"times": {"epochs": "long"}}, "long"), ({"exactly": {"rows": 1}}, "rows")],
+)
 def test_a_mistake_in_a_scales_file_is_named(monkeypatch, tmp_path, wrong, word):
     (tmp_path / "scale").mkdir()
     (tmp_path / "scale" / "mine.yaml").write_text(yaml.safe_dump({"title": "mine", **wrong}))

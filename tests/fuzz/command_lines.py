@@ -3,8 +3,8 @@
     python -m tests.fuzz.command_lines --lines 10000              all of them, in batches that resume: --from 3000
     python -m tests.fuzz.command_lines --line 'seed=1 batch=x'    one of them, with its traceback
 
-A line is refused by a UserError. Whatever else is raised is a bug, and is printed with the line. The lines follow from their numbers, so that
-number 4711 is the same line on every machine.
+A line is refused by a UserError. Whatever else is raised is a bug, and is printed with the line. The lines follow from
+their numbers, so that number 4711 is the same line on every machine.
 """
 
 import argparse
@@ -28,18 +28,164 @@ from caco.redaction import redacted
 from caco.runs.identity import flat, plain
 
 LONG = "x" * 300
-NUMBERS = ["0", "1", "-1", "2", "3", "64", "1e-3", "0.5", "1.5", "-0.0", "nan", "inf", "-inf", "1e400", "1e-400", "99999999999999999999", "007", "1_000"]
+NUMBERS = [
+    "0",
+    "1",
+    "-1",
+    "2",
+    "3",
+    "64",
+    "1e-3",
+    "0.5",
+    "1.5",
+    "-0.0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-400",
+    "99999999999999999999",
+    "007",
+    "1_000",
+]
 NUMBERS += ["0x10", "4294967296", "2147483648"]
-TEXTS = ["a", "null", "true", "false", "''", '""', '" "', "'a b'", "a b", "~", "~/x", "'~nobody/x'", "/dev/null", "/", ".", "..", "é", "'größe'", LONG]
-TEXTS += ["a=b", "'a=b'", "(a)", "'(a)'", "a,b", "1,2", "?", "???", "*", "a:b", "a/b/c", "http://u:secret@h", "'${name}'", "\\", "'", '"', "$", "#", "@", "\t"]
-TEXTS += ["caco.nn.backbones.small_resnet", "os.system", "caco.nope.Nope", "'a\\0b'", "None", "[", "]", "{", "}", "<", "%", "&", ";", "\U0001f600", "run_name"]
-LISTS = ["[]", "[1]", "[1,2]", "[0,0,0]", "[nan,1,1]", "[null]", "[[1]]", "[a,b]", "[1,1,1,1000000]", "[1,2,3,4,5]", "[-1,-2]", "[{a:1}]", "[knn,knn]"]
-GROUPS = ["{}", "{a:1}", "{a:{b:[1]}}", "{_target_:a}", "{_target_:1}", "{_target_:caco.nn.heads.Projector}", "{_target_:null}", "{size:1}", "{1:2}"]
-MADE = ["${batch}", "${name}", "${nope}", "${nope.nope}", "${oc.env:NOPE}", "${oc.env:HOME}", "${oc.env:PATH,1}", "${oc.decode:1}", "${nope:1}", "${bank}"]
-MADE += ["${.lr}", "${..seed}", "${run_name:}", "${hydra:job.num}", "${hydra.run.dir}", "${oc.create:{a:1}}", "${oc.decode:'[1'}", "${file_digest:/}", "${", "a${batch}"]
-SWEPT = ["1,2", "a,b", "range(1,3)", "choice(1,2)", "interval(0,1)", "glob(*)", "range(0)", "shuffle(1,2)", "sort(2,1)", "tag(a,1)", "[1],[2]", "{a:1},{b:2}", "1,1"]
+TEXTS = [
+    "a",
+    "null",
+    "true",
+    "false",
+    "''",
+    '""',
+    '" "',
+    "'a b'",
+    "a b",
+    "~",
+    "~/x",
+    "'~nobody/x'",
+    "/dev/null",
+    "/",
+    ".",
+    "..",
+    "é",
+    "'größe'",
+    LONG,
+]
+TEXTS += [
+    "a=b",
+    "'a=b'",
+    "(a)",
+    "'(a)'",
+    "a,b",
+    "1,2",
+    "?",
+    "???",
+    "*",
+    "a:b",
+    "a/b/c",
+    "http://u:secret@h",
+    "'${name}'",
+    "\\",
+    "'",
+    '"',
+    "$",
+    "#",
+    "@",
+    "\t",
+]
+TEXTS += [
+    "caco.nn.backbones.small_resnet",
+    "os.system",
+    "caco.nope.Nope",
+    "'a\\0b'",
+    "None",
+    "[",
+    "]",
+    "{",
+    "}",
+    "<",
+    "%",
+    "&",
+    ";",
+    "\U0001f600",
+    "run_name",
+]
+LISTS = [
+    "[]",
+    "[1]",
+    "[1,2]",
+    "[0,0,0]",
+    "[nan,1,1]",
+    "[null]",
+    "[[1]]",
+    "[a,b]",
+    "[1,1,1,1000000]",
+    "[1,2,3,4,5]",
+    "[-1,-2]",
+    "[{a:1}]",
+    "[knn,knn]",
+]
+GROUPS = [
+    "{}",
+    "{a:1}",
+    "{a:{b:[1]}}",
+    "{_target_:a}",
+    "{_target_:1}",
+    "{_target_:caco.nn.heads.Projector}",
+    "{_target_:null}",
+    "{size:1}",
+    "{1:2}",
+]
+MADE = [
+    "${batch}",
+    "${name}",
+    "${nope}",
+    "${nope.nope}",
+    "${oc.env:NOPE}",
+    "${oc.env:HOME}",
+    "${oc.env:PATH,1}",
+    "${oc.decode:1}",
+    "${nope:1}",
+    "${bank}",
+]
+MADE += [
+    "${.lr}",
+    "${..seed}",
+    "${run_name:}",
+    "${hydra:job.num}",
+    "${hydra.run.dir}",
+    "${oc.create:{a:1}}",
+    "${oc.decode:'[1'}",
+    "${file_digest:/}",
+    "${",
+    "a${batch}",
+]
+SWEPT = [
+    "1,2",
+    "a,b",
+    "range(1,3)",
+    "choice(1,2)",
+    "interval(0,1)",
+    "glob(*)",
+    "range(0)",
+    "shuffle(1,2)",
+    "sort(2,1)",
+    "tag(a,1)",
+    "[1],[2]",
+    "{a:1},{b:2}",
+    "1,1",
+]
 SWEPT += ["int(1.5)", "float(a)", "str(1)", "bool(2)", "json_str({a:1})", "extend_list(1)"]
-OF_HYDRA = ["hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra/launcher", "hydra.job.name", "hydra.mode", "hydra", "hydra.searchpath", "hydra/sweeper"]
+OF_HYDRA = [
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "hydra.sweep.subdir",
+    "hydra/launcher",
+    "hydra.job.name",
+    "hydra.mode",
+    "hydra",
+    "hydra.searchpath",
+    "hydra/sweeper",
+]
 PREFIXES = ["", "", "", "", "", "", "+", "++", "~"]
 
 
@@ -62,11 +208,19 @@ def quicker() -> None:
 @functools.cache
 def keys(root: str) -> list[str]:
     """Every dotted name of a root, inner ones too; and, of training's, what the other options of its groups set."""
-    line = ["tracking=ledger"] if root == "config" else ["weights=x", "format=moco", "backbone=resnet18", "augmentation=caco"]
+    line = (
+        ["tracking=ledger"]
+        if root == "config"
+        else ["weights=x", "format=moco", "backbone=resnet18", "augmentation=caco"]
+    )
     ConfigStore.instance().store("of_the_run", {})  # the run of an earlier evaluation in this process
     leaves = list(flat(plain(composition.compose(line, root))))
     if root == "config":
-        files = [(group, folders.option_file(group, option)) for group, options in folders.groups().items() for option in options]
+        files = [
+            (group, folders.option_file(group, option))
+            for group, options in folders.groups().items()
+            for option in options
+        ]
         leaves += [key for group, file in files if file for key, _ in no_effect.settings_of(group, file)]
     parts = [leaf.split(".") for leaf in leaves]
     return sorted({".".join(names[:length]) for names in parts for length in range(1, len(names) + 1)})
@@ -78,7 +232,11 @@ def line(number: int) -> tuple[str, list[str]]:
     root = rng.choices(["config", "sweep", "evaluate", "export"], [70, 15, 10, 5])[0]
     known = keys("config" if root == "sweep" else root)
     options = folders.groups()
-    words = [] if root in ("config", "sweep") else [rng.choice(["weights=/dev/null", "weights=setup.py", "run=runs", "run=tests/old_runs/old/tiny"])]
+    words = (
+        []
+        if root in ("config", "sweep")
+        else [rng.choice(["weights=/dev/null", "weights=setup.py", "run=runs", "run=tests/old_runs/old/tiny"])]
+    )
     if root == "export":
         words.append("to=/tmp/x")
     words += rng.sample(["tracking=ledger", "data=digits", "preset=smoke", "backbone=small_resnet"], rng.randint(0, 3))
@@ -86,15 +244,52 @@ def line(number: int) -> tuple[str, list[str]]:
         kind = rng.random()
         if kind < 0.2:
             group = rng.choice(list(options))
-            option = rng.choice([*options[group], *options[group], *options[group], "nope", "null", LONG, "1", "[a]", "a/b", "", *rng.sample(TEXTS, 2)])
+            option = rng.choice(
+                [
+                    *options[group],
+                    *options[group],
+                    *options[group],
+                    "nope",
+                    "null",
+                    LONG,
+                    "1",
+                    "[a]",
+                    "a/b",
+                    "",
+                    *rng.sample(TEXTS, 2),
+                ]
+            )
             words.append(f"{rng.choice(PREFIXES)}{group}={option}")
         elif kind < 0.25:
-            words.append(rng.choice([*TEXTS, *OF_HYDRA, "=", "=1", "a", "+", "~", "~bank", "~data.root", "-m", "a.b.c=1", ".a=1", "a.=1", "a..b=1", "[a]=1", "1=1"]))
+            words.append(
+                rng.choice(
+                    [
+                        *TEXTS,
+                        *OF_HYDRA,
+                        "=",
+                        "=1",
+                        "a",
+                        "+",
+                        "~",
+                        "~bank",
+                        "~data.root",
+                        "-m",
+                        "a.b.c=1",
+                        ".a=1",
+                        "a.=1",
+                        "a..b=1",
+                        "[a]=1",
+                        "1=1",
+                    ]
+                )
+            )
         else:
             key = rng.choice(known) if rng.random() < 0.92 else rng.choice(OF_HYDRA)
             if rng.random() < 0.05:
                 key = rng.choice([key[:-1], key + "x", key.upper(), f"{key}.{key}", key.replace(".", "/")])
-            pool = rng.choices([NUMBERS, TEXTS, LISTS, GROUPS, MADE, SWEPT], [35, 25, 14, 10, 12, 30 if root == "sweep" else 4])[0]
+            pool = rng.choices(
+                [NUMBERS, TEXTS, LISTS, GROUPS, MADE, SWEPT], [35, 25, 14, 10, 12, 30 if root == "sweep" else 4]
+            )[0]
             value = rng.choice(pool)
             prefix = rng.choice(PREFIXES)
             words.append(f"{prefix}{key}" if prefix == "~" and rng.random() < 0.7 else f"{prefix}{key}={value}")
@@ -162,7 +357,11 @@ def main() -> int:
             found[wrong.strip().splitlines()[-1][:100]] += 1
             print(f"line {number}, {root}: {shlex.join(words)}\n{wrong}", flush=True)
         if number % 50 == 49:
-            print(f"{number + 1} lines, {sum(found.values())} faults, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{number + 1} lines, {sum(found.values())} faults, {time.monotonic() - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     print(f"{number + 1 - options.first} command lines, {sum(found.values())} faults of {len(found)} kinds")
     for kind, count in found.most_common():
         print(f"{count:6} {kind}")

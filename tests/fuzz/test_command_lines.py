@@ -1,4 +1,6 @@
-"""Every command line is accepted or refused in words: the first lines of the fuzzer, and what each kind of fault it found looks like now."""
+"""Every command line is accepted or refused in words: the first lines of the fuzzer, and what each kind of fault it
+found looks like now.
+"""
 
 import shlex
 
@@ -32,14 +34,29 @@ REFUSED = [
     ("augmentation.std=[0,0,0]", "augmentation.std.0: expected float above 0, got 0"),
     ("augmentation.std=[nan,1,1]", "augmentation.std.0: expected a finite number, got nan"),
     ("~augmentation.views", "augmentation.views: Views needs it"),
-    ("backbone=small_resnet backbone.blocks=[]", "backbone.blocks: expected list of int from 1 up to 1000, 4 of them, got []"),
-    ("backbone=small_resnet backbone.blocks=[1,1,1,1000000]", "backbone.blocks.3: expected int from 1 up to 1000, got 1000000"),
+    (
+        "backbone=small_resnet backbone.blocks=[]",
+        "backbone.blocks: expected list of int from 1 up to 1000, 4 of them, got []",
+    ),
+    (
+        "backbone=small_resnet backbone.blocks=[1,1,1,1000000]",
+        "backbone.blocks.3: expected int from 1 up to 1000, got 1000000",
+    ),
     ("optimizer.lr=inf", "optimizer.lr: expected a finite number, got inf"),
     ("optimizer.lr=nan", "optimizer.lr: expected a finite number, got nan"),
-    ("augmentation.views={}", "augmentation.views={}: changes nothing, because settings are merged key by key: augmentation.views keeps first, second. Leave one"),
+    (
+        "augmentation.views={}",
+        (
+            "augmentation.views={}: changes nothing, because settings are merged key by key: augmentation.views keeps"
+            " first, second. Leave one"
+        ),
+    ),
     ("++augmentation={views:{first:{}}}", "augmentation.views.first keeps "),
     ("eval={}", "eval keeps knn, probe. Leave one out by ~eval.probe"),
-    ("augmentation.views={mine:{}}", "augmentation.views.mine is not set by the chosen augmentation; to add it, write +augmentation.views={mine:{}}"),
+    (
+        "augmentation.views={mine:{}}",
+        "augmentation.views.mine is not set by the chosen augmentation; to add it, write +augmentation.views={mine:{}}",
+    ),
     ("launcher=local launcher.parallel=0", "launcher.parallel: expected int from 1"),
     ("eval.knn.temperature=0", "eval.knn.temperature: expected float above 0, got 0"),
     ("bank=8M bank=12M", "bank"),
@@ -55,7 +72,10 @@ def test_what_was_a_traceback_or_was_accepted_is_a_sentence(typed, told):
     assert told in (outcome("config", words) or "accepted")
 
 
-@pytest.mark.parametrize("line", ["~augmentation.views.second", "~eval.probe", "+augmentation.views={mine:{}}", "launcher=slurm launcher.sbatch={}"])
+@pytest.mark.parametrize(
+    "line",
+    ["~augmentation.views.second", "~eval.probe", "+augmentation.views={mine:{}}", "launcher=slurm launcher.sbatch={}"],
+)
 def test_what_those_refusals_advise_is_taken_and_an_empty_group_may_be_given_where_none_is(line):
     assert outcome("config", ["tracking=ledger", *line.split()]) is None
 
@@ -63,9 +83,11 @@ def test_what_those_refusals_advise_is_taken_and_an_empty_group_may_be_given_whe
 @pytest.mark.parametrize(
     "typed",
     [
-        *[f"{group}=http://me:Gehe1m@host{path}" for group in ("tracking", "bank", "hydra/launcher") for path in ("", "/db", "/" + "x" * 300)],
+        *[f"{group}=http://me:Gehe1m@host{path}" for group in ("tracking", "bank", "hydra/launcher") for path in ("",
+        "/db", "/" + "x" * 300)],
         "bank=[a,http://me:Gehe1m@host]", "hydra.run.dir=http://me:Gehe1m@host", "hydra.run.dir=http:/me:Gehe1m@host", "http://me:Gehe1m@host=1",
-        "seed='http://me:Gehe1m and more@host'", "schedule=postgresql://me:Gehe1m/+@host", f"augmentation.mean=[http://me:{'Gehe1m' * 30}@host]",
+        "seed='http://me:Gehe1m and more@host'", "schedule=postgresql://me:Gehe1m/+@host",
+        f"augmentation.mean=[http://me:{'Gehe1m' * 30}@host]",
         "+method.password=Gehe1m", "data@http://me:Gehe1m@host=digits",
     ],
 )  # fmt: skip

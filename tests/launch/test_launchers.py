@@ -33,13 +33,25 @@ def test_a_run_is_done_in_a_sweep_when_no_evaluation_at_its_end_is_missing(tmp_p
     job = Job((), tmp_path)
     assert sweep._lacks(job) == "its end"
     failed = [{"evaluator": "knn", "step": 5, "message": "eval.knn failed after 1 of 2 epochs: no memory"}]
-    for summary, lacks in (({}, None), ({"failed_evaluations": failed}, None), ({"failed_evaluations": failed, "steps": 5}, failed[0]["message"])):
+    for summary, lacks in (
+        ({}, None),
+        ({"failed_evaluations": failed}, None),
+        ({"failed_evaluations": failed, "steps": 5}, failed[0]["message"]),
+    ):
         (tmp_path / "summary.json").write_text(json.dumps({"steps": 10} | summary))
         assert sweep._lacks(job) == lacks
 
 
 def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tmp_path):
-    sweep = ["-m", *TINY, *BANK, "launcher=local", "launcher.parallel=2", "batch=64,2048", "hydra.sweep.subdir=b${batch}"]
+    sweep = [
+        "-m",
+        *TINY,
+        *BANK,
+        "launcher=local",
+        "launcher.parallel=2",
+        "batch=64,2048",
+        "hydra.sweep.subdir=b${batch}",
+    ]
     first = caco(*sweep, cwd=tmp_path)
     assert first.returncode == 1, first.stderr
     assert "caco: 1 of 2 jobs have failed:\n" in first.stderr
@@ -81,7 +93,9 @@ def test_what_this_machine_or_the_ranks_cannot_do_is_refused():
         Local(**LOCAL | {"tasks_per_job": 3}).check(cfg)
     Local(**LOCAL | {"tasks_per_job": 64}).check(compose("bank.size=100"))  # the first of them have a row more
     here = torch.cuda.device_count()
-    with pytest.raises(ValueError, match=f"launcher.gpus_per_job: expected at most {here}, as this machine has, got {here + 1}"):
+    with pytest.raises(
+        ValueError, match=f"launcher.gpus_per_job: expected at most {here}, as this machine has, got {here + 1}"
+    ):
         Local(**LOCAL | {"gpus_per_job": here + 1, "tasks_per_job": 1}).check(cfg)
 
 
@@ -102,9 +116,21 @@ def test_a_snapshot_is_the_code_and_knows_its_commit(tmp_path):
     code = snapshot(tmp_path)
     assert snapshot(tmp_path) == code, "the same code is copied once"
     names = {path.relative_to(code).as_posix() for path in code.rglob("*.*") if path.is_file()}
-    assert {"caco/engine/trainer.py", "caco/data/views/augmentation.py", "conf/config.yaml", "conf/bank/8M.yaml", "source.json"} <= names
-    loaded = "import caco.config.composition as c, caco.runs.environment as e; print(c.CONF, e.environment()['git_sha'])"
+    assert {
+        "caco/engine/trainer.py",
+        "caco/data/views/augmentation.py",
+        "conf/config.yaml",
+        "conf/bank/8M.yaml",
+        "source.json",
+    } <= names
+    loaded = (
+        "import caco.config.composition as c, caco.runs.environment as e; print(c.CONF, e.environment()['git_sha'])"
+    )
     shown = subprocess.run(
-        [sys.executable, "-c", loaded], cwd=code, env=os.environ | {"PYTHONPATH": str(code)}, capture_output=True, text=True
+        [sys.executable, "-c", loaded],
+        cwd=code,
+        env=os.environ | {"PYTHONPATH": str(code)},
+        capture_output=True,
+        text=True,
     ).stdout.split()
     assert shown == [str(code / "conf"), environment()["git_sha"]]

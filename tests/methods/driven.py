@@ -1,4 +1,6 @@
-"""A method driven over a run's steps in the Trainer's order, in float64, on views that a test makes: for comparison with a plain loop."""
+"""A method driven over a run's steps in the Trainer's order, in float64, on views that a test makes: for comparison
+with a plain loop.
+"""
 
 import torch
 from tiny import batch_of
@@ -15,9 +17,14 @@ SIDES = (6, 6, 4)  # of the views in pixels: two large ones and a small one
 def tiny_encoder(**projector) -> Encoder:
     """BatchNorm in trunk and head, so that it shows which views go through them together."""
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     backbone.num_features = 6
-    return Encoder(backbone=backbone, projector=Projector(**{"in_dim": 6, "hidden_dim": 10, "dim": 5, "layers": 2, "bias": True, **projector})).double()
+    return Encoder(
+        backbone=backbone,
+        projector=Projector(**{"in_dim": 6, "hidden_dim": 10, "dim": 5, "layers": 2, "bias": True, **projector}),
+    ).double()
 
 
 def views_of(step: int, batch: int) -> list[torch.Tensor]:
@@ -28,8 +35,8 @@ def views_of(step: int, batch: int) -> list[torch.Tensor]:
 def drive(
     method, optimizer, schedule: OptimizerSchedule, run: RunShape, steps: int, after=lambda step: None, batch_at=None
 ) -> list[float]:
-    """The losses of so many steps; `after(step)` is called behind each, `batch_at(step)` gives its batch, `views_of` where there is
-    none."""
+    """The losses of so many steps; `after(step)` is called behind each, `batch_at(step)` gives its batch, `views_of`
+    where there is none."""
     batch_at = batch_at or (lambda step: batch_of(views_of(step, run.batch)))
     optimisation, tables = Optimisation(optimizer, schedule, run), method.schedules(run)
     method.phases(run)

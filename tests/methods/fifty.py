@@ -1,4 +1,5 @@
-"""Fifty steps of a method as the Trainer makes them, to be compared with a loop that a test writes out from the publication.
+"""Fifty steps of a method as the Trainer makes them, to be compared with a loop that a test writes out from the
+publication.
 
 Everything is float64. The network is small enough to be written as a formula: `backbone` below is that of `encoder`.
 """
@@ -24,7 +25,9 @@ def encoder(**projector) -> Encoder:
     """Pixels, a linear layer, BatchNorm, ReLU; then the projector."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, FEATURES), nn.BatchNorm1d(FEATURES), nn.ReLU())
-    return Encoder(backbone=backbone, projector=Projector(in_dim=FEATURES, **{"hidden_dim": 16, "dim": D} | projector)).double()
+    return Encoder(
+        backbone=backbone, projector=Projector(in_dim=FEATURES, **{"hidden_dim": 16, "dim": D} | projector)
+    ).double()
 
 
 def views_of(step: int, count: int = 2) -> list[torch.Tensor]:
@@ -35,10 +38,12 @@ def views_of(step: int, count: int = 2) -> list[torch.Tensor]:
 
 
 def train(
-    method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "step", count: int = 2, first=lambda step: 0, images=None,
+    method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "step", count: int = 2, first=lambda step: 0,
+    images=None,
     patches=lambda step: None, **schedule,
 ) -> list[float]:  # fmt: skip
-    """The losses of fifty steps, each made in the Trainer's order, of so many views of images first(step), first(step) + 1, ...
+    """The losses of fifty steps, each made in the Trainer's order, of so many views of images first(step), first(step)
+    + 1, ...
 
     Args:
         images: for passes over all of them.
@@ -50,7 +55,15 @@ def train(
     losses = []
     for step in range(STEPS):
         values = {name: table[step] for name, table in tables.items()}
-        now = Now(step, "training", step, step + 1 == STEPS, *divmod(step, run.steps_per_epoch), values, optimisation.rate(step, None))
+        now = Now(
+            step,
+            "training",
+            step,
+            step + 1 == STEPS,
+            *divmod(step, run.steps_per_epoch),
+            values,
+            optimisation.rate(step, None),
+        )
         optimisation.prepare(now, None)
         if now.step_in_epoch == 0:
             method.before_epoch(now, images)
@@ -133,7 +146,9 @@ def follow(twin, w, momentum):
 
 def assert_same_training(losses, method, by_hand, w, twin=None):
     """Losses of all steps and what was learned, to ten digits or so: fifty steps make some 1e-13 of float64's 1e-16."""
-    assert torch.allclose(torch.tensor(losses, dtype=torch.float64), torch.stack(by_hand).detach(), atol=1e-9, rtol=1e-9)
+    assert torch.allclose(
+        torch.tensor(losses, dtype=torch.float64), torch.stack(by_hand).detach(), atol=1e-9, rtol=1e-9
+    )
     assert len({round(loss, 9) for loss in losses}) > STEPS - 2, "the first step, of rate 0, moves nothing"
     for ours, theirs in ((weights_of(method), w), ({}, {}) if twin is None else (twin_of(method), twin)):
         assert ours.keys() == theirs.keys()

@@ -15,7 +15,11 @@ def barlow(**settings):
 
 
 def embedding(w, view):
-    x = normed(backbone(w, view) @ w["encoder.projector.0.weight"].T, w["encoder.projector.1.weight"], w["encoder.projector.1.bias"])
+    x = normed(
+        backbone(w, view) @ w["encoder.projector.0.weight"].T,
+        w["encoder.projector.1.weight"],
+        w["encoder.projector.1.bias"],
+    )
     return x.clamp_min(0) @ w["encoder.projector.3.weight"].T
 
 
@@ -57,7 +61,9 @@ def test_the_rest_of_a_matrix_is_all_but_its_diagonal():
 
 
 def test_fifty_steps():
-    """Weights at one rate, parameters of one dimension at another, without decay; a warm-up from 0, an end at 1/1000."""
+    """Weights at one rate, parameters of one dimension at another, without decay; a warm-up from 0, an end at
+    1/1000.
+    """
     method = barlow()
     w, velocity, losses = fifty.weights_of(method), {}, []
     optimizer = optimizers.lars(method.parameter_groups(), batch=B, reference_batch=None, lr=0.5, weight_decay=1e-2)
@@ -83,7 +89,9 @@ def test_small_views_are_compared_with_the_large_ones_and_all_pairs_averaged():
 
 def test_a_scale_is_a_factor_on_the_loss():
     views = batch_of(fifty.views_of(0))
-    assert torch.allclose(barlow(loss_scale=0.0625)(views, now()).loss, 0.0625 * barlow()(views, now()).loss, atol=1e-14)
+    assert torch.allclose(
+        barlow(loss_scale=0.0625)(views, now()).loss, 0.0625 * barlow()(views, now()).loss, atol=1e-14
+    )
 
 
 def test_its_batch_stays_whole():

@@ -20,7 +20,9 @@ def byol(**settings):
 
 def head(w, name, x):
     """Linear with a bias, BatchNorm, ReLU, linear without."""
-    x = normed(x @ w[f"{name}.0.weight"].T + w[f"{name}.0.bias"], w[f"{name}.1.weight"], w[f"{name}.1.bias"]).clamp_min(0)
+    x = normed(x @ w[f"{name}.0.weight"].T + w[f"{name}.0.bias"], w[f"{name}.1.weight"], w[f"{name}.1.bias"]).clamp_min(
+        0
+    )
     return x @ w[f"{name}.3.weight"].T
 
 
@@ -61,7 +63,9 @@ def test_lightly_s_similarities_make_the_same_loss():
     method, views = byol(), fifty.views_of(0)
     p = [method.predictor(method.encoder(view, unit=False)) for view in views]
     z = [method.twin(view, unit=False) for view in views]
-    theirs = (similarity(p[0], z[1]) + similarity(p[1], z[0])) / 2  # lightly's examples average the directions, the authors add them
+    theirs = (
+        similarity(p[0], z[1]) + similarity(p[1], z[0])
+    ) / 2  # lightly's examples average the directions, the authors add them
     assert torch.allclose(method(batch_of(views), now()).loss, 4 + 4 * theirs, atol=1e-12)
 
 

@@ -4,7 +4,7 @@ import fifty
 import pytest
 import torch
 from fifty import B, D, sgd
-from test_instdisc import N, TAU, M, drawn_by_hand, nce_by_hand, normaliser_by_hand, softmax_by_hand
+from test_instdisc import TAU, M, N, drawn_by_hand, nce_by_hand, normaliser_by_hand, softmax_by_hand
 from torch import nn
 
 from caco.banks.by_image import ImageBank
@@ -35,7 +35,9 @@ def cmc(**settings) -> CMC:
     torch.manual_seed(0)
     encoder = Encoder(backbone=Groups(), projector=GroupedProjector(in_dim=2 * fifty.FEATURES, dim=2 * D))
     bank = ImageBank(size=N, dim=2 * D, seed=3, parts=2)
-    return CMC(encoder=encoder, bank=bank, num_images=N, **{"temperature": TAU, "num_noise": M, "seed": 5, **settings}).double()
+    return CMC(
+        encoder=encoder, bank=bank, num_images=N, **{"temperature": TAU, "num_noise": M, "seed": 5, **settings}
+    ).double()
 
 
 def embedding_by_hand(w, channels, number, name):
@@ -47,7 +49,9 @@ def embedding_by_hand(w, channels, number, name):
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "softmax"}])
 def test_fifty_steps_are_those_of_a_plain_loop(settings):
-    """Each is contrasted with the other's bank, both with the same draws, each bank with a Z of its own; both banks move halfway."""
+    """Each is contrasted with the other's bank, both with the same draws, each bank with a Z of its own; both banks
+    move halfway.
+    """
     method, peak = cmc(**settings), 0.05
     w, velocity = fifty.weights_of(method), {}
     bank_l, bank_c = (part.clone() for part in method.bank.rows.weight.detach().chunk(2, 1))
@@ -60,14 +64,21 @@ def test_fifty_steps_are_those_of_a_plain_loop(settings):
     by_hand = []
     for step in range(fifty.STEPS):
         (view,), images = fifty.views_of(step, 1), list(range(first(step), first(step) + B))
-        lightness, colours = embedding_by_hand(w, view[:, :1], 0, "lightness"), embedding_by_hand(w, view[:, 1:], 1, "colours")
+        lightness, colours = (
+            embedding_by_hand(w, view[:, :1], 0, "lightness"),
+            embedding_by_hand(w, view[:, 1:], 1, "colours"),
+        )
         draws = [drawn_by_hand(mixed_seed(5, step), image, M, N) for image in images]
         if settings:
-            loss = softmax_by_hand(colours, bank_l, images, draws, TAU) + softmax_by_hand(lightness, bank_c, images, draws, TAU)
+            loss = softmax_by_hand(colours, bank_l, images, draws, TAU) + softmax_by_hand(
+                lightness, bank_c, images, draws, TAU
+            )
         else:
             Z_l = normaliser_by_hand(colours.detach(), bank_l, images, draws, TAU) if Z_l is None else Z_l
             Z_c = normaliser_by_hand(lightness.detach(), bank_c, images, draws, TAU) if Z_c is None else Z_c
-            loss = nce_by_hand(colours, bank_l, images, draws, TAU, Z_l) + nce_by_hand(lightness, bank_c, images, draws, TAU, Z_c)
+            loss = nce_by_hand(colours, bank_l, images, draws, TAU, Z_l) + nce_by_hand(
+                lightness, bank_c, images, draws, TAU, Z_c
+            )
         by_hand.append(loss)
         rate = peak * 0.1 ** sum(step // 5 >= epoch for epoch in (5, 7, 8))
         sgd(w, fifty.gradients_of(loss, w), velocity, {"": rate}, 1e-3)
@@ -83,7 +94,9 @@ def test_fifty_steps_are_those_of_a_plain_loop(settings):
 
 def test_each_part_of_a_row_begins_as_a_row_of_its_own_would():
     rows = ImageBank(size=4000, dim=256, seed=0, parts=2).rows.weight.detach()
-    assert rows.abs().max() == pytest.approx((3 / 128) ** 0.5, rel=1e-3) and rows.var().item() == pytest.approx(1 / 128, rel=0.01)
+    assert rows.abs().max() == pytest.approx((3 / 128) ** 0.5, rel=1e-3) and rows.var().item() == pytest.approx(
+        1 / 128, rel=0.01
+    )
     unit = ImageBank(size=50, dim=256, seed=0, parts=2, norms="unit").rows.weight.detach()
     assert torch.allclose(unit.unflatten(1, (2, 128)).norm(dim=2), torch.ones(50, 2))
     normal = ImageBank(size=4000, dim=8, seed=0, parts=2, norms="normal").rows.weight.detach()
@@ -100,7 +113,13 @@ def test_a_network_sees_its_channels_alone_and_is_drawn_for_them():
     assert features.shape == (2, backbone.num_features) == (2, 128)
     assert torch.equal(features[:, :64], of_grey[:, :64]) and not torch.allclose(features[:, 64:], of_grey[:, 64:])
     first = backbone.colours.conv1
-    assert (first.in_channels, first.kernel_size, first.stride, first.padding, first.bias) == (2, (3, 3), (1, 1), (1, 1), None)
+    assert (first.in_channels, first.kernel_size, first.stride, first.padding, first.bias) == (
+        2,
+        (3, 3),
+        (1, 1),
+        (1, 1),
+        None,
+    )
     with pytest.raises(ValueError, match="needs a first convolution of three; Linear has none"):
         with_channels(nn.Linear(3, 3), 2)
 
@@ -116,7 +135,11 @@ def test_a_network_sees_its_channels_alone_and_is_drawn_for_them():
 def test_parts_that_do_not_fit_are_refused(parts, projector, message):
     with pytest.raises(ValueError, match=message):
         head = GroupedProjector(**{"in_dim": 2 * fifty.FEATURES, "dim": 2 * D, **projector})
-        CMC(encoder=Encoder(backbone=Groups(), projector=head), bank=ImageBank(size=N, dim=2 * D, seed=0, **parts), num_images=N)
+        CMC(
+            encoder=Encoder(backbone=Groups(), projector=head),
+            bank=ImageBank(size=N, dim=2 * D, seed=0, **parts),
+            num_images=N,
+        )
 
 
 def test_all_rows_at_once_are_refused():

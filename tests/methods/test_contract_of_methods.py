@@ -26,7 +26,15 @@ SETTINGS = {
 
 
 def configured(toy, *overrides):
-    cfg = compose("pn=none", *SETTINGS.get(toy, ()), f"max_steps={STEPS}", "checkpoint.every_steps=11", "eval=[]", *overrides, bank=False)
+    cfg = compose(
+        "pn=none",
+        *SETTINGS.get(toy, ()),
+        f"max_steps={STEPS}",
+        "checkpoint.every_steps=11",
+        "eval=[]",
+        *overrides,
+        bank=False,
+    )
     cfg.method = {"_target_": f"toys.{toy.__name__}"}
     return cfg
 
@@ -59,7 +67,9 @@ FAST = (toys.Toy, toys.MemoryByImage)  # the whole contract, and what a memory a
 
 @pytest.mark.parametrize("toy", [pytest.param(toy, marks=() if toy in FAST else pytest.mark.long) for toy in toys.ALL])
 def test_it_goes_on_to_the_same_bits_from_the_middle_of_an_epoch_and_from_a_phase_s_end(runs, tmp_path, toy):
-    run_training(configured(toy, "max_steps=15"), tmp_path)  # ends within epoch 0, where a longer run saves at 11 and 22
+    run_training(
+        configured(toy, "max_steps=15"), tmp_path
+    )  # ends within epoch 0, where a longer run saves at 11 and 22
     for path in (tmp_path / "checkpoints").glob("*015.pt"):
         path.unlink()
     (tmp_path / "summary.json").unlink()
@@ -83,7 +93,9 @@ def test_a_head_with_a_schedule_of_its_own_keeps_its_rate_while_the_others_fall(
 
 
 def test_labels_are_made_before_each_epoch_and_in_its_middle_and_never_again_on_going_on(runs):
-    assert int(final(runs[toys.LabelsMadeAnew])["method"]["times_made"]) == 4  # two epochs begun, each with its fifth step
+    assert (
+        int(final(runs[toys.LabelsMadeAnew])["method"]["times_made"]) == 4
+    )  # two epochs begun, each with its fifth step
 
 
 def test_images_come_in_the_order_that_the_method_gives(runs):
@@ -98,7 +110,10 @@ def test_images_come_in_the_order_that_the_method_gives(runs):
 def test_a_frozen_layer_does_not_move_before_its_time_and_does_after_it(tmp_path):
     frozen = configured(toys.LastLayerFrozenAtFirst, "checkpoint.every_steps=1", "max_steps=5", "checkpoint.keep=9")
     run_training(frozen, tmp_path)
-    weights = [trained({toys.LastLayerFrozenAtFirst: tmp_path}, toys.LastLayerFrozenAtFirst, step)["last.weight"] for step in range(1, 6)]
+    weights = [
+        trained({toys.LastLayerFrozenAtFirst: tmp_path}, toys.LastLayerFrozenAtFirst, step)["last.weight"]
+        for step in range(1, 6)
+    ]
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
 
@@ -142,7 +157,9 @@ def test_a_method_whose_batch_must_stay_whole_is_not_cut(tmp_path):
 @pytest.fixture
 def printed(repo_root, tmp_path, monkeypatch):
     """The README's files under mine/, written here; and its commands that use them."""
-    section = (repo_root / "README.md").read_text(encoding="utf-8").partition("## Your own method")[2].partition("\n## ")[0]
+    section = (
+        (repo_root / "README.md").read_text(encoding="utf-8").partition("## Your own method")[2].partition("\n## ")[0]
+    )
     for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL):
         file = tmp_path / re.search(r"^# (mine/.*)$", block, re.MULTILINE)[1]
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -80,9 +80,7 @@ def test_loss_and_encoder_gradient_of_each_row_of_table_7(setting):
 
     method.zero_grad()
     m = None if bank is None else F.normalize(method.bank.rows.weight.detach(), dim=1)
-    dense = sum(
-        expected(setting, method.encoder(views[a]), method.twin(views[b]), m) for a, b in ((0, 1), (1, 0))
-    )
+    dense = sum(expected(setting, method.encoder(views[a]), method.twin(views[b]), m) for a, b in ((0, 1), (1, 0)))
     dense.backward()
     assert torch.allclose(loss, dense, atol=1e-12)
     assert torch.allclose(gradient, method.encoder.matrix.weight.grad, atol=1e-12)
@@ -147,9 +145,7 @@ def test_adco_s_denominator_has_the_bank_and_the_batch():
 
 def test_without_a_twin_keys_carry_gradients_and_both_views_are_negatives():
     """SimCLR: 2B - 2 negatives, written out as the usual matrix over all 2B embeddings."""
-    method, views = build(
-        sources.OtherView(), sources.BatchBothViews(), None, momentum=None, reduction="mean"
-    )
+    method, views = build(sources.OtherView(), sources.BatchBothViews(), None, momentum=None, reduction="mean")
     loss = method.loss(views).loss
     loss.backward()
     gradient = method.encoder.matrix.weight.grad.clone()
@@ -218,7 +214,9 @@ def test_the_warm_start_writes_the_keys_in_order_and_then_copies_the_encoder_to_
 def test_the_warm_start_may_take_its_key_from_the_last_view():
     """AdCo's multi-crop: a large query, the keys of the smallest crop, which also fill the bank."""
     bank = LearnableBank(size=10, dim=D, seed=0, pull=0.0)
-    method, large = build(sources.OtherView(), sources.BankRowsAndBatchKeys(), bank, warm_start_key="last", symmetric=False)
+    method, large = build(
+        sources.OtherView(), sources.BankRowsAndBatchKeys(), bank, warm_start_key="last", symmetric=False
+    )
     generator = torch.Generator().manual_seed(5)
     views = [*large, *(torch.randn(B, 3, 2, 2, generator=generator, dtype=torch.float64) for _ in range(4))]
     rows = bank.rows.weight.detach().clone()
@@ -227,9 +225,12 @@ def test_the_warm_start_may_take_its_key_from_the_last_view():
     assert torch.allclose(loss, eq.info_nce(q, k, F.normalize(rows, dim=1), 0.2), atol=1e-12)
     method.after_step(now("warm start", 0))
     assert torch.equal(bank.rows.weight, torch.cat([k, rows[B:]]))
-    two, other = (build(sources.OtherView(), sources.BankRows(), LearnableBank(size=10, dim=D, seed=0), warm_start_key=key)[0]
+    two, other = (build(sources.OtherView(), sources.BankRows(), LearnableBank(size=10, dim=D, seed=0),
+    warm_start_key=key)[0]
                   for key in ("second", "last"))  # fmt: skip
-    assert torch.equal(two.warm_start_loss(large).loss, other.warm_start_loss(large).loss), "of two views the second is the last"
+    assert torch.equal(two.warm_start_loss(large).loss, other.warm_start_loss(large).loss), (
+        "of two views the second is the last"
+    )
     assert not torch.equal(two.warm_start_loss(views).loss, other.warm_start_loss(views).loss)
     with pytest.raises(ValueError, match="warm_start_key: expected second . last, got 'first'"):
         build(sources.OtherView(), sources.BatchKeys(), None, warm_start_key="first")
@@ -249,7 +250,10 @@ def test_the_probability_of_figure_4():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((sources.BankRow(), sources.BatchKeys(), None), "needs the bank's rows as negatives; got BankRow with BatchKeys"),
+        (
+            (sources.BankRow(), sources.BatchKeys(), None),
+            "needs the bank's rows as negatives; got BankRow with BatchKeys",
+        ),
         ((sources.OtherView(), sources.BankRows(), None), "needs a bank; got bank=null"),
         ((sources.NearestKey(), sources.BatchKeys(), None), "needs a bank; got bank=null"),
     ],
@@ -260,7 +264,9 @@ def test_combinations_without_a_meaning_are_refused(arguments, message):
 
 
 def test_a_queue_takes_the_keys_of_the_warm_start_as_it_takes_all_others():
-    method, views = build(sources.NearestKey(), sources.BatchKeys(), FifoBank(size=10, dim=D, seed=0), warm_start_steps=2)
+    method, views = build(
+        sources.NearestKey(), sources.BatchKeys(), FifoBank(size=10, dim=D, seed=0), warm_start_steps=2
+    )
     rows = method.bank.rows.weight.detach().clone()
     loss = method.warm_start_loss(views).loss
     k = method.twin(views[1])
@@ -283,8 +289,8 @@ def test_where_no_rows_are_filled_the_warm_start_s_negatives_are_the_batch_s_oth
     )
     loss = method.warm_start_loss(views).loss
     assert torch.allclose(loss, dense, atol=1e-12)
-    by_hand, = torch.autograd.grad(dense, method.encoder.matrix.weight)
-    ours, = torch.autograd.grad(loss, method.encoder.matrix.weight)
+    (by_hand,) = torch.autograd.grad(dense, method.encoder.matrix.weight)
+    (ours,) = torch.autograd.grad(loss, method.encoder.matrix.weight)
     assert torch.allclose(ours, by_hand, atol=1e-12)
     method.after_step(now("warm start", 0))
     assert bank is None or torch.equal(bank.rows.weight, rows)
@@ -325,6 +331,4 @@ def test_warm_starts_without_a_meaning_are_refused(settings, message):
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"momentum": 1.5}])
 def test_impossible_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match="got"):
-        Contrastive(
-            encoder=Flat(), bank=None, positives=sources.OtherView(), negatives=sources.BatchKeys(), **wrong
-        )
+        Contrastive(encoder=Flat(), bank=None, positives=sources.OtherView(), negatives=sources.BatchKeys(), **wrong)

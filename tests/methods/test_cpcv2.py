@@ -1,4 +1,6 @@
-"""CPC v2: contexts see only what is above, predictions are told from all patches; loss and fifty steps written out from its sheet."""
+"""CPC v2: contexts see only what is above, predictions are told from all patches; loss and fifty steps written out from
+its sheet.
+"""
 
 import copy
 import math
@@ -38,8 +40,8 @@ def batch_at(step: int, images: int = B):
 
 
 def context_by_hand(network, z):
-    """z[b][i][j], vectors; 1 x 1, ReLU, 1 x 3 with zeros outside, 2 x 1 with a row of zeros above, ReLU, 1 x 1, added; a ReLU at
-    last."""
+    """z[b][i][j], vectors; 1 x 1, ReLU, 1 x 3 with zeros outside, 2 x 1 with a row of zeros above, ReLU, 1 x 1, added;
+    a ReLU at last."""
     images, rows, columns, _ = z.shape
     x = z
     for one, _, row, _, column, _, last in network.blocks:
@@ -64,7 +66,9 @@ def turned(grid, turns):
 
 
 def loss_by_hand(method, patches, groups=1):
-    """The pseudocode: predictions of rows k to H - 1 from the rows k above them, each told from the targets of all patches."""
+    """The pseudocode: predictions of rows k to H - 1 from the rows k above them, each told from the targets of all
+    patches.
+    """
     images, total = len(patches), 0.0
     z = method.encoder.backbone(patches.reshape(-1, *patches.shape[2:])).reshape(images, H, H, F)
     head = method.encoder.projector[0]
@@ -140,11 +144,15 @@ def test_chance_is_the_logarithm_of_the_patches():
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Adam (0.8, 0.999) at a constant rate, the gradient's norm over all parameters cut, the weights' average after each step."""
+    """Adam (0.8, 0.999) at a constant rate, the gradient's norm over all parameters cut, the weights' average after
+    each step.
+    """
     method = cpc(distances=[2], directions=2, group_size=2)
     net, average = copy.deepcopy(method), copy.deepcopy(method.encoder)
     rate, clip = 3e-3, 0.036
-    optimizer = adamw(method.parameter_groups(), batch=B, lr=rate, reference_batch=None, betas=(0.8, 0.999), weight_decay=0.0)
+    optimizer = adamw(
+        method.parameter_groups(), batch=B, lr=rate, reference_batch=None, betas=(0.8, 0.999), weight_decay=0.0
+    )
     schedule = OptimizerSchedule(warmup_epochs=0, final_fraction=1.0, clip_gradient_norm=clip)
     ours = drive(method, optimizer, schedule, RunShape(10, 5, B), 50, batch_at=batch_at)
 
@@ -181,7 +189,11 @@ def test_evaluators_see_the_average_with_the_encoder_s_statistics():
     method.after_step(now(twin_momentum=0.9))
     assert torch.equal(method.twin.encoder.backbone[1].running_var, method.encoder.backbone[1].running_var)
     without = cpc(averaging=None)
-    assert without.twin is None and without.backbone is without.encoder.backbone and without.schedules(RunShape(2, 3, B)) == {}
+    assert (
+        without.twin is None
+        and without.backbone is without.encoder.backbone
+        and without.schedules(RunShape(2, 3, B)) == {}
+    )
     assert method.schedules(RunShape(2, 3, B)) == {"twin_momentum": [0.9] * 6}
 
 
@@ -193,7 +205,9 @@ def test_layer_normalisation_is_over_channels_and_places_of_an_image_and_nowhere
     layers = [layer for layer in backbone.modules() if isinstance(layer, nn.GroupNorm)]
     x = torch.randn(2, layers[0].num_channels, 3, 3, dtype=torch.float64)
     centred = x - x.mean((1, 2, 3), keepdim=True)
-    assert torch.allclose(layers[0](x), centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt(), atol=1e-12)
+    assert torch.allclose(
+        layers[0](x), centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt(), atol=1e-12
+    )
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     assert torch.allclose(backbone(images)[:1], backbone(images[:1]), atol=1e-10), "an image's features are its own"
     with pytest.raises(UserError, match="backbone.layer_norm is for ResNets"):
@@ -214,11 +228,16 @@ def test_the_published_recipe():
         encoder = build_encoder(cfg)
         method = instantiate(cfg.method, encoder=encoder)
     assert layers_of(encoder.projector) == "2048-64b"
-    assert [tuple(layer.weight.shape) for layer in method.prediction.contexts[0].blocks[0] if isinstance(layer, nn.Conv2d)] == [
+    assert [tuple(layer.weight.shape) for layer in method.prediction.contexts[0].blocks[0] if isinstance(layer,
+    nn.Conv2d)] == [
         (256, 2048, 1, 1), (256, 256, 1, 3), (256, 256, 2, 1), (2048, 256, 1, 1),
     ]  # fmt: skip
     views = instantiate(cfg.augmentation)
-    assert views.sizes == [] and views.patches.each.then["gray"].p == 0.25 and views.patches.each.then["drop_channels"].p == 0.8
+    assert (
+        views.sizes == []
+        and views.patches.each.then["gray"].p == 0.25
+        and views.patches.each.then["drop_channels"].p == 0.8
+    )
     assert views.patches.each.then["elastic"].p == 0.2 and views.patches.each.then["two_operations"].operations == 2
 
 
@@ -229,12 +248,16 @@ def test_views_and_images_that_it_cannot_take_are_refused(tmp_path):
     with pytest.raises(UserError, match="takes 25 patches of each image; got a grid of 6 x 6"):
         run_training(compose(*small, "method.grid=5", "method.distances=[3]", bank=False), tmp_path)
     with pytest.raises(UserError, match="images of digits/train are too small for patches"):
-        run_training(compose(*small, "data._target_=caco.data.sets.folders.digits", "data.size=16", bank=False), tmp_path)
+        run_training(
+            compose(*small, "data._target_=caco.data.sets.folders.digits", "data.size=16", bank=False), tmp_path
+        )
     method = build_method(compose(*small, bank=False))
     assert method.needs.whole_batch is False and method.needs.num_patches == 36
     six = batch_of([], patches=torch.randn(6, 36, 3, 12, 12))
     for take in (lambda: method.phases(RunShape(2, 3, 6)), lambda: method(six, now())):
-        with pytest.raises(UserError, match="group_size: expected null, or a divisor of the 6 images that a process takes at once"):
+        with pytest.raises(
+            UserError, match="group_size: expected null, or a divisor of the 6 images that a process takes at once"
+        ):
             take()
 
 

@@ -48,7 +48,9 @@ def test_the_rank_by_hand_of_two_singular_values():
     """Three unit vectors on one axis and one on another: singular values sqrt 3 and 1."""
     z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [2.0, 0.0], [0.0, 5.0]])
     share = math.sqrt(3) / (math.sqrt(3) + 1)
-    assert diagnostics.rank_me(z) == pytest.approx(math.exp(-share * math.log(share) - (1 - share) * math.log(1 - share)), rel=1e-5)
+    assert diagnostics.rank_me(z) == pytest.approx(
+        math.exp(-share * math.log(share) - (1 - share) * math.log(1 - share)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5), (7, 7)])
@@ -63,7 +65,9 @@ def test_what_a_step_and_an_epoch_say():
     even = axes(5).float().requires_grad_()
     values = signs.of_step(even)
     assert set(values) == {"embedding_spread"} and values["embedding_spread"].item() == pytest.approx(1)
-    assert not values["embedding_spread"].requires_grad and signs.of_epoch() == {"embedding_rank_me": pytest.approx(D, rel=1e-4)}
+    assert not values["embedding_spread"].requires_grad and signs.of_epoch() == {
+        "embedding_rank_me": pytest.approx(D, rel=1e-4)
+    }
     signs.of_step(torch.full((4, D), torch.nan))
     assert signs.of_epoch() == {}, "no reason to end a run"
     signs.of_step(torch.cat([torch.ones(diagnostics.MOST_ROWS, D), axes(9).float()]))
@@ -79,12 +83,18 @@ def test_after_an_epoch_two_ranks_say_what_one_says():
 
 def test_a_collapse_is_said_with_what_helps_against_it():
     assert Method().warning({"embedding_spread": 0.06}) is None and Method().warning({}) is None
-    assert Method().warning({"embedding_spread": 0.01}).endswith("What helps: a lower optimizer.lr, a longer warm-up (schedule.warmup_epochs).")
+    assert (
+        Method()
+        .warning({"embedding_spread": 0.01})
+        .endswith("What helps: a lower optimizer.lr, a longer warm-up (schedule.warmup_epochs).")
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_hands_out_the_embeddings_of_its_first_view(name):
-    """They are those of the first view's images and of no other's, and the epoch's values of them are what is warned of."""
+    """They are those of the first view's images and of no other's, and the epoch's values of them are what is warned
+    of.
+    """
     case = CASES[f"method={name}"]
     cfg = compose(*case, bank=has_bank(case))
     method = build_method(cfg).eval()  # without BatchNorm's batch, in which all images meet
@@ -97,7 +107,9 @@ def test_every_method_hands_out_the_embeddings_of_its_first_view(name):
     assert torch.equal(z_BD, method(again, now()).embedding.detach())
     other = batch_of([first.flip(0), *views[1:]], patches=patches) if views else batch_of([], patches=others_patches)
     assert not torch.allclose(z_BD, method(other, now()).embedding.detach())
-    assert method.warning({**WELL, "embedding_spread": 0.01}).startswith("The embedding has collapsed: embedding_spread 0.010")
+    assert method.warning({**WELL, "embedding_spread": 0.01}).startswith(
+        "The embedding has collapsed: embedding_spread 0.010"
+    )
     assert method.warning({**WELL, "embedding_spread": 0.5}) is None
 
 

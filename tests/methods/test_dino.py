@@ -1,4 +1,6 @@
-"""DINO's student predicts its teacher, whose centre, temperature and weights move as its sheet says; written out here anew."""
+"""DINO's student predicts its teacher, whose centre, temperature and weights move as its sheet says; written out here
+anew.
+"""
 
 import copy
 import functools
@@ -82,7 +84,9 @@ def test_loss_and_gradients_are_those_of_the_sheet(norm_last_layer):
 
 
 def test_lightly_computes_the_same_loss_centre_and_temperatures():
-    theirs = pytest.importorskip("lightly.loss").DINOLoss(K, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=3)
+    theirs = pytest.importorskip("lightly.loss").DINOLoss(
+        K, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=3
+    )
     theirs = theirs.double()
     method = dino(first_teacher_temperature=0.04, teacher_temperature=0.07, teacher_temperature_epochs=3)
     theirs.center.copy_(method.centre)
@@ -91,7 +95,9 @@ def test_lightly_computes_the_same_loss_centre_and_temperatures():
         views = views_of(step, B)
         at = now(teacher_temperature=temperatures[step], twin_momentum=0.9)
         raw, _ = taught_by_hand(method, views, method.centre, 1.0)
-        expected = theirs(list(raw.split(B)), list(scores_by_hand(method.encoder, method.prototypes, views)), epoch=step // 2)
+        expected = theirs(
+            list(raw.split(B)), list(scores_by_hand(method.encoder, method.prototypes, views)), epoch=step // 2
+        )
         assert method(batch_of(views), at).loss.item() == pytest.approx(expected.item(), abs=1e-7)
         method.after_step(at)
         assert torch.allclose(method.centre, theirs.center.flatten(), atol=1e-12)
@@ -102,9 +108,13 @@ def test_the_temperature_changes_with_the_epoch_and_the_momentum_with_the_step()
     method = DINO(encoder=tiny_encoder(), num_prototypes=K, teacher_temperature=0.07, teacher_temperature_epochs=4)
     for unit in ("step", "epoch"):
         tables = method.schedules(RunShape(6, 3, B, unit))
-        assert tables["teacher_temperature"] == pytest.approx([t for t in (0.04, 0.05, 0.06, 0.07, 0.07, 0.07) for _ in range(3)])
+        assert tables["teacher_temperature"] == pytest.approx(
+            [t for t in (0.04, 0.05, 0.06, 0.07, 0.07, 0.07) for _ in range(3)]
+        )
     tables = method.schedules(RunShape(6, 3, B))
-    assert tables["twin_momentum"] == pytest.approx([1 - 0.004 * (1 + math.cos(math.pi * t / 18)) / 2 for t in range(18)])
+    assert tables["twin_momentum"] == pytest.approx(
+        [1 - 0.004 * (1 + math.cos(math.pi * t / 18)) / 2 for t in range(18)]
+    )
     short = method.schedules(RunShape(2, 3, B))["teacher_temperature"]
     assert short == pytest.approx([0.04] * 3 + [0.05] * 3), "a run may end before its temperature has risen"
     constant = DINO(encoder=tiny_encoder(), num_prototypes=K).schedules(RunShape(2, 1, B))
@@ -114,7 +124,10 @@ def test_the_temperature_changes_with_the_epoch_and_the_momentum_with_the_step()
 def test_centre_and_teacher_move_after_the_step_from_raw_scores_and_new_weights():
     method, views = dino(), views_of(0, B)
     raw, _ = taught_by_hand(method, views, 0.0, 1.0)
-    centre, teacher = method.centre.clone(), [p.clone() for p in (*method.twin.parameters(), *method.twin_prototypes.parameters())]
+    centre, teacher = (
+        method.centre.clone(),
+        [p.clone() for p in (*method.twin.parameters(), *method.twin_prototypes.parameters())],
+    )
     at = now(twin_momentum=0.75, teacher_temperature=0.04)
     method(batch_of(views), at).loss.backward()
     assert torch.equal(method.centre, centre), "a loss that may not be finite changes nothing"
@@ -124,16 +137,23 @@ def test_centre_and_teacher_move_after_the_step_from_raw_scores_and_new_weights(
     method.after_step(at)
     assert torch.allclose(method.centre, 0.9 * centre + 0.1 * raw.mean(0), atol=1e-12)
     student = (*method.encoder.parameters(), *method.prototypes.parameters())
-    for old, new, p in zip(teacher, (*method.twin.parameters(), *method.twin_prototypes.parameters()), student, strict=True):
+    for old, new, p in zip(
+        teacher, (*method.twin.parameters(), *method.twin_prototypes.parameters()), student, strict=True
+    ):
         assert torch.allclose(new, 0.75 * old + 0.25 * p, atol=1e-12)
 
 
 def test_a_batch_in_two_parts_has_the_centre_of_the_whole():
-    """Images do not meet but in BatchNorm, so `accumulate` is allowed; without BatchNorm loss and centre are those of the whole."""
+    """Images do not meet but in BatchNorm, so `accumulate` is allowed; without BatchNorm loss and centre are those of
+    the whole.
+    """
+
     def without_norm():
         torch.manual_seed(0)
         backbone = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-        return DINO(encoder=Encoder(backbone=backbone, projector=Projector(in_dim=12, dim=D, layers=1)), num_prototypes=K).double()
+        return DINO(
+            encoder=Encoder(backbone=backbone, projector=Projector(in_dim=12, dim=D, layers=1)), num_prototypes=K
+        ).double()
 
     views, at = views_of(0, B), now(teacher_temperature=0.04)
     whole, parts = without_norm(), without_norm()
@@ -147,7 +167,9 @@ def test_a_batch_in_two_parts_has_the_centre_of_the_whole():
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Five steps an epoch: AdamW with decay schedule, each gradient clipped, last layer frozen for an epoch, all schedules by hand."""
+    """Five steps an epoch: AdamW with decay schedule, each gradient clipped, last layer frozen for an epoch, all
+    schedules by hand.
+    """
     method = dino(teacher_temperature=0.07, teacher_temperature_epochs=4, momentum=0.9)
     net = copy.deepcopy(method)
     frozen = {}
@@ -158,7 +180,12 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     peak, low, decays, clip = 0.02, 1e-4, (0.04, 0.4), 0.03
     optimizer = adamw(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=decays[0])
     schedule = OptimizerSchedule(
-        warmup_epochs=2, warmup_start=0.0, final_fraction=None, final_lr=low, final_weight_decay=decays[1], clip_each_gradient_norm=clip
+        warmup_epochs=2,
+        warmup_start=0.0,
+        final_fraction=None,
+        final_lr=low,
+        final_weight_decay=decays[1],
+        clip_each_gradient_norm=clip,
     )
     ours = drive(method, optimizer, schedule, RunShape(10, 5, B), 50, remember)
     assert torch.equal(frozen[0], frozen[4]) and not torch.equal(frozen[4], frozen[5])
@@ -258,7 +285,15 @@ def test_biases_and_norms_decay_with_no_optimiser(optimizer):
 def test_a_vit_takes_both_sizes_and_its_teacher_drops_no_path():
     torch.manual_seed(0)
     backbone = timm_backbone(name="vit_tiny_patch16_224", image_size=32, drop_path_rate=0.5)
-    projector = Projector(in_dim=192, hidden_dim=16, dim=8, batch_norm=False, bias=True, activation="gelu", initialisation="truncated_normal_0.02")
+    projector = Projector(
+        in_dim=192,
+        hidden_dim=16,
+        dim=8,
+        batch_norm=False,
+        bias=True,
+        activation="gelu",
+        initialisation="truncated_normal_0.02",
+    )
     method = DINO(encoder=Encoder(backbone=backbone, projector=projector), num_prototypes=K).train()
     views = [torch.randn(4, 3, side, side) for side in (32, 32, 16)]
     assert torch.equal(method.twin(views[:2]), method.twin(views[:2])), "in training mode"
@@ -269,7 +304,14 @@ def test_a_vit_takes_both_sizes_and_its_teacher_drops_no_path():
 
 
 def test_evaluators_see_the_teacher_and_so_does_who_loads_a_checkpoint(tmp_path):
-    small = ["augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd", "method.num_prototypes=24"]
+    small = [
+        "augmentation=digits",
+        "projector=small",
+        "projector.hidden_dim=16",
+        "projector.dim=8",
+        "optimizer=sgd",
+        "method.num_prototypes=24",
+    ]
     train(tmp_path, "method=dino", *small, "max_steps=2", "eval=[]", bank=False)
     state = final(tmp_path)["method"]
     assert final(tmp_path)["backbone"] == "twin.encoder.backbone"

@@ -1,4 +1,6 @@
-"""InfoMin: two queries for one key, one of them of shuffled patches; the loss and fifty steps written out from its sheet."""
+"""InfoMin: two queries for one key, one of them of shuffled patches; the loss and fifty steps written out from its
+sheet.
+"""
 
 import copy
 import math
@@ -26,7 +28,8 @@ B, D, K, TAU, PATCHES = 6, 5, 18, 0.15, 9
 def infomin(**settings):
     bank = FifoBank(size=K, dim=D, seed=0)
     method = InfoMin(
-        encoder=tiny_encoder(), bank=bank, positives=sources.OtherView(), negatives=sources.BankRows(), jigsaw_hidden_dim=7,
+        encoder=tiny_encoder(), bank=bank, positives=sources.OtherView(), negatives=sources.BankRows(),
+        jigsaw_hidden_dim=7,
         **{"temperature": TAU, "momentum": 0.9, "final_momentum": 0.9, **settings},
     )  # fmt: skip
     return method.double().train()
@@ -83,7 +86,9 @@ def test_loss_and_gradients_are_those_of_the_sheet():
         assert p.grad is None and other.grad is None or torch.allclose(p.grad, other.grad, atol=1e-12, rtol=0), name
     assert method.jigsaw.together.weight.grad.abs().max() > 1e-4
     logits = torch.cat([(q_jigsaw * k).sum(1, keepdim=True), q_jigsaw @ queue.T], 1) / TAU
-    assert outputs.metrics["jigsaw_probability"].item() == pytest.approx(logits.softmax(1)[:, 0].mean().item(), abs=1e-12)
+    assert outputs.metrics["jigsaw_probability"].item() == pytest.approx(
+        logits.softmax(1)[:, 0].mean().item(), abs=1e-12
+    )
 
 
 def test_the_weight_is_the_patches():
@@ -105,7 +110,9 @@ def test_the_order_of_the_patches_counts():
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """SGD with decay on everything, an epoch's rate by a cosine to a thousandth; the twin and the queue after the optimiser's step."""
+    """SGD with decay on everything, an epoch's rate by a cosine to a thousandth; the twin and the queue after the
+    optimiser's step.
+    """
     method = infomin()
     net, twin = copy.deepcopy(method), copy.deepcopy(method.encoder)
     peak, decay, momentum = 0.05, 1e-3, 0.9
@@ -165,11 +172,16 @@ def test_the_published_recipe():
     """MoCo v2's head and optimiser; tau 0.15, K 65,536, a rate that ends at a thousandth by a cosine of epochs."""
     cfg = composition.job_config(composition.compose(["method=infomin", "batch=256"]))
     tree = plain(cfg)
-    assert {key: tree["method"][key] for key in ("temperature", "momentum", "final_momentum", "jigsaw_weight", "num_patches")} == {
+    assert {key: tree["method"][key] for key in ("temperature", "momentum", "final_momentum", "jigsaw_weight",
+    "num_patches")} == {
         "temperature": 0.15, "momentum": 0.999, "final_momentum": 0.999, "jigsaw_weight": 0.5, "num_patches": 9,
     }  # fmt: skip
     assert tree["bank"]["size"] == 65_536 and tree["bank"]["_target_"].endswith("FifoBank")
-    assert (tree["optimizer"]["lr"], tree["optimizer"]["weight_decay"], tree["optimizer"]["momentum"]) == (0.03, 1e-4, 0.9)
+    assert (tree["optimizer"]["lr"], tree["optimizer"]["weight_decay"], tree["optimizer"]["momentum"]) == (
+        0.03,
+        1e-4,
+        0.9,
+    )
     assert {key: tree["schedule"][key] for key in ("final_fraction", "unit", "warmup_epochs")} == {
         "final_fraction": 0.001, "unit": "epoch", "warmup_epochs": 0,
     }  # fmt: skip
@@ -181,7 +193,12 @@ def test_the_published_recipe():
     assert layers_of(JigsawHead(in_dim=2048, dim=128, layers=1).each) == "2048-128b", "PIRL's"
     views = instantiate(cfg.augmentation)
     both = views.kinds.kinds[0][0]
-    assert views.sizes == [224, 224] and both.scale == [0.2, 1.0] and both.jitter == [0.8, 0.8, 0.8, 0.2] and both.jitter_p == 0.8
+    assert (
+        views.sizes == [224, 224]
+        and both.scale == [0.2, 1.0]
+        and both.jitter == [0.8, 0.8, 0.8, 0.2]
+        and both.jitter_p == 0.8
+    )
     assert list(both.then) == ["blur", "rand_augment", "gray"] and both.gray_p == both.blur_p == 0
     rand = both.then["rand_augment"]
     assert (rand.operations, rand.magnitude, rand.spread, rand.p, rand.enhancement) == (2, 10.0, 0.5, 0.5, "two_sided")
@@ -201,9 +218,14 @@ def test_views_without_patches_are_refused_before_anything_is_built_with_those_t
     assert "choose one of infomin, infomin_cifar, pirl, pirl_cifar." in told
     assert "as the digits, are too small for patches" in told and "cpcv2" not in told
     told = refused("method=mocov2", "augmentation=infomin", "data.root=/tmp")
-    assert "its view jigsaw is cut into patches, which this method does not take; leave it out ('~augmentation.views.jigsaw')" in told
+    assert (
+        "its view jigsaw is cut into patches, which this method does not take; leave it out"
+        " ('~augmentation.views.jigsaw')" in told
+    )
     told = refused("method=infomin", "augmentation.views.jigsaw.patches.shuffled=false", "data.root=/tmp")
-    assert "takes patches in a random order; expected augmentation.views.jigsaw.patches.shuffled=true, got false" in told
+    assert (
+        "takes patches in a random order; expected augmentation.views.jigsaw.patches.shuffled=true, got false" in told
+    )
 
 
 def test_another_number_of_patches_and_images_too_small_for_them_are_refused(tmp_path):
@@ -211,12 +233,18 @@ def test_another_number_of_patches_and_images_too_small_for_them_are_refused(tmp
     with pytest.raises(UserError, match="this method takes 4 patches of each image; got a grid of 3 x 3"):
         run_training(compose(*small, "method.num_patches=4"), tmp_path)
     digits = [*small, "data._target_=caco.data.sets.folders.digits", "data.size=16"]
-    with pytest.raises(UserError, match="images of digits/train are too small for patches: the first has 16 x 16 pixels, a third"):
+    with pytest.raises(
+        UserError, match="images of digits/train are too small for patches: the first has 16 x 16 pixels, a third"
+    ):
         run_training(compose(*digits), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"jigsaw_weight": 1.5}, r"jigsaw_weight: expected float from 0 up to 1, got 1\.5"), ({"num_patches": 1}, "2 patches or more")]
+    ("settings", "message"),
+    [
+        ({"jigsaw_weight": 1.5}, r"jigsaw_weight: expected float from 0 up to 1, got 1\.5"),
+        ({"num_patches": 1}, "2 patches or more"),
+    ],
 )
 def test_values_out_of_their_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):

@@ -48,7 +48,9 @@ def test_the_draws_are_splitmix_s_of_stream_and_image_alone():
     stream, images = mixed_seed(0, 7), torch.tensor([0, 5, 1_281_166])
     rows = noise.noise_rows(stream, images, 50, 1_281_167)
     assert rows.tolist() == [drawn_by_hand(stream, image, 50, 1_281_167) for image in images.tolist()]
-    assert torch.equal(noise.noise_rows(stream, images[1:2], 20, 1_281_167)[0], rows[1, :20]), "whoever draws, and however many"
+    assert torch.equal(noise.noise_rows(stream, images[1:2], 20, 1_281_167)[0], rows[1, :20]), (
+        "whoever draws, and however many"
+    )
     assert not torch.equal(noise.noise_rows(mixed_seed(0, 8), images, 50, 1_281_167), rows)
 
 
@@ -91,13 +93,16 @@ def draws_of(step, images, seed=5):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"proximal_weight": 0.7}, {"loss": "softmax"}, {"loss": "softmax", "num_noise": None}, {"norms": "normal"}]
+    "settings",
+    [{}, {"proximal_weight": 0.7}, {"loss": "softmax"}, {"loss": "softmax", "num_noise": None}, {"norms": "normal"}],
 )
 def test_loss_and_gradients_are_the_formula_s(settings):
     method = instdisc(**settings)
     (view,), images = fifty.views_of(0, 1), list(range(4, 4 + B))
     V = method.bank.rows.weight.detach()
-    assert (V.norm(dim=1) - 1).abs().max() > 0.05, "the rows count as they are stored, and are not unit before they are written"
+    assert (V.norm(dim=1) - 1).abs().max() > 0.05, (
+        "the rows count as they are stored, and are not unit before they are written"
+    )
     outputs = method(batch_of([view], first=4), now(step=9))
     outputs.loss.backward()
     ours = {name: p.grad.clone() for name, p in method.encoder.named_parameters()}
@@ -143,7 +148,9 @@ def test_a_row_moves_halfway_to_its_image_s_embedding_and_the_last_of_two_counts
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     bank.update(lr=0.0, keys_GD=keys, index_G=torch.tensor([3, 0, 3]))
     half, last = math.sqrt(0.5), torch.tensor([0.25, -0.5])
-    expected = torch.stack([torch.tensor([half, half]), torch.tensor([0.0, 1.0]), torch.tensor([0.6, 0.8]), last / last.norm()])
+    expected = torch.stack(
+        [torch.tensor([half, half]), torch.tensor([0.0, 1.0]), torch.tensor([0.6, 0.8]), last / last.norm()]
+    )
     assert torch.allclose(bank.rows.weight, expected)
     with pytest.raises(ValueError, match="a bank by image is written by index"):
         bank.update(lr=0.0, keys_GD=keys)
@@ -161,23 +168,37 @@ def test_over_all_rows_unit_ones_and_those_as_they_are_stored_score_alike_and_in
     q = F.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     assert bank.rows.are_unit()
     fused = bank.score(q, torch.arange(8), temperature=0.07).loss_B
-    expected = F.cross_entropy(q.double() @ bank.rows.weight.detach().double().T / 0.07, torch.arange(8), reduction="none")
-    assert torch.allclose(fused.double(), expected, atol=2e-2)  # a bfloat16 pair on AMX tiles: cosines to 2^-14, over 0.07
+    expected = F.cross_entropy(
+        q.double() @ bank.rows.weight.detach().double().T / 0.07, torch.arange(8), reduction="none"
+    )
+    assert torch.allclose(
+        fused.double(), expected, atol=2e-2
+    )  # a bfloat16 pair on AMX tiles: cosines to 2^-14, over 0.07
     with torch.no_grad():
         bank.rows.weight[17] *= 1.5
     assert not bank.rows.are_unit()
     stored = bank.score(q, torch.arange(8), temperature=0.07).loss_B
-    expected = F.cross_entropy(q.double() @ bank.rows.weight.detach().double().T / 0.07, torch.arange(8), reduction="none")
+    expected = F.cross_entropy(
+        q.double() @ bank.rows.weight.detach().double().T / 0.07, torch.arange(8), reduction="none"
+    )
     assert torch.allclose(stored.double(), expected, atol=1e-4)
     with torch.no_grad():
         bank.rows.weight[17] *= 40  # e^(60 / 0.07) is no float32
-    expected = F.cross_entropy(q.double() @ bank.rows.weight.detach().double().T / 0.07, torch.arange(8), reduction="none")
-    assert torch.allclose(bank.score(q, torch.arange(8), temperature=0.07).loss_B.double(), expected, rtol=1e-5, atol=1e-4)
+    expected = F.cross_entropy(
+        q.double() @ bank.rows.weight.detach().double().T / 0.07, torch.arange(8), reduction="none"
+    )
+    assert torch.allclose(
+        bank.score(q, torch.arange(8), temperature=0.07).loss_B.double(), expected, rtol=1e-5, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss": "softmax"}, {"loss": "softmax", "num_noise": None}, {"proximal_weight": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss": "softmax"}, {"loss": "softmax", "num_noise": None}, {"proximal_weight": 0.5}]
+)
 def test_fifty_steps_are_those_of_a_plain_loop(settings):
-    """Four epochs of some images each; SGD with decay on everything, its rate a tenth from epoch 6 of 10 on and a hundredth from 8."""
+    """Four epochs of some images each; SGD with decay on everything, its rate a tenth from epoch 6 of 10 on and a
+    hundredth from 8.
+    """
     method = instdisc(**settings)
     w, velocity = fifty.weights_of(method), {}
     V, Z, peak = method.bank.rows.weight.detach().clone(), None, 0.2
@@ -219,7 +240,13 @@ def test_a_batch_in_parts_gives_the_whole_one_s_loss_and_rows_once_z_is_known():
         losses = [method(part, now(step=2)).loss for part in batch_of([view], first=2).parts(parts)]
         torch.stack(losses).mean().backward()
         method.after_step(now(step=2))
-        found.append([torch.stack(losses).mean(), method.bank.rows.weight.detach(), *(p.grad for p in method.encoder.parameters())])
+        found.append(
+            [
+                torch.stack(losses).mean(),
+                method.bank.rows.weight.detach(),
+                *(p.grad for p in method.encoder.parameters()),
+            ]
+        )
     for whole, parts in zip(*found, strict=True):
         assert torch.allclose(whole, parts, atol=1e-12)
 
@@ -273,11 +300,15 @@ def test_its_configuration_is_the_published_one():
     }  # fmt: skip
     assert tree["bank"]["size"] is None and (tree["bank"]["momentum"], tree["bank"]["norms"]) == (0.5, "uniform")
     encoder = build_encoder(cfg)
-    assert [(layer.in_features, layer.out_features, layer.bias is not None) for layer in encoder.projector] == [(2048, 128, True)]
+    assert [(layer.in_features, layer.out_features, layer.bias is not None) for layer in encoder.projector] == [
+        (2048, 128, True)
+    ]
     method = method_on(encoder, cfg, 1000)[0]
     assert method.bank.rows.weight.shape == (1000, 128)
     optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
-    assert all((group["lr"], group["weight_decay"], group["momentum"]) == (0.03, 1e-4, 0.9) for group in optimizer.param_groups)
+    assert all(
+        (group["lr"], group["weight_decay"], group["momentum"]) == (0.03, 1e-4, 0.9) for group in optimizer.param_groups
+    )
     schedule = {name: value for name, value in cfg.schedule.items() if name != "unit"}
     rates = OptimizerSchedule(**schedule).learning_rate(RunShape(200, 2, 256))
     assert [rates[2 * epoch] for epoch in (0, 119, 120, 159, 160, 199)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])

@@ -1,4 +1,5 @@
-"""MoCo v3 is what its authors' code computes: the loss, heads, a twin that moves before the keys, fifty steps, the ViT's start.
+"""MoCo v3 is what its authors' code computes: the loss, heads, a twin that moves before the keys, fifty steps, the
+ViT's start.
 
 lightly has no loss of this method.
 """
@@ -23,7 +24,8 @@ TAU = 0.3
 def mocov3(vit=False, **settings):
     projector = {"layers": 3 if vit else 2, "last_batch_norm": True, "last_affine": False}
     return MoCoV3(
-        encoder=fifty.encoder(**projector), temperature=TAU, predictor_hidden_dim=16, predictor_last_batch_norm=vit, **settings
+        encoder=fifty.encoder(**projector), temperature=TAU, predictor_hidden_dim=16, predictor_last_batch_norm=vit,
+        **settings
     ).double()  # fmt: skip
 
 
@@ -57,7 +59,9 @@ def by_hand(w, twin, views, vit=False):
 def test_loss_and_gradient(vit):
     method, views = mocov3(vit), fifty.views_of(0)
     with torch.no_grad():
-        method.twin.encoder.projector[0].weight.add_(0.1)  # a twin that differs, or it could not be told from the encoder
+        method.twin.encoder.projector[0].weight.add_(
+            0.1
+        )  # a twin that differs, or it could not be told from the encoder
     w, twin = fifty.weights_of(method), fifty.twin_of(method)
     outputs = method(batch_of(views), now())
     outputs.loss.backward()
@@ -91,7 +95,9 @@ def test_its_batch_stays_whole_and_small_views_query_the_large_ones():
     assert (costs.encoded, costs.followed, costs.gathers, costs.columns_per_image) == ([0, 1, 2], [0, 1], 2, 1)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"momentum": 2.0}, r"momentum: expected float from 0 up to 1, got 2\.0")])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"momentum": 2.0}, r"momentum: expected float from 0 up to 1, got 2\.0")]
+)
 def test_impossible_numbers_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         mocov3(**wrong)
@@ -115,7 +121,9 @@ def test_the_patch_projection_is_uniform_without_bias_and_stays(vit):
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
     assert (vit.patch_embed.proj.bias == 0).all()
     assert not any(p.requires_grad for p in vit.patch_embed.parameters()) and not vit.pos_embed.requires_grad
-    assert all(p.requires_grad for name, p in vit.named_parameters() if not name.startswith(("patch_embed.", "pos_embed")))
+    assert all(
+        p.requires_grad for name, p in vit.named_parameters() if not name.startswith(("patch_embed.", "pos_embed"))
+    )
 
 
 def test_positions_are_sines_and_cosines_of_row_and_column_and_none_for_the_class_token(vit):
@@ -133,7 +141,11 @@ def test_positions_are_sines_and_cosines_of_row_and_column_and_none_for_the_clas
 def test_its_linear_layers_are_xavier_s_and_queries_keys_and_values_three_of_them(vit):
     block = vit.blocks[0]
     assert block.attn.num_heads == 12
-    bounds = {block.attn.qkv: math.sqrt(6 / (384 + 384)), block.mlp.fc1: math.sqrt(6 / (384 + 1536)), block.attn.proj: math.sqrt(6 / 768)}
+    bounds = {
+        block.attn.qkv: math.sqrt(6 / (384 + 384)),
+        block.mlp.fc1: math.sqrt(6 / (384 + 1536)),
+        block.attn.proj: math.sqrt(6 / 768),
+    }
     for layer, bound in bounds.items():
         assert bound * 0.999 < layer.weight.abs().max() <= bound and (layer.bias == 0).all()
     assert vit.cls_token.std().item() == pytest.approx(1e-6, rel=0.2)

@@ -65,7 +65,9 @@ def widths_by_hand(x, centroids, cluster, temperature):
 
 
 def test_the_widths_by_hand():
-    """Of twelve clusters one has one member and one none; the distance is not squared, and centroids are means, not unit."""
+    """Of twelve clusters one has one member and one none; the distance is not squared, and centroids are means, not
+    unit.
+    """
     generator = np.random.default_rng(0)
     centroids, cluster = generator.normal(size=(12, D)), generator.integers(0, 10, 200)
     cluster[0] = 10
@@ -95,7 +97,9 @@ def test_k_means_finds_groups_far_apart_and_gives_each_vector_its_nearest_mean(l
 
 
 def proto_nce_by_hand(q, clustering, images, drawn, num_columns):
-    """One number at a time: each column has its own temperature, and two images of one cluster are each other's negatives."""
+    """One number at a time: each column has its own temperature, and two images of one cluster are each other's
+    negatives.
+    """
     own = [int(clustering.cluster[image]) for image in images]
     columns = own + drawn
     assert len(columns) == num_columns
@@ -125,7 +129,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_sheet():
     for number, clustering in enumerate(method.clusterings):
         own = clustering.cluster[images].long()
         drawn = drawn_by_the_method(method, number, own)
-        assert not set(drawn) & set(own.tolist()) and len(set(drawn)) == len(drawn), "without replacement, from those nobody is in"
+        assert not set(drawn) & set(own.tolist()) and len(set(drawn)) == len(drawn), (
+            "without replacement, from those nobody is in"
+        )
         free = K[number] - len(set(own.tolist()))
         loss = loss + proto_nce_by_hand(q, clustering, images, drawn, B + min(2, free)) / 2
         assert max(Counter(own.tolist()).values()) > 1, "two of the batch are in one cluster"
@@ -146,7 +152,9 @@ def test_other_steps_draw_other_prototypes_all_as_often():
     method.clusterings = None
     counts = Counter(j for step in range(3000) for j in method._drawn(own, 8, step).tolist())
     assert set(counts) == {0, 1, 3, 4, 6, 7}
-    assert all(abs(count - 1500) < 6 * math.sqrt(1500 / 2) for count in counts.values()), "three of the six that are free"
+    assert all(abs(count - 1500) < 6 * math.sqrt(1500 / 2) for count in counts.values()), (
+        "three of the six that are free"
+    )
 
 
 def test_before_its_epoch_it_is_mocov2():
@@ -179,7 +187,9 @@ def test_the_embeddings_are_the_twin_s_in_evaluation_mode_and_nothing_moves():
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Ten epochs of five steps, of which the last eight begin with clusters; the twin moves before the keys; a queue of 24."""
+    """Ten epochs of five steps, of which the last eight begin with clusters; the twin moves before the keys; a queue of
+    24.
+    """
     method, peak = pcl(first_clustering_epoch=2), 0.05
     w, twin, velocity = fifty.weights_of(method.encoder), fifty.twin_of(method), {}
     w = {f"encoder.{name}": value for name, value in w.items()}
@@ -187,10 +197,15 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     first = lambda step: 3 * step % (N - B)  # noqa: E731
     reference = pcl()  # its clusterings and running statistics, given the loop's weights
     optimizer = sgd_of(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=1e-4)
-    losses = fifty.train(method, optimizer, first=first, images=Images(), unit="epoch", warmup_epochs=0, final_fraction=0.0)
+    losses = fifty.train(
+        method, optimizer, first=first, images=Images(), unit="epoch", warmup_epochs=0, final_fraction=0.0
+    )
 
     def embed(weights, view):
-        x = fifty.backbone(weights, view) @ weights["encoder.projector.0.weight"].T + weights["encoder.projector.0.bias"]
+        x = (
+            fifty.backbone(weights, view) @ weights["encoder.projector.0.weight"].T
+            + weights["encoder.projector.0.bias"]
+        )
         x = x.clamp_min(0) @ weights["encoder.projector.2.weight"].T + weights["encoder.projector.2.bias"]
         return x / x.norm(dim=1, keepdim=True)
 
@@ -227,13 +242,14 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     assert method.made == 8
 
 
-TINY_PCL = ["method=pcl", "augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd",
+TINY_PCL = ["method=pcl", "augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8",
+"optimizer=sgd",
             *FEW_PROTOTYPES["pcl"], "data.limit=256", "epochs=3", "max_steps=10", "eval=[]"]  # fmt: skip
 
 
 def test_a_run_cut_in_the_middle_of_a_clustering_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """Four steps an epoch; cut when the second of the third epoch's three clusterings is to begin, and in the middle of the second
-    epoch."""
+    """Four steps an epoch; cut when the second of the third epoch's three clusterings is to begin, and in the middle of
+    the second epoch."""
     train(tmp_path / "whole", *TINY_PCL, *EVERY)
     original, calls = clusters.k_means, []
 
@@ -249,7 +265,9 @@ def test_a_run_cut_in_the_middle_of_a_clustering_goes_on_to_the_same_bits(tmp_pa
             train(tmp_path / "cut", *TINY_PCL, *EVERY)
     saved = final(tmp_path / "cut")
     assert saved["step"] == 8 and saved["method"]["made"] == 2
-    sorted((tmp_path / "cut" / "checkpoints").glob("*.pt"))[-1].unlink()  # so that it goes on from step 6, with the clusters of step 4
+    sorted((tmp_path / "cut" / "checkpoints").glob("*.pt"))[
+        -1
+    ].unlink()  # so that it goes on from step 6, with the clusters of step 4
     train(tmp_path / "cut", *TINY_PCL, *EVERY)
     whole = final(tmp_path / "whole")
     assert_same(whole, final(tmp_path / "cut"))
@@ -286,9 +304,19 @@ def test_its_configuration_is_the_published_one():
         "num_negatives": 16_384, "first_clustering_epoch": 20, "iterations": 20, "restarts": 5,
     }  # fmt: skip
     assert {key: tree["method"][key] for key in expected} == expected
-    assert tree["bank"]["size"] == 16_384 and tree["bank"]["_target_"].endswith("FifoBank") and tree["schedule"]["unit"] == "epoch"
+    assert (
+        tree["bank"]["size"] == 16_384
+        and tree["bank"]["_target_"].endswith("FifoBank")
+        and tree["schedule"]["unit"] == "epoch"
+    )
     cfg.bank.size = 64
     method = method_on(build_encoder(cfg), cfg, 1_281_167)[0]
-    assert [tuple(clustering.centroids.shape) for clustering in method.clusterings] == [(25_000, 128), (50_000, 128), (100_000, 128)]
+    assert [tuple(clustering.centroids.shape) for clustering in method.clusterings] == [
+        (25_000, 128),
+        (50_000, 128),
+        (100_000, 128),
+    ]
     optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
-    assert all((group["lr"], group["weight_decay"], group["momentum"]) == (0.03, 1e-4, 0.9) for group in optimizer.param_groups)
+    assert all(
+        (group["lr"], group["weight_decay"], group["momentum"]) == (0.03, 1e-4, 0.9) for group in optimizer.param_groups
+    )

@@ -22,9 +22,7 @@ def test_simclr():
 
 
 def test_mocov2():
-    method, views = build(
-        sources.OtherView(), sources.BankRows(), FifoBank(size=K, dim=D, seed=0), symmetric=False
-    )
+    method, views = build(sources.OtherView(), sources.BankRows(), FifoBank(size=K, dim=D, seed=0), symmetric=False)
     method, views = method.float(), [view.float() for view in views]
     theirs = ntxent(temperature=TAU, memory_bank_size=(K, D))
     theirs.memory_bank.bank.copy_(method.bank.rows.weight)
@@ -35,7 +33,9 @@ def test_mocov2():
 def test_nnclr_is_the_paper_s_pseudocode():
     torch.manual_seed(0)
     encoder = Encoder(backbone=nn.Flatten(), projector=Projector(in_dim=12, dim=D, layers=1)).double()
-    method = NNCLR(encoder=encoder, bank=FifoBank(size=K, dim=D, seed=0), predictor_hidden_dim=7, temperature=TAU).double()
+    method = NNCLR(
+        encoder=encoder, bank=FifoBank(size=K, dim=D, seed=0), predictor_hidden_dim=7, temperature=TAU
+    ).double()
     views = [torch.randn(B, 3, 2, 2, dtype=torch.float64) for _ in range(2)]
     ours = method.loss(views).loss
     ours.backward()

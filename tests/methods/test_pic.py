@@ -69,7 +69,10 @@ def test_small_views_leave_the_class_weights_alone_and_count_as_much():
     batch = batch_of([large, *(F.pad(view, (0, 1, 0, 1)) for view in small)])
     method.encoder.backbone = _Cut(method.encoder.backbone)
     loss = method(batch, now()).loss
-    before, weights = method.bank.rows.weight.detach().clone(), method.bank.rows.weight.detach().clone().requires_grad_()
+    before, weights = (
+        method.bank.rows.weight.detach().clone(),
+        method.bank.rows.weight.detach().clone().requires_grad_(),
+    )
     loss.backward()
     method.bank.update(lr=1.0)
     each = []
@@ -102,7 +105,8 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     velocity, first = {}, lambda step: 3 * step % (N - B)
     optimizer = sgd_of(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=1e-3)
     losses = fifty.train(
-        method, optimizer, count=1, first=first, warmup_epochs=2, warmup_start=0.01, warmup_end="next", final_fraction=None,
+        method, optimizer, count=1, first=first, warmup_epochs=2, warmup_start=0.01, warmup_end="next",
+        final_fraction=None,
         final_lr=final,
     )  # fmt: skip
     by_hand = []
@@ -207,11 +211,15 @@ def test_its_configuration_is_the_published_one():
     method = method_on(encoder, cfg, 1000)[0]
     optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
     learning = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert all((group["lr"], group["weight_decay"], group["momentum"]) == (0.06, 1e-4, 0.9) for group in optimizer.param_groups)
+    assert all(
+        (group["lr"], group["weight_decay"], group["momentum"]) == (0.06, 1e-4, 0.9) for group in optimizer.param_groups
+    )
     assert id(method.bank.rows.weight) not in learning, "its own SGD moves it"
     schedule = {name: value for name, value in cfg.schedule.items() if name != "unit"}
     rates = OptimizerSchedule(**schedule).learning_rate(RunShape(200, 4, 512), 0.06)
-    assert (rates[0], rates[10], rates[20]) == pytest.approx((0.01, 0.505, 1.0)) and rates[-1] * 0.06 == pytest.approx(1e-6, rel=2)
+    assert (rates[0], rates[10], rates[20]) == pytest.approx((0.01, 0.505, 1.0)) and rates[-1] * 0.06 == pytest.approx(
+        1e-6, rel=2
+    )
     assert instantiate(cfg.augmentation).sizes == [224]
     crops = composition.job_config(composition.compose(["method=pic", "augmentation=pic_multicrop"]))
     assert instantiate(crops.augmentation).sizes == [160, 96, 96, 96]

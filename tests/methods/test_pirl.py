@@ -4,7 +4,7 @@ import fifty
 import pytest
 import torch
 from fifty import B, D, sgd
-from test_instdisc import N, TAU, M, drawn_by_hand, nce_by_hand, normaliser_by_hand, softmax_by_hand
+from test_instdisc import TAU, M, N, drawn_by_hand, nce_by_hand, normaliser_by_hand, softmax_by_hand
 from tiny import batch_of, now
 
 from caco.banks.by_image import ImageBank
@@ -28,8 +28,8 @@ def patches_of(step):
 
 
 def embeddings_by_hand(w, view, patches):
-    """Of images; and of patches: one linear layer for each of nine, in their order, and one for the nine together; no ReLU
-    anywhere."""
+    """Of images; and of patches: one linear layer for each of nine, in their order, and one for the nine together; no
+    ReLU anywhere."""
     v = fifty.backbone(w, view) @ w["encoder.projector.0.weight"].T + w["encoder.projector.0.bias"]
     features = fifty.backbone(w, patches.flatten(0, 1))
     each = features @ w["jigsaw.each.0.weight"].T + w["jigsaw.each.0.bias"]
@@ -42,10 +42,12 @@ def draws_of(step, which, images):
     return [drawn_by_hand(mixed_seed(5, step, which), image, M, N) for image in images]
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss": "softmax"}, {"patches_weight": 0.2}, {"loss": "softmax", "num_noise": None}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss": "softmax"}, {"patches_weight": 0.2}, {"loss": "softmax", "num_noise": None}]
+)
 def test_fifty_steps_are_those_of_a_plain_loop(settings):
-    """Draws for each loss, Z of the first step's patches for both, rows written with the image's embedding alone, no decay of biases
-    and BN."""
+    """Draws for each loss, Z of the first step's patches for both, rows written with the image's embedding alone, no
+    decay of biases and BN."""
     method, peak = pirl(**settings), 0.05
     w, velocity, Z = fifty.weights_of(method), {}, None
     V = method.bank.rows.weight.detach().clone()
@@ -62,13 +64,22 @@ def test_fifty_steps_are_those_of_a_plain_loop(settings):
         of_patches, of_images = draws_of(step, 0, images), draws_of(step, 1, images)
         if settings.get("loss") == "softmax":
             some = "num_noise" not in settings
-            parts = [softmax_by_hand(x, V, images, draws if some else None, TAU) for x, draws in ((v, of_images), (g, of_patches))]
+            parts = [
+                softmax_by_hand(x, V, images, draws if some else None, TAU)
+                for x, draws in ((v, of_images), (g, of_patches))
+            ]
         else:
             Z = normaliser_by_hand(g.detach(), V, images, of_patches, TAU) if Z is None else Z
-            parts = [nce_by_hand(x, V, images, draws, TAU, Z, epsilon=1.2e-7) for x, draws in ((v, of_images), (g, of_patches))]
+            parts = [
+                nce_by_hand(x, V, images, draws, TAU, Z, epsilon=1.2e-7)
+                for x, draws in ((v, of_images), (g, of_patches))
+            ]
         loss = (1 - share) * parts[0] + share * parts[1]
         by_hand.append(loss)
-        rate = 0.001 * peak + 0.999 * peak * (1 + torch.cos(torch.tensor(torch.pi * (step // 5) / 10, dtype=torch.float64)).item()) / 2
+        rate = (
+            0.001 * peak
+            + 0.999 * peak * (1 + torch.cos(torch.tensor(torch.pi * (step // 5) / 10, dtype=torch.float64)).item()) / 2
+        )
         gradients = fifty.gradients_of(loss, w)
         for name, value in w.items():  # one at a time, as the decay differs
             own = {name: velocity[name]} if name in velocity else {}

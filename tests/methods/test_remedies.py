@@ -1,4 +1,6 @@
-"""What helps a bank that young keys use badly: several positives by weight, the other view first, rows renewed, rows in even use."""
+"""What helps a bank that young keys use badly: several positives by weight, the other view first, rows renewed, rows in
+even use.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ def a_bank(**settings):
 
 
 def at(step, steps=10, name="row_share"):
-    table = OtherViewThenRow(first_share=0.0, last_share=1.0).schedules(RunShape(epochs=steps, steps_per_epoch=1, batch=B))[name]
+    table = OtherViewThenRow(first_share=0.0, last_share=1.0).schedules(
+        RunShape(epochs=steps, steps_per_epoch=1, batch=B)
+    )[name]
     return Now(step, "training", step, False, step, 0, {name: table[step]})
 
 
@@ -46,7 +50,7 @@ def scored(source, bank, q_BD, k_BD, now=None):
     return loss.detach(), q_BD.grad
 
 
-def test_nearest_rows_are_the_published_loss_with_each_row_by_the_softmax_of_its_cosine_and_rows_move_along_its_gradient():
+def test_nearest_rows_are_the_published_loss_each_by_the_softmax_of_its_cosine_and_move_along_its_gradient():
     bank, q_BD, k_BD = a_bank(), unit(B, D, seed=1), unit(B, D, seed=2)
     loss, q_grad = scored(NearestRows(count=4, temperature=0.3), bank, q_BD, k_BD)
 
@@ -58,7 +62,8 @@ def test_nearest_rows_are_the_published_loss_with_each_row_by_the_softmax_of_its
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert torch.allclose(q_grad, q_BD.grad, atol=1e-12)
-    # A row that is a positive of one query and a negative of another is pulled and pushed: with pull and push 1 as Eq. 6 has it.
+    # A row that is a positive of one query and a negative of another is pulled and pushed: with pull and push 1 as Eq.
+    # 6 has it.
     gradient = sum(
         equations.bank_gradient(q_BD.detach(), w_KD.detach(), row_B, TAU, weight_B=weight_B / B)
         for row_B, weight_B in zip(row_BC.T, weight_BC.T, strict=True)
@@ -68,7 +73,9 @@ def test_nearest_rows_are_the_published_loss_with_each_row_by_the_softmax_of_its
 
 def test_one_nearest_row_is_caco():
     q_BD, k_BD = unit(B, D, seed=1), unit(B, D, seed=2)
-    (one, one_grad), (caco, caco_grad) = (scored(source, a_bank(), q_BD, k_BD) for source in (NearestRows(count=1), BankRow()))
+    (one, one_grad), (caco, caco_grad) = (
+        scored(source, a_bank(), q_BD, k_BD) for source in (NearestRows(count=1), BankRow())
+    )
     assert one.item() == pytest.approx(caco.item(), rel=1e-12)
     assert torch.allclose(one_grad, caco_grad, atol=1e-14)
 
@@ -97,19 +104,25 @@ def test_the_other_view_is_the_positive_at_first_and_the_row_at_last():
     for step in (0, 3, 9):
         now = at(step)
         share = now["row_share"]
-        wanted = equations.several_positives_loss(torch.stack([of_view_B, of_row_B]), torch.tensor([[1 - share], [share]], dtype=torch.float64)).mean()
+        wanted = equations.several_positives_loss(
+            torch.stack([of_view_B, of_row_B]), torch.tensor([[1 - share], [share]], dtype=torch.float64)
+        ).mean()
         loss, _ = scored(source, a_bank(), q_BD, k_BD, now)
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert at(0)["row_share"] == 0 and at(9)["row_share"] > 0.97
 
 
 def test_positives_of_both_kinds_go_with_plain_negatives_alone():
-    with pytest.raises(UserError, match="OtherViewThenRow has positives of two kinds.*got Reweighted, expected negatives=plain"):
+    with pytest.raises(
+        UserError, match="OtherViewThenRow has positives of two kinds.*got Reweighted, expected negatives=plain"
+    ):
         build_method(compose("pn=both_blended", "negatives=hard"))
 
 
 def test_the_share_of_the_row_is_a_schedule_of_the_run():
-    method = build_method(compose("pn=both_blended", "method.positives.first_share=0.25", "method.positives.last_share=0.75"))
+    method = build_method(
+        compose("pn=both_blended", "method.positives.first_share=0.25", "method.positives.last_share=0.75")
+    )
     shares = method.schedules(RunShape(epochs=4, steps_per_epoch=5, batch=B))["row_share"]
     assert len(shares) == 20 and shares[0] == 0.25 and shares[10] == pytest.approx(0.5) and 0.74 < shares[-1] < 0.75
 
@@ -130,7 +143,9 @@ def test_the_divergence_of_the_mean_activation_and_its_gradient_are_those_of_the
 def test_it_is_0_in_even_use_and_log_k_where_all_queries_meet_one_row():
     rows = Rows(size=D, dim=D, seed=0, learnable=True).double()
     rows.weight.data = torch.eye(D, dtype=torch.float64)
-    assert mean_activation_divergence(torch.eye(D, dtype=torch.float64), rows, 0.1).item() == pytest.approx(0, abs=1e-12)
+    assert mean_activation_divergence(torch.eye(D, dtype=torch.float64), rows, 0.1).item() == pytest.approx(
+        0, abs=1e-12
+    )
     one = torch.eye(D, dtype=torch.float64)[:1].expand(5, -1)
     assert mean_activation_divergence(one, rows, 0.001).item() == pytest.approx(torch.tensor(float(D)).log().item())
 
@@ -145,7 +160,18 @@ def test_rows_that_no_key_has_chosen_for_so_many_steps_become_keys_in_order_and_
         bank.rows.renew(keys)
         if step == 0:
             assert torch.equal(bank.rows.weight, before), "none has been idle for two steps"
-    renewed = [1, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # five after the second step, five after the third; 0, 2 and 3 are in use
+    renewed = [
+        1,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+    ]  # five after the second step, five after the third; 0, 2 and 3 are in use
     assert torch.equal(bank.rows.weight[renewed], torch.cat([keys, keys]))
     assert (bank.rows.velocity[renewed] == 0).all() and (bank.rows.velocity[[0, 2, 3, 13]] == 1).all()
     rest = [0, 2, 3, *range(13, K)]

@@ -50,7 +50,9 @@ class FewImages:
 
 
 def sela(**settings) -> SeLa:
-    return SeLa(encoder=fifty.encoder(**LAYERS), num_images=N, **{"num_heads": H, "num_moments": 6, "seed": 1, **settings}).double()
+    return SeLa(
+        encoder=fifty.encoder(**LAYERS), num_images=N, **{"num_heads": H, "num_moments": 6, "seed": 1, **settings}
+    ).double()
 
 
 def labels_by_loops(p, power, tolerance):
@@ -81,7 +83,9 @@ def test_labels_are_those_of_the_published_loop_and_balanced(power, tolerance):
 
 def test_a_label_that_no_image_has_any_probability_of_is_said():
     """The published loop's numbers are nan there."""
-    logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.tensor([0.0, 0.0, -2000.0])
+    logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.tensor(
+        [0.0, 0.0, -2000.0]
+    )
     with pytest.raises(ValueError, match="1 of 3 labels have no probability for any image"):
         assignments.balanced_labels(F.log_softmax(logits, 1), power=25, tolerance=0.1)
 
@@ -95,7 +99,9 @@ def test_the_first_labels_are_balanced_and_in_another_order_for_each_head():
 
 
 def test_the_moments_are_dense_at_first():
-    """t_j = (E + 1.01)(j/5)^2 epochs of 30 images: 0, 6.0, 24.0, 54.1, 96.1, 150.2 images of 4 epochs, a step at a time."""
+    """t_j = (E + 1.01)(j/5)^2 epochs of 30 images: 0, 6.0, 24.0, 54.1, 96.1, 150.2 images of 4 epochs, a step at a
+    time.
+    """
     run = RunShape(epochs=4, steps_per_epoch=3, batch=8)
     table = sela().schedules(run)["labels_made"]
     assert [step for step, made in enumerate(table) if made] == [0, 1, 4, 7]  # the fifth and sixth are past the end
@@ -107,7 +113,9 @@ def test_the_moments_are_dense_at_first():
 
 
 def published_moments(epochs, batches, batch, num_images, moments):
-    """Of the released loop: a list of times in images, the last of which is compared with the images so far, and taken off."""
+    """Of the released loop: a list of times in images, the last of which is compared with the images so far, and taken
+    off.
+    """
     times = ((epochs + 1.01) * num_images * (np.linspace(0, 1, moments) ** 2)[::-1]).tolist()
     made = []
     for step in range(epochs * batches):
@@ -141,7 +149,9 @@ def loss_by_hand(logits, labels, images):
 
 
 def test_labels_are_made_by_a_pass_as_in_training():
-    """Augmented, in training mode: BatchNorm's statistics are those of each batch, the filled one too, and its running ones move."""
+    """Augmented, in training mode: BatchNorm's statistics are those of each batch, the filled one too, and its running
+    ones move.
+    """
     method, images = sela().train(), FewImages()
     w = fifty.weights_of(method)
     running = method.encoder.backbone[2].running_mean.clone()
@@ -163,11 +173,16 @@ def test_one_head_at_a_time():
     method, images = sela(one_head_at_a_time=True), FewImages()
     before, at = method.labels.clone(), now(labels_made=1.0)
     method.before_step(type(at)(9, "training", 9, False, 3, 0, at.values), images)
-    assert torch.equal(method.labels[0], before[0]) and not torch.equal(method.labels[1], before[1]), "epoch 3 modulo two heads"
+    assert torch.equal(method.labels[0], before[0]) and not torch.equal(method.labels[1], before[1]), (
+        "epoch 3 modulo two heads"
+    )
 
 
 def test_heads_behind_a_hidden_layer_are_labelled_as_they_are_trained():
-    method, images = SeLa(encoder=fifty.encoder(layers=2, dim=H * K), num_images=N, num_heads=H).double().train(), FewImages()
+    method, images = (
+        SeLa(encoder=fifty.encoder(layers=2, dim=H * K), num_images=N, num_heads=H).double().train(),
+        FewImages(),
+    )
     method.make_labels(images, 3, [0, 1])
     views, order = images.views_of(3)
     with torch.no_grad():
@@ -182,7 +197,14 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     first = lambda step: 3 * step % (N - B)  # noqa: E731
     optimizer = sgd_of(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=1e-5)
     losses = fifty.train(
-        method, optimizer, count=1, first=first, images=images, warmup_epochs=0, final_fraction=None, drops=[0.375, 0.75, 0.875]
+        method,
+        optimizer,
+        count=1,
+        first=first,
+        images=images,
+        warmup_epochs=0,
+        final_fraction=None,
+        drops=[0.375, 0.75, 0.875],
     )
     moments = published_moments(10, 5, B, N, 20)
     assert images.streams == moments and len(moments) > 10
@@ -193,10 +215,14 @@ def test_fifty_steps_are_those_of_a_plain_loop():
             views, order = images.views_of(step)
             logits = torch.cat([forward_by_hand(w, part) for part in views.split(8)])[:N].detach()
             for h in range(H):
-                labels[h, order[:N]] = torch.tensor(labels_by_loops(F.softmax(logits[:, h * K : (h + 1) * K], 1).tolist(), 25, 0.1)[0])
+                labels[h, order[:N]] = torch.tensor(
+                    labels_by_loops(F.softmax(logits[:, h * K : (h + 1) * K], 1).tolist(), 25, 0.1)[0]
+                )
         loss = loss_by_hand(forward_by_hand(w, view), labels, seen)
         by_hand.append(loss)
-        rate = peak * (0.1 if step >= 20 else 1) * (0.1 if step >= 40 else 1) * (0.1 if step >= 45 else 1)  # of ten epochs 4, 8 and 9
+        rate = (
+            peak * (0.1 if step >= 20 else 1) * (0.1 if step >= 40 else 1) * (0.1 if step >= 45 else 1)
+        )  # of ten epochs 4, 8 and 9
         fifty.sgd(w, fifty.gradients_of(loss, w), velocity, {"": rate}, 1e-5)
     fifty.assert_same_training(losses, method, by_hand, w)
     assert torch.equal(method.labels.long(), labels)
@@ -224,13 +250,14 @@ def test_a_pass_over_the_training_s_views_has_every_image_once_and_whole_batches
     assert not torch.equal(next(other("train", stream=6)).index, whole[0].index)
 
 
-TINY_SELA = ["method=sela", "augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd",
+TINY_SELA = ["method=sela", "augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8",
+"optimizer=sgd",
              *FEW_PROTOTYPES["sela"], "data.limit=250", "epochs=3", "max_steps=9", "eval=[]"]  # fmt: skip
 
 
 def test_a_run_cut_in_the_middle_of_a_labelling_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """Three steps an epoch; cut between the two heads of the fourth moment: BatchNorm's statistics have moved, one head has its
-    labels."""
+    """Three steps an epoch; cut between the two heads of the fourth moment: BatchNorm's statistics have moved, one head
+    has its labels."""
     train(tmp_path / "whole", *TINY_SELA, *EVERY, bank=False)
     original, calls = assignments.balanced_labels, []
 
@@ -280,10 +307,14 @@ def test_its_configuration_is_the_published_one():
     method = method_on(encoder, cfg, 100)[0]
     assert (method.num_labels, encoder.projector[0].in_features) == (3000, 2048)
     optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
-    assert all((group["lr"], group["weight_decay"], group["momentum"]) == (0.08, 1e-5, 0.9) for group in optimizer.param_groups)
+    assert all(
+        (group["lr"], group["weight_decay"], group["momentum"]) == (0.08, 1e-5, 0.9) for group in optimizer.param_groups
+    )
     schedule = {name: value for name, value in cfg.schedule.items() if name != "unit"}
     rates = OptimizerSchedule(**schedule).learning_rate(RunShape(400, 1, 256))
-    assert [rates[epoch] for epoch in (149, 150, 299, 300, 349, 350, 399)] == pytest.approx([1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [rates[epoch] for epoch in (149, 150, 299, 300, 349, 350, 399)] == pytest.approx(
+        [1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
     backbone = encoder.backbone
     kinds = [type(module).__name__ for module in backbone.stem]
     assert not any("Norm" in kind for kind in kinds) and isinstance(backbone.norm, nn.Identity)

@@ -24,7 +24,9 @@ def by_hand(w, views):
         x = backbone(w, view)
         for layer in (0, 3):
             x = x @ w[f"encoder.projector.{layer}.weight"].T
-            x = normed(x, w[f"encoder.projector.{layer + 1}.weight"], w[f"encoder.projector.{layer + 1}.bias"]).clamp_min(0)
+            x = normed(
+                x, w[f"encoder.projector.{layer + 1}.weight"], w[f"encoder.projector.{layer + 1}.bias"]
+            ).clamp_min(0)
         z.append(normed(x @ w["encoder.projector.6.weight"].T))
         x = normed(z[-1] @ w["predictor.0.weight"].T, w["predictor.1.weight"], w["predictor.1.bias"]).clamp_min(0)
         p.append(x @ w["predictor.3.weight"].T + w["predictor.3.bias"])
@@ -47,7 +49,9 @@ def test_a_bias_before_the_last_batchnorm_would_change_nothing():
     """The published projector has one there, drawn at random and not learned."""
     method, views = simsiam(), fifty.views_of(0)
     loss = method(batch_of(views), now()).loss
-    method.encoder.projector[6].bias = torch.nn.Parameter(torch.randn(fifty.D, dtype=torch.float64), requires_grad=False)
+    method.encoder.projector[6].bias = torch.nn.Parameter(
+        torch.randn(fifty.D, dtype=torch.float64), requires_grad=False
+    )
     assert torch.allclose(method(batch_of(views), now()).loss, loss, atol=1e-12)
 
 

@@ -1,4 +1,6 @@
-"""SwAV assigns fairly over all ranks, predicts across views and keeps its queue as its sheet says; written out here anew."""
+"""SwAV assigns fairly over all ranks, predicts across views and keeps its queue as its sheet says; written out here
+anew.
+"""
 
 import copy
 import math
@@ -41,7 +43,9 @@ def codes_by_loops(scores, epsilon, iterations=3):
 
 
 def test_an_assignment_by_hand():
-    """exp(s / epsilon) of [[2, 1], [4, 1]]: columns over (6, 2), rows over (5/6, 7/6): [[.4, .6], [4/7, 3/7]], which sum to 1."""
+    """exp(s / epsilon) of [[2, 1], [4, 1]]: columns over (6, 2), rows over (5/6, 7/6): [[.4, .6], [4/7, 3/7]], which
+    sum to 1.
+    """
     score = torch.tensor([[2.0, 1.0], [4.0, 1.0]], dtype=torch.float64).log() * 0.05
     by_hand = torch.tensor([[0.4, 0.6], [4 / 7, 3 / 7]], dtype=torch.float64)
     assert torch.allclose(equations.sinkhorn(score, 0.05, iterations=1), by_hand, atol=1e-12)
@@ -57,7 +61,9 @@ def cosines(images, seed=0):
 def test_the_assignment_is_the_equation_s_and_uses_every_prototype_alike():
     score = cosines(50)
     assert torch.allclose(equations.sinkhorn(score, 0.05), codes_by_loops(score, 0.05), atol=1e-12)
-    assert torch.allclose(assignments.balanced(score, epsilon=0.05, iterations=3), codes_by_loops(score, 0.05), atol=1e-12)
+    assert torch.allclose(
+        assignments.balanced(score, epsilon=0.05, iterations=3), codes_by_loops(score, 0.05), atol=1e-12
+    )
     long = assignments.balanced(score, epsilon=0.05, iterations=200)
     assert torch.allclose(long.sum(0), torch.full((K,), 50 / K, dtype=torch.float64), atol=1e-3)
     assert torch.allclose(long.sum(1), torch.ones(50, dtype=torch.float64), atol=1e-12)
@@ -74,7 +80,9 @@ def test_a_small_epsilon_is_no_infinity_in_float32():
 def test_two_ranks_assign_as_one(tmp_path):
     codes, outputs = ranks(2, rank_worker.write_balanced, str(tmp_path / "codes.pt"))
     assert codes == [0, 0], outputs[0][1][-3000:]
-    assert torch.allclose(torch.load(tmp_path / "codes.pt"), codes_by_loops(rank_worker.scores_of_all_ranks(), 0.05), atol=1e-12)
+    assert torch.allclose(
+        torch.load(tmp_path / "codes.pt"), codes_by_loops(rank_worker.scores_of_all_ranks(), 0.05), atol=1e-12
+    )
 
 
 def scores_by_hand(method, views):
@@ -87,7 +95,9 @@ def scores_by_hand(method, views):
 
 
 def loss_by_hand(scores, codes, temperature=0.1):
-    """1/2 sum over the assigned views c, 1/(V - 1) sum over v != c, mean over images of -sum_k q log p, one number at a time."""
+    """1/2 sum over the assigned views c, 1/(V - 1) sum over v != c, mean over images of -sum_k q log p, one number at a
+    time.
+    """
     total = 0.0
     for c in range(2):
         for v in range(len(scores)):
@@ -124,7 +134,9 @@ def test_lightly_computes_the_same_loss_with_and_without_a_queue():
         method, views = swav(**settings), views_of(0, B)
         if settings:
             with torch.no_grad():
-                method.queue.copy_(F.normalize(torch.randn(2, 2 * B, D, generator=torch.Generator().manual_seed(2)), dim=2))
+                method.queue.copy_(
+                    F.normalize(torch.randn(2, 2 * B, D, generator=torch.Generator().manual_seed(2)), dim=2)
+                )
         ours = method(batch_of(views), now()).loss
         _, scores = scores_by_hand(method, views)
         queued = [method.queue[c] @ method.prototypes.weight.T for c in range(2)] if settings else None
@@ -132,7 +144,9 @@ def test_lightly_computes_the_same_loss_with_and_without_a_queue():
 
 
 def test_the_queue_by_hand():
-    """Ten rows hold two batches of four. Filled from its epoch on, newest in front; used once full, with today's prototypes."""
+    """Ten rows hold two batches of four. Filled from its epoch on, newest in front; used once full, with today's
+    prototypes.
+    """
     method = swav(queue_size=10, queue_start_epoch=1)
     embeddings = []
     for step, epoch in enumerate((0, 1, 1, 1)):
@@ -165,7 +179,9 @@ def test_the_queue_by_hand():
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Five steps an epoch; the queue of two batches from epoch 2 on; prototypes frozen for 7 steps; LARC with a warm-up of an epoch."""
+    """Five steps an epoch; the queue of two batches from epoch 2 on; prototypes frozen for 7 steps; LARC with a warm-up
+    of an epoch.
+    """
     method = swav(prototypes_frozen_steps=7, queue_size=2 * B, queue_start_epoch=2)
     net = copy.deepcopy(method)  # its networks; its state is kept below
     peak, final, decay, frozen = 0.6, 0.0006, 1e-2, {}
@@ -173,7 +189,9 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     def remember(step):
         frozen[step] = method.prototypes.weight.detach().clone()
 
-    optimizer = larc(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=decay, trust_coefficient=0.02)
+    optimizer = larc(
+        method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=decay, trust_coefficient=0.02
+    )
     schedule = OptimizerSchedule(warmup_epochs=1, warmup_start=0.5, final_fraction=None, final_lr=final)
     ours = drive(method, optimizer, schedule, RunShape(10, 5, B), 50, remember)
     for before, after in ((0, 6), (6, 7)):
@@ -223,11 +241,15 @@ def test_the_prototypes_use_is_counted_and_a_collapse_is_said():
     assert counts.sum() == 2 * B, "the nearest prototype of each image in both assigned views"
     share = (counts / counts.sum())[counts > 0]
     statistics = method.statistics()
-    assert statistics["prototypes/use_perplexity"] == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-5)
+    assert statistics["prototypes/use_perplexity"] == pytest.approx(
+        (-(share * share.log()).sum()).exp().item(), rel=1e-5
+    )
     assert statistics["prototypes/used"] == 100 * len(share) / K
     assert method.statistics() == {}, "each epoch anew"
     even = assignments.use_statistics(torch.full((K,), 7))
-    assert even == pytest.approx({"prototypes/used": 100, "prototypes/use_perplexity": K, "prototypes/use_entropy": 100})
+    assert even == pytest.approx(
+        {"prototypes/used": 100, "prototypes/use_perplexity": K, "prototypes/use_entropy": 100}
+    )
     one = assignments.use_statistics(torch.tensor([12, 0, 0, 0]))
     assert one == pytest.approx({"prototypes/used": 25, "prototypes/use_perplexity": 1, "prototypes/use_entropy": 0})
     assert method.warning(even) is None
@@ -237,7 +259,9 @@ def test_the_prototypes_use_is_counted_and_a_collapse_is_said():
         collapsed.encoder.projector[-1].weight.zero_()
     outputs = collapsed(batch_of(views_of(0, B)), now())
     assert diagnostics.spread(outputs.embedding) == pytest.approx(0, abs=1e-9)
-    assert outputs.metrics["target_entropy"] == pytest.approx(math.log(K)), "one embedding for all has an even code, which is easy to predict"
+    assert outputs.metrics["target_entropy"] == pytest.approx(math.log(K)), (
+        "one embedding for all has an even code, which is easy to predict"
+    )
 
 
 @pytest.mark.parametrize(
@@ -267,12 +291,24 @@ def test_its_configuration_is_the_published_one():
     method = instantiate(cfg.method, encoder=tiny_encoder())
     groups = method.parameter_groups()
     optimizer = instantiate(cfg.optimizer, groups=groups)
-    assert type(optimizer).__name__ == "LARC" and [group["frozen_steps"] for group in optimizer.param_groups] == [0, 313]
+    assert type(optimizer).__name__ == "LARC" and [group["frozen_steps"] for group in optimizer.param_groups] == [
+        0,
+        313,
+    ]
     assert all(group["weight_decay"] == 1e-6 and group["lr"] == pytest.approx(4.8) for group in optimizer.param_groups)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(method.parameters())), "biases and BatchNorm too"
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(method.parameters())), (
+        "biases and BatchNorm too"
+    )
     assert method.prototypes.weight.shape == (3000, D) and method.queue.shape[1] == 0
-    assert [type(layer) for layer in instantiate(cfg.projector, in_dim=4)] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert [type(layer) for layer in instantiate(cfg.projector, in_dim=4)] == [
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.ReLU,
+        nn.Linear,
+    ]
     assert instantiate(cfg.augmentation).sizes == [224] * 2 + [96] * 6
     schedule = {name: value for name, value in cfg.schedule.items() if name != "unit"}
     rates = [4.8 * factor for factor in OptimizerSchedule(**schedule).learning_rate(RunShape(800, 3, 4096))]
-    assert (rates[0], rates[29], rates[30]) == pytest.approx((0.3, 4.8, 4.8)) and rates[-1] == pytest.approx(0.0048, abs=1e-5)
+    assert (rates[0], rates[29], rates[30]) == pytest.approx((0.3, 4.8, 4.8)) and rates[-1] == pytest.approx(
+        0.0048, abs=1e-5
+    )

@@ -1,4 +1,6 @@
-"""Negatives reweighted, kept at a margin, mixed: over every source, what the equations say, and the published methods for fifty steps."""
+"""Negatives reweighted, kept at a margin, mixed: over every source, what the equations say, and the published methods
+for fifty steps.
+"""
 
 import dataclasses
 import functools
@@ -7,7 +9,7 @@ import math
 import fifty
 import pytest
 import torch
-from fifty import B, STEPS
+from fifty import STEPS, B
 from test_contrastive import TAU, K, build
 from test_contrastive import B as BATCH
 from test_contrastive import D as WIDTH
@@ -58,7 +60,9 @@ def step_of(number=0, first=0, count=BATCH, epoch=0):
 
 
 def dense(setting, loss, q, k, m, made=None):
-    """One direction of a setting, over columns that are written out: the bank's rows, the other view, the batch's other keys, what was made."""
+    """One direction of a setting, over columns that are written out: the bank's rows, the other view, the batch's other
+    keys, what was made.
+    """
     columns = [] if made is None else [made]
     if setting == "both":
         return loss(q, m, eq.most_probable_positive(k, m), TAU, torch.cat(columns, 1) if columns else None)
@@ -116,7 +120,10 @@ def mixed_by_hand(treatment, q, m, left_out, step, term):
         near_rows = m[cosines.argsort(descending=True)[: treatment.candidates]]
         s = treatment.pairs
         pairs = [share[i, n] * near_rows[at[i, n]] + (1 - share[i, n]) * near_rows[at[i, s + n]] for n in range(s)]
-        own = [share[i, s + n] * q[i] + (1 - share[i, s + n]) * near_rows[at[i, 2 * s + n]] for n in range(treatment.with_query)]
+        own = [
+            share[i, s + n] * q[i] + (1 - share[i, s + n]) * near_rows[at[i, 2 * s + n]]
+            for n in range(treatment.with_query)
+        ]
         made.append(torch.stack([x / x.norm() for x in pairs + own]).detach())
     return torch.stack(made)
 
@@ -168,7 +175,10 @@ def test_draws_are_of_seed_step_direction_and_image_alone():
         of_part = treatment.draws(step_of(7, first=3 * part, count=3), 6, 50)
         for whole, some in zip((at, share), of_part, strict=True):
             assert torch.equal(whole.unflatten(0, (2, BATCH))[:, 3 * part : 3 * part + 3], some.unflatten(0, (2, 3)))
-    for other in (treatment.draws(step_of(8), 2 * BATCH, 50), Mixed(hardest=50, pairs=400, with_query=300, seed=1).draws(step_of(7), 2 * BATCH, 50)):
+    for other in (
+        treatment.draws(step_of(8), 2 * BATCH, 50),
+        Mixed(hardest=50, pairs=400, with_query=300, seed=1).draws(step_of(7), 2 * BATCH, 50),
+    ):
         assert (other[0] == at).float().mean() < 0.05 and (other[1] == share).float().mean() < 0.05
     assert (at[:BATCH] == at[BATCH:]).float().mean() < 0.05, "the two directions"
     assert set(at.unique().tolist()) == set(range(50))
@@ -202,19 +212,39 @@ def test_nnclr_s_predictions_are_reweighted_like_any_negatives(name):
     make, loss = OBJECTIVES[name]
     torch.manual_seed(0)
     encoder = Encoder(backbone=nn.Flatten(), projector=Projector(in_dim=12, dim=WIDTH, layers=1)).double()
-    method = NNCLR(encoder=encoder, bank=FifoBank(size=K, dim=WIDTH, seed=0), predictor_hidden_dim=7, temperature=TAU, treatment=make()).double()
+    method = NNCLR(
+        encoder=encoder,
+        bank=FifoBank(size=K, dim=WIDTH, seed=0),
+        predictor_hidden_dim=7,
+        temperature=TAU,
+        treatment=make(),
+    ).double()
     views = [torch.randn(BATCH, 3, 2, 2, dtype=torch.float64) for _ in range(2)]
     queue = F.normalize(method.bank.rows.weight.detach(), dim=1)
     z = [F.normalize(encoder(view, unit=False), dim=1) for view in views]
     p = [F.normalize(method.predictor(encoder(view, unit=False)), dim=1) for view in views]
     own, nothing = torch.arange(BATCH), torch.empty(0, WIDTH, dtype=torch.float64)
-    expected = sum(loss(queue[(z[a] @ queue.T).argmax(1)], nothing, own, TAU, queue[(z[a] @ queue.T).argmax(1)] @ p[1 - a].T).mean() for a in (0, 1)) / 2
+    expected = (
+        sum(
+            loss(
+                queue[(z[a] @ queue.T).argmax(1)], nothing, own, TAU, queue[(z[a] @ queue.T).argmax(1)] @ p[1 - a].T
+            ).mean()
+            for a in (0, 1)
+        )
+        / 2
+    )
     assert near(method.loss(views).loss, expected)
 
 
 @pytest.mark.parametrize("setting", ["none", "positive"])
 def test_mixing_is_refused_where_no_row_of_a_bank_is_a_negative(setting):
-    with pytest.raises(ValueError, match="Mixed makes negatives of the bank's rows, and these are no negatives with BatchKeys; expected method=mocov2"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "Mixed makes negatives of the bank's rows, and these are no negatives with BatchKeys; expected"
+            " method=mocov2"
+        ),
+    ):
         built(setting, Mixed())
 
 
@@ -237,7 +267,10 @@ def test_a_bank_that_knows_no_other_loss_is_refused_with_one_and_serves_without(
     ("settings", "message"),
     [
         ({"hardest": 0}, "hardest: expected int from 1, got 0"),
-        ({"pairs": 0, "with_query": 0}, r"one of negatives\.pairs and negatives\.with_query must be above 0; got 0 of both"),
+        (
+            {"pairs": 0, "with_query": 0},
+            r"one of negatives\.pairs and negatives\.with_query must be above 0; got 0 of both",
+        ),
         ({"warmup_epochs": -1}, "warmup_epochs: expected int from 0, got -1"),
     ],
 )
@@ -260,8 +293,10 @@ ROWS = 24
 
 def queue_method(treatment):
     return Contrastive(
-        encoder=fifty.encoder(layers=2, batch_norm=False, bias=True), bank=FifoBank(size=ROWS, dim=fifty.D, seed=0), positives=sources.OtherView(),
-        negatives=sources.BankRows(), treatment=treatment, temperature=0.2, momentum=0.9, final_momentum=0.9, symmetric=False, reduction="mean",
+        encoder=fifty.encoder(layers=2, batch_norm=False, bias=True), bank=FifoBank(size=ROWS, dim=fifty.D, seed=0),
+        positives=sources.OtherView(),
+        negatives=sources.BankRows(), treatment=treatment, temperature=0.2, momentum=0.9, final_momentum=0.9,
+        symmetric=False, reduction="mean",
     ).double()  # fmt: skip
 
 
@@ -275,7 +310,9 @@ def ifm_by_hand(q, k, queue, t):
 
 
 def mochi_by_hand(q, k, queue, t):
-    """The queue stays whole; from the third epoch on there are six and three further negatives of each query's ten hardest."""
+    """The queue stays whole; from the third epoch on there are six and three further negatives of each query's ten
+    hardest.
+    """
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1)
     if t >= 10:
         step = Step(torch.arange(B), now(step=t))
@@ -326,7 +363,8 @@ def test_fifty_steps_of_simclr_s_methods(beta):
     """Adam, whose decay is part of the gradient, at a constant rate."""
     encoder = fifty.encoder(layers=2, batch_norm=False, bias=True)
     method = Contrastive(
-        encoder=encoder, positives=sources.OtherView(), negatives=sources.BatchBothViews(), temperature=0.5, momentum=None, reduction="mean",
+        encoder=encoder, positives=sources.OtherView(), negatives=sources.BatchBothViews(), temperature=0.5,
+        momentum=None, reduction="mean",
         treatment=Reweighted(positive_share=0.1, concentration=beta),
     ).double()  # fmt: skip
     w, first, second, losses = fifty.weights_of(method), {}, {}, []

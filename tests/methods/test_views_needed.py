@@ -50,7 +50,9 @@ def test_views_in_rgb_are_refused_at_once_with_those_that_are_not():
 
 
 def test_grey_images_are_refused_by_looking_at_them_and_coloured_ones_train(tmp_path):
-    with pytest.raises(UserError, match="data: the first 64 images of digits/train are grey; this method contrasts lightness with"):
+    with pytest.raises(
+        UserError, match="data: the first 64 images of digits/train are grey; this method contrasts lightness with"
+    ):
         run_training(configured("augmentation=cmc_cifar", "augmentation.size=16"), tmp_path / "grey")
     summary = run_training(configured(*COLOURED, "augmentation=cmc_cifar"), tmp_path / "coloured")
     assert summary["steps"] == 2
@@ -73,7 +75,8 @@ def test_what_was_built_is_checked_where_a_configuration_says_too_little(tmp_pat
             {"patches": "row by row"}, {"grid": 5, "shuffled": True},
             ["patches row by row; expected augmentation.views.x.patches.shuffled=false, got true"],
         ),
-        ({"patches": "shuffled", "num_patches": 4}, {"grid": 3, "shuffled": True}, ["4 patches of each image; got a grid of 3 x 3"]),
+        ({"patches": "shuffled", "num_patches": 4}, {"grid": 3, "shuffled": True},
+        ["4 patches of each image; got a grid of 3 x 3"]),
         ({}, {"grid": 3}, ["its view x is cut into patches, which this method does not take"]),
     ],
 )  # fmt: skip

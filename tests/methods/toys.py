@@ -41,7 +41,10 @@ class PredictorAtItsOwnRate(Toy):
         return {"predictor_rate": constant(run, 1.0)}
 
     def parameter_groups(self):
-        return [ParameterGroup(list(self.encoder.parameters())), ParameterGroup(list(self.predictor.parameters()), rate="predictor_rate")]
+        return [
+            ParameterGroup(list(self.encoder.parameters())),
+            ParameterGroup(list(self.predictor.parameters()), rate="predictor_rate"),
+        ]
 
     def forward(self, batch, now):
         z = [self.encoder(view) for view in batch.views]
@@ -51,7 +54,9 @@ class PredictorAtItsOwnRate(Toy):
 
 
 class LabelsMadeAnew(Toy):
-    """SeLa, PCL: a label an image, from a pass over all images: plain before each epoch, augmented in the middle of it."""
+    """SeLa, PCL: a label an image, from a pass over all images: plain before each epoch, augmented in the middle of
+    it.
+    """
 
     def __init__(self, *, encoder: nn.Module, num_images: int = 1400, num_labels: int = 4):
         super().__init__(encoder=encoder)
@@ -65,7 +70,9 @@ class LabelsMadeAnew(Toy):
         self.eval()
         for batch in batches:
             label = self.prototypes(self.encoder(batch.views[0])).argmax(1)
-            self.labels[batch.index[batch.index >= 0]] = label[batch.index >= 0]  # -1: it fills the last batch of a pass
+            self.labels[batch.index[batch.index >= 0]] = label[
+                batch.index >= 0
+            ]  # -1: it fills the last batch of a pass
         self.times_made += 1
         self.train(was_training)
 
@@ -110,7 +117,10 @@ class LastLayerFrozenAtFirst(Toy):
         self.frozen_steps = frozen_steps
 
     def parameter_groups(self):
-        return [ParameterGroup(list(self.encoder.parameters())), ParameterGroup(list(self.last.parameters()), frozen_steps=self.frozen_steps)]
+        return [
+            ParameterGroup(list(self.encoder.parameters())),
+            ParameterGroup(list(self.last.parameters()), frozen_steps=self.frozen_steps),
+        ]
 
     def forward(self, batch, now):
         p, t = (self.last(self.encoder(view)) for view in batch.views)
@@ -150,7 +160,9 @@ class MemoryByImage(Toy):
     def __init__(self, *, encoder: nn.Module, num_images: int = 1400):
         super().__init__(encoder=encoder)
         generator = torch.Generator().manual_seed(0)
-        self.register_buffer("memory", F.normalize(torch.randn(num_images, encoder.projector.dim, generator=generator), dim=1))
+        self.register_buffer(
+            "memory", F.normalize(torch.randn(num_images, encoder.projector.dim, generator=generator), dim=1)
+        )
         self.step_rows = None
 
     def forward(self, batch, now):
@@ -175,5 +187,6 @@ class PatchesAndSizes(Toy):
 
 
 ALL = (
-    Toy, PredictorAtItsOwnRate, LabelsMadeAnew, OrderOfItsOwn, LastLayerFrozenAtFirst, TwinThatMovesAfter, MemoryByImage, PatchesAndSizes,
+    Toy, PredictorAtItsOwnRate, LabelsMadeAnew, OrderOfItsOwn, LastLayerFrozenAtFirst, TwinThatMovesAfter,
+    MemoryByImage, PatchesAndSizes,
 )  # fmt: skip

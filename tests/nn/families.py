@@ -1,4 +1,6 @@
-"""Files as each family's own code saves them, name by name, from the tensors of a backbone. Values are noise, heads are narrow."""
+"""Files as each family's own code saves them, name by name, from the tensors of a backbone. Values are noise, heads are
+narrow.
+"""
 
 from collections import OrderedDict
 
@@ -9,7 +11,9 @@ State = dict[str, Tensor]
 
 
 def layers(prefix: str, spec: str) -> State:
-    """Of a Sequential: "0" is a Linear without bias, "0b" with one, "1n" a BatchNorm, "1s" one without weight and bias."""
+    """Of a Sequential: "0" is a Linear without bias, "0b" with one, "1n" a BatchNorm, "1s" one without weight and
+    bias.
+    """
     state = {}
     for item in spec.split():
         number, kind = (item, "") if item[-1].isdigit() else (item[:-1], item[-1])
@@ -49,7 +53,9 @@ def moco_v1(net: State) -> dict:
 
 
 def moco_v2(net: State) -> dict:
-    state = below("module.encoder_q.", net | layers("fc.", "0b 2b")) | below("module.encoder_k.", other(net) | layers("fc.", "0b 2b"))
+    state = below("module.encoder_q.", net | layers("fc.", "0b 2b")) | below(
+        "module.encoder_k.", other(net) | layers("fc.", "0b 2b")
+    )
     queue = {"module.queue": torch.randn(4, 32), "module.queue_ptr": torch.tensor([3])}
     return {"epoch": 200, "arch": "resnet50", "state_dict": OrderedDict(state | queue), **OPTIMIZER}
 
@@ -62,16 +68,32 @@ def adco(net: State) -> dict:
 
 def caco(net: State) -> dict:
     head = "0 1n 3 4n 6"
-    state = below("module.encoder_q.", net | layers("fc.", head)) | below("module.encoder_k.", other(net) | layers("fc.", head))
+    state = below("module.encoder_q.", net | layers("fc.", head)) | below(
+        "module.encoder_k.", other(net) | layers("fc.", head)
+    )
     bank = OrderedDict(W=torch.randn(4, 32), v=torch.randn(4, 32))
-    return {"epoch": 200, "arch": "resnet50", "state_dict": state, "best_acc": 0.0, "knn_acc": 0.0, "Memory_Bank": bank, **OPTIMIZER}
+    return {
+        "epoch": 200,
+        "arch": "resnet50",
+        "state_dict": state,
+        "best_acc": 0.0,
+        "knn_acc": 0.0,
+        "Memory_Bank": bank,
+        **OPTIMIZER,
+    }
 
 
 def mocov3(net: State) -> dict:
     head = layers("fc.", "0 1n 3 4s")
     state = below("module.base_encoder.", net | head) | below("module.momentum_encoder.", other(net) | other(head))
     state |= layers("module.predictor.", "0 1n 3 4s") if "cls_token" in net else layers("module.predictor.", "0 1n 3")
-    return {"epoch": 300, "arch": "resnet50", "state_dict": state, "scaler": {"scale": 65536.0, "_growth_tracker": 3}, **OPTIMIZER}
+    return {
+        "epoch": 300,
+        "arch": "resnet50",
+        "state_dict": state,
+        "scaler": {"scale": 65536.0, "_growth_tracker": 3},
+        **OPTIMIZER,
+    }
 
 
 def mocov3_vit(net: State) -> dict:
@@ -88,7 +110,9 @@ def simsiam(net: State) -> dict:
 
 
 def swav(net: State) -> dict:
-    state = below("module.", net | layers("projection_head.", "0b 1n 3b")) | {"module.prototypes.weight": torch.randn(30, 4)}
+    state = below("module.", net | layers("projection_head.", "0b 1n 3b")) | {
+        "module.prototypes.weight": torch.randn(30, 4)
+    }
     return OrderedDict(state)
 
 
@@ -117,7 +141,8 @@ def dino_full(net: State) -> dict:
     inside = below("backbone.", other(net)) | other(head)
     teacher = inside if "cls_token" in net else below("module.", inside)
     return {
-        "student": student, "teacher": teacher, "epoch": 100, "args": argparse.Namespace(arch="vit_small", lr=np.float64(1.0)),
+        "student": student, "teacher": teacher, "epoch": 100,
+        "args": argparse.Namespace(arch="vit_small", lr=np.float64(1.0)),
         "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(5e-4), "weight_decay": np.float64(0.04)}]},
         "dino_loss": {"center": torch.randn(1, 8)},
     }  # fmt: skip
@@ -132,7 +157,11 @@ def barlow_full(net: State) -> dict:
 
 
 def vicreg_full(net: State) -> dict:
-    return {"epoch": 1000, "model": below("module.", below("backbone.", net) | layers("projector.", "0b 1n 3b 4n 6")), **OPTIMIZER}
+    return {
+        "epoch": 1000,
+        "model": below("module.", below("backbone.", net) | layers("projector.", "0b 1n 3b 4n 6")),
+        **OPTIMIZER,
+    }
 
 
 def pycontrast(net: State) -> dict:
@@ -177,7 +206,10 @@ def sela_training(net: State) -> dict:
 
 
 def sela_released(net: State) -> dict:
-    return {"state_dict": net | {"fc.weight": torch.randn(30, 4), "fc.bias": torch.randn(30)}, "labels": torch.arange(7)}
+    return {
+        "state_dict": net | {"fc.weight": torch.randn(30, 4), "fc.bias": torch.randn(30)},
+        "labels": torch.arange(7),
+    }
 
 
 def vissl(net: State) -> dict:
@@ -187,7 +219,14 @@ def vissl(net: State) -> dict:
         "base_model": {"model": model, "meta": {}},
         "loss": {"momentum_teacher.trunk._feature_blocks.conv1.weight": torch.randn(2)},
     }
-    return {"phase_idx": 3, "iteration": 5, "train_phase_idx": 3, "loss": {}, "classy_state_dict": inner, "type": "consolidated"}
+    return {
+        "phase_idx": 3,
+        "iteration": 5,
+        "train_phase_idx": 3,
+        "loss": {},
+        "classy_state_dict": inner,
+        "type": "consolidated",
+    }
 
 
 def vissl_converted(net: State) -> dict:
@@ -202,7 +241,9 @@ def simclr2(net: State) -> dict:
         if part[0] in ("conv1", "bn1"):
             state[{"conv1": "net.0.0.", "bn1": "net.0.1.0."}[part[0]] + part[-1]] = value
         elif part[2] == "downsample":
-            state[f"net.{part[0][-1]}.blocks.{part[1]}.projection." + {"0": "shortcut.", "1": "bn.0."}[part[3]] + part[-1]] = value
+            state[
+                f"net.{part[0][-1]}.blocks.{part[1]}.projection." + {"0": "shortcut.", "1": "bn.0."}[part[3]] + part[-1]
+            ] = value
         else:
             kind, number = part[2][:-1], int(part[2][-1])
             at = names[kind].format(2 * (number - 1) + (kind == "bn"))
@@ -243,7 +284,10 @@ def lightly_byol(net: State) -> dict:
 
 def lightly_dino(net: State) -> dict:
     """Of its ImageNet benchmarks: `backbone` is the teacher's."""
-    head = layers("layers.", "0b 2b 4b") | {"last_layer.weight_g": torch.randn(4, 1), "last_layer.weight_v": torch.randn(4, 4)}
+    head = layers("layers.", "0b 2b 4b") | {
+        "last_layer.weight_g": torch.randn(4, 1),
+        "last_layer.weight_v": torch.randn(4, 4),
+    }
     state = (
         below("student_backbone.", net)
         | below("backbone.", other(net))
@@ -257,7 +301,10 @@ def lightly_moco_example(net: State) -> dict:
     """Of its examples: the backbone is a Sequential of a ResNet's children."""
     head = layers("layers.", "0b 2b")
     state = below("backbone.", children(net)) | below("backbone_momentum.", children(other(net)))
-    return {**LIGHTNING, "state_dict": state | below("projection_head.", head) | below("projection_head_momentum.", other(head))}
+    return {
+        **LIGHTNING,
+        "state_dict": state | below("projection_head.", head) | below("projection_head_momentum.", other(head)),
+    }
 
 
 def solo_moco(net: State) -> dict:
@@ -276,13 +323,20 @@ def solo_barlow_old(net: State) -> dict:
     state = (
         below("encoder.", net)
         | layers("projector.", "0b 1n 3b 4n 6b")
-        | {"classifier.weight": torch.randn(10, 4), "classifier.bias": torch.randn(10)}
+        | {
+            "classifier.weight": torch.randn(10, 4),
+            "classifier.bias": torch.randn(10),
+        }
     )
     return {**LIGHTNING, "state_dict": state}
 
 
 def stable_pretraining(net: State) -> dict:
-    state = below("backbone.student.", net) | below("backbone.teacher.", other(net)) | {"backbone.ema_coefficient": torch.tensor(0.9)}
+    state = (
+        below("backbone.student.", net)
+        | below("backbone.teacher.", other(net))
+        | {"backbone.ema_coefficient": torch.tensor(0.9)}
+    )
     state |= (
         layers("projector.student.", "0b 1n 3b")
         | layers("projector.teacher.", "0b 1n 3b")

@@ -40,7 +40,9 @@ def noise(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def released(kind: str, *, keys: bool = True) -> dict:
-    """A checkpoint as the authors' code saves it: DistributedDataParallel's names, the projector at the classifier's."""
+    """A checkpoint as the authors' code saves it: DistributedDataParallel's names, the projector at the
+    classifier's.
+    """
     state = {}
     for side in ["encoder_q", "encoder_k"] if keys else ["encoder_q"]:
         state |= {f"module.{side}.{name}": v for name, v in noise(resnet().state_dict()).items()}

@@ -1,4 +1,6 @@
-"""Released checkpoints of other families: known by their keys, read whole or refused, everything in them counted, nothing in them run."""
+"""Released checkpoints of other families: known by their keys, read whole or refused, everything in them counted,
+nothing in them run.
+"""
 
 import argparse
 from pathlib import Path
@@ -63,20 +65,28 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind, format, says, whose, left", CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
-def test_a_backbone_is_read_whole_by_the_keys_or_by_the_name_and_all_else_is_counted(tmp_path, kind, format, says, whose, left):
+def test_a_backbone_is_read_whole_by_the_keys_or_by_the_name_and_all_else_is_counted(
+    tmp_path, kind, format, says, whose, left
+):
     net = noise(ResNet(Bottleneck, (1, 1, 1, 1), channels=(4, 4, 8, 8), num_classes=0).state_dict())
     torch.manual_seed(1)
     content = getattr(families, kind)(net)
     path = saved(tmp_path / "file.pth", content, _use_new_zipfile_serialization=kind != "moco_v1")
     found = reading(content)
-    assert (found.family, found.left | ({"classifier": left["classifier"]} if "classifier" in left else {})) == (says, left)
+    assert (found.family, found.left | ({"classifier": left["classifier"]} if "classifier" in left else {})) == (
+        says,
+        left,
+    )
     for said in (None, format):
         backbone = ResNet(Bottleneck, (1, 1, 1, 1), channels=(4, 4, 8, 8), num_classes=0)
         told = load_backbone(path, said, backbone)
         if whose == "online":
             assert_holds(backbone, net)
         else:
-            assert all(torch.equal(x, found.named[f"twin.encoder.backbone.{name}"]) for name, x in backbone.state_dict().items())
+            assert all(
+                torch.equal(x, found.named[f"twin.encoder.backbone.{name}"])
+                for name, x in backbone.state_dict().items()
+            )
             load_backbone(path, f"{format}:online", backbone)
             assert_holds(backbone, net)
         assert f"are {says} by their keys: {len(net)} of the backbone's {len(net)} tensors" in told
@@ -90,10 +100,14 @@ def test_the_twins_backbone_is_taken_where_it_is_asked_for_and_only_where_there_
     net, backbone = noise(resnet().state_dict()), resnet()
     torch.manual_seed(1)
     path = saved(tmp_path / "file.pth", getattr(families, kind)(net))
-    format = {"moco_v2": "moco", "lightly_byol": "lightly", "solo_moco": "solo"}.get(kind, kind.removesuffix("_training"))
+    format = {"moco_v2": "moco", "lightly_byol": "lightly", "solo_moco": "solo"}.get(
+        kind, kind.removesuffix("_training")
+    )
     load_backbone(path, f"{format}:twin", backbone)
     assert not torch.equal(backbone.conv1.weight, net["conv1.weight"])
-    with pytest.raises(UserError, match="expects a momentum twin, or an average of the weights; one network has none here"):
+    with pytest.raises(
+        UserError, match="expects a momentum twin, or an average of the weights; one network has none here"
+    ):
         load_backbone(saved(tmp_path / "bare.pth", net), "timm:twin", backbone)
 
 
@@ -110,7 +124,8 @@ def test_vits_of_dino_mocov3_and_their_heads_of_attention(tmp_path):
         assert_holds(backbone, net)
         for said in (None, format):
             with pytest.raises(
-                UserError, match=f"{format}'s ViT-S has {heads} attention heads, this backbone {18 - heads}; take backbone="
+                UserError,
+                match=f"{format}'s ViT-S has {heads} attention heads, this backbone {18 - heads}; take backbone=",
             ):
                 load_backbone(path, said, vit(**wide, num_heads=18 - heads))
 
@@ -149,13 +164,18 @@ def test_transformers_names_of_a_resnet_and_of_a_vit(tmp_path):
                 at += f"layer.{int(part[2][-1]) - 1}." + {"conv": "convolution", "bn": "normalization"}[part[2][:-1]]
         state[f"{at}.{part[-1]}"] = value
     backbone = resnet()
-    load_backbone(saved(tmp_path / "resnet.pth", below("resnet.", state) | {"classifier.1.weight": torch.randn(3, 4)}), None, backbone)
+    load_backbone(
+        saved(tmp_path / "resnet.pth", below("resnet.", state) | {"classifier.1.weight": torch.randn(3, 4)}),
+        None,
+        backbone,
+    )
     assert_holds(backbone, net)
 
     backbone = vit()
     net, state = noise(backbone.state_dict()), {}
     names = {
-        "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
+        "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
         "mlp.fc2": "output.dense",
     }  # fmt: skip
     for name, value in net.items():
@@ -173,7 +193,10 @@ def test_transformers_names_of_a_resnet_and_of_a_vit(tmp_path):
             new = {"cls_token": "cls_token", "pos_embed": "position_embeddings"}.get(name)
             state["embeddings." + (new or name.replace("patch_embed.proj", "patch_embeddings.projection"))] = value
     load_backbone(
-        saved(tmp_path / "vit.pth", state | {"pooler.dense.weight": torch.randn(4, 4), "pooler.dense.bias": torch.randn(4)}),
+        saved(
+            tmp_path / "vit.pth",
+            state | {"pooler.dense.weight": torch.randn(4, 4), "pooler.dense.bias": torch.randn(4)},
+        ),
         "transformers",
         backbone,
     )
@@ -196,10 +219,16 @@ def test_what_lightlys_own_modules_save(tmp_path, kind):
     if kind == "byol":
         module.backbone, module.projection_head = children, heads.BYOLProjectionHead(512, 64, 16)
         module.prediction_head = heads.BYOLPredictionHead(16, 64, 16)
-        module.backbone_momentum, module.projection_head_momentum = torchvision_children(), heads.BYOLProjectionHead(512, 64, 16)
+        module.backbone_momentum, module.projection_head_momentum = (
+            torchvision_children(),
+            heads.BYOLProjectionHead(512, 64, 16),
+        )
     elif kind == "moco":
         module.backbone, module.projection_head = children, heads.MoCoProjectionHead(512, 64, 16)
-        module.backbone_momentum, module.projection_head_momentum = torchvision_children(), heads.MoCoProjectionHead(512, 64, 16)
+        module.backbone_momentum, module.projection_head_momentum = (
+            torchvision_children(),
+            heads.MoCoProjectionHead(512, 64, 16),
+        )
     else:
         module.student_backbone, module.student_head = torchvision_children(), heads.DINOProjectionHead(512, 64, 16, 32)
         module.teacher_backbone, module.teacher_head = children, heads.DINOProjectionHead(512, 64, 16, 32)
@@ -220,9 +249,18 @@ def test_a_method_takes_projector_predictor_and_twin_too(tmp_path):
     from caco.methods.mocov3 import MoCoV3
     from caco.nn.heads import Encoder, Projector
 
-    head = {"hidden_dim": 16, "dim": 8, "layers": 2, "batch_norm": True, "bias": False, "last_batch_norm": True, "last_affine": False}
+    head = {
+        "hidden_dim": 16,
+        "dim": 8,
+        "layers": 2,
+        "batch_norm": True,
+        "bias": False,
+        "last_batch_norm": True,
+        "last_affine": False,
+    }
     made = [
-        MoCoV3(encoder=Encoder(backbone=resnet(), projector=Projector(in_dim=64, **head)), predictor_hidden_dim=16) for _ in range(2)
+        MoCoV3(encoder=Encoder(backbone=resnet(), projector=Projector(in_dim=64, **head)), predictor_hidden_dim=16)
+        for _ in range(2)
     ]
     source, method = made
     source.load_state_dict(noise(source.state_dict()))
@@ -245,16 +283,19 @@ class Anything:
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({"model": below("module.encoder1.", {"conv1.weight": torch.ones(32, 1, 7, 7)})}, "two networks, of one and of two channels"),
+        ({"model": below("module.encoder1.", {"conv1.weight": torch.ones(32, 1, 7, 7)})},
+        "two networks, of one and of two channels"),
         ({"state_dict": {"module.base_encoder.patch_embed.proj.3.weight": torch.ones(1)}}, "stem of convolutions"),
         ({"resnet": {"net.0.0.weight": torch.ones(1)}, "head": {}}, "selective kernels"),
         ({"type": "shard", "classy_state_dict": {}}, "a part of a checkpoint"),
         ({"model": {"stem.conv1.weight": torch.ones(1)}, "matching_heuristics": True}, "made for detectron2"),
         ({"model": {"module.0.conv1.weight": torch.ones(1), "module.1.weight": torch.ones(1)}}, "it is a classifier"),
         ({"net": {"module.conv1.weight": torch.ones(1)}, "lemniscate": {}}, "another stem"),
-        ({"state_dict": below("momentum_backbone.", {"a": torch.ones(1)}) | below("backbone.", {"a": torch.ones(1)}) | {"other": torch.ones(1)}},
+        ({"state_dict": below("momentum_backbone.", {"a": torch.ones(1)}) | below("backbone.",
+        {"a": torch.ones(1)}) | {"other": torch.ones(1)}},
          "solo-learn, which has no place for 1 of them: other"),
-        ({"blocks.0.ls1.gamma": torch.ones(1), "mask_token": torch.ones(1), "register_tokens": torch.ones(1)}, "its tensors are not"),
+        ({"blocks.0.ls1.gamma": torch.ones(1), "mask_token": torch.ones(1), "register_tokens": torch.ones(1)},
+        "its tensors are not"),
         (families.swav({"conv1.weight": torch.ones(128, 3, 7, 7)}), "another architecture than the backbone's"),
     ],
 )  # fmt: skip
@@ -283,7 +324,9 @@ def test_settings_and_numbers_beside_the_weights_are_read_without_being_made_and
     for zipped in (True, False):
         path = saved(tmp_path / "file.pth", {"state_dict": net, **beside}, _use_new_zipfile_serialization=zipped)
         load_backbone(path, None, resnet())
-        path = saved(tmp_path / "bank.pth", {"state_dict": net, "lemniscate": Anything()}, _use_new_zipfile_serialization=zipped)
+        path = saved(
+            tmp_path / "bank.pth", {"state_dict": net, "lemniscate": Anything()}, _use_new_zipfile_serialization=zipped
+        )
         with pytest.raises(UserError, match=r"nothing is ever run; it asks for test_families\.Anything"):
             load_backbone(path, None, resnet())
 

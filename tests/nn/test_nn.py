@@ -87,7 +87,9 @@ def biases_of(head):
 
 
 def test_heads_with_biases_in_some_layers_and_a_last_batchnorm_without_scale():
-    byol = Projector(in_dim=8, hidden_dim=16, dim=4, layers=2, bias=True, last_bias=False, initialisation="truncated_normal_fan_in")
+    byol = Projector(
+        in_dim=8, hidden_dim=16, dim=4, layers=2, bias=True, last_bias=False, initialisation="truncated_normal_fan_in"
+    )
     assert biases_of(byol) == [True, False] and (byol[0].bias == 0).all()
     assert 0 < byol[0].weight.abs().max() <= 2 / 8**0.5, "cut at twice the spread, 1 / sqrt(inputs)"
     predictor = Projector(in_dim=8, hidden_dim=16, dim=4, layers=2, last_bias=True)
@@ -127,7 +129,9 @@ def test_a_twin_from_another_draw_has_the_encoder_s_values_in_another_order():
     ours, theirs = twin[0].weight.flatten(), encoder[0].weight.flatten()
     assert torch.equal(ours.sort().values, theirs.sort().values)
     assert torch.corrcoef(torch.stack([ours, theirs]))[0, 1].abs() < 0.2
-    assert (twin[1].weight == 1).all() and torch.equal(twin[2].weight, encoder[2].weight), "what is not learned is not drawn anew"
+    assert (twin[1].weight == 1).all() and torch.equal(twin[2].weight, encoder[2].weight), (
+        "what is not learned is not drawn anew"
+    )
     assert not any(p.requires_grad for p in twin.parameters())
 
 
@@ -142,7 +146,8 @@ def test_the_twin_follows_parameters_only():
     twin.update(encoder, 0.9)
     assert torch.allclose(twin.encoder[0].weight, 0.9 * before + 0.1 * encoder[0].weight)
     assert torch.equal(twin.encoder[0].weight, before.lerp(encoder[0].weight, 1 - 0.9)), (
-        "torch.optim.swa_utils averages in another way: a run that goes on would not come to the bits of one that was never stopped"
+        "torch.optim.swa_utils averages in another way: a run that goes on would not come to the bits of one that was"
+        " never stopped"
     )
     assert (twin.encoder[1].running_mean == 0).all(), "BatchNorm's statistics are the twin's own"
     twin.update(encoder, 1.0)

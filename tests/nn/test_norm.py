@@ -38,7 +38,10 @@ def test_a_layer_with_drop_out_and_activation_computes_the_same(training):
     layer.weight.requires_grad_(False)
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     results = []
-    for one in (AllRanksBatchNorm(layer), layer):  # ours first: it has statistics of its own, and the parameters in common
+    for one in (
+        AllRanksBatchNorm(layer),
+        layer,
+    ):  # ours first: it has statistics of its own, and the parameters in common
         torch.manual_seed(1)
         y = one(x)
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
@@ -50,5 +53,7 @@ def test_a_layer_with_drop_out_and_activation_computes_the_same(training):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_layer_that_does_something_else_is_refused_and_not_made_a_plain_one(two_ranks, device):
     network = nn.Sequential(nn.Conv2d(3, 4, 1), SplitBatchNorm2d(4))
-    with pytest.raises(ValueError, match=r"^1: expected layers of torch's BatchNorm .* 2 processes, got SplitBatchNorm2d"):
+    with pytest.raises(
+        ValueError, match=r"^1: expected layers of torch's BatchNorm .* 2 processes, got SplitBatchNorm2d"
+    ):
         over_all_ranks(network, torch.device(device))

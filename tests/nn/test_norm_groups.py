@@ -34,7 +34,9 @@ def layer_with_a_past(kind=nn.BatchNorm2d, **settings):
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("shape", [(), (4, 5)])
 def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(views, shape):
-    """Eight images in four groups; the second view's rows follow the first's, and an image is in one group with all of its views."""
+    """Eight images in four groups; the second view's rows follow the first's, and an image is in one group with all of
+    its views.
+    """
     plain = layer_with_a_past(nn.BatchNorm2d if shape else nn.BatchNorm1d)
     ours = GroupedBatchNorm(copy.deepcopy(plain), groups=4, images=8)
     x = torch.randn(views * 8, 3, *shape, dtype=torch.float64, requires_grad=True)
@@ -49,7 +51,9 @@ def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(vi
         means.append(mean), variances.append(0.9 * plain.running_var + 0.1 * over.var(1, correction=1))
     assert torch.allclose(out, expected, atol=1e-12)
     assert torch.allclose(ours.running_mean, torch.stack(means).mean(0), atol=1e-12)
-    assert torch.allclose(ours.running_var, torch.stack(variances).mean(0), atol=1e-12) and ours.num_batches_tracked == 1
+    assert (
+        torch.allclose(ours.running_var, torch.stack(variances).mean(0), atol=1e-12) and ours.num_batches_tracked == 1
+    )
     goal = torch.randn_like(x)
     for a, b in zip(
         torch.autograd.grad((out * goal).sum(), [x, ours.weight, ours.bias]),
@@ -67,7 +71,9 @@ def test_it_computes_what_moco_s_notebook_computes_of_the_same_groups():
     ours = GroupedBatchNorm(copy.deepcopy(layer), groups=4, images=8)
     x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
     mean, variance = layer.running_mean.repeat(4), layer.running_var.repeat(4)
-    theirs = F.batch_norm(x.reshape(2, 12, 5, 5), mean, variance, layer.weight.repeat(4), layer.bias.repeat(4), True, 0.1)
+    theirs = F.batch_norm(
+        x.reshape(2, 12, 5, 5), mean, variance, layer.weight.repeat(4), layer.bias.repeat(4), True, 0.1
+    )
     neighbours = torch.arange(8).reshape(2, 4).T.flatten()
     assert torch.allclose(ours(x[neighbours]), theirs.reshape(8, 3, 5, 5)[neighbours], atol=1e-12)
     assert torch.allclose(ours.running_mean, mean.reshape(4, 3).mean(0))
@@ -98,7 +104,9 @@ def test_every_layer_of_a_network_is_replaced_and_images_of_other_groups_change_
     names = set(network.state_dict())
     grouped = in_groups(network, CPU, 2, images=4)
     layers = [layer for layer in grouped.modules() if isinstance(layer, BATCH_NORMS)]
-    assert layers and all(isinstance(layer, GroupedBatchNorm) for layer in layers) and set(grouped.state_dict()) == names
+    assert (
+        layers and all(isinstance(layer, GroupedBatchNorm) for layer in layers) and set(grouped.state_dict()) == names
+    )
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     others = torch.cat([images[:2], torch.randn_like(images[2:])])
     assert torch.equal(grouped(images)[:2], grouped(others)[:2])
@@ -140,7 +148,9 @@ def test_keys_meet_other_statistics_and_come_back_in_order(views):
         expected[view * 8 + order] = rows
     torch.manual_seed(3)
     assert torch.allclose(twin(given), expected, atol=1e-12)
-    assert not torch.allclose(expected, copy.deepcopy(plain)(given), atol=1e-3), "neighbours have statistics of their own"
+    assert not torch.allclose(expected, copy.deepcopy(plain)(given), atol=1e-3), (
+        "neighbours have statistics of their own"
+    )
     first, second = twin(given), twin(given)
     assert not torch.allclose(first, second, atol=1e-3), "an order is drawn anew"
     assert torch.allclose(twin.eval()(given), twin.encoder(given), atol=1e-12), "in order"
@@ -152,7 +162,10 @@ def test_two_parts_of_one_group_each_are_two_groups_of_the_whole():
     for groups, parts in ((4, 1), (2, 2)):
         cfg = compose("method=mocov2", *SMALL)
         method = in_groups(build_method(cfg).double().train(), CPU, groups, images=16 // parts)
-        views = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(view), dtype=torch.float64) for view in (0, 1)]
+        views = [
+            torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(view), dtype=torch.float64)
+            for view in (0, 1)
+        ]
         loss = sum(method(part, now()).loss / parts for part in batch_of(views).parts(parts))
         loss.backward()
         losses.append(loss.detach())
@@ -180,17 +193,39 @@ def test_a_batch_that_does_not_divide_is_refused(norm_groups, world, images, exp
 
 def test_groups_are_shared_out():
     shared = [(1, 4, 8), (8, 1, 64), (8, 4, 16), ("rank", 4, 16), ("rank", 1, 16), (1, 1, 1)]
-    assert [groups_of_a_rank(groups, world=world, images=images) for groups, world, images in shared] == [1, 8, 2, 1, 1, 1]
+    assert [groups_of_a_rank(groups, world=world, images=images) for groups, world, images in shared] == [
+        1,
+        8,
+        2,
+        1,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
     ("network", "norm_groups", "shuffle_keys", "expected"),
     [
         (nn.Linear(2, 2), 2, False, "^norm_groups: expected 1, as this method's networks have no BatchNorm; got 2"),
-        (nn.BatchNorm1d(2), 2, True, "^shuffle_keys: expected false, as this method has no momentum twin with BatchNorm"),
+        (
+            nn.BatchNorm1d(2),
+            2,
+            True,
+            "^shuffle_keys: expected false, as this method has no momentum twin with BatchNorm",
+        ),
         (nn.Sequential(nn.BatchNorm1d(2), MomentumTwin(nn.Linear(2, 2))), 2, True, "no momentum twin with BatchNorm"),
-        (MomentumTwin(nn.BatchNorm1d(2)), "rank", True, "^shuffle_keys: with one group of images it changes nothing; .* got rank"),
-        (MomentumTwin(nn.BatchNorm1d(2)), 1, True, "^shuffle_keys: with one group of images it changes nothing; .* got 1"),
+        (
+            MomentumTwin(nn.BatchNorm1d(2)),
+            "rank",
+            True,
+            "^shuffle_keys: with one group of images it changes nothing; .* got rank",
+        ),
+        (
+            MomentumTwin(nn.BatchNorm1d(2)),
+            1,
+            True,
+            "^shuffle_keys: with one group of images it changes nothing; .* got 1",
+        ),
     ],
 )
 def test_what_would_change_nothing_is_refused(network, norm_groups, shuffle_keys, expected):
@@ -199,9 +234,13 @@ def test_what_would_change_nothing_is_refused(network, norm_groups, shuffle_keys
 
 
 def test_layers_and_batches_that_groups_are_not_made_for_are_refused():
-    with pytest.raises(ValueError, match=r"^1: expected .* groups of the batch, got SplitBatchNorm2d: norm_groups=1, or choose"):
+    with pytest.raises(
+        ValueError, match=r"^1: expected .* groups of the batch, got SplitBatchNorm2d: norm_groups=1, or choose"
+    ):
         in_groups(nn.Sequential(nn.Conv2d(3, 4, 1), SplitBatchNorm2d(4)), CPU, 2, images=4)
-    with pytest.raises(ValueError, match="expected a batch of 4 images, or several views of it one after the other; got 6 rows"):
+    with pytest.raises(
+        ValueError, match="expected a batch of 4 images, or several views of it one after the other; got 6 rows"
+    ):
         in_groups(nn.BatchNorm1d(2), CPU, 2, images=4)(torch.zeros(6, 2))
 
 
@@ -210,7 +249,9 @@ def test_a_group_for_each_rank_asks_for_the_same_ranks_again(tmp_path, monkeypat
     train(tmp_path, *command)
     train(tmp_path, *command)
     refuse_other_groups(1)
-    with pytest.raises(ValueError, match="had 2 groups, one for each process, and would go on with 1; start 2 processes"):
+    with pytest.raises(
+        ValueError, match="had 2 groups, one for each process, and would go on with 1; start 2 processes"
+    ):
         refuse_other_groups(2)
     seen = []
     monkeypatch.setattr("caco.engine.assembly.refuse_other_groups", seen.append)

@@ -16,10 +16,16 @@ from caco.nn.weights import read
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", ["key", "set", "numbers"])
 def test_a_file_whose_keys_would_take_hours_to_hash_is_refused_at_once(tmp_path, kind, zipped):
-    """A tuple that holds one tuple twice, 60 deep, has 2**60 paths; 60,000 multiples of Python's modulus have one hash."""
+    """A tuple that holds one tuple twice, 60 deep, has 2**60 paths; 60,000 multiples of Python's modulus have one
+    hash.
+    """
     nested = b"X\x01\0\0\0x" + 60 * b"q\x00h\x00\x86"
     numbers = b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"K\x01" for number in range(9, 60_000))
-    made = {"key": b"}" + nested + b"K\x01s.", "set": b"cbuiltins\nset\n]" + nested + b"a\x85R.", "numbers": b"}(" + numbers + b"u."}[kind]
+    made = {
+        "key": b"}" + nested + b"K\x01s.",
+        "set": b"cbuiltins\nset\n]" + nested + b"a\x85R.",
+        "numbers": b"}(" + numbers + b"u.",
+    }[kind]
     path = tmp_path / "slow.pth"
     torch.save({}, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
@@ -43,7 +49,12 @@ def test_a_pickle_before_a_zip_file_is_not_read(tmp_path):
 
 
 def test_what_is_shared_and_large_in_earnest_is_read(tmp_path):
-    """A name that 10,000 keys hold, long tuples, sets, a tensor in many places: nothing that a training writes is near the limit."""
+    """A name that 10,000 keys hold, long tuples, sets, a tensor in many places: nothing that a training writes is near
+    the limit.
+    """
     state = {("group", i): {"params": tuple(range(30)), "kind": "a" * 50, "seen": {1, 2, 2**70}} for i in range(2_000)}
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(2)}, "optimizer": state, "rng": random.getstate()}, tmp_path / "large.pth")
+    torch.save(
+        {"state_dict": {"conv1.weight": torch.zeros(2)}, "optimizer": state, "rng": random.getstate()},
+        tmp_path / "large.pth",
+    )
     assert list(read(tmp_path / "large.pth", "timm"))

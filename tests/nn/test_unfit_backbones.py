@@ -13,7 +13,9 @@ from caco.nn.backbones import refuse_unfit, timm_backbone, why_unfit
 TIMM = "caco.nn.backbones.timm_backbone"
 
 
-@pytest.mark.parametrize(("name", "width"), [("mobilenetv3_small_050", 1024), ("vgg11", 4096), ("lcnet_035", 1280), ("resnet18", 512)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("mobilenetv3_small_050", 1024), ("vgg11", 4096), ("lcnet_035", 1280), ("resnet18", 512)]
+)
 def test_the_width_is_that_of_the_features_whichever_layer_gives_them(name, width):
     with torch.device("meta"), torch.inference_mode():
         backbone = timm_backbone(name=name)
@@ -22,7 +24,10 @@ def test_the_width_is_that_of_the_features_whichever_layer_gives_them(name, widt
 
 def on(name: str) -> DictConfig:
     cfg = compose("augmentation.size=32")
-    return OmegaConf.merge(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "backbone"]), {"backbone": {"_target_": TIMM, "name": name}})
+    return OmegaConf.merge(
+        OmegaConf.masked_copy(cfg, [key for key in cfg if key != "backbone"]),
+        {"backbone": {"_target_": TIMM, "name": name}},
+    )
 
 
 def test_a_method_stands_on_a_model_with_a_layer_behind_its_pooling():
@@ -32,10 +37,19 @@ def test_a_method_stands_on_a_model_with_a_layer_behind_its_pooling():
 
 
 def test_what_is_made_for_other_sizes_says_which_setting_helps():
-    with pytest.raises(UserError, match=r"vit_small_patch14_dinov2 makes no features .* of 224 x 224 pixels: .* With backbone\.image_size=224 it does"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"vit_small_patch14_dinov2 makes no features .* of 224 x 224 pixels: .* With backbone\.image_size=224 it"
+            r" does"
+        ),
+    ):
         refuse_unfit([224], name="vit_small_patch14_dinov2")
     refuse_unfit([224], name="vit_small_patch14_dinov2", image_size=224)
-    with pytest.raises(UserError, match=r"224 x 224, or 224|It is made for 224 x 224: augmentation\.size=224, or another of timm's models"):
+    with pytest.raises(
+        UserError,
+        match=r"224 x 224, or 224|It is made for 224 x 224: augmentation\.size=224, or another of timm's models",
+    ):
         refuse_unfit([96], name="hiera_tiny_224")
 
 
@@ -47,7 +61,9 @@ def test_what_gives_no_one_feature_an_image_names_its_nearest_that_do(monkeypatc
             return images.new_empty(len(images), 49, 8)
 
     made = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: Tokens() if name == "resnet18" else made(name, **options))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **options: Tokens() if name == "resnet18" else made(name, **options)
+    )
     why_unfit.__globals__["_why_unfit"].cache_clear()
     try:
         message = r"resnet18 makes no features .*: it gives \[2, 49, 8\] for two\. Near are resnet\w+, \w+, \w+$"

@@ -60,7 +60,11 @@ def test_what_is_not_said_is_as_timm_has_it():
 
 def test_mocov3_s_positions_are_of_the_patches_alone():
     vit = mocov3_vit(name=TINY, num_heads=3, image_size=56, patch_size=14, register_tokens=2)
-    assert (vit.pos_embed[0, :3] == 0).all() and (vit.pos_embed[0, 3:].abs().amax(1) > 0.5).all() and vit.pos_embed.shape[1] == 3 + 16
+    assert (
+        (vit.pos_embed[0, :3] == 0).all()
+        and (vit.pos_embed[0, 3:].abs().amax(1) > 0.5).all()
+        and vit.pos_embed.shape[1] == 3 + 16
+    )
     bound = math.sqrt(6 / (3 * 14**2 + 192))
     assert bound * 0.99 < vit.patch_embed.proj.weight.abs().max() <= bound
 
@@ -75,7 +79,9 @@ def dino_vit():
 
 
 def test_every_tensor_starts_as_published(dino_vit):
-    """Class token, positions and linear layers: truncated normal of spread 0.02; biases 0; the patches' projection as torch has it."""
+    """Class token, positions and linear layers: truncated normal of spread 0.02; biases 0; the patches' projection as
+    torch has it.
+    """
     assert dino_vit.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
     assert dino_vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     linear = [p for name, p in dino_vit.named_parameters() if name.startswith("blocks") and p.ndim == 2]
@@ -97,7 +103,9 @@ def cubic(t):
 
 
 def line(old, new):
-    """The matrix [new, old] that interpolates a line: place i of the new one is (i + 1/2) old / (new + 0.1) - 1/2 of the old one."""
+    """The matrix [new, old] that interpolates a line: place i of the new one is (i + 1/2) old / (new + 0.1) - 1/2 of
+    the old one.
+    """
     weights = np.zeros((new, old))
     for i in range(new):
         at = (i + 0.5) * old / (new + 0.1) - 0.5
@@ -124,9 +132,16 @@ def test_a_crop_s_tokens_have_those_positions_and_the_others_their_own(register_
     vit.pos_drop.register_forward_hook(lambda module, given, out: seen.append(out))
     vit(images)
     first = 1 + register_tokens
-    special = torch.cat([token for token in (vit.cls_token, vit.reg_token) if token is not None], 1) + vit.pos_embed[:, :first]
-    patches = F.conv2d(images, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=16).flatten(2).transpose(1, 2)
-    expected = torch.cat([special.expand(2, -1, -1), patches + interpolated(vit.pos_embed[:, first:], (4, 4), (2, 3))], 1)
+    special = (
+        torch.cat([token for token in (vit.cls_token, vit.reg_token) if token is not None], 1)
+        + vit.pos_embed[:, :first]
+    )
+    patches = (
+        F.conv2d(images, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=16).flatten(2).transpose(1, 2)
+    )
+    expected = torch.cat(
+        [special.expand(2, -1, -1), patches + interpolated(vit.pos_embed[:, first:], (4, 4), (2, 3))], 1
+    )
     assert torch.allclose(seen[0], expected, atol=1e-12)
 
 
@@ -134,7 +149,9 @@ def test_only_other_sizes_differ_from_timm_s(dino_vit):
     timm_s = timm_backbone(name=TINY, image_size=64).double().eval()
     timm_s.load_state_dict(dino_vit.state_dict())
     same, other = torch.randn(1, 3, 64, 64, dtype=torch.float64), torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    assert torch.allclose(dino_vit(same), timm_s(same), atol=1e-12) and not torch.allclose(dino_vit(other), timm_s(other), atol=1e-6)
+    assert torch.allclose(dino_vit(same), timm_s(same), atol=1e-12) and not torch.allclose(
+        dino_vit(other), timm_s(other), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("settings", [{"patch_size": 14, "register_tokens": 4, "pool": "mean"}, {"patch_size": 14}])
@@ -148,12 +165,16 @@ def test_dino_s_multi_crop_goes_through_it(settings):
     loss = method(batch_of(views), now()).loss
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in method.encoder.parameters())
-    with pytest.raises(ValueError, match="patches of 14 pixels takes images of whole patches; got 96 x 96 pixels, near are 84 and 98"):
+    with pytest.raises(
+        ValueError, match="patches of 14 pixels takes images of whole patches; got 96 x 96 pixels, near are 84 and 98"
+    ):
         copy.deepcopy(method)(batch_of([*views[:2], torch.zeros(3, 3, 96, 96)]), now())
 
 
 def test_the_options_of_conf_are_these():
-    dino, mocov3, vit = (compose([f"backbone={name}"]).backbone for name in ("dino_vit_small", "mocov3_vit_small", "vit_small"))
+    dino, mocov3, vit = (
+        compose([f"backbone={name}"]).backbone for name in ("dino_vit_small", "mocov3_vit_small", "vit_small")
+    )
     assert dino.variant == "dino" and vit.variant == "timm"
     for node in (dino, mocov3, vit):
         small = {**node, "name": TINY, "image_size": 28, "patch_size": 14, "pool": "mean"}
@@ -169,11 +190,23 @@ def test_the_options_of_conf_are_these():
         ({"name": TINY, "register_tokens": -1}, "register_tokens of 0 or more, or null; got None and -1"),
         ({"name": TINY, "variant": "dinov2"}, "^backbone.variant: expected timm or dino, got 'dinov2'"),
         ({"name": TINY, "variant": "dino"}, "^backbone.variant=dino needs position embeddings and an image_size"),
-        ({"name": TINY, "image_size": 40}, "patches of 16 pixels takes .* whole patches; got 40 x 40 pixels, near are 32 and 48"),
+        (
+            {"name": TINY, "image_size": 40},
+            "patches of 16 pixels takes .* whole patches; got 40 x 40 pixels, near are 32 and 48",
+        ),
         ({"name": TINY, "patch_size": 15}, "patches of 15 pixels takes .* got 224 x 224 pixels, near are 210 and 225"),
-        ({"name": "resnet18", "pool": "mean"}, "^backbone.name must be a ViT of timm's for patch_size, .* got 'resnet18'"),
-        ({"name": "vit_wee_patch16_reg1_gap_256", "pool": "cls"}, "timm makes no vit_wee.* Token pooling needs the class token"),
-        ({"name": "vit_small_patch16_rope_224", "register_tokens": 1}, "timm makes no vit_small_patch16_rope_224 with .*reg_tokens"),
+        (
+            {"name": "resnet18", "pool": "mean"},
+            "^backbone.name must be a ViT of timm's for patch_size, .* got 'resnet18'",
+        ),
+        (
+            {"name": "vit_wee_patch16_reg1_gap_256", "pool": "cls"},
+            "timm makes no vit_wee.* Token pooling needs the class token",
+        ),
+        (
+            {"name": "vit_small_patch16_rope_224", "register_tokens": 1},
+            "timm makes no vit_small_patch16_rope_224 with .*reg_tokens",
+        ),
     ],
 )
 def test_what_a_vit_is_not_made_with_is_refused(settings, message):

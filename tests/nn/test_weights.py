@@ -141,7 +141,9 @@ def test_a_backbone_alone_starts_a_method_and_the_twin_copies_it(tmp_path):
     for encoder in (method.encoder, method.twin.encoder):
         assert_holds(encoder.backbone, theirs)
         assert_holds(encoder.projector, projector)
-    assert told.endswith("(timm): backbone, twin (a copy of the encoder); as initialised: projector, bank (the file has none)")
+    assert told.endswith(
+        "(timm): backbone, twin (a copy of the encoder); as initialised: projector, bank (the file has none)"
+    )
 
 
 def test_our_checkpoint_gives_all_that_learns_but_not_the_banks_momentum(tmp_path):
@@ -249,7 +251,13 @@ def test_damaged_files_are_refused_whatever_torch_makes_of_them(tmp_path):
         whole[zipped] = path.read_bytes()
     flipped = bytearray(whole[True])
     flipped[whole[True].index(torch.tensor(7.0).numpy().tobytes())] = 1  # in a value: only a checksum shows it
-    for content in [b"", b"<html>404</html>", b"}", bytes(flipped), *(data[: len(data) // 2] for data in whole.values())]:
+    for content in [
+        b"",
+        b"<html>404</html>",
+        b"}",
+        bytes(flipped),
+        *(data[: len(data) // 2] for data in whole.values()),
+    ]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match="of which nothing is ever run"):
             load_backbone(path, "timm", resnet())
@@ -260,7 +268,10 @@ def test_damaged_files_are_refused_whatever_torch_makes_of_them(tmp_path):
 
 def test_a_file_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(tmp_path):
     path = tmp_path / "bomb.pth"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("archive/data/0", "w") as part:
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("archive/data/0", "w") as part,
+    ):
         for _ in range(200):
             part.write(bytes(2**20))
     begun = time.process_time()
@@ -278,7 +289,10 @@ def test_a_missing_file_is_refused(tmp_path):
     "overrides, expected",
     [
         (["weights=none.pth", "format=moco"], "weights: expected a file that is there and can be read, got 'none.pth'"),
-        (["weights={file}", "format=moco3"], "format: expected null, for what the keys of weights={file} say, or one of caco, adco, moco, "),
+        (
+            ["weights={file}", "format=moco3"],
+            "format: expected null, for what the keys of weights={file} say, or one of caco, adco, moco, ",
+        ),
         (["weights={file}", "format=moco:key"], "with :online or :twin after it or not, got 'moco:key'"),
         (["format=moco"], "format: expected null, as there is no weights=FILE, got 'moco'"),
         (["weights_digest=0123"], "weights_digest: expected it not to be set; weights=FILE does, got '0123'"),
@@ -364,5 +378,7 @@ def test_the_check_reads_no_torch(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"one")
     command = [f"weights={tmp_path / 'a.pt'}", "format=caco", "preset=demo"]
     code = f"import sys; from caco.train import check_command; check_command({command}, multirun=False)"
-    done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 0

@@ -1,4 +1,6 @@
-"""What somebody who uses caco might write: one component of each kind, found through --config-dir (tests/test_config_dir.py)."""
+"""What somebody who uses caco might write: one component of each kind, found through --config-dir
+(tests/test_config_dir.py).
+"""
 
 import numpy as np
 import torch
@@ -71,7 +73,9 @@ class Stripes(Source):
         y, x = np.mgrid[: self.size, : self.size]
         angle = np.pi / 4 * (number % 4)
         wave = np.sin(x * np.sin(angle) + y * np.cos(angle) + draw.uniform(0, 6))[..., None]
-        return Image.fromarray((127 + 80 * wave + draw.normal(0, 15, (self.size, self.size, 3))).clip(0, 255).astype(np.uint8))
+        return Image.fromarray(
+            (127 + 80 * wave + draw.normal(0, 15, (self.size, self.size, 3))).clip(0, 255).astype(np.uint8)
+        )
 
     def part(self, indices: np.ndarray, name: str) -> "Stripes":
         return Stripes(self.index[indices], name=name, size=self.size)
@@ -91,7 +95,9 @@ class Flat(nn.Module):
     def __init__(self, *, width: int = 32):
         super().__init__()
         self.num_features = width
-        self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, width), nn.BatchNorm1d(width), nn.ReLU())
+        self.layers = nn.Sequential(
+            nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, width), nn.BatchNorm1d(width), nn.ReLU()
+        )
 
     def forward(self, images):
         return self.layers(images)

@@ -88,7 +88,9 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path, capsys, damage):
         with zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("archive/data.pkl", bytes(2**22))
         content = out.getvalue()
-    elif damage == "folder":  # one byte of the table calls a tensor's file a folder, for which torch's reader gives what lies in memory
+    elif (
+        damage == "folder"
+    ):  # one byte of the table calls a tensor's file a folder, for which torch's reader gives what lies in memory
         with zipfile.ZipFile(path) as archive:
             place = archive.start_dir + content[archive.start_dir :].index(b"archive/data/0")
         content[place - 8] = 0x10
@@ -98,7 +100,10 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path, capsys, damage):
     path.write_bytes(bytes(content))
     loaded, _ = checkpoints.load_newest()
     assert loaded["step"] == 1
-    assert f"step_000000002.pt {'would unpack to 4,194,304 bytes' if damage == 'bomb' else 'is damaged'}" in capsys.readouterr().err
+    assert (
+        f"step_000000002.pt {'would unpack to 4,194,304 bytes' if damage == 'bomb' else 'is damaged'}"
+        in capsys.readouterr().err
+    )
 
 
 def test_when_none_can_be_read_the_run_does_not_start_anew_by_itself(tmp_path):

@@ -26,7 +26,14 @@ def test_versions_machine_and_job(monkeypatch):
     assert found["slurm_job_id"] == "77"
     assert (found["gpus"] == "none") == (not torch.cuda.is_available())
     assert found["instructions_torch"] == torch.backends.cpu.get_cpu_capability()
-    assert {found["instructions_bank"], found["instructions_views"]} <= {"plain", "avx2", "avx512", "amx", "off", "not built"}
+    assert {found["instructions_bank"], found["instructions_views"]} <= {
+        "plain",
+        "avx2",
+        "avx512",
+        "amx",
+        "off",
+        "not built",
+    }
     assert all(isinstance(value, str) and value for value in found.values())
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")

@@ -1,4 +1,6 @@
-"""One directory has one writer, also on file systems without locks and under srun; what killed writers left is gone at the next start."""
+"""One directory has one writer, also on file systems without locks and under srun; what killed writers left is gone at
+the next start.
+"""
 
 import errno
 import fcntl
@@ -42,7 +44,9 @@ def holder():
 
     def start(run_dir, host="here", locks="locks"):
         command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(run_dir), host, locks]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -119,7 +123,15 @@ def test_what_srun_alone_starts_several_times_is_not_two_writers(tmp_path, holde
         hold(tmp_path)
 
 
-@pytest.mark.parametrize("variables, first", [({}, True), ({"WORLD_SIZE": "2", "RANK": "0"}, True), ({"WORLD_SIZE": "2", "RANK": "1"}, False), ({"RANK": "1"}, True)])
+@pytest.mark.parametrize(
+    "variables, first",
+    [
+        ({}, True),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, True),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, False),
+        ({"RANK": "1"}, True),
+    ],
+)
 def test_the_processes_of_one_run_have_one_writer(variables, first, monkeypatch):
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -135,8 +147,21 @@ def test_who_leaves_is_not_looked_for(tmp_path, monkeypatch):
 
 
 def test_what_killed_writers_left_is_removed_at_the_next_start(tmp_path):
-    kept = ["config.yaml", ".mlflow.json.7", ".hidden", "figures/use.png", "figures/.use.png.8", "checkpoints/step_000000001.pt"]
-    gone = [".config.yaml.12", ".environment.json.3", ".tracking.json.99", "checkpoints/step_000000002.partial", "evaluations/.knn-ab.json.4"]
+    kept = [
+        "config.yaml",
+        ".mlflow.json.7",
+        ".hidden",
+        "figures/use.png",
+        "figures/.use.png.8",
+        "checkpoints/step_000000001.pt",
+    ]
+    gone = [
+        ".config.yaml.12",
+        ".environment.json.3",
+        ".tracking.json.99",
+        "checkpoints/step_000000002.partial",
+        "evaluations/.knn-ab.json.4",
+    ]
     old = [".mlflow.json.5", "figures/.loss.png.6"]
     for name in [*kept, *gone, *old, ".model.17/MLmodel"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -12,7 +12,11 @@ from caco.runs.paths import expanded, read_text, require_writable, with_home
 def test_a_tilde_is_the_home_folder_also_where_no_shell_has_seen_it(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "o'home"))
     assert expanded("~/x") == tmp_path / "o'home" / "x"
-    assert with_home(["seed=1", "hydra.run.dir='~/x'", "name=~"]) == ["seed=1", f"hydra.run.dir='{tmp_path}/o\\'home/x'", "name=~"]
+    assert with_home(["seed=1", "hydra.run.dir='~/x'", "name=~"]) == [
+        "seed=1",
+        f"hydra.run.dir='{tmp_path}/o\\'home/x'",
+        "name=~",
+    ]
     with pytest.raises(UserError, match="~nobody-of-this-name/x: there is no such user here"):
         expanded("~nobody-of-this-name/x")
 

@@ -1,4 +1,6 @@
-"""The table of what was renamed: its new names are there, and through it old configurations and numbers are read as today's."""
+"""The table of what was renamed: its new names are there, and through it old configurations and numbers are read as
+today's.
+"""
 
 import copy
 import functools
@@ -15,7 +17,10 @@ from experiments.tables import experiments, load_scale, load_table, tables
 
 # What conf/ named at a06a4e7 and names otherwise now.
 THEN = [
-    *(f"caco.data.datasets.{name}" for name in ("cifar10_jpeg75", "digits", "folder", "imagenet", "imagenet100", "tiny_imagenet")),
+    *(
+        f"caco.data.datasets.{name}"
+        for name in ("cifar10_jpeg75", "digits", "folder", "imagenet", "imagenet100", "tiny_imagenet")
+    ),
     *(f"caco.data.downloaded.{name}" for name in ("cifar10", "cifar100", "stl10")),
     "caco.data.beton.beton",
     *(f"caco.data.loader.{name}" for name in ("AutoLoader", "FFCVLoader", "TorchLoader")),
@@ -30,7 +35,9 @@ KNN = {"_target_": "caco.evals.knn.KNN", "k": 20, "temperature": 0.2, "fraction"
 @pytest.mark.parametrize("target", THEN)
 def test_every_target_of_then_is_a_target_of_today(target):
     assert signatures.find(renamed.target(target)) is not None
-    assert validation._component({"_target_": target}, "x") == [f"x._target_: {target} is called {renamed.target(target)} now"]
+    assert validation._component({"_target_": target}, "x") == [
+        f"x._target_: {target} is called {renamed.target(target)} now"
+    ]
 
 
 def test_a_setting_that_came_later_is_no_part_of_a_run_that_does_not_use_it():
@@ -49,7 +56,8 @@ def test_every_new_name_in_the_table_is_there_and_no_old_one_is():
         module, _, name = new.rpartition(".")
         assert signatures.load(new) or signatures.lookup(signatures.load(module), name), new
         module, _, name = old.rpartition(".")
-        # A package of the first name has a module augmentation; by the second one a command is called, which no `_target_` names.
+        # A package of the first name has a module augmentation; by the second one a command is called, which no
+        # `_target_` names.
         assert old in ("caco.data.views", "caco.results") or not signatures.load(old), old
 
 
@@ -61,7 +69,11 @@ def test_a_former_key_is_refused_by_its_new_name(old, new):
 
 
 def test_names_of_today_stay_as_they_are():
-    config = {"method": {"_target_": "caco.methods.nnclr.NNCLR", "warm_start_passes": 1}, "bank": {"initialisation": "random"}, "eval": {"knn": KNN}}
+    config = {
+        "method": {"_target_": "caco.methods.nnclr.NNCLR", "warm_start_passes": 1},
+        "bank": {"initialisation": "random"},
+        "eval": {"knn": KNN},
+    }
     names = renamed.Names(config)
     assert names.config == config and not names.is_old
     row = {"kind": "train", "step": 1, "momentum": 0.9}  # some method's own
@@ -71,7 +83,8 @@ def test_names_of_today_stay_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("initialisation", "passes", "expected"), [("keys", 16, {"warm_start_passes": 16}), ("keys", 1, {}), ("random", 16, {})]
+    ("initialisation", "passes", "expected"),
+    [("keys", 16, {"warm_start_passes": 16}), ("keys", 1, {}), ("random", 16, {})],
 )
 def test_the_passes_that_filled_a_bank_are_those_of_its_warm_start(initialisation, passes, expected):
     then = {"method": {"filling_momentum": 0.9}, "bank": {"initialisation": initialisation, "filling_passes": passes}}
@@ -86,7 +99,13 @@ def test_leaves_make_the_configuration_that_they_are_of():
 
 
 def test_the_parameters_in_text_keep_the_options_that_were_chosen():
-    then = {"bank": "null", "method": "caco", "method._target_": "m.M", "method.filling_momentum": "0.9", "optimizer._target_": "caco.optimizers.sgd"}
+    then = {
+        "bank": "null",
+        "method": "caco",
+        "method._target_": "m.M",
+        "method.filling_momentum": "0.9",
+        "optimizer._target_": "caco.optimizers.sgd",
+    }
     assert renamed.Names.params(then) == {
         "bank": "null", "method": "caco", "method._target_": "m.M", "method.warm_start_momentum": "0.9",
         "optimizer._target_": "caco.engine.optimizers.sgd",
@@ -103,7 +122,8 @@ def test_a_number_is_called_by_the_protocol_that_gave_it():
     names = renamed.Names({"eval": {"knn": KNN, "linear": linear, "semi": semi}})
     row = names.row(training(knn_top1=1.0, linear_top1=2.0, linear_top5=3.0, semi_top1=4.0, loss=5.0))
     assert row == training(**{
-        "knn20_20pct_top1": 1.0, "linear_batch-256_drop_last-yes_top1": 2.0, "linear_batch-256_drop_last-yes_top5": 3.0, "semi_10_top1": 4.0,
+        "knn20_20pct_top1": 1.0, "linear_batch-256_drop_last-yes_top1": 2.0, "linear_batch-256_drop_last-yes_top5": 3.0,
+        "semi_10_top1": 4.0,
         "loss": 5.0,
     })  # fmt: skip
 
@@ -120,9 +140,18 @@ def test_a_linear_evaluation_that_left_the_last_batch_out_without_saying_so_says
 
 
 def test_what_an_evaluation_overwrote_in_the_summary_is_training_s_again():
-    rows = [training(knn_top1=30.0) | {"step": 20}, training(knn_top1=40.0), {"kind": "eval", "step": 44, "knn_top1": 50.0}]
+    rows = [
+        training(knn_top1=30.0) | {"step": 20},
+        training(knn_top1=40.0),
+        {"kind": "eval", "step": 44, "knn_top1": 50.0},
+    ]
     summary = {"knn_top1": 50.0, "steps": 44}
-    one = {"results": {"knn_top1": 50.0}, "step": 44, "baseline": None, "made_from": {"evaluator": KNN | {"fraction": 1.0}}}
+    one = {
+        "results": {"knn_top1": 50.0},
+        "step": 44,
+        "baseline": None,
+        "made_from": {"evaluator": KNN | {"fraction": 1.0}},
+    }
     names = renamed.Names({"eval": {"knn": KNN}}, [one])
     assert names.summary(summary, rows) == {"knn20_20pct_top1": 40.0, "knn20_top1": 50.0, "steps": 44}
     assert names.row(rows[-1]) == {"kind": "eval", "step": 44, "knn20_top1": 50.0}
@@ -137,7 +166,10 @@ def test_what_an_evaluation_overwrote_in_the_summary_is_training_s_again():
 
 def test_baselines_and_other_data_keep_their_prefix():
     knn_all = {"evaluator": KNN | {"fraction": 1.0}}
-    files = [{"results": {"knn_top1": v}, "step": 44, "baseline": of, "made_from": knn_all} for v, of in ((1.0, "pixels"), (2.0, None))]
+    files = [
+        {"results": {"knn_top1": v}, "step": 44, "baseline": of, "made_from": knn_all}
+        for v, of in ((1.0, "pixels"), (2.0, None))
+    ]
     names = renamed.Names({}, files)
     assert names.row({"kind": "eval", "step": 44, "pixels/knn_top1": 1.0})["pixels/knn20_top1"] == 1.0
     assert names.row({"kind": "eval", "step": 44, "digits/knn_top1": 2.0})["digits/knn20_top1"] == 2.0

@@ -132,7 +132,11 @@ def test_a_run_is_labelled_by_what_was_typed_and_in_a_sweep_by_what_tells_it_apa
     command = ["preset=smoke", "pn=none,both", "loader.num_workers=1", "seed=1,2"]
     monkeypatch.setenv(SWEEP, sweep_label(command, ["pn", "seed"], 4))
     within = label(cfg.hydra)
-    assert (within.name, within.sweep["jobs"], within.sweep["title"]) == ("pn=none seed=1", 4, "preset=smoke pn=none,both seed=1,2")
+    assert (within.name, within.sweep["jobs"], within.sweep["title"]) == (
+        "pn=none seed=1",
+        4,
+        "preset=smoke pn=none,both seed=1,2",
+    )
     again = json.loads(sweep_label([*reversed(command), "launcher=slurm", "hydra/sweeper=optuna"], ["seed", "pn"], 1))
     assert again["name"] == within.sweep["name"], "the same sweep, in another order, from elsewhere, half done"
 

@@ -18,8 +18,8 @@ CLIENTS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 PATIENCE_S = 300
 CPUS = 8  # whatever the machine has: how many processes SLURM starts at a time
 
-# Requeueing waits for credentials to expire, 120 s by default. Processes get longer than the usual 30 s to end in: on a busy
-# machine they need it, and those that have ended are not waited for.
+# Requeueing waits for credentials to expire, 120 s by default. Processes get longer than the usual 30 s to end in: on a
+# busy machine they need it, and those that have ended are not waited for.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -76,7 +76,9 @@ def slurm(tmp_path_factory):
     host = socket.gethostname().partition(".")[0]
     conf = state / "slurm.conf"
     conf.write_text(CONF.format(host=host, user=getpass.getuser(), state=state, cpus=CPUS, **ports))
-    munge = [f"--{name}={state}/munge/{name.partition('-')[0]}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+    munge = [
+        f"--{name}={state}/munge/{name.partition('-')[0]}" for name in ("socket", "pid-file", "log-file", "seed-file")
+    ]
     environment = os.environ | {"SLURM_CONF": str(conf)}
     with contextlib.ExitStack() as stack:
         # --force: the folder is open to this user alone, which is right here.

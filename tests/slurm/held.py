@@ -1,4 +1,6 @@
-"""A tracker that holds its run at a step until it is told to stop, so that a test can interrupt it however slow the machine is."""
+"""A tracker that holds its run at a step until it is told to stop, so that a test can interrupt it however slow the
+machine is.
+"""
 
 import os
 import signal
@@ -12,7 +14,9 @@ STEP, PATIENCE_S = 6, 300
 
 
 class HeldTracker(LedgerTracker):
-    """LedgerTracker; a run in whose directory's name one of $HELD's is waits after step 6, once: then the file `held` is there."""
+    """LedgerTracker; a run in whose directory's name one of $HELD's is waits after step 6, once: then the file `held`
+    is there.
+    """
 
     def __init__(self, *, system_seconds: float = 10.0, paper: dict[str, float] | None = None) -> None:
         super().__init__(system_seconds=system_seconds, paper=paper)

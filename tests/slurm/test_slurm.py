@@ -21,7 +21,12 @@ from caco.runs.environment import environment
 
 pytestmark = pytest.mark.timeout(900)  # of the first test, which waits for all jobs
 ROOT = Path(__file__).resolve().parents[2]
-SLURM = ["launcher=slurm", "launcher.hours=1", "launcher.gpus_per_node=0", "launcher.setup=['export GLOO_SOCKET_IFNAME=lo']"]
+SLURM = [
+    "launcher=slurm",
+    "launcher.hours=1",
+    "launcher.gpus_per_node=0",
+    "launcher.setup=['export GLOO_SOCKET_IFNAME=lo']",
+]
 # No checkpoint before the end but those of interruptions; held.py makes runs wait for theirs.
 RUN = [*TINY, *BANK, "batch=16", "bank.size=32", "epochs=1"]
 
@@ -52,7 +57,9 @@ class Sweep:
         self.told.close()
 
     def run_dir(self, part: str) -> Path | None:
-        return next((path for path in self.folder.glob("runs/*/*/") if part in str(path.relative_to(self.folder))), None)
+        return next(
+            (path for path in self.folder.glob("runs/*/*/") if part in str(path.relative_to(self.folder))), None
+        )
 
     def job(self, part: str) -> str:
         return json.loads((self.run_dir(part) / "job.json").read_text())["id"]
@@ -154,7 +161,9 @@ NAMES = ["name=alone,requeued,killed", "pn=halfway"]
 
 @pytest.fixture(scope="module")
 def interrupted(slurm, tmp_path_factory, copy_of_the_code):
-    """One run, three times under three names: left alone, requeued, killed; the code is edited meanwhile, the user's own too."""
+    """One run, three times under three names: left alone, requeued, killed; the code is edited meanwhile, the user's
+    own too.
+    """
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(ROOT / "tests" / "own", folder / "own")
     with Sweep(folder, *NAMES, "--config-dir", "own", code=copy_of_the_code, held="requeued,killed") as sweep:
@@ -209,7 +218,10 @@ def test_each_log_says_what_happened_to_its_job_and_to_no_other(interrupted):
 @pytest.mark.long
 def test_each_job_knows_its_sweep_also_after_it_was_requeued(interrupted):
     sweep, _ = interrupted
-    about = [json.loads((sweep.run_dir(f"runs/{name}") / "tracking.json").read_text()) for name in ("alone", "requeued", "killed")]
+    about = [
+        json.loads((sweep.run_dir(f"runs/{name}") / "tracking.json").read_text())
+        for name in ("alone", "requeued", "killed")
+    ]
     assert [run["run_name"] for run in about] == ["name=alone", "name=requeued", "name=killed"]
     assert {(run["sweep"]["jobs"], run["sweep"]["name"]) for run in about} == {(3, about[0]["sweep"]["name"])}
 
@@ -251,12 +263,18 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_submits_it_again(s
 @pytest.mark.parametrize(
     "overrides, told",
     [
-        (["launcher.gpus_per_node=2", "device=auto"], "launcher.gpus_per_node: expected at most 0, as partition short has, got 2"),
+        (
+            ["launcher.gpus_per_node=2", "device=auto"],
+            "launcher.gpus_per_node: expected at most 0, as partition short has, got 2",
+        ),
         (["launcher.hours=24"], "launcher.hours: expected at most 1, as partition short has, got 24"),
         (["launcher.signal_minutes=40"], "launcher.signal_minutes: expected at most half of launcher.hours, got 40"),
         (["launcher.tasks_per_node=3"], "batch: expected a multiple of the 3 processes of a job, got 16"),
         (["launcher.nodes=2"], "launcher.nodes: expected at most 1, as partition short has, got 2"),
-        (["launcher.cpus_per_task=9"], "launcher: expected at most the 8 CPUs that a node of partition short has, got 9"),
+        (
+            ["launcher.cpus_per_task=9"],
+            "launcher: expected at most the 8 CPUs that a node of partition short has, got 9",
+        ),
     ],
 )
 def test_what_the_cluster_cannot_do_is_refused(slurm, overrides, told):

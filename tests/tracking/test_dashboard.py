@@ -1,4 +1,6 @@
-"""The dashboard is up to date and opens on what tells runs apart; tests/tracking/test_mlflow_server.py starts its server."""
+"""The dashboard is up to date and opens on what tells runs apart; tests/tracking/test_mlflow_server.py starts its
+server.
+"""
 
 import itertools
 import json
@@ -21,20 +23,26 @@ def run(name, params, metrics=(), **tags):
 def test_the_table_shows_in_what_runs_differ_then_results_beside_the_papers():
     same = {"method": "caco", "seed": "0", "batch": "64"}
     runs = [
-        run("pn=both bank.lr=1", {**same, "pn": "both", "bank": "8M", "bank.lr": "1", "bank.push": "1.0"}, ["train/loss"]),
+        run("pn=both bank.lr=1", {**same, "pn": "both", "bank": "8M", "bank.lr": "1", "bank.push": "1.0"},
+        ["train/loss"]),
         run("pn=none bank.lr=3", {**same, "pn": "none", "bank": "8M", "bank.lr": "3", "bank.push": "0.0"},
-            ["eval/knn20_top1", "eval/epochs", "eval/linear_top1", "paper/linear_top1", "final/steps"], slurm_job_id="1_0"),
+            ["eval/knn20_top1", "eval/epochs", "eval/linear_top1", "paper/linear_top1", "final/steps"],
+            slurm_job_id="1_0"),
         run("the sweep", {}),
     ]  # fmt: skip
     assert dashboard.columns(runs) == [
         "params.`pn`", "params.`bank.lr`",
-        "metrics.`eval/knn20_top1`", "metrics.`eval/linear_top1`", "metrics.`paper/linear_top1`", "metrics.`train/loss`",
+        "metrics.`eval/knn20_top1`", "metrics.`eval/linear_top1`", "metrics.`paper/linear_top1`",
+        "metrics.`train/loss`",
         "tags.`slurm_job_id`",
     ]  # fmt: skip
 
 
 def test_where_runs_ran_and_what_of_is_shown_only_where_it_differs():
-    alike = [run("seed=0", {"seed": "0", "data": "digits"}, host="h", gpus="none"), run("seed=1", {"seed": "1", "data": "digits"}, host="h", gpus="none")]
+    alike = [
+        run("seed=0", {"seed": "0", "data": "digits"}, host="h", gpus="none"),
+        run("seed=1", {"seed": "1", "data": "digits"}, host="h", gpus="none"),
+    ]
     assert dashboard.columns(alike) == ["params.`seed`"]
     apart = [run("data=digits", {"data": "digits"}, host="h"), run("data=stl10", {"data": "stl10"}, host="i")]
     assert dashboard.columns(apart) == ["params.`data`", "tags.`host`", "attributes.`Dataset`"]
@@ -55,8 +63,13 @@ def test_names_are_as_short_as_the_table_shows_whole_where_they_can_be(name, sho
 
 def test_a_sweep_is_called_by_what_it_varies():
     assert short_sweep("preset=demo seed=0,1,2", ["seed"]) == "seed=0,1,2"
-    assert short_sweep("preset=demo pn=none,both bank.lr=1,2,3,4 seed=0,1,2", ["bank.lr", "pn", "seed"]) == "pn x lr x seed"
-    assert short_sweep("data=digits augmentation=digits seed=0,1", ["pn", "seed"]) == "pn x seed", "a title is cut at 200 characters"
+    assert (
+        short_sweep("preset=demo pn=none,both bank.lr=1,2,3,4 seed=0,1,2", ["bank.lr", "pn", "seed"])
+        == "pn x lr x seed"
+    )
+    assert short_sweep("data=digits augmentation=digits seed=0,1", ["pn", "seed"]) == "pn x seed", (
+        "a title is cut at 200 characters"
+    )
     assert short_sweep("preset=demo", ["pn", "seed", "batch"]) == "preset=demo"
 
 
@@ -67,7 +80,14 @@ def test_no_two_runs_have_one_colour_and_those_that_have_one_keep_it():
         return made
 
     first, second, *_ = itertools.islice(colours(), 1000)
-    runs = [coloured(0, "#000000"), coloured(1, second), coloured(2, None), coloured(3, second), coloured(4, "#000000"), coloured(5, "#123456")]
+    runs = [
+        coloured(0, "#000000"),
+        coloured(1, second),
+        coloured(2, None),
+        coloured(3, second),
+        coloured(4, "#000000"),
+        coloured(5, "#123456"),
+    ]
     given = dashboard.recoloured(runs)
     assert given.keys() == {"2", "3"} and given["2"] == first and len({*given.values(), second, "#123456"}) == 4
     assert len(set(itertools.islice(colours(), 1000))) == 1000
@@ -84,7 +104,13 @@ def test_opening_it_sends_what_mlflow_lacks_and_saves_the_view_in_each_experimen
     uri = new_store(tmp_path)
     for seed in (0, 1):
         tracker = LedgerTracker(system_seconds=0)
-        tracker.start(tmp_path / "runs" / f"{seed}", params={"name": "study", "seed": seed}, tags={}, run_name=f"seed={seed}", state=None)
+        tracker.start(
+            tmp_path / "runs" / f"{seed}",
+            params={"name": "study", "seed": seed},
+            tags={},
+            run_name=f"seed={seed}",
+            state=None,
+        )
         tracker.log(1, {"knn20_top1": 50.0 + seed}, kind="eval")
         tracker.finish("FINISHED", {})
     first = dashboard.update(tmp_path / "runs", uri, named=True)

@@ -16,7 +16,10 @@ PARAMS = {"bank.size": 8192, "pn": "both", "compile": False, "max_steps": None}
 
 
 def begin(look, run_dir, state=None, params=PARAMS, **arguments):
-    arguments = {"feed_seconds": 0.05, "finish_seconds": 240} | arguments  # on a busy machine what is sent late is not lost
+    arguments = {
+        "feed_seconds": 0.05,
+        "finish_seconds": 240,
+    } | arguments  # on a busy machine what is sent late is not lost
     tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, **arguments)
     tracker.start(run_dir, params=params, tags={"git_sha": "abc", "host": "h"}, run_name="bank=1M", state=state)
     return tracker

@@ -1,4 +1,6 @@
-"""TensorBoard and Weights & Biases, by their own packages and without a network: fed from the ledger, each point once."""
+"""TensorBoard and Weights & Biases, by their own packages and without a network: fed from the ledger, each point
+once.
+"""
 
 import csv
 import logging
@@ -27,11 +29,16 @@ def scalars(run_dir):
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {name: [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    return {
+        name: [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
 
 
 def records(file):
-    """The records of one of W&B's files: LevelDB's log, blocks of 32 KiB of pieces with a header of 7 bytes each, behind 7 bytes of its own."""
+    """The records of one of W&B's files: LevelDB's log, blocks of 32 KiB of pieces with a header of 7 bytes each,
+    behind 7 bytes of its own.
+    """
     content, at, whole = file.read_bytes(), 7, b""
     assert content.startswith(b":W&B")
     while at + 7 <= len(content):
@@ -47,7 +54,9 @@ def records(file):
 
 
 def history(run_dir):
-    """What W&B's own files hold: each logged row of all files of a run, the project and id of each file, and the last summary."""
+    """What W&B's own files hold: each logged row of all files of a run, the project and id of each file, and the last
+    summary.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows, runs, summary = [], [], {}
@@ -56,7 +65,9 @@ def history(run_dir):
             record = Record()
             record.ParseFromString(content)
             if record.WhichOneof("record_type") == "history":
-                rows.append({(item.key or "/".join(item.nested_key)): float(item.value_json) for item in record.history.item})
+                rows.append(
+                    {(item.key or "/".join(item.nested_key)): float(item.value_json) for item in record.history.item}
+                )
             if record.WhichOneof("record_type") == "run":
                 runs.append((record.run.project, record.run.run_id, record.run.display_name))
             if record.WhichOneof("record_type") == "summary":
@@ -101,7 +112,10 @@ def test_wandb_without_a_network_holds_every_number_beside_its_step(tmp_path, mo
     tracker.finish("FINISHED", {"knn20_top1": 91.5})
     rows, ((project, run_id, name),), summary = history(tmp_path)
     kept = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
-    assert kept == [*({"train/loss": step / 7, "train/lr": 0.1, "train/step": step} for step in range(5)), {"eval/knn20_top1": 91.5, "eval/step": 5}]
+    assert kept == [
+        *({"train/loss": step / 7, "train/lr": 0.1, "train/step": step} for step in range(5)),
+        {"eval/knn20_top1": 91.5, "eval/step": 5},
+    ]
     assert (project, run_id, name) == ("caco", read_json(tmp_path / "wandb.json")["token"], "bank=1M")
     assert summary["final/knn20_top1"] == "91.5"
 
@@ -126,14 +140,18 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_each_point_once(tmp_path, make
         assert scalars(tmp_path)["train/loss"] == [(step, float(step)) for step in range(9)]
     else:
         rows, runs, _ = history(tmp_path)
-        assert sorted((row["train/step"], row["train/loss"]) for row in rows) == [(step, float(step)) for step in range(9)]
+        assert sorted((row["train/step"], row["train/loss"]) for row in rows) == [
+            (step, float(step)) for step in range(9)
+        ]
         assert len({run_id for _, run_id, _ in runs}) == 1, "one run, in as many files as it had processes"
 
 
 @pytest.mark.parametrize("make", [tensorboard, pytest.param(wandb, marks=LONG)])
 def test_what_fails_costs_one_warning_and_nothing_of_the_run(tmp_path, make, caplog, monkeypatch):
     tracker = make()
-    monkeypatch.setattr(type(tracker.feed_of(tmp_path)), "send", lambda self: (_ for _ in ()).throw(OSError("no such thing")))
+    monkeypatch.setattr(
+        type(tracker.feed_of(tmp_path)), "send", lambda self: (_ for _ in ()).throw(OSError("no such thing"))
+    )
     tracker.finish_seconds = 0.5
     with caplog.at_level(logging.WARNING):
         tracker.start(tmp_path, **ABOUT, state=None)
@@ -197,7 +215,10 @@ def test_runs_of_another_tracking_are_sent_to_wandb_once(sweep, capsys):
 
 
 def test_nothing_is_imported_of_what_was_not_chosen():
-    code = "import sys, caco.tracking.ledger, caco.tracking.export; assert not {'wandb', 'tensorboard', 'torch', 'mlflow'} & set(sys.modules)"
+    code = (
+        "import sys, caco.tracking.ledger, caco.tracking.export; assert not {'wandb', 'tensorboard', 'torch', 'mlflow'}"
+        " & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,4 +1,6 @@
-"""A run belongs to one store: what sends it later finds that one, counts what is there, and says what was sent where."""
+"""A run belongs to one store: what sends it later finds that one, counts what is there, and says what was sent
+where.
+"""
 
 import logging
 import sqlite3
@@ -18,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def track(run_dir: Path, uri: str | None, *, steps=3, state=None, experiment="caco", **more):
-    tracker = MLflowTracker(uri=uri, experiment=experiment, feed_seconds=0.05, finish_seconds=60, system_seconds=0, **more)
+    tracker = MLflowTracker(
+        uri=uri, experiment=experiment, feed_seconds=0.05, finish_seconds=60, system_seconds=0, **more
+    )
     run_dir.mkdir(exist_ok=True)
     tracker.start(run_dir, params={"seed": 0, "tracking.uri": uri}, tags={}, run_name="n", state=state)
     for step in range(steps):
@@ -36,7 +40,10 @@ def test_a_run_that_never_reached_its_server_is_sent_there_and_not_elsewhere(loo
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker.finish_seconds = 0.1
     tracker.finish("FINISHED", {})
-    assert read_json(tmp_path / "run" / "tracking.json")["store"] == {"uri": "http://127.0.0.1:9", "experiment": look.experiment}
+    assert read_json(tmp_path / "run" / "tracking.json")["store"] == {
+        "uri": "http://127.0.0.1:9",
+        "experiment": look.experiment,
+    }
     assert own_uri(tmp_path / "run") == "http://127.0.0.1:9"
     assert main([str(tmp_path / "run")]) == 1 and "not sent: " in told(capsys)
     assert not (tmp_path / "mlflow.db").exists(), "no other store was made"
@@ -53,11 +60,15 @@ def test_a_run_of_an_earlier_version_belongs_where_its_settings_say(tmp_path, re
     if recorded == "config.yaml":
         (tmp_path / recorded).write_text("tracking:\n  uri: http://host:5000\n")
     else:
-        write_json(tmp_path / recorded, read_json(tmp_path / recorded) | {"params": {"tracking.uri": "http://host:5000"}})
+        write_json(
+            tmp_path / recorded, read_json(tmp_path / recorded) | {"params": {"tracking.uri": "http://host:5000"}}
+        )
     assert own_uri(tmp_path) == "http://host:5000"
 
 
-def test_a_run_goes_on_in_its_own_store_in_a_shell_that_names_another_or_none(look, tmp_path, new_store, monkeypatch, caplog):
+def test_a_run_goes_on_in_its_own_store_in_a_shell_that_names_another_or_none(
+    look, tmp_path, new_store, monkeypatch, caplog
+):
     run_dir = tmp_path / "run"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", look.uri)
     tracker = track(run_dir, None, experiment=look.experiment)
@@ -67,7 +78,9 @@ def test_a_run_goes_on_in_its_own_store_in_a_shell_that_names_another_or_none(lo
     tracker = track(run_dir, None, steps=0, state=state, experiment=look.experiment)
     tracker.log(3, {"loss": 3 / 7})
     tracker.finish("FINISHED", {})
-    assert look.points("train/loss") == [(step, step / 7) for step in range(4)] and not (tmp_path / "mlflow.db").exists()
+    assert (
+        look.points("train/loss") == [(step, step / 7) for step in range(4)] and not (tmp_path / "mlflow.db").exists()
+    )
     assert caplog.messages == []
     (tmp_path / "other").mkdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path / "other"))
@@ -91,8 +104,16 @@ def test_what_a_store_has_lost_is_counted_and_sent_again(tmp_path, new_store, ca
             database.execute("DELETE FROM metrics WHERE step IN (3, 4)")
         database.close()
     # As a user does it: a process that had the old file open would go on reading that.
-    done = subprocess.run([sys.executable, "-m", "caco.tracking.sync", str(run_dir)], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and f"sent 20 rows of 20 to {uri} (FINISHED, run " in done.stdout, done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "caco.tracking.sync", str(run_dir)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and f"sent 20 rows of 20 to {uri} (FINISHED, run " in done.stdout, (
+        done.stdout + done.stderr
+    )
     query = "SELECT m.step, m.value FROM metrics m WHERE m.key = 'train/loss' ORDER BY m.step"
     with sqlite3.connect(tmp_path / "store" / "mlflow.db") as database:
         points, status = database.execute(query).fetchall(), database.execute("SELECT status FROM runs").fetchall()

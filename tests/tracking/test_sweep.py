@@ -16,13 +16,19 @@ from caco.tracking.sync import last_status, main
 from caco.tracking.system import Sampler
 
 SWEEP = {"name": "pn=both,none preset=demo", "title": "preset=demo pn=both,none", "keys": ["pn"], "jobs": 2}
-BEGIN = {"feed_seconds": 0.02, "finish_seconds": 240, "system_seconds": 0}  # on a busy machine what is sent late is not lost
+BEGIN = {
+    "feed_seconds": 0.02,
+    "finish_seconds": 240,
+    "system_seconds": 0,
+}  # on a busy machine what is sent late is not lost
 TAGS = {"host": "h", "data": "digits/train", "data_digest": "abc123"}
 
 
 def begin(look, run_dir, pn="both", state=None, sweep=SWEEP, **arguments):
     tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, **BEGIN | arguments)
-    tracker.start(run_dir, params={"pn": pn, "data.root": None}, tags=TAGS, run_name=f"pn={pn}", state=state, sweep=sweep)
+    tracker.start(
+        run_dir, params={"pn": pn, "data.root": None}, tags=TAGS, run_name=f"pn={pn}", state=state, sweep=sweep
+    )
     return tracker
 
 
@@ -111,7 +117,9 @@ def test_what_the_machine_does_is_sent_once_and_goes_on_after_a_resume(look, tmp
     tracker.finish("FINISHED", {})
     rows = file.rows()
     assert rows[: len(before)] == before and [row["step"] for row in rows] == list(range(len(rows)))
-    assert look.points("system/cpu_utilization_percentage") == [(r["step"], r["cpu_utilization_percentage"]) for r in rows]
+    assert look.points("system/cpu_utilization_percentage") == [
+        (r["step"], r["cpu_utilization_percentage"]) for r in rows
+    ]
     assert look.points("train/loss") == [(1, 1.0)]
     count = len(rows)
     assert main([str(tmp_path)]) == 0
@@ -120,7 +128,9 @@ def test_what_the_machine_does_is_sent_once_and_goes_on_after_a_resume(look, tmp
 
 def test_a_sample_agrees_with_the_kernel(tmp_path):
     def used():
-        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+        kilobytes = {
+            line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()
+        }
         return 100 * (1 - kilobytes["MemAvailable"] / kilobytes["MemTotal"])
 
     sampler = Sampler(Ledger(tmp_path / "system.jsonl"), 10.0)
@@ -199,7 +209,10 @@ def test_figures_are_artifacts_also_those_made_before_there_was_a_server(look, t
     add_figure(tmp_path, "late.svg", b"<svg/>")
     add_figure(tmp_path, "early.png", b"drawn again")
     run_id = look.run().info.run_id
-    assert sorted(file.path for file in look.client.list_artifacts(run_id, "figures")) == ["figures/early.png", "figures/late.svg"]
+    assert sorted(file.path for file in look.client.list_artifacts(run_id, "figures")) == [
+        "figures/early.png",
+        "figures/late.svg",
+    ]
     kept = look.client.download_artifacts(run_id, "figures/early.png", str(tmp_path))
     assert Path(kept).read_bytes() == b"drawn again"
 
@@ -231,7 +244,9 @@ def test_of_a_run_on_another_machine_slurm_knows_or_else_its_silence(tmp_path, m
         return last_status(tmp_path)[0]
 
     assert told("echo RUNNING") == "RUNNING"
-    assert told('[ "$2" = --jobs=70_3 ] && echo PENDING') == "KILLED"  # it has been requeued, and says RUNNING once it runs
+    assert (
+        told('[ "$2" = --jobs=70_3 ] && echo PENDING') == "KILLED"
+    )  # it has been requeued, and says RUNNING once it runs
     assert told("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1") == "KILLED"
     assert told("echo 'cannot contact the controller' >&2; exit 1") == "RUNNING"  # nobody knows
     day = time.time() - 25 * 3600

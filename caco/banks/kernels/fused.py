@@ -1,9 +1,10 @@
 """The bank's fused CPU kernel (kernel.cpp), through ctypes. Where it was not built, caco/banks/scoring.py streams.
 
-It uses the best instruction set of the processor, or the one that CACO_INSTRUCTIONS asks for (caco/instructions.py). On AMX tiles, for
-loss and motion, a vector is the sum of two bfloat16 where `bf16` is False (cosines to 2^-14, mostly to 1e-5), and one bfloat16 where
-`bf16` is True (cosines to 2^-7, mostly to 1e-3; exponentials to 0.7 %, without bias); sums are float32. Positives are looked for with
-one, whatever `bf16` says, and with two where one leaves too many rows in question. Every other set is float32 throughout.
+It uses the best instruction set of the processor, or the one that CACO_INSTRUCTIONS asks for (caco/instructions.py). On
+AMX tiles, for loss and motion, a vector is the sum of two bfloat16 where `bf16` is False (cosines to 2^-14, mostly to
+1e-5), and one bfloat16 where `bf16` is True (cosines to 2^-7, mostly to 1e-3; exponentials to 0.7 %, without bias);
+sums are float32. Positives are looked for with one, whatever `bf16` says, and with two where one leaves too many rows
+in question. Every other set is float32 throughout.
 
 On CUDA the same passes are Triton's (triton_kernels.py), where they work and CACO_INSTRUCTIONS is not torch.
 
@@ -42,13 +43,16 @@ def library() -> ctypes.CDLL | None:
 def _loaded() -> ctypes.CDLL | None:
     kernel = instructions.compiled(instructions.BANK)
     if kernel is None:
-        print("caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, slower", file=sys.stderr)
+        print(
+            "caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, slower",
+            file=sys.stderr,
+        )
         return None
     wanted, used = instructions.LEVEL, instructions.used(instructions.BANK)
     if wanted is not None and used != wanted:  # the views make the same bits at any level, the kernel does not
         raise ValueError(
-            f"{instructions.VARIABLE}={wanted}: the bank's kernel has no more than {used} here. The compiler that built it knew no more "
-            "(AMX needs GCC 11), or the system keeps AMX tiles from this process"
+            f"{instructions.VARIABLE}={wanted}: the bank's kernel has no more than {used} here. The compiler that built"
+            " it knew no more (AMX needs GCC 11), or the system keeps AMX tiles from this process"
         )
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
     for name, arguments in SIGNATURES.items():
@@ -57,7 +61,9 @@ def _loaded() -> ctypes.CDLL | None:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether a kernel takes these. None leaves a row out of a query's sums: what has to (caco/banks/reweighted.py) does not ask."""
+    """Whether a kernel takes these. None leaves a row out of a query's sums: what has to (caco/banks/reweighted.py)
+    does not ask.
+    """
     if instructions.LEVEL == "torch" or any(x.device != tensors[0].device or x.dtype != torch.float32 for x in tensors):
         return False
     if tensors[0].is_cuda:
@@ -74,7 +80,10 @@ def on_cuda(device: torch.device, width: int) -> ModuleType | None:
         triton_kernels.trial(device, width)
     except Exception as error:  # of any kind: no Triton, no compiler, a card that it does not know or that is too small
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        print(f"caco: the bank's Triton kernels do not serve here ({why}); PyTorch streams the bank instead, slower", file=sys.stderr)
+        print(
+            f"caco: the bank's Triton kernels do not serve here ({why}); PyTorch streams the bank instead, slower",
+            file=sys.stderr,
+        )
         return None
     return triton_kernels
 
@@ -95,8 +104,8 @@ def or_on_cuda(work: Callable) -> Callable:
 def forward(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """For each tau sum_j exp(q.m_j / tau - shift), float64 [G]; the largest cosine [G]; and, for the first tau, the sum of
-    exp(...) m_j, [G, D]."""
+    """For each tau sum_j exp(q.m_j / tau - shift), float64 [G]; the largest cosine [G]; and, for the first tau, the sum
+    of exp(...) m_j, [G, D]."""
     G, D = q_GD.shape
     z = [torch.empty(G, dtype=torch.float64) for _ in taus]
     peak_G = torch.empty(G)
@@ -112,8 +121,8 @@ def forward(
 
 @or_on_cuda
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines are within a
-    bound of the exact ones, [G]; rows further than twice that behind the best may be left out (-1)."""
+    """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines
+    are within a bound of the exact ones, [G]; rows further than twice that behind the best may be left out (-1)."""
     kernel = library()
     assert kernel is not None, "see `supports`"
     shape = len(k_GD), kernel.caco_top(instructions.number())

@@ -1,17 +1,18 @@
 """The bank's fused passes on CUDA, in Triton: those of caco/banks/kernels/fused.py, by the same names and signatures.
 
-Checked in Triton's interpreter, on a CPU, and compiled ahead of time for sm_80 and sm_90 (benchmarks/kernels.py): they never
-ran on a GPU. So the first use on a card tries them there (`trial`), and where that fails PyTorch streams the bank.
+Checked in Triton's interpreter, on a CPU, and compiled ahead of time for sm_80 and sm_90 (benchmarks/kernels.py): they
+never ran on a GPU. So the first use on a card tries them there (`trial`), and where that fails PyTorch streams the
+bank.
 
-A program owns a block of queries and a share of the rows (`forward`, `nearest`), or a block of rows and all queries (`update`).
-Shares are summed in their order and nothing is added atomically: the same card gives the same bits again. Products are
-bfloat16's with float32 sums where the run's precision is (`bf16`), else tf32x3: three products of the tensor cores that together
-keep float32's rounding, at two and a half times the peak of the plain float32 units (A100: 156/3 against 19.5 TFLOP/s, H100: 495/3
-against 67, as published). Float32's factors take twice four bytes an element, so their first product goes over the
-width in chunks; bfloat16's takes it whole.
+A program owns a block of queries and a share of the rows (`forward`, `nearest`), or a block of rows and all queries
+(`update`). Shares are summed in their order and nothing is added atomically: the same card gives the same bits again.
+Products are bfloat16's with float32 sums where the run's precision is (`bf16`), else tf32x3: three products of the
+tensor cores that together keep float32's rounding, at two and a half times the peak of the plain float32 units (A100:
+156/3 against 19.5 TFLOP/s, H100: 495/3 against 67, as published). Float32's factors take twice four bytes an element,
+so their first product goes over the width in chunks; bfloat16's takes it whole.
 
-Shapes: N queries, S rows in one block, R rows, D width, D2 the power of two that holds it, C columns in one chunk, P shares
-of the rows, T candidates.
+Shapes: N queries, S rows in one block, R rows, D width, D2 the power of two that holds it, C columns in one chunk, P
+shares of the rows, T candidates.
 """
 
 import functools
@@ -27,11 +28,12 @@ from caco import equations as eq
 WIDEST = 256
 TOP = 4  # candidates for each key
 LOG2_E = 1.4426950408889634
-# How far a cosine of unit vectors is off whose factors were rounded to bfloat16: by 2^-9 each, and a little for their sum.
+# How far a cosine of unit vectors is off whose factors were rounded to bfloat16: by 2^-9 each, and a little for their
+# sum.
 ROUNDING = 1.02 * 2**-8
 
-# Queries and rows in a block, warps, stages: of widths to 128 and above on every card, and of the same on sm_90 and sm_100, which
-# have more shared memory than 99 KiB. None spills a register on sm_80 or sm_90.
+# Queries and rows in a block, warps, stages: of widths to 128 and above on every card, and of the same on sm_90 and
+# sm_100, which have more shared memory than 99 KiB. None spills a register on sm_80 or sm_90.
 SIZES = {  # kernel, bf16
     ("forward", True): ((64, 32, 4, 3), (64, 32, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2)),
     ("nearest", True): ((64, 64, 8, 2), (64, 32, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
@@ -79,7 +81,8 @@ def _products(
 @triton.jit(do_not_specialize=["N", "R", "rows_of_share"])
 def forward_kernel(
     q_ptr, w_ptr, z_ptr, z2_ptr, peak_ptr, sums_ptr, N, R, rows_of_share, scale, shift, scale2, shift2,
-    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
     SECOND: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     share, first_query = tl.program_id(1), tl.program_id(0) * BLOCK_N
@@ -110,14 +113,17 @@ def forward_kernel(
     if SECOND:
         tl.store(z2_ptr + at_N, z2_N, mask=there_N)
     if SUMS:
-        at_ND, there_ND = _block(sums_ptr + tl.cast(share, tl.int64) * N * D, first_query, N, BLOCK_N, D, tl.program_id(2), D2)
+        at_ND, there_ND = _block(
+            sums_ptr + tl.cast(share, tl.int64) * N * D, first_query, N, BLOCK_N, D, tl.program_id(2), D2
+        )
         tl.store(at_ND, sums_ND, mask=there_ND)
 
 
 @triton.jit(do_not_specialize=["N", "R", "rows_of_share"])
 def nearest_kernel(
     q_ptr, w_ptr, value_ptr, row_ptr, bound_ptr, N, R, rows_of_share,
-    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
     T: tl.constexpr,
 ):  # fmt: skip
     """Each place in a block keeps its best row; the largest cosine that some place did not keep is told with them."""
@@ -148,8 +154,10 @@ def nearest_kernel(
 
 @triton.jit(do_not_specialize=["N", "R"])
 def update_kernel(
-    q_ptr, positive_ptr, log_sum_ptr, weight_ptr, w_ptr, v_ptr, N, R, inverse_tau, scale, pull, push, lr, momentum, weight_decay,
-    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, positive_ptr, log_sum_ptr, weight_ptr, w_ptr, v_ptr, N, R, inverse_tau, scale, pull, push, lr, momentum,
+    weight_decay,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):  # fmt: skip
     first_row = tl.program_id(0) * BLOCK_R
@@ -168,11 +176,13 @@ def update_kernel(
         dot_SN, _ = _products(w_ptr, first_row, R, BLOCK_R, q_ptr, query, N, BLOCK_N, D, D2, C, PRECISION, TYPE)
         p_SN = tl.exp2(dot_SN * (inverse_S * scale)[:, None] - log_sum_N[None, :])
         move_SN = tl.where(
-            row_S[:, None] == positive_N[None, :], (pull * weight_N)[None, :] * (1 - p_SN), (push * weight_N)[None, :] * p_SN
+            row_S[:, None] == positive_N[None, :],
+            (pull * weight_N)[None, :] * (1 - p_SN),
+            (push * weight_N)[None, :] * p_SN,
         )
         toward_SD = tl.dot(move_SN.to(TYPE), q_ND, toward_SD, input_precision=PRECISION)
-    # A zero that the compiler does not know: else it keeps the addresses from before the loop in registers all through it.
-    # The barriers keep it from reading everything at once, for the same reason.
+    # A zero that the compiler does not know: else it keeps the addresses from before the loop in registers all through
+    # it. The barriers keep it from reading everything at once, for the same reason.
     zero = tl.program_id(2)
     w_at_SD, there_SD = _block(w_ptr, first_row, R, BLOCK_R, D, zero, D2)
     v_at_SD, _ = _block(v_ptr, first_row, R, BLOCK_R, D, zero, D2)
@@ -210,14 +220,23 @@ def _launch(name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, bf16: boo
     """
     N, (R, D) = len(q_ND), w_RD.shape
     fixed, options = constants(name, D, bf16=bf16, hopper=_is_hopper(w_RD.device))
-    blocks, row_blocks, processors = triton.cdiv(N, fixed["BLOCK_N"]), triton.cdiv(R, fixed["BLOCK_R"]), _processors(w_RD.device)
+    blocks, row_blocks, processors = (
+        triton.cdiv(N, fixed["BLOCK_N"]),
+        triton.cdiv(R, fixed["BLOCK_R"]),
+        _processors(w_RD.device),
+    )
     # As many shares as leave the fewest processors idle in the last turn.
-    shares = min(range(1, min(row_blocks, max(4, processors // blocks)) + 1), key=lambda P: triton.cdiv(blocks * P, processors) / P)
+    shares = min(
+        range(1, min(row_blocks, max(4, processors // blocks)) + 1),
+        key=lambda P: triton.cdiv(blocks * P, processors) / P,
+    )
     rows = triton.cdiv(row_blocks, shares) * fixed["BLOCK_R"]
     shares = triton.cdiv(R, rows)
     made = [torch.empty(shares, N, *shape, dtype=dtype, device=w_RD.device) for dtype, shape in outputs]
     with torch.cuda.device_of(w_RD):
-        KERNELS[name][blocks, shares](_factors(q_ND, bf16), w_RD, *made, N, R, rows, *arguments, **fixed, **flags, **options)
+        KERNELS[name][blocks, shares](
+            _factors(q_ND, bf16), w_RD, *made, N, R, rows, *arguments, **fixed, **flags, **options
+        )
     return made
 
 
@@ -227,17 +246,20 @@ def forward(
     """As fused.forward."""
     z, z2, peak, sums = _launch(
         "forward", q_GD, w_RD,
-        [(torch.float64, ()), (torch.float64, ()), (torch.float32, ()), (torch.float32, (w_RD.shape[1],) if with_sums else ())],
-        [LOG2_E / taus[0], LOG2_E * shifts[0], LOG2_E / taus[-1], LOG2_E * shifts[-1]], bf16, SECOND=len(taus) > 1, SUMS=with_sums,
+        [(torch.float64, ()), (torch.float64, ()), (torch.float32, ()), (torch.float32,
+        (w_RD.shape[1],) if with_sums else ())],
+        [LOG2_E / taus[0], LOG2_E * shifts[0], LOG2_E / taus[-1], LOG2_E * shifts[-1]], bf16, SECOND=len(taus) > 1,
+        SUMS=with_sums,
     )  # fmt: skip
     return [z.sum(0), z2.sum(0)][: len(taus)], peak.amax(0), sums.sum(0) if with_sums else None
 
 
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As fused.nearest, but the last value of each key is only a bound: no row that is not among the others has a larger cosine.
+    """As fused.nearest, but the last value of each key is only a bound: no row that is not among the others has a
+    larger cosine.
 
-    The bank is searched in bfloat16, whatever the run's precision. What rounding may have hidden is searched in float32, so the
-    values are float32's.
+    The bank is searched in bfloat16, whatever the run's precision. What rounding may have hidden is searched in
+    float32, so the values are float32's.
     """
     row_GT, bound_G = _candidates(k_GD, w_RD, bf16=True)
     value_GT, row_GT = _in_order(k_GD, w_RD, row_GT)
@@ -247,7 +269,11 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if len(unsure):
         some_GT, bound_G[unsure] = _candidates(k_GD[unsure], w_RD, bf16=False)
         value_GT[unsure], row_GT[unsure] = _in_order(k_GD[unsure], w_RD, some_GT)
-    return torch.cat([value_GT, bound_G[:, None]], 1), torch.cat([row_GT, row_GT[:, :1]], 1), torch.full_like(bound_G, error)
+    return (
+        torch.cat([value_GT, bound_G[:, None]], 1),
+        torch.cat([row_GT, row_GT[:, :1]], 1),
+        torch.full_like(bound_G, error),
+    )
 
 
 def _candidates(k_GD: Tensor, w_RD: Tensor, *, bf16: bool) -> tuple[Tensor, Tensor]:
@@ -272,7 +298,8 @@ def _in_order(k_GD: Tensor, w_RD: Tensor, row_GT: Tensor) -> tuple[Tensor, Tenso
 
 def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
-    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, bf16: bool = False,
+    tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool,
+    bf16: bool = False,
 ) -> None:  # fmt: skip
     """As fused.update."""
     assert w_RD.is_contiguous() and velocity_RD.is_contiguous()
@@ -280,8 +307,10 @@ def update(
     fixed, options = constants("update", D, bf16=bf16, hopper=_is_hopper(w_RD.device))
     with torch.cuda.device_of(w_RD):  # floats, as a kernel is compiled anew for integers
         update_kernel[triton.cdiv(R, fixed["BLOCK_R"]),](
-            _factors(q_ND, bf16), positive_N.clamp(-1, R).int(), log_sum_N * LOG2_E, weight_N.contiguous(), w_RD, velocity_RD,
-            len(q_ND), R, 1 / tau, LOG2_E / tau, *map(float, (pull, push, lr, momentum, weight_decay)), NORMALISE=normalise,
+            _factors(q_ND, bf16), positive_N.clamp(-1, R).int(), log_sum_N * LOG2_E, weight_N.contiguous(), w_RD,
+            velocity_RD,
+            len(q_ND), R, 1 / tau, LOG2_E / tau, *map(float, (pull, push, lr, momentum, weight_decay)),
+            NORMALISE=normalise,
             **fixed, **options,
         )  # fmt: skip
 
@@ -316,7 +345,12 @@ def trial(device: torch.device, D: int) -> None:
     N, R, tau, bank_tau, settings = 70, 300, 0.3, 0.2, {"lr": 3.0, "momentum": 0.9}
     generator = torch.Generator().manual_seed(0)
     q, k, w, v = (F.normalize(torch.randn(rows, D, generator=generator), dim=1).to(device) for rows in (N, N, R, R))
-    w, v, positive, weight = 2 * w, v / 100, torch.arange(N, device=device) * 5 % 11, torch.full((N,), 1 / N, device=device)
+    w, v, positive, weight = (
+        2 * w,
+        v / 100,
+        torch.arange(N, device=device) * 5 % 11,
+        torch.full((N,), 1 / N, device=device),
+    )
     m, exact_q = w.double() / 2, q.double()
     e = (exact_q @ m.T / tau).exp()
     second = (exact_q @ m.T / bank_tau).exp().sum(1)
@@ -335,4 +369,6 @@ def trial(device: torch.device, D: int) -> None:
         for got, exact in zip([*z, peak, sums, (k * nearest_m).sum(1), new_w, new_v], expected, strict=True):
             off = ((got - exact).norm() / exact.norm()).item()
             if not off < tolerance:
-                raise ArithmeticError(f"a result of theirs is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}")
+                raise ArithmeticError(
+                    f"a result of theirs is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}"
+                )

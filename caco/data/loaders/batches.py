@@ -20,9 +20,9 @@ from caco.data.views.augmentation import Views
 class Batch:
     """One step's images.
 
-    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source; -1 of an image that only
-    fills the last batch of a pass over all images (images.py). label: int64 [B], -1 unlabelled. patches: float32 [B, P, 3, h, w], of
-    the view that is cut into P patches; None where none is.
+    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source; -1 of an image
+    that only fills the last batch of a pass over all images (images.py). label: int64 [B], -1 unlabelled. patches:
+    float32 [B, P, 3, h, w], of the view that is cut into P patches; None where none is.
     """
 
     views: list[torch.Tensor]
@@ -39,14 +39,17 @@ class Batch:
 
 
 def mixed_seed(*numbers: int) -> int:
-    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as any."""
+    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as
+    any.
+    """
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
 class Order:
     """Keys (epoch, indices) of one rank's part of each batch, so that workers need no state.
 
-    steps: of an epoch. taken, own: images of it, of all ranks and of this one. size: of this rank's part of a whole batch.
+    steps: of an epoch. taken, own: images of it, of all ranks and of this one. size: of this rank's part of a whole
+    batch.
     """
 
     def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int, drop_last: bool = True):
@@ -83,8 +86,8 @@ class Order:
 
 @dataclass(frozen=True)
 class Pixels:
-    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32; patches come
-    last, uint8 [B, P, H, W, 3].
+    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32;
+    patches come last, uint8 [B, P, H, W, 3].
 
     stand_ins: (index of an unreadable image, index of the one in its place) pairs.
     """
@@ -96,12 +99,26 @@ class Pixels:
 
     def __reduce__(self):
         """Between processes, as arrays: pickled tensors would go through files of /dev/shm."""
-        return _received, ([view.numpy() for view in self.views], self.index.numpy(), self.label.numpy(), self.stand_ins)
+        return _received, (
+            [view.numpy() for view in self.views],
+            self.index.numpy(),
+            self.label.numpy(),
+            self.stand_ins,
+        )
 
 
-def _received(views: list[np.ndarray], index: np.ndarray, label: np.ndarray, stand_ins: list[tuple[int, int]]) -> Pixels:
-    """A batch from another process. The memory of its views is used again by a later one, that of what is kept is its own."""
-    return Pixels([torch.from_numpy(view) for view in views], torch.from_numpy(index.copy()), torch.from_numpy(label.copy()), stand_ins)
+def _received(
+    views: list[np.ndarray], index: np.ndarray, label: np.ndarray, stand_ins: list[tuple[int, int]]
+) -> Pixels:
+    """A batch from another process. The memory of its views is used again by a later one, that of what is kept is its
+    own.
+    """
+    return Pixels(
+        [torch.from_numpy(view) for view in views],
+        torch.from_numpy(index.copy()),
+        torch.from_numpy(label.copy()),
+        stand_ins,
+    )
 
 
 def pixels(made: list[torch.Tensor], source: Source, indices: np.ndarray, taken: np.ndarray) -> Pixels:
@@ -115,7 +132,8 @@ MAX_TRIES = 100  # images one after the other that cannot be read: then somethin
 
 
 def those_after(index: int, source: Source, *, same_class: bool = False) -> Iterator[int]:
-    """The images that may stand in for an unreadable one, in order: the next ones, of its class where labels must stay what they are.
+    """The images that may stand in for an unreadable one, in order: the next ones, of its class where labels must stay
+    what they are.
 
     Raises:
         UnreadableImage: none of the first ones can be read either.
@@ -129,8 +147,8 @@ def those_after(index: int, source: Source, *, same_class: bool = False) -> Iter
             tried += 1
             yield other
     raise UnreadableImage(
-        f"{source.name}: expected an image that can be read in place of {called(source, index)}, got none among the {tried} "
-        f"{'of its class ' if labels is not None else ''}that follow it. Are the images still where they were?"
+        f"{source.name}: expected an image that can be read in place of {called(source, index)}, got none among the"
+        f" {tried} {'of its class ' if labels is not None else ''}that follow it. Are the images still where they were?"
     )
 
 
@@ -152,7 +170,8 @@ def say_stand_ins(source: Source, pairs: Iterable[tuple[int, int]], known: dict[
         if index not in known:
             known[index] = other
             print(
-                f"caco: image {index} cannot be read; image {other} stands in for it ({len(known)} such so far): {called(source, index)}",
+                f"caco: image {index} cannot be read; image {other} stands in for it ({len(known)} such so far):"
+                f" {called(source, index)}",
                 file=sys.stderr,
             )
 
@@ -169,7 +188,11 @@ def refuse_unreadable(source: Source, corrupt: str) -> None:
         UnreadableImage: the first one is named, and how many there are.
     """
     if source.damaged and corrupt == "fail":
-        more = f" {len(source.damaged) - 1} more of {source.name} cannot be read either." if len(source.damaged) > 1 else ""
+        more = (
+            f" {len(source.damaged) - 1} more of {source.name} cannot be read either."
+            if len(source.damaged) > 1
+            else ""
+        )
         raise UnreadableImage(f"{next(iter(source.damaged.values()))}{more}")
 
 
@@ -192,13 +215,17 @@ class Compiled:
         out = [view.numpy() for view in drawn]
         unreadable = native.make_views(self.settings, rows, samples, stream, out, num_threads=self.num_threads)
         patches = None if kinds.cut is None else self._memory.take(kinds.shape_of_patches(len(rows)), torch.uint8)
-        kinds.finish(out, samples, stream, patches=None if patches is None else patches.numpy(), num_threads=self.num_threads)
+        kinds.finish(
+            out, samples, stream, patches=None if patches is None else patches.numpy(), num_threads=self.num_threads
+        )
         made = [view for v, view in enumerate(drawn) if v != kinds.cut]
         return made if patches is None else [*made, patches], unreadable
 
 
 class _Memory:
-    """Tensors whose memory is used again once nobody holds them any more: fresh pages cost more than what is done here."""
+    """Tensors whose memory is used again once nobody holds them any more: fresh pages cost more than what is done
+    here.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device

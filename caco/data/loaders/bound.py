@@ -1,4 +1,6 @@
-"""A loader bound to data: batches on their device whose randomness depends on (seed, epoch, sample, view) and on nothing else."""
+"""A loader bound to data: batches on their device whose randomness depends on (seed, epoch, sample, view) and on
+nothing else.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,7 +22,8 @@ class Loader(Protocol):
     """Settings of a loader, whose `bind` gives them data; every loader makes the same batches, to the bit.
 
     num_workers: threads or processes that make views; passes over a whole set, as evaluations take them, have as many.
-    corrupt: whether an image that cannot be read ends the run (fail), or another stands in for it (skip), in evaluations too.
+    corrupt: whether an image that cannot be read ends the run (fail), or another stands in for it (skip), in
+    evaluations too.
     """
 
     num_workers: int = 0
@@ -42,8 +45,8 @@ class Loader(Protocol):
         """One rank's part of every global batch of `batch` images, on `device`.
 
         Args:
-            drop_last: whether an epoch ends with its last whole batch; else a smaller one follows, of the images that are left, where
-                these are as many as the ranks. Of it one rank may have an image more than another.
+            drop_last: whether an epoch ends with its last whole batch; else a smaller one follows, of the images that
+                are left, where these are as many as the ranks. Of it one rank may have an image more than another.
         Raises:
             UserError: fewer images than one batch; a batch that the ranks cannot share evenly.
         """
@@ -89,9 +92,12 @@ class BoundLoader:
         One at a time: the iterator of an earlier call ends when a later one begins.
 
         Args:
-            order: positions of images, int64, in place of the epoch's own permutation; at least as many as an epoch takes.
+            order: positions of images, int64, in place of the epoch's own permutation; at least as many as an epoch
+                takes.
         """
-        if order is not None and (len(order) < self._order.taken or order.min() < 0 or order.max() >= self._order.num_images):
+        if order is not None and (
+            len(order) < self._order.taken or order.min() < 0 or order.max() >= self._order.num_images
+        ):
             raise ValueError(
                 f"order: expected at least {self._order.taken} positions below {self._order.num_images}, got "
                 f"{len(order)} of {order.min()} to {order.max()}"
@@ -129,7 +135,9 @@ def device_batches(
         say_stand_ins(source, one.stand_ins, stand_ins)
         normalised = [views.normalise(_on(device, view)) for view in one.views]
         patches = normalised.pop() if normalised[-1].ndim == 5 else None
-        yield Batch(normalised, one.index.to(device, non_blocking=True), one.label.to(device, non_blocking=True), patches)
+        yield Batch(
+            normalised, one.index.to(device, non_blocking=True), one.label.to(device, non_blocking=True), patches
+        )
 
 
 def _on(device: torch.device, pixels: torch.Tensor) -> torch.Tensor:

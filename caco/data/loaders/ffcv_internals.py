@@ -1,8 +1,8 @@
-"""What of FFCV 1.0.2 is used though nobody promises that it stays: all of it stands here, and tests/data/test_ffcv_internals.py says
-what breaks when FFCV changes it.
+"""What of FFCV 1.0.2 is used though nobody promises that it stays: all of it stands here, and
+tests/data/test_ffcv_internals.py says what breaks when FFCV changes it.
 
-Its import and its loader each do something to the process that this undoes. FFCV compiles its pipelines with numba, 12 seconds a
-process. Ours is one call of compiled code a batch, so it is run as plain Python and nothing is compiled.
+Its import and its loader each do something to the process that this undoes. FFCV compiles its pipelines with numba, 12
+seconds a process. Ours is one call of compiled code a batch, so it is run as plain Python and nothing is compiled.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ from ffcv.traversal_order.base import TraversalOrder  # noqa: E402, F401
 def _state_type(manager: OSCacheManager) -> numba.types.Tuple:
     """Of (the file's bytes, where images lie in it, how long they are), as FFCV means it.
 
-    FFCV's own sets `mutable` of numba.uint8[::1], and numba has one such type for all: what it compiled for it before is no longer
-    found under it, which it tells, with a traceback for each function, when they are deleted.
+    FFCV's own sets `mutable` of numba.uint8[::1], and numba has one such type for all: what it compiled for it before
+    is no longer found under it, which it tells, with a traceback for each function, when they are deleted.
     """
     bytes_, numbers = numba.types.Array(numba.uint8, 1, "C", readonly=True), numba.uint64[::1]
     return numba.types.Tuple([bytes_, numbers, numbers])
@@ -70,7 +70,9 @@ OSCacheManager.state_type, OSCacheManager.compile_reader = property(_state_type)
 
 
 class _MappedFile(OSCacheManager):
-    """FFCV's, without its tables of pages, which a mapped file does not need: for ImageNet they take seconds to fill."""
+    """FFCV's, without its tables of pages, which a mapped file does not need: for ImageNet they take seconds to
+    fill.
+    """
 
     def __init__(self, reader):
         self.reader = reader

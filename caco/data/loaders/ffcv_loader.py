@@ -59,9 +59,13 @@ class FFCVLoader(Loader):
         device = torch.device(device)
 
         def maker(order: Order) -> Iterable[Made]:
-            return FFCVBatches(source, packed, views, seed, order, self.num_workers, self.prefetch, self.corrupt, device)
+            return FFCVBatches(
+                source, packed, views, seed, order, self.num_workers, self.prefetch, self.corrupt, device
+            )
 
-        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device, drop_last=drop_last)
+        return BoundLoader(
+            maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device, drop_last=drop_last
+        )
 
 
 class AutoLoader(Loader):
@@ -91,7 +95,10 @@ def _chosen(source: Source, missing: str | None) -> str:
     if missing is None:
         return "FFCV, compiled"
     if source.channels is not None:
-        return f"NumPy and Pillow, of images as they are stored, of {source.channels} channel{'s' * (source.channels > 1)}, in processes"
+        return (
+            f"NumPy and Pillow, of images as they are stored, of {source.channels}"
+            f" channel{'s' * (source.channels > 1)}, in processes"
+        )
     how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "the compiled views"
     if source.arrays is not None:
         return f"{how} of images in memory"
@@ -103,10 +110,16 @@ def what_ffcv_lacks(source: Source) -> str | None:
     if source.packed is None:
         return "reads a .beton (data=beton), which python -m caco.write makes of any data"
     if native.library() is None:
-        do = f"unset {instructions.VARIABLE}" if instructions.LEVEL == "torch" else "install a C++ compiler, then caco again"
+        do = (
+            f"unset {instructions.VARIABLE}"
+            if instructions.LEVEL == "torch"
+            else "install a C++ compiler, then caco again"
+        )
         return f"needs the compiled views, which {native.why_not()}: {do}"
     if native.turbojpeg() is None:
         return "needs libturbojpeg (Debian: libturbojpeg0)"
     if not is_installed("ffcv"):
-        return f"needs FFCV: {command_to_install('ffcv')} (Debian: with libopencv-dev, libturbojpeg0-dev and pkg-config)"
+        return (
+            f"needs FFCV: {command_to_install('ffcv')} (Debian: with libopencv-dev, libturbojpeg0-dev and pkg-config)"
+        )
     return None

@@ -1,7 +1,7 @@
 """FFCV's loader with one operation of ours: decode each JPEG once and make all of its views.
 
-Importing this imports ffcv, numba and OpenCV, which takes seconds; only loader=ffcv does. What FFCV does not promise to keep as it
-is stands in ffcv_internals.py.
+Importing this imports ffcv, numba and OpenCV, which takes seconds; only loader=ffcv does. What FFCV does not promise to
+keep as it is stands in ffcv_internals.py.
 """
 
 from collections.abc import Iterator
@@ -98,8 +98,9 @@ class _Traversal(TraversalOrder):
 class DecodeIntoViews(Operation):
     """A decoder of FFCV's image field: a batch's images to all of their views, as one `Pixels` with new memory.
 
-    FFCV's own memory is a ring whose slots are written again while a batch may still be held, so none of it is asked for.
-    What goes wrong is handed on in the place of the batch: an exception in FFCV's thread would leave the other waiting.
+    FFCV's own memory is a ring whose slots are written again while a batch may still be held, so none of it is asked
+    for. What goes wrong is handed on in the place of the batch: an exception in FFCV's thread would leave the other
+    waiting.
     """
 
     def __init__(self, source: Source, packed: Packed, seed: int, corrupt: str, make_views: Compiled):

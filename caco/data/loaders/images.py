@@ -1,4 +1,6 @@
-"""Passes over the whole training set beside the training: for clusters, labels and memories that a method makes anew."""
+"""Passes over the whole training set beside the training: for clusters, labels and memories that a method makes
+anew.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -16,9 +18,9 @@ from caco.data.views.augmentation import Views
 class Images:
     """Called with "plain" or "train": an iterator over this rank's batches of one pass.
 
-    plain: every image once over all ranks, unaugmented, one view, in order; the last batch may be smaller. train: every image once
-    over all ranks, in the training's own augmented views and whole batches, in an order and with randomness that depend on the seed
-    and `stream` alone; the last batch is filled with further images, whose index is -1.
+    plain: every image once over all ranks, unaugmented, one view, in order; the last batch may be smaller. train: every
+    image once over all ranks, in the training's own augmented views and whole batches, in an order and with randomness
+    that depend on the seed and `stream` alone; the last batch is filled with further images, whose index is -1.
 
     Args:
         bind: makes a loader of the training's batches, when the first pass of kind "train" needs one.

@@ -17,7 +17,8 @@ from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 
-# Pixels that a worker makes at once. Some twenty such pieces are under way at a time, however large batch and images are.
+# Pixels that a worker makes at once. Some twenty such pieces are under way at a time, however large batch and images
+# are.
 _PIECE_BYTES = 2**23
 
 
@@ -31,16 +32,18 @@ def plain_batches(
     corrupt: Literal["fail", "skip"] = "fail",
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every image once, in order, as evaluations see it: (images float32 [b, 3, H, W], labels int64 [b], -1 unlabelled).
+    """Every image once, in order, as evaluations see it: (images float32 [b, 3, H, W], labels int64 [b], -1
+    unlabelled).
 
     The last batch may be smaller.
 
     Args:
         indices: of the images that are read, int64; None takes all.
-        num_workers: threads (of images in memory, or in a .beton) or forked processes (of files) that read, decode and resize; 0 does
-            it when a batch is asked for.
-        corrupt: an image that cannot be read ends it (fail), or the next one of its class in the whole set stands in for it (skip), so
-            that labels stay what they are and nothing depends on which of the images are read at once; which ones, is said at the end.
+        num_workers: threads (of images in memory, or in a .beton) or forked processes (of files) that read, decode and
+            resize; 0 does it when a batch is asked for.
+        corrupt: an image that cannot be read ends it (fail), or the next one of its class in the whole set stands in
+            for it (skip), so that labels stay what they are and nothing depends on which of the images are read at
+            once; which ones, is said at the end.
         device: where the images are put; a GPU is sent bytes and normalises them.
     """
     with contextlib.closing(
@@ -59,8 +62,8 @@ def plain_pixels(
     num_workers: int = 0,
     corrupt: Literal["fail", "skip"] = "fail",
 ) -> Generator[Made, None, None]:
-    """As `plain_batches`, before normalisation and on the CPU: a view uint8 [b, H, W, 3], whose memory may be used again when the next
-    batch is asked for; an UnreadableImage ends it."""
+    """As `plain_batches`, before normalisation and on the CPU: a view uint8 [b, H, W, 3], whose memory may be used
+    again when the next batch is asked for; an UnreadableImage ends it."""
     if batch < 1:
         raise UserError(f"batch: expected at least 1, got {batch}")
     indices = np.arange(len(source)) if indices is None else indices
@@ -72,7 +75,9 @@ def plain_pixels(
     stand_ins: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
         if maker.rows is not None:
-            made: Iterator[Made] = stack.enter_context(contextlib.closing(ahead_of(maker, pieces, 1 if num_workers else 0)))
+            made: Iterator[Made] = stack.enter_context(
+                contextlib.closing(ahead_of(maker, pieces, 1 if num_workers else 0))
+            )
         else:
             workers = in_order(maker, pieces, min(num_workers, len(pieces)), item_bytes=size * (num_bytes + 16))
             stack.enter_context(contextlib.closing(workers))
@@ -86,8 +91,8 @@ def plain_pixels(
     if stand_ins:
         shown = ", ".join(called(source, index) for index, _ in stand_ins[:3]) + (", ..." if len(stand_ins) > 3 else "")
         print(
-            f"caco: {len(stand_ins)} of the {len(indices)} images of {source.name} cannot be read; the next of their class stand in for "
-            f"them: {shown}",
+            f"caco: {len(stand_ins)} of the {len(indices)} images of {source.name} cannot be read; the next of their"
+            f" class stand in for them: {shown}",
             file=sys.stderr,
         )
 
@@ -111,8 +116,8 @@ def _joined(pieces: Iterator[Made], count: int, size: int) -> Made:
 class PlainMaker:
     """Indices to the pixels of plain views.
 
-    rows: of images that compiled code reads where they lie, in memory or in a .beton, where in memory those at some indices are; None
-    of those that have to be read and decoded one by one.
+    rows: of images that compiled code reads where they lie, in memory or in a .beton, where in memory those at some
+    indices are; None of those that have to be read and decoded one by one.
     """
 
     def __init__(self, source: Source, views: Views, corrupt: str, *, num_threads: int = 1):
@@ -177,7 +182,9 @@ class PlainMaker:
 def _rows_of(source: Source) -> Callable[[np.ndarray], tuple[np.ndarray, object]] | None:
     packed, arrays = source.packed, source.arrays
     if arrays is not None:
-        if isinstance(arrays, np.ndarray):  # mapped perhaps, in an order of its own: a batch of it is copied when it is made
+        if isinstance(
+            arrays, np.ndarray
+        ):  # mapped perhaps, in an order of its own: a batch of it is copied when it is made
 
             def copied(indices: np.ndarray) -> tuple[np.ndarray, object]:
                 images = np.ascontiguousarray(arrays[indices])

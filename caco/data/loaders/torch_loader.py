@@ -7,7 +7,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from caco.data.loaders.batches import Compiled, Order, Pixels, first_readable, mixed_seed, pixels, refuse_unreadable, those_after
+from caco.data.loaders.batches import (
+    Compiled,
+    Order,
+    Pixels,
+    first_readable,
+    mixed_seed,
+    pixels,
+    refuse_unreadable,
+    those_after,
+)
 from caco.data.loaders.bound import BoundLoader, Loader, Made
 from caco.data.loaders.workers import ahead_of, in_order
 from caco.data.sets.sources import Source, UnreadableImage
@@ -19,8 +28,8 @@ from caco.ranges import Count, Workers, held
 class TorchLoader(Loader):
     """Settings of a loader that needs no more than torch; `bind` gives them data.
 
-    Images in memory become views in one compiled call a batch, by threads; image files, and all images where nothing was
-    compiled, in forked workers. The bits are the same.
+    Images in memory become views in one compiled call a batch, by threads; image files, and all images where nothing
+    was compiled, in forked workers. The bits are the same.
 
     Args:
         num_workers: threads or processes that make views; 0 makes them where and when the training asks for them.
@@ -63,7 +72,9 @@ class TorchLoader(Loader):
             make = ViewMaker(source, views, seed, self.corrupt)
             return in_order(make, order, self.num_workers, ahead=self.prefetch, item_bytes=order.size * bytes_of_image)
 
-        return BoundLoader(maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device, drop_last=drop_last)
+        return BoundLoader(
+            maker, source, views, batch=batch, seed=seed, rank=rank, world=world, device=device, drop_last=drop_last
+        )
 
 
 class ViewMaker:
@@ -95,7 +106,14 @@ class InMemory:
     """Batches of images in memory, each made by one compiled call, `ahead` of them before they are asked for."""
 
     def __init__(
-        self, source: Source, views: Views, seed: int, keys: Iterable, num_workers: int, ahead: int, device: torch.device
+        self,
+        source: Source,
+        views: Views,
+        seed: int,
+        keys: Iterable,
+        num_workers: int,
+        ahead: int,
+        device: torch.device,
     ):
         self.source, self.seed, self.keys = source, seed, keys
         self.ahead = ahead if num_workers else 0

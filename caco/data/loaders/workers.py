@@ -1,8 +1,9 @@
-"""Who makes batches ahead: a thread, or processes that are forked, fed and waited for so that no run is hurt by one, and none waits for ever.
+"""Who makes batches ahead: a thread, or processes that are forked, fed and waited for so that no run is hurt by one,
+and none waits for ever.
 
-PyTorch's DataLoader hands tensors over through files in /dev/shm and sockets in TMPDIR: where the one is small (64 MB in a container) or
-the other's name is long, a batch is lost and the run waits for it for ever. So batches go through memory that is shared by being forked,
-which neither limits, and messages through pipes.
+PyTorch's DataLoader hands tensors over through files in /dev/shm and sockets in TMPDIR: where the one is small (64 MB
+in a container) or the other's name is long, a batch is lost and the run waits for it for ever. So batches go through
+memory that is shared by being forked, which neither limits, and messages through pipes.
 """
 
 import contextlib
@@ -32,8 +33,12 @@ _JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP}
 _fork = multiprocessing.get_context("fork")  # the source's pixels and paths are shared, not copied
 
 
-def in_order(make: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, *, ahead: int = 2, item_bytes: int = 0) -> "Workers | Inline":
-    """`make(key)` of each key in order, made by this many processes or, without any, where it is asked for. Arguments as of `Workers`."""
+def in_order(
+    make: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, *, ahead: int = 2, item_bytes: int = 0
+) -> "Workers | Inline":
+    """`make(key)` of each key in order, made by this many processes or, without any, where it is asked for. Arguments
+    as of `Workers`.
+    """
     return Workers(make, keys, num_workers, ahead=ahead, item_bytes=item_bytes) if num_workers else Inline(make, keys)
 
 
@@ -51,9 +56,11 @@ class Inline:
 
 
 class Workers:
-    """`make(key)` of each key in order, by processes that are ahead of the caller. Iterate again for what `keys` then says.
+    """`make(key)` of each key in order, by processes that are ahead of the caller. Iterate again for what `keys` then
+    says.
 
-    An item that comes out of an iteration, and all its arrays, is good until the next one is asked for: its memory is used again.
+    An item that comes out of an iteration, and all its arrays, is good until the next one is asked for: its memory is
+    used again.
 
     Args:
         make: called in the workers; its results are pickled, numpy arrays in them shared where there is room.
@@ -62,13 +69,17 @@ class Workers:
         item_bytes: of the arrays of one result, at most; what is larger goes through a pipe.
     """
 
-    def __init__(self, make: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, *, ahead: int, item_bytes: int = 0):
+    def __init__(
+        self, make: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, *, ahead: int, item_bytes: int = 0
+    ):
         self._make, self._keys, self._num_workers = make, keys, num_workers
         self._in_flight = num_workers * ahead
         self._memory = _shared((self._in_flight + 1) * item_bytes)
         self._slots = [self._memory[i * item_bytes :][:item_bytes] for i in range(self._in_flight + 1)]
         self._started: list[_Worker] = []
-        self._waiting: deque[tuple[_Worker, int]] = deque()  # workers that owe a result, and where it will lie; in order
+        self._waiting: deque[tuple[_Worker, int]] = (
+            deque()
+        )  # workers that owe a result, and where it will lie; in order
 
     def __iter__(self) -> Iterator[Any]:
         while self._waiting:  # of an iteration that was left early
@@ -97,7 +108,8 @@ class Workers:
         except OSError as error:
             self.close()
             raise UserError(
-                f"num_workers={self._num_workers}: this machine starts no more processes ({error.strerror}); expected fewer num_workers"
+                f"num_workers={self._num_workers}: this machine starts no more processes ({error.strerror}); expected"
+                " fewer num_workers"
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -105,7 +117,9 @@ class Workers:
     def _give(self, number: int, key: Any) -> None:
         worker, slot = self._started[number % len(self._started)], number % len(self._slots)
         try:
-            worker.connection.send((slot, _packed(key, self._slots[slot])))  # a few bytes, which never wait for room in the pipe
+            worker.connection.send(
+                (slot, _packed(key, self._slots[slot]))
+            )  # a few bytes, which never wait for room in the pipe
         except OSError as error:
             raise worker.ended() from error
         self._waiting.append((worker, slot))
@@ -146,7 +160,9 @@ class _Worker:
 
     def __init__(self, make: Callable[[Any], Any], slots: list[memoryview], others: list[Connection]):
         self.connection, theirs = _fork.Pipe()
-        self.process = _fork.Process(target=_work, args=(make, slots, theirs, [*others, self.connection], os.getpid()), daemon=True)
+        self.process = _fork.Process(
+            target=_work, args=(make, slots, theirs, [*others, self.connection], os.getpid()), daemon=True
+        )
         sys.stdout.flush()
         sys.stderr.flush()
         self.process.start()
@@ -162,15 +178,19 @@ class _Worker:
             if ready:
                 raise self.ended()
             raise UserError(
-                f"a process has read images for {PATIENCE_S} s without an end. Does the storage that they are on still answer? Then give the "
-                "same command again"
+                f"a process has read images for {PATIENCE_S} s without an end. Does the storage that they are on still"
+                " answer? Then give the same command again"
             )
         try:
             made = _unpacked(self.connection.recv(), slot)
         except (EOFError, OSError) as error:
             raise self.ended() from error
         if isinstance(made, _Failure):
-            raise UserError(made.text) if made.is_for_user else RuntimeError(f"in a process that reads images:\n{made.text}")
+            raise (
+                UserError(made.text)
+                if made.is_for_user
+                else RuntimeError(f"in a process that reads images:\n{made.text}")
+            )
         return made
 
     def ended(self) -> UserError:
@@ -178,8 +198,8 @@ class _Worker:
         code = self.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         return UserError(
-            f"a process that reads images was ended from outside, {how}, perhaps for want of memory: fewer num_workers or a smaller prefetch "
-            "need less. Then give the same command again"
+            f"a process that reads images was ended from outside, {how}, perhaps for want of memory: fewer num_workers"
+            " or a smaller prefetch need less. Then give the same command again"
         )
 
 
@@ -191,7 +211,13 @@ class _Failure:
         self.text = str(error) if self.is_for_user else traceback.format_exc()
 
 
-def _work(make: Callable[[Any], Any], slots: list[memoryview], connection: Connection, of_parent: list[Connection], parent: int) -> None:
+def _work(
+    make: Callable[[Any], Any],
+    slots: list[memoryview],
+    connection: Connection,
+    of_parent: list[Connection],
+    parent: int,
+) -> None:
     """A worker's life: it ends when its parent closes the pipe, tells it to, or is gone."""
     for end in of_parent:
         end.close()  # or the parent's death would not close it
@@ -219,7 +245,9 @@ def _made(make: Callable[[Any], Any], key: Any) -> Any:
 
 
 def _packed(made: Any, slot: memoryview) -> tuple[bytes, list[int]]:
-    """Anything pickled, and the sizes of those of its arrays that were put into the slot instead, one behind the other."""
+    """Anything pickled, and the sizes of those of its arrays that were put into the slot instead, one behind the
+    other.
+    """
     sizes: list[int] = []
     first = 0
 
@@ -254,13 +282,15 @@ def _shared(num_bytes: int) -> memoryview:
         return memoryview(mmap.mmap(-1, num_bytes))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"expected {num_bytes / 2**30:.1f} GiB of memory for the batches that are made ahead, got none ({error}): fewer num_workers or a "
-            "smaller prefetch need less"
+            f"expected {num_bytes / 2**30:.1f} GiB of memory for the batches that are made ahead, got none ({error}):"
+            " fewer num_workers or a smaller prefetch need less"
         ) from error
 
 
 def _leave_signals_to_parent(parent: int) -> None:
-    """Let the process that trains alone decide when a worker ends, also when a scheduler signals all of a job's processes."""
+    """Let the process that trains alone decide when a worker ends, also when a scheduler signals all of a job's
+    processes.
+    """
     for signum in _JOB_SIGNALS - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
     # TERM, still blocked, ends a worker only if the parent sent it (as multiprocessing does when the parent exits).

@@ -12,7 +12,9 @@ from caco.errors import UserError
 
 
 class Indexed(Protocol):
-    """A map-style dataset, of PyTorch or anyone: an item is an image, or a tuple that begins with an image and its label."""
+    """A map-style dataset, of PyTorch or anyone: an item is an image, or a tuple that begins with an image and its
+    label.
+    """
 
     def __len__(self) -> int: ...
 
@@ -26,13 +28,21 @@ def rgb(image: Any, name: str) -> Image.Image:
         UserError: it is neither, or holds numbers of another kind.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3 or not image.size:
-            raise UserError(f"{name}: expected an image as uint8 [H, W, 3] or [H, W], got {image.dtype} {list(image.shape)}")
+        if (
+            image.dtype != np.uint8
+            or image.ndim not in (2, 3)
+            or image.ndim == 3
+            and image.shape[2] != 3
+            or not image.size
+        ):
+            raise UserError(
+                f"{name}: expected an image as uint8 [H, W, 3] or [H, W], got {image.dtype} {list(image.shape)}"
+            )
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         raise UserError(
-            f"{name}: expected an image of Pillow's or an array uint8 [H, W, 3], got {type(image).__name__}: take off what makes it that (a "
-            "dataset's transform); caco resizes and normalises by itself"
+            f"{name}: expected an image of Pillow's or an array uint8 [H, W, 3], got {type(image).__name__}: take off"
+            " what makes it that (a dataset's transform); caco resizes and normalises by itself"
         )
     if image.mode not in ("RGB", "L", "P", "1", "RGBA", "CMYK", "YCbCr"):
         raise UserError(f"{name}: expected an image of 8 bits, RGB or grey, got Pillow's mode {image.mode}")
@@ -61,13 +71,17 @@ class DatasetImages(Source):
     def image(self, index: int) -> Image.Image:
         item = self._dataset[int(self._indices[index])]
         try:
-            return rgb(item[0] if isinstance(item, (tuple, list)) else item, f"{self.name}, image {self._indices[index]}")
+            return rgb(
+                item[0] if isinstance(item, (tuple, list)) else item, f"{self.name}, image {self._indices[index]}"
+            )
         except UserError as error:
             raise UnreadableImage(str(error)) from error
 
     def part(self, indices: np.ndarray, name: str) -> "DatasetImages":
         labels = None if self.labels is None else self.labels[indices]
-        return DatasetImages(self._dataset, name=name, labels=labels, indices=self._indices[indices], classes=self.classes)
+        return DatasetImages(
+            self._dataset, name=name, labels=labels, indices=self._indices[indices], classes=self.classes
+        )
 
     def digest(self) -> str:
         state = hashlib.blake2b(b"" if self.labels is None else self.labels.tobytes(), digest_size=8)
@@ -82,8 +96,8 @@ def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Sourc
     """Whatever a program has its images in, as a set.
 
     Args:
-        images: uint8 [N, H, W, 3] or a list of uint8 [H, W, 3]; a list of Pillow images; a map-style dataset whose items are images, or
-            tuples (image, label); a pair (images, labels) of these; or a set of caco's.
+        images: uint8 [N, H, W, 3] or a list of uint8 [H, W, 3]; a list of Pillow images; a map-style dataset whose
+            items are images, or tuples (image, label); a pair (images, labels) of these; or a set of caco's.
         labels: int [N]; None takes the dataset's `targets` or `labels`, or those of its items, where there are any.
     Raises:
         UserError: it is none of these, is empty, or has not a label for each image.
@@ -97,7 +111,8 @@ def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Sourc
         first = images[0] if number else None
     except (TypeError, KeyError, IndexError) as error:
         raise UserError(
-            f"{name}: expected arrays, Pillow images or a dataset with a length and an index, got {type(images).__name__}"
+            f"{name}: expected arrays, Pillow images or a dataset with a length and an index, got"
+            f" {type(images).__name__}"
         ) from error
     if not number:
         raise UserError(f"{name}: expected images, got none")
@@ -107,7 +122,9 @@ def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Sourc
     if labels is not None and labels.shape != (number,):
         raise UserError(f"{name}: expected a label for each of {number} images, got {list(labels.shape)}")
     if isinstance(first, np.ndarray) and first.ndim == 3 and isinstance(images, (np.ndarray, list, tuple)):
-        wrong = next((at for at, one in enumerate(images) if one.dtype != np.uint8 or one.ndim != 3 or one.shape[2] != 3), None)
+        wrong = next(
+            (at for at, one in enumerate(images) if one.dtype != np.uint8 or one.ndim != 3 or one.shape[2] != 3), None
+        )
         if wrong is not None:
             rgb(images[wrong], f"{name}, image {wrong}")
         else:
@@ -119,7 +136,9 @@ def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Sourc
 
 def _labels(images: Any, first: Any, labels: Any) -> np.ndarray | None:
     if labels is None:
-        labels = next((value for key in ("targets", "labels") if (value := getattr(images, key, None)) is not None), None)
+        labels = next(
+            (value for key in ("targets", "labels") if (value := getattr(images, key, None)) is not None), None
+        )
     if labels is None and isinstance(first, (tuple, list)) and len(first) > 1:
         labels = [images[index][1] for index in range(len(images))]
     return None if labels is None else np.asarray(labels, dtype=np.int64)

@@ -23,7 +23,8 @@ from caco.errors import FileError, UserError
 from caco.ranges import Count, ProperShare, Seed
 
 HEADER = np.dtype(
-    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_at", "<u8")], align=True
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_at", "<u8")],
+    align=True,
 )
 FIELD = np.dtype([("type", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])  # not aligned inside
@@ -124,7 +125,9 @@ class BetonImages(Source):
         return self._bytes[int(self.records["image"]["place"][at]) :][: self._sizes[at]]
 
 
-def beton(*, root: str | None, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0) -> Splits:
+def beton(
+    *, root: str | None, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
+) -> Splits:
     """What `python -m caco.write ... out=ROOT` wrote: train.beton, and where there are such test.beton, pretrain.beton.
 
     Arguments as of `caco.data.sets.folders.folder`.
@@ -132,7 +135,8 @@ def beton(*, root: str | None, limit: Count | None = None, validation_fraction: 
     top = existing_root(root, example="data=beton")
     if not (top / "train.beton").is_file():
         raise FileError(
-            f"data=beton: expected {top / 'train.beton'}, got no such file; python -m caco.write ... out={top} writes it"
+            f"data=beton: expected {top / 'train.beton'}, got no such file; python -m caco.write ... out={top}"
+            " writes it"
         )
     made = {
         split: BetonImages(top / f"{split}.beton", name=f"{top.name}/{split}")
@@ -185,7 +189,9 @@ def write(
             place = -(-begin // page_size) * page_size
             for i, (mode, height, width, content) in enumerate(images):
                 if len(content) > page_size:
-                    raise UserError(f"image {i}: expected at most {page_size} bytes, got {len(content)}: lower max_resolution")
+                    raise UserError(
+                        f"image {i}: expected at most {page_size} bytes, got {len(content)}: lower max_resolution"
+                    )
                 if place // page_size != (place + len(content) - 1) // page_size:  # FFCV reads by pages
                     place = -(-place // page_size) * page_size
                 records["image"][i] = (mode, width, height, place)
@@ -203,7 +209,13 @@ def write(
             os.fsync(out.fileno())
         with open(aside, "rb") as written:
             checksum = hashlib.file_digest(written, "sha256").hexdigest()
-        facts = {"images": num_images, "labelled": labels is not None, **facts, "bytes": os.path.getsize(aside), "checksum": checksum}
+        facts = {
+            "images": num_images,
+            "labelled": labels is not None,
+            **facts,
+            "bytes": os.path.getsize(aside),
+            "checksum": checksum,
+        }
         sidecar_path(file).unlink(missing_ok=True)  # of an older file: it must not vouch for this one
         os.replace(aside, file)
         note = sidecar_path(file).with_name(f".{sidecar_path(file).name}.part")
@@ -230,11 +242,15 @@ def _sidecar(file: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         kinds: dict[str, Any] = {"bytes": int, "checksum": str, "classes": (list, type(None))}
-        right = isinstance(facts, dict) and all(isinstance(facts[key], kind) for key, kind in kinds.items() if key in facts)
+        right = isinstance(facts, dict) and all(
+            isinstance(facts[key], kind) for key, kind in kinds.items() if key in facts
+        )
         if not right or not all(isinstance(name, str) for name in facts.get("classes") or ()):
             raise ValueError("other facts than python -m caco.write notes")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected what python -m caco.write notes beside {file.name}, got {error}. Write both again.") from error
+        raise UserError(
+            f"{path}: expected what python -m caco.write notes beside {file.name}, got {error}. Write both again."
+        ) from error
     return facts
 
 
@@ -251,14 +267,14 @@ def _check_labels(file: Path, labels: np.ndarray, classes: list[str] | None) -> 
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         raise UserError(
-            f"{file}: expected a label in 0..{num_classes - 1} for every image, or {_UNLABELLED} for all of them, got {labels[wrong[0]]} in "
-            f"record {wrong[0]}. Copy it, or write it, again."
+            f"{file}: expected a label in 0..{num_classes - 1} for every image, or {_UNLABELLED} for all of them, got"
+            f" {labels[wrong[0]]} in record {wrong[0]}. Copy it, or write it, again."
         )
 
 
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mapped bytes, the records, and each image's size in bytes. What these say of the file is true of it: whoever reads an image where
-    they say that it is, FFCV too, stays inside.
+    """The mapped bytes, the records, and each image's size in bytes. What these say of the file is true of it: whoever
+    reads an image where they say that it is, FFCV too, stays inside.
 
     Raises:
         UserError: it is not; the record is named.
@@ -291,27 +307,50 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         )
     # FFCV takes all that follows for the table.
     if count == 0 or page == 0 or table_at < records_end or table_at + count * PLACE.itemsize != len(content):
-        raise wrong(f"{count} images in pages of {page} bytes, whose table is at {table_at} of {len(content)} bytes. Copy it, or write it, again")
+        raise wrong(
+            f"{count} images in pages of {page} bytes, whose table is at {table_at} of {len(content)} bytes. Copy it,"
+            " or write it, again"
+        )
     records = content[begin:records_end].view(RECORD)
     places = content[table_at:].view(PLACE)
     images = records["image"]
     order = np.argsort(places["place"], kind="stable")
     at = order[np.searchsorted(places["place"][order], images["place"]).clip(max=count - 1)]
     place, size = places["place"][order], places["size"][order]
-    inside = (place >= records_end) & (place <= table_at) & (size <= table_at - np.minimum(place, table_at)) & (size > 0)
-    _refuse(file, order[~inside], "a place inside the file", lambda i: f"{places['size'][i]} bytes at {places['place'][i]}")
+    inside = (
+        (place >= records_end) & (place <= table_at) & (size <= table_at - np.minimum(place, table_at)) & (size > 0)
+    )
+    _refuse(
+        file, order[~inside], "a place inside the file", lambda i: f"{places['size'][i]} bytes at {places['place'][i]}"
+    )
     apart = (place[1:] >= place[:-1] + size[:-1]) & (place[:-1] // page == (place[:-1] + size[:-1] - 1) // page)
-    _refuse(file, order[:-1][~apart], "a place of its own in one page", lambda i: f"{places['size'][i]} bytes at {places['place'][i]}")
+    _refuse(
+        file,
+        order[:-1][~apart],
+        "a place of its own in one page",
+        lambda i: f"{places['size'][i]} bytes at {places['place'][i]}",
+    )
     width, height = images["width"].astype(np.int64), images["height"].astype(np.int64)
     sizes, raw = places["size"][at].astype(np.int64), images["mode"] == RAW
-    usual = (width > 0) & (height > 0) & (width * height <= MAX_PIXELS) & (np.maximum(width, height) <= MAX_ASPECT * np.minimum(width, height))
-    known = (places["place"][at] == images["place"]) & (places["sample"][at] == np.arange(count)) & (raw | (images["mode"] == JPEG))
+    usual = (
+        (width > 0)
+        & (height > 0)
+        & (width * height <= MAX_PIXELS)
+        & (np.maximum(width, height) <= MAX_ASPECT * np.minimum(width, height))
+    )
+    known = (
+        (places["place"][at] == images["place"])
+        & (places["sample"][at] == np.arange(count))
+        & (raw | (images["mode"] == JPEG))
+    )
     right = usual & known & (~raw | (sizes == 3 * width * height))
     _refuse(
         file,
         np.flatnonzero(~right),
         "a JPEG or pixels that the table has",
-        lambda i: f"{width[i]} x {height[i]} pixels of mode {images['mode'][i]}, {sizes[i]} bytes at {images['place'][i]}",
+        lambda i: (
+            f"{width[i]} x {height[i]} pixels of mode {images['mode'][i]}, {sizes[i]} bytes at {images['place'][i]}"
+        ),
     )
     return content, records, sizes
 
@@ -319,5 +358,6 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _refuse(file: Path, wrong: np.ndarray, expected: str, describe: Callable[[int], str]) -> None:
     if len(wrong):
         raise UserError(
-            f"{file}: expected {expected} for each image, got of record {wrong.min()}: {describe(int(wrong.min()))}. Copy it, or write it, again."
+            f"{file}: expected {expected} for each image, got of record {wrong.min()}: {describe(int(wrong.min()))}."
+            " Copy it, or write it, again."
         )

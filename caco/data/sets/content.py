@@ -1,17 +1,19 @@
 """What the images in files are known by: the one home of the rule for digests, for caches and for the overlap check.
 
-A look at a file is a hash of its size and of some of its content: all of a small file, else its first, middle and last 4 KiB. Two
-photographs that differ do so there, also where they have the same name and size: a JPEG's bytes after a changed one are others to
-the end, and an uncompressed image has its edges and its middle there. A look opens a file once and reads no more than is in it, so 1.3
-million of them take no longer than reading these files once; they are taken by threads, and by all ranks together.
+A look at a file is a hash of its size and of some of its content: all of a small file, else its first, middle and last
+4 KiB. Two photographs that differ do so there, also where they have the same name and size: a JPEG's bytes after a
+changed one are others to the end, and an uncompressed image has its edges and its middle there. A look opens a file
+once and reads no more than is in it, so 1.3 million of them take no longer than reading these files once; they are
+taken by threads, and by all ranks together.
 
 Two things are made of looks, which need different things:
-- A digest says which images these are, and is part of what a run is: a checkpoint is gone on from only with the same one. It is made
-  of names, looks, order and labels. Times and inodes are not in it: a folder that was copied to another machine, or touched, holds
-  the same images.
-- A cache key is for what is kept on this machine in place of reading the images again. It is made of the digest and of each file's
-  modification time and inode: these change with every file that was written anew, exchanged or moved here, also where a change of
-  a few bytes escapes the look. That it changes with a copy too costs no more than computing again.
+- A digest says which images these are, and is part of what a run is: a checkpoint is gone on from only with the same
+  one. It is made of names, looks, order and labels. Times and inodes are not in it: a folder that was copied to another
+  machine, or touched, holds the same images.
+- A cache key is for what is kept on this machine in place of reading the images again. It is made of the digest and of
+  each file's modification time and inode: these change with every file that was written anew, exchanged or moved here,
+  also where a change of a few bytes escapes the look. That it changes with a copy too costs no more than computing
+  again.
 
 Within a process a look is taken once, and again when the file's size, times or inode have changed.
 """
@@ -36,7 +38,9 @@ _CHUNK = 256
 T = TypeVar("T")
 
 
-def in_threads(work: Callable[[int], T], count: int, *, say: Say = silent, what: str = "", threads: int = _THREADS) -> list[T]:
+def in_threads(
+    work: Callable[[int], T], count: int, *, say: Say = silent, what: str = "", threads: int = _THREADS
+) -> list[T]:
     """work(0), ..., work(count - 1), by some threads at once; `what` is said with how far they are, now and then.
 
     Raises:
@@ -84,7 +88,9 @@ def _look(path: str, size: int) -> bytes:
 
 
 def _stamp(status: os.stat_result) -> int:
-    """What a file is as long as nobody writes it; 0 where it was written just now, and might be again within one tick of the clock."""
+    """What a file is as long as nobody writes it; 0 where it was written just now, and might be again within one tick
+    of the clock.
+    """
     if time.time_ns() - status.st_ctime_ns < 2_000_000_000:
         return 0
     # The change time is the system's own: nobody can set it back, as one can the modification time.
@@ -123,7 +129,9 @@ class Looks:
                     looks[position] = np.frombuffer(_look(path, status.st_size), np.uint8)
                     stamps[position] = stamp
             except OSError as error:
-                raise FileError(f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}") from error
+                raise FileError(
+                    f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}"
+                ) from error
             return status.st_mtime_ns, status.st_ino & (2**63 - 1)
 
         written = in_threads(one, len(at), say=say, what=what)
@@ -156,7 +164,9 @@ class Looks:
 
 
 def digest_of(names: np.ndarray, looks: np.ndarray, labels: np.ndarray | None) -> str:
-    """Sixteen hexadecimal digits of images in files: names below their root, looks, labels, and the order of all these."""
+    """Sixteen hexadecimal digits of images in files: names below their root, looks, labels, and the order of all
+    these.
+    """
     state = hashlib.blake2b(digest_size=8)
     for name, look in zip(names, looks, strict=True):
         state.update(b"%s\0%s" % (name, look.tobytes()))

@@ -1,4 +1,6 @@
-"""PACS: seven classes in four domains, by its published lists; to learn from three domains and to be tested on the fourth."""
+"""PACS: seven classes in four domains, by its published lists; to learn from three domains and to be tested on the
+fourth.
+"""
 
 import os
 import sys
@@ -26,9 +28,11 @@ LISTS = ("train", "crossval")
 DAMAGED = "sketch/dog/n02103406_4068-1.png"
 LAYOUTS = """\
   PACS/kfold/DOMAIN/CLASS/*.jpg    the original archive        PACS/DOMAIN/CLASS/*.jpg    its mirrors
-  pacs/images/DOMAIN/CLASS/*.jpg   Dassl's                     (root is the folder above, or PACS itself; sketches are *.png)
-with the published lists DOMAIN_train_kfold.txt and DOMAIN_crossval_kfold.txt (a line is `art_painting/dog/pic_001.jpg 1`) in splits/
-or in "Train val splits and h5py files pre-read/" beside the images' folder, or beside DOMAIN/"""
+  pacs/images/DOMAIN/CLASS/*.jpg   Dassl's                     (sketches are *.png; root is the folder above,
+                                                               or PACS itself)
+with the published lists DOMAIN_train_kfold.txt and DOMAIN_crossval_kfold.txt (a line is
+`art_painting/dog/pic_001.jpg 1`) in splits/ or in "Train val splits and h5py files pre-read/" beside the images'
+folder, or beside DOMAIN/"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,10 @@ def read(root: Path, *, key: str, say: Say) -> Pacs:
         for which, published in zip(LISTS, PUBLISHED[name], strict=True):
             listed = _read_list(lists / f"{name}_{which}_kfold.txt", name, say)
             if len(listed) != published:
-                say(f"{key}: {name}_{which}_kfold.txt: the published list has {published:,} images, this one {len(listed):,}")
+                say(
+                    f"{key}: {name}_{which}_kfold.txt: the published list has {published:,} images, this one"
+                    f" {len(listed):,}"
+                )
             files += listed
             domain += [number] * len(listed)
             labels += [CLASSES.index(file.split("/")[1]) for file in listed]
@@ -120,7 +127,8 @@ def read(root: Path, *, key: str, say: Say) -> Pacs:
         twice = [file for file, count in Counter(files).items() if count > 1]
         raise UserError(f"{key}: expected each image on one list, got {len(twice)} on several: {', '.join(twice[:3])}")
     every = ImageFiles(
-        images, [file for file, kept in zip(files, keep, strict=True) if kept], name="pacs", labels=np.array(labels)[keep],
+        images, [file for file, kept in zip(files, keep, strict=True) if kept], name="pacs",
+        labels=np.array(labels)[keep],
         classes=list(CLASSES),
     )  # fmt: skip
     return Pacs(every, np.array(domain)[keep], np.array(train)[keep])
@@ -155,7 +163,13 @@ def _read_list(file: Path, domain: str, say: Say) -> list[str]:
     listed, offsets = [], []
     for row in rows:
         parts = row[0].replace("\\", "/").split("/")[-3:]
-        if len(row) != 2 or len(parts) != 3 or parts[0] != domain or parts[1] not in CLASSES or not row[1].lstrip("-").isdigit():
+        if (
+            len(row) != 2
+            or len(parts) != 3
+            or parts[0] != domain
+            or parts[1] not in CLASSES
+            or not row[1].lstrip("-").isdigit()
+        ):
             example = f"expected lines like `{domain}/dog/pic_001.jpg 1`, with one of {', '.join(CLASSES)}"
             raise UserError(f"{file}: {example}, got {' '.join(row)!r}")
         listed.append("/".join(parts))
@@ -174,8 +188,8 @@ def _kept(images: Path, files: list[str], key: str, say: Say) -> np.ndarray:
     missing = [file for file in files if file != DAMAGED and not os.path.isfile(images / file)]
     if missing:
         raise FileError(
-            f"{key}: expected the {len(files):,} images of the lists below {images}, got {len(missing):,} of them not there "
-            f"({', '.join(missing[:3])}): unpack the set again"
+            f"{key}: expected the {len(files):,} images of the lists below {images}, got {len(missing):,} of them not"
+            f" there ({', '.join(missing[:3])}): unpack the set again"
         )
     keep = np.ones(len(files), dtype=bool)
     if DAMAGED in files:

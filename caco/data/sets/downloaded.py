@@ -86,7 +86,9 @@ def stl10(
         raise UserError(f"data.pretrain: expected unlabeled or train, got {pretrain!r}")
     train, test = (
         ImagesInMemory(part.data.transpose(0, 2, 3, 1), name=f"stl10/{split}", labels=part.labels, classes=part.classes)
-        for split, part in _open("stl10", root, download, lambda **where: {s: STL10(split=s, **where) for s in ("train", "test")})
+        for split, part in _open(
+            "stl10", root, download, lambda **where: {s: STL10(split=s, **where) for s in ("train", "test")}
+        )
     )
     if pretrain == "train":
         return reduced(train, test, name="stl10", limit=limit, validation_fraction=validation_fraction, seed=seed)
@@ -108,11 +110,12 @@ def fashion_mnist(
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
 ) -> Splits:
-    """Fashion-MNIST: 60,000 and 10,000 grey photographs of clothes, 28 px, ten classes; each grey is red, green and blue alike.
+    """Fashion-MNIST: 60,000 and 10,000 grey photographs of clothes, 28 px, ten classes; each grey is red, green and
+    blue alike.
 
     Args:
-        root: the folder of its four files (train-images-idx3-ubyte.gz, ...) as published, such as Debian's package has them; or where
-            FashionMNIST/raw/ is, or where torchvision puts that.
+        root: the folder of its four files (train-images-idx3-ubyte.gz, ...) as published, such as Debian's package has
+            them; or where FashionMNIST/raw/ is, or where torchvision puts that.
         download: fetch it if it is not there; not into Debian's folder.
         limit, validation_fraction, seed: see caco.data.sets.folders.folder.
     Raises:
@@ -122,24 +125,40 @@ def fashion_mnist(
 
     top = None if root is None else expanded(root)
     if top is not None and (top / "train-images-idx3-ubyte.gz").is_file():
-        parts = [(split, _idx(top, prefix, "images", 3), _idx(top, prefix, "labels", 1)) for split, prefix in (("train", "train"), ("test", "t10k"))]
+        parts = [
+            (split, _idx(top, prefix, "images", 3), _idx(top, prefix, "labels", 1))
+            for split, prefix in (("train", "train"), ("test", "t10k"))
+        ]
     elif root == FASHION_OF_DEBIAN:
         raise FileError(
-            f"data=fashion_mnist: expected its files in {root}, where Debian's package puts them (apt install dataset-fashion-mnist), "
-            "or data.root=PATH, a folder that holds them or that they are fetched into; got neither"
+            f"data=fashion_mnist: expected its files in {root}, where Debian's package puts them (apt install"
+            " dataset-fashion-mnist), or data.root=PATH, a folder that holds them or that they are fetched into; got"
+            " neither"
         )
     else:
-        opened = _open("fashion_mnist", root, download, lambda **where: {s: FashionMNIST(train=s == "train", **where) for s in ("train", "test")})
+        opened = _open(
+            "fashion_mnist",
+            root,
+            download,
+            lambda **where: {s: FashionMNIST(train=s == "train", **where) for s in ("train", "test")},
+        )
         parts = [(split, part.data.numpy(), part.targets.numpy()) for split, part in opened]
     train, test = (
-        ImagesInMemory(np.repeat(grey[..., None], 3, 3), name=f"fashion_mnist/{split}", labels=labels.astype(np.int64), classes=FashionMNIST.classes)
+        ImagesInMemory(
+            np.repeat(grey[..., None], 3, 3),
+            name=f"fashion_mnist/{split}",
+            labels=labels.astype(np.int64),
+            classes=FashionMNIST.classes,
+        )
         for split, grey, labels in parts
     )
     return reduced(train, test, name="fashion_mnist", limit=limit, validation_fraction=validation_fraction, seed=seed)
 
 
 def _idx(top: Path, prefix: str, kind: str, dimensions: int) -> np.ndarray:
-    """The array of bytes in one file of the format of MNIST: 0, 0, 8, its dimensions, each size in four bytes, the values."""
+    """The array of bytes in one file of the format of MNIST: 0, 0, 8, its dimensions, each size in four bytes, the
+    values.
+    """
     path = top / f"{prefix}-{kind}-idx{dimensions}-ubyte.gz"
     try:
         content = gzip.decompress(path.read_bytes())
@@ -148,7 +167,9 @@ def _idx(top: Path, prefix: str, kind: str, dimensions: int) -> np.ndarray:
             raise ValueError(f"its first bytes are {content[:4]!r}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise FileError(f"data=fashion_mnist: {path} is no file of Fashion-MNIST as published ({error}); install or fetch it again") from error
+        raise FileError(
+            f"data=fashion_mnist: {path} is no file of Fashion-MNIST as published ({error}); install or fetch it again"
+        ) from error
 
 
 def _cifar(
@@ -173,8 +194,8 @@ def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[
     """The parts that `read(root=, download=)` gives, fetched first where they are missing, by one process at a time."""
     if root is None:
         raise FileError(
-            f"data={name} needs its files: expected data.root=PATH, a folder that holds them or where to put them, got none.\n"
-            "Without any data, preset=demo learns from scikit-learn's digits, which need none."
+            f"data={name} needs its files: expected data.root=PATH, a folder that holds them or where to put them, got"
+            " none.\nWithout any data, preset=demo learns from scikit-learn's digits, which need none."
         )
     top = expanded(root)
     try:
@@ -187,8 +208,9 @@ def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[
         except (OSError, RuntimeError) as error:
             problem = error
     raise FileError(
-        f"data={name}: expected its files below data.root={root}, or a network to fetch them; got {type(problem).__name__}: "
-        f"{' '.join(str(problem).split())}.\nWhere there is no network, fetch the set elsewhere and point data.root to it; preset=demo needs no data."
+        f"data={name}: expected its files below data.root={root}, or a network to fetch them; got"
+        f" {type(problem).__name__}: {' '.join(str(problem).split())}.\nWhere there is no network, fetch the set"
+        " elsewhere and point data.root to it; preset=demo needs no data."
     ) from problem
 
 
@@ -196,7 +218,9 @@ def _fetch(top: Path, read: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     top.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()
     with locked(top / ".download.lock", wait_s=FETCH_PATIENCE_S):
-        socket.setdefaulttimeout(CONNECT_TIMEOUT_SECONDS)  # torchvision sets none: a silent firewall would hold it for minutes
+        socket.setdefaulttimeout(
+            CONNECT_TIMEOUT_SECONDS
+        )  # torchvision sets none: a silent firewall would hold it for minutes
         try:
             return read(root=top, download=True)
         finally:

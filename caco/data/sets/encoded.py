@@ -1,4 +1,6 @@
-"""Sets whose encoded images lie inside other files, which another library reads: Hugging Face `datasets` and WebDataset's shards."""
+"""Sets whose encoded images lie inside other files, which another library reads: Hugging Face `datasets` and
+WebDataset's shards.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,8 @@ class EncodedImages(Source):
     """Images by position, decoded as those in files are.
 
     Args:
-        content: position -> the encoded image, bytes or a view of them; may be called by threads and in forked processes.
+        content: position -> the encoded image, bytes or a view of them; may be called by threads and in forked
+            processes.
         names: bytes [M], what each position is called in the digest and in errors.
         at: int64 [N], the positions that this set has; None: all.
         channels: as of Source.
@@ -48,7 +51,13 @@ class EncodedImages(Source):
     def part(self, indices: np.ndarray, name: str) -> "EncodedImages":
         labels = None if self.labels is None else self.labels[indices]
         return EncodedImages(
-            self._content, self._names, name=name, labels=labels, classes=self.classes, at=self._at[indices], channels=self.channels
+            self._content,
+            self._names,
+            name=name,
+            labels=labels,
+            classes=self.classes,
+            at=self._at[indices],
+            channels=self.channels,
         )
 
     def digest(self) -> str:
@@ -62,14 +71,22 @@ class EncodedImages(Source):
 
     def _look_at_all(self, say: Say) -> None:
         if self._looks is None:
-            looks = in_threads(lambda i: look_at(self._content(int(self._at[i]))), len(self), say=say, what=f"images of {self.name} looked at")
+            looks = in_threads(
+                lambda i: look_at(self._content(int(self._at[i]))),
+                len(self),
+                say=say,
+                what=f"images of {self.name} looked at",
+            )
             self._looks = np.frombuffer(b"".join(looks), np.uint8).reshape(-1, LOOK_BYTES)
 
     def _encoded(self, index: int) -> Any:
         try:
             return self._content(int(self._at[index]))
         except OSError as error:
-            raise UnreadableImage(f"{self._called(index)}: expected an image that can be read, got {type(error).__name__}: {error.strerror}") from error
+            raise UnreadableImage(
+                f"{self._called(index)}: expected an image that can be read, got {type(error).__name__}:"
+                f" {error.strerror}"
+            ) from error
 
     def _called(self, index: int) -> str:
         return self._names[self._at[index]].decode(errors="backslashreplace")

@@ -34,7 +34,10 @@ def digits(
     scans = load_digits()
     gray = np.round(scans.images * (255 / 16)).astype(np.uint8)
     images = np.stack(
-        [np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")) for scan in gray]
+        [
+            np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+            for scan in gray
+        ]
     )
     every = ImagesInMemory(images, name="digits", labels=scans.target, classes=[str(digit) for digit in range(10)])
     chosen = choose(every.labels, 397, len(every), seed=seed, balanced=False)
@@ -46,8 +49,9 @@ def digits(
 def photo_tiles(
     *, size: Pixels = 32, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
-    """Square tiles of the two colour photographs inside scikit-learn's wheel, a temple and a flower; of 32 pixels there are 416 to train
-    on and 104 to test. They show that a method which digits are too small or too grey for runs, and nothing else.
+    """Square tiles of the two colour photographs inside scikit-learn's wheel, a temple and a flower; of 32 pixels there
+    are 416 to train on and 104 to test. They show that a method which digits are too small or too grey for runs, and
+    nothing else.
 
     Args:
         size: pixels a side of a tile.
@@ -62,7 +66,10 @@ def photo_tiles(
     down, across = (side // size for side in photos[0].shape[:2])
     tiles = np.concatenate(
         [
-            photo[: down * size, : across * size].reshape(down, size, across, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+            photo[: down * size, : across * size]
+            .reshape(down, size, across, size, 3)
+            .swapaxes(1, 2)
+            .reshape(-1, size, size, 3)
             for photo in photos
         ]
     )
@@ -94,15 +101,19 @@ def folder(
     Where test/ and val/ both hold class folders, test/ is taken.
 
     Args:
-        labelled_root: pre-train on all images below `root`, whatever their folders, and evaluate on this labelled folder.
+        labelled_root: pre-train on all images below `root`, whatever their folders, and evaluate on this labelled
+            folder.
         class_list: text file, a class folder's name a line: only these classes.
         limit: number of training images, drawn equally from the classes.
         validation_fraction: hold out this share of the training images and evaluate on it in place of the test images,
-            to tune a recipe without ever looking at those. Drawn before `limit`, so that it stays the same for all limits.
+            to tune a recipe without ever looking at those. Drawn before `limit`, so that it stays the same for all
+            limits.
         seed: of both draws.
         in_memory_mb: keep a split's decoded images in memory if they take no more than this; 0 never does.
-        channels: of images that are read as they are stored, and .npy files with them; None reads photographs, RGB of 8 bits.
-        mean, std: of each of the channels, unsigned integers counted as 0..1; None has them measured on the training images.
+        channels: of images that are read as they are stored, and .npy files with them; None reads photographs, RGB of 8
+            bits.
+        mean, std: of each of the channels, unsigned integers counted as 0..1; None has them measured on the training
+            images.
     Raises:
         FileError: no root given, or nothing there.
         ValueError: no image, an image that cannot be read, a class that is unknown.
@@ -115,7 +126,9 @@ def folder(
         return dataclasses.replace(splits, mean=mean, std=std)
     unlabelled = unlabelled_images(top / "train" if (top / "train").is_dir() else top, f"{name}/unlabelled", channels)
     pretrain = limited(unlabelled, limit, seed=seed)
-    train, test = _read_layout(existing_root(labelled_root, example=f"data={name}"), f"{name}/labelled", class_list, channels)
+    train, test = _read_layout(
+        existing_root(labelled_root, example=f"data={name}"), f"{name}/labelled", class_list, channels
+    )
     if train.labels is None:
         raise UserError(f"data.labelled_root: expected class folders below {labelled_root}, got images without labels")
     labelled = _finish(train, test, f"{name}/labelled", None, validation_fraction, seed, in_memory_mb)
@@ -124,10 +137,12 @@ def folder(
 
 def require_statistics_of(channels: int | None, mean: list[float] | None, std: list[float] | None) -> None:
     """Raises UserError where `mean` and `std` are not of these channels."""
-    if (mean is None) != (std is None) or (mean is not None and (channels is None or not len(mean) == len(std or ()) == channels)):
+    if (mean is None) != (std is None) or (
+        mean is not None and (channels is None or not len(mean) == len(std or ()) == channels)
+    ):
         raise UserError(
-            f"data.mean and data.std: expected both, a value for each of data.channels={channels}, or neither, which has them measured; got "
-            f"{mean} and {std}"
+            f"data.mean and data.std: expected both, a value for each of data.channels={channels}, or neither, which"
+            f" has them measured; got {mean} and {std}"
         )
 
 
@@ -152,7 +167,12 @@ def cifar10_jpeg75(
     Arguments as of `folder`.
     """
     return folder(
-        root=root, name="cifar10-jpeg75", limit=limit, validation_fraction=validation_fraction, seed=seed, in_memory_mb=256
+        root=root,
+        name="cifar10-jpeg75",
+        limit=limit,
+        validation_fraction=validation_fraction,
+        seed=seed,
+        in_memory_mb=256,
     )
 
 
@@ -234,7 +254,8 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None, channe
         classes: only these folders, in this order of labels; None takes all, sorted.
         channels: as of `folder`.
     Raises:
-        ValueError: a class folder that is not there (with near matches) or holds no image; a link by which images come twice.
+        ValueError: a class folder that is not there (with near matches) or holds no image; a link by which images come
+            twice.
     """
     found = folders_in(top)
     if classes is None:
@@ -245,7 +266,10 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None, channe
     for label, folder_name in enumerate(classes):
         images = walk.images_below(top / folder_name)
         if not images:
-            raise UserError(f"{top / folder_name}: expected images ({', '.join(_extensions(channels))}), got none in this class folder{_stored_alone(walk)}")
+            raise UserError(
+                f"{top / folder_name}: expected images ({', '.join(_extensions(channels))}), got none in this class"
+                f" folder{_stored_alone(walk)}"
+            )
         files += [f"{folder_name}/{file}" for file in images]
         labels += [label] * len(images)
     return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes), channels=channels)
@@ -256,7 +280,10 @@ def unlabelled_images(top: Path, name: str, channels: int | None = None) -> Imag
     walk = Walk(top, _extensions(channels))
     files = walk.images_below(top)
     if not files:
-        raise UserError(f"{top}: expected images ({', '.join(_extensions(channels))}) in it or in class folders, got none{_stored_alone(walk)}")
+        raise UserError(
+            f"{top}: expected images ({', '.join(_extensions(channels))}) in it or in class folders, got"
+            f" none{_stored_alone(walk)}"
+        )
     return ImageFiles(top, files, name=name, channels=channels)
 
 
@@ -266,7 +293,11 @@ def _extensions(channels: int | None) -> tuple[str, ...]:
 
 def _stored_alone(walk: Walk) -> str:
     """What to do about files that are images only with data.channels."""
-    return "; there are .npy files: say how many channels these have, data.channels=N" if walk.passed_by.endswith(STORED) else ""
+    return (
+        "; there are .npy files: say how many channels these have, data.channels=N"
+        if walk.passed_by.endswith(STORED)
+        else ""
+    )
 
 
 def reduced(
@@ -277,7 +308,8 @@ def reduced(
         count = round(validation_fraction * len(train))
         if not 0 < validation_fraction < 1 or not 0 < count < len(train):
             raise UserError(
-                f"data.validation_fraction: expected a share in (0, 1) of the {len(train)} images, got {validation_fraction}"
+                f"data.validation_fraction: expected a share in (0, 1) of the {len(train)} images, got"
+                f" {validation_fraction}"
             )
         held_out = choose(train.labels, count, len(train), seed=seed, balanced=False)
         test = train.part(held_out, f"{name}/validation")
@@ -316,13 +348,17 @@ def _imagenet(
     train = class_folders(_expect_folder(top / "train"), f"{name}/train", classes)
     validation = _expect_folder(top / "val")
     if not folders_in(validation):
-        raise UserError(f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first")
+        raise UserError(
+            f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first"
+        )
     _require_folders(validation, train)
     test = class_folders(validation, f"{name}/val", train.classes)
     return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
 
 
-def _read_layout(top: Path, name: str, class_list: str | None, channels: int | None) -> tuple[ImageFiles, ImageFiles | None]:
+def _read_layout(
+    top: Path, name: str, class_list: str | None, channels: int | None
+) -> tuple[ImageFiles, ImageFiles | None]:
     classes = None if class_list is None else _read_class_list(class_list)
     split = (top / "train").is_dir()
     below = top / "train" if split else top
@@ -347,7 +383,9 @@ def _read_class_list(path: str) -> list[str]:
         raise FileError(f"data.class_list: expected a text file with a class folder's name a line, got {path}")
     names = [line.strip() for line in read_text(expanded(path)).splitlines() if line.strip()]
     if not names or len(set(names)) != len(names):
-        raise UserError(f"data.class_list: expected distinct names, one a line, got {len(names)} with repeats in {path}")
+        raise UserError(
+            f"data.class_list: expected distinct names, one a line, got {len(names)} with repeats in {path}"
+        )
     return names
 
 
@@ -356,7 +394,10 @@ def _require_folders(top: Path, train: ImageFiles) -> None:
     missing = [name for name in classes if name not in found]
     if missing:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{top}: no folder here for {len(missing)} of the {len(classes)} classes that are trained on: {shown}; expected one for each")
+        raise UserError(
+            f"{top}: no folder here for {len(missing)} of the {len(classes)} classes that are trained on: {shown};"
+            " expected one for each"
+        )
 
 
 def _check_known(names: list[str], known: list[str], *, where: str) -> None:
@@ -366,8 +407,8 @@ def _check_known(names: list[str], known: list[str], *, where: str) -> None:
     near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown[:3]}
     shown = ", ".join(f"{name!r}" + (f" (near: {match[0]!r})" if match else "") for name, match in near.items())
     raise UserError(
-        f"{where}: expected all of {len(names)} classes among the {len(known)} there, got {len(unknown)} unknown: {shown}"
-        + (", ..." if len(unknown) > 3 else "")
+        f"{where}: expected all of {len(names)} classes among the {len(known)} there, got {len(unknown)} unknown:"
+        f" {shown}" + (", ..." if len(unknown) > 3 else "")
     )
 
 

@@ -27,11 +27,13 @@ def huggingface(
     mean: list[Finite] | None = None,
     std: list[AboveZero] | None = None,
 ) -> Splits:
-    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; of a dictionary the parts train, and test or validation.
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; of a dictionary the parts train, and
+    test or validation.
 
     Args:
         image_column: of encoded images (a feature Image); None takes the only one.
-        label_column: of whole numbers, class labels or texts; None takes `label`, or the only one of class labels, or has no labels.
+        label_column: of whole numbers, class labels or texts; None takes `label`, or the only one of class labels, or
+            has no labels.
         limit, validation_fraction, seed, channels, mean, std: as of `folder`.
     Raises:
         FileError: no root given, or nothing there that was saved so.
@@ -46,7 +48,9 @@ def huggingface(
     try:
         read: Any = datasets.load_from_disk(str(top))
     except FileNotFoundError as error:
-        raise FileError(f"data.root: expected a folder that datasets' save_to_disk wrote, got {top}: {str(error).splitlines()[0]}") from error
+        raise FileError(
+            f"data.root: expected a folder that datasets' save_to_disk wrote, got {top}: {str(error).splitlines()[0]}"
+        ) from error
     parts: dict[str, Any] = dict(read) if isinstance(read, datasets.DatasetDict) else {"train": read}
     if "train" not in parts:
         raise UserError(f"{top}: expected a part called train, got {', '.join(parts)}")
@@ -59,7 +63,9 @@ def huggingface(
     return dataclasses.replace(splits, mean=mean, std=std)
 
 
-def _source(read: Any, name: str, image_column: str | None, label_column: str | None, channels: int | None) -> EncodedImages:
+def _source(
+    read: Any, name: str, image_column: str | None, label_column: str | None, channels: int | None
+) -> EncodedImages:
     import datasets
 
     read = read.flatten_indices()  # rows lie as they are counted
@@ -90,7 +96,9 @@ def _column(read: Any, given: str | None, setting: str, kind: type) -> str:
     if given in fitting or (given is None and len(fitting) == 1):
         return given or fitting[0]
     got = "none" if not fitting else ", ".join(fitting)
-    raise UserError(f"data.{setting}: expected the name of a column of {kind.__name__}s, of which there are: {got}; got {given}")
+    raise UserError(
+        f"data.{setting}: expected the name of a column of {kind.__name__}s, of which there are: {got}; got {given}"
+    )
 
 
 def _labels(read: Any, given: str | None) -> tuple[np.ndarray | None, list[str] | None]:
@@ -109,7 +117,9 @@ def _labels(read: Any, given: str | None) -> tuple[np.ndarray | None, list[str] 
         classes, numbers = np.unique(values, return_inverse=True)
         return numbers.astype(np.int64), [str(name) for name in classes]
     if values.dtype.kind not in "iu" or values.min(initial=0) < -1:
-        raise UserError(f"data.label_column: expected whole numbers or texts in {column}, got values such as {values[:3].tolist()}")
+        raise UserError(
+            f"data.label_column: expected whole numbers or texts in {column}, got values such as {values[:3].tolist()}"
+        )
     if values.min(initial=0) < 0:
         return None, None  # -1: withheld, as of published test sets
     return values.astype(np.int64), list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

@@ -1,4 +1,6 @@
-"""Images that two sets share: by looks at their files and then all of the files' bytes, or by their sizes and then their pixels."""
+"""Images that two sets share: by looks at their files and then all of the files' bytes, or by their sizes and then
+their pixels.
+"""
 
 import contextlib
 import ctypes
@@ -37,11 +39,12 @@ class Overlap:
         self._hashes: dict[tuple[int, str], tuple[Source, dict[int, bytes]]] = {}
 
     def shared(self, train: Source, test: Source) -> list[tuple[int, int]]:
-        """(position in train, position in test) of every test image that is also a training image, one pair a test image.
+        """(position in train, position in test) of every test image that is also a training image, one pair a test
+        image.
 
-        Where both sets lie encoded in files, files are compared byte by byte: only those whose looks are equal are read whole. Other
-        images are compared by their pixels, and only those are decoded whose height and width the other set has too. So a file
-        and its decoded copy are found, one re-encoded is not.
+        Where both sets lie encoded in files, files are compared byte by byte: only those whose looks are equal are read
+        whole. Other images are compared by their pixels, and only those are decoded whose height and width the other
+        set has too. So a file and its decoded copy are found, one re-encoded is not.
         """
         if len(train) == 0 or len(test) == 0:
             return []
@@ -67,9 +70,9 @@ class Overlap:
         if pairs:
             shown = "; ".join(f"{_called(train, i)} is {_called(test, j)}" for i, j in pairs[:3])
             raise UserError(
-                f"{len(pairs)} of the {len(test)} images of {test.name} are images of {train.name} too ({shown}"
-                f"{'; ...' if len(pairs) > 3 else ''}): expected test images that nothing was trained on. Take them out, or "
-                "evaluate all the same with overlap=allow"
+                f"{len(pairs)} of the {len(test)} images of {test.name} are images of {train.name} too"
+                f" ({shown}{'; ...' if len(pairs) > 3 else ''}): expected test images that nothing was trained on. Take"
+                " them out, or evaluate all the same with overlap=allow"
             )
 
     def refuse_in(self, splits: Splits) -> None:
@@ -103,11 +106,15 @@ class Overlap:
         known.update(zip(todo, self._shared_out(source, todo, lambda s, i: _hash(whole(s, i)), what), strict=True))
         return [known[i] for i in indices.tolist()]
 
-    def _shared_out(self, source: Source, indices: Sequence[int], work: Callable[[Source, int], R], what: str) -> list[R]:
+    def _shared_out(
+        self, source: Source, indices: Sequence[int], work: Callable[[Source, int], R], what: str
+    ) -> list[R]:
         """work(source, i) of each index, in order, each rank a share of them."""
         rank, world = distributed.rank(), distributed.world()
         own = indices[rank::world]
-        parts = distributed.together(lambda: in_threads(lambda i: work(source, own[i]), len(own), say=self._say, what=what))
+        parts = distributed.together(
+            lambda: in_threads(lambda i: work(source, own[i]), len(own), say=self._say, what=what)
+        )
         made: list[R | None] = [None] * len(indices)
         for number, part in enumerate(parts):
             made[number::world] = part

@@ -1,4 +1,6 @@
-"""The bytes of an image file to RGB pixels: nothing is decoded before its size is known, nothing is shown that is not in the file."""
+"""The bytes of an image file to RGB pixels: nothing is decoded before its size is known, nothing is shown that is not
+in the file.
+"""
 
 import contextlib
 import io
@@ -10,9 +12,17 @@ from PIL import Image, UnidentifiedImageError
 
 from caco.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others may start programs, as EPS does, or unpack without a limit
-# Modes of which Pillow makes RGB by a rule that keeps 8 bits of each channel as they are; transparency is left out. Of all others (16 and
-# 32 bits, floats, CIE L*a*b*) it cuts values off or guesses a range.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "PPM",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "GIF",
+)  # others may start programs, as EPS does, or unpack without a limit
+# Modes of which Pillow makes RGB by a rule that keeps 8 bits of each channel as they are; transparency is left out. Of
+# all others (16 and 32 bits, floats, CIE L*a*b*) it cuts values off or guesses a range.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 MAX_PIXELS = 178_956_970  # as Pillow's own limit; 537 MB as RGB
 MAX_WORK = 1_000_000_000  # pixels times scans of a JPEG, each of which passes over all pixels: a second or two
@@ -62,7 +72,8 @@ def file_content(path: Path) -> bytes:
         return path.read_bytes()  # in one read: Pillow's own small ones take longer than decoding a small image
     except OSError as error:
         raise UnreadableImage(
-            f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}. Are the images still where they were?"
+            f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}. Are the images"
+            " still where they were?"
         ) from error
 
 
@@ -84,14 +95,15 @@ def opened(file: io.BytesIO | Path, where: str) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # Pillow's: of sizes below its limit, of odd metadata
             with Image.open(file, formats=FORMATS) as image:
                 yield image
-    # Pillow raises errors of many types for damaged files, some its plugins' own slips: SyntaxError, struct.error, IndexError, ...
+    # Pillow raises errors of many types for damaged files, some its plugins' own slips: SyntaxError, struct.error,
+    # IndexError, ...
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):
             why = f"UnidentifiedImageError: none of {', '.join(FORMATS)}"
         raise UnreadableImage(
-            f"{where}: expected an image that can be read, got {error if isinstance(error, Refused) else why}. Replace or remove it, or "
-            "let others stand in for such images: loader.corrupt=skip."
+            f"{where}: expected an image that can be read, got {error if isinstance(error, Refused) else why}. Replace"
+            " or remove it, or let others stand in for such images: loader.corrupt=skip."
         ) from error
 
 
@@ -108,7 +120,10 @@ def check_work(width: int, height: int, content: bytes | memoryview) -> None:
     if content[:2] == b"\xff\xd8":
         scans = bytes(content).count(b"\xff\xda")  # those of its thumbnails too, which are few
         if scans > MAX_SCANS or width * height * scans > MAX_WORK:
-            raise Refused(f"a JPEG of {width} x {height} pixels in {scans} scans, which would take too long: save it as a baseline JPEG")
+            raise Refused(
+                f"a JPEG of {width} x {height} pixels in {scans} scans, which would take too long: save it as a"
+                " baseline JPEG"
+            )
 
 
 def _check(image: Image.Image, content: bytes | memoryview, size: tuple[int, int] | None) -> None:
@@ -119,8 +134,9 @@ def _check(image: Image.Image, content: bytes | memoryview, size: tuple[int, int
     if image.mode not in MODES or signed:
         kind = f"{image.mode}, signed" if signed else image.mode
         raise Refused(
-            f"one of Pillow's mode {kind}, whose values do not fit into 8 bits a channel: say how many channels such images have, data.channels=N, "
-            "and they are read as they are stored, or convert them first, by the range that they use"
+            f"one of Pillow's mode {kind}, whose values do not fit into 8 bits a channel: say how many channels such"
+            " images have, data.channels=N, and they are read as they are stored, or convert them first, by the range"
+            " that they use"
         )
 
 

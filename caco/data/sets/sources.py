@@ -25,7 +25,8 @@ Arrays = Sequence[np.ndarray] | np.ndarray  # images as uint8 [H, W, 3], one by 
 
 
 class Packed(Protocol):
-    """Images that lie encoded in one file mapped into memory, a .beton: compiled views and FFCV read them without Python.
+    """Images that lie encoded in one file mapped into memory, a .beton: compiled views and FFCV read them without
+    Python.
 
     file: the .beton. at: int64 [N], where in it each image of the set stands.
     """
@@ -43,14 +44,15 @@ class Packed(Protocol):
 class Source(Protocol):
     """A map-style set of images: the contract of whatever is trained on, evaluated on or written to a file.
 
-    A set of one's own derives from it, and has then no arrays, paths or file unless it says so. Loaders fork their workers and share
-    a set among them: nothing in it may change, and only `image` is called there. A set is asked what it can do, never what it is.
+    A set of one's own derives from it, and has then no arrays, paths or file unless it says so. Loaders fork their
+    workers and share a set among them: nothing in it may change, and only `image` is called there. A set is asked what
+    it can do, never what it is.
 
-    name: for people and the record. labels: int64 [N] (of VOC2007 [N, classes]); None where there are none. classes: classes[label]
-    is a class's name; None where nobody knows. arrays: all images where they are in memory: loaders then make
-    views of them without calling `image`. channels: None of photographs; else images are as they are stored, with so many channels, in
-    whatever numbers: loaders call `pixels`, and `arrays` and `packed` are None. damaged: of those in memory, what `image` raises, by position; something of no meaning
-    stands for them in `arrays`.
+    name: for people and the record. labels: int64 [N] (of VOC2007 [N, classes]); None where there are none. classes:
+    classes[label] is a class's name; None where nobody knows. arrays: all images where they are in memory: loaders then
+    make views of them without calling `image`. channels: None of photographs; else images are as they are stored, with
+    so many channels, in whatever numbers: loaders call `pixels`, and `arrays` and `packed` are None. damaged: of those
+    in memory, what `image` raises, by position; something of no meaning stands for them in `arrays`.
     """
 
     name: str
@@ -66,7 +68,8 @@ class Source(Protocol):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """The image at a position, RGB; the same one at each call. Where `channels` says that it is none, a picture for people.
+        """The image at a position, RGB; the same one at each call. Where `channels` says that it is none, a picture for
+        people.
 
         Raises:
             UnreadableImage: the loader then ends the run, or lets another image stand in for it.
@@ -82,21 +85,25 @@ class Source(Protocol):
 
     @abstractmethod
     def part(self, indices: np.ndarray, name: str) -> "Source":
-        """The images at these positions, in their order, under a name of their own: for limits, shares and validation images."""
+        """The images at these positions, in their order, under a name of their own: for limits, shares and validation
+        images.
+        """
 
     @abstractmethod
     def digest(self) -> str:
-        """A short hash that changes when the images, their order or their labels do. A checkpoint is gone on from only with the same
-        one, so what does not change an image (a root, a time, a copy) is not in it: caco/data/sets/content.py has the rule."""
+        """A short hash that changes when the images, their order or their labels do. A checkpoint is gone on from only
+        with the same one, so what does not change an image (a root, a time, a copy) is not in it:
+        caco/data/sets/content.py has the rule.
+        """
 
     def cache_key(self) -> str:
-        """A short hash by which what was computed of the images is found again on this machine: it changes with the digest, and
-        where files may have been written anew. The digest, of a set that is not in files."""
+        """A short hash by which what was computed of the images is found again on this machine: it changes with the
+        digest, and where files may have been written anew. The digest, of a set that is not in files."""
         return self.digest()
 
     def look(self, say: Say = silent) -> None:
-        """Find out, all ranks together, what `digest`, `cache_key` and `looks` need to know of the images, where that means reading
-        them. A collective; without it each rank that needs them does it by itself."""
+        """Find out, all ranks together, what `digest`, `cache_key` and `looks` need to know of the images, where that
+        means reading them. A collective; without it each rank that needs them does it by itself."""
         return None
 
     def looks(self) -> np.ndarray | None:
@@ -104,11 +111,15 @@ class Source(Protocol):
         return None
 
     def in_memory(self, max_mb: int) -> "Source":
-        """The same set with its images decoded once, where that can be done and takes no more than `max_mb`; else itself."""
+        """The same set with its images decoded once, where that can be done and takes no more than `max_mb`; else
+        itself.
+        """
         return self
 
     def path(self, index: int) -> Path | None:
-        """The file that holds the image and nothing else; None, for every image alike, where there are no such files."""
+        """The file that holds the image and nothing else; None, for every image alike, where there are no such
+        files.
+        """
         return None
 
     @property
@@ -121,7 +132,8 @@ class Source(Protocol):
 class Splits:
     """What one run reads: images to pre-train on, and labelled ones to evaluate with.
 
-    mean, std: of each channel, where images are as they are stored (Source.channels) and somebody gave them; None has them measured.
+    mean, std: of each channel, where images are as they are stored (Source.channels) and somebody gave them; None has
+    them measured.
     """
 
     pretrain: Source
@@ -139,16 +151,19 @@ class Splits:
         for split, source in (("train", self.train), ("test", self.test)):
             if source is None or source.labels is None:
                 raise UserError(
-                    f"{purpose} needs labelled train and test images; expected class folders, got no labelled {split} split "
-                    f"with {self.pretrain.name}.\nGive data.labelled_root=PATH (train/ and test/ of class folders), hold some "
-                    "labelled images out with data.validation_fraction=0.1, or evaluate nothing with eval=[]."
+                    f"{purpose} needs labelled train and test images; expected class folders, got no labelled {split}"
+                    f" split with {self.pretrain.name}.\nGive data.labelled_root=PATH (train/ and test/ of class"
+                    " folders), hold some labelled images out with data.validation_fraction=0.1, or evaluate nothing"
+                    " with eval=[]."
                 )
         assert self.train is not None and self.test is not None
         return self.train, self.test
 
 
 def digest_together(parts: Sequence[Source]) -> str:
-    """Sixteen hexadecimal digits of the images and labels of a set in parts, however a seed has parted and ordered it."""
+    """Sixteen hexadecimal digits of the images and labels of a set in parts, however a seed has parted and ordered
+    it.
+    """
     images = []
     for part in parts:
         looks, labels = part.looks(), labels_of(part)
@@ -166,7 +181,9 @@ def labels_of(source: Source) -> np.ndarray:
 
 
 def holds(num_images: int) -> Callable[[Callable[P, Splits]], Callable[P, Splits]]:
-    """Declares of a function that reads a published set how many images it gives to train on, for who plans without having it."""
+    """Declares of a function that reads a published set how many images it gives to train on, for who plans without
+    having it.
+    """
 
     def declare(read: Callable[P, Splits]) -> Callable[P, Splits]:
         setattr(read, "num_images", num_images)
@@ -277,7 +294,8 @@ class ImageFiles(Source):
         damaged = {place: self.damaged[index] for place, index in enumerate(indices.tolist()) if index in self.damaged}
         of = self._looks, self._at[indices]
         return ImageFiles(
-            self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded, damaged=damaged, of=of,
+            self.root, self._files[indices], name=name, labels=labels, classes=self.classes, decoded=decoded,
+            damaged=damaged, of=of,
             channels=self.channels,
         )  # fmt: skip
 
@@ -299,7 +317,8 @@ class ImageFiles(Source):
                 return self
         of = self._looks, self._at
         return ImageFiles(
-            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded, damaged=damaged, of=of,
+            self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded,
+            damaged=damaged, of=of,
             channels=self.channels,
         )  # fmt: skip
 

@@ -8,12 +8,15 @@ from caco.data.views.channels import numbers
 from caco.errors import UserError
 from caco.saying import Say, counting, silent
 
-MOST_IMAGES = 4096  # spread evenly over the set: of more, mean and spread hardly change, and the time would be without bound
+MOST_IMAGES = (
+    4096  # spread evenly over the set: of more, mean and spread hardly change, and the time would be without bound
+)
 
 
 def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[float]]:
-    """Of all pixels of up to MOST_IMAGES images, in the numbers that views have (caco/data/views/channels.py). A channel that is the same
-    everywhere has a deviation of 1, so that it stays what it is. A collective, whose result does not depend on the number of ranks.
+    """Of all pixels of up to MOST_IMAGES images, in the numbers that views have (caco/data/views/channels.py). A
+    channel that is the same everywhere has a deviation of 1, so that it stays what it is. A collective, whose result
+    does not depend on the number of ranks.
 
     Raises:
         UserError: none of the images can be read.
@@ -34,10 +37,15 @@ def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[f
     ordered = [parts[place % world][place // world] for place in range(len(chosen))]  # as one rank would have them
     known = [one for one in ordered if one is not None]
     if not known:
-        raise UserError(f"{source.name}: expected images that can be read, got none among {len(chosen)} for their mean and standard deviation")
+        raise UserError(
+            f"{source.name}: expected images that can be read, got none among {len(chosen)} for their mean and standard"
+            " deviation"
+        )
     weight_N = np.array([number for number, _, _ in known], np.float64)
     weight_N /= weight_N.sum()
-    mean_NC, variance_NC = (np.stack(values) for values in zip(*((mean, variance) for _, mean, variance in known), strict=True))
+    mean_NC, variance_NC = (
+        np.stack(values) for values in zip(*((mean, variance) for _, mean, variance in known), strict=True)
+    )
     mean_C = (weight_N[:, None] * mean_NC).sum(0)
     variance_C = (weight_N[:, None] * (variance_NC + (mean_NC - mean_C) ** 2)).sum(0)
     std_C = np.sqrt(variance_C)
@@ -46,7 +54,9 @@ def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[f
 
 
 def _of_one(source: Source, index: int) -> tuple[int, np.ndarray, np.ndarray] | None:
-    """Pixels, and each channel's mean and variance in float64; None of an image that cannot be read, which the loader speaks of."""
+    """Pixels, and each channel's mean and variance in float64; None of an image that cannot be read, which the loader
+    speaks of.
+    """
     try:
         pixels = numbers(source.pixels(index)).astype(np.float64)
     except UnreadableImage:

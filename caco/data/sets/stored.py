@@ -1,7 +1,8 @@
-"""Images as they are stored: any number of channels and any type of number, read without a conversion, for data.channels=N.
+"""Images as they are stored: any number of channels and any type of number, read without a conversion, for
+data.channels=N.
 
-What is read here is an array [H, W, C] of the numbers in the file. Not here: photographs, which are RGB of 8 bits (reading.py), and what
-becomes of the numbers (caco/data/views/channels.py).
+What is read here is an array [H, W, C] of the numbers in the file. Not here: photographs, which are RGB of 8 bits
+(reading.py), and what becomes of the numbers (caco/data/views/channels.py).
 """
 
 import io
@@ -21,7 +22,8 @@ EXTENSIONS = (".npy",)  # besides those of photographs
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY = b"\x93NUMPY"
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Pillow's modes whose numbers it hands over as they are in the file. Of PNGs with 16 bits and several channels it drops 8 of these.
+# Pillow's modes whose numbers it hands over as they are in the file. Of PNGs with 16 bits and several channels it drops
+# 8 of these.
 _AS_STORED = ("L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
@@ -49,7 +51,9 @@ def stored(content: bytes, where: str, channels: int) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - libraries raise what they like where a file is damaged
-        raise _unreadable(where, str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}") from error
+        raise _unreadable(
+            where, str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
+        ) from error
     return checked(pixels, where, channels)
 
 
@@ -62,7 +66,11 @@ def checked(pixels: np.ndarray, where: str, channels: int) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or pixels.size == 0 or pixels.dtype.kind not in "buif":
-        raise _unreadable(where, f"an array of shape {list(pixels.shape)} and type {pixels.dtype} where [height, width, channels] is expected")
+        raise _unreadable(
+            where,
+            f"an array of shape {list(pixels.shape)} and type {pixels.dtype} where [height, width, channels] is"
+            " expected",
+        )
     if pixels.shape[2] != channels:
         raise _unreadable(where, f"one of {pixels.shape[2]} channels where data.channels={channels}")
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
@@ -71,7 +79,9 @@ def checked(pixels: np.ndarray, where: str, channels: int) -> np.ndarray:
 
 
 def shown(pixels: np.ndarray) -> Image.Image:
-    """For people to look at: the first three channels, or the first, each stretched from its least to its largest number."""
+    """For people to look at: the first three channels, or the first, each stretched from its least to its largest
+    number.
+    """
     some = pixels[:, :, : 3 if pixels.shape[2] >= 3 else 1].astype(np.float64)
     least, most = some.min((0, 1)), some.max((0, 1))
     stretched = (255 * (some - least) / np.where(most > least, most - least, 1)).round().astype(np.uint8)
@@ -88,7 +98,10 @@ def _npy(content: bytes) -> np.ndarray:
 
 def _tiff(content: bytes, where: str) -> np.ndarray:
     if not is_installed("tifffile"):
-        raise UserError(f"{where}: TIFFs are read as they are stored by tifffile, which is not installed; to have it: pip install tifffile")
+        raise UserError(
+            f"{where}: TIFFs are read as they are stored by tifffile, which is not installed; to have it: pip install"
+            " tifffile"
+        )
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(content)) as file:
@@ -102,17 +115,21 @@ def _tiff(content: bytes, where: str) -> np.ndarray:
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
-            raise UserError(f"{where}: this TIFF's compression needs imagecodecs; to have it: pip install imagecodecs") from error
+            raise UserError(
+                f"{where}: this TIFF's compression needs imagecodecs; to have it: pip install imagecodecs"
+            ) from error
     order = [axes.index("Y"), axes.index("X"), *(i for i, axis in enumerate(axes) if axis not in "YX")]
     return pixels.transpose(order)
 
 
 def _by_pillow(content: bytes, where: str, channels: int) -> np.ndarray:
-    if content.startswith(_PNG) and len(content) > 25 and content[24] == 16 and content[25] in (2, 4, 6):  # bits, kind of colour
+    if (
+        content.startswith(_PNG) and len(content) > 25 and content[24] == 16 and content[25] in (2, 4, 6)
+    ):  # bits, kind of colour
         if not is_installed("imagecodecs"):
             raise UserError(
-                f"{where}: PNGs of 16 bits and several channels are read by imagecodecs, which is not installed; to have it: "
-                "pip install imagecodecs"
+                f"{where}: PNGs of 16 bits and several channels are read by imagecodecs, which is not installed; to"
+                " have it: pip install imagecodecs"
             )
         import imagecodecs
 
@@ -126,7 +143,10 @@ def _by_pillow(content: bytes, where: str, channels: int) -> np.ndarray:
         elif image.mode == "1":
             image = image.convert("L")
         if image.mode not in _AS_STORED:
-            raise Refused(f"one of Pillow's mode {image.mode}, whose numbers it does not hand over as they are: save it as TIFF or .npy")
+            raise Refused(
+                f"one of Pillow's mode {image.mode}, whose numbers it does not hand over as they are: save it as TIFF"
+                " or .npy"
+            )
         return np.array(image)
 
 
@@ -139,5 +159,6 @@ def _check_size(shape: Any) -> None:
 
 def _unreadable(where: str, got: str) -> UnreadableImage:
     return UnreadableImage(
-        f"{where}: expected an image that can be read, got {got}. Replace or remove it, or let others stand in for such images: loader.corrupt=skip."
+        f"{where}: expected an image that can be read, got {got}. Replace or remove it, or let others stand in for such"
+        " images: loader.corrupt=skip."
     )

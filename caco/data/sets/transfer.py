@@ -1,6 +1,7 @@
 """The eleven sets of transfer evaluation (the paper's Table V), read where torchvision's own downloads would put them.
 
-Labels: int64 [N] in [0, C); of VOC2007 int64 [N, 20], 1 present, 0 absent, -1 marked difficult, which counts for nothing.
+Labels: int64 [N] in [0, C); of VOC2007 int64 [N, 20], 1 present, 0 absent, -1 marked difficult, which counts for
+nothing.
 """
 
 import json
@@ -18,7 +19,8 @@ from caco.runs.paths import read_text
 
 Metric = Literal["top1", "mean_per_class", "map11"]
 VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse",
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 CALTECH_TRAINING_IMAGES = 30
@@ -53,7 +55,8 @@ def load(name: str, root: Path, *, seed: int) -> TransferSet:
     top = root / name
     if not (top / "train").is_dir() or not (top / "test").is_dir():
         raise MissingSet(
-            f"{name}: expected one of {', '.join(READERS)}, or a folder of your own: {top}/train and {top}/test of class folders"
+            f"{name}: expected one of {', '.join(READERS)}, or a folder of your own: {top}/train and {top}/test of"
+            " class folders"
         )
     train = class_folders(top / "train", f"{name}/train")
     return _with_held_out(name, train, class_folders(top / "test", f"{name}/test", train.classes), "top1", 0.1, seed)
@@ -67,7 +70,13 @@ def food101(root: Path, seed: int) -> TransferSet:
         listed = json.loads(read_text(top / "meta" / f"{split}.json"))
         classes = sorted(listed)
         files = [f"{image}.jpg" for name in classes for image in listed[name]]
-        return _files(top / "images", files, f"food101/{split}", [c for c, name in enumerate(classes) for _ in listed[name]], classes)
+        return _files(
+            top / "images",
+            files,
+            f"food101/{split}",
+            [c for c, name in enumerate(classes) for _ in listed[name]],
+            classes,
+        )
 
     return _with_held_out("food101", part("train"), part("test"), "top1", 0.1, seed)
 
@@ -98,7 +107,13 @@ def sun397(root: Path, seed: int) -> TransferSet:
         if not lists:
             raise MissingSet(f"sun397: expected {top / file} of Partitions.zip, from the set's page; got no such file")
         images = [line.strip() for line in read_text(lists[0]).splitlines() if line.strip()]
-        return _files(top, [image.lstrip("/") for image in images], f"sun397/{split}", [number[image.rpartition("/")[0]] for image in images], classes)
+        return _files(
+            top,
+            [image.lstrip("/") for image in images],
+            f"sun397/{split}",
+            [number[image.rpartition("/")[0]] for image in images],
+            classes,
+        )
 
     return _with_held_out("sun397", part("train", "Training_01.txt"), part("test", "Testing_01.txt"), "top1", 0.2, seed)
 
@@ -111,7 +126,10 @@ def cars(root: Path, seed: int) -> TransferSet:
         "cars",
         root / "stanford_cars",
         None,
-        also="holding cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat (the original server is gone: from a copy)",
+        also=(
+            "holding cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat (the original server is gone:"
+            " from a copy)"
+        ),
     )
     classes = [str(name) for name in loadmat(top / "devkit" / "cars_meta.mat", squeeze_me=True)["class_names"].tolist()]
 
@@ -141,7 +159,12 @@ def aircraft(root: Path, seed: int) -> TransferSet:
 
 def voc2007(root: Path, seed: int) -> TransferSet:
     """PASCAL VOC 2007 classification: 2,501, 2,510 and 4,952 images of 20 classes, several an image. 11-point mAP."""
-    top = _there("voc2007", root / "VOCdevkit" / "VOC2007", None, also="as VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar unpack")
+    top = _there(
+        "voc2007",
+        root / "VOCdevkit" / "VOC2007",
+        None,
+        also="as VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar unpack",
+    )
 
     def part(split: str) -> ImageFiles:
         columns, files = [], []
@@ -152,7 +175,9 @@ def voc2007(root: Path, seed: int) -> TransferSet:
             # Published: 1 present, -1 absent, 0 only difficult ones.
             columns.append([{"1": 1, "-1": 0, "0": -1}[mark] for _, mark in rows])
         if any(column != files[0] for column in files):
-            raise UserError(f"voc2007: expected the same images in every list of {split}, got others in {top / 'ImageSets'}")
+            raise UserError(
+                f"voc2007: expected the same images in every list of {split}, got others in {top / 'ImageSets'}"
+            )
         return _files(top, files[0], f"voc2007/{split}", np.array(columns).T, list(VOC_CLASSES))
 
     return TransferSet("voc2007", part("train"), part("val"), part("test"), "map11")
@@ -165,14 +190,18 @@ def dtd(root: Path, seed: int) -> TransferSet:
     classes = sorted({image.partition("/")[0] for image in lists["train"]})
     number = {name: c for c, name in enumerate(classes)}
     parts = {
-        split: _files(top / "images", images, f"dtd/{split}", [number[image.partition("/")[0]] for image in images], classes)
+        split: _files(
+            top / "images", images, f"dtd/{split}", [number[image.partition("/")[0]] for image in images], classes
+        )
         for split, images in lists.items()
     }
     return TransferSet("dtd", parts["train"], parts["val"], parts["test"], "top1")
 
 
 def pets(root: Path, seed: int) -> TransferSet:
-    """Oxford-IIIT Pets, 37 breeds: 3,680 and 3,669 images; a fifth of the first is held out. Mean accuracy per class."""
+    """Oxford-IIIT Pets, 37 breeds: 3,680 and 3,669 images; a fifth of the first is held out. Mean accuracy per
+    class.
+    """
     top = _there("pets", root / "oxford-iiit-pet", "OxfordIIITPet")
 
     def part(split: str, file: str) -> ImageFiles:
@@ -186,7 +215,8 @@ def pets(root: Path, seed: int) -> TransferSet:
 
 
 def caltech101(root: Path, seed: int) -> TransferSet:
-    """Caltech-101: 30 training images of each of its 102 classes (with the background class), drawn; the rest are the test.
+    """Caltech-101: 30 training images of each of its 102 classes (with the background class), drawn; the rest are the
+    test.
 
     A fifth of the training images is held out. Mean accuracy per class.
     """
@@ -212,7 +242,9 @@ def flowers(root: Path, seed: int) -> TransferSet:
     def part(split: str, key: str) -> ImageFiles:
         numbers = np.atleast_1d(ids[key]).astype(np.int64)
         files = [f"jpg/image_{number:05d}.jpg" for number in numbers]
-        return _files(top, files, f"flowers/{split}", labels[numbers - 1], [str(c + 1) for c in range(int(labels.max()) + 1)])
+        return _files(
+            top, files, f"flowers/{split}", labels[numbers - 1], [str(c + 1) for c in range(int(labels.max()) + 1)]
+        )
 
     return TransferSet("flowers", part("train", "trnid"), part("val", "valid"), part("test", "tstid"), "mean_per_class")
 
@@ -238,8 +270,13 @@ def _there(name: str, top: Path, torchvision_name: str | None, *, also: str = ""
     root = top
     while root.name and not root.is_dir():
         root = root.parent
-    fetch = f'; torchvision fetches it: python -c "from torchvision.datasets import {torchvision_name} as D; D({str(root)!r}, download=True)"'
-    raise MissingSet(f"{name}: expected {top} {also}".rstrip() + ", got no such folder" + (fetch if torchvision_name else ""))
+    fetch = (
+        f'; torchvision fetches it: python -c "from torchvision.datasets import {torchvision_name} as D;'
+        f' D({str(root)!r}, download=True)"'
+    )
+    raise MissingSet(
+        f"{name}: expected {top} {also}".rstrip() + ", got no such folder" + (fetch if torchvision_name else "")
+    )
 
 
 def _file(name: str, path: Path) -> Path:
@@ -248,7 +285,9 @@ def _file(name: str, path: Path) -> Path:
     return path
 
 
-def _files(root: Path, files: list[str], name: str, labels: Sequence[int] | np.ndarray, classes: list[str]) -> ImageFiles:
+def _files(
+    root: Path, files: list[str], name: str, labels: Sequence[int] | np.ndarray, classes: list[str]
+) -> ImageFiles:
     """Images in files that a published list names.
 
     Raises:
@@ -257,8 +296,8 @@ def _files(root: Path, files: list[str], name: str, labels: Sequence[int] | np.n
     missing = [file for file in files if not (root / file).is_file()]
     if missing or not files:
         raise UserError(
-            f"{name}: expected the {len(files)} images of the published list below {root}, got {len(missing)} of them not there"
-            f" ({', '.join(missing[:3])}): unpack the set again"
+            f"{name}: expected the {len(files)} images of the published list below {root}, got {len(missing)} of them"
+            f" not there ({', '.join(missing[:3])}): unpack the set again"
         )
     return ImageFiles(root, files, name=name, labels=np.asarray(labels, dtype=np.int64), classes=classes)
 

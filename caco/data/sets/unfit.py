@@ -17,8 +17,9 @@ def refuse_too_small_for_patches(source: Source) -> None:
         height, width = pixels.shape[:2]
         if min(height, width) < SMALLEST_SIDE:
             raise UserError(
-                f"data: images of {source.name} are too small for patches: the first has {width} x {height} pixels, a third of which "
-                f"is {min(height, width) // 3}; this method needs images of {SMALLEST_SIDE} pixels a side or more"
+                f"data: images of {source.name} are too small for patches: the first has {width} x {height} pixels, a"
+                f" third of which is {min(height, width) // 3}; this method needs images of {SMALLEST_SIDE} pixels a"
+                " side or more"
             )
 
 
@@ -27,8 +28,8 @@ def refuse_grey(source: Source) -> None:
     images = _first(source, _NUM_LOOKED_AT)
     if images and all((pixels == pixels[..., :1]).all() for pixels in images):
         raise UserError(
-            f"data: the first {len(images)} images of {source.name} are grey; this method contrasts lightness with colour, and needs "
-            "images that have some"
+            f"data: the first {len(images)} images of {source.name} are grey; this method contrasts lightness with"
+            " colour, and needs images that have some"
         )
 
 

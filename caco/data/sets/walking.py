@@ -1,4 +1,6 @@
-"""Walks over folders of images: symbolic links are followed, and refused where images would come twice or lead nowhere."""
+"""Walks over folders of images: symbolic links are followed, and refused where images would come twice or lead
+nowhere.
+"""
 
 import contextlib
 import os
@@ -19,7 +21,9 @@ _QUIET_S = 2.0
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """What is found inside is handed to the next walk over the same folder in this process, which looks no second time."""
+    """What is found inside is handed to the next walk over the same folder in this process, which looks no second
+    time.
+    """
     global _keeping
     _keeping = True
     try:
@@ -48,12 +52,15 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     except OSError as error:
         of = error.filename or folder
         link = f", a link to {os.readlink(of)}" if os.path.islink(of) else ""
-        raise FileError(f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Mend or remove it.") from error
+        raise FileError(
+            f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Mend or remove it."
+        ) from error
     return found
 
 
 class Walk:
-    """Walks over folders, into each of them once: symbolic links are followed, but not to where the walk comes by anyway.
+    """Walks over folders, into each of them once: symbolic links are followed, but not to where the walk comes by
+    anyway.
 
     Args:
         top: what holds all folders that are walked over.
@@ -102,18 +109,23 @@ class Walk:
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + 5
             if is_first_rank():
-                print(f"caco: looking through {self._top}: {self._images + found:,} images so far", file=sys.stderr, flush=True)
+                print(
+                    f"caco: looking through {self._top}: {self._images + found:,} images so far",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _enter(self, folder: Path) -> None:
         identity = _identity(folder)
         if folder != self._top and identity in self._above:
             raise UserError(
-                f"{folder}: a link to {self._above[identity]}, which holds it: its images would come again, as those of another class. "
-                "Remove the link."
+                f"{folder}: a link to {self._above[identity]}, which holds it: its images would come again, as those of"
+                " another class. Remove the link."
             )
         if identity in self._seen:
             raise UserError(
-                f"{folder} and {self._seen[identity]} are one folder, by a link: its images would come twice. Remove one of them."
+                f"{folder} and {self._seen[identity]} are one folder, by a link: its images would come twice. Remove"
+                " one of them."
             )
         self._seen[identity] = folder
 

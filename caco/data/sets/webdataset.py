@@ -32,13 +32,15 @@ def webdataset(
     mean: list[Finite] | None = None,
     std: list[AboveZero] | None = None,
 ) -> Splits:
-    """A folder of uncompressed tar files: train/*.tar and test/*.tar (or val/), or train-*.tar and test-*.tar, or any *.tar to train on.
+    """A folder of uncompressed tar files: train/*.tar and test/*.tar (or val/), or train-*.tar and test-*.tar, or any
+    *.tar to train on.
 
-    Their order is that of their names. A sample is what has one name but for its endings, with one image. They are read by position, in
-    any order, and not as a stream: the shards have to lie on a disk.
+    Their order is that of their names. A sample is what has one name but for its endings, with one image. They are read
+    by position, in any order, and not as a stream: the shards have to lie on a disk.
 
     Args:
-        label: the ending of the file that holds the sample's class, a whole number (cls); or NAME.json's key, as json:KEY; null: no labels.
+        label: the ending of the file that holds the sample's class, a whole number (cls); or NAME.json's key, as
+            json:KEY; null: no labels.
         limit, validation_fraction, seed, channels, mean, std: as of `folder`.
     Raises:
         FileError: no root given, no shards there, or one that is no tar file.
@@ -51,7 +53,9 @@ def webdataset(
     train_shards, test_shards, test_name = _shards(top)
     extensions = EXTENSIONS if channels is None else EXTENSIONS + STORED
     train = _source(train_shards, top, "webdataset/train", label, extensions, channels)
-    test = None if not test_shards else _source(test_shards, top, f"webdataset/{test_name}", label, extensions, channels)
+    test = (
+        None if not test_shards else _source(test_shards, top, f"webdataset/{test_name}", label, extensions, channels)
+    )
     splits = reduced(train, test, name="webdataset", limit=limit, validation_fraction=validation_fraction, seed=seed)
     return dataclasses.replace(splits, mean=mean, std=std)
 
@@ -65,7 +69,10 @@ def _shards(top: Path) -> tuple[list[Path], list[Path], str]:
     every = sorted(top.glob("*.tar"))
     if not every:
         packed = ", ".join(sorted({path.name for path in top.glob("*.tar.*")})[:3])
-        raise FileError(f"{top}: expected *.tar, or train/*.tar and test/*.tar, got none" + (f" but {packed}: unpack them to .tar" if packed else ""))
+        raise FileError(
+            f"{top}: expected *.tar, or train/*.tar and test/*.tar, got none"
+            + (f" but {packed}: unpack them to .tar" if packed else "")
+        )
     return every, [], "test"
 
 
@@ -81,7 +88,10 @@ def _source(
             called = f"{shard.relative_to(top)}/{sample['__key__']}"
             images = [key for key in sample if not key.startswith("__") and key.rpartition(".")[2] in endings]
             if len(images) != 1:
-                raise UserError(f"{called}: expected one image ({', '.join(endings)}) in each sample, got {', '.join(images) or 'none'}")
+                raise UserError(
+                    f"{called}: expected one image ({', '.join(endings)}) in each sample, got"
+                    f" {', '.join(images) or 'none'}"
+                )
             places.append((number, *sample[images[0]]))
             names.append(f"{called}.{images[0]}".encode())
             if label is not None:
@@ -94,11 +104,15 @@ def _source(
         number, first, size = place[position].tolist()
         return _read(shards[number], first, size)
 
-    return EncodedImages(content, np.array(names), name=name, labels=np.array(labels) if label is not None else None, channels=channels)
+    return EncodedImages(
+        content, np.array(names), name=name, labels=np.array(labels) if label is not None else None, channels=channels
+    )
 
 
 def _members(shard: Path) -> Iterator[dict[str, Any]]:
-    """For WebDataset's grouping: each file's name and, in place of its content, where that lies: (first byte, bytes)."""
+    """For WebDataset's grouping: each file's name and, in place of its content, where that lies: (first byte,
+    bytes).
+    """
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -112,12 +126,17 @@ def _members(shard: Path) -> Iterator[dict[str, Any]]:
 def _label(shard: Path, sample: dict[str, Any], label: str, called: str) -> int:
     ending, _, key = label.partition(":")
     if ending not in sample:
-        raise UserError(f"{called}: expected its label in {called}.{ending}, got none: data.label=ENDING names another, data.label=null does without")
+        raise UserError(
+            f"{called}: expected its label in {called}.{ending}, got none: data.label=ENDING names another,"
+            " data.label=null does without"
+        )
     text = _read(shard, *sample[ending])
     try:
         return int(json.loads(text)[key] if key else text)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{called}.{ending}: expected a whole number{f' as its {key}' if key else ''}, got {text[:40]!r}") from error
+        raise UserError(
+            f"{called}.{ending}: expected a whole number{f' as its {key}' if key else ''}, got {text[:40]!r}"
+        ) from error
 
 
 def _read(shard: Path, first: int, size: int) -> bytes:

@@ -55,8 +55,8 @@ class Patches:
         stride: pixels from a cell's corner to its neighbour's; below `size` the windows overlap.
         jitter: a window's corner lies 0 to so many pixels down and right of its cell's, drawn for each.
         shuffled: whether the windows come in an order drawn at random, else row by row.
-        each: what is done to each window, as to an image of its own; None: nothing. Its `scale` and `ratio` of [1.0, 1.0] keep it
-            whole.
+        each: what is done to each window, as to an image of its own; None: nothing. Its `scale` and `ratio` of [1.0,
+            1.0] keep it whole.
     Raises:
         ValueError: a value out of its range.
     """
@@ -70,8 +70,12 @@ class Patches:
 
     def __post_init__(self) -> None:
         hold_fields(self)
-        if self.each is not None and (self.each.patches is not None or self.each.count != 1 or self.each.size is not None):
-            raise UserError("patches each: expected a view without patches, count and size of its own, for the windows have theirs")
+        if self.each is not None and (
+            self.each.patches is not None or self.each.count != 1 or self.each.size is not None
+        ):
+            raise UserError(
+                "patches each: expected a view without patches, count and size of its own, for the windows have theirs"
+            )
 
     @property
     def extent(self) -> int:
@@ -86,7 +90,8 @@ class Patches:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order; then what `then` says.
+    """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order; then what
+    `then` says.
 
     Written with Pillow, as the published code is, and held to torchvision's results by the tests. This is what a view
     is; views.cpp makes the same bits several times faster, and is held to this.
@@ -111,7 +116,9 @@ class View:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     rotate: Annotated[float, Range(least=0, most=180)] = 0.0
     shift: Share = 0.0
-    jitter: Annotated[Sequence[NonNegative], Length(least=4, most=4)] = field(default_factory=lambda: [0.4, 0.4, 0.4, 0.1])
+    jitter: Annotated[Sequence[NonNegative], Length(least=4, most=4)] = field(
+        default_factory=lambda: [0.4, 0.4, 0.4, 0.1]
+    )
     jitter_p: Share = 0.8
     gray_p: Share = 0.2
     blur: Interval = field(default_factory=lambda: [0.1, 2.0])
@@ -157,7 +164,9 @@ class View:
         return image
 
     def draw(self, image: Image.Image, size: int, u: Sequence[float]) -> Image.Image:
-        """The view, size x size, that these random numbers (see `uniforms`) make of an image, up to what `then` says."""
+        """The view, size x size, that these random numbers (see `uniforms`) make of an image, up to what `then`
+        says.
+        """
         box = crop_box(image.width, image.height, self.scale, self.ratio, u[CROP], u[CROP_TOP], u[CROP_LEFT])
         image = rotation(self, size, u)(resize(image.crop(box), size, size, self.interpolation))
         if u[JITTER] < self.jitter_p:
@@ -178,15 +187,17 @@ class Views:
 
     Args:
         size: pixels of the plain view, and of every view that names none.
-        views: the kinds of view by any name, in order; a kind of count n gives n views in a row. At most one is cut into patches.
+        views: the kinds of view by any name, in order; a kind of count n gives n views in a row. At most one is cut
+            into patches.
         plain_crop: share of the shorter side that the plain view keeps (224 of 256: 0.875).
         plain_interpolation: by which the plain view is resized.
-        colours: what every view, the plain one too, is converted into: "rgb" is none, the others have their lightness first
-            (colours.py).
+        colours: what every view, the plain one too, is converted into: "rgb" is none, the others have their lightness
+            first (colours.py).
         mean, std: of each channel, for pixels in 0..1, or of the colour space's channels as it has them.
     Raises:
         ValueError: a value out of its range.
-    channels: None of photographs; else as of the images, see caco/data/views/channels.py. dtype: of pixels before normalisation.
+    channels: None of photographs; else as of the images, see caco/data/views/channels.py. dtype: of pixels before
+    normalisation.
     """
 
     channels: int | None = None
@@ -243,8 +254,8 @@ class Views:
         return np.array(self._views[v].draw(image, self.kinds.kinds[v][1], u))
 
     def batch_pixels(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int) -> list[np.ndarray]:
-        """All views of some images (uint8 [h, w, 3] each) before normalisation: a view's are uint8 [B, H, W, 3]; patches, where there
-        are any, come last, [B, P, H, W, 3].
+        """All views of some images (uint8 [h, w, 3] each) before normalisation: a view's are uint8 [B, H, W, 3];
+        patches, where there are any, come last, [B, P, H, W, 3].
 
         Args:
             samples, stream: what the random numbers depend on, see `draws.uniforms`.
@@ -253,8 +264,8 @@ class Views:
         return whole if patches is None else [*whole, patches]
 
     def plain_batch(self, images: np.ndarray, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled, and so for
-        bilinear ones alone (`plain_is_compiled`)."""
+        """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled,
+        and so for bilinear ones alone (`plain_is_compiled`)."""
         assert self.plain_is_compiled
         made = np.empty((len(images), self.size, self.size, 3), np.uint8)
         settings = native.settings([(View(), self.size)], self._scale, self._offset)
@@ -274,14 +285,18 @@ class Views:
         return self.kinds.settings(self._scale.tolist(), self._offset.tolist())
 
     def plain_pixels(self, image: Any) -> np.ndarray:
-        """The plain view of an image of Pillow's before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize and CenterCrop do."""
+        """The plain view of an image of Pillow's before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize
+        and CenterCrop do.
+        """
         (width, height), box = plain_box(image.width, image.height, self.size, self.plain_crop)
         if (width, height) != image.size:
             image = resize(image, width, height, self.plain_interpolation)
         return np.array(image.crop(box))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in channels_last strides, on the pixels' device; floats are done."""
+        """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in channels_last strides, on the pixels' device; floats are
+        done.
+        """
         if pixels.is_floating_point():
             return pixels.movedim(-1, -3)
         convert = CONVERSIONS[self.colours]
@@ -320,7 +335,9 @@ def crop_box(
     return left, top, left + w, top + h
 
 
-def plain_box(width: int, height: int, size: int, plain_crop: float) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+def plain_box(
+    width: int, height: int, size: int, plain_crop: float
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """To which width and height an image is resized for its plain view, and which box of that the view is."""
     short, shorter = round(size / plain_crop), min(width, height)
     width, height = short * width // shorter, short * height // shorter
@@ -329,7 +346,9 @@ def plain_box(width: int, height: int, size: int, plain_crop: float) -> tuple[tu
 
 
 def resize(image: Image.Image, width: int, height: int, interpolation: str) -> Image.Image:
-    """Across, then down, rounded between: what Pillow does at once, except that from 13 on it turns the order for some."""
+    """Across, then down, rounded between: what Pillow does at once, except that from 13 on it turns the order for
+    some.
+    """
     how = _RESAMPLING[interpolation]
     return image.resize((width, image.height), how).resize((width, height), how)
 
@@ -337,7 +356,9 @@ def resize(image: Image.Image, width: int, height: int, interpolation: str) -> I
 def _jitter(
     image: Image.Image, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]
 ) -> Image.Image:
-    """Brightness, contrast, saturation by factors in 1 +- strength, hue by a shift in +- strength, in the order drawn."""
+    """Brightness, contrast, saturation by factors in 1 +- strength, hue by a shift in +- strength, in the order
+    drawn.
+    """
     for op in sorted(range(4), key=u_order.__getitem__):
         strength = strengths[op]
         if strength == 0:
@@ -350,7 +371,8 @@ def _jitter(
     return image
 
 
-# The four below are Pillow's ImageEnhance and torchvision's adjust_hue (the tests hold them equal) without their detours.
+# The four below are Pillow's ImageEnhance and torchvision's adjust_hue (the tests hold them equal) without their
+# detours.
 def rotation(view: View, size: int, u: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
     """What turns and shifts the view of this size as these random numbers say."""
     if not view.rotate and not view.shift:

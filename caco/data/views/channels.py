@@ -1,8 +1,9 @@
-"""Views of images as they are stored, with any number of channels (data.channels=N), in NumPy and Pillow's images of floats.
+"""Views of images as they are stored, with any number of channels (data.channels=N), in NumPy and Pillow's images of
+floats.
 
-The draws are those of the photographs' views (augmentation.py): the same random numbers in the same places, so that a view depends on
-(seed, epoch, image, view) alone. What differs: pixels are float32 and never cut off; what is relative to a range is relative to the
-view's own. Unsigned integers count as 0..1; all other numbers are what they are.
+The draws are those of the photographs' views (augmentation.py): the same random numbers in the same places, so that a
+view depends on (seed, epoch, image, view) alone. What differs: pixels are float32 and never cut off; what is relative
+to a range is relative to the view's own. Unsigned integers count as 0..1; all other numbers are what they are.
 
 Shapes: [H, W, C] of an image, [B, H, W, C] of a batch.
 """
@@ -55,7 +56,10 @@ class ChannelViews(Views):
     def __init__(self, like: Views, *, mean: Sequence[float], std: Sequence[float]):
         assert len(mean) == len(std)
         if like.colours != "rgb":
-            raise UserError(f"augmentation.colours={like.colours}: is of red, green and blue, and data.channels={len(mean)}; expected rgb")
+            raise UserError(
+                f"augmentation.colours={like.colours}: is of red, green and blue, and data.channels={len(mean)};"
+                " expected rgb"
+            )
         self._like, self.channels = like, len(mean)
         self.size, self.plain_crop, self.plain_interpolation = like.size, like.plain_crop, like.plain_interpolation
         self.colours, self.mean, self.std = "rgb", [float(value) for value in mean], [float(value) for value in std]
@@ -80,7 +84,9 @@ class ChannelViews(Views):
         pixels = numbers(image)
         (width, height), box = plain_box(pixels.shape[1], pixels.shape[0], self.size, self.plain_crop)
         left, top, right, bottom = box
-        return _each_channel(pixels, lambda c: resize(c, width, height, self.plain_interpolation).crop((left, top, right, bottom)))
+        return _each_channel(
+            pixels, lambda c: resize(c, width, height, self.plain_interpolation).crop((left, top, right, bottom))
+        )
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """float32 [..., H, W, C] to float32 [..., C, H, W] in channels_last strides, on the pixels' device."""
@@ -98,8 +104,9 @@ class ChannelKinds(Kinds):
         for view, _ in kinds:
             if view.then:
                 raise UserError(
-                    f"augmentation: the operations {', '.join(view.then)} of a view's `then` are of RGB of 8 bits, and data.channels={channels}; "
-                    "leave them out, as '~augmentation.views.NAME.then', or choose another augmentation"
+                    f"augmentation: the operations {', '.join(view.then)} of a view's `then` are of RGB of 8 bits, and"
+                    f" data.channels={channels}; leave them out, as '~augmentation.views.NAME.then', or choose another"
+                    " augmentation"
                 )
         super().__init__(kinds)
 
@@ -113,7 +120,9 @@ class ChannelKinds(Kinds):
 
 
 def numbers(pixels: Any) -> np.ndarray:
-    """An image's numbers as float32: unsigned integers divided by their type's largest, so 0..1; all others as they are."""
+    """An image's numbers as float32: unsigned integers divided by their type's largest, so 0..1; all others as they
+    are.
+    """
     pixels = np.asarray(pixels)
     if pixels.dtype.kind == "u":
         return (pixels / np.iinfo(pixels.dtype).max).astype(np.float32)
@@ -121,8 +130,8 @@ def numbers(pixels: Any) -> np.ndarray:
 
 
 def draw(view: View, pixels: np.ndarray, size: int, u: Sequence[float]) -> np.ndarray:
-    """The view, float32 [size, size, C], that these random numbers make of an image, float32 [H, W, C]. Saturation, hue and grey are
-    of three channels alone, which are then red, green and blue; with any other number they do nothing."""
+    """The view, float32 [size, size, C], that these random numbers make of an image, float32 [H, W, C]. Saturation, hue
+    and grey are of three channels alone, which are then red, green and blue; with any other number they do nothing."""
     height, width, channels = pixels.shape
     box = crop_box(width, height, view.scale, view.ratio, u[CROP], u[CROP_TOP], u[CROP_LEFT])
     pixels = pixels[box[1] : box[3], box[0] : box[2]]
@@ -137,7 +146,9 @@ def draw(view: View, pixels: np.ndarray, size: int, u: Sequence[float]) -> np.nd
         pixels = ndimage.gaussian_filter(pixels, (sigma, sigma, 0), mode="nearest", truncate=3.0)
     if u[SOLARIZE] < view.solarize_p:
         least, most = pixels.min((0, 1)), pixels.max((0, 1))
-        pixels = np.where(pixels >= (least + most) / 2, least + most - pixels, pixels)  # the upper half of each channel's range, turned over
+        pixels = np.where(
+            pixels >= (least + most) / 2, least + most - pixels, pixels
+        )  # the upper half of each channel's range, turned over
     return pixels[:, ::-1] if u[FLIP] < view.flip_p else pixels
 
 
@@ -147,9 +158,12 @@ def _each_channel(pixels: np.ndarray, change: Any) -> np.ndarray:
     return np.stack([np.asarray(change(image)) for image in images], 2)
 
 
-def _jitter(pixels: np.ndarray, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]) -> np.ndarray:
-    """As of photographs, in the order drawn, without cutting anything off: brightness multiplies; contrast moves towards or away from the
-    mean of each channel; saturation towards or away from grey; hue turns, where numbers lie in 0..1."""
+def _jitter(
+    pixels: np.ndarray, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]
+) -> np.ndarray:
+    """As of photographs, in the order drawn, without cutting anything off: brightness multiplies; contrast moves
+    towards or away from the mean of each channel; saturation towards or away from grey; hue turns, where numbers lie in
+    0..1."""
     colour = pixels.shape[2] == 3
     for op in sorted(range(4), key=u_order.__getitem__):
         strength = strengths[op]

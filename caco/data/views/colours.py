@@ -1,8 +1,8 @@
-"""Colours: the four changes that a jitter is made of, and spaces that set lightness apart from colour, for methods that contrast the one
-with the other (CMC).
+"""Colours: the four changes that a jitter is made of, and spaces that set lightness apart from colour, for methods that
+contrast the one with the other (CMC).
 
-In these spaces pixels are [..., 3] in sRGB, 0..1; what is made of them has the lightness first. The numbers are scikit-image's (skimage.color), which
-the published code calls.
+In these spaces pixels are [..., 3] in sRGB, 0..1; what is made of them has the lightness first. The numbers are
+scikit-image's (skimage.color), which the published code calls.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,12 @@ def to_ycbcr(rgb: Tensor) -> Tensor:
 
 
 # All but the first have lightness first (caco/config/views_needed.py names them).
-CONVERSIONS: dict[str, Callable[[Tensor], Tensor] | None] = {"rgb": None, "lab": to_lab, "ydbdr": to_ydbdr, "ycbcr": to_ycbcr}
+CONVERSIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "rgb": None,
+    "lab": to_lab,
+    "ydbdr": to_ydbdr,
+    "ycbcr": to_ycbcr,
+}
 
 
 def change_brightness(image: Image.Image, factor: float) -> Image.Image:

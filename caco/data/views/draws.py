@@ -1,8 +1,12 @@
-"""A view's random numbers: of (stream, image, view) alone, so that any process may make any view. random.h draws the same."""
+"""A view's random numbers: of (stream, image, view) alone, so that any process may make any view. random.h draws the
+same.
+"""
 
 import numpy as np
 
-NUM_UNIFORMS = 39  # that every view takes (augmentation.py says for what); further ones are those of its `then` and its patches
+NUM_UNIFORMS = (
+    39  # that every view takes (augmentation.py says for what); further ones are those of its `then` and its patches
+)
 
 
 def uniforms(stream: int, samples: np.ndarray, v: int, count: int = NUM_UNIFORMS) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""Kinds of view made of a batch of images: compiled where that was built, else by Pillow; then what neither of a kind's settings
-says but its `then` and its `patches`, by Pillow and NumPy in both cases. So the bits are the same.
+"""Kinds of view made of a batch of images: compiled where that was built, else by Pillow; then what neither of a kind's
+settings says but its `then` and its `patches`, by Pillow and NumPy in both cases. So the bits are the same.
 
 Shapes: B images, P patches of each, H and W pixels; pixels are uint8.
 """
@@ -16,8 +16,8 @@ from caco.data.views.draws import stream_of, uniforms
 
 
 class Operation(Protocol):
-    """One of a view's further operations (its `then`): called with an RGB image and `numbers` random numbers in [0, 1), it gives an
-    image of the same size, the same one for the same numbers. operations.py has some.
+    """One of a view's further operations (its `then`): called with an RGB image and `numbers` random numbers in [0, 1),
+    it gives an image of the same size, the same one for the same numbers. operations.py has some.
 
     numbers: how many it takes, whatever it does with them.
     """
@@ -63,7 +63,9 @@ class Kinds:
         assert self.patches is not None
         return (count, self.patches.grid**2, self.patches.size, self.patches.size, self.channels)
 
-    def make(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int) -> tuple[list[np.ndarray], np.ndarray | None]:
+    def make(
+        self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int
+    ) -> tuple[list[np.ndarray], np.ndarray | None]:
         """Of each kind that stays whole, [B, H, W, 3], and the patches of the one that is cut.
 
         Args:
@@ -86,9 +88,17 @@ class Kinds:
                 drawn[v][row] = view.draw(Image.fromarray(image), size, u)
 
     def finish(
-        self, drawn: Sequence[np.ndarray], samples: np.ndarray, stream: int, *, patches: np.ndarray | None = None, num_threads: int = 1
+        self,
+        drawn: Sequence[np.ndarray],
+        samples: np.ndarray,
+        stream: int,
+        *,
+        patches: np.ndarray | None = None,
+        num_threads: int = 1,
     ) -> None:
-        """What is left to do when the kinds are drawn: each one's `then`, in place, and the cut into `patches`, which is filled."""
+        """What is left to do when the kinds are drawn: each one's `then`, in place, and the cut into `patches`, which
+        is filled.
+        """
 
         def part(rows: np.ndarray) -> None:
             some = slice(rows[0], rows[-1] + 1)
@@ -108,7 +118,9 @@ class Kinds:
         if self._each is not None:
             count = patches.shape[1]
             of_patches = (np.asarray(samples, np.int64)[:, None] * count + np.arange(count)).ravel()
-            (made,), _ = self._each.make(list(patches.reshape(-1, *patches.shape[2:])), of_patches, stream_of(stream, self.cut))
+            (made,), _ = self._each.make(
+                list(patches.reshape(-1, *patches.shape[2:])), of_patches, stream_of(stream, self.cut)
+            )
             patches = made.reshape(patches.shape)
         if self.patches.shuffled:
             order_BP = u_BN[:, 2 * patches.shape[1] :].argsort(1, kind="stable")
@@ -120,8 +132,8 @@ def windows(patches: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> np.ndarr
     """The windows of each image, row by row: [B, P, size, size, 3].
 
     Args:
-        patches: caco.data.views.augmentation.Patches. u_BN: the first 2 P say how far down each window lies in its cell, then how far
-            to the right.
+        patches: caco.data.views.augmentation.Patches. u_BN: the first 2 P say how far down each window lies in its
+            cell, then how far to the right.
     """
     grid, size = patches.grid, patches.size
     corners = np.mgrid[:grid, :grid].reshape(2, -1) * patches.stride  # of cells, down and across

@@ -75,7 +75,9 @@ def turbojpeg() -> ctypes.Array | None:
     except OSError:
         return None
     names = ("InitDecompress", "DecompressHeader3", "Decompress2", "GetErrorStr2", "GetErrorCode", "Destroy")
-    made = (ctypes.c_void_p * len(names))(*(ctypes.cast(getattr(loaded, f"tj{name}"), ctypes.c_void_p) for name in names))
+    made = (ctypes.c_void_p * len(names))(
+        *(ctypes.cast(getattr(loaded, f"tj{name}"), ctypes.c_void_p) for name in names)
+    )
     setattr(made, "library", loaded)  # for as long as its addresses are held
     return made
 
@@ -137,7 +139,9 @@ def make_views(
     normalise = out[0].dtype == np.float32
     assert len(images) == len(samples) and len(out) == len(settings.views)
     for one, view in zip(out, settings.views, strict=True):
-        assert one.shape == (len(images), view.size, view.size, 3) and one.flags.c_contiguous and one.dtype == out[0].dtype
+        assert (
+            one.shape == (len(images), view.size, view.size, 3) and one.flags.c_contiguous and one.dtype == out[0].dtype
+        )
     unreadable = np.zeros(len(images), bool)
     functions = turbojpeg() if images["bytes"].any() else None
     assert functions is not None or not images["bytes"].any()

@@ -1,7 +1,9 @@
-"""Further operations on a view, for its `then`: each takes an image to another of its size, by the random numbers that it is given.
+"""Further operations on a view, for its `then`: each takes an image to another of its size, by the random numbers that
+it is given.
 
-Written with Pillow, as the published code is. The numbers that say whether and how stand in fixed places, so that a changed setting
-leaves the other draws as they were. Magnitudes of RandAugment are those of the implementation that InfoMin's code has taken over.
+Written with Pillow, as the published code is. The numbers that say whether and how stand in fixed places, so that a
+changed setting leaves the other draws as they were. Magnitudes of RandAugment are those of the implementation that
+InfoMin's code has taken over.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,21 +23,22 @@ _NUMBERS_EACH = 5  # of an operation of RandAugment: which, whether, how much, w
 
 
 class RandAugment:
-    """Some operations drawn with replacement from fifteen, each applied with a probability and at a magnitude drawn about one value.
+    """Some operations drawn with replacement from fifteen, each applied with a probability and at a magnitude drawn
+    about one value.
 
-    At magnitude L of 0..10: rotation by +-30 L/10 degrees; shear by +-0.3 L/10; translation by +-0.45 L/10 of the side; enhancement
-    (colour, contrast, brightness, sharpness) by a factor of 1 +- 0.9 L/10; posterization keeps bits from posterize_bits[0] at 0 to
-    posterize_bits[1] at 10; solarization inverts from the value 256 L/10 on, so that it does nothing at 10; 110 L/10 is added to
-    values below 128. What a rotation, shear or translation uncovers gets the colour `fill`; they resample bilinearly or bicubically,
-    as drawn.
+    At magnitude L of 0..10: rotation by +-30 L/10 degrees; shear by +-0.3 L/10; translation by +-0.45 L/10 of the side;
+    enhancement (colour, contrast, brightness, sharpness) by a factor of 1 +- 0.9 L/10; posterization keeps bits from
+    posterize_bits[0] at 0 to posterize_bits[1] at 10; solarization inverts from the value 256 L/10 on, so that it does
+    nothing at 10; 110 L/10 is added to values below 128. What a rotation, shear or translation uncovers gets the colour
+    `fill`; they resample bilinearly or bicubically, as drawn.
 
-    Source: arXiv 1909.13719, as in PyContrast's datasets/RandAugment.py (timm's), whose enhancement factors are one-sided: 0.1 + 1.8
-    L/10, never below 1 at the magnitudes that InfoMin draws. `enhancement="one_sided"` is that.
+    Source: arXiv 1909.13719, as in PyContrast's datasets/RandAugment.py (timm's), whose enhancement factors are
+    one-sided: 0.1 + 1.8 L/10, never below 1 at the magnitudes that InfoMin draws. `enhancement="one_sided"` is that.
 
     Args:
         operations: how many are drawn.
-        magnitude, spread: mean and standard deviation of L, which is cut to 0..10; without a spread (None) it is drawn evenly from 0 to
-            `magnitude`.
+        magnitude, spread: mean and standard deviation of L, which is cut to 0..10; without a spread (None) it is drawn
+            evenly from 0 to `magnitude`.
         p: probability of each operation that was drawn.
         names: the operations to draw from; None for all but identity.
     Raises:
@@ -60,16 +63,22 @@ class RandAugment:
         self.names = list(ALL_OPERATIONS[1:]) if names is None else list(names)
         unknown = [name for name in self.names if name not in ALL_OPERATIONS] if self.names else ["none"]
         if unknown:
-            raise UserError(f"RandAugment names: expected some of {', '.join(ALL_OPERATIONS)}, got {', '.join(unknown)}")
+            raise UserError(
+                f"RandAugment names: expected some of {', '.join(ALL_OPERATIONS)}, got {', '.join(unknown)}"
+            )
         self.operations, self.magnitude, self.spread, self.p = operations, magnitude, spread, p
         self.enhancement, self.posterize_bits, self.fill = enhancement, list(posterize_bits), tuple(fill)
         self.numbers = _NUMBERS_EACH * operations
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
-        for which, whether, how_much, which_way, resampling in zip(*(u[i::_NUMBERS_EACH] for i in range(_NUMBERS_EACH)), strict=True):
+        for which, whether, how_much, which_way, resampling in zip(
+            *(u[i::_NUMBERS_EACH] for i in range(_NUMBERS_EACH)), strict=True
+        ):
             if whether < self.p:
                 name = self.names[int(which * len(self.names))]
-                image = self.apply(image, name, self.level(how_much), negative=which_way < 0.5, bicubic=resampling < 0.5)
+                image = self.apply(
+                    image, name, self.level(how_much), negative=which_way < 0.5, bicubic=resampling < 0.5
+                )
         return image
 
     def level(self, u: float) -> float:
@@ -112,7 +121,8 @@ class RandAugment:
         return image.transform(image.size, Image.Transform.AFFINE, matrix, how, fillcolor=self.fill)
 
 
-# Pillow's ImageOps give the same, from tables of 768 values that it makes anew for each image: most of the time of a small one.
+# Pillow's ImageOps give the same, from tables of 768 values that it makes anew for each image: most of the time of a
+# small one.
 def posterize(image: Image.Image, bits: int) -> Image.Image:
     """Only the highest bits of each channel; black where that is none."""
     return Image.fromarray(np.asarray(image) & np.uint8(256 - 2 ** (8 - bits)))
@@ -129,21 +139,23 @@ def invert(image: Image.Image) -> Image.Image:
 
 
 _PLAIN: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "identity": lambda image: image, "autocontrast": ImageOps.autocontrast, "equalize": ImageOps.equalize, "invert": invert,
+    "identity": lambda image: image, "autocontrast": ImageOps.autocontrast, "equalize": ImageOps.equalize,
+    "invert": invert,
 }  # fmt: skip
 _ENHANCERS = {
     "color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast, "brightness": ImageEnhance.Brightness,
     "sharpness": ImageEnhance.Sharpness,
 }  # fmt: skip
 ALL_OPERATIONS = (
-    "identity", "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast",
+    "identity", "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color",
+    "contrast",
     "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
 
 
 class Photometric:
-    """All or none of: posterized to 4 to 8 bits, sharpened by a factor of 0.1 to 1.9, solarized from a value of 0 to 256 on,
-    autocontrast.
+    """All or none of: posterized to 4 to 8 bits, sharpened by a factor of 0.1 to 1.9, solarized from a value of 0 to
+    256 on, autocontrast.
 
     Source: PIRL (arXiv 1912.01991), vissl's ImgPilRandomPhotometric.
     """
@@ -194,7 +206,8 @@ class SampledBlur:
     def __init__(self, *, p: Share = 0.5, sigma: PositiveInterval = (0.1, 2.0), taps: Count = 23):
         if sigma[0] > sigma[1] or taps % 2 == 0:
             raise UserError(
-                f"SampledBlur: expected sigma as [low, high] above 0 and an odd number of taps, got sigma={list(sigma)}, taps={taps}"
+                "SampledBlur: expected sigma as [low, high] above 0 and an odd number of taps, got"
+                f" sigma={list(sigma)}, taps={taps}"
             )
         self.p, self.sigma, self.taps = p, list(sigma), taps
 
@@ -211,10 +224,11 @@ class SampledBlur:
 
 
 class Elastic:
-    """Sheared and elastically deformed: a coarse lattice of displacements, interpolated by cubic splines, moves the pixels.
+    """Sheared and elastically deformed: a coarse lattice of displacements, interpolated by cubic splines, moves the
+    pixels.
 
-    CPC v2 names both (arXiv 1905.09272, after De Fauw et al., 2018) and gives no numbers; those here are of U-Net's kind (arXiv
-    1505.04597, 3 x 3 lattice), in shares of the side, and are ours.
+    CPC v2 names both (arXiv 1905.09272, after De Fauw et al., 2018) and gives no numbers; those here are of U-Net's
+    kind (arXiv 1505.04597, 3 x 3 lattice), in shares of the side, and are ours.
 
     Args:
         p: probability of both together.
@@ -224,7 +238,9 @@ class Elastic:
     """
 
     @held
-    def __init__(self, *, p: Share = 0.2, shear: NonNegative = 0.3, displacement: NonNegative = 0.04, lattice: Several = 3):
+    def __init__(
+        self, *, p: Share = 0.2, shear: NonNegative = 0.3, displacement: NonNegative = 0.04, lattice: Several = 3
+    ):
         self.p, self.shear, self.displacement, self.lattice = p, shear, displacement, lattice
         self.numbers = 2 + 2 * lattice**2
 
@@ -234,7 +250,9 @@ class Elastic:
         pixels = np.asarray(image)
         height, width = pixels.shape[:2]
         normal = NormalDist()
-        points = np.array([normal.inv_cdf(max(number, 2.0**-54)) for number in u[2:]]).reshape(2, self.lattice, self.lattice)
+        points = np.array([normal.inv_cdf(max(number, 2.0**-54)) for number in u[2:]]).reshape(
+            2, self.lattice, self.lattice
+        )
         y, x = np.mgrid[:height, :width].astype(np.float64)
         on_lattice = [place * (self.lattice - 1) / max(side - 1, 1) for place, side in ((y, height), (x, width))]
         down, across = (
@@ -243,14 +261,17 @@ class Elastic:
         )
         x = x + self.shear * (2 * u[1] - 1) * (y - (height - 1) / 2)
         moved = [
-            ndimage.map_coordinates(pixels[..., channel].astype(np.float64), [y + down, x + across], order=1, mode="mirror")
+            ndimage.map_coordinates(
+                pixels[..., channel].astype(np.float64), [y + down, x + across], order=1, mode="mirror"
+            )
             for channel in range(3)
         ]
         return Image.fromarray(np.rint(np.stack(moved, -1)).clip(0, 255).astype(np.uint8))
 
 
 class DropChannels:
-    """One of the three colour channels stays, the two others become even: so that no patch is found by its colours (CPC v2).
+    """One of the three colour channels stays, the two others become even: so that no patch is found by its colours (CPC
+    v2).
 
     Args:
         fill: what the others become, the mean colour.

@@ -1,6 +1,6 @@
 """The views of a recipe as transforms in a program of one's own: of one image, or of a batch of them.
 
-two = Transform(views)                     # of one image two tensors [3, H, W], of a batch two of [B, 3, H, W]; other draws at each call
+two = Transform(views) # of one image two tensors [3, H, W], of a batch two of [B, 3, H, W]; other draws at each call
 plain = Preprocessing(views)               # what evaluations take of an image, always the same
 """
 
@@ -28,7 +28,8 @@ def _arrays(images: Any, channels: int | None) -> tuple[list[np.ndarray], bool]:
 
 
 class Transform:
-    """All views that a recipe takes of an image, drawn anew at each call from torch's generator (a DataLoader's workers have their own).
+    """All views that a recipe takes of an image, drawn anew at each call from torch's generator (a DataLoader's workers
+    have their own).
 
     Args:
         views: of a recipe: `caco.library.views("simclr")`, or made by hand.
@@ -38,20 +39,23 @@ class Transform:
         self.views = views
 
     def __call__(self, images: Any, *, stream: int | None = None, samples: Sequence[int] | None = None) -> list[Tensor]:
-        """Each view, normalised, float32: [3, H, W] of one image, [B, 3, H, W] of a batch; patches, where a recipe has them, come last,
-        [P, 3, H, W] or [B, P, 3, H, W].
+        """Each view, normalised, float32: [3, H, W] of one image, [B, 3, H, W] of a batch; patches, where a recipe has
+        them, come last, [P, 3, H, W] or [B, P, 3, H, W].
 
         Args:
-            images: a Pillow image or uint8 [H, W, 3]; or a batch: uint8 [B, H, W, 3] or a sequence of images of any sizes.
-            stream, samples: what the draws depend on, for who wants them again: 64 bits, and a number for each image. The same give the
-                same bits, whatever else is in the batch.
+            images: a Pillow image or uint8 [H, W, 3]; or a batch: uint8 [B, H, W, 3] or a sequence of images of any
+                sizes.
+            stream, samples: what the draws depend on, for who wants them again: 64 bits, and a number for each image.
+                The same give the same bits, whatever else is in the batch.
         Raises:
             UserError: something that is no image of 8 bits.
         """
         arrays, alone = _arrays(images, self.views.channels)
         stream = int(torch.randint(2**62, ())) if stream is None else stream
         at = np.arange(len(arrays)) if samples is None else np.asarray(samples, dtype=np.int64)
-        made = [self.views.normalise(torch.from_numpy(pixels)) for pixels in self.views.batch_pixels(arrays, at, stream)]
+        made = [
+            self.views.normalise(torch.from_numpy(pixels)) for pixels in self.views.batch_pixels(arrays, at, stream)
+        ]
         return [view[0] for view in made] if alone else made
 
 

@@ -1,7 +1,8 @@
 """From annotated images to what a detector is given, and from its answers to boxes and masks of the whole image.
 
-Sizes are chosen, boxes scaled and masks drawn as detectron2 does it: the image resized by Pillow, polygons drawn at the resolution of
-the mask's own grid, the answer's mask put back by bilinear interpolation between the centres of its cells.
+Sizes are chosen, boxes scaled and masks drawn as detectron2 does it: the image resized by Pillow, polygons drawn at the
+resolution of the mask's own grid, the answer's mask put back by bilinear interpolation between the centres of its
+cells.
 
 Shapes: H, W pixels of an image; n objects; M cells along a mask's side.
 """
@@ -24,7 +25,8 @@ class Example:
     """An image as a detector sees it, and its objects in its pixels.
 
     image: uint8 [3, H, W]. boxes: float32 [n, 4], each with an area. labels: int64 [n], from 1 (0 is the background).
-    polygons: the rings [points, 2] of each object; None where no masks are learned. seed: of the draws of anchors and regions.
+    polygons: the rings [points, 2] of each object; None where no masks are learned. seed: of the draws of anchors and
+    regions.
     """
 
     image: Tensor
@@ -40,11 +42,14 @@ def resized(width: int, height: int, *, short: int, longest: int) -> tuple[int, 
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
-def example_of(image: Image.Image, objects: Objects, *, short: int, longest: int, flip: bool, masks: bool, seed: int = 0) -> Example:
+def example_of(
+    image: Image.Image, objects: Objects, *, short: int, longest: int, flip: bool, masks: bool, seed: int = 0
+) -> Example:
     """Resize, perhaps flip, and scale the objects alike; those that then have no area within the image are left out."""
     width, height = resized(*image.size, short=short, longest=longest)
     scale = np.array([width / image.width, height / image.height], dtype=np.float32)
-    # Across, then down, with two calls: from version 13 on Pillow turns the order for some shapes, and rounds in between.
+    # Across, then down, with two calls: from version 13 on Pillow turns the order for some shapes, and rounds in
+    # between.
     across = image.resize((width, image.height), Image.Resampling.BILINEAR)
     pixels = np.asarray(across.resize((width, height), Image.Resampling.BILINEAR))
     boxes = objects.boxes * np.tile(scale, 2)
@@ -93,7 +98,9 @@ def decoded(run_lengths: dict) -> np.ndarray:
 
 
 def pasted(mask: Tensor, box: Tensor, width: int, height: int) -> np.ndarray:
-    """A mask of probabilities [M, M] over its box as the object's pixels in the image, bool [height, width]: those above one half."""
+    """A mask of probabilities [M, M] over its box as the object's pixels in the image, bool [height, width]: those
+    above one half.
+    """
     x0, y0, x1, y1 = box.double().tolist()
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
     right, bottom = min(int(x1) + 2, width), min(int(y1) + 2, height)

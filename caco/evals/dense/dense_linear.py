@@ -30,13 +30,15 @@ UNLABELLED = -1.0
 
 
 class DenseLinear(Evaluator):
-    """Of the pixels of VOC 2012 val, classified by a linear layer on frozen features: `<protocol>/voc2012_miou`, `_mean_accuracy`,
-    `_pixel_accuracy`, percent. The protocol is `dense_linear`; what is changed of it stands in its name (caco/metrics.py).
+    """Of the pixels of VOC 2012 val, classified by a linear layer on frozen features: `<protocol>/voc2012_miou`,
+    `_mean_accuracy`, `_pixel_accuracy`, percent. The protocol is `dense_linear`; what is changed of it stands in its
+    name (caco/metrics.py).
 
-    Ours, and another quantity than `segment_fcn16`: nothing of the backbone learns, and places are as coarse as it has them (32 pixels
-    for a ResNet-50). Each image is resized to a square; of its places that have a label some are drawn, the same for every backbone
-    with those places; an L2-regularised multinomial logistic regression of their standardised features, as `probe` has it, gives the
-    1x1 layer. Its scores go from places to the square's pixels and to the image's own size by bilinear interpolation.
+    Ours, and another quantity than `segment_fcn16`: nothing of the backbone learns, and places are as coarse as it has
+    them (32 pixels for a ResNet-50). Each image is resized to a square; of its places that have a label some are drawn,
+    the same for every backbone with those places; an L2-regularised multinomial logistic regression of their
+    standardised features, as `probe` has it, gives the 1x1 layer. Its scores go from places to the square's pixels and
+    to the image's own size by bilinear interpolation.
 
     Args:
         root, train: as in Segment.
@@ -112,7 +114,9 @@ class DenseLinear(Evaluator):
             yield f"{self.protocol}/voc2012_{measure}", value
 
     def _labelled_places(self, maps: Maps) -> tuple[Tensor, Tensor]:
-        """Features float32 [N P, D] and labels int64 [N P] of the drawn places of all training images, in their order, on rank 0."""
+        """Features float32 [N P, D] and labels int64 [N P] of the drawn places of all training images, in their order,
+        on rank 0.
+        """
         store, images = self._store, self._set.train
         own = len(range(distributed.rank(), len(images), distributed.world()))
         if store.folder is None:
@@ -121,7 +125,8 @@ class DenseLinear(Evaluator):
             rows = torch.cat(pieces)
         else:
             made_from = {
-                "dense_linear": store.digest_of(maps.backbone), "images": images.cache_key(), "size": self.size, "places": self.places,
+                "dense_linear": store.digest_of(maps.backbone), "images": images.cache_key(), "size": self.size,
+                "places": self.places,
                 "seed": self._seed, "mean": store.views.mean, "std": store.views.std, "precision": self.precision,
                 "device": store.device.type, "rank": distributed.rank(), "world": distributed.world(),
                 **({"corrupt": "skip"} if store.loader.corrupt == "skip" else {}),
@@ -141,15 +146,19 @@ class DenseLinear(Evaluator):
         return labelled[:, :-1], labelled[:, -1].long()
 
     def _features_of(self, maps: Maps, first: int, take: Callable[[Tensor, Tensor], Any]) -> None:
-        """Calls take([b, P (D + 1)], []) for each batch of this rank's images from its number `first` on: of each place its features
-        and its label, -1 where an image has fewer places with a label than P, and everywhere in one that cannot be read."""
+        """Calls take([b, P (D + 1)], []) for each batch of this rank's images from its number `first` on: of each place
+        its features and its label, -1 where an image has fewer places with a label than P, and everywhere in one that
+        cannot be read.
+        """
         store, images, batch = self._store, self._set.train, list[tuple[Tensor, Tensor, Tensor]]()
         count = len(range(distributed.rank(), len(images), distributed.world()))
 
         def example(index: int) -> tuple[Tensor, Tensor, Tensor]:
             image, labels = images.read(index)
             pixels = np.array(resized(image, self.size, self.size))
-            cells, classes = drawn_places(labels, maps.places(self.size), self.size, self.places, seed=mixed_seed(self._seed, index))
+            cells, classes = drawn_places(
+                labels, maps.places(self.size), self.size, self.places, seed=mixed_seed(self._seed, index)
+            )
             return torch.from_numpy(pixels), cells, classes
 
         nothing = (
@@ -180,7 +189,9 @@ class DenseLinear(Evaluator):
         mean_D, scale_D = moments(x_ND)
         self._store.say(f"{self.protocol}: logistic regression of {len(x_ND):,} places")
         standardised_ND = (x_ND - mean_D) / scale_D
-        weight_DK, bias_K = fit(standardised_ND, labels_N, num_classes=len(CLASSES), l2=self.l2, max_iterations=self.max_iterations)
+        weight_DK, bias_K = fit(
+            standardised_ND, labels_N, num_classes=len(CLASSES), l2=self.l2, max_iterations=self.max_iterations
+        )
         weight_DK = weight_DK / scale_D[:, None]
         return weight_DK, bias_K - mean_D @ weight_DK
 
@@ -198,7 +209,9 @@ class DenseLinear(Evaluator):
                 if one is None:
                     continue
                 pixels, labels = one
-                scores = torch.einsum("bdhw,dk->bkhw", self._maps_of(maps, pixels[None]), weight_DK) + bias_K[:, None, None]
+                scores = (
+                    torch.einsum("bdhw,dk->bkhw", self._maps_of(maps, pixels[None]), weight_DK) + bias_K[:, None, None]
+                )
                 square = maps.to_pixels(scores, self.size, self.size)
                 whole = nn.functional.interpolate(square, labels.shape, mode="bilinear", align_corners=False)
                 matrix_KK.add_(pixel_metric.confusion(labels.to(matrix_KK.device), whole[0].argmax(dim=0), num_classes))
@@ -220,7 +233,8 @@ def drawn_places(labels: np.ndarray, at: Tensor, size: int, count: int, *, seed:
 
     Args:
         labels: uint8 [H, W], of the image at its own size.
-        at: the pixel of the square at which each place of a row stands, `Maps.places`; at `size` or beyond it has no label.
+        at: the pixel of the square at which each place of a row stands, `Maps.places`; at `size` or beyond it has no
+            label.
     """
     height, width = labels.shape
     inside = at.numpy()[at.numpy() < size]

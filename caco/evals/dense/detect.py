@@ -1,5 +1,5 @@
-"""Detection: a detector around a copy of the backbone, fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once on the test
-images."""
+"""Detection: a detector around a copy of the backbone, fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once on
+the test images."""
 
 import contextlib
 import json
@@ -29,29 +29,30 @@ from caco.ranges import Count, Length, Natural, NonNegative, Pixels, Share, Shar
 
 NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
 _OPTIONS = {  # of conf/eval
-    "detect_voc_c4": "detect", "detect_coco_c4_1x": "detect_coco", "detect_coco_c4_2x": "detect_coco_2x", "detect_coco_fpn_1x": "detect_coco_fpn",
+    "detect_voc_c4": "detect", "detect_coco_c4_1x": "detect_coco", "detect_coco_c4_2x": "detect_coco_2x",
+    "detect_coco_fpn_1x": "detect_coco_fpn",
 }  # fmt: skip
 _NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
 
 
 class Detect(Evaluator):
-    """AP of boxes, and of masks for COCO: `<protocol>/voc2007_ap50`, `_ap`, `_ap75`, or `<protocol>/coco2017_box_ap`, `_mask_ap` and
-    others,
+    """AP of boxes, and of masks for COCO: `<protocol>/voc2007_ap50`, `_ap`, `_ap75`, or `<protocol>/coco2017_box_ap`,
+    `_mask_ap` and others,
     percent. The protocol is `name`; what is changed of the recipe with that name stands in it (caco/metrics.py).
 
-    Protocol of MoCo (arXiv 1911.05722, and the configurations of its code): all layers learn, BatchNorm over the images of all ranks,
-    boxes by a plain L1 loss, class by class, no weight decay on norms, statistics of BatchNorm taken anew before the test, which is
-    the only one. It differs from detectron2, with which MoCo ran, in `departures`.
+    Protocol of MoCo (arXiv 1911.05722, and the configurations of its code): all layers learn, BatchNorm over the images
+    of all ranks, boxes by a plain L1 loss, class by class, no weight decay on norms, statistics of BatchNorm taken anew
+    before the test, which is the only one. It differs from detectron2, with which MoCo ran, in `departures`.
 
     Args:
         name: detect_voc_c4, detect_coco_c4_1x, detect_coco_c4_2x, detect_coco_fpn_1x, or one of your own.
         root: the folder that holds the set.
         dataset: "voc" (07+12; MoCo's later tables) or "coco" (2017, with masks).
         head: "c4" or "fpn", see `detector`.
-        steps, images, rate, milestones, warmup_steps, momentum, weight_decay: see Recipe; steps and rate are for 16 images a step,
-            and other `images` scale both.
-        short_sides: pixels of the shorter side in training, drawn for each image. test_side: the one in the test. longest: of the
-            longer side.
+        steps, images, rate, milestones, warmup_steps, momentum, weight_decay: see Recipe; steps and rate are for 16
+            images a step, and other `images` scale both.
+        short_sides: pixels of the shorter side in training, drawn for each image. test_side: the one in the test.
+            longest: of the longer side.
         anchors, proposal_samples, region_samples, region_cells: see `detector`.
         precise_batches: training batches over which the running statistics are taken anew; 0 keeps those of training.
         precision: "fp32", as published, or "bf16" (autocast).
@@ -63,10 +64,13 @@ class Detect(Evaluator):
     reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
     _seed = 0
     departures = (
-        "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors and regions, and "
-        "the order of images, are drawn otherwise; a step's images are not grouped by their aspect ratio, and all ranks pad to one "
-        "size; losses of regions and masks are means over all ranks, as on one GPU with all images; orientation tags of image files "
-        "are not read; VOC's recalls are compared with tenths exactly. None of this was measured.",
+        (
+            "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors"
+            " and regions, and the order of images, are drawn otherwise; a step's images are not grouped by their"
+            " aspect ratio, and all ranks pad to one size; losses of regions and masks are means over all ranks, as on"
+            " one GPU with all images; orientation tags of image files are not read; VOC's recalls are compared with"
+            " tenths exactly. None of this was measured."
+        ),
         "detect: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
     )
 
@@ -122,16 +126,26 @@ class Detect(Evaluator):
             weight_decay=weight_decay,
             decay_norms=False,
         )
-        self.name, self.root, self.dataset, self.head, self.when, self.precision = name, root, dataset, head, when, precision
+        self.name, self.root, self.dataset, self.head, self.when, self.precision = (
+            name,
+            root,
+            dataset,
+            head,
+            when,
+            precision,
+        )
         self.short_sides, self.test_side, self.longest = list(short_sides), test_side, longest
         self.network_settings: dict[str, Any] = {
-            "head": head, "anchors": list(anchors), "proposal_samples": proposal_samples, "region_samples": region_samples,
+            "head": head, "anchors": list(anchors), "proposal_samples": proposal_samples,
+            "region_samples": region_samples,
             "region_cells": region_cells,
         }  # fmt: skip
         self.precise_batches, self.save_every_steps = precise_batches, save_every_steps
         self.protocol = metrics.detect(
-            name=name, dataset=dataset, steps=steps, images=images, rate=rate, milestones=list(milestones), warmup_steps=warmup_steps,
-            momentum=momentum, weight_decay=weight_decay, short_sides=list(short_sides), test_side=test_side, longest=longest,
+            name=name, dataset=dataset, steps=steps, images=images, rate=rate, milestones=list(milestones),
+            warmup_steps=warmup_steps,
+            momentum=momentum, weight_decay=weight_decay, short_sides=list(short_sides), test_side=test_side,
+            longest=longest,
             precise_batches=precise_batches, precision=precision, **self.network_settings,
         )  # fmt: skip
 
@@ -143,7 +157,8 @@ class Detect(Evaluator):
         """Reads the annotations and looks for every image.
 
         Raises:
-            UserError: the set is not whole; masks need a package that is not installed; test images are among the pre-training images.
+            UserError: the set is not whole; masks need a package that is not installed; test images are among the
+                pre-training images.
         """
         self._store, self._seed = store, seed
         if self.dataset == "coco":
@@ -183,12 +198,19 @@ class Detect(Evaluator):
             store,
             seed=self._seed,
             name=self.name,
-            made_from={"backbone": store.digest_of(backbone), "set": self._set.inputs(), **of_pixels, **self.network_settings},
+            made_from={
+                "backbone": store.digest_of(backbone),
+                "set": self._set.inputs(),
+                **of_pixels,
+                **self.network_settings,
+            },
             precision=self.precision,
             save_every_steps=self.save_every_steps,
         )
         assert isinstance(trained, Detector)
-        take_statistics(trained, task, self.recipe.images, self.precise_batches, store, seed=self._seed, precision=self.precision)
+        take_statistics(
+            trained, task, self.recipe.images, self.precise_batches, store, seed=self._seed, precision=self.precision
+        )
         rows = on_main(distributed.on_each(lambda: self._found(trained)), store.device)
         if not distributed.is_main():
             return
@@ -202,7 +224,8 @@ class Detect(Evaluator):
         seen = self.recipe.num_steps * self.recipe.images
         return [
             counted(
-                f"{self.protocol}: images of {4 * typical // 3} x {typical} px to train on", seen, network, typical, training=True
+                f"{self.protocol}: images of {4 * typical // 3} x {typical} px to train on", seen, network, typical,
+                training=True
             ),
             counted(
                 f"{self.protocol}: images of {4 * self.test_side // 3} x {self.test_side} px to test on",
@@ -210,13 +233,19 @@ class Detect(Evaluator):
             ),
         ]  # fmt: skip
 
-    def _network(self, backbone: nn.Module, *, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> Detector:
+    def _network(
+        self, backbone: nn.Module, *, num_classes: int, mean: Sequence[float], std: Sequence[float]
+    ) -> Detector:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self._seed, _NEW_LAYERS))
-            return detector(backbone, num_classes=num_classes, masks=self.masks, mean=mean, std=std, **self.network_settings)
+            return detector(
+                backbone, num_classes=num_classes, masks=self.masks, mean=mean, std=std, **self.network_settings
+            )
 
     def _found(self, network: Detector) -> list[dict[str, Any]]:
-        """A row for each detection in this rank's test images, in their own pixels; of one that cannot be read, which image it is alone."""
+        """A row for each detection in this rank's test images, in their own pixels; of one that cannot be read, which
+        image it is alone.
+        """
         store, test, rows = self._store, self._set.test, []
         example = _TestImage(test, self.test_side, self.longest)
         with torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []):
@@ -255,7 +284,13 @@ class Training(Task):
     """Training images, their shorter side drawn and every second one flipped."""
 
     def __init__(self, images: AnnotatedImages, short_sides: Sequence[int], longest: int, *, masks: bool) -> None:
-        self.images, self.files, self.short_sides, self.longest, self.masks = images, images.files, list(short_sides), longest, masks
+        self.images, self.files, self.short_sides, self.longest, self.masks = (
+            images,
+            images.files,
+            list(short_sides),
+            longest,
+            masks,
+        )
 
     def example(self, index: int, seed: int) -> Example:
         draw = np.random.default_rng(seed)
@@ -282,8 +317,8 @@ class _TestImage:
 def take_statistics(
     network: nn.Module, task: Task, images: int, count: int, store: FeatureStore, *, seed: int, precision: Precision
 ) -> None:
-    """Replaces the running statistics of every BatchNorm by the mean over `count` training batches; the network is in eval mode after
-    it.
+    """Replaces the running statistics of every BatchNorm by the mean over `count` training batches; the network is in
+    eval mode after it.
 
     Source: detectron2's PRECISE_BN, which MoCo's configurations turn on.
     """
@@ -294,7 +329,10 @@ def take_statistics(
         norm.momentum = None  # the plain mean of all batches
     network.train()
     steps = batches(task, images, 0, count, store, seed=mixed_seed(seed, _STATISTICS))
-    with contextlib.closing(steps), torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []):
+    with (
+        contextlib.closing(steps),
+        torch.random.fork_rng(devices=[store.device] if store.device.type == "cuda" else []),
+    ):
         for _ in range(count):
             examples = distributed.on_each(lambda: next(steps))
             with torch.autocast(store.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -305,7 +343,8 @@ def take_statistics(
 
 
 def rows_of(index: int, found: Detection, seen: tuple[int, int], size: tuple[int, int]) -> list[dict[str, Any]]:
-    """A row of plain values for each detection of one image: image, label, score, box in the image's own pixels, mask as run lengths.
+    """A row of plain values for each detection of one image: image, label, score, box in the image's own pixels, mask
+    as run lengths.
 
     Args:
         seen, size: (width, height) that the detector saw, and those of the image.
@@ -342,7 +381,9 @@ def on_main(rows: list[dict[str, Any]], device: torch.device) -> list[dict[str, 
     if not distributed.is_main():
         return rows
     parts = every.cpu().split(max(lengths))
-    return [row for part, length in zip(parts, lengths, strict=True) for row in json.loads(part[:length].numpy().tobytes())]
+    return [
+        row for part, length in zip(parts, lengths, strict=True) for row in json.loads(part[:length].numpy().tobytes())
+    ]
 
 
 def require_pycocotools() -> None:

@@ -26,11 +26,11 @@ class Boxes(NamedTuple):
 def voc_scores(found: Boxes, score: np.ndarray, truth: Boxes, difficult: np.ndarray) -> dict[str, float]:
     """`ap50`, `ap75` and `ap`, the mean over ten thresholds, each the mean over the classes, percent.
 
-    As detectron2 evaluates VOC, whose numbers MoCo's and later papers print, and not as COCO does: a detection, the surest first, is
-    right where its best truth of that class overlaps it by more than the threshold and was not hit before. Detections of difficult
-    truths count as neither right nor wrong, and difficult truths need not be found. Boxes count pixels, both edges included. Scores
-    are rounded to 3 decimals and coordinates to 0.1, as in VOC's files of results; equal scores stand in the order in which they were
-    given.
+    As detectron2 evaluates VOC, whose numbers MoCo's and later papers print, and not as COCO does: a detection, the
+    surest first, is right where its best truth of that class overlaps it by more than the threshold and was not hit
+    before. Detections of difficult truths count as neither right nor wrong, and difficult truths need not be found.
+    Boxes count pixels, both edges included. Scores are rounded to 3 decimals and coordinates to 0.1, as in VOC's files
+    of results; equal scores stand in the order in which they were given.
 
     Args:
         score: float [D], of the detections.
@@ -64,7 +64,9 @@ def voc_scores(found: Boxes, score: np.ndarray, truth: Boxes, difficult: np.ndar
 def best_truths(
     image_D: np.ndarray, box_D4: np.ndarray, truth_image_M: np.ndarray, truth_M4: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each detection's largest overlap with a truth of its image, [D], and which truth that is, [D]; 0 and -1 without one."""
+    """Each detection's largest overlap with a truth of its image, [D], and which truth that is, [D]; 0 and -1 without
+    one.
+    """
     overlap, best = np.zeros(len(image_D)), np.full(len(image_D), -1)
     order = np.argsort(image_D, kind="stable")
     sorted_images = image_D[order]
@@ -87,8 +89,8 @@ def pixel_iou(a_N4: np.ndarray, b_M4: np.ndarray) -> np.ndarray:
 
 
 def eleven_points(right: np.ndarray, num_truths: int) -> float:
-    """Mean over recalls 0, 0.1, ..., 1 of the best precision at a recall no smaller; 0 where none is reached. Of detections in
-    order."""
+    """Mean over recalls 0, 0.1, ..., 1 of the best precision at a recall no smaller; 0 where none is reached. Of
+    detections in order."""
     hits = np.cumsum(right)
     precision = hits / np.arange(1, len(hits) + 1)
     # In integers: 3 of 10 truths are a recall of exactly 0.3.
@@ -96,7 +98,12 @@ def eleven_points(right: np.ndarray, num_truths: int) -> float:
 
 
 def coco_scores(
-    truth: Path, rows: Iterable[dict[str, Any]], *, masks: bool, say: Callable[[str], None], images: list[int] | None = None
+    truth: Path,
+    rows: Iterable[dict[str, Any]],
+    *,
+    masks: bool,
+    say: Callable[[str], None],
+    images: list[int] | None = None,
 ) -> dict[str, float]:
     """COCO's `box_ap`, `box_ap50`, `box_ap75`, `box_ap_small`, `_medium`, `_large`, and `mask_ap` ... alike, percent.
 
@@ -104,7 +111,8 @@ def coco_scores(
 
     Args:
         truth: the published file of annotations.
-        rows: image_id, category_id, bbox (x, y, width, height), score, and segmentation (run lengths) where masks are scored.
+        rows: image_id, category_id, bbox (x, y, width, height), score, and segmentation (run lengths) where masks are
+            scored.
         say: is told what pycocotools prints.
     """
     from pycocotools.coco import COCO
@@ -121,7 +129,9 @@ def coco_scores(
                 scores |= {f"{prefix}_{name}": 0.0 for name in names[:3]}
                 continue
             # With `bbox` in them pycocotools would take the areas of masks from the boxes.
-            of_kind = [{k: v for k, v in row.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for row in rows]
+            of_kind = [
+                {k: v for k, v in row.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for row in rows
+            ]
             found = known.loadRes(json.loads(json.dumps(of_kind)))
             evaluation = COCOeval(known, found, kind)
             if images is not None:
@@ -129,7 +139,11 @@ def coco_scores(
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            scores |= {f"{prefix}_{name}": 100 * float(v) for name, v in zip(names, evaluation.stats[:6], strict=True) if v > -1}
+            scores |= {
+                f"{prefix}_{name}": 100 * float(v)
+                for name, v in zip(names, evaluation.stats[:6], strict=True)
+                if v > -1
+            }
     for line in printed.getvalue().splitlines():
         if "Average" in line:  # not that it loads and is done
             say(line.strip())

@@ -1,7 +1,8 @@
-"""Images with boxes: PASCAL VOC 2007 and 2012, and COCO 2017, read from their published layouts and those of their mirrors.
+"""Images with boxes: PASCAL VOC 2007 and 2012, and COCO 2017, read from their published layouts and those of their
+mirrors.
 
-Shapes: N images, M objects, R rings of polygons, P points. Boxes are x, y of two corners in pixels, with 0 at the image's edge, so
-that a box that covers a whole image of width W goes from 0 to W.
+Shapes: N images, M objects, R rings of polygons, P points. Boxes are x, y of two corners in pixels, with 0 at the
+image's edge, so that a box that covers a whole image of width W goes from 0 to W.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ from caco.evals.dense.roots import absent, first_with, refuse_missing
 class Objects(NamedTuple):
     """What is annotated in one image.
 
-    boxes: float32 [m, 4]. labels: int64 [m], from 0. difficult: bool [m], of VOC. polygons: of COCO, the rings [points, 2] of each
-        object, float32.
+    boxes: float32 [m, 4]. labels: int64 [m], from 0. difficult: bool [m], of VOC. polygons: of COCO, the rings [points,
+        2] of each object, float32.
     """
 
     boxes: np.ndarray
@@ -35,11 +36,13 @@ class Objects(NamedTuple):
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """Image files and their objects, in a few flat arrays: forked workers would copy the pages of lists by counting references.
+    """Image files and their objects, in a few flat arrays: forked workers would copy the pages of lists by counting
+    references.
 
-    files: the images. names: what the annotations call each, a name of VOC's or an id of COCO's, [N]. sizes: int32 [N, 2], width and
-    height. first: int64 [N + 1], where each image's objects begin. boxes, labels, difficult: [M, 4], [M], [M], as in Objects.
-    first_ring, first_point, points: [M + 1], [R + 1], [P, 2]: each object's rings and each ring's points; None without polygons.
+    files: the images. names: what the annotations call each, a name of VOC's or an id of COCO's, [N]. sizes: int32 [N,
+    2], width and height. first: int64 [N + 1], where each image's objects begin. boxes, labels, difficult: [M, 4], [M],
+    [M], as in Objects. first_ring, first_point, points: [M + 1], [R + 1], [P, 2]: each object's rings and each ring's
+    points; None without polygons.
     """
 
     files: ImageFiles
@@ -72,7 +75,15 @@ class AnnotatedImages:
     def digest(self) -> str:
         """A short hash that changes when images, their order or their objects do."""
         state = hashlib.blake2b(self.files.digest().encode(), digest_size=8)
-        for array in (self.first, self.boxes, self.labels, self.difficult, self.first_ring, self.first_point, self.points):
+        for array in (
+            self.first,
+            self.boxes,
+            self.labels,
+            self.difficult,
+            self.first_ring,
+            self.first_point,
+            self.points,
+        ):
             state.update(b"" if array is None else np.ascontiguousarray(array).data)
         return state.hexdigest()
 
@@ -92,7 +103,9 @@ class _Gathering:
     first_point: list[int] = field(default_factory=lambda: [0])
     rings: list[np.ndarray] = field(default_factory=list)
 
-    def object(self, box: list[float], label: int, *, difficult: bool = False, rings: Iterable[Sequence[float]] = ()) -> None:
+    def object(
+        self, box: list[float], label: int, *, difficult: bool = False, rings: Iterable[Sequence[float]] = ()
+    ) -> None:
         self.boxes.append(box)
         self.labels.append(label)
         self.difficult.append(difficult)
@@ -126,7 +139,8 @@ class _Gathering:
 class DetectionSet:
     """A set to train on and one to test on.
 
-    classes: names, of labels 0, 1, ... truth: of COCO, the file that its own evaluation reads, and the published id of each label.
+    classes: names, of labels 0, 1, ... truth: of COCO, the file that its own evaluation reads, and the published id of
+    each label.
     """
 
     name: str
@@ -153,15 +167,15 @@ _VOC_PARTS = {
 VOC_LAYOUT = """\
   VOCdevkit/VOC2007/Annotations/000005.xml, JPEGImages/000005.jpg, ImageSets/Main/trainval.txt and test.txt
   VOCdevkit/VOC2012/Annotations/2008_000008.xml, JPEGImages/2008_000008.jpg, ImageSets/Main/trainval.txt
-as VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar unpack in one folder; VOC2007 and VOC2012 may
-lie in root itself, and each archive in a folder of its own name, as mirrors have it"""
+as VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar unpack in one folder;
+VOC2007 and VOC2012 may lie in root itself, and each archive in a folder of its own name, as mirrors have it"""
 
 
 def voc(root: Path) -> DetectionSet:
     """PASCAL VOC 07+12: 5,011 + 11,540 training images, 4,952 test images of 2007, 20 classes.
 
-    Difficult objects are kept, in training too, and marked. Boxes are published 1-based and inclusive: 1 is taken from their left and
-    upper edges alone.
+    Difficult objects are kept, in training too, and marked. Boxes are published 1-based and inclusive: 1 is taken from
+    their left and upper edges alone.
 
     Raises:
         UserError: parts are missing; all of them are named, with the layout.
@@ -182,7 +196,9 @@ def voc(root: Path) -> DetectionSet:
         for folder, extension in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
             files = absent(top / folder, [name + extension for name in names])
             if files:
-                missing.append(f"{len(files)} of the {len(names)} files of VOC {part} in {top / folder}, {files[0]} for one")
+                missing.append(
+                    f"{len(files)} of the {len(names)} files of VOC {part} in {top / folder}, {files[0]} for one"
+                )
         found[part] = (top, names)
     refuse_missing("VOC", root, missing, VOC_LAYOUT)
     train = _voc_images(root, "voc/trainval0712", [found["2007 trainval"], found["2012 trainval"]])
@@ -199,7 +215,9 @@ def _voc_images(root: Path, name: str, parts: list[tuple[Path, list[str]]]) -> A
             try:
                 _read_voc(path, image, gathering, number)
             except (ElementTree.ParseError, AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"VOC: {path} is not an annotation as published ({error!r}): unpack the set again") from error
+                raise UserError(
+                    f"VOC: {path} is not an annotation as published ({error!r}): unpack the set again"
+                ) from error
             files.append(str((top / "JPEGImages" / f"{image}.jpg").relative_to(root)))
     return gathering.of(ImageFiles(root, files, name=name))
 
@@ -224,15 +242,15 @@ def _read_voc(path: Path, image: str, gathering: _Gathering, number: dict[str, i
 
 COCO_LAYOUT = """\
   annotations/instances_train2017.json and instances_val2017.json, train2017/000000000009.jpg, val2017/000000000139.jpg
-as annotations_trainval2017.zip, train2017.zip and val2017.zip unpack in one folder, which is root or root/coco (coco2017, COCO); the
-images may lie in images/train2017 and images/val2017, as mirrors have it"""
+as annotations_trainval2017.zip, train2017.zip and val2017.zip unpack in one folder, which is root or root/coco
+(coco2017, COCO); the images may lie in images/train2017 and images/val2017, as mirrors have it"""
 
 
 def coco(root: Path) -> DetectionSet:
     """COCO 2017: 118,287 images to train on, all 5,000 of val2017 to test on, 80 classes, polygons.
 
-    Of the training images crowds are left out, objects without area, and then images without objects. The test images keep all: what
-    is scored there is COCO's own file.
+    Of the training images crowds are left out, objects without area, and then images without objects. The test images
+    keep all: what is scored there is COCO's own file.
 
     Raises:
         UserError: parts are missing; all of them are named, with the layout.
@@ -260,7 +278,8 @@ def coco(root: Path) -> DetectionSet:
     test = _coco_images(root, "coco/val2017", parts.pop("val2017"), number, training=False)
     if not len(train) or not len(test):
         raise UserError(
-            f"COCO 2017: expected images with objects to train on and images to test on in {root}, got {len(train)} and {len(test)}"
+            f"COCO 2017: expected images with objects to train on and images to test on in {root}, got {len(train)} and"
+            f" {len(test)}"
         )
     names, ids = [category["name"] for category in categories], np.array(list(number), dtype=np.int64)
     return DetectionSet("coco", train, test, names, top / "annotations" / "instances_val2017.json", ids)
@@ -271,10 +290,14 @@ def _coco_part(path: Path) -> dict[str, Any]:
         about = json.loads(path.read_bytes())
         return {key: about[key] for key in ("images", "annotations", "categories")}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"COCO 2017: {path} is not a file of annotations as published ({error!r}): unpack it again") from error
+        raise UserError(
+            f"COCO 2017: {path} is not a file of annotations as published ({error!r}): unpack it again"
+        ) from error
 
 
-def _coco_images(root: Path, name: str, part: dict[str, Any], number: dict[int, int], *, training: bool) -> AnnotatedImages:
+def _coco_images(
+    root: Path, name: str, part: dict[str, Any], number: dict[int, int], *, training: bool
+) -> AnnotatedImages:
     of_image: dict[int, list[dict[str, Any]]] = {}
     for annotation in part["annotations"]:
         of_image.setdefault(annotation["image_id"], []).append(annotation)

@@ -1,7 +1,7 @@
 """Faster and Mask R-CNN around a ResNet of timm's, from torchvision's parts, as detectron2 and MoCo put them together.
 
-torchvision's own assemblies differ from the published ones: boxes are pooled without alignment, the box loss is smooth, layers start
-otherwise, and there is no C4. What is here overrides just that.
+torchvision's own assemblies differ from the published ones: boxes are pooled without alignment, the box loss is smooth,
+layers start otherwise, and there is no C4. What is here overrides just that.
 
 Shapes: n images, R regions of all images, C channels, M cells along a mask's side.
 """
@@ -31,7 +31,8 @@ Head = Literal["c4", "fpn"]
 class Detection(NamedTuple):
     """What was found in one image, the surest first, in its pixels.
 
-    boxes: [d, 4]. labels: int64 [d], from 0. scores: [d]. masks: probabilities [d, M, M] over the boxes; None without masks.
+    boxes: [d, 4]. labels: int64 [d], from 0. scores: [d]. masks: probabilities [d, M, M] over the boxes; None without
+    masks.
     """
 
     boxes: Tensor
@@ -50,7 +51,14 @@ class Detector(nn.Module):
     """
 
     def __init__(
-        self, body: nn.Module, proposals: Proposals, regions: Regions, *, divisible: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        body: nn.Module,
+        proposals: Proposals,
+        regions: Regions,
+        *,
+        divisible: int,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         super().__init__()
         self.body, self.proposals, self.regions, self.divisible = body, proposals, regions, divisible
@@ -60,11 +68,15 @@ class Detector(nn.Module):
         self.std: Tensor
 
     def forward(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Losses by name: objectness, proposal_box, class, box, mask; their sum is what is minimised. In training mode."""
+        """Losses by name: objectness, proposal_box, class, box, mask; their sum is what is minimised. In training
+        mode.
+        """
         for sampler in (self.proposals.fg_bg_sampler, self.regions.fg_bg_sampler):
             sampler.seeds = [example.seed for example in examples]
         device = self.mean.device
-        targets = [{"boxes": e.boxes.to(device), "labels": e.labels.to(device), "polygons": e.polygons} for e in examples]
+        targets = [
+            {"boxes": e.boxes.to(device), "labels": e.labels.to(device), "polygons": e.polygons} for e in examples
+        ]
         images = self._batch([example.image for example in examples], over_ranks=True)
         features = self.body(images.tensors)
         proposals, losses = self.proposals(images, features, targets)
@@ -84,12 +96,14 @@ class Detector(nn.Module):
         """Normalised, and padded with 0 to the right and below to a common size.
 
         Args:
-            over_ranks: the size is that of the images of all ranks: padding is among what BatchNorm's statistics are of.
+            over_ranks: the size is that of the images of all ranks: padding is among what BatchNorm's statistics are
+                of.
         """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         largest = torch.tensor(sizes, device=self.mean.device).amax(dim=0)
         height, width = (
-            -(-side // self.divisible) * self.divisible for side in (distributed.max_(largest) if over_ranks else largest).tolist()
+            -(-side // self.divisible) * self.divisible
+            for side in (distributed.max_(largest) if over_ranks else largest).tolist()
         )
         out = self.mean.new_zeros(len(images), 3, height, width)
         for row, image in zip(out, images, strict=True):
@@ -126,7 +140,12 @@ class Pyramid(nn.Module):
     def __init__(self, backbone: ResNet, widths: Sequence[int]) -> None:
         super().__init__()
         self.stem = _stem(backbone)
-        self.layer1, self.layer2, self.layer3, self.layer4 = backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            backbone.layer1,
+            backbone.layer2,
+            backbone.layer3,
+            backbone.layer4,
+        )
         self.pyramid = FeaturePyramidNetwork(list(widths), 256, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -152,12 +171,12 @@ def detector(
     """A detector of a copy of the backbone, with new layers drawn by torch's random numbers.
 
     Args:
-        head: "c4": regions of the fourth stage go through the fifth and MoCo's extra BatchNorm. "fpn": a feature pyramid, two linear
-            layers for boxes and four convolutions for masks, without BatchNorm, as in MoCo's runs.
+        head: "c4": regions of the fourth stage go through the fifth and MoCo's extra BatchNorm. "fpn": a feature
+            pyramid, two linear layers for boxes and four convolutions for masks, without BatchNorm, as in MoCo's runs.
         anchors: sizes in pixels: of c4 all at each place, of fpn one for each of its five levels.
         proposal_samples, region_samples: anchors and regions of an image that losses are taken of.
-        region_cells: cells along the side of a pooled region: of c4 before the fifth stage, of fpn for masks, and half of it for
-            boxes.
+        region_cells: cells along the side of a pooled region: of c4 before the fifth stage, of fpn for masks, and half
+            of it for boxes.
     Raises:
         UserError: the backbone has no such stages, or a pyramid has not five sizes of anchors.
     """
@@ -179,7 +198,9 @@ def detector(
         cells = region_cells // 2
         box_pool, box_head, box_width = AlignedPool(strides, cells), _two_linear(256 * cells**2, 1024), 1024
         layers, mask_pool = (
-            (mask_layers(256, num_classes, convolutions=4), AlignedPool(strides, region_cells)) if masks else (None, None)
+            (mask_layers(256, num_classes, convolutions=4), AlignedPool(strides, region_cells))
+            if masks
+            else (None, None)
         )
         counts = {"training": 2_000, "testing": 1_000}, {"training": 1_000, "testing": 1_000}
     proposals = Proposals(
@@ -230,7 +251,9 @@ def _stem(backbone: ResNet) -> nn.Sequential:
 
 
 def _two_linear(width: int, out: int) -> nn.Sequential:
-    layers = nn.Sequential(nn.Flatten(), nn.Linear(width, out), nn.ReLU(inplace=True), nn.Linear(out, out), nn.ReLU(inplace=True))
+    layers = nn.Sequential(
+        nn.Flatten(), nn.Linear(width, out), nn.ReLU(inplace=True), nn.Linear(out, out), nn.ReLU(inplace=True)
+    )
     for layer in layers:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)

@@ -17,8 +17,8 @@ TEST_REGIONS = 1000  # proposals of a test image
 def counted(what: str, images: int, network: Detector, height: int, *, training: bool) -> Work:
     """Images of `height` pixels and a third more across through a detector on the CPU, and with `training` back.
 
-    The arithmetic is that of its layers, on as many regions as are drawn, a quarter of them with masks; RoIAlign and suppression,
-    which have little, are in the time alone.
+    The arithmetic is that of its layers, on as many regions as are drawn, a quarter of them with masks; RoIAlign and
+    suppression, which have little, are in the time alone.
     """
     width = 4 * height // 3
 
@@ -69,7 +69,9 @@ class _Layers(nn.Module):
 def _example(height: int, width: int) -> Example:
     """Noise with three boxes."""
     draw = torch.Generator().manual_seed(0)
-    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.3, 0.2, 0.9, 0.9], [0.6, 0.1, 0.7, 0.2]]) * torch.tensor([width, height] * 2)
+    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.3, 0.2, 0.9, 0.9], [0.6, 0.1, 0.7, 0.2]]) * torch.tensor(
+        [width, height] * 2
+    )
     polygons = [[np.array([[x0, y0], [x1, y0], [x1, y1]])] for x0, y0, x1, y1 in boxes.tolist()]
     pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=draw)
     return Example(pixels, boxes, torch.tensor([1, 2, 3]), polygons)

@@ -19,9 +19,10 @@ from caco.errors import UserError
 class Maps(nn.Module):
     """Images [B, 3, H, W] to feature maps [B, D, h, w].
 
-    Place i of a ResNet stands at pixel i * stride: its convolutions see as far to one side as to the other. So images are padded with
-    zeros, the mean colour, to a multiple of the stride and one more, which has a place at both ends, as every crop of 513 pixels has.
-    A ViT's place stands in the middle of its patch, and its images consist of whole patches.
+    Place i of a ResNet stands at pixel i * stride: its convolutions see as far to one side as to the other. So images
+    are padded with zeros, the mean colour, to a multiple of the stride and one more, which has a place at both ends, as
+    every crop of 513 pixels has. A ViT's place stands in the middle of its patch, and its images consist of whole
+    patches.
 
     Args:
         backbone: of timm's; not copied.
@@ -57,7 +58,9 @@ class Maps(nn.Module):
         return F.interpolate(maps, whole, mode="bilinear", align_corners=True)[..., :height, :width]
 
     def places(self, side: int) -> Tensor:
-        """The pixel, of `side`, at which each place stands, int64; a ResNet's last may stand on the padding, at `side` or after it."""
+        """The pixel, of `side`, at which each place stands, int64; a ResNet's last may stand on the padding, at `side`
+        or after it.
+        """
         if self.in_patches:
             return torch.arange(self.stride // 2, side, self.stride)
         return torch.arange(0, side - 1 + self.stride, self.stride)
@@ -78,7 +81,9 @@ def require_resnet(backbone: nn.Module, purpose: str) -> ResNet:
 
 @torch.no_grad()
 def stride_and_width(backbone: ResNet) -> tuple[int, int]:
-    """Pixels from one place of the last stage to the next, and its features, found by sending an image of zeros through."""
+    """Pixels from one place of the last stage to the next, and its features, found by sending an image of zeros
+    through.
+    """
     weight = next(backbone.parameters())
     with as_evaluated(backbone):
         maps = backbone.forward_features(torch.zeros(1, 3, 65, 65, device=weight.device, dtype=weight.dtype))
@@ -86,9 +91,11 @@ def stride_and_width(backbone: ResNet) -> tuple[int, int]:
 
 
 def dilated_last_stage(backbone: ResNet) -> ResNet:
-    """The last stage in place at twice the resolution: its 3x3 convolutions have stride 1 and dilation 2, in all blocks.
+    """The last stage in place at twice the resolution: its 3x3 convolutions have stride 1 and dilation 2, in all
+    blocks.
 
-    As MoCo describes it; timm's output_stride and mmsegmentation leave the first block with half the dilation. The weights stay.
+    As MoCo describes it; timm's output_stride and mmsegmentation leave the first block with half the dilation. The
+    weights stay.
 
     Raises:
         UserError: a last stage that halves the resolution in another way.
@@ -103,7 +110,9 @@ def dilated_last_stage(backbone: ResNet) -> ResNet:
             module.stride = module.kernel_size = 1
     after, _ = stride_and_width(backbone)
     if 2 * after != before:
-        raise UserError(f"segment: expected a ResNet whose last stage has a stride of 2, got one of {before} and {after} without")
+        raise UserError(
+            f"segment: expected a ResNet whose last stage has a stride of 2, got one of {before} and {after} without"
+        )
     return backbone
 
 

@@ -21,10 +21,11 @@ def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
 
 
 def scores(matrix_KK: Tensor) -> dict[str, float]:
-    """`miou`, the mean over the classes of intersection over union; `mean_accuracy`, of the share of a class's pixels that were
-    found; `pixel_accuracy`, the share of all pixels; in percent.
+    """`miou`, the mean over the classes of intersection over union; `mean_accuracy`, of the share of a class's pixels
+    that were found; `pixel_accuracy`, the share of all pixels; in percent.
 
-    A class of which there is no pixel and which is nowhere predicted is left out of the mean. Of the real set all 21 are there.
+    A class of which there is no pixel and which is nowhere predicted is left out of the mean. Of the real set all 21
+    are there.
 
     Raises:
         ValueError: there is no labelled pixel.

@@ -19,16 +19,19 @@ RATIOS = (0.5, 1.0, 2.0)  # height by width of the anchors
 
 
 class Anchors(AnchorGenerator):
-    """Anchors at the places of each level, a fixed stride apart. torchvision rounds them to whole pixels, and divides the image's
-    size by
-    that of the level's map: 15 instead of 16 for an image of 801 pixels."""
+    """Anchors at the places of each level, a fixed stride apart. torchvision rounds them to whole pixels, and divides
+    the image's size by that of the level's map: 15 instead of 16 for an image of 801 pixels."""
 
     def __init__(self, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> None:
         super().__init__(tuple(tuple(level) for level in sizes), (RATIOS,) * len(sizes))
         self.strides = list(strides)
 
     def generate_anchors(
-        self, scales: Sequence[int], aspect_ratios: Sequence[float], dtype: torch.dtype = torch.float32, device: Any = "cpu"
+        self,
+        scales: Sequence[int],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: Any = "cpu",
     ) -> Tensor:
         scale, ratio = torch.as_tensor(scales, dtype=dtype), torch.as_tensor(aspect_ratios, dtype=dtype).sqrt()
         w, h = (scale[:, None] / ratio).flatten(), (scale[:, None] * ratio).flatten()
@@ -43,8 +46,8 @@ class Anchors(AnchorGenerator):
 
 
 class SeededSampler:
-    """Positive and negative positions of each image, at most `positive_fraction` of `size` positive; drawn by the image's own seed, so
-    that it does not matter which rank has it.
+    """Positive and negative positions of each image, at most `positive_fraction` of `size` positive; drawn by the
+    image's own seed, so that it does not matter which rank has it.
 
     seeds: of the images of the next call, set before it.
     """
@@ -81,7 +84,9 @@ class Proposals(RegionProposalNetwork):
 
 
 class FloatRPNHead(RPNHead):
-    """torchvision's; its answers are float32 under autocast too: bfloat16 has 8 bits for a place in an image of 1,333 pixels."""
+    """torchvision's; its answers are float32 under autocast too: bfloat16 has 8 bits for a place in an image of 1,333
+    pixels.
+    """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
@@ -89,7 +94,9 @@ class FloatRPNHead(RPNHead):
 
 
 def of_a_rank(count: int, like: Tensor) -> Tensor:
-    """The mean of the ranks' counts: sums over it, averaged over the ranks, are the means of one process that has everything."""
+    """The mean of the ranks' counts: sums over it, averaged over the ranks, are the means of one process that has
+    everything.
+    """
     return distributed.sum_(torch.tensor(float(count), dtype=like.dtype, device=like.device)) / distributed.world()
 
 

@@ -18,8 +18,8 @@ from caco.evals.dense.proposals import of_a_rank, wide
 
 
 class AlignedPool(nn.Module):
-    """RoIAlign, aligned to half a pixel, with as many samples as a region has pixels; each region takes one of the levels, by its
-    size.
+    """RoIAlign, aligned to half a pixel, with as many samples as a region has pixels; each region takes one of the
+    levels, by its size.
 
     Args:
         strides: of the levels, which come first in the features; a single level, or those from 4 to 32.
@@ -45,7 +45,8 @@ class AlignedPool(nn.Module):
 
 
 def level_of(boxes_R4: Tensor, count: int) -> Tensor:
-    """The level of each region, int64 [R], from 0: a box of 224 pixels square takes the third, one of half the side the one before.
+    """The level of each region, int64 [R], from 0: a box of 224 pixels square takes the third, one of half the side the
+    one before.
 
     Source: Feature Pyramid Networks (arXiv 1612.03144), equation 1.
     """
@@ -54,7 +55,9 @@ def level_of(boxes_R4: Tensor, count: int) -> Tensor:
 
 
 class Predictor(nn.Module):
-    """Scores [R, K + 1] and a box for each class [R, (K + 1) * 4], float32; of maps [R, C, h, w] it takes the mean over places."""
+    """Scores [R, K + 1] and a box for each class [R, (K + 1) * 4], float32; of maps [R, C, h, w] it takes the mean over
+    places.
+    """
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -69,7 +72,9 @@ class Predictor(nn.Module):
 
 
 def mask_layers(width: int, num_classes: int, *, convolutions: int) -> nn.Sequential:
-    """Maps [R, width, M, M] to logits [R, K + 1, 2 M, 2 M]: convolutions of 256 channels, one that doubles the grid, and a 1x1."""
+    """Maps [R, width, M, M] to logits [R, K + 1, 2 M, 2 M]: convolutions of 256 channels, one that doubles the grid,
+    and a 1x1.
+    """
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         layers += [nn.Conv2d(width, 256, 3, padding=1), nn.ReLU(inplace=True)]
@@ -87,8 +92,9 @@ def mask_layers(width: int, num_classes: int, *, convolutions: int) -> nn.Sequen
 
 
 class Regions(RoIHeads):
-    """torchvision's, with its own pass: a plain L1 loss, losses over the regions of all ranks, and masks, where `mask_pool` is None,
-    from the rows that the box head has computed already. With targets it gives losses, without them what it finds.
+    """torchvision's, with its own pass: a plain L1 loss, losses over the regions of all ranks, and masks, where
+    `mask_pool` is None, from the rows that the box head has computed already. With targets it gives losses, without
+    them what it finds.
 
     Args:
         mask_layers, mask_pool: see `mask_layers` and AlignedPool; None without masks.
@@ -130,7 +136,11 @@ class Regions(RoIHeads):
         boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         found = [{"boxes": b, "scores": s, "labels": label} for b, s, label in zip(boxes, scores, labels, strict=True)]
         if self.mask_layers is not None:
-            maps = self.box_head(self.box_roi_pool(features, boxes)) if self.mask_pool is None else self.mask_pool(features, boxes)
+            maps = (
+                self.box_head(self.box_roi_pool(features, boxes))
+                if self.mask_pool is None
+                else self.mask_pool(features, boxes)
+            )
             every = wide(self.mask_layers(maps))
             own = every[torch.arange(len(every), device=every.device), torch.cat(labels)].sigmoid()
             for one, masks in zip(found, own.split([len(label) for label in labels]), strict=True):
@@ -139,7 +149,8 @@ class Regions(RoIHeads):
 
 
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of the classes and L1 of the box of each positive region's own class, both over the number of regions.
+    """Cross-entropy of the classes and L1 of the box of each positive region's own class, both over the number of
+    regions.
 
     Args:
         logits: [R, K + 1]. deltas: [R, (K + 1) * 4]. labels: int64 [R]. targets: [R, 4].

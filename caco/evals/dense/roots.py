@@ -17,7 +17,8 @@ def existing(root: str | None, evaluator: str, layout: str) -> Path:
     """
     if root is None or not Path(root).expanduser().is_dir():
         raise UserError(
-            f"root: expected the folder that holds the set, as eval.{evaluator}.root=PATH, got {root}. Expected below it:\n{layout}"
+            f"root: expected the folder that holds the set, as eval.{evaluator}.root=PATH, got {root}. Expected below"
+            f" it:\n{layout}"
         )
     return Path(root).expanduser()
 
@@ -28,7 +29,9 @@ def first_with(candidates: Sequence[Path], inside: str) -> Path | None:
 
 
 def absent(folder: Path, files: Iterable[str]) -> list[str]:
-    """Those of the files that are not in a folder, listed once: asking for each of ten thousand takes long on network shares."""
+    """Those of the files that are not in a folder, listed once: asking for each of ten thousand takes long on network
+    shares.
+    """
     there = set(os.listdir(folder)) if folder.is_dir() else set()
     return [file for file in files if file not in there]
 

@@ -21,7 +21,15 @@ from caco.evals.base import Evaluator, Work
 from caco.evals.dense import pixel_metric, roots
 from caco.evals.dense.counting import VOC_IMAGE, work_of
 from caco.evals.dense.maps import Maps, dilated_last_stage, require_resnet
-from caco.evals.dense.segmentation_sets import CLASSES, IGNORED, LAYOUT, NUM_IMAGES, LabelledPixels, SegmentationSet, voc2012
+from caco.evals.dense.segmentation_sets import (
+    CLASSES,
+    IGNORED,
+    LAYOUT,
+    NUM_IMAGES,
+    LabelledPixels,
+    SegmentationSet,
+    voc2012,
+)
 from caco.evals.dense.training import Recipe, Task, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
@@ -31,18 +39,20 @@ DILATION = 6  # of the head
 
 
 class Segment(Evaluator):
-    """Of the pixels of VOC 2012 val: `<protocol>/voc2012_miou`, `_mean_accuracy`, `_pixel_accuracy`, percent. The protocol is
-    `segment_fcn16`; what is changed of it stands in its name (caco/metrics.py).
+    """Of the pixels of VOC 2012 val: `<protocol>/voc2012_miou`, `_mean_accuracy`, `_pixel_accuracy`, percent. The
+    protocol is `segment_fcn16`; what is changed of it stands in its name (caco/metrics.py).
 
-    Protocol of MoCo (arXiv 1911.05722, appendix): a copy of the ResNet, the 3x3 convolutions of conv5 with stride 1 and dilation 2,
-    so that its stride is 16; two 3x3 convolutions of 256 channels, dilation 6, with BatchNorm and ReLU, and a 1x1 to 21 classes.
-    Everything learns, BatchNorm too, over all images of a step. Images are scaled by 0.5 to 2, cropped to 513 pixels and flipped;
-    tested whole, at their own size. The mIoU is of one confusion matrix over all pixels, of the network after the last step.
+    Protocol of MoCo (arXiv 1911.05722, appendix): a copy of the ResNet, the 3x3 convolutions of conv5 with stride 1 and
+    dilation 2, so that its stride is 16; two 3x3 convolutions of 256 channels, dilation 6, with BatchNorm and ReLU, and
+    a 1x1 to 21 classes. Everything learns, BatchNorm too, over all images of a step. Images are scaled by 0.5 to 2,
+    cropped to 513 pixels and flipped; tested whole, at their own size. The mIoU is of one confusion matrix over all
+    pixels, of the network after the last step.
 
     Args:
         root: the folder that holds VOCdevkit, and SBD's labels in one of their layouts (docs/dense.md).
         train: "trainaug", 10,582 images, or "train", 1,464.
-        images, steps, rate, milestones, momentum, weight_decay: see Recipe; steps and rate, at 16 images a step, follow `images`.
+        images, steps, rate, milestones, momentum, weight_decay: see Recipe; steps and rate, at 16 images a step, follow
+            `images`.
         crop: pixels of a side. scale: drawn evenly from this range. channels: of the head's two layers.
         precision: "fp32" as published, or "bf16".
         save_every_steps: a checkpoint of the training; changes no number.
@@ -52,9 +62,12 @@ class Segment(Evaluator):
     on_all_ranks = True
     reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
     departures = (
-        "segment_fcn16: MoCo's code for it was not published. Where the paper is silent, the scale is drawn evenly from its range, "
-        "small images are padded with the mean colour and the label 255, weight decay is on all weights, new layers start with He's "
-        "spread and the last with 0.01, and scores are bilinear between the pixels at which places stand. None of this was measured.",
+        (
+            "segment_fcn16: MoCo's code for it was not published. Where the paper is silent, the scale is drawn evenly"
+            " from its range, small images are padded with the mean colour and the label 255, weight decay is on all"
+            " weights, new layers start with He's spread and the last with 0.01, and scores are bilinear between the"
+            " pixels at which places stand. None of this was measured."
+        ),
         "segment_fcn16: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
     )
 
@@ -78,16 +91,20 @@ class Segment(Evaluator):
         when: Literal["epoch", "end"] = "end",
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
-            raise UserError(
-                f"segment: expected scale as [smallest, largest] above 0, got {list(scale)}"
-            )
+            raise UserError(f"segment: expected scale as [smallest, largest] above 0, got {list(scale)}")
         self.recipe = Recipe(
-            steps=steps, images=images, rate=rate, milestones=list(milestones), momentum=momentum, weight_decay=weight_decay
+            steps=steps,
+            images=images,
+            rate=rate,
+            milestones=list(milestones),
+            momentum=momentum,
+            weight_decay=weight_decay,
         )
         self.root, self.train, self.crop, self.scale, self.channels = root, train, crop, list(scale), channels
         self.precision, self.save_every_steps, self.when = precision, save_every_steps, when
         self.protocol = metrics.segment(
-            train=train, images=images, steps=steps, rate=rate, milestones=milestones, momentum=momentum, weight_decay=weight_decay,
+            train=train, images=images, steps=steps, rate=rate, milestones=milestones, momentum=momentum,
+            weight_decay=weight_decay,
             crop=crop, scale=scale, channels=channels, precision=precision,
         )  # fmt: skip
 
@@ -95,7 +112,8 @@ class Segment(Evaluator):
         """Finds the set.
 
         Raises:
-            UserError: it is not whole, or tests on images that the encoder was trained on; fewer images a step than processes.
+            UserError: it is not whole, or tests on images that the encoder was trained on; fewer images a step than
+                processes.
         """
         self.recipe.refuse_more_ranks_than_images()
         self._store, self._seed = store, seed
@@ -123,7 +141,8 @@ class Segment(Evaluator):
             return
         require_resnet(backbone, "segment")
         made_from = {
-            "backbone": store.digest_of(backbone), "images": self._set.train.digest(), "crop": self.crop, "scale": self.scale,
+            "backbone": store.digest_of(backbone), "images": self._set.train.digest(), "crop": self.crop,
+            "scale": self.scale,
             "channels": self.channels, "mean": store.views.mean, "std": store.views.std,
         }  # fmt: skip
         network = train(
@@ -137,7 +156,9 @@ class Segment(Evaluator):
             precision=self.precision,
             save_every_steps=self.save_every_steps,
         )
-        for measure, value in scored(network, self._set.test, store, name=self.protocol, precision=self.precision).items():
+        for measure, value in scored(
+            network, self._set.test, store, name=self.protocol, precision=self.precision
+        ).items():
             yield f"{self.protocol}/voc2012_{measure}", value
 
     def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
@@ -145,12 +166,28 @@ class Segment(Evaluator):
         seen = self.recipe.num_steps * self.recipe.images
         height, width = VOC_IMAGE
         return [
-            work_of(f"{self.protocol}: crops of {crop} px to train on", seen, network, height=crop, width=crop, training=True),
-            work_of(f"{self.protocol}: images to test on", NUM_IMAGES["val"], network, height=height, width=width, training=False),
+            work_of(
+                f"{self.protocol}: crops of {crop} px to train on",
+                seen,
+                network,
+                height=crop,
+                width=crop,
+                training=True,
+            ),
+            work_of(
+                f"{self.protocol}: images to test on",
+                NUM_IMAGES["val"],
+                network,
+                height=height,
+                width=width,
+                training=False,
+            ),
         ]
 
 
-def found_voc2012(root: str | None, evaluator: str, train: Literal["trainaug", "train"], store: FeatureStore) -> SegmentationSet:
+def found_voc2012(
+    root: str | None, evaluator: str, train: Literal["trainaug", "train"], store: FeatureStore
+) -> SegmentationSet:
     """VOC 2012 below a folder that a setting names; says how much of it there is.
 
     Raises:
@@ -162,7 +199,9 @@ def found_voc2012(root: str | None, evaluator: str, train: Literal["trainaug", "
     for source in (found.train.files, store.splits.pretrain):
         store.refuse_shared(source, found.test.files)
     parts = {train: ("train on", found.train), "val": ("test on", found.test)}
-    there = ", ".join(f"{len(part):,} images to {use} (published: {NUM_IMAGES[name]:,})" for name, (use, part) in parts.items())
+    there = ", ".join(
+        f"{len(part):,} images to {use} (published: {NUM_IMAGES[name]:,})" for name, (use, part) in parts.items()
+    )
     store.say(f"{evaluator}: VOC 2012, {there}")
     return found
 
@@ -206,7 +245,9 @@ class Crops(Task):
         self.images, self.files, self.views, self.crop, self.scale = images, images.files, views, crop, list(scale)
 
     def example(self, index: int, seed: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Pixels uint8 [S, S, 3], labels uint8 [S, S], and height and width of what is no padding, which is below and right."""
+        """Pixels uint8 [S, S, 3], labels uint8 [S, S], and height and width of what is no padding, which is below and
+        right.
+        """
         image, labels = self.images.read(index)
         rng, side = np.random.default_rng(seed), self.crop
         factor = rng.uniform(self.scale[0], self.scale[1])
@@ -239,12 +280,18 @@ class Crops(Task):
 
 def resized(image: Image.Image, width: int, height: int) -> Image.Image:
     """Bilinear; across, then down: from version 13 on Pillow turns the order for some shapes, and rounds in between."""
-    return image.resize((width, image.height), Image.Resampling.BILINEAR).resize((width, height), Image.Resampling.BILINEAR)
+    return image.resize((width, image.height), Image.Resampling.BILINEAR).resize(
+        (width, height), Image.Resampling.BILINEAR
+    )
 
 
 @torch.no_grad()
-def scored(network: nn.Module, images: LabelledPixels, store: FeatureStore, *, name: str, precision: Precision) -> dict[str, float]:
-    """The scores of a network in eval mode on whole images at their own size, each on one rank. A collective; on every rank."""
+def scored(
+    network: nn.Module, images: LabelledPixels, store: FeatureStore, *, name: str, precision: Precision
+) -> dict[str, float]:
+    """The scores of a network in eval mode on whole images at their own size, each on one rank. A collective; on every
+    rank.
+    """
     device, num_classes = store.device, len(CLASSES)
     matrix_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 

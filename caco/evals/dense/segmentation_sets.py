@@ -1,4 +1,5 @@
-"""Images with a class for every pixel: PASCAL VOC 2012 with the further labels of SBD, read from the layouts in which they lie about.
+"""Images with a class for every pixel: PASCAL VOC 2012 with the further labels of SBD, read from the layouts in which
+they lie about.
 
 Labels: uint8 [H, W]; 0 is the background, 1 to 20 the classes, 255 counts for nothing.
 """
@@ -21,11 +22,12 @@ IGNORED = 255
 NUM_IMAGES = {"train": 1_464, "trainaug": 10_582, "val": 1_449}  # as published
 
 LAYOUT = """\
-  VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg, SegmentationClass/2007_000032.png, ImageSets/Segmentation/train.txt and val.txt
+  VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg, SegmentationClass/2007_000032.png,
+  ImageSets/Segmentation/train.txt and val.txt
 as VOCtrainval_11-May-2012.tar unpacks; VOC2012 may lie in root itself or be it. For train=trainaug, one of
   VOCdevkit/VOC2012/SegmentationClassAug/2008_000002.png, with the list ImageSets/Segmentation/trainaug.txt or without
-  benchmark_RELEASE/dataset/cls/2008_000002.mat, img/2008_000002.jpg, train.txt and val.txt, as SBD's benchmark.tgz unpacks;
-    dataset may also be root/dataset, root/SBD, VOCdevkit/VOCaug/dataset or root itself"""
+  benchmark_RELEASE/dataset/cls/2008_000002.mat, img/2008_000002.jpg, train.txt and val.txt, as SBD's benchmark.tgz
+    unpacks; dataset may also be root/dataset, root/SBD, VOCdevkit/VOCaug/dataset or root itself"""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,15 @@ class LabelledPixels:
         """The image, RGB, and the labels, uint8 [H, W].
 
         Raises:
-            UnreadableImage: one of the files cannot be read, is of another size than the other, or holds something else than classes.
+            UnreadableImage: one of the files cannot be read, is of another size than the other, or holds something else
+                than classes.
         """
         image, path = self.files.image(index), self.labels.path(index)
         labels = read_labels(path)
         if labels.shape != (image.height, image.width):
             raise UnreadableImage(
-                f"{path}: expected labels of {image.width} x {image.height} pixels, as {self.files.path(index)} has, got "
-                f"{labels.shape[1]} x {labels.shape[0]}"
+                f"{path}: expected labels of {image.width} x {image.height} pixels, as {self.files.path(index)} has,"
+                f" got {labels.shape[1]} x {labels.shape[0]}"
             )
         return image, labels
 
@@ -82,11 +85,14 @@ def read_labels(path: Path) -> np.ndarray:
                     raise ValueError(f"colours ({image.mode}) and not numbers of classes; take the file as published")
                 labels = np.array(image)
     except (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UnreadableImage(f"{path}: expected the class of every pixel, got {type(error).__name__}: {error}") from error
+        raise UnreadableImage(
+            f"{path}: expected the class of every pixel, got {type(error).__name__}: {error}"
+        ) from error
     strange = np.setdiff1d(labels, [*range(len(CLASSES)), IGNORED])
     if labels.ndim != 2 or len(strange):
         raise UnreadableImage(
-            f"{path}: expected classes 0 to {len(CLASSES) - 1}, and {IGNORED} for what is not labelled, got {strange[:5].tolist()}"
+            f"{path}: expected classes 0 to {len(CLASSES) - 1}, and {IGNORED} for what is not labelled, got"
+            f" {strange[:5].tolist()}"
         )
     return labels
 
@@ -100,19 +106,30 @@ class SegmentationSet:
 
 
 def voc2012(root: Path, train: Literal["trainaug", "train"]) -> SegmentationSet:
-    """PASCAL VOC 2012: 1,449 images of its list val to test on, and to train on those of train, 1,464, or with SBD's 10,582.
+    """PASCAL VOC 2012: 1,449 images of its list val to test on, and to train on those of train, 1,464, or with SBD's
+    10,582.
 
-    SBD's own lists hold images of VOC's val: they are left out. VOC's own labels are taken of its own training images, except from a
-    folder SegmentationClassAug with a list trainaug.txt, which together are a set of its own.
+    SBD's own lists hold images of VOC's val: they are left out. VOC's own labels are taken of its own training images,
+    except from a folder SegmentationClassAug with a list trainaug.txt, which together are a set of its own.
 
     Args:
         train: "trainaug", as papers do, or "train".
     Raises:
         UserError: parts are missing, or the list to train on has images of val; all is named, with the layout.
     """
-    inside = ("VOCdevkit/VOC2012", "VOC2012", ".", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012", "VOCtrainval_11-May-2012/VOC2012")
+    inside = (
+        "VOCdevkit/VOC2012",
+        "VOC2012",
+        ".",
+        "VOCtrainval_11-May-2012/VOCdevkit/VOC2012",
+        "VOCtrainval_11-May-2012/VOC2012",
+    )
     devkits = [root / folder for folder in inside]
-    top = roots.first_with(devkits, "ImageSets/Segmentation/val.txt") or roots.first_with(devkits, "SegmentationClass") or devkits[0]
+    top = (
+        roots.first_with(devkits, "ImageSets/Segmentation/val.txt")
+        or roots.first_with(devkits, "SegmentationClass")
+        or devkits[0]
+    )
     missing: list[str] = []
     lists = top / "ImageSets" / "Segmentation"
     own, test = (_listed(lists / f"{name}.txt", missing) for name in ("train", "val"))
@@ -127,11 +144,15 @@ def voc2012(root: Path, train: Literal["trainaug", "train"]) -> SegmentationSet:
     return SegmentationSet(_images(root, f"voc2012/{train}", train_pairs), _images(root, "voc2012/val", test_pairs))
 
 
-def _augmented(root: Path, top: Path, own: list[str], test: list[str], missing: list[str]) -> list[tuple[list[str], Path]]:
+def _augmented(
+    root: Path, top: Path, own: list[str], test: list[str], missing: list[str]
+) -> list[tuple[list[str], Path]]:
     """(names, folder of their labels) of the training images with SBD's."""
     labels, converted, known = top / "SegmentationClass", top / "SegmentationClassAug", {*own, *test}
     places = [top / "ImageSets" / folder for folder in ("Segmentation", "SegmentationAug")]
-    whole = next((file for place in places for file in (place / "trainaug.txt", place / "train_aug.txt") if file.is_file()), None)
+    whole = next(
+        (file for place in places for file in (place / "trainaug.txt", place / "train_aug.txt") if file.is_file()), None
+    )
     if converted.is_dir() and whole is not None:
         return [(_listed(whole, missing), converted)]
     if converted.is_dir():
@@ -175,7 +196,10 @@ def _pairs(root: Path, top: Path, names: list[str], labels: Path, missing: list[
     def photo(name: str) -> Path:
         return sbd / "img" / name if sbd is not None and name in of_sbd else photos / name
 
-    return [(str(photo(f"{name}.jpg").relative_to(root)), str((labels / f"{name}{extension}").relative_to(root))) for name in names]
+    return [
+        (str(photo(f"{name}.jpg").relative_to(root)), str((labels / f"{name}{extension}").relative_to(root)))
+        for name in names
+    ]
 
 
 def _images(root: Path, name: str, pairs: list[tuple[str, str]]) -> LabelledPixels:

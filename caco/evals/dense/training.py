@@ -1,27 +1,30 @@
-"""The loop in which dense evaluators fine-tune a network: steps of images of any shapes, over all ranks, resumed to the bit.
+"""The loop in which dense evaluators fine-tune a network: steps of images of any shapes, over all ranks, resumed to the
+bit.
 
-An evaluator says what an example is and what its loss is, in a `Task`; how long it is trained, in a `Recipe`; the loop does the rest:
+An evaluator says what an example is and what its loss is, in a `Task`; how long it is trained, in a `Recipe`; the loop
+does the rest:
 
-    recipe = Recipe(steps=24_000, images=16, rate=0.02, milestones=[18 / 24, 22 / 24], warmup_steps=100, decay_norms=False)
-    network = train(
+    recipe = Recipe(steps=24_000, images=16, rate=0.02, milestones=[18 / 24, 22 / 24], warmup_steps=100,
+    decay_norms=False) network = train(
         new_network,  # a copy of its own; its BatchNorm is made one over all ranks
         task,  # a Task: the training images
         recipe,
         store,  # device, workers, folder of checkpoints, who is told
         seed=seed,
         name="detect_voc_c4",  # of its lines and checkpoints
-        made_from={"backbone": store.digest_of(backbone), "images": images.digest(), "head": "c4"},  # what else decides the weights
-        precision="fp32",
+        made_from={"backbone": store.digest_of(backbone), "images": images.digest(), "head": "c4"}, # what else decides
+        the weights precision="fp32",
         save_every_steps=1000,
     )
-    for index, example in one_by_one(test_example, test.files, store, name=name):  # this rank's share of the test images
+    for index, example in one_by_one(test_example, test.files, store, name=name): # this rank's share of the test images
         ...
 
-A step's images depend on (seed, step) alone and an example's draws on (seed, its place in the order), whatever the number of ranks and
-workers. The ranks may have unequal numbers of images in a step, of unequal shapes: `Task.loss` says how a loss is shared.
+A step's images depend on (seed, step) alone and an example's draws on (seed, its place in the order), whatever the
+number of ranks and workers. The ranks may have unequal numbers of images in a step, of unequal shapes: `Task.loss` says
+how a loss is shared.
 
-An image that cannot be read, or its labels, ends it by name; with loader.corrupt=skip the next one, with its own labels, stands in for it
-in training, and of the test images it is left out. Each is named, with how many there are.
+An image that cannot be read, or its labels, ends it by name; with loader.corrupt=skip the next one, with its own
+labels, stands in for it in training, and of the test images it is left out. Each is named, with how many there are.
 """
 
 import contextlib
@@ -55,8 +58,8 @@ _NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
 class Recipe:
     """How long and how fast a network is fine-tuned.
 
-    `steps` and `rate` belong to `reference_images` a step, as published. Other `images` change both: half the images, half the rate
-    and twice the steps, of the warm-up too, so that as many images are seen.
+    `steps` and `rate` belong to `reference_images` a step, as published. Other `images` change both: half the images,
+    half the rate and twice the steps, of the warm-up too, so that as many images are seen.
 
     Args:
         steps, rate: at `reference_images` a step.
@@ -113,7 +116,10 @@ class Recipe:
             UserError: a step has no image for some rank.
         """
         if self.images < distributed.world():
-            raise UserError(f"images: expected at least one a step for each of the {distributed.world()} processes, got {self.images}")
+            raise UserError(
+                f"images: expected at least one a step for each of the {distributed.world()} processes, got"
+                f" {self.images}"
+            )
 
     def rates(self) -> Table:
         """The learning rate of each step."""
@@ -128,7 +134,12 @@ class Recipe:
 
     def optimizer(self, network: nn.Module) -> torch.optim.SGD:
         """SGD on what learns, in two groups: with weight decay and without."""
-        norms = {id(p) for module in network.modules() if isinstance(module, _NORMS) for p in module.parameters(recurse=False)}
+        norms = {
+            id(p)
+            for module in network.modules()
+            if isinstance(module, _NORMS)
+            for p in module.parameters(recurse=False)
+        }
         learning = [p for p in network.parameters() if p.requires_grad]
         without = [] if self.decay_norms else [p for p in learning if id(p) in norms]
         chosen = {id(p) for p in without}
@@ -136,7 +147,9 @@ class Recipe:
             {"params": [p for p in learning if id(p) not in chosen], "weight_decay": self.weight_decay},
             {"params": without, "weight_decay": 0.0},
         ]
-        return torch.optim.SGD([group for group in groups if group["params"]], lr=self.highest_rate, momentum=self.momentum)
+        return torch.optim.SGD(
+            [group for group in groups if group["params"]], lr=self.highest_rate, momentum=self.momentum
+        )
 
     def shown(self) -> str:
         """In words, as it stands after scaling."""
@@ -153,7 +166,8 @@ class Task(Protocol):
 
     @abstractmethod
     def example(self, index: int, seed: int) -> Any:
-        """One image with its labels, augmented by draws from the seed alone: tensors on the CPU and plain values. Called in workers.
+        """One image with its labels, augmented by draws from the seed alone: tensors on the CPU and plain values.
+        Called in workers.
 
         Raises:
             UnreadableImage: it, or its labels, cannot be read; the message names the file.
@@ -163,8 +177,9 @@ class Task(Protocol):
     def loss(self, network: nn.Module, examples: list[Any]) -> Tensor:
         """A scalar with gradient, of this rank's examples of a step. A collective, under the precision's autocast.
 
-        The mean over the ranks of what they return is the loss of the step's images together: where that divides by a number of
-        pixels, each rank divides its sum by that of all ranks (distributed.sum_) and multiplies by distributed.world().
+        The mean over the ranks of what they return is the loss of the step's images together: where that divides by a
+        number of pixels, each rank divides its sum by that of all ranks (distributed.sum_) and multiplies by
+        distributed.world().
         """
 
 
@@ -182,8 +197,8 @@ def train(
 ) -> nn.Module:
     """The network, trained, in eval mode and on the store's device. A collective.
 
-    Deterministic on CPUs. With a folder in the store there is a checkpoint every `save_every_steps` steps and at the end, and a call
-    with the same arguments goes on from the last one to the same bits.
+    Deterministic on CPUs. With a folder in the store there is a checkpoint every `save_every_steps` steps and at the
+    end, and a call with the same arguments goes on from the last one to the same bits.
 
     Args:
         network: becomes the trained one; BatchNorm in it takes its statistics over all ranks' images.
@@ -191,8 +206,8 @@ def train(
         made_from: plain values: all that decides the weights besides recipe, seed, precision and number of ranks.
         save_every_steps: changes no number.
     Raises:
-        UserError: fewer images a step than ranks; ranks that see other checkpoints; a loss that is not finite; an unreadable image. On
-            all ranks, wherever it is.
+        UserError: fewer images a step than ranks; ranks that see other checkpoints; a loss that is not finite; an
+            unreadable image. On all ranks, wherever it is.
     """
     world, device = distributed.world(), store.device
     recipe.refuse_more_ranks_than_images()
@@ -201,7 +216,9 @@ def train(
     network = over_all_ranks(network, device).to(device).to(memory_format=torch.channels_last).train()
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer, rates = recipe.optimizer(network), recipe.rates()
-    checkpoints = store.checkpoints(name, {**made_from, "recipe": vars(recipe), "seed": seed, "precision": precision, "world": world})
+    checkpoints = store.checkpoints(
+        name, {**made_from, "recipe": vars(recipe), "seed": seed, "precision": precision, "world": world}
+    )
     first = 0
     if checkpoints is not None:
         newest = checkpoints.load_newest()
@@ -212,7 +229,10 @@ def train(
             first = state["step"]
             store.say(f"{name}: going on from {path}, step {first} of {len(rates)}")
         if len(found := set(distributed.all_objects(first))) > 1:
-            raise UserError(f"{name}: the processes found checkpoints of steps {sorted(found)}; all must see {checkpoints.directory}")
+            raise UserError(
+                f"{name}: the processes found checkpoints of steps {sorted(found)}; all must see"
+                f" {checkpoints.directory}"
+            )
     if first < len(rates):
         store.say(f"{name}: training on {len(task.files):,} images, {recipe.shown()}")
     count = counting(store.say, f"{name}: step", len(rates), first)
@@ -221,10 +241,14 @@ def train(
     steps = batches(task, recipe.images, first, len(rates), store, seed=seed)
     with contextlib.closing(steps), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in range(first, len(rates)):
-            examples = distributed.on_each(lambda: next(steps))  # what one rank cannot read must not leave the others waiting
+            examples = distributed.on_each(
+                lambda: next(steps)
+            )  # what one rank cannot read must not leave the others waiting
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
-            torch.manual_seed(mixed_seed(seed, _NETWORK, step, distributed.rank()))  # dropout and other draws of the network
+            torch.manual_seed(
+                mixed_seed(seed, _NETWORK, step, distributed.rank())
+            )  # dropout and other draws of the network
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = task.loss(network, examples)
             loss.backward()
@@ -238,18 +262,24 @@ def train(
                 continue
             mean = (distributed.sum_(total) / (since * world)).item()
             if not math.isfinite(mean):
-                raise UserError(f"{name}: the loss became {mean} by step {done}; a lower rate may help, or a longer warm-up")
+                raise UserError(
+                    f"{name}: the loss became {mean} by step {done}; a lower rate may help, or a longer warm-up"
+                )
             count(since, f", loss {mean:.4f}")
             total.zero_()
             since = 0
             if saving and checkpoints is not None and distributed.is_main():
-                checkpoints.save({"step": done, "network": network.state_dict(), "optimizer": optimizer.state_dict()}, done)
+                checkpoints.save(
+                    {"step": done, "network": network.state_dict(), "optimizer": optimizer.state_dict()}, done
+                )
         if first < len(rates):
             store.say(f"{name}: trained for {len(rates):,} steps, loss {mean:.4f}")
     return network.eval()
 
 
-def batches(task: Task, images: int, first: int, last: int, store: FeatureStore, *, seed: int) -> Generator[list[Any], None, None]:
+def batches(
+    task: Task, images: int, first: int, last: int, store: FeatureStore, *, seed: int
+) -> Generator[list[Any], None, None]:
     """This rank's examples of the steps from `first` to before `last`, made ahead in workers; to be closed.
 
     What `train` trains on, and what statistics are taken over afterwards, with a seed of their own.
@@ -270,10 +300,11 @@ def batches(task: Task, images: int, first: int, last: int, store: FeatureStore,
 def one_by_one(
     example: Callable[[int], Any], files: Source, store: FeatureStore, *, name: str, verb: str = "tested", skip: int = 0
 ) -> Generator[tuple[int, Any], None, None]:
-    """(index, example(index)) of this rank's images, in order, made ahead in workers; now and then says how many are left.
+    """(index, example(index)) of this rank's images, in order, made ahead in workers; now and then says how many are
+    left.
 
-    Rank r of w has images r, r + w, r + 2 w, and so on; some ranks may have one more than others. With loader.corrupt=skip an image that
-    cannot be read comes as None and is named.
+    Rank r of w has images r, r + w, r + 2 w, and so on; some ranks may have one more than others. With
+    loader.corrupt=skip an image that cannot be read comes as None and is named.
 
     Args:
         skip: so many of this rank's images are done already.
@@ -288,7 +319,10 @@ def one_by_one(
                 if store.loader.corrupt == "fail":
                     raise UnreadableImage(str(one))
                 unreadable += 1
-                print(f"caco: {name}: {called(files, index)} cannot be read and is left out ({unreadable} such so far)", file=sys.stderr)
+                print(
+                    f"caco: {name}: {called(files, index)} cannot be read and is left out ({unreadable} such so far)",
+                    file=sys.stderr,
+                )
                 one = None
             yield index, one
             count(1)
@@ -300,8 +334,8 @@ def workers_of(store: FeatureStore) -> int:
 
 
 class _Steps:
-    """Keys (step, positions, indices) of this rank's images of each step. The images come in permutations, one after the other, and a
-    step may have the end of one and the beginning of the next: so every step has as many images."""
+    """Keys (step, positions, indices) of this rank's images of each step. The images come in permutations, one after
+    the other, and a step may have the end of one and the beginning of the next: so every step has as many images."""
 
     def __init__(self, num_images: int, images: int, first: int, last: int, seed: int) -> None:
         self.num_images, self.images, self.first, self.last, self.seed = num_images, images, first, last, seed
@@ -310,10 +344,14 @@ class _Steps:
     def __iter__(self) -> Iterator[tuple[int, list[int], list[int]]]:
         permutations: dict[int, np.ndarray] = {}
         for step in range(self.first, self.last):
-            place, following = (step * self.images + rank * self.images // self.world for rank in (self.rank, self.rank + 1))
+            place, following = (
+                step * self.images + rank * self.images // self.world for rank in (self.rank, self.rank + 1)
+            )
             own = range(place, following)
             epochs = {position // self.num_images for position in own}
-            permutations = {epoch: permutations[epoch] if epoch in permutations else self._permutation(epoch) for epoch in epochs}
+            permutations = {
+                epoch: permutations[epoch] if epoch in permutations else self._permutation(epoch) for epoch in epochs
+            }
             yield step, list(own), [int(permutations[p // self.num_images][p % self.num_images]) for p in own]
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -321,12 +359,16 @@ class _Steps:
 
 
 class _Examples:
-    """Keys of `_Steps` to examples, and (the image, the one that stands in for it) where there is such a one; or why there are none."""
+    """Keys of `_Steps` to examples, and (the image, the one that stands in for it) where there is such a one; or why
+    there are none.
+    """
 
     def __init__(self, task: Task, seed: int, corrupt: str) -> None:
         self.task, self.seed, self.corrupt = task, seed, corrupt
 
-    def __call__(self, key: tuple[int, list[int], list[int]]) -> tuple[list[Any], list[tuple[int, int]]] | UnreadableImage:
+    def __call__(
+        self, key: tuple[int, list[int], list[int]]
+    ) -> tuple[list[Any], list[tuple[int, int]]] | UnreadableImage:
         _, positions, indices = key
         made: list[Any] = []
         stand_ins: list[tuple[int, int]] = []

@@ -16,7 +16,14 @@ from caco.nn.backbones import small_resnet
 from caco.nn.norm import over_all_ranks
 from experiments.toy_sets.detection import ring, shapes
 
-SMALL = {"anchors": (8, 16, 24), "proposal_samples": 32, "region_samples": 16, "region_cells": 4, "mean": [0.5] * 3, "std": [0.25] * 3}
+SMALL = {
+    "anchors": (8, 16, 24),
+    "proposal_samples": 32,
+    "region_samples": 16,
+    "region_cells": 4,
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+}
 
 
 def small(head="c4", *, masks=True, num_classes=3, seed=0, **changed) -> Detector:
@@ -33,7 +40,9 @@ def example(seed: int, *, height=48, width=64) -> Example:
     boxes = torch.tensor([box for _, box in objects], dtype=torch.float32) / 2
     polygons = [[np.array(ring(name, box), dtype=np.float32) / 2] for name, box in objects]
     pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[:, ::2, ::2][:, :height, :width]
-    return Example(pixels, boxes, torch.tensor([names.index(name) + 1 for name, _ in objects]), polygons, seed=100 + seed)
+    return Example(
+        pixels, boxes, torch.tensor([names.index(name) + 1 for name, _ in objects]), polygons, seed=100 + seed
+    )
 
 
 UNEQUAL = [example(3), example(4, height=45, width=59), example(5, height=38)]

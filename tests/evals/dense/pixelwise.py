@@ -1,4 +1,6 @@
-"""The smallest dense task, the brightness of each pixel of images of unequal shapes, and what the processes of its test do."""
+"""The smallest dense task, the brightness of each pixel of images of unequal shapes, and what the processes of its test
+do.
+"""
 
 from pathlib import Path
 
@@ -53,13 +55,22 @@ def store_of(folder=None, num_workers=0, said=None, corrupt="fail") -> FeatureSt
     loader = TorchLoader(num_workers=num_workers, corrupt=corrupt)
     say = (lambda text, passing=False: said.append(text)) if said is not None else lambda text, passing=False: None
     return FeatureStore(
-        Splits(source, source, source), views, batch=8, device="cpu", precision="fp32", loader=loader, folder=folder, say=say
+        Splits(source, source, source),
+        views,
+        batch=8,
+        device="cpu",
+        precision="fp32",
+        loader=loader,
+        folder=folder,
+        say=say,
     )
 
 
 def trained(folder=None, recipe=RECIPE, task=None, **settings) -> dict[str, torch.Tensor]:
     options = {"seed": 3, "name": "it", "made_from": {"a": 1}, "precision": "fp32", "save_every_steps": 2}
-    store = store_of(folder, **{key: settings.pop(key) for key in ("num_workers", "said", "corrupt") if key in settings})
+    store = store_of(
+        folder, **{key: settings.pop(key) for key in ("num_workers", "said", "corrupt") if key in settings}
+    )
     return train(network(), task or Brightness(), recipe, store, **options | settings).state_dict()
 
 

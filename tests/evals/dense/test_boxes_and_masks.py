@@ -17,7 +17,12 @@ def objects(boxes, labels=None, polygons=None) -> Objects:
 
 @pytest.mark.parametrize(
     ("size", "short", "wanted"),
-    [((500, 375), 800, (1067, 800)), ((375, 500), 480, (480, 640)), ((1000, 300), 800, (1333, 400)), ((640, 480), 480, (640, 480))],
+    [
+        ((500, 375), 800, (1067, 800)),
+        ((375, 500), 480, (480, 640)),
+        ((1000, 300), 800, (1333, 400)),
+        ((640, 480), 480, (640, 480)),
+    ],
 )
 def test_the_shorter_side_is_as_asked_unless_the_longer_gets_too_long(size, short, wanted):
     assert resized(*size, short=short, longest=1333) == wanted
@@ -31,7 +36,13 @@ def test_boxes_follow_the_image_when_it_is_resized_and_flipped():
     for flip in (False, True):
         for short in (80, 160):
             example = example_of(
-                image, objects([[10, 20, 40, 60]], [4], [[ring]]), short=short, longest=999, flip=flip, masks=True, seed=7
+                image,
+                objects([[10, 20, 40, 60]], [4], [[ring]]),
+                short=short,
+                longest=999,
+                flip=flip,
+                masks=True,
+                seed=7,
             )
             x0, y0, x1, y1 = example.boxes[0].tolist()
             inside = np.zeros(example.image.shape[1:], dtype=bool)

@@ -26,7 +26,9 @@ def run_dir(tmp_path):
     return folder
 
 
-def test_results_stand_in_the_run_with_what_departs_and_the_same_command_makes_nothing_twice(run_dir, tmp_path, monkeypatch, capsys):
+def test_results_stand_in_the_run_with_what_departs_and_the_same_command_makes_nothing_twice(
+    run_dir, tmp_path, monkeypatch, capsys
+):
     toy_voc.write_voc(tmp_path / "voc")
     monkeypatch.setattr("caco.runs.directory._locks", {})
     settings = [f"eval.segment.{setting}" for setting in SEGMENT]
@@ -34,7 +36,9 @@ def test_results_stand_in_the_run_with_what_departs_and_the_same_command_makes_n
     roots = [f"eval.{name}.root={tmp_path / 'voc'}" for name in PROTOCOLS]
 
     def main(*more):
-        monkeypatch.setattr(sys, "argv", ["caco-evaluate", f"run={run_dir}", "eval=[segment,dense_linear]", *settings, *roots, *more])
+        monkeypatch.setattr(
+            sys, "argv", ["caco-evaluate", f"run={run_dir}", "eval=[segment,dense_linear]", *settings, *roots, *more]
+        )
         evaluate.main()
         return capsys.readouterr()
 
@@ -43,11 +47,16 @@ def test_results_stand_in_the_run_with_what_departs_and_the_same_command_makes_n
              for measure in ("miou", "mean_accuracy", "pixel_accuracy")}  # fmt: skip
     summary = read_json(run_dir / "summary.json")
     assert names <= summary.keys() and not any(name.startswith("pixels/") for name in summary)
-    for departure in ("caco: segment_fcn16: MoCo's code for it was not published.", "caco: dense_linear: a protocol of caco's own"):
+    for departure in (
+        "caco: segment_fcn16: MoCo's code for it was not published.",
+        "caco: dense_linear: a protocol of caco's own",
+    ):
         assert departure in said.out
     assert "training on 6 images, 4 steps of 4 images, rate 0.025" in said.err
     kept = {path: path.read_bytes() for path in (run_dir / "evaluations").glob("*.json")}
-    (one,) = (read_json(path) for path in kept if path.name.startswith("segment-") and read_json(path)["baseline"] is None)
+    (one,) = (
+        read_json(path) for path in kept if path.name.startswith("segment-") and read_json(path)["baseline"] is None
+    )
     assert {key: one["made_from"]["evaluator"][key] for key in ("images", "steps", "rate", "precision")} == {
         "images": 4, "steps": 1, "rate": 0.1, "precision": "fp32",
     }  # fmt: skip

@@ -35,7 +35,9 @@ def store_of(*args, **settings):
 
 def vit() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", num_classes=0, patch_size=8, img_size=64, dynamic_img_size=True, depth=2).eval()
+    return timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, patch_size=8, img_size=64, dynamic_img_size=True, depth=2
+    ).eval()
 
 
 def test_an_untrained_network_of_colours_suffices_for_the_toy_images(voc):

@@ -1,4 +1,6 @@
-"""eval=detect from the set on disk to the numbers: by name, resumed to the bit, over ranks, refused early, and that it learns."""
+"""eval=detect from the set on disk to the numbers: by name, resumed to the bit, over ranks, refused early, and that it
+learns.
+"""
 
 import json
 from pathlib import Path
@@ -21,7 +23,8 @@ from experiments.toy_sets.detection import write_coco, write_voc
 
 # Four steps of four images, a fourth of the published number of regions and less.
 FEW = {
-    "name": "it", "images": 4, "steps": 1, "rate": 0.02, "warmup_steps": 0, "short_sides": [40, 48], "test_side": 48, "longest": 80,
+    "name": "it", "images": 4, "steps": 1, "rate": 0.02, "warmup_steps": 0, "short_sides": [40, 48], "test_side": 48,
+    "longest": 80,
     "anchors": [8, 16, 24], "proposal_samples": 16, "region_samples": 8, "region_cells": 4, "precise_batches": 2,
     "save_every_steps": 2,
 }  # fmt: skip
@@ -47,7 +50,9 @@ def test_voc_gives_its_numbers_and_leaves_the_backbone_and_the_draws_as_they_wer
     assert list(results) == VOC_NAMES and all(0 <= value <= 100 for value in results.values())
     assert network_digest(network) == digest and [m.training for m in network.modules()] == modes
     assert torch.equal(torch.get_rng_state(), draws)
-    assert said[0] == "it: training on 8 images, 4 steps of 4 images, rate 0.005" and said[-1].startswith("it: trained for 4 steps, loss ")
+    assert said[0] == "it: training on 8 images, 4 steps of 4 images, rate 0.005" and said[-1].startswith(
+        "it: trained for 4 steps, loss "
+    )
 
 
 def test_coco_gives_boxes_and_masks(tmp_path):
@@ -58,7 +63,8 @@ def test_coco_gives_boxes_and_masks(tmp_path):
     assert (
         wanted
         <= set(results)
-        <= wanted | {f"it/coco2017_{kind}_ap_{size}" for kind in ("box", "mask") for size in ("small", "medium", "large")}
+        <= wanted
+        | {f"it/coco2017_{kind}_ap_{size}" for kind in ("box", "mask") for size in ("small", "medium", "large")}
     )
 
 
@@ -67,7 +73,9 @@ def test_killed_between_two_checkpoints_it_goes_on_to_the_same_numbers_and_bits(
     write_voc(tmp_path)
     tested = []
     monkeypatch.setattr(
-        Detect, "_found", lambda self, network: tested.append({k: v.clone() for k, v in network.state_dict().items()}) or []
+        Detect,
+        "_found",
+        lambda self, network: tested.append({k: v.clone() for k, v in network.state_dict().items()}) or [],
     )
 
     class Killed(Exception):
@@ -89,14 +97,18 @@ def test_killed_between_two_checkpoints_it_goes_on_to_the_same_numbers_and_bits(
     said = []
     resumed = of(Detect(root=str(tmp_path), **FEW), store_of(tmp_path / "kept", said=said))
     assert "step 2 of 4" in said[0] and resumed == whole
-    assert tested[0].keys() == tested[1].keys() and all(torch.equal(tested[0][name], tested[1][name]) for name in tested[0])
+    assert tested[0].keys() == tested[1].keys() and all(
+        torch.equal(tested[0][name], tested[1][name]) for name in tested[0]
+    )
 
 
 def test_what_changes_the_weights_changes_the_checkpoint(tmp_path):
     write_voc(tmp_path)
     for changed in ({}, {"test_side": 40}, {"short_sides": [48]}, {"region_samples": 12}):
         of(Detect(root=str(tmp_path), **FEW | changed), store_of(tmp_path / "kept"))
-    assert len(list((tmp_path / "kept" / "classifiers").iterdir())) == 3, "the side of the test images is no matter of training"
+    assert len(list((tmp_path / "kept" / "classifiers").iterdir())) == 3, (
+        "the side of the test images is no matter of training"
+    )
 
 
 def test_statistics_taken_anew_are_the_mean_over_training_batches(tmp_path):
@@ -112,7 +124,9 @@ def test_statistics_taken_anew_are_the_mean_over_training_batches(tmp_path):
     hook.remove()
     assert len(seen) == 3 and not network.training and [m.momentum for m in detecting.norms_of(network)] == momenta
     assert torch.allclose(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0), atol=1e-6)
-    assert torch.allclose(norm.running_var, torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in seen]).mean(0), rtol=1e-4)
+    assert torch.allclose(
+        norm.running_var, torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in seen]).mean(0), rtol=1e-4
+    )
     before = norm.running_mean.clone()
     take_statistics(network, task, 4, 0, store, seed=5, precision="fp32")
     assert torch.equal(norm.running_mean, before), "without batches those of training stay"
@@ -151,7 +165,10 @@ def _truth(images, index, *, scale) -> Detection:
 def test_detections_are_scaled_to_the_image_and_cut_to_it():
     """Seen at twice the size; the second lies outside."""
     found = Detection(
-        torch.tensor([[20.0, 40, 300, 80], [250, 10, 260, 20]]), torch.tensor([4, 1]), torch.tensor([0.75, 0.5]), torch.ones(2, 4, 4)
+        torch.tensor([[20.0, 40, 300, 80], [250, 10, 260, 20]]),
+        torch.tensor([4, 1]),
+        torch.tensor([0.75, 0.5]),
+        torch.ones(2, 4, 4),
     )
     (row,) = rows_of(7, found, (200, 100), (100, 50))
     assert {key: row[key] for key in ("image", "label", "score", "box")} == {
@@ -174,12 +191,20 @@ def test_rows_of_unequal_ranks_come_together(tmp_path):
 def test_all_that_is_wrong_with_the_settings_is_refused_at_once():
     with pytest.raises(UserError, match="it short_sides: .*; longest: .*; anchors: .*five.*; region_cells: "):
         Detect(**FEW | {"short_sides": [8], "longest": 20, "head": "fpn", "region_cells": 5})
-    with pytest.raises(UserError, match=r"dataset: expected voc \| coco, got 'voc2007'; head: .*; precision: .*; when: "):
+    with pytest.raises(
+        UserError, match=r"dataset: expected voc \| coco, got 'voc2007'; head: .*; precision: .*; when: "
+    ):
         Detect(**FEW | {"dataset": "voc2007", "head": "c5", "precision": "fp16", "when": "never"})
 
 
 def test_a_missing_root_a_set_that_is_not_whole_a_vit_and_shared_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"root: expected the folder that holds the set, as eval.NAME.root=PATH, got None. .*\n .*VOC2007/Annotations"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"root: expected the folder that holds the set, as eval.NAME.root=PATH, got None. .*\n"
+            r" .*VOC2007/Annotations"
+        ),
+    ):
         Detect(**FEW).build(store_of(), seed=0)
     with pytest.raises(UserError, match=r"as eval.detect_coco_2x.root=PATH, got None. .*\n .*instances_train2017.json"):
         Detect(**FEW | {"name": "detect_coco_c4_2x", "dataset": "coco"}).build(store_of(), seed=0)
@@ -215,8 +240,10 @@ def test_what_it_takes_is_counted_and_timed_without_a_set(head):
 
 
 LEARNS = {
-    "name": "it", "images": 8, "rate": 0.04, "short_sides": [96], "test_side": 96, "longest": 128, "anchors": [16, 32, 48],
-    "proposal_samples": 64, "region_samples": 32, "region_cells": 6, "warmup_steps": 10, "milestones": [0.8], "precise_batches": 10,
+    "name": "it", "images": 8, "rate": 0.04, "short_sides": [96], "test_side": 96, "longest": 128,
+    "anchors": [16, 32, 48],
+    "proposal_samples": 64, "region_samples": 32, "region_cells": 6, "warmup_steps": 10, "milestones": [0.8],
+    "precise_batches": 10,
 }  # fmt: skip
 
 
@@ -232,5 +259,8 @@ def test_it_finds_what_it_was_trained_on(tmp_path, dataset):
     store = store_of()
     store.overlap = "allow"
     results = of(Detect(root=str(tmp_path), dataset=dataset, steps=100, **LEARNS), store)
-    found = {name: results[f"it/{name}"] for name in (["voc2007_ap50"] if dataset == "voc" else ["coco2017_box_ap50", "coco2017_mask_ap50"])}
+    found = {
+        name: results[f"it/{name}"]
+        for name in (["voc2007_ap50"] if dataset == "voc" else ["coco2017_box_ap50", "coco2017_mask_ap50"])
+    }
     assert min(found.values()) > 90, found

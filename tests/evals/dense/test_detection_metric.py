@@ -12,9 +12,13 @@ FAR = [50.0, 50.0, 60.0, 60.0]
 
 
 def voc(found, truth, num_difficult=0):
-    """Scores of (image, label, score, box) against (image, label, box); the last `num_difficult` truths are difficult."""
+    """Scores of (image, label, score, box) against (image, label, box); the last `num_difficult` truths are
+    difficult.
+    """
     difficult = np.arange(len(truth)) >= len(truth) - num_difficult
-    boxes = Boxes(*(np.array([row[i] for row in found]) for i in (0, 1)), np.array([row[3] for row in found]).reshape(-1, 4))
+    boxes = Boxes(
+        *(np.array([row[i] for row in found]) for i in (0, 1)), np.array([row[3] for row in found]).reshape(-1, 4)
+    )
     wanted = Boxes(*(np.array([row[i] for row in truth]) for i in (0, 1)), np.array([row[2] for row in truth]))
     return voc_scores(boxes, np.array([row[2] for row in found]), wanted, difficult)
 
@@ -26,7 +30,8 @@ def test_a_perfect_class_has_100_at_every_threshold():
 
 
 def test_two_truths_of_which_the_second_detection_finds_one():
-    """Wrong, then right: precision 0, 1/2 at recall 0, 1/2. The best precision at recalls 0 .. 0.5 is 1/2, six of eleven points:
+    """Wrong, then right: precision 0, 1/2 at recall 0, 1/2. The best precision at recalls 0 .. 0.5 is 1/2, six of
+    eleven points:
     3/11."""
     scores = voc([(0, 0, 0.9, FAR), (0, 0, 0.8, HERE)], [(0, 0, HERE), (1, 0, HERE)])
     assert scores["ap50"] == pytest.approx(100 * 3 / 11)
@@ -67,11 +72,17 @@ def test_of_equal_scores_the_first_given_stands_first_and_scores_are_compared_to
 
 
 def test_boxes_count_pixels_and_an_overlap_must_be_more_than_the_threshold():
-    """Edges 0..10 and 0..5 are pixels 1..10 and 1..5: the overlap is 5 of 10 columns, exactly one half, which is not more than it."""
+    """Edges 0..10 and 0..5 are pixels 1..10 and 1..5: the overlap is 5 of 10 columns, exactly one half, which is not
+    more than it.
+    """
     truth = [(0, 0, HERE)]
     assert pixel_iou(np.array([[1.0, 1, 5, 10]]), np.array([[1.0, 1, 10, 10]])).tolist() == [[0.5]]
     assert voc([(0, 0, 0.9, [0.0, 0.0, 5.0, 10.0])], truth)["ap50"] == 0
-    assert voc([(0, 0, 0.9, [0.0, 0.0, 6.0, 10.0])], truth) == {"ap50": 100.0, "ap75": 0.0, "ap": pytest.approx(100 * 2 / 10)}
+    assert voc([(0, 0, 0.9, [0.0, 0.0, 6.0, 10.0])], truth) == {
+        "ap50": 100.0,
+        "ap75": 0.0,
+        "ap": pytest.approx(100 * 2 / 10),
+    }
 
 
 def test_the_ten_thresholds_are_those_from_50_to_95():
@@ -88,17 +99,25 @@ def coco_truth(path, truth, crowd=()):
     rows = [
         {"id": i + 1, "image_id": row[0], "category_id": row[1], "bbox": list(row[2:]), "area": row[4] * row[5],
          "iscrowd": int(row in crowd),
-         "segmentation": [[row[2], row[3], row[2] + row[4], row[3], row[2] + row[4], row[3] + row[5], row[2], row[3] + row[5]]]}
+         "segmentation": [[row[2], row[3], row[2] + row[4], row[3], row[2] + row[4], row[3] + row[5], row[2],
+         row[3] + row[5]]]}
         for i, row in enumerate(truth)
     ]  # fmt: skip
     images = [{"id": i, "width": 200, "height": 200} for i in range(1, 6)]
-    path.write_text(json.dumps({"images": images, "annotations": rows, "categories": [{"id": c, "name": str(c)} for c in (1, 3, 90)]}))
+    path.write_text(
+        json.dumps(
+            {"images": images, "annotations": rows, "categories": [{"id": c, "name": str(c)} for c in (1, 3, 90)]}
+        )
+    )
     return path
 
 
 def coco(path, found):
     return coco_scores(
-        path, [dict(zip(("image_id", "category_id", "score", "bbox"), row, strict=True)) for row in found], masks=False, say=str
+        path,
+        [dict(zip(("image_id", "category_id", "score", "bbox"), row, strict=True)) for row in found],
+        masks=False,
+        say=str,
     )
 
 
@@ -106,7 +125,9 @@ def test_coco_perfect_swapped_and_none(tmp_path):
     truth = [(1, 1, 5.0, 5.0, 40.0, 40.0), (2, 90, 10.0, 20.0, 100.0, 100.0)]
     file = coco_truth(tmp_path / "truth.json", truth)
     perfect = coco(file, [(i, c, 0.9, list(box)) for i, c, *box in truth])
-    assert perfect == pytest.approx({"box_ap": 100, "box_ap50": 100, "box_ap75": 100, "box_ap_medium": 100, "box_ap_large": 100})
+    assert perfect == pytest.approx(
+        {"box_ap": 100, "box_ap50": 100, "box_ap75": 100, "box_ap_medium": 100, "box_ap_large": 100}
+    )
     assert coco(file, [(i, 91 - c, 0.9, list(box)) for i, c, *box in truth])["box_ap"] == 0
     assert coco(file, []) == {"box_ap": 0, "box_ap50": 0, "box_ap75": 0}
 
@@ -121,7 +142,10 @@ def test_coco_does_not_punish_a_detection_on_a_crowd(tmp_path):
 
 def random_set(seed, path):
     draw = np.random.default_rng(seed)
-    truth = [(int(draw.integers(1, 6)), int(draw.choice([1, 3, 90])), *map(float, draw.integers(5, 90, 4))) for _ in range(30)]
+    truth = [
+        (int(draw.integers(1, 6)), int(draw.choice([1, 3, 90])), *map(float, draw.integers(5, 90, 4)))
+        for _ in range(30)
+    ]
     moved = [(i, c, float(draw.random()), [float(v + draw.normal(0, 3)) for v in box]) for i, c, *box in truth]
     return coco_truth(path, truth), truth, moved
 

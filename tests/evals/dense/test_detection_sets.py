@@ -20,7 +20,9 @@ def of_torchvision(root, year, split):
         sizes.append(image.size)
         objects = target["annotation"]["object"]
         edges = ("xmin", "ymin", "xmax", "ymax")
-        found.append([(o["name"], [float(o["bndbox"][edge]) for edge in edges], o["difficult"] == "1") for o in objects])
+        found.append(
+            [(o["name"], [float(o["bndbox"][edge]) for edge in edges], o["difficult"] == "1") for o in objects]
+        )
     return found, sizes
 
 
@@ -33,11 +35,19 @@ def test_voc_reads_what_torchvision_reads(tmp_path):
     )
     for images, (theirs, sizes) in ((found.train, tuple(map(list.__add__, train07, train12))), (found.test, test)):
         ours = [images.objects(i) for i in range(len(images))]
-        assert [[VOC_CLASSES[label] for label in o.labels] for o in ours] == [[name for name, *_ in image] for image in theirs]
+        assert [[VOC_CLASSES[label] for label in o.labels] for o in ours] == [
+            [name for name, *_ in image] for image in theirs
+        ]
         assert [(o.boxes + [1, 1, 0, 0]).tolist() for o in ours] == [[box for _, box, _ in image] for image in theirs]
         assert [o.difficult.tolist() for o in ours] == [[difficult for *_, difficult in image] for image in theirs]
-        assert [images.files.image(i).size for i in range(len(images))] == sizes == [tuple(size) for size in images.sizes.tolist()]
-    assert found.train.difficult.sum() == 2 and found.test.difficult.sum() == 1, "difficult objects are kept, in training too"
+        assert (
+            [images.files.image(i).size for i in range(len(images))]
+            == sizes
+            == [tuple(size) for size in images.sizes.tolist()]
+        )
+    assert found.train.difficult.sum() == 2 and found.test.difficult.sum() == 1, (
+        "difficult objects are kept, in training too"
+    )
     assert found.train.boxes.max() == WIDTH and found.train.objects(0).boxes.shape == (1, 4)
 
 
@@ -71,7 +81,8 @@ def test_voc_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
     with pytest.raises(UserError) as nothing:
         voc(tmp_path)
     assert all(
-        part in str(nothing.value) for part in ("VOC 2007 trainval", "VOC 2012 trainval", "VOC 2007 test", "VOCtest_06-Nov-2007.tar")
+        part in str(nothing.value)
+        for part in ("VOC 2007 trainval", "VOC 2012 trainval", "VOC 2007 test", "VOCtest_06-Nov-2007.tar")
     )
     write_voc(tmp_path)
     (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000002.jpg").unlink()
@@ -87,7 +98,12 @@ def test_voc_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("<name>aeroplane</name>", "<name>dragon</name>"), ("<xmin>", "<xmin>left"), ("</annotation>", ""), ("<width>128</width>", "")],
+    [
+        ("<name>aeroplane</name>", "<name>dragon</name>"),
+        ("<xmin>", "<xmin>left"),
+        ("</annotation>", ""),
+        ("<width>128</width>", ""),
+    ],
 )
 def test_voc_names_an_annotation_that_is_not_as_published(tmp_path, old, new):
     write_voc(tmp_path, train12=1)
@@ -133,7 +149,10 @@ def test_coco_is_found_where_mirrors_have_it(tmp_path, inside, images):
 def test_coco_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"instances_train2017.json\n.*train2017\n.*instances_val2017.json\n.*val2017\nExpected below root:\n.*train2017",
+        match=(
+            r"instances_train2017.json\n.*train2017\n.*instances_val2017.json\n.*val2017\nExpected below"
+            r" root:\n.*train2017"
+        ),
     ):
         coco(tmp_path)
     write_coco(tmp_path)
@@ -163,8 +182,12 @@ def test_what_a_set_is_called_changes_with_its_objects(tmp_path):
 
 
 def test_the_toy_sets_hold_what_they_are_to_show(tmp_path):
-    """What the tests above rely on: a crowd, an image without truth, a grey one, ids with gaps, one image with a single object."""
+    """What the tests above rely on: a crowd, an image without truth, a grey one, ids with gaps, one image with a single
+    object.
+    """
     write_coco(tmp_path)
     about = json.loads((tmp_path / "annotations/instances_train2017.json").read_text())
-    assert {a["iscrowd"] for a in about["annotations"]} == {0, 1} and any(a["bbox"][2] == 0 for a in about["annotations"])
+    assert {a["iscrowd"] for a in about["annotations"]} == {0, 1} and any(
+        a["bbox"][2] == 0 for a in about["annotations"]
+    )
     assert sorted(CATEGORIES) == [1, 3, 18, 90]

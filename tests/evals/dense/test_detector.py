@@ -29,7 +29,9 @@ def test_anchors_are_a_stride_apart_and_not_rounded():
     assert torch.allclose(h / w, torch.tensor([0.5, 1, 2] * 2)) and torch.allclose(
         (w * h).sqrt(), torch.tensor([32.0] * 3 + [64.0] * 3)
     )
-    assert torch.allclose(places[0, 0, :, :2], -places[0, 0, :, 2:]) and places[0, 0, 0, 2] == pytest.approx(16 * 2**0.5)
+    assert torch.allclose(places[0, 0, :, :2], -places[0, 0, :, 2:]) and places[0, 0, 0, 2] == pytest.approx(
+        16 * 2**0.5
+    )
 
 
 def test_a_region_of_224_pixels_takes_the_third_level_and_the_others_by_factors_of_two():
@@ -46,7 +48,9 @@ def test_regions_of_several_levels_come_back_in_their_order():
     wanted = [(1, 0, boxes[0][0]), (0, 0, boxes[0][1]), (1, 1, boxes[1][0])]
     for row, (level, image, box) in zip(pooled, wanted, strict=True):
         stride = (1, 2)[level]
-        assert torch.equal(row, roi_align(levels[str(stride)][image : image + 1], [box[None]], 4, 1 / stride, 0, aligned=True)[0])
+        assert torch.equal(
+            row, roi_align(levels[str(stride)][image : image + 1], [box[None]], 4, 1 / stride, 0, aligned=True)[0]
+        )
 
 
 def test_draws_are_an_images_own_and_no_more_than_a_share_is_positive():
@@ -55,7 +59,9 @@ def test_draws_are_an_images_own_and_no_more_than_a_share_is_positive():
     sampler.seeds = [1, 2]
     positive, negative = sampler(labels)
     assert [int(p.sum()) for p in positive] == [4, 2] and [int(n.sum()) for n in negative] == [12, 5]
-    assert all((label[p] == 1).all() and (label[n] == 0).all() for label, p, n in zip(labels, positive, negative, strict=True))
+    assert all(
+        (label[p] == 1).all() and (label[n] == 0).all() for label, p, n in zip(labels, positive, negative, strict=True)
+    )
     sampler.seeds = [2, 1]
     swapped = sampler(labels[::-1])
     assert torch.equal(swapped[0][1], positive[0]) and torch.equal(swapped[1][1], negative[0])
@@ -64,7 +70,9 @@ def test_draws_are_an_images_own_and_no_more_than_a_share_is_positive():
 
 
 def test_box_losses_by_hand():
-    """Two regions of classes 2 and 0 (background) of two: cross-entropies' mean, and L1 of the second class's box over both."""
+    """Two regions of classes 2 and 0 (background) of two: cross-entropies' mean, and L1 of the second class's box over
+    both.
+    """
     logits = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]])
     deltas = torch.zeros(2, 12)
     deltas[0, 8:] = torch.tensor([0.5, 0.0, -1.0, 0.0])
@@ -80,7 +88,10 @@ def test_mask_loss_is_of_the_regions_own_class_and_zero_without_regions():
     loss = mask_loss(logits, torch.tensor([2]), square, torch.tensor([[0.0, 0, 10, 10]]))
     assert loss.item() == pytest.approx(0.693147, abs=1e-5)
     loss.backward()
-    assert torch.allclose(logits.grad[0, 2], torch.tensor([-0.5, -0.5, 0.5, 0.5]).expand(4, 4) / 16) and not logits.grad[0, :2].any()
+    assert (
+        torch.allclose(logits.grad[0, 2], torch.tensor([-0.5, -0.5, 0.5, 0.5]).expand(4, 4) / 16)
+        and not logits.grad[0, :2].any()
+    )
     none = torch.zeros(0, 3, 4, 4, requires_grad=True)
     assert mask_loss(none, torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4)).item() == 0
 
@@ -130,7 +141,9 @@ def test_new_layers_start_as_published():
 
 
 def test_c4_in_the_test_is_what_is_written_down_here():
-    """The same weights by plain calls: pooled, conv5, norm, mean, two linear layers; masks of the boxes that were found."""
+    """The same weights by plain calls: pooled, conv5, norm, mean, two linear layers; masks of the boxes that were
+    found.
+    """
     network = small("c4", seed=1).train()
     for norm in norms_of(network):
         norm.momentum = 1.0
@@ -197,7 +210,9 @@ def test_stages_are_those_of_the_network_itself():
 def test_a_backbone_without_stages_is_refused_and_a_pyramid_with_other_anchors():
     settings = {"num_classes": 3, "masks": False, "mean": [0.5] * 3, "std": [0.25] * 3}
     vit = timm_backbone(name="vit_tiny_patch16_224")
-    with pytest.raises(UserError, match="detect needs a ResNet of timm's, with a stem and four stages, got VisionTransformer"):
+    with pytest.raises(
+        UserError, match="detect needs a ResNet of timm's, with a stem and four stages, got VisionTransformer"
+    ):
         detector(vit, head="c4", **settings)
     with pytest.raises(UserError, match="expected a size for each of the five levels"):
         small("fpn", anchors=(32, 64))
@@ -205,7 +220,9 @@ def test_a_backbone_without_stages_is_refused_and_a_pyramid_with_other_anchors()
 
 @pytest.mark.parametrize("head", ["c4", pytest.param("fpn", marks=pytest.mark.long)])
 def test_two_ranks_with_unequal_images_equal_one_process(tmp_path, head):
-    """One rank has one image, the other two smaller ones of other sizes: losses and gradients are those of the three together."""
+    """One rank has one image, the other two smaller ones of other sizes: losses and gradients are those of the three
+    together.
+    """
     codes, outputs = ranks(2, detecting.write_losses_and_gradients, str(tmp_path), head)
     assert codes == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-3000:]
     losses, gradients = torch.load(tmp_path / "two.pt", weights_only=True)

@@ -1,4 +1,6 @@
-"""docs/dense.md: every command that it prints is typed, the calibrations from end to end on toy sets, and its numbers are those of `plan`."""
+"""docs/dense.md: every command that it prints is typed, the calibrations from end to end on toy sets, and its numbers
+are those of `plan`.
+"""
 
 import re
 import shlex
@@ -35,7 +37,9 @@ def commands(repo_root) -> list[list[str]]:
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A folder with the toy sets and files as torchvision's and MoCo's, of a ResNet-18, under the names that the page has."""
+    """A folder with the toy sets and files as torchvision's and MoCo's, of a ResNet-18, under the names that the page
+    has.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("caco.runs.directory._locks", {})
     whole.draw(tmp_path / "toys")
@@ -44,12 +48,19 @@ def files(tmp_path, monkeypatch):
     torch.save(state, "resnet50-0676ba61.pth")
     moco = {f"module.encoder_q.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
     heads = {f"module.encoder_q.fc.{i}.{part}": torch.zeros(8) for i in (0, 2) for part in ("weight", "bias")}
-    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": moco | heads | {"module.queue": torch.zeros(8, 32)}}, "moco_v2_200ep_pretrain.pth.tar")
+    torch.save(
+        {"epoch": 200, "arch": "resnet50", "state_dict": moco | heads | {"module.queue": torch.zeros(8, 32)}},
+        "moco_v2_200ep_pretrain.pth.tar",
+    )
     return tmp_path
 
 
 def calibrations(commands) -> list[list[str]]:
-    return [words[1:] for words in commands if words[0] == "caco.evaluate" and any(word.startswith("weights=") for word in words)]
+    return [
+        words[1:]
+        for words in commands
+        if words[0] == "caco.evaluate" and any(word.startswith("weights=") for word in words)
+    ]
 
 
 def test_the_page_has_a_calibration_of_segmentation_by_labels_and_by_moco_and_one_of_detection(commands):
@@ -63,7 +74,9 @@ def test_the_page_has_a_calibration_of_segmentation_by_labels_and_by_moco_and_on
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", range(3))
 def test_each_calibration_runs_on_toy_sets(commands, files, number, monkeypatch, capsys):
-    """As printed, but for the network, ResNet-18 for 50, and a recipe of a few steps; the network is that of the file."""
+    """As printed, but for the network, ResNet-18 for 50, and a recipe of a few steps; the network is that of the
+    file.
+    """
     words = calibrations(commands)[number]
     (evaluator,) = re.findall(r"eval=\[(\w+)\]", " ".join(words))
     words = [word.replace("PATH", "toys").replace("backbone=resnet50", "backbone=resnet18") for word in words]
@@ -82,12 +95,16 @@ def test_each_calibration_runs_on_toy_sets(commands, files, number, monkeypatch,
 def test_every_other_command_can_be_typed(commands, files, monkeypatch, capsys):
     run = files / "tiny"
     train(run, "max_steps=1", "epochs=1", "eval=[]", "bank.size=64")
-    (run / "config.yaml").write_text(OmegaConf.to_yaml(compose("max_steps=1", "epochs=1", "eval=[]", "bank.size=64"), resolve=True))
+    (run / "config.yaml").write_text(
+        OmegaConf.to_yaml(compose("max_steps=1", "epochs=1", "eval=[]", "bank.size=64"), resolve=True)
+    )
     kinds = []
     for program, *words in commands:
         kinds.append(program)
         if program == "caco.evaluate":
-            cfg = pretrained.compose("evaluate", [word.replace("RUN", str(run)).replace("PATH", "toys") for word in words])
+            cfg = pretrained.compose(
+                "evaluate", [word.replace("RUN", str(run)).replace("PATH", "toys") for word in words]
+            )
             assert all(node.root == "toys" for node in cfg.eval.values())
         elif program == "experiments.toy_sets":
             assert words == ["TOYS"], "typed in tests/experiments/test_adco_page.py"
@@ -105,7 +122,8 @@ def test_the_page_s_arithmetic_is_that_of_its_plan_command(commands, repo_root):
     assert len(rows) == 9
     for evaluator, part, images, gflop, hours in rows:
         end = {"training": "to train on", "testing": "to test on", "features": "to take features of"}[part]
-        protocol = {"segment": "segment_fcn16:", "dense_linear": "dense_linear:", "detect": "detect_voc_c4:", "detect_coco": "detect_coco_c4_1x:",
+        protocol = {"segment": "segment_fcn16:", "dense_linear": "dense_linear:", "detect": "detect_voc_c4:",
+        "detect_coco": "detect_coco_c4_1x:",
                     "detect_coco_fpn": "detect_coco_fpn_1x:"}[evaluator]  # fmt: skip
         (line,) = (line for line in lines if line.startswith(protocol) and f"{end}: " in line)
         found = re.search(r": ([\d,]+) of ([\d.]+) GFLOP, an estimated ([\d.e-]+) hours at 60 TFLOP/s$", line)

@@ -21,12 +21,16 @@ def test_an_image_of_six_pixels_by_hand():
 
 def test_a_class_that_is_predicted_and_never_there_costs():
     matrix = confusion(torch.zeros(4, dtype=torch.uint8), torch.tensor([0, 0, 0, 1]), 2)
-    assert scores(matrix) == pytest.approx({"miou": 100 * (3 / 4 + 0) / 2, "mean_accuracy": 75.0, "pixel_accuracy": 75.0})
+    assert scores(matrix) == pytest.approx(
+        {"miou": 100 * (3 / 4 + 0) / 2, "mean_accuracy": 75.0, "pixel_accuracy": 75.0}
+    )
 
 
 def test_the_mean_is_of_classes_over_all_images_and_not_of_images():
     small, large = (torch.full((n,), 1, dtype=torch.uint8) for n in (10, 1000))
-    together = confusion(small, torch.zeros(10, dtype=torch.int64), 2) + confusion(large, torch.ones(1000, dtype=torch.int64), 2)
+    together = confusion(small, torch.zeros(10, dtype=torch.int64), 2) + confusion(
+        large, torch.ones(1000, dtype=torch.int64), 2
+    )
     assert scores(together)["miou"] == pytest.approx(100 * (1000 / 1010 + 0) / 2)
 
 

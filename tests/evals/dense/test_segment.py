@@ -1,4 +1,6 @@
-"""Segmentation with MoCo's head: the published protocol, learned from toy images, resumed to the bit, the same on unequal ranks."""
+"""Segmentation with MoCo's head: the published protocol, learned from toy images, resumed to the bit, the same on
+unequal ranks.
+"""
 
 import copy
 import json
@@ -49,7 +51,9 @@ def test_the_option_is_mocos_protocol():
     segment = instantiate(compose(["eval=[segment]"], "evaluate").eval.segment)
     rates = segment.recipe.rates()
     assert len(rates) == 30_000 and segment.recipe.images == 16 and segment.recipe.decay_norms
-    assert [rates[step] for step in (0, 20_999, 21_000, 26_999, 27_000)] == pytest.approx([0.003, 0.003, 3e-4, 3e-4, 3e-5])
+    assert [rates[step] for step in (0, 20_999, 21_000, 26_999, 27_000)] == pytest.approx(
+        [0.003, 0.003, 3e-4, 3e-4, 3e-5]
+    )
     assert (segment.crop, segment.scale, segment.channels) == (513, [0.5, 2.0], 256)
     assert (segment.train, segment.precision) == ("trainaug", "fp32")
     assert (segment.recipe.momentum, segment.recipe.weight_decay, segment.protocol) == (0.9, 1e-4, "segment_fcn16")
@@ -61,7 +65,9 @@ def test_conv5_has_dilation_2_in_all_blocks_and_a_stride_of_1_so_that_the_whole_
     network = FCN16(body, channels=8, seed=0)
     assert network.maps.stride == 16 and stride_and_width(body)[0] == 32, "a copy"
     threes = [m for m in network.maps.backbone.layer4.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert len(threes) == threes_of_conv5 and all((m.stride, m.dilation, m.padding) == ((1, 1), (2, 2), (2, 2)) for m in threes)
+    assert len(threes) == threes_of_conv5 and all(
+        (m.stride, m.dilation, m.padding) == ((1, 1), (2, 2), (2, 2)) for m in threes
+    )
     assert all(m.stride == (1, 1) for m in network.maps.backbone.layer4.modules() if isinstance(m, nn.Conv2d))
     head = [m for m in network.head if isinstance(m, nn.Conv2d)]
     assert [(m.dilation[0], m.kernel_size[0], m.out_channels) for m in head] == [(6, 3, 8), (6, 3, 8), (1, 1, 21)]
@@ -72,7 +78,9 @@ def test_conv5_has_dilation_2_in_all_blocks_and_a_stride_of_1_so_that_the_whole_
 
 
 def test_the_last_stage_computes_what_it_computed_at_every_second_place():
-    """With a stride of 1 its first convolution gives the old values and some between them; with dilation 2 it sees twice as far."""
+    """With a stride of 1 its first convolution gives the old values and some between them; with dilation 2 it sees
+    twice as far.
+    """
     body = backbone().double().eval()
     with torch.no_grad():
         images = torch.rand(1, 3, 65, 65, dtype=torch.float64)
@@ -88,7 +96,9 @@ def test_the_last_stage_computes_what_it_computed_at_every_second_place():
 
 
 def test_scores_stand_at_the_pixels_of_their_places_in_crops_and_in_whole_images():
-    """A map that is its own place's pixel becomes, at every pixel, that pixel's number: nothing is shifted or stretched."""
+    """A map that is its own place's pixel becomes, at every pixel, that pixel's number: nothing is shifted or
+    stretched.
+    """
     maps = Maps(backbone(), purpose="it")
     assert maps.stride == 16
     for height, width in ((65, 65), (96, 128), (33, 50)):
@@ -114,7 +124,10 @@ def test_a_crop_keeps_pixels_and_labels_together_and_pads_with_the_mean_and_255(
         # A cat is red, within its label and nowhere else, wherever the crop is.
         inside, red = classes == 8, pixels[..., 0].int() - pixels[..., 1].int()
         if inside.sum() > 200:
-            assert red[inside].float().mean() > 100 and red[:height, :width][(classes == 0)[:height, :width]].float().mean() < 20
+            assert (
+                red[inside].float().mean() > 100
+                and red[:height, :width][(classes == 0)[:height, :width]].float().mean() < 20
+            )
             flipped.add(bool(np.argwhere(inside.numpy())[:, 1].mean() > width / 2))
     assert len(sizes) > 3 and 0 < padded < 12 and flipped == {True, False}
 
@@ -138,7 +151,11 @@ def test_the_loss_is_the_mean_over_labelled_pixels_of_all_images_and_padding_is_
     classes = torch.stack([classes for _, classes, _ in examples]).long()
     by_pixel = -logits.log_softmax(dim=1).gather(1, classes.clamp(max=20)[:, None])[:, 0]
     assert loss.item() == pytest.approx(by_pixel[classes != 255].mean().item(), rel=1e-5)
-    assert not seen[0][:, :, 96:].any() and not seen[0][..., 128:].any() and seen[0][:, :, :96, :128].all(dim=1).float().mean() > 0.9
+    assert (
+        not seen[0][:, :, 96:].any()
+        and not seen[0][..., 128:].any()
+        and seen[0][:, :, :96, :128].all(dim=1).float().mean() > 0.9
+    )
 
 
 # What it gives.
@@ -150,20 +167,26 @@ def test_it_learns_the_toy_images(voc, store):
     settings = {"images": 3, "steps": 28, "rate": 0.5, "crop": 128, "scale": [1.0, 1.0], "channels": 32}
     learned = of(Segment(root=str(voc), train="train", **settings), store)
     assert learned["miou"] > 90 and learned["mean_accuracy"] > 90 and learned["pixel_accuracy"] > 95
-    untrained = scored(FCN16(backbone(), channels=32, seed=0).eval(), voc2012(voc, "train").test, store, name="it", precision="fp32")
+    untrained = scored(
+        FCN16(backbone(), channels=32, seed=0).eval(), voc2012(voc, "train").test, store, name="it", precision="fp32"
+    )
     assert untrained["miou"] < 30
 
 
 @pytest.mark.long
 def test_two_unequal_ranks_give_what_one_process_gives(voc, tmp_path):
-    """Three images a step: of two ranks one trains on one and the other on two, with other numbers of labelled pixels."""
+    """Three images a step: of two ranks one trains on one and the other on two, with other numbers of labelled
+    pixels.
+    """
     codes, outputs = ranks(2, segment_worker.write_both, str(voc), str(tmp_path))
     assert codes == [0, 0], outputs[0][1][-3000:]
     one, two = segment_worker.trained(voc), torch.load(tmp_path / "weights.pt", weights_only=True)
     untrained = FCN16(backbone(), channels=16, seed=0).state_dict()
     for name in one:
         moved, apart = (one[name] - untrained[name]).double().norm(), (one[name] - two[name]).double().norm()
-        assert apart <= 1e-3 * moved + 1e-5, name  # float32 after three steps; that of one rank's pixels alone is apart by tenths
+        assert apart <= 1e-3 * moved + 1e-5, (
+            name
+        )  # float32 after three steps; that of one rank's pixels alone is apart by tenths
     found, expected = json.loads((tmp_path / "scores.json").read_text()), segment_worker.scores(voc)
     assert expected["segment"]["pixel_accuracy"] < 50 < expected["dense_linear"]["miou"]
     for evaluator in expected:
@@ -201,7 +224,9 @@ def test_killed_it_goes_on_to_the_same_bits_and_the_backbone_stays(voc, tmp_path
     crops.clear()
     with monkeypatch.context() as patch:
         whole_example = Crops.example
-        patch.setattr(Crops, "example", lambda self, index, seed: crops.append(index) or whole_example(self, index, seed))
+        patch.setattr(
+            Crops, "example", lambda self, index, seed: crops.append(index) or whole_example(self, index, seed)
+        )
         results, resumed = trained(tmp_path / "cut")
     assert len(crops) == 3 * (11 - 8), "two steps of 16 images are eleven of 3; eight were saved"
     assert results == whole and all(torch.equal(resumed[name], weights[name]) for name in weights)
@@ -231,8 +256,14 @@ def test_damaged_images_end_it_by_name_or_others_are_trained_and_tested_on(voc, 
         of(Segment(root=str(root), **FEW), store_of("fail"))
     found = of(Segment(root=str(root), **FEW), store_of("skip"))
     said = capsys.readouterr().err
-    assert f"image 1 cannot be read; image 2 stands in for it (1 such so far): {top}/JPEGImages/{toy_voc.TRAIN[1]}.jpg" in said
-    assert f"segment_fcn16_train-train_images-3_steps-2_rate-0.1_crop-65_channels-16: {top}/JPEGImages/{toy_voc.VAL[2]}.jpg cannot" in said
+    assert (
+        f"image 1 cannot be read; image 2 stands in for it (1 such so far): {top}/JPEGImages/{toy_voc.TRAIN[1]}.jpg"
+        in said
+    )
+    assert (
+        "segment_fcn16_train-train_images-3_steps-2_rate-0.1_crop-65_channels-16:"
+        f" {top}/JPEGImages/{toy_voc.VAL[2]}.jpg cannot" in said
+    )
     linear = {"root": str(root), "train": "train", "size": 64, "places": 10}
     with pytest.raises(UserError, match="expected an image that can be read"):
         of(DenseLinear(**linear), store_of("fail"))
@@ -240,7 +271,9 @@ def test_damaged_images_end_it_by_name_or_others_are_trained_and_tested_on(voc, 
 
     whole, without = voc2012(root, "train"), tmp_path / "without"
     shutil.copytree(root, without)
-    (without / "VOCdevkit/VOC2012/ImageSets/Segmentation/few.txt").rename(without / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt")
+    (without / "VOCdevkit/VOC2012/ImageSets/Segmentation/few.txt").rename(
+        without / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    )
     assert len(whole.test) == 4 and len(voc2012(without, "train").test) == 3
     assert of(Segment(root=str(without), **FEW), store_of("skip")) == found
     assert of(DenseLinear(**linear | {"root": str(without)}), store_of("skip")) == of_linear
@@ -254,7 +287,9 @@ def test_a_backbone_without_stages_is_refused_before_anything_is_read(voc, store
     segment = Segment(root=str(voc), **FEW)
     segment.build(store, seed=0)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1)
-    with pytest.raises(UserError, match="segment needs a ResNet of timm's, .* got VisionTransformer: choose backbone=resnet50"):
+    with pytest.raises(
+        UserError, match="segment needs a ResNet of timm's, .* got VisionTransformer: choose backbone=resnet50"
+    ):
         list(segment.run(vit))
 
 
@@ -265,7 +300,9 @@ def test_raw_pixels_are_left_out_and_said_so(voc):
     segment = Segment(root=str(voc), **FEW)
     segment.build(store, seed=0)
     assert list(segment.run(RawPixels(32))) == [] and "goes on without raw pixels" in said[-1]
-    assert said[0] == "segment: VOC 2012, 6 images to train on (published: 1,464), 4 images to test on (published: 1,449)"
+    assert (
+        said[0] == "segment: VOC 2012, 6 images to train on (published: 1,464), 4 images to test on (published: 1,449)"
+    )
 
 
 def test_test_images_that_are_training_images_are_refused(voc, tmp_path):
@@ -273,7 +310,9 @@ def test_test_images_that_are_training_images_are_refused(voc, tmp_path):
     (top / "JPEGImages" / "2008_000003.jpg").write_bytes((top / "JPEGImages" / "2007_000002.jpg").read_bytes())
     for name in ("2008_000000", "2008_000001", "2008_000002"):  # the others are others
         Image.new("RGB", (128, 96), (int(name[-1]) * 50, 3, 9)).save(top / "JPEGImages" / f"{name}.jpg")
-    with pytest.raises(UserError, match=r"1 of the 4 images of voc2012/val are images of voc2012/train too .*2007_000002.jpg is"):
+    with pytest.raises(
+        UserError, match=r"1 of the 4 images of voc2012/val are images of voc2012/train too .*2007_000002.jpg is"
+    ):
         Segment(root=str(tmp_path), **FEW).build(pixelwise.store_of(), seed=0)
 
 
@@ -293,5 +332,7 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 
 def test_without_a_root_it_says_how_to_give_one(store):
-    with pytest.raises(UserError, match="root: expected the folder that holds the set, as eval.segment.root=PATH, got None"):
+    with pytest.raises(
+        UserError, match="root: expected the folder that holds the set, as eval.segment.root=PATH, got None"
+    ):
         Segment().build(store, seed=0)

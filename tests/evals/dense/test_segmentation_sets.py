@@ -17,29 +17,45 @@ def names(images) -> list[str]:
 
 
 def test_twenty_classes_and_the_background_come_in_vocs_order():
-    assert (CLASSES[0], CLASSES[1], CLASSES[8], CLASSES[20], len(CLASSES)) == ("background", "aeroplane", "cat", "tvmonitor", 21)
+    assert (CLASSES[0], CLASSES[1], CLASSES[8], CLASSES[20], len(CLASSES)) == (
+        "background",
+        "aeroplane",
+        "cat",
+        "tvmonitor",
+        21,
+    )
 
 
 @pytest.mark.parametrize("image_set", ["train", "val"])
 def test_torchvision_reads_the_same_images_and_labels(tmp_path, image_set):
     toy_voc.write_voc(tmp_path)
     found = voc2012(tmp_path, "train")
-    ours, theirs = found.train if image_set == "train" else found.test, VOCSegmentation(tmp_path, year="2012", image_set=image_set)
+    ours, theirs = (
+        found.train if image_set == "train" else found.test,
+        VOCSegmentation(tmp_path, year="2012", image_set=image_set),
+    )
     assert len(ours) == len(theirs) == (6 if image_set == "train" else 4)
     for i, (image, labels) in enumerate(theirs):
         own_image, own_labels = ours.read(i)
-        assert np.array_equal(np.asarray(own_image), np.asarray(image)) and np.array_equal(own_labels, np.asarray(labels))
+        assert np.array_equal(np.asarray(own_image), np.asarray(image)) and np.array_equal(
+            own_labels, np.asarray(labels)
+        )
         assert set(np.unique(own_labels)) <= {0, 8, 9, 20, 255} and 255 in own_labels
 
 
 def test_torchvision_reads_the_same_labels_of_sbd(tmp_path):
     toy_voc.write_voc(tmp_path)
     toy_voc.write_sbd(tmp_path, train=FURTHER, val=[VAL[0]])
-    found, theirs = voc2012(tmp_path, "trainaug").train, SBDataset(str(tmp_path), image_set="train", mode="segmentation")
+    found, theirs = (
+        voc2012(tmp_path, "trainaug").train,
+        SBDataset(str(tmp_path), image_set="train", mode="segmentation"),
+    )
     assert names(found) == [*TRAIN, *FURTHER] and len(theirs) == 2
     for i, (image, labels) in enumerate(theirs):
         own_image, own_labels = found.read(len(TRAIN) + i)
-        assert np.array_equal(np.asarray(own_image), np.asarray(image)) and np.array_equal(own_labels, np.asarray(labels))
+        assert np.array_equal(np.asarray(own_image), np.asarray(image)) and np.array_equal(
+            own_labels, np.asarray(labels)
+        )
 
 
 SBD_PLACES = ["benchmark_RELEASE/dataset", "VOCdevkit/VOCaug/dataset", "VOCaug/dataset", "dataset", "SBD", "."]
@@ -52,7 +68,9 @@ def test_sbd_adds_its_images_without_vocs_val_and_vocs_own_labels_stay(tmp_path,
     toy_voc.write_sbd(tmp_path / place, train=[TRAIN[0], VAL[0], FURTHER[0]], val=[VAL[1], FURTHER[1]])
     found = voc2012(tmp_path, "trainaug")
     assert names(found.train) == [*TRAIN, *FURTHER] and names(found.test) == VAL
-    assert found.train.labels.path(0).name == f"{TRAIN[0]}.png" and found.train.labels.path(6).name == f"{FURTHER[0]}.mat"
+    assert (
+        found.train.labels.path(0).name == f"{TRAIN[0]}.png" and found.train.labels.path(6).name == f"{FURTHER[0]}.mat"
+    )
     assert names(voc2012(tmp_path, "train").train) == TRAIN
 
 
@@ -76,8 +94,14 @@ def test_the_common_folder_of_converted_labels_with_its_list_of_names_or_paths_o
         lines = [f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png" if paths else n for n in (*FURTHER, *TRAIN)]
         toy_voc.write_list(top / "ImageSets" / listed, lines)
     found = voc2012(tmp_path, "trainaug")
-    assert names(found.train) == ([*TRAIN, *FURTHER] if listed is None else [*FURTHER, *TRAIN]) and names(found.test) == VAL
-    folders = {found.train.labels.path(names(found.train).index(TRAIN[0])).parent.name, found.test.labels.path(0).parent.name}
+    assert (
+        names(found.train) == ([*TRAIN, *FURTHER] if listed is None else [*FURTHER, *TRAIN])
+        and names(found.test) == VAL
+    )
+    folders = {
+        found.train.labels.path(names(found.train).index(TRAIN[0])).parent.name,
+        found.test.labels.path(0).parent.name,
+    }
     assert folders == ({"SegmentationClass"} if listed is None else {"SegmentationClassAug", "SegmentationClass"})
 
 
@@ -99,7 +123,12 @@ def test_the_root_may_be_above_the_devkit_or_the_devkit_or_the_year(tmp_path, ab
 def test_all_that_is_missing_is_said_at_once_with_the_layout(tmp_path):
     with pytest.raises(UserError) as nothing:
         voc2012(tmp_path, "trainaug")
-    for part in ("Segmentation/train.txt", "Segmentation/val.txt", "SegmentationClassAug, or SBD (train=train needs", "benchmark.tgz"):
+    for part in (
+        "Segmentation/train.txt",
+        "Segmentation/val.txt",
+        "SegmentationClassAug, or SBD (train=train needs",
+        "benchmark.tgz",
+    ):
         assert part in str(nothing.value)
     top = toy_voc.write_voc(tmp_path)
     (top / "JPEGImages" / f"{VAL[1]}.jpg").unlink()
@@ -115,8 +144,14 @@ def test_all_that_is_missing_is_said_at_once_with_the_layout(tmp_path):
     ("spoil", "message"),
     [
         (lambda path: Image.open(path).convert("RGB").save(path), r"colours \(RGB\) and not numbers of classes"),
-        (lambda path: toy_voc.write_labels(path, np.full((96, 128), 21)), r"expected classes 0 to 20, and 255 .*, got \[21\]"),
-        (lambda path: toy_voc.write_labels(path, np.zeros((96, 127))), "expected labels of 128 x 96 pixels, as .*2007_000000.jpg has"),
+        (
+            lambda path: toy_voc.write_labels(path, np.full((96, 128), 21)),
+            r"expected classes 0 to 20, and 255 .*, got \[21\]",
+        ),
+        (
+            lambda path: toy_voc.write_labels(path, np.zeros((96, 127))),
+            "expected labels of 128 x 96 pixels, as .*2007_000000.jpg has",
+        ),
         (lambda path: path.write_bytes(b"no picture"), "expected the class of every pixel"),
     ],
 )

@@ -1,4 +1,6 @@
-"""The loop of the dense evaluators: resumed to the bit, the same on unequal ranks and any number of workers, scaled as published."""
+"""The loop of the dense evaluators: resumed to the bit, the same on unequal ranks and any number of workers, scaled as
+published.
+"""
 
 import re
 
@@ -24,7 +26,9 @@ def same(one, other) -> bool:
 def test_half_the_images_are_half_the_rate_and_twice_the_steps_milestones_and_warm_up():
     published = Recipe(steps=24_000, images=16, rate=0.02, milestones=[18 / 24, 22 / 24], warmup_steps=100)
     rates = published.rates()
-    assert len(rates) == 24_000 and rates[0] == pytest.approx(2e-5) and rates[50] == pytest.approx(0.02 * (1 + 0.001) / 2)
+    assert (
+        len(rates) == 24_000 and rates[0] == pytest.approx(2e-5) and rates[50] == pytest.approx(0.02 * (1 + 0.001) / 2)
+    )
     assert [rates[step] for step in (100, 17_999)] == [0.02, 0.02]
     assert [rates[step] for step in (18_000, 21_999, 22_000)] == pytest.approx([2e-3, 2e-3, 2e-4])
     half = Recipe(steps=24_000, images=8, rate=0.02, milestones=[18 / 24, 22 / 24], warmup_steps=100)
@@ -36,7 +40,9 @@ def test_norms_without_decay_are_a_group_of_their_own():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.GroupNorm(2, 4), nn.Linear(4, 2)))
     without = Recipe(steps=1, images=1, rate=1.0, decay_norms=False).optimizer(network).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in without] == [(1e-4, 4), (0.0, 4)]
-    assert {id(p) for p in without[1]["params"]} == {id(p) for layer in (network[1], network[2][0]) for p in layer.parameters()}
+    assert {id(p) for p in without[1]["params"]} == {
+        id(p) for layer in (network[1], network[2][0]) for p in layer.parameters()
+    }
     (everything,) = Recipe(steps=1, images=1, rate=1.0).optimizer(network).param_groups
     assert len(everything["params"]) == 8
 
@@ -61,7 +67,11 @@ def test_what_is_seen_goes_through_all_images_before_any_comes_again_and_no_draw
     task = Brightness()
     trained(task=task)
     indices = [index for index, _ in task.asked]
-    assert len(indices) == 21 and sorted(indices[:8]) == sorted(indices[8:16]) == list(range(8)) and indices[:8] != indices[8:16]
+    assert (
+        len(indices) == 21
+        and sorted(indices[:8]) == sorted(indices[8:16]) == list(range(8))
+        and indices[:8] != indices[8:16]
+    )
     assert len({seed for _, seed in task.asked}) == 21
 
 
@@ -70,7 +80,9 @@ def test_workers_change_nothing():
 
 
 def test_two_ranks_with_unequal_images_equal_one_process(tmp_path):
-    """Of three images a step one rank has one, the other two, of other shapes: loss and BatchNorm's mean are of all pixels."""
+    """Of three images a step one rank has one, the other two, of other shapes: loss and BatchNorm's mean are of all
+    pixels.
+    """
     codes, outputs = ranks(2, pixelwise.write_weights, str(tmp_path / "two.pt"))
     assert codes == [0, 0], outputs[0][1][-3000:]
     one, two = trained(), torch.load(tmp_path / "two.pt", weights_only=True)
@@ -112,7 +124,9 @@ def test_more_ranks_than_images_a_step_and_ranks_that_see_other_checkpoints_are_
     trained(tmp_path, recipe=Recipe(**{**vars(RECIPE), "steps": 2}))
     with monkeypatch.context() as patch:
         patch.setattr("caco.distributed.all_objects", lambda mine: [mine, 0])
-        with pytest.raises(UserError, match=r"it: the processes found checkpoints of steps \[0, 2\]; all must see .*classifiers"):
+        with pytest.raises(
+            UserError, match=r"it: the processes found checkpoints of steps \[0, 2\]; all must see .*classifiers"
+        ):
             trained(tmp_path, recipe=Recipe(**{**vars(RECIPE), "steps": 2}))
     monkeypatch.setattr("caco.distributed.world", lambda: 4)
     with pytest.raises(UserError, match="images: expected at least one a step for each of the 4 processes, got 3"):
@@ -130,7 +144,9 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_cannot_be_read_ends_it_by_name_or_the_next_one_stands_in_for_it_with_its_own_labels(num_workers, capsys):
+def test_an_image_that_cannot_be_read_ends_it_by_name_or_the_next_one_stands_in_for_it_with_its_own_labels(
+    num_workers, capsys
+):
     class Damaged(Brightness):
         def example(self, index, seed):
             if index in (2, 3):
@@ -144,8 +160,10 @@ def test_an_image_that_cannot_be_read_ends_it_by_name_or_the_next_one_stands_in_
     with pytest.raises(UserError, match=r"photo_[23].jpg: expected an image"):
         trained(task=Damaged(), num_workers=num_workers)
     assert same(trained(task=Damaged(), num_workers=num_workers, corrupt="skip"), trained(task=Exchanged()))
-    said = re.findall(r"caco: image ([23]) cannot be read; image 4 stands in for it \((\d) such so far\): image (\d) of bright\n",
-                      capsys.readouterr().err)  # fmt: skip
+    said = re.findall(
+        r"caco: image ([23]) cannot be read; image 4 stands in for it \((\d) such so far\): image (\d) of bright\n",
+        capsys.readouterr().err,
+    )
     assert sorted(number for _, number, _ in said) == ["1", "2"] and sorted(index for index, _, _ in said) == ["2", "3"]
     assert all(index == named for index, _, named in said)
 
@@ -167,7 +185,11 @@ def test_a_test_image_that_cannot_be_read_ends_it_or_is_left_out_by_name(capsys)
 
     with pytest.raises(UserError, match="photo_1.jpg: expected an image"):
         list(one_by_one(example, coloured(3, "three"), store_of(), name="it"))
-    assert list(one_by_one(example, coloured(3, "three"), store_of(corrupt="skip"), name="it")) == [(0, 0), (1, None), (2, 2)]
+    assert list(one_by_one(example, coloured(3, "three"), store_of(corrupt="skip"), name="it")) == [
+        (0, 0),
+        (1, None),
+        (2, 2),
+    ]
     assert capsys.readouterr().err == "caco: it: image 1 of three cannot be read and is left out (1 such so far)\n"
 
 
@@ -205,7 +227,10 @@ def test_the_lines_of_training_say_the_step_the_time_left_and_the_loss(monkeypat
 
 def test_a_root_that_is_not_there_and_all_that_is_missing_are_refused_at_once(tmp_path):
     for root in (None, str(tmp_path / "none")):
-        message = r"root: expected the folder that holds the set, as eval.segment.root=PATH, got .*Expected below it:\n  a/b.txt"
+        message = (
+            r"root: expected the folder that holds the set, as eval.segment.root=PATH, got .*Expected below it:\n "
+            r" a/b.txt"
+        )
         with pytest.raises(UserError, match=message):
             roots.existing(root, "segment", "  a/b.txt")
     (tmp_path / "a.txt").touch()
