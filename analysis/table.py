@@ -179,7 +179,7 @@ def provenance(results: Sequence[Result]) -> list[str]:
         if values:
             lines.append(f"{name}: {'; '.join(values)}.")
     if len(digests) > 1:
-        lines.append("NOT ALL RUNS HAD THE SAME IMAGES: gains between those that had not mean nothing.")
+        lines.append("These runs used different images: do not compare their gains.")
     return lines
 
 

@@ -344,7 +344,7 @@ class Trainer:
         ended = next(
             (p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None
         )  # a warm start
-        after = f"the {ended.name}" if ended else f"{self.epochs_done():g} of {self.run.epochs} epochs"
+        after = f"the {ended.name}" if ended else f"{round(self.epochs_done(), 2):g} of {self.run.epochs} epochs"
 
         def failed(name: str, error: Exception) -> None:
             if distributed.is_main() and not is_for_user(error):

@@ -129,6 +129,14 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
         raise SweepFailed(_report(jobs, failed, states))
 
 
+def _tail(log: str, *, lines: int = 3) -> list[str]:
+    """The last lines of a job's log under a heading; nothing where there is none."""
+    path = Path(log)
+    text = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    last = [line.rstrip() for line in text if line.strip()][-lines:]
+    return ["the last lines of its log:", *(f"  {line}" for line in last)] if last else []
+
+
 def _lacks(job: Job) -> str | None:
     """What a run has not come to: its end, or an evaluation there."""
     summary = read_json(job.run_dir / "summary.json")
@@ -162,7 +170,9 @@ def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
         elif (job.run_dir / "summary.json").exists():
             why = _lacks(job) or ""
         else:
-            why = f"ended as {states.get(submitted['id'], 'GONE')}, without a word"
+            state = states.get(submitted["id"])
+            ended = f" ({state})" if state in ENDED else ""
+            why = "\n    ".join([f"the process ended without a result{ended}", *_tail(submitted["log"])])
         lines += [f"  {job.run_dir}", f"    {why}", f"    log: {submitted['log']}"]
     lines.append("The same command again submits these and no others. One of them here, in this process:")
     words = [*folders.flag(), *failed[0].overrides]

@@ -151,7 +151,7 @@ def test_a_run_of_another_configuration_is_refused_with_what_differs(result):
 
 def test_rows_on_different_images_are_shouted_about(result):
     sheet = made([result("none", 0, knn=40.0), result("both", 0, knn=41.0, digest="d2")])
-    assert any(note.startswith("NOT ALL RUNS HAD THE SAME IMAGES") for note in sheet.notes)
+    assert any(note.startswith("These runs used different images") for note in sheet.notes)
 
 
 def test_what_was_not_measured_is_no_zero(result):

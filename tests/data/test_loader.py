@@ -108,16 +108,22 @@ def test_auto_takes_ffcv_for_a_beton_and_says_so(noise_source, beton_source, two
     source, file = noise_source(16), beton_source(16)
     capsys.readouterr()
     made = batches(file, two_views, kind=AutoLoader)
-    assert capsys.readouterr().err == "caco: views by FFCV, compiled\n"
+    assert capsys.readouterr().err == "caco: images and augmentation: FFCV reads, its compiled pipeline augments\n"
     assert_same(made, batches(source, two_views, kind=AutoLoader))
-    assert capsys.readouterr().err == "caco: views by the compiled views of images in memory\n"
+    assert (
+        capsys.readouterr().err
+        == "caco: images and augmentation: decoded images kept in memory, augmented by compiled C++ code\n"
+    )
     assert_same(
         batches(source, two_views, kind=AutoLoader, rank=1, world=2), batches(source, two_views, rank=1, world=2)
     )
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(native, "turbojpeg", lambda: None)
     assert_same(batches(file, two_views, kind=AutoLoader), made)
-    assert "processes that read files and the compiled views; no FFCV: needs libturbojpeg" in capsys.readouterr().err
+    assert (
+        "worker processes read files, augmented by compiled C++ code; FFCV is not used: needs libturbojpeg"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ValueError, match="loader=ffcv: needs libturbojpeg .*; loader=auto and loader=torch do without"):
         batches(file, two_views, kind=FFCVLoader, workers=1)
     with pytest.raises(ValueError, match=r"loader=ffcv: reads a \.beton"):
@@ -134,7 +140,8 @@ def test_with_compiled_parts_turned_off_pillow_makes_the_same_batches_and_ffcv_i
     assert_same(batches(source, two_views, kind=AutoLoader), made)
     assert (
         capsys.readouterr().err
-        == "caco: views by Pillow (the compiled views are turned off by CACO_INSTRUCTIONS=torch) of images in memory\n"
+        == "caco: images and augmentation: decoded images kept in memory, augmented by Pillow (the compiled views are"
+        " turned off by CACO_INSTRUCTIONS=torch)\n"
     )
     assert_same(batches(file, two_views, kind=AutoLoader), made)
     message = (

@@ -250,7 +250,11 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_submits_it_again(s
         code, errors = sweep.end()
     assert states_of(sweep, "batch-16", "batch-2048") == {"batch-16": "CANCELLED", "batch-2048": "FAILED"}
     report = errors.partition("caco: 2 of 2 jobs have failed:\n")[2]
-    assert code == 1 and str(sweep.run_dir("batch-16")) in report and "ended as CANCELLED" in report
+    assert (
+        code == 1
+        and str(sweep.run_dir("batch-16")) in report
+        and "the process ended without a result (CANCELLED)" in report
+    )
     code, errors = swept(tmp_path, *wrong)
     assert code == 1 and "caco: 1 of 2 jobs have failed:" in errors
     assert (sweep.run_dir("batch-16") / "summary.json").exists()

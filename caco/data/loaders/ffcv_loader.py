@@ -86,23 +86,23 @@ class AutoLoader(Loader):
         """As `TorchLoader.bind`; rank 0 says what was chosen."""
         missing = what_ffcv_lacks(source)
         if rank == 0:
-            print(f"caco: views by {_chosen(source, missing)}", file=sys.stderr)
+            print(f"caco: images and augmentation: {_chosen(source, missing)}", file=sys.stderr)
         loader = self._torch if missing is not None else self._ffcv
         return loader.bind(source, views, rank=rank, **options)
 
 
 def _chosen(source: Source, missing: str | None) -> str:
     if missing is None:
-        return "FFCV, compiled"
+        return "FFCV reads, its compiled pipeline augments"
     if source.channels is not None:
-        return (
-            f"NumPy and Pillow, of images as they are stored, of {source.channels}"
-            f" channel{'s' * (source.channels > 1)}, in processes"
-        )
-    how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "the compiled views"
+        plural = "s" * (source.channels > 1)
+        return f"worker processes read {source.channels} channel{plural} as stored, augmented by NumPy and Pillow"
+    how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "compiled C++ code"
     if source.arrays is not None:
-        return f"{how} of images in memory"
-    return f"processes that read files and {how}" + (f"; no FFCV: {missing}" if source.packed is not None else "")
+        return f"decoded images kept in memory, augmented by {how}"
+    return f"worker processes read files, augmented by {how}" + (
+        f"; FFCV is not used: {missing}" if source.packed is not None else ""
+    )
 
 
 def what_ffcv_lacks(source: Source) -> str | None:
