@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from caco import distributed
+from caco.banks import splitmix
 
 PART_ELEMENTS = 1 << 22  # of one b x M x D part: 16 MiB in float32
-_STEP = 0x9E3779B97F4A7C15 - 2**64  # as signed numbers, which wrap modulo 2**64 like unsigned ones
-_FIRST_FACTOR, _SECOND_FACTOR = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 class Contrast(NamedTuple):
@@ -28,33 +27,10 @@ class Contrast(NamedTuple):
 
 
 def noise_rows(stream: int, image_B: Tensor, count: int, size: int) -> Tensor:
-    """For each image `count` rows of `size`, drawn uniformly with replacement, int64 [B, count]: SplitMix64, started
-    from the two.
-
-    Of (stream, image) alone, on every device and whichever process draws.
-
-    Args:
-        stream: 64 bits, different for each seed and step.
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """For each image `count` rows of `size`, drawn uniformly with replacement, int64 [B, count]; see
+    `splitmix.uniform`.
     """
-    start_B = _mix(_signed(stream) + _STEP * (image_B + 1))
-    bits_BM = _mix(start_B[:, None] + _STEP * torch.arange(1, count + 1, device=image_B.device))
-    return (_shifted(bits_BM, 11).double() * 2.0**-53 * size).long()
-
-
-def _signed(bits: int) -> int:
-    return (bits + 2**63) % 2**64 - 2**63
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """To the right as an unsigned number: without copies of the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
-
-
-def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shifted(bits, 30)) * _FIRST_FACTOR
-    bits = (bits ^ _shifted(bits, 27)) * _SECOND_FACTOR
-    return bits ^ _shifted(bits, 31)
+    return (splitmix.uniform(stream, image_B, count) * size).long()
 
 
 class Draw(NamedTuple):

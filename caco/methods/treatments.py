@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from caco.banks.base import Bank
 from caco.banks.hardest import fetch, hardest
 from caco.banks.reweighted import Objective
+from caco.banks.splitmix import uniform
 from caco.data.loaders.batches import mixed_seed
 from caco.errors import UserError
 from caco.methods.base import Now
@@ -219,17 +220,18 @@ class Mixed(Treatment):
 
     def draws(self, step: Step, num_queries: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Which of each query's hardest rows are mixed, int64 [N, 2 s + s'] in [0, num_rows): first of the pairs,
-        second of the pairs,
-        with the query; and the share of the first, or of the query, [N, s + s']."""
-        numbers = []
-        for term in range(num_queries // len(step.index_B)):
-            for index in step.index_B.tolist():
-                generator = torch.Generator().manual_seed(mixed_seed(self.seed, step.now.step, term, index) % 2**63)
-                numbers.append(torch.rand(self.drawn + self.synthetic, generator=generator, dtype=torch.float64))
-        drawn_NE, share_NE = torch.stack(numbers).split([self.drawn, self.synthetic], 1)
-        halved_E = torch.ones(self.synthetic, dtype=torch.float64)
-        halved_E[self.pairs :] = 0.5
-        return (drawn_NE * num_rows).long(), share_NE * halved_E
+        second of the pairs, with the query; and the share of the first, or of the query, [N, s + s'].
+        """
+        index_B = step.index_B
+        numbers_NE = torch.cat(
+            [
+                uniform(mixed_seed(self.seed, step.now.step, term), index_B, self.drawn + self.synthetic)
+                for term in range(num_queries // len(index_B))
+            ]
+        )
+        drawn_NE, share_NE = numbers_NE.split([self.drawn, self.synthetic], 1)
+        share_NE[:, self.pairs :] *= 0.5
+        return (drawn_NE * num_rows).long(), share_NE
 
     def _cosines(self, q_ND: Tensor, m_UD: Tensor, at_NE: Tensor, share_NE: Tensor) -> Tensor:
         first_NS, second_NE = at_NE.split([self.pairs, self.synthetic], 1)
