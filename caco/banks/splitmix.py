@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 _STEP = 0x9E3779B97F4A7C15 - 2**64  # as signed numbers, which wrap modulo 2**64 like unsigned ones
+CACHED = 1 << 15  # numbers that a CPU makes at a time, so that they stay in its cache
 _FIRST_FACTOR, _SECOND_FACTOR = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
@@ -16,8 +17,12 @@ def uniform(stream: int, image_B: Tensor, count: int) -> Tensor:
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
     start_B = _mix(_signed(stream) + _STEP * (image_B + 1))
-    bits_BM = _mix(start_B[:, None] + _STEP * torch.arange(1, count + 1, device=image_B.device))
-    return _shifted(bits_BM, 11).double() * 2.0**-53
+    step_M = _STEP * torch.arange(1, count + 1, device=image_B.device)
+    number_BM = torch.empty(len(image_B), count, dtype=torch.float64, device=image_B.device)
+    rows = len(image_B) if image_B.is_cuda else max(1, CACHED // max(1, count))
+    for start_b, number_bM in zip(start_B.split(rows), number_BM.split(rows), strict=True):
+        number_bM.copy_(_shifted(_mix(start_b[:, None] + step_M), 11)).mul_(2.0**-53)
+    return number_BM
 
 
 def _signed(bits: int) -> int:
@@ -26,10 +31,10 @@ def _signed(bits: int) -> int:
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
     """To the right as an unsigned number: without copies of the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shifted(bits, 30)) * _FIRST_FACTOR
-    bits = (bits ^ _shifted(bits, 27)) * _SECOND_FACTOR
-    return bits ^ _shifted(bits, 31)
+    bits = _shifted(bits, 30).bitwise_xor_(bits).mul_(_FIRST_FACTOR)
+    bits = _shifted(bits, 27).bitwise_xor_(bits).mul_(_SECOND_FACTOR)
+    return _shifted(bits, 31).bitwise_xor_(bits)
