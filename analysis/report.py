@@ -1,9 +1,10 @@
 """`python -m analysis.report --scale mini`: one HTML page of everything at a scale, or of a sweep: it needs no other
 file.
 
-python -m analysis.report --scale mini tables and figures that have results, records, configurations
-python -m analysis.report --scale mini --run runs/mini/NAME     and the figures 3 and 5 of that run
-python -m analysis.report --sweep runs/NAME                     of a sweep that python -m caco.train -m has made
+    python -m analysis.report --scale mini                          tables and figures that have results, records,
+                                                                    configurations
+    python -m analysis.report --scale mini --run runs/mini/NAME     and the figures 3 and 5 of that run
+    python -m analysis.report --sweep runs/NAME                     of a sweep that python -m caco.train -m has made
 """
 
 import argparse

@@ -11,8 +11,8 @@ drifting machine hits all. What has no unit here is left out: without AMX tiles 
     python benchmarks/bank.py memory              beyond the bank itself, of processes of their own
     python benchmarks/bank.py step                a whole step of a small ResNet (benchmarks/step.py)
     python benchmarks/bank.py curve               cost over K, and over N
-    python benchmarks/bank.py speed memory --device cuda --queries 4096 --rows 98304 on a GPU, both ways under bf16
-    autocast
+    python benchmarks/bank.py speed memory --device cuda --queries 4096 --rows 98304    on a GPU, both ways under bf16
+                                                                                        autocast
 """
 
 import argparse

@@ -1,13 +1,15 @@
 """The first quarter of an hour on a GPU: stages one after another, each with a time limit and a result file of its own.
 
-    python benchmarks/gpu_check.py every stage, at a tiny size where there is no GPU; results in gpu-check/
-    python benchmarks/gpu_check.py pack data/cifar10 before, where the images are: 20,000 of them into gpu-data.zip (at
-    most 25 MB) python benchmarks/gpu_check.py A --to out kernels, bank, model: at most four minutes on one H200
-    python benchmarks/gpu_check.py B --data gpu-data.zip 80 seconds of training and a k-NN for each method: at most six
+    python benchmarks/gpu_check.py                           every stage, at a tiny size where there is no GPU; results
+                                                             in gpu-check/
+    python benchmarks/gpu_check.py pack data/cifar10         before, where the images are: 20,000 of them into
+                                                             gpu-data.zip (at most 25 MB)
+    python benchmarks/gpu_check.py A --to out                kernels, bank, model: at most four minutes on one H200
+    python benchmarks/gpu_check.py B --data gpu-data.zip     80 seconds of training and a k-NN for each method: at most
+                                                             six
 
 Nothing is fetched, and nothing but torch and what caco needs has to be there. A stage that fails, or takes too long, is
-ended and written down, and the next one starts. Nobody has run it on a GPU yet: the limits are estimates.
-"""
+ended and written down, and the next one starts. Nobody has run it on a GPU yet: the limits are estimates."""
 
 import argparse
 import os

@@ -1,6 +1,7 @@
 """What the bank's Triton kernels take of a card: compiled ahead of time, so no GPU is needed (and nothing is timed).
 
-python benchmarks/kernels.py sm_80 and sm_90, widths 64, 128, 256: registers, spills, shared memory; a minute
+python benchmarks/kernels.py                     sm_80 and sm_90, widths 64, 128, 256: registers, spills, shared
+                                                 memory; a minute
 python benchmarks/kernels.py --arch 89 120 --widths 96
 """
 

@@ -5,17 +5,19 @@ Float32 normalised views on the CPU from every contender but the bare decoder an
 them). All contenders take turns, so that a drifting machine hits all; a ratio is that of one turn.
 
     python benchmarks/loader.py --json loader.json           on photographs that it makes; minutes
-    python benchmarks/loader.py --full --photos PHOTOS on yours, a zip or a folder of JPEGs: as the published figures
+    python benchmarks/loader.py --full --photos PHOTOS       on yours, a zip or a folder of JPEGs: as the published
+                                                             figures
 
 Made photographs are noise whose power falls with the square of the frequency, as that of real ones does, with blots
 that have edges, 500 x 375 and encoded so that one has about as many bytes as one of ImageNet's and takes as long to
 decode.
 
 pil         torchvision's v1 transforms on Pillow images, DataLoader, persistent workers, prefetch 4: the baseline
-ffcv_crop FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline a view; left out without
-FFCV decode nothing but decoding every JPEG once with libturbojpeg, in as many threads; left out without libturbojpeg
-caco loader=ffcv, all of the paper's augmentations (augmentation=caco, caco_multicrop, cifar); loader=torch where it
-cannot
+ffcv_crop   FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline a view; left out without
+            FFCV
+decode      nothing but decoding every JPEG once with libturbojpeg, in as many threads; left out without libturbojpeg
+caco        loader=ffcv, all of the paper's augmentations (augmentation=caco, caco_multicrop, cifar); loader=torch where
+            it cannot
 """
 
 import ctypes

@@ -1,7 +1,8 @@
 """How fast evaluations read images: against the cores' own limit in decoding, and against reading each file once.
 
     python benchmarks/reading.py --json reading.json                 on photographs that it makes; minutes
-    python benchmarks/reading.py --full --photos PHOTOS on yours, a zip or a folder of JPEGs: as the published figures
+    python benchmarks/reading.py --full --photos PHOTOS              on yours, a zip or a folder of JPEGs: as the
+                                                                     published figures
 
 1. Features: caco's way from files to features (caco/evals/features.py: read, decoded, resized, normalised; the network
    is a mean over the pixels, which takes next to nothing), with a worker for each core, against as many processes that
@@ -11,8 +12,7 @@
    two sets of them (caco/data/sets/overlap.py), against reading each of the same files once with as many threads.
 
 The page cache is warm, as the files were written just before. Both sides take turns in one process; a ratio is that of
-one turn.
-"""
+one turn."""
 
 import os
 import shutil

@@ -1,21 +1,23 @@
 """What results are called: the name says the protocol, so that numbers of one name may be set beside each other.
 
     knn20_top1             k-NN with 20 neighbours among all training images
-    knn20_20pct_top1 among 20 % of each class, drawn; knn20_20pct_first_top1: the first by the names of their files
+    knn20_20pct_top1       among 20 % of each class, drawn;  knn20_20pct_first_top1: the first by the names of their
+                           files
     knn200_t0.1_top1       200 neighbours, weight exp(cosine / 0.1)
     linear_moco_top1       linear evaluation by MoCo's recipe
     linear_batch-256_top1  by the paper's, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
     transfer/cifar10_top1, geometry/rank_me, pacs/sketch_top1, pacs_finetune/mean_top1
-    detect_voc_c4/voc2007_ap50 detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: a tenth of its
-    steps segment_fcn16/voc2012_miou fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of 8
-    images dense_linear/voc2012_miou a linear head on frozen features: never to be set beside fine-tuning
+    detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: a
+                                        tenth of its steps
+    segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of
+                                        8 images
+    dense_linear/voc2012_miou           a linear head on frozen features: never to be set beside fine-tuning
 
 The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables,
 figures, run directories and searches ask here too, without torch. A setting that can change a number and is not the one
 of the recipe with that name stands in the name. What belongs to the run and not to the evaluator (precision, views,
-seed) does not.
-"""
+seed) does not."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -2,13 +2,12 @@
 
     python -m caco.plan data.root=/anywhere bank=12M batch=4096 world=32
     python -m caco.plan preset=demo measure=true          with this machine's own speed
-    python -m caco.plan data.root=/anywhere images=1281167 eval=[segment,dense_linear] what these evaluations will take,
-    too
+    python -m caco.plan data.root=/anywhere images=1281167 eval=[segment,dense_linear]
+        what these evaluations will take, too
 
 Counted from the configuration, on tensors without contents; neither data nor a GPU is needed. Time is arithmetic at an
 assumed speed plus messages at an assumed bandwidth, one after the other, as the trainer does them; loading, evaluation
-and saving are not in it. Evaluations that fine-tune for hours have lines of their own.
-"""
+and saving are not in it. Evaluations that fine-tune for hours have lines of their own."""
 
 import functools
 import sys

@@ -1,12 +1,12 @@
 """The demo over the processor's instruction sets and several seeds: does it learn everywhere?
 
-    python -m experiments.demo all cells on held-out training images, then each encoder once on the test images
+    python -m experiments.demo                    all cells on held-out training images, then each encoder once on the
+                                                  test images
     python -m experiments.demo --check            what the continuous integration runs: one seed, two instruction sets
 
 The first makes experiments/records/demo/, cells.json and README.md (make demo-record); runs that are there already are
 not run again. The recipe is chosen on training images that are held out (data.validation_fraction), and it must reach
-the goals below in every cell there. The test images are looked at once per cell, whatever comes out.
-"""
+the goals below in every cell there. The test images are looked at once per cell, whatever comes out."""
 
 import argparse
 import json

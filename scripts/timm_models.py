@@ -1,8 +1,9 @@
 """Which of timm's models serve as backbones: each one of timm.list_models() is made once, on tensors without contents,
 and docs/backbones.md is written from what came of it.
 
-  python scripts/timm_models.py goes on where it stopped (docs/backbones.csv); some 30 minutes on an idle core; Ctrl-C
-  ends it python scripts/timm_models.py NAME... these names alone, shown and not written down
+  python scripts/timm_models.py          goes on where it stopped (docs/backbones.csv); some 30 minutes on an idle core;
+                                         Ctrl-C ends it
+  python scripts/timm_models.py NAME...  these names alone, shown and not written down
 """
 
 import collections

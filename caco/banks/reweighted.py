@@ -12,8 +12,8 @@ are, with a_ti = dL_i / dA_ti and b_i = -dL_i / ds_i,
 and the cooperative-adversarial motion of a bank's rows (Eqs. 6 to 10) is InfoNCE's with c_ij in place of p_ij and b_i
 in place of 1 - p_i+:
 
-    g_j = -1 / (tau |w_j|) sum_i weight_i w_ij (I - m_j m_j^T) q_i, w_ij = push c_ij of a negative, pull b_i of the
-    positive.
+    g_j = -1 / (tau |w_j|) sum_i weight_i w_ij (I - m_j m_j^T) q_i,
+    w_ij = push c_ij of a negative, pull b_i of the positive.
 
 (Of InfoNCE a_1i = 1 - p_i+, so c_ij = p_ij.) c_ij can be below 0: a loss that leans on hard negatives falls as an easy
 one comes nearer, and the push goes the other way. a and b come from autograd, of a few numbers a query; the sums, and

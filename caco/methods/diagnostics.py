@@ -2,9 +2,9 @@
 (`Outputs.embedding`).
 
     embedding_spread    at every step, of this rank's images: a pass over [B, D]
-    embedding_rank_me at the end of every epoch, of up to 512 images of its last step, from all ranks alike: the
-                        eigenvalues of a matrix that is at most 512 x 512, for one core a millisecond where D is 64 and
-                        a tenth of a second where it is 8192
+    embedding_rank_me   at the end of every epoch, of up to 512 images of its last step, from all ranks alike: the
+                        eigenvalues of a matrix that is at most 512 x 512, for one core a millisecond where D is
+                        64 and a tenth of a second where it is 8192
 
 Methods with prototypes log how these are used besides (`assignments.use_statistics`).
 """
