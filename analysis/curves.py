@@ -18,9 +18,10 @@ from experiments.tables import Scale, Table
 Data = list[dict[str, Any]]
 BANK = {  # panel -> (metric, axis)
     "rows chosen as a positive in the epoch": ("bank/rows_used", "rows, %"),
-    "entropy of the choices, of even use": ("bank/use_entropy", "entropy, %"),
+    "entropy of the choices, of even use": ("bank/use_entropy", "rows, %"),
     "rows with another within a cosine of 0.99": ("bank/near_duplicates", "rows, %"),
     "mean norm of the stored rows": ("bank/row_norm_mean", "norm"),
+    "images whose row stands for their class": ("purity/positives", "test images, %"),  # of runs with eval=[purity]
 }
 COMPUTE = {
     "flops": "arithmetic, 10$^{15}$ operations",  # counted by caco.plan
@@ -136,15 +137,24 @@ def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool
 
 
 def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) -> tuple[Figure, Data]:
-    """How the bank's rows are used and how they lie, over training."""
-    rows = _need(
-        [row for row in found if row.experiment.why_not is None],
-        "a bank",
-        lambda row: any(series(row, metric) for metric, _ in BANK.values()),
-    )
-    figure, panels = _figure(style.PAGE, 3.9, 2, 2, sharex=True)
+    """How the bank's rows are used and how they lie, over training, beside what is learned; there also of rows of the
+    table without a bank.
+    """
+    rows = [row for row in found if row.experiment.why_not is None and row.by_seed]
+    _need(rows or list(found), "a bank", lambda row: any(series(row, metric) for metric, _ in BANK.values()))
+    accuracy = _knn(rows)
+    shown = {
+        f"{heading(accuracy)} accuracy": (accuracy, "test images, %"),
+        "mean probability of the most probable row": ("max_probability", "probability"),
+        **BANK,
+    }
+    shown = {title: panel for title, panel in shown.items() if any(series(row, panel[0]) for row in rows)}
+    lines = -(-len(shown) // 2)
+    figure, panels = _figure(style.PAGE, 0.5 + 1.7 * lines, lines, 2, sharex=True, squeeze=False)
+    for axes in panels.flat[len(shown) :]:
+        axes.remove()
     data: Data = []
-    for axes, (title, (metric, ylabel)) in zip(panels.flat, BANK.items(), strict=True):
+    for axes, (title, (metric, ylabel)) in zip(panels.flat, shown.items(), strict=False):
         for number, row in enumerate(rows):
             points = series(row, metric)
             if points:
@@ -152,13 +162,16 @@ def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
                 data += data_of(row, metric, points)
         axes.set_title(title, loc="left")
         axes.set_ylabel(ylabel)
-        if ylabel.endswith("%"):
+        if ylabel == "rows, %":
             axes.set_ylim(-3, 103)
-        elif axes.lines:
+        elif ylabel == "probability":
+            axes.set_yscale("log")
+        elif ylabel == "norm":
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, 0.9), max(high, 1.1))  # rounding is no motion
-    for axes in panels[1]:
+    for axes in panels.flat[max(0, len(shown) - 2) : len(shown)]:
         epochs_axis(axes)
+        axes.tick_params(labelbottom=True)
     handles: dict[str, Any] = {}
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -129,6 +129,7 @@ def evaluate(
     )
     home = next((parameter.device for parameter in backbone.parameters()), where)
     try:
+        evaluation.require(backbone)
         return evaluation.run(backbone.to(where), "end")
     finally:
         backbone.to(home)

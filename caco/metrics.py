@@ -61,6 +61,7 @@ TRANSFER = {
     "tolerance": 1e-5,
 }
 GEOMETRY = {"images": 2048}
+PURITY = {"images": 5000, "train_images": 50_000, "rows": 2048}
 SEGMENT = {
     "train": "trainaug", "images": 16, "steps": 30_000, "rate": 0.003, "milestones": [0.7, 0.9], "momentum": 0.9,
     "weight_decay": 1e-4,
@@ -136,6 +137,10 @@ def geometry(**settings: Any) -> str:
     return _with_changes("geometry", settings, GEOMETRY)
 
 
+def purity(**settings: Any) -> str:
+    return _with_changes("purity", settings, PURITY)
+
+
 def detect(*, name: str = "detect_voc_c4", **settings: Any) -> str:
     """A name that no recipe here has is its user's."""
     return _with_changes(name, settings, DETECT.get(name, {}))
@@ -196,6 +201,7 @@ def protocols(evaluator: Mapping[str, Any]) -> list[str]:
         "caco.evals.linear.Linear": linear,
         "caco.evals.transfer.Transfer": transfer,
         "caco.evals.geometry.Geometry": geometry,
+        "caco.evals.purity.Purity": purity,
         "caco.evals.dense.detect.Detect": detect,
         "caco.evals.dense.segment.Segment": segment,
         "caco.evals.dense.dense_linear.DenseLinear": dense_linear,
@@ -240,7 +246,7 @@ def is_percent(metric: str) -> bool:
     names = (
         "top\\d+|mean_per_class|map11|ap_per_image|miou|mean_accuracy|pixel_accuracy|ap(50|75|_small|_medium|_large)?"
     )
-    return re.search(rf"_({names})$", metric) is not None
+    return re.search(rf"(_({names})|^purity.*/(positives|chance))$", metric) is not None
 
 
 def title(metric: str) -> str:

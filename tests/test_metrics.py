@@ -20,8 +20,8 @@ def node(option, *settings):
 def test_each_option_has_names_of_its_own():
     named = {option: metrics.protocols(node(option)) for option in OPTIONS}
     assert named == {
-        "finetune": ["finetune"], "geometry": ["geometry"], "knn": ["knn20_20pct"], "knn_all": ["knn20"],
-        "linear": ["linear"],
+        "finetune": ["finetune"], "geometry": ["geometry"], "purity": ["purity"],
+        "knn": ["knn20_20pct"], "knn_all": ["knn20"], "linear": ["linear"],
         "linear_lightly": ["linear_lightly"], "linear_moco": ["linear_moco"], "probe": ["probe"],
         "semi": ["semi_1", "semi_10"],
         "transfer": ["transfer"], "segment": ["segment_fcn16"], "detect": ["detect_voc_c4"],
@@ -146,6 +146,7 @@ def test_what_is_a_percentage():
         "detect_voc_c4/voc2007_ap50",
         "detect_coco_c4_1x/coco2017_mask_ap",
         "detect_coco_c4_1x/coco2017_box_ap_small",
+        "purity_images-512/positives",
     ]
     assert all(map(metrics.is_percent, names))
     assert not any(map(metrics.is_percent, ["loss", "transfer/dtd_strength", "geometry/rank_me", "train_hours"]))

@@ -77,8 +77,8 @@ def test_a_part_that_lacks_a_member_is_refused_before_anything_is_computed():
     with pytest.raises(
         UserError,
         match=(
-            "^eval.half: Half has no bounded, build, departures, image_sets, inputs, needs_labels, on_all_ranks,"
-            " require, work; derive it from caco.evals.base.Evaluator, "
+            "^eval.half: Half has no attach, bounded, build, departures, image_sets, inputs, needs_labels,"
+            " needs_method, on_all_ranks, require, work; derive it from caco.evals.base.Evaluator, "
         ),
     ):
         require_contract("eval.half", Half(), Evaluator)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from caco import distributed, metrics
 from caco.banks.base import Bank
-from caco.config import folders, views_needed
+from caco.config import folders, signatures, views_needed
 from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate, target
 from caco.data.loaders.bound import BoundLoader, Loader
@@ -184,6 +184,15 @@ def refuse_other_groups(saved_by: int) -> None:
         )
 
 
+def _again(label: labels.Label, cfg: DictConfig) -> list[str]:
+    """The options of `eval` that caco.evaluate can take for this run too, which knows its backbone alone."""
+    return [
+        option
+        for option in label.evaluators
+        if option not in cfg.eval or not signatures.declared(cfg.eval[option]["_target_"], "needs_method")
+    ]
+
+
 def run_training(
     cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: labels.Label | None = None
 ) -> dict[str, Any]:
@@ -254,7 +263,7 @@ def run_training(
     with doing("building the network"):
         method = build_method(cfg, len(splits.pretrain))
     refuse_unfit(method, views, splits.pretrain)
-    evaluation.require(method.backbone)
+    evaluation.require(method.backbone, method)
     if cfg.weights is not None and newest is None:
         message = weights.initialise(method, expanded(cfg.weights), cfg.format)
         if main:
@@ -307,7 +316,7 @@ def run_training(
             if is_done:
                 when = path.stat().st_mtime
                 message = ended_before(
-                    known, when=when, run_dir=run_dir, evaluators=label.evaluators, epochs=cfg.epochs
+                    known, when=when, run_dir=run_dir, evaluators=_again(label, cfg), epochs=cfg.epochs
                 )
             print(message, file=sys.stderr)
         if is_done:
@@ -371,7 +380,7 @@ def run_training(
                 summary,
                 seconds=seconds,
                 run_dir=run_dir,
-                evaluators=label.evaluators,
+                evaluators=_again(label, cfg),
                 epochs=cfg.epochs,
                 commands=label.sweep is None,
             )

@@ -39,9 +39,10 @@ class Evaluator(Protocol):
         has: it computes and yields, and the other ranks, having asked for the same, yield nothing. Others run on rank
         0, which reads by itself, and the other ranks wait.
     needs_labels: whether it needs labelled training and test images of the run's own `data`: then a run without any is
-    told before it begins. bounded: settings that may be at most the number of labelled training images, or of the share
-    of each class that another setting says:
-        {"k": "fraction"}, {"batch": ""}.
+    told before it begins.
+    needs_method: whether it looks into the method that trains (`attach`); in a backbone alone there is nothing for it.
+    bounded: settings that may be at most the number of labelled training images, or of the share of each class that
+    another setting says: {"k": "fraction"}, {"batch": ""}.
     departures: in what it differs from what was published by that name, a sentence each, printed with the results at
     the end.
     """
@@ -49,6 +50,7 @@ class Evaluator(Protocol):
     when: When
     on_all_ranks: bool = False
     needs_labels: bool = False
+    needs_method: bool = False
     bounded: Mapping[str, str] = {}
     departures: Sequence[str] = ()
 
@@ -69,6 +71,14 @@ class Evaluator(Protocol):
         Raises:
             UserError: one of this kind cannot be evaluated so; `eval.<name>: ` is put before the message.
         """
+
+    def attach(self, method: nn.Module) -> None:
+        """Called once after `require`, with the method that trains, for what looks into more than the backbone.
+
+        Raises:
+            UserError: what it looks into is not there; `eval.<name>: ` is put before the message.
+        """
+        return
 
     @abstractmethod
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:

@@ -70,12 +70,15 @@ class Evaluation:
             require_contract(f"eval.{name}", evaluator, Evaluator)
         self._of_each(lambda evaluator: evaluator.build(self.store, seed=seed))
 
-    def require(self, backbone: nn.Module) -> None:
+    def require(self, backbone: nn.Module, method: nn.Module | None = None) -> None:
         """
+        Args:
+            method: that trains the backbone; None where there is a backbone alone.
         Raises:
-            UserError: evaluators that cannot evaluate such a backbone; names all of them.
+            UserError: evaluators that cannot evaluate such a backbone, or such a method; names all of them.
         """
         self._of_each(lambda evaluator: evaluator.require(backbone))
+        self._of_each(lambda evaluator: _attach(evaluator, method))
 
     def _of_each(self, ask: Callable[[Evaluator], None]) -> None:
         refused = []
@@ -137,3 +140,12 @@ class Evaluation:
                 yield name, values if distributed.is_main() else {}
         finally:
             self.store.forget()  # a round's features must not lie in memory while training goes on
+
+
+def _attach(evaluator: Evaluator, method: nn.Module | None) -> None:
+    if method is not None:
+        evaluator.attach(method)
+    elif evaluator.needs_method:
+        raise UserError(
+            "looks into the method that trains, and here is a backbone alone; have it measured while training"
+        )
