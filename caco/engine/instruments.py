@@ -1,29 +1,196 @@
-"""What watches the training's steps when it is asked for: torch's detection of anomalies and its profiler."""
+"""What watches the training's steps when it is asked for: torch's detection of anomalies, its profiler, and the shares
+of a step."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from caco import distributed
+from caco.runs.files import write_json
+
+WAIT, WARM_UP, TRACED = 2, 2, 6  # steps; those after them are timed part by part
+
+
+class Part(NamedTuple):
+    """A function whose calls are timed."""
+
+    owner: Any  # an object whose attribute `name` is called
+    name: str
+    label: str
+
+
+def parts_of_a_step(trainer: Any) -> list[Part]:
+    """Of the Trainer's own steps, and of those children of its method that methods call by the same names."""
+    optimisation, method = trainer.optimisation, trainer.method
+    parts = [
+        Part(trainer, "batches", "waiting for images"),
+        Part(method, "before_epoch", "before the epoch"),
+        Part(trainer, "_forward_and_backward", "encoder, backward, and the method's own arithmetic"),
+        Part(trainer, "_averaged", "loss looked at"),
+        Part(optimisation, "step", "optimiser"),
+        Part(trainer, "_log", "metrics and logging"),
+        Part(trainer, "save", "saving"),
+        Part(trainer, "evaluate_if_due", "evaluation"),
+    ]
+    children = dict(method.named_children())
+    if "encoder" in children:
+        parts.append(Part(children["encoder"], "forward", "encoder, forward"))
+    if twin := children.get("twin"):
+        parts += [Part(twin, "forward", "twin, forward"), Part(twin, "update", "twin, update")]
+    if bank := children.get("bank"):
+        parts += [
+            Part(bank.rows, "most_probable", "bank, choice of positives"),
+            Part(bank, "score", "bank, loss"),
+            Part(bank, "fill", "bank, filled"),
+            Part(bank, "update", "bank, rows move"),
+        ]
+    return parts
+
+
+class Shares:
+    """Seconds that the parts of a step take, each without the parts that are called inside of it.
+
+    On a GPU each part is waited for before and after, so nothing overlaps and a step takes longer than it would. Parts
+    in other threads (making views ahead) are not seen: only the wait for them is.
+
+    Args:
+        parts: of the trainer; what none of them takes is "the rest".
+    """
+
+    def __init__(self, parts: Iterable[Part], device: torch.device) -> None:
+        self.parts, self.device = list(parts), device
+        self.seconds: dict[str, float] = {}
+        self.steps = 0
+        self._began, self._counted = 0.0, (0.0, dict[str, float]())
+        self._open: list[list[Any]] = []  # of each part that is under way: label, when it began, seconds inside of it
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[None]:
+        """The parts' functions are replaced meanwhile."""
+        for owner, name, label in self.parts:
+            setattr(owner, name, self._timed(getattr(owner, name), label))
+        try:
+            yield
+        finally:
+            for owner, name, _ in self.parts:
+                delattr(owner, name)
+
+    def begin(self) -> None:
+        """Count from here."""
+        self.seconds, self.steps, self._began = {}, 0, self._now()
+
+    def step(self) -> None:
+        """A step is over."""
+        self.steps += 1
+        self._counted = self._now() - self._began, dict(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Steps since `begin`, milliseconds a step, and each part's share of them in percent, the largest first."""
+        whole, seconds = self._counted
+        shares = {label: 100 * one / whole for label, one in seconds.items()}
+        shares["the rest"] = 100 - sum(shares.values())
+        return {
+            "steps": self.steps,
+            "ms_per_step": 1000 * whole / self.steps,
+            "percent": dict(sorted(shares.items(), key=lambda item: -item[1])),
+        }
+
+    def enter(self, label: str) -> None:
+        self._open.append([label, self._now(), 0.0])
+
+    def leave(self) -> None:
+        label, began, inside = self._open.pop()
+        now = self._now()
+        if began >= self._began:
+            self.seconds[label] = self.seconds.get(label, 0.0) + now - began - inside
+        if self._open:
+            self._open[-1][2] += now - began
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _timed(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.enter(label)
+            try:
+                given = function(*args, **kwargs)
+            finally:
+                self.leave()
+            if isinstance(given, Iterator):
+                return self._each(given, label)
+            loss = getattr(given, "loss_B", None)
+            if loss is not None and loss.grad_fn is not None:  # a bank's score: its backward is a part too
+                loss.grad_fn.register_prehook(lambda _: self.enter(f"{label}, backward"))
+                loss.grad_fn.register_hook(lambda *_: self.leave())
+            return given
+
+        return timed
+
+    def _each(self, items: Iterator[Any], label: str) -> Iterator[Any]:
+        while True:
+            self.enter(label)
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self.leave()
+            yield item
+
+
+class Profile:
+    """A trace of a few steps, and the shares of those after them. `step` after each one."""
+
+    def __init__(self, profiler: torch.profiler.profile, shares: Shares, folder: Path) -> None:
+        self._profiler, self._shares, self._folder = profiler, shares, folder
+        self._steps = 0
+
+    def step(self) -> None:
+        self._steps += 1
+        self._profiler.step()
+        self._shares.step()
+        if self._steps == WAIT + WARM_UP + TRACED:
+            self._shares.begin()
+
+    def lines(self) -> list[str]:
+        """What people see at the end; the same is in the run's shares.json."""
+        if self._steps <= WAIT + WARM_UP + TRACED:
+            return ["the shares of a step need more than 10 steps: max_steps=40"]
+        found = self._shares.as_dict()
+        write_json(self._folder / "shares.json", found)
+        head = f"where the time of a step goes, {found['ms_per_step']:.1f} ms, mean of {found['steps']} steps:"
+        return [head, *(f"  {share:5.1f} %  {label}" for label, share in found["percent"].items())]
 
 
 @contextlib.contextmanager
-def instruments(*, anomaly: bool, profile_to: Path | None) -> Iterator[torch.profiler.profile | None]:
-    """Around the steps; yields a profiler that is told of each, or None.
+def instruments(
+    *, anomaly: bool, profile_to: Path | None, parts: Iterable[Part], device: torch.device
+) -> Iterator[Profile | None]:
+    """Around the steps; yields a profile that is told of each, or None.
 
     Args:
-        profile_to: a folder for the trace of a few steps, which rank 0 writes.
+        profile_to: a folder for the trace of a few steps and for the shares of a step, which rank 0 writes.
+        parts: of a step.
     """
     with contextlib.ExitStack() as stack:
         if anomaly:
             stack.enter_context(torch.autograd.set_detect_anomaly(True))
-        profiler = None
+        profile = None
         if profile_to is not None and distributed.is_main():
             profiler = torch.profiler.profile(
-                schedule=torch.profiler.schedule(wait=2, warmup=2, active=6, repeat=1),
+                schedule=torch.profiler.schedule(wait=WAIT, warmup=WARM_UP, active=TRACED, repeat=1),
                 on_trace_ready=lambda p: p.export_chrome_trace(str(profile_to / "trace.json")),
             )
+            shares = Shares(parts, device)
             stack.enter_context(profiler)
-        yield profiler
+            stack.enter_context(shares.timing())
+            profile = Profile(profiler, shares, profile_to)
+        yield profile

@@ -18,7 +18,7 @@ from caco.banks.scoring import UnusableError
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.bound import BoundLoader
 from caco.data.loaders.images import Images
-from caco.engine.instruments import instruments
+from caco.engine.instruments import instruments, parts_of_a_step
 from caco.engine.optimizers import Optimisation
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import Progress
@@ -204,7 +204,12 @@ class Trainer:
         progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
         before = self.time
         self.evaluate_if_due(progress)
-        with contextlib.closing(progress), instruments(anomaly=self.anomaly, profile_to=self.profile_to) as profiler:
+        with (
+            contextlib.closing(progress),
+            instruments(
+                anomaly=self.anomaly, profile_to=self.profile_to, parts=parts_of_a_step(self), device=self.device
+            ) as profile,
+        ):
             for now, batch in self.batches():
                 self.optimisation.prepare(now, None if now.epoch is not None else self.phase(now.step).lr_factor)
                 self.method.train()
@@ -232,8 +237,8 @@ class Trainer:
                     "steps": before["steps"] + self.step - progress.first,
                     "seconds": before["seconds"] + progress.seconds_of_training(),
                 }
-                if profiler is not None:
-                    profiler.step()
+                if profile is not None:
+                    profile.step()
 
                 self._log(now, values, progress)
                 last = self.step == self.total_steps
@@ -265,6 +270,8 @@ class Trainer:
                 if stopping and not last:
                     raise Stopped(f"after step {self.step} of {self.total_steps}", self.stop.signum)
                 self.evaluate_if_due(progress)
+            for line in profile.lines() if profile is not None else ():
+                progress.say(f"caco: {line}")
         # Of all processes that made the run: the last one may have found no step left to make.
         timed = self.time["steps"] > 0
         return {

@@ -1,0 +1,71 @@
+"""Where the time of a step goes: parts inside of one another, and what a profiled run leaves."""
+
+import json
+
+import pytest
+import torch
+from tiny import compose
+
+from caco.engine.assembly import run_training
+from caco.engine.instruments import Part, Shares
+
+
+class Nested:
+    """Its clock is its own: each part takes what it says."""
+
+    seconds = 0.0
+
+    def outer(self):
+        self.seconds += 2
+        self.inner()
+        return "given"
+
+    def inner(self):
+        self.seconds += 5
+
+    def items(self):
+        for i in range(2):
+            self.seconds += 3
+            yield i
+
+
+def test_a_part_is_timed_without_those_inside_of_it_and_the_functions_are_given_back(monkeypatch):
+    nested = Nested()
+    monkeypatch.setattr("caco.engine.instruments.time.perf_counter", lambda: nested.seconds)
+    parts = [Part(nested, name, name) for name in ("outer", "inner", "items")]
+    shares = Shares(parts, torch.device("cpu"))
+    with shares.timing():
+        nested.inner()
+        shares.begin()
+        assert nested.outer() == "given" and list(nested.items()) == [0, 1]
+        nested.seconds += 7
+        shares.step()
+        nested.inner()  # after the last step
+    assert "outer" not in vars(nested)
+    assert shares.as_dict() == {
+        "steps": 1,
+        "ms_per_step": pytest.approx(20_000),
+        "percent": pytest.approx({"the rest": 35, "items": 30, "inner": 25, "outer": 10}),
+    }
+
+
+def test_a_profiled_run_has_shares_and_a_trace_and_is_the_run_that_it_would_be(tmp_path, capsys):
+    def trained(name, *more):
+        cfg = compose("method=caco", "pn=both", "eval=[]", "max_steps=40", "warm_start.steps=4", *more)
+        return run_training(cfg, tmp_path / name)
+
+    plain = trained("plain")
+    profiled = trained("profiled", "profile=true")
+    assert plain["loss"] == profiled["loss"]
+    found = json.loads((tmp_path / "profiled" / "shares.json").read_text())
+    assert {
+        "encoder, forward",
+        "twin, forward",
+        "bank, loss",
+        "bank, loss, backward",
+        "bank, rows move",
+        "optimiser",
+    } <= set(found["percent"])
+    assert sum(found["percent"].values()) == pytest.approx(100)
+    assert "where the time of a step goes" in capsys.readouterr().err
+    assert (tmp_path / "profiled" / "trace.json").stat().st_size > 1000
