@@ -20,6 +20,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,8 @@ class How(NamedTuple):
         return seconds(work, clock=self.clock, device=self.device)
 
 
-WAYS = {  # each one's precision, and what it runs in
+Way = tuple[torch.dtype, Callable[[], contextlib.AbstractContextManager[None]]]
+WAYS: dict[str, Way] = {  # each one's precision, and what it runs in
     "bf16": (torch.bfloat16, contextlib.nullcontext),
     "fp32": (torch.float32, contextlib.nullcontext),
     "streamed": (torch.float32, streamed),
@@ -129,9 +131,9 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
     published.step(q, k)
     difference = (bank.rows.weight - published.w_KD).abs().max().item()
     assert difference < (1e-3 if how.device.type == "cuda" else 1e-5), f"the two disagree by {difference}"
-    works = {"published": lambda: how.seconds(lambda: published.step(q, k))}
-    works |= {way: lambda way=way: how.seconds(lambda: ours(way, bank, q, k)) for way in ways}
-    works |= {f"{name}_peak_gflops": lambda dtype=dtype: matrix_peak(dtype, how) for name, dtype in peaks.items()}
+    works = {"published": partial(how.seconds, partial(published.step, q, k))}
+    works |= {way: partial(how.seconds, partial(ours, way, bank, q, k)) for way in ways}
+    works |= {f"{name}_peak_gflops": partial(matrix_peak, dtype, how) for name, dtype in peaks.items()}
     times = turns(works, how.runs, warm=0)
     figures: dict = {"published_seconds": spread(times["published"])["median"]}
     figures |= {f"{name}_peak_gflops": max(times[f"{name}_peak_gflops"]) for name in peaks}
@@ -173,7 +175,7 @@ def child(way: str, N: int, K: int, D: int, device: torch.device) -> None:
     Published(small[0].rows.weight.detach()).step(*small[1:])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before: float = torch.cuda.memory_allocated(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak, forgotten
         before = status("VmRSS")
@@ -214,8 +216,8 @@ def curve(report: Report, shapes: list[tuple[int, int, int]], how: How) -> list[
 
 
 def main() -> None:
-    runs = "turns that count: 3 (step: after two that warm up)"
-    options = parser(__doc__, runs=runs, full="15 turns, and the curve to a million rows")
+    counted = "turns that count: 3 (step: after two that warm up)"
+    options = parser(__doc__, runs=counted, full="15 turns, and the curve to a million rows")
     options.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; without any: all")
     options.add_argument("--queries", type=int, default=1024, help="of the speed")
     options.add_argument("--rows", type=int, default=65_536)
@@ -232,7 +234,9 @@ def main() -> None:
     arguments = options.parse_args()
     device = arguments.device
     if arguments.child:
-        child(arguments.child[0], *map(int, arguments.child[1:]), device)
+        way, *sizes = arguments.child
+        N, K, D = map(int, sizes)
+        child(way, N, K, D, device)
         return
     parts = arguments.parts or PARTS
     if unknown := set(parts) - set(PARTS):

@@ -120,7 +120,6 @@ def regression(images: int, width: int, classes: int, runs: int) -> dict:
 def neighbours(images: int, queries: int, width: int, runs: int) -> dict:
     bank, labels = features(images, width, 10)
     query = features(images + queries, width, 10)[0][images:]
-    settings = {"k": 20, "temperature": 0.2, "num_classes": 10}
 
     def dense(dtype):
         sims = F.normalize(query.to(dtype), dim=1) @ F.normalize(bank.to(dtype), dim=1).T
@@ -129,7 +128,7 @@ def neighbours(images: int, queries: int, width: int, runs: int) -> dict:
 
     times = []
     for _ in range(runs):
-        ours, predicted = with_seconds(lambda: knn_predict(query, bank, labels, **settings))
+        ours, predicted = with_seconds(lambda: knn_predict(query, bank, labels, k=20, temperature=0.2, num_classes=10))
         times.append((ours, with_seconds(lambda: dense(torch.float32))[0]))
     ours, theirs = zip(*times, strict=True)
     return {

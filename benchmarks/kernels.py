@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if (
     not __package__
@@ -53,11 +53,12 @@ def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
     kernel = triton_kernels.KERNELS[name]
     fixed, options = triton_kernels.constants(name, D, bf16=bf16, hopper=arch // 10 in (9, 10))
     block = f"{fixed['BLOCK_N']} x {fixed['BLOCK_R']}"
-    fixed |= {
+    computed: dict[str, dict[str, Any]] = {
         "forward": {"SECOND": True, "SUMS": True},
         "nearest": {"T": triton_kernels.TOP},
         "update": {"NORMALISE": True},
-    }[name]
+    }
+    fixed |= computed[name]
     signature = {
         argument: "constexpr" if argument in fixed
         else ARGUMENTS.get(argument,
@@ -75,8 +76,9 @@ def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
         tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         output = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     # Without calls the only use of a stack is for spilled registers.
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
-    return Used(block, options["num_warps"], int(registers), int(stack), done.metadata.shared / 1024)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    assert found is not None, output
+    return Used(block, options["num_warps"], int(found[1]), int(found[2]), done.metadata.shared / 1024)
 
 
 def lacks_triton() -> str | None:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -42,12 +42,12 @@ if (
 
 import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 
 from benchmarks.common import Report, formatted, parser, photos_at, ratios, say, spread, turns
-from caco.config.composition import CONF
+from caco.config.composition import CONF, instantiate
 from caco.data.loaders.ffcv_loader import FFCVLoader, what_ffcv_lacks
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.beton import beton
@@ -74,9 +74,7 @@ DEFAULT, FULL, TINY = Sizes(125, 500, 50, 500, 4, 3), Sizes(None, 500, 50, 500, 
 
 
 def views_of(name: str) -> Views:
-    settings = OmegaConf.to_container(OmegaConf.load(CONF / "augmentation" / f"{name}.yaml"))
-    settings.pop("_target_")
-    return Views(**settings)
+    return instantiate(cast(DictConfig, OmegaConf.load(CONF / "augmentation" / f"{name}.yaml")))
 
 
 class PillowViews(Dataset):

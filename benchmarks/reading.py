@@ -71,10 +71,12 @@ def many(photos: Source, copies: int, top: Path) -> ImageFiles:
     for copy in range(copies):
         for index in range(len(photos)):
             names.append(f"{copy:02}-{index:05}.jpg")
+            photo = photos.path(index)
+            assert photo is not None, "photographs lie in files"
             try:
-                os.link(photos.path(index), top / names[-1])
+                os.link(photo, top / names[-1])
             except OSError:  # another disk, or one without links
-                shutil.copyfile(photos.path(index), top / names[-1])
+                shutil.copyfile(photo, top / names[-1])
     return ImageFiles(top, names, name="photos")
 
 

@@ -10,7 +10,10 @@ process, so that a drifting machine hits all.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 if (
     not __package__
@@ -22,11 +25,13 @@ import torch
 
 from benchmarks.common import Report, formatted, lacks_bf16, named, parser, ratios, say, seconds, spread, turns
 from benchmarks.published import Published
+from caco.banks.learnable import LearnableBank
 from caco.config import composition
 from caco.config.composition import instantiate
 from caco.data.loaders.batches import Batch
 from caco.engine.assembly import build_method, pick_device
 from caco.methods.base import TRAINING, Now
+from caco.methods.contrastive import Contrastive
 
 DEFAULT = ["backbone=small_resnet", "augmentation=cifar", "projector.hidden_dim=256", "batch=256", "bank=8M"]
 TINY = [*DEFAULT, "backbone.width=8", "projector.hidden_dim=16", "batch=8", "bank.size=64"]
@@ -50,7 +55,8 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         overrides = [*overrides, FP32]
         cfg = composition.job_config(composition.compose([*base, FP32]))
     say(f"step: {' '.join(overrides)}")
-    method = build_method(cfg).to(device=device, memory_format=torch.channels_last).train()
+    method = cast(Contrastive, build_method(cfg))  # what any other lacks is missed at once
+    method = method.to(device).to(memory_format=torch.channels_last).train()
     optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
     generator = torch.Generator().manual_seed(0)
     views = [
@@ -60,7 +66,7 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         for size in instantiate(cfg.augmentation).sizes
     ]
     comparable = method.positives.bank_rows and len(views) == 2
-    published = Published(method.bank.rows.weight.detach()) if comparable else None
+    published = Published(cast(LearnableBank, method.bank).rows.weight.detach()) if comparable else None
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
@@ -68,15 +74,17 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     def pure_model() -> None:
         with autocast():
             q, _, _, _ = method.encode(views)
-        sum(view.sum() for view in q.values()).backward()
+        sum((view.sum() for view in q.values()), torch.zeros((), device=device)).backward()
         method.zero_grad()
 
     index = torch.arange(cfg.batch, device=device)
     batch = Batch(views, index, torch.full_like(index, -1))
     now = Now(0, TRAINING, 0, False, 0, 0, {"twin_momentum": 0.99, "bank_lr": 0.01})
 
+    no_images: Any = None  # nothing here makes a pass over them
+
     def step() -> None:
-        method.before_step(now, None)
+        method.before_step(now, no_images)
         with autocast():
             loss = method(batch, now).loss
         assert torch.isfinite(loss)
@@ -85,7 +93,8 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         optimizer.zero_grad()
         method.after_step(now)
 
-    def published_step() -> None:
+    def published_step(published: Published) -> None:
+        assert method.twin is not None, "the published step has one"
         method.twin.update(method.encoder, 0.99)
         with autocast():
             q, k, _, _ = method.encode(views)
@@ -97,8 +106,9 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         optimizer.zero_grad()
         published.update(gradient + also)
 
-    works = {"step": step, "model": pure_model, **({"published": published_step} if published else {})}
-    times = turns({name: lambda work=work: seconds(work, device=device) for name, work in works.items()}, runs, warm=2)
+    works: dict[str, Callable[[], None]] = {"step": step, "model": pure_model}
+    works |= {"published": partial(published_step, published)} if published else {}
+    times = turns({name: partial(seconds, work, device=device) for name, work in works.items()}, runs, warm=2)
     overhead = spread([1 - model / whole for model, whole in zip(times["model"], times["step"], strict=True)])
     figures = {
         **named(overhead, "overhead"),

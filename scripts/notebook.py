@@ -24,11 +24,13 @@ import caco  # noqa: F401 - before torch, whose instructions it may choose
 def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
     """What a cell leaves below it, as the notebook format has it (nbformat 4)."""
     body = ast.parse(source).body
-    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+    last = body[-1] if body else None
+    if isinstance(last, ast.Expr):
+        body.pop()
     printed, value = io.StringIO(), None
     with contextlib.redirect_stdout(printed):
         exec(compile(ast.Module(body, []), "cell", "exec"), names)  # noqa: S102 - the notebook's own code
-        if last is not None:
+        if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)  # noqa: S307
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():

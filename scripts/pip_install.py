@@ -44,6 +44,7 @@ def main() -> int:
     lines = []
     with open(log, "a", encoding="utf-8") as file:
         pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        assert pip.stdout is not None, "it is a pipe"
         for line in pip.stdout:
             lines.append(line)
             file.write(line)

@@ -32,7 +32,7 @@ PATIENCE_S = 240
 
 
 @functools.cache
-def _server() -> multiprocessing.context.BaseContext:
+def _server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,6 +60,7 @@ class Process:
 
     @property
     def pid(self) -> int:
+        assert self._process.pid is not None, "it has been started"
         return self._process.pid
 
     def running(self) -> bool:
@@ -72,13 +73,14 @@ class Process:
         if hangs:
             self._process.kill()
             self._process.join()
-        told = [(Path(self._folder.name) / name).read_text() for name in ("1", "2")]
+        output, errors = ((Path(self._folder.name) / name).read_text() for name in ("1", "2"))
         code = self._process.exitcode
         self._process.close()
         self._folder.cleanup()
         if hangs:
-            pytest.fail(f"a process has not ended within {PATIENCE_S} s; its standard error:\n{told[1]}")
-        return code, *told
+            pytest.fail(f"a process has not ended within {PATIENCE_S} s; its standard error:\n{errors}")
+        assert code is not None, "it has ended"
+        return code, output, errors
 
 
 def _begin(function: Callable, arguments: tuple, environment: dict[str, str], folder: str, session: bool) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -136,7 +137,7 @@ def test_nobody_asks_what_kind_of_part_something_is(repo_root):
     assert [line for file in files for line in kinds_asked(file, names)] == []
 
 
-def family(contract: type) -> set[type]:
+def family(contract: type[Any]) -> set[type[Any]]:
     return {contract} | {one for child in contract.__subclasses__() for one in family(child)}
 
 

@@ -92,7 +92,7 @@ def now(phase: str = "training", step: int = 0, **values: float):
     """Where a run is, for a method that is called by hand; `values` are its schedules'."""
     from caco.methods.base import Now
 
-    epoch = (0, step) if phase == "training" else (None, None)
+    epoch, step_in_epoch = (0, step) if phase == "training" else (None, None)
     set_by_hand = {
         "twin_momentum": 0.99,
         "bank_lr": 0.0,
@@ -101,7 +101,7 @@ def now(phase: str = "training", step: int = 0, **values: float):
         "row_share": 0.5,
         **values,
     }
-    return Now(step, phase, step, False, *epoch, set_by_hand, lr=0.01)
+    return Now(step, phase, step, False, epoch, step_in_epoch, set_by_hand, lr=0.01)
 
 
 def batch_of(views, *, first: int = 0, patches=None):

@@ -71,6 +71,7 @@ class Evaluator(Protocol):
         Raises:
             UserError: one of this kind cannot be evaluated so; `eval.<name>: ` is put before the message.
         """
+        return None
 
     def attach(self, method: nn.Module) -> None:
         """Called once after `require`, with the method that trains, for what looks into more than the backbone.

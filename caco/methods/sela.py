@@ -18,7 +18,7 @@ from caco.data.loaders.images import Images
 from caco.errors import UserError
 from caco.methods import assignments
 from caco.methods.base import Costs, Method, Needs, Now, Outputs
-from caco.nn.heads import Encoder
+from caco.nn.heads import Encoder, Projector
 from caco.ranges import AboveZero, Count, Natural, Seed, held
 from caco.schedules import RunShape, Table
 
@@ -72,6 +72,11 @@ class SeLa(Method):
                 f"method.num_heads: expected a divisor of projector.dim, {encoder.projector.dim}, that leaves 2 labels"
                 f" or more to a head; got {num_heads}"
             )
+        if not isinstance(encoder.projector, Projector):
+            raise UserError(
+                "projector: the heads are the last layer of a caco.nn.heads.Projector; expected one, got"
+                f" {type(encoder.projector).__name__}"
+            )
         if not isinstance(encoder.projector[-1], nn.Linear):
             raise UserError(
                 "projector.last_batch_norm=true: the heads are the projector's last layer, which has to be linear;"
@@ -88,6 +93,13 @@ class SeLa(Method):
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
         return self.encoder.backbone
+
+    def _layers(self) -> tuple[list[nn.Module], nn.Linear]:
+        """The projector's layers but the last, and the last one, whose outputs are the heads."""
+        assert isinstance(self.encoder.projector, Projector)
+        *before_last, last = self.encoder.projector
+        assert isinstance(last, nn.Linear)
+        return before_last, last
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
         """labels_made: 1 at the steps before which labels are made anew, else 0."""
@@ -118,8 +130,7 @@ class SeLa(Method):
         Args:
             step: of the run, on which the pass's order and views depend.
         """
-        *before_last, last = self.encoder.projector
-        assert isinstance(last, nn.Linear)
+        before_last, last = self._layers()
         index, hidden = [], []
         for batch in images("train", stream=step):
             x_BF = self.encoder.backbone(batch.views[0])
@@ -164,6 +175,5 @@ class SeLa(Method):
         """In a pass: the last layer's input, and of a head at a time logits, log probabilities and their powers in
         float64.
         """
-        last = self.encoder.projector[-1]
-        assert isinstance(last, nn.Linear)
+        last = self._layers()[1]
         return Costs(encoded=list(range(len(sizes))), pass_bytes=4 * last.in_features + (4 + 3 * 8) * self.num_labels)

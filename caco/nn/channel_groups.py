@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from caco.errors import UserError
 from caco.nn.backbones import feature_width, small_resnet
 from caco.nn.first_layer import with_channels
-from caco.nn.heads import Projector
+from caco.nn.heads import Head, Projector
 from caco.ranges import Count, Layers, Length, Several, Width, held
 
 
@@ -42,7 +42,7 @@ def small_channel_groups(
     return ChannelGroups(lightness=lightness, colours=colours)
 
 
-class GroupedProjector(nn.Module):
+class GroupedProjector(Head):
     """Several perceptrons side by side: each takes its equal share of the features and gives its share of the embedding
     (CMC, whose groups are the features of an image's lightness and of its colours).
 

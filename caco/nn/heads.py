@@ -22,7 +22,13 @@ INITIALISATIONS: dict[
 }
 
 
-class Projector(nn.Sequential):
+class Head(nn.Module):
+    """Features [B, F] to embeddings [B, `dim`]."""
+
+    dim: int
+
+
+class Projector(nn.Sequential, Head):
     """A multilayer perceptron: linear layers, (BatchNorm and) an activation between them. Predictors are of this class
     too.
 
@@ -135,10 +141,10 @@ class Encoder(nn.Module):
 
     Args:
         backbone: has `num_features`, the width of its output.
-        projector: or another head that says by `dim` how wide its output is.
+        projector: a `Projector` or another `Head`, which says by `dim` how wide its output is.
     """
 
-    def __init__(self, *, backbone: nn.Module, projector: Projector):
+    def __init__(self, *, backbone: nn.Module, projector: Head):
         super().__init__()
         self.backbone, self.projector = backbone, projector
 

@@ -42,14 +42,21 @@ def colours(path: Path) -> int:
     """How many a picture has: a blank one has one."""
     with Image.open(path) as image:
         assert image.format == "PNG"
-        return len(image.convert("RGB").getcolors(2**24))
+        counted = image.convert("RGB").getcolors(2**24)
+        assert counted is not None, "no picture has more colours"
+        return len(counted)
 
 
 def drawn(run_dir: Path, monkeypatch, *arguments: str):
     """The figure that main() saves."""
     figures = []
     whole = picture.draw
-    monkeypatch.setattr(picture, "draw", lambda *args, **kwargs: figures.append(whole(*args, **kwargs)) or figures[0])
+
+    def kept(*args, **kwargs):
+        figures.append(whole(*args, **kwargs))
+        return figures[0]
+
+    monkeypatch.setattr(picture, "draw", kept)
     monkeypatch.setattr(sys, "argv", ["picture", str(run_dir), *arguments])
     picture.main()
     return figures[0]

@@ -86,7 +86,7 @@ class Part:
     @held
     def __init__(
         self, *, k: Count = 1, temperature: AboveZero | None = None, when: typing.Literal["epoch", "end"] = "end",
-        mean: PositiveChannels = (1, 1, 1),
+        mean: PositiveChannels = [1, 1, 1],
         own: typing.Annotated[int, Range(8, 512)] = 8,
     ):  # fmt: skip
         self.k = k

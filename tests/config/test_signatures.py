@@ -29,7 +29,9 @@ def package(tmp_path, monkeypatch):
 
 
 def names(target: str) -> dict[str, bool]:
-    return {name: parameter.required for name, parameter in find(target).parameters.items()}
+    signature = find(target)
+    assert signature is not None, target
+    return {name: parameter.required for name, parameter in signature.parameters.items()}
 
 
 def test_functions_positional_and_keyword(package):

@@ -1,23 +1,19 @@
 """Damaged .beton files: our reader, both loaders over what it lets through, and every image of it."""
 
 import io
-import struct
 from pathlib import Path
 
 import numpy as np
 from damaging import damaged
 from PIL import Image
 
+from caco.data.loaders.bound import Loader
+from caco.data.loaders.ffcv_loader import FFCVLoader, what_ffcv_lacks
 from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.beton import FIELD, HEADER, JPEG, RAW, RECORD, BetonImages, sidecar_path, write
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
-
-try:
-    from caco.data.loaders.ffcv_loader import FFCVLoader, what_ffcv_lacks
-except ImportError:
-    FFCVLoader = None
 
 VIEWS = Views(size=8, views={"two": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)
 PAGE = 4096
@@ -44,7 +40,7 @@ def case(prepared: tuple[Path, bytes, bytes], rng: np.random.Generator) -> str:
     kind = int(rng.integers(0, 8))
     content = bytearray(whole)
     begin = HEADER.itemsize + 2 * FIELD.itemsize
-    table_at = struct.unpack_from("<Q", whole, HEADER.fields["table_at"][1])[0]
+    table_at = int(np.frombuffer(whole, HEADER, count=1)["table_at"][0])
     places = {
         0: (0, HEADER.itemsize),
         1: (HEADER.itemsize, begin),
@@ -81,8 +77,8 @@ def case(prepared: tuple[Path, bytes, bytes], rng: np.random.Generator) -> str:
         except UserError as error:
             assert str(file) in str(error) and f"number {index}" in str(error)
             word = "read in part"
-    loaders = [TorchLoader(num_workers=0, corrupt="skip")]
-    if FFCVLoader is not None and what_ffcv_lacks(source) is None and rng.integers(0, 8) == 0:
+    loaders: list[Loader] = [TorchLoader(num_workers=0, corrupt="skip")]
+    if what_ffcv_lacks(source) is None and rng.integers(0, 8) == 0:
         loaders.append(FFCVLoader(num_workers=1, corrupt="skip"))
     for settings in loaders:
         loader = settings.bind(source, VIEWS, batch=min(4, len(source)), seed=0)

@@ -9,7 +9,6 @@ import collections
 import importlib
 import multiprocessing
 import os
-import signal
 import tempfile
 import traceback
 import warnings
@@ -42,7 +41,7 @@ def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Coun
                 while number < end:
                     if not theirs.poll(PATIENCE_S):
                         word, detail = "hang", f"not ended after {PATIENCE_S} s"
-                        os.kill(process.pid, signal.SIGKILL)
+                        process.kill()
                     else:
                         word, detail = theirs.recv()
                     found[word] += 1

@@ -85,7 +85,7 @@ def odd(state: dict, rng: np.random.Generator) -> object:
     nested: object = "x"
     for _ in range(50):
         nested = [nested, nested]
-    choices = [
+    choices: list[object] = [
         {**state, name: state[name].to_sparse()},
         {**state, name: state[name].to(torch.complex64)},
         {**state, name: torch.empty(state[name].shape, device="meta")},

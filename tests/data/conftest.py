@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def noise_source() -> Callable[..., ImagesInMemory]:
 @pytest.fixture
 def two_views() -> Views:
     """Two views of one kind and a smaller third, with every random step in use."""
-    kind = {"blur_p": 0.5, "solarize_p": 0.5, "rotate": 10.0, "shift": 0.1}
+    kind: dict[str, Any] = {"blur_p": 0.5, "solarize_p": 0.5, "rotate": 10.0, "shift": 0.1}
     return Views(
         size=8, views={"both": View(count=2, **kind), "small": View(size=6, **kind)}, mean=[0.5] * 3, std=[0.25] * 3
     )

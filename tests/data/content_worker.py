@@ -19,7 +19,12 @@ def look(folder: str, out: str) -> None:
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     real, original, read = time.time_ns, content._look, []
     content.time.time_ns = lambda: real() + 3_000_000_000  # the files are not that young
-    content._look = lambda path, size: (read.append(path), original(path, size))[1]
+
+    def looked(path, size):
+        read.append(path)
+        return original(path, size)
+
+    content._look = looked
     source = class_folders(Path(folder), "set")
     source.look()
     digest = source.digest()
@@ -46,6 +51,7 @@ def overlap(folder: str, out: str) -> None:
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     train, test = (class_folders(Path(folder) / name, name) for name in ("train", "test"))
     decoded = train.in_memory(1)
+    assert decoded.arrays is not None, "they fit into a megabyte"
     in_memory = ImagesInMemory(decoded.arrays, name="memory")
     Path(f"{out}{distributed.rank()}").write_text(f"{shared_images(train, test)} {shared_images(in_memory, test)}")
     distributed.stop()

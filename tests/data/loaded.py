@@ -33,7 +33,10 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
         assert torch.equal(a.index, b.index)
         assert torch.equal(a.label, b.label)
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
-        assert (a.patches is None) == (b.patches is None) and (a.patches is None or torch.equal(a.patches, b.patches))
+        if a.patches is None or b.patches is None:
+            assert a.patches is b.patches
+        else:
+            assert torch.equal(a.patches, b.patches)
 
 
 def by_image(made: list[Batch]) -> dict[int, list[torch.Tensor]]:

@@ -124,7 +124,9 @@ def test_we_read_what_ffcv_writes(in_memory, tmp_path, capfd):
 def test_the_digest_follows_the_images_and_their_choice(in_memory, tmp_path):
     def digest(source) -> str:
         write_splits(Splits(source, source, None), tmp_path, mode="raw", num_workers=1)
-        return beton(root=str(tmp_path)).train.digest()
+        train = beton(root=str(tmp_path)).train
+        assert train is not None
+        return train.digest()
 
     first = digest(in_memory.train)
     assert digest(in_memory.train) == first

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_where_too_many_cannot_be_read_it_is_said_instead_of_tried_for_ever(tmp_
 
 
 def test_features_with_stand_ins_are_kept_apart_from_those_without(pictures, two_views, tmp_path):
-    def store(corrupt: str) -> FeatureStore:
+    def store(corrupt: Literal["fail", "skip"]) -> FeatureStore:
         return FeatureStore(
             pictures(0),
             two_views,

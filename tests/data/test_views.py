@@ -5,6 +5,7 @@ bit.
 import hashlib
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ QUIET = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "jitter_p": 0.0, "gray_p": 0.
 
 
 def from_yaml(name: str, **changes) -> Views:
-    settings = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")))
     assert settings["_target_"] == "caco.data.views.augmentation.Views"
     return instantiate(settings | changes)
 
@@ -169,8 +170,7 @@ def test_where_no_crop_fits_the_largest_centred_one_is_taken():
 
 
 def test_the_papers_two_views_draw_each_step_as_often_as_it_says(photo, monkeypatch):
-    happened: list[str] = []
-    sigmas: list[float] = []
+    happened, sigmas = [], []
     solarize, blur, jitter = module.ImageOps.solarize, ImageFilter.GaussianBlur, module._jitter
     monkeypatch.setattr(module.ImageOps, "solarize", lambda *args: happened.append("solarize") or solarize(*args))
     monkeypatch.setattr(module, "_jitter", lambda *args: happened.append("jitter") or jitter(*args))
@@ -205,8 +205,8 @@ def test_flips_come_half_of_the_time():
 
 
 def test_jitter_draws_each_factor_evenly_and_each_order(photo, monkeypatch):
-    drawn: dict[str, list[float]] = {"brightness": [], "contrast": [], "saturation": [], "hue": []}
-    order: list[str] = []
+    drawn = {"brightness": [], "contrast": [], "saturation": [], "hue": []}
+    order = []
 
     def spy(step: str):
         def record(image, value):

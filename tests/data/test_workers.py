@@ -73,7 +73,7 @@ print("begun", flush=True)
 raise SystemExit(3)
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=repo_root, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "begun\n"
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
     assert process.wait(timeout=200) == 3
     process.stdout.close()
 
@@ -110,6 +110,7 @@ class Slow(ImagesInMemory):
 
     def image(self, index: int) -> Image.Image:
         time.sleep(3600)
+        raise AssertionError("the test's limit on time has come before")
 
 
 def test_storage_that_does_not_answer_is_not_waited_for_for_ever(not_compiled, noise_source, two_views, monkeypatch):

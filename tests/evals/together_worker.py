@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def fail(root: str, out: str) -> None:
             raise MemoryError("of rank 0 alone")
         return result
 
-    FeatureStore.of = of
-    results = made.run(Counting(), "end", lambda name, error: told.append(f"{name}: {error}"))
+    with mock.patch.object(FeatureStore, "of", of):
+        results = made.run(Counting(), "end", lambda name, error: told.append(f"{name}: {error}"))
     Path(f"{out}{distributed.rank()}").write_text(json.dumps([sorted(results), told]))
     distributed.stop()

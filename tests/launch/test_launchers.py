@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import BANK, TINY, compose
@@ -20,7 +21,7 @@ from caco.launch.snapshot import snapshot
 from caco.runs.environment import environment
 
 ROOT = Path(train.__file__).parents[1]
-LOCAL = {"gpus_per_job": 0, "tasks_per_job": None, "parallel": 1, "setup": []}
+LOCAL: dict[str, Any] = {"gpus_per_job": 0, "tasks_per_job": None, "parallel": 1, "setup": []}
 
 
 def caco(*overrides, cwd, **environment):

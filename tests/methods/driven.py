@@ -14,13 +14,16 @@ from caco.schedules import RunShape
 SIDES = (6, 6, 4)  # of the views in pixels: two large ones and a small one
 
 
+class Trunk(nn.Sequential):
+    num_features = 6
+
+
 def tiny_encoder(**projector) -> Encoder:
     """BatchNorm in trunk and head, so that it shows which views go through them together."""
     torch.manual_seed(0)
-    backbone = nn.Sequential(
+    backbone = Trunk(
         nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-    backbone.num_features = 6
     return Encoder(
         backbone=backbone,
         projector=Projector(**{"in_dim": 6, "hidden_dim": 10, "dim": 5, "layers": 2, "bias": True, **projector}),

@@ -5,6 +5,7 @@ Everything is float64. The network is small enough to be written as a formula: `
 """
 
 import math
+from typing import Literal
 
 import torch
 from tiny import batch_of
@@ -12,8 +13,9 @@ from torch import nn
 
 from caco import distributed
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
-from caco.methods.base import Now
+from caco.methods.base import Method, Now
 from caco.nn.heads import Encoder, Projector
+from caco.nn.twin import MomentumTwin
 from caco.schedules import RunShape
 
 B, PIXELS, FEATURES, D = 8, 12, 14, 5  # wide enough for no image to lose all its features to a ReLU
@@ -38,7 +40,8 @@ def views_of(step: int, count: int = 2) -> list[torch.Tensor]:
 
 
 def train(
-    method: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "step", count: int = 2, first=lambda step: 0,
+    method: Method, optimizer: torch.optim.Optimizer, *, unit: Literal["step", "epoch"] = "step", count: int = 2,
+    first=lambda step: 0,
     images=None,
     patches=lambda step: None, **schedule,
 ) -> list[float]:  # fmt: skip
@@ -85,9 +88,9 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def twin_of(method: nn.Module) -> dict[str, torch.Tensor]:
+def twin_of(twin: MomentumTwin) -> dict[str, torch.Tensor]:
     """Copies of the twin's parameters, under the encoder's names."""
-    return {f"encoder.{name}": p.clone() for name, p in method.twin.encoder.named_parameters()}
+    return {f"encoder.{name}": p.clone() for name, p in twin.encoder.named_parameters()}
 
 
 def normed(x, scale=None, shift=None):

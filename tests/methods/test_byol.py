@@ -36,7 +36,7 @@ def by_hand(w, twin, views):
 
 def test_loss_and_gradient():
     method, views = byol(), fifty.views_of(0)
-    w, twin = fifty.weights_of(method), fifty.twin_of(method)
+    w, twin = fifty.weights_of(method), fifty.twin_of(method.twin)
     outputs = method(batch_of(views), now())
     outputs.loss.backward()
     expected = by_hand(w, twin, views)
@@ -72,7 +72,7 @@ def test_lightly_s_similarities_make_the_same_loss():
 def test_fifty_steps():
     """EMA after the step, m by the number of steps before it, LARS that warms up from 0."""
     method = byol(momentum=0.9)
-    w, twin, velocity, losses = fifty.weights_of(method), fifty.twin_of(method), {}, []
+    w, twin, velocity, losses = fifty.weights_of(method), fifty.twin_of(method.twin), {}, []
     optimizer = optimizers.lars(method.parameter_groups(), batch=B, reference_batch=None, lr=0.3, weight_decay=1e-2)
     ours = fifty.train(method, optimizer, **fifty.FROM_ZERO, final_fraction=0.0)
     for t in range(fifty.STEPS):

@@ -62,7 +62,7 @@ def test_loss_and_gradient(vit):
         method.twin.encoder.projector[0].weight.add_(
             0.1
         )  # a twin that differs, or it could not be told from the encoder
-    w, twin = fifty.weights_of(method), fifty.twin_of(method)
+    w, twin = fifty.weights_of(method), fifty.twin_of(method.twin)
     outputs = method(batch_of(views), now())
     outputs.loss.backward()
     expected = by_hand(w, twin, views, vit)
@@ -76,7 +76,7 @@ def test_loss_and_gradient(vit):
 def test_fifty_steps():
     """The twin moves by this step's m before the keys are made, hence before the optimiser's step."""
     method = mocov3(momentum=0.9)
-    w, twin, velocity, losses = fifty.weights_of(method), fifty.twin_of(method), {}, []
+    w, twin, velocity, losses = fifty.weights_of(method), fifty.twin_of(method.twin), {}, []
     optimizer = optimizers.lars(method.parameter_groups(), batch=B, reference_batch=None, lr=0.3, weight_decay=1e-2)
     ours = fifty.train(method, optimizer, **fifty.FROM_ZERO, final_fraction=0.0)
     for t in range(fifty.STEPS):

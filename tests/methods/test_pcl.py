@@ -191,7 +191,7 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     24.
     """
     method, peak = pcl(first_clustering_epoch=2), 0.05
-    w, twin, velocity = fifty.weights_of(method.encoder), fifty.twin_of(method), {}
+    w, twin, velocity = fifty.weights_of(method.encoder), fifty.twin_of(method.twin), {}
     w = {f"encoder.{name}": value for name, value in w.items()}
     queue, at = F.normalize(method.bank.rows.weight.detach(), dim=1), 0
     first = lambda step: 3 * step % (N - B)  # noqa: E731

@@ -5,6 +5,7 @@ for fifty steps.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import fifty
 import pytest
@@ -30,9 +31,9 @@ from caco.methods.treatments import Margin, Mixed, Reweighted, Step
 from caco.nn.heads import Encoder, Projector
 
 near = functools.partial(torch.allclose, rtol=0, atol=1e-11)
-HARD = {"positive_share": 0.1, "concentration": 1.0}
-DEBIASED = {"positive_share": 0.1, "concentration": 0.0}
-MARGIN = {"epsilon": 0.1, "alpha": 1.0}
+HARD: dict[str, Any] = {"positive_share": 0.1, "concentration": 1.0}
+DEBIASED: dict[str, Any] = {"positive_share": 0.1, "concentration": 0.0}
+MARGIN: dict[str, Any] = {"epsilon": 0.1, "alpha": 1.0}
 OBJECTIVES = {
     "debiased": (lambda: Reweighted(**DEBIASED), functools.partial(eq.reweighted_loss, **DEBIASED)),
     "hard": (lambda: Reweighted(**HARD), functools.partial(eq.reweighted_loss, **HARD)),
@@ -328,7 +329,7 @@ def mochi_by_hand(q, k, queue, t):
 )
 def test_fifty_steps_of_a_queue_s_method(treatment, by_hand):
     method = queue_method(treatment)
-    w, twin, velocity, losses = fifty.weights_of(method), fifty.twin_of(method), {}, []
+    w, twin, velocity, losses = fifty.weights_of(method), fifty.twin_of(method.twin), {}, []
     queue, place = F.normalize(method.bank.rows.weight.detach(), dim=1), 0
     optimizer = optimizers.sgd(method.parameter_groups(), batch=B, reference_batch=None, lr=0.05, weight_decay=1e-3)
     ours = fifty.train(method, optimizer, warmup_epochs=0, final_fraction=0.0)

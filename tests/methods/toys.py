@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.methods.base import TRAINING, Method, Needs, Outputs, ParameterGroup, Phase
+from caco.nn.heads import Encoder
 from caco.nn.twin import MomentumTwin
 from caco.schedules import constant, cosine
 
@@ -16,7 +17,7 @@ class Toy(Method):
 
     needs = Needs(whole_batch=True)
 
-    def __init__(self, *, encoder: nn.Module):
+    def __init__(self, *, encoder: Encoder):
         super().__init__()
         self.encoder = encoder
 
@@ -33,7 +34,7 @@ class Toy(Method):
 class PredictorAtItsOwnRate(Toy):
     """SimSiam: the predictor keeps the full rate while the encoder's falls."""
 
-    def __init__(self, *, encoder: nn.Module):
+    def __init__(self, *, encoder: Encoder):
         super().__init__(encoder=encoder)
         self.predictor = nn.Linear(encoder.projector.dim, encoder.projector.dim)
 
@@ -58,7 +59,7 @@ class LabelsMadeAnew(Toy):
     it.
     """
 
-    def __init__(self, *, encoder: nn.Module, num_images: int = 1400, num_labels: int = 4):
+    def __init__(self, *, encoder: Encoder, num_images: int = 1400, num_labels: int = 4):
         super().__init__(encoder=encoder)
         self.prototypes = nn.Linear(encoder.projector.dim, num_labels, bias=False)
         self.register_buffer("labels", torch.full((num_images,), -1))
@@ -92,7 +93,7 @@ class LabelsMadeAnew(Toy):
 class OrderOfItsOwn(Toy):
     """PIC: consecutive steps see overlapping windows of the images."""
 
-    def __init__(self, *, encoder: nn.Module, num_images: int = 1400):
+    def __init__(self, *, encoder: Encoder, num_images: int = 1400):
         super().__init__(encoder=encoder)
         self.register_buffer("seen", torch.zeros(num_images, dtype=torch.int64))
         self.step_index = None
@@ -111,7 +112,7 @@ class OrderOfItsOwn(Toy):
 class LastLayerFrozenAtFirst(Toy):
     """DINO: the last layer stays for the first steps; the decay rises."""
 
-    def __init__(self, *, encoder: nn.Module, frozen_steps: int = 3):
+    def __init__(self, *, encoder: Encoder, frozen_steps: int = 3):
         super().__init__(encoder=encoder)
         self.last = nn.Linear(encoder.projector.dim, 8)
         self.frozen_steps = frozen_steps
@@ -130,7 +131,7 @@ class LastLayerFrozenAtFirst(Toy):
 class TwinThatMovesAfter(Toy):
     """BYOL, with a warm start by the embedding itself at whose end the twin becomes a copy of the encoder."""
 
-    def __init__(self, *, encoder: nn.Module, warm_start_steps: int = 3):
+    def __init__(self, *, encoder: Encoder, warm_start_steps: int = 3):
         super().__init__(encoder=encoder)
         self.twin, self.warm_start_steps = MomentumTwin(encoder), warm_start_steps
 
@@ -157,7 +158,7 @@ class TwinThatMovesAfter(Toy):
 class MemoryByImage(Toy):
     """InstDisc: a row an image, found by its index, moved after the step."""
 
-    def __init__(self, *, encoder: nn.Module, num_images: int = 1400):
+    def __init__(self, *, encoder: Encoder, num_images: int = 1400):
         super().__init__(encoder=encoder)
         generator = torch.Generator().manual_seed(0)
         self.register_buffer(

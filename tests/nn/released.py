@@ -1,16 +1,18 @@
 """Files as those that were released, made from networks of known weights."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from timm.models.resnet import BasicBlock, ResNet
 
+from caco.banks.base import Bank
 from caco.banks.learnable import LearnableBank
 from caco.methods.contrastive import Contrastive
 from caco.methods.sources import BankRow, BankRows, BatchBothViews, OtherView
 from caco.nn.heads import Encoder, Projector
 
-PROJECTORS = {  # as the papers have them, narrow
+PROJECTORS: dict[str, dict[str, Any]] = {  # as the papers have them, narrow
     "caco": {"hidden_dim": 16, "dim": 8, "layers": 3, "batch_norm": True, "bias": False},
     "adco": {"hidden_dim": 64, "dim": 8, "layers": 2, "batch_norm": False, "bias": True},
     "moco": {"hidden_dim": 64, "dim": 8, "layers": 2, "batch_norm": False, "bias": True},
@@ -22,8 +24,10 @@ def resnet(*, blocks=(2, 2, 2, 2)) -> ResNet:
     return ResNet(BasicBlock, blocks, channels=(8, 16, 32, 64), num_classes=0)
 
 
-def new_method(projector: str = "caco", *, bank: object = "random", twin: bool = True) -> Contrastive:
-    if bank in ("random", "keys"):
+def new_method(
+    projector: str = "caco", *, bank: Bank | Literal["keys", "random"] | None = "random", twin: bool = True
+) -> Contrastive:
+    if isinstance(bank, str):
         bank = LearnableBank(size=32, dim=8, seed=7, initialisation=bank)
     return Contrastive(
         encoder=Encoder(backbone=resnet(), projector=Projector(in_dim=64, **PROJECTORS[projector])),
@@ -43,12 +47,17 @@ def released(kind: str, *, keys: bool = True) -> dict:
     """A checkpoint as the authors' code saves it: DistributedDataParallel's names, the projector at the
     classifier's.
     """
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for side in ["encoder_q", "encoder_k"] if keys else ["encoder_q"]:
         state |= {f"module.{side}.{name}": v for name, v in noise(resnet().state_dict()).items()}
         projector = Projector(in_dim=64, **PROJECTORS[kind]).state_dict()
         state |= {f"module.{side}.fc.{name}": v for name, v in noise(projector).items()}
-    file = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+    file: dict[str, Any] = {
+        "epoch": 200,
+        "arch": "resnet50",
+        "state_dict": state,
+        "optimizer": {"state": {}, "param_groups": []},
+    }
     if kind == "moco":
         state["module.queue"], state["module.queue_ptr"] = torch.randn(8, 32), torch.tensor([12])
     else:

@@ -24,10 +24,12 @@ def test_the_width_is_that_of_the_features_whichever_layer_gives_them(name, widt
 
 def on(name: str) -> DictConfig:
     cfg = compose("augmentation.size=32")
-    return OmegaConf.merge(
+    merged = OmegaConf.merge(
         OmegaConf.masked_copy(cfg, [key for key in cfg if key != "backbone"]),
         {"backbone": {"_target_": TIMM, "name": name}},
     )
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def test_a_method_stands_on_a_model_with_a_layer_behind_its_pooling():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from caco.data.sets.sources import Source, Splits
-from caco.evals.base import Evaluator
+from caco.evals.base import Evaluator, When
 from caco.methods.base import Method, Needs, Outputs
 from caco.methods.sources import Positive, Positives
 
@@ -45,7 +45,7 @@ class Halfway(Positives):
 class Spread(Evaluator):
     """How far the test images' features lie apart."""
 
-    def __init__(self, *, when: str = "epoch"):
+    def __init__(self, *, when: When = "epoch"):
         self.when = when
 
     def build(self, store, *, seed):

@@ -33,7 +33,9 @@ CFG = {
 def changed(key: str, value) -> dict:
     cfg = OmegaConf.create(CFG)
     OmegaConf.update(cfg, key, value)
-    return OmegaConf.to_container(cfg)
+    container = OmegaConf.to_container(cfg)
+    assert isinstance(container, dict)
+    return container
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ HOLD = """
 def hold(run_dir, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-c", textwrap.dedent(HOLD), str(run_dir), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
 

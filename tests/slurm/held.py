@@ -5,9 +5,12 @@ machine is.
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+from caco.engine.preemption import Stop
 from caco.tracking.ledger import LedgerTracker
 
 STEP, PATIENCE_S = 6, 300
@@ -25,12 +28,14 @@ class HeldTracker(LedgerTracker):
         super().start(run_dir, **about)
         self._held = Path(run_dir) / "held"
 
-    def log(self, step: int, values: dict[str, float | int | str], kind: str = "train") -> None:
+    def log(self, step: int, values: Mapping[str, float | int | str], kind: str = "train") -> None:
         super().log(step, values, kind)
         wanted = os.environ["HELD"].split(",")
         if step != STEP or self._held.exists() or not any(name in str(self._held) for name in wanted):
             return
-        stop = signal.getsignal(signal.SIGTERM).__self__  # caco.engine.preemption's
+        handler = signal.getsignal(signal.SIGTERM)
+        assert isinstance(handler, MethodType) and isinstance(handler.__self__, Stop)
+        stop = handler.__self__
         self._held.touch()
         deadline = time.monotonic() + PATIENCE_S
         while not stop.requested():

@@ -62,7 +62,9 @@ class Sweep:
         )
 
     def job(self, part: str) -> str:
-        return json.loads((self.run_dir(part) / "job.json").read_text())["id"]
+        run_dir = self.run_dir(part)
+        assert run_dir is not None, f"{part}: no directory of such a run"
+        return json.loads((run_dir / "job.json").read_text())["id"]
 
     def wait_until_held(self, part: str) -> None:
         def holds():

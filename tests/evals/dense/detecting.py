@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from caco.nn.backbones import small_resnet
 from caco.nn.norm import over_all_ranks
 from experiments.toy_sets.detection import ring, shapes
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "anchors": (8, 16, 24),
     "proposal_samples": 32,
     "region_samples": 16,
@@ -56,7 +57,9 @@ def losses_and_gradients(examples: list[Example], head: str, total: int) -> tupl
     loss.sum().backward()
     parameters = dict(network.named_parameters())
     distributed.mean_gradients(parameters.values())
-    return distributed.sum_(loss.detach()) / distributed.world(), {name: p.grad for name, p in parameters.items()}
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    assert gradients.keys() == parameters.keys()
+    return distributed.sum_(loss.detach()) / distributed.world(), gradients
 
 
 def write_losses_and_gradients(folder: str, head: str) -> None:

@@ -3,6 +3,7 @@ do.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from colours import coloured
@@ -67,7 +68,8 @@ def store_of(folder=None, num_workers=0, said=None, corrupt="fail") -> FeatureSt
 
 
 def trained(folder=None, recipe=RECIPE, task=None, **settings) -> dict[str, torch.Tensor]:
-    options = {"seed": 3, "name": "it", "made_from": {"a": 1}, "precision": "fp32", "save_every_steps": 2}
+    options: dict[str, Any] = {"seed": 3, "name": "it", "made_from": {"a": 1}}
+    options |= {"precision": "fp32", "save_every_steps": 2}
     store = store_of(
         folder, **{key: settings.pop(key) for key in ("num_workers", "said", "corrupt") if key in settings}
     )

@@ -42,7 +42,9 @@ def scores(root) -> dict[str, dict[str, float]]:
     store = pixelwise.store_of()
     store.overlap = "allow"  # the toy set's test images look like its training images
     network = FCN16(backbone(), channels=16, seed=0).eval()
-    torch.nn.init.normal_(network.head[-1].weight, generator=torch.Generator().manual_seed(0))
+    last = network.head[-1]
+    assert isinstance(last, torch.nn.Conv2d)
+    torch.nn.init.normal_(last.weight, generator=torch.Generator().manual_seed(0))
     return {
         "segment": scored(network, voc2012(Path(root), "train").test, store, name="it", precision="fp32"),
         "dense_linear": of(DenseLinear(root=str(root), train="train", size=64, places=30), store),
