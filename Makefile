@@ -1,9 +1,9 @@
-# Everything from a bare Debian: make demo | make test | make test-long | make dashboard. Each sets up first what it needs and is
-# not there yet; make setup alone sets up everything. Again when the dependencies change, and with make -B at any time.
+# Everything from a bare Debian: make demo | make test | make test-long | make lint | make dashboard. Each sets up first what it
+# needs and is not there yet; make setup alone sets up everything. Again when the dependencies change, and with make -B at any time.
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo demo-record demo-check gpu-check test test-long dashboard clean
+.PHONY: setup demo demo-record demo-check gpu-check lint test test-long dashboard clean
 
 SET_UP = @AGAIN="$(findstring B,$(firstword -$(MAKEFLAGS)))" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
@@ -35,6 +35,12 @@ dashboard:
 	$(SET_UP) dashboard
 	.venv/bin/python -m caco.tracking.dashboard $(ARGS)
 
+# The style and the types of every Python file. A commit is checked by the same commands (.pre-commit-config.yaml).
+lint: setup
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
+
 # Everything that a promise to a user rests on; of one part: make test ARGS=tests/slurm.
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -45,4 +51,4 @@ test-long: setup
 
 # What make made; never runs/.
 clean:
-	rm -rf .venv build caco_ssl.egg-info .pytest_cache
+	rm -rf .venv build caco_ssl.egg-info .pytest_cache .mypy_cache .ruff_cache

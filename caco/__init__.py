@@ -1,8 +1,9 @@
 """caco: cooperative-adversarial contrastive learning (arXiv 2203.14370)."""
 
-from caco import instructions
+from caco import installed, instructions
 
 instructions.apply()  # before anything imports torch
+__version__ = installed.version()
 
 
 def load(run=None, **chosen):

@@ -28,7 +28,7 @@ from typing import Literal
 
 from caco import instructions
 from caco.data.sets.sources import EXTENSIONS
-from caco.installed import command_to_install
+from caco.installed import command_to_install, version
 from caco.redaction import redacted
 from caco.runs.environment import environment
 from caco.tracking.store import resolve_uri
@@ -58,7 +58,7 @@ def python() -> Iterator[Finding]:
     yield Finding(
         "caco",
         "works",
-        f"{ROOT}, commit {ours['git_sha'][:10]}{changed}; {ours['cores']} cores, {ours['memory_gib']} GiB",
+        f"{version()}, {ROOT}, commit {ours['git_sha'][:10]}{changed}; {ours['cores']} cores, {ours['memory_gib']} GiB",
     )
 
 

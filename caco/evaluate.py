@@ -13,6 +13,7 @@ from caco import errors
 from caco.config import folders, pretrained
 from caco.config.refusals import groups
 from caco.errors import UserError
+from caco.installed import version
 from caco.runs import directory
 from caco.runs.identity import plain
 from caco.runs.paths import expanded, require_writable
@@ -50,6 +51,9 @@ def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Cal
     with errors.shown(interrupted="the same command goes on with what is left to do"):
         overrides = folders.take(sys.argv[1:])
         flags = [item for item in overrides if item.startswith("-")]
+        if "--version" in flags:
+            print(f"caco {version()}")
+            return
         if {"-h", "--help"} & set(flags) or not overrides:
             listed = "\n".join(
                 f"  {group}: {', '.join(options)}" for group, options in groups().items() if group in of_command

@@ -5,10 +5,25 @@ import importlib.util
 import json
 import shlex
 import sys
+import tomllib
 import urllib.parse
 from pathlib import Path
 
 DISTRIBUTION = "caco-ssl"  # pip's name of it; what is imported is caco
+
+
+def version() -> str:
+    """caco's own version, which pyproject.toml has; "unknown" in a copy of caco that nobody has installed.
+
+    A checkout's file comes before what pip has noted: pip may have noted it of another checkout, or of an earlier one.
+    """
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if project.is_file():
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def is_installed(module: str) -> bool:

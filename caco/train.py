@@ -31,7 +31,7 @@ from caco.config import composition, continued, folders, refusals, signatures, v
 from caco.engine import fitting
 from caco.engine.preemption import Stop, Stopped, leave
 from caco.errors import SweepFailed, UserError
-from caco.installed import command_to_install, is_installed
+from caco.installed import command_to_install, is_installed, version
 from caco.launch import labels
 from caco.runs import directory
 from caco.runs.identity import flat
@@ -348,6 +348,9 @@ def help_text(overrides: list[str]) -> str:
 def main() -> None:
     """The console script: Hydra's command line, with refusals in plain words and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them its own way
+    if "--version" in sys.argv[1:]:  # of which Hydra would give its own
+        print(f"caco {version()}")
+        return
     sys.argv[1:] = with_home(sys.argv[1:])  # which Hydra reads again
     args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)

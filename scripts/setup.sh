@@ -100,7 +100,7 @@ do_caco() {
 about_mlflow() { echo "MLflow, which shows runs in a browser (100 MB; 180 MB without the other steps)"; }
 do_mlflow() { pip_install 100 @mlflow; }
 
-about_rest() { echo "FFCV, submitit, pycocotools and what the tests need (200 MB)"; }
+about_rest() { echo "FFCV, submitit, pycocotools and what the tests and make lint need (210 MB)"; }
 do_rest() {
   local missing
   missing=$(echo "$(missing_python)" "$(missing_for_ffcv)" | xargs)

@@ -10,11 +10,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from caco import train
+from caco import evaluate, train
 from caco.config import composition, validation
 from caco.engine import fitting
 from caco.errors import UserError
-from caco.installed import command_to_install
+from caco.installed import command_to_install, version
 
 
 def caco(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess:
@@ -289,6 +289,13 @@ def test_what_is_wrong_with_one_run_is_kept_in_its_directory(here, monkeypatch, 
         "a sweep reads there why a job of its failed"
     )
     assert "Traceback" in (tmp_path / "bug" / "failure.txt").read_text()
+
+
+def test_the_version_is_cacos_and_not_hydras(here, capsys, monkeypatch):
+    assert here("--version") == 0
+    monkeypatch.setattr(sys, "argv", ["caco-evaluate", "--version"])
+    evaluate.main()
+    assert capsys.readouterr().out == 2 * f"caco {version()}\n"
 
 
 def test_jobs_are_pickled_by_name():

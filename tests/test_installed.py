@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import caco
 from caco import installed
 from caco.installed import command_to_install, is_installed
 
@@ -59,6 +61,17 @@ def recorded(monkeypatch, origin: dict | None) -> None:
         return Distribution()
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+
+
+def test_the_version_is_that_of_the_project_also_where_nothing_is_installed(as_if_in, monkeypatch):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert caco.__version__ == declared
+    assert f"\nversion: {declared}\n" in (ROOT / "CITATION.cff").read_text()
+    (as_if_in("checkout") / "pyproject.toml").write_text('[project]\nversion = "7.1"\n')
+    assert installed.version() == "7.1", "whatever pip has noted of another checkout"
+    as_if_in("copy")
+    monkeypatch.setattr(installed, "DISTRIBUTION", "caco-that-nobody-installed")
+    assert installed.version() == "unknown"
 
 
 def test_a_wheel_gets_its_parts_from_pip_under_its_own_name(as_if_in, monkeypatch):
@@ -196,8 +209,8 @@ def test_a_wheel_carries_its_configuration_and_nothing_beside_the_package(clone,
     assert {name.removeprefix("caco/") for name in names if name.endswith(".yaml")} == configured
     python = environment(tmp_path / "venv", made)
     told = (
-        "from caco.installed import command_to_install as c; from caco.config.composition import compose as d;"
-        " print(c('mlflow'), d([]).seed)"
+        "import caco; from caco.installed import command_to_install as c;"
+        " from caco.config.composition import compose as d; print(c('mlflow'), d([]).seed, caco.__version__)"
     )
     done = from_folder(tmp_path, python, "-c", told)
-    assert (done.stdout, done.stderr) == ("pip install 'caco-ssl[mlflow]' 0\n", "")
+    assert (done.stdout, done.stderr) == ("pip install 'caco-ssl[mlflow]' 0 0.1.0\n", "")

@@ -4,6 +4,7 @@ called.
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -78,6 +80,14 @@ def test_all_is_done_again_by_make_b_and_when_what_it_is_made_from_changes(made)
     assert made("demo")[0] == [TORCH, NEEDS, CACO] == made("-B", "demo")[0]
     os.utime(made.folder / "caco" / "banks" / "kernels" / "kernel.h", (time.time() + 10,) * 2)
     assert CACO in made("demo")[0]
+
+
+def test_a_commit_is_checked_by_the_commands_of_make_lint():
+    rule = re.search(r"^lint:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for hook in local["hooks"]] == [line.strip() for line in rule[1].splitlines()]
+    assert local["repo"] == "local", "nothing is fetched"
+    assert {(hook["language"], hook["pass_filenames"]) for hook in local["hooks"]} == {("system", False)}
 
 
 def test_clean_leaves_the_runs(made):
