@@ -153,7 +153,7 @@ def assert_same_training(losses, method, by_hand, w, twin=None):
         torch.tensor(losses, dtype=torch.float64), torch.stack(by_hand).detach(), atol=1e-9, rtol=1e-9
     )
     assert len({round(loss, 9) for loss in losses}) > STEPS - 2, "the first step, of rate 0, moves nothing"
-    for ours, theirs in ((weights_of(method), w), ({}, {}) if twin is None else (twin_of(method), twin)):
+    for ours, theirs in ((weights_of(method), w), ({}, {}) if twin is None else (twin_of(method.twin), twin)):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert torch.allclose(ours[name], value, atol=1e-8, rtol=0), name
