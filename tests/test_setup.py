@@ -90,6 +90,15 @@ def test_a_commit_is_checked_by_the_commands_of_make_lint():
     assert {(hook["language"], hook["pass_filenames"]) for hook in local["hooks"]} == {("system", False)}
 
 
+def test_what_contributing_names_is_there():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:caco|conf|tests|experiments|benchmarks|\.ci)/[\w./-]+|\w+\.(?:toml|txt))`", page)
+    assert len(paths) > 40
+    assert [path for path in paths if not re.search("NAME|SCALE", path) and not (ROOT / path).exists()] == []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"lint", "test", "test-long"} <= set(re.findall(r"(?:`|\$ )make ([a-z-]+)", page)) <= targets
+
+
 def test_clean_leaves_the_runs(made):
     (made.folder / "runs").mkdir()
     made("demo")
