@@ -9,6 +9,7 @@ from caco.errors import UserError
 from caco.evaluate import run_command
 from caco.runs import directory
 from caco.runs.paths import expanded, require_writable
+from caco.saying import doing
 
 HELP = """\
 caco: a folder of images as a file of features.
@@ -46,7 +47,8 @@ def _embed(cfg: DictConfig) -> None:
     if directory.is_first_rank():
         aside.mkdir(parents=True, exist_ok=True)
         directory.hold(aside)
-    from caco.engine.embedding import run_embedding  # here and not above: it imports torch
+    with doing("loading PyTorch"):
+        from caco.engine.embedding import run_embedding  # here and not above: it imports torch
 
     try:
         run_embedding(cfg, location, to, aside)

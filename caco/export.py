@@ -55,7 +55,8 @@ def _export(cfg: DictConfig) -> None:
     from caco.engine.channels import backbone_of, noted
     from caco.engine.evaluating import load_pretrained  # here and not above: it imports torch
 
-    images = {} if location is None else dict(noted(location.run_dir))
+    given = {key: value for key, value in plain(cfg)["data"].items() if value is not None}
+    images = given if location is None else dict(noted(location.run_dir))
     backbone = backbone_of(cfg.backbone, images.get("channels"))
     path, step = load_pretrained(cfg, location, backbone)
     run = (

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from processes import caco_train
+from processes import caco_embed, caco_train
 
 from caco.engine import trainer
+from caco.evals.feature_files import FeatureFiles
 from caco.runs.checkpoint import Checkpoints
 from caco.tracking.ledger import LedgerTracker
 
@@ -71,3 +73,21 @@ def train_killed(seconds, *overrides):
 
     Checkpoints.save = save
     caco_train(*overrides)
+
+
+def embed_killed(seconds, *words):
+    """As `train_killed`, counted from the first look for features that are kept; prints what it has cost if nothing
+    ended it.
+    """
+    original = FeatureFiles.get
+    begun = []
+
+    def get(self, *arguments, **options):
+        begun.append(time.process_time())
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        return original(self, *arguments, **options)
+
+    FeatureFiles.get = get
+    caco_embed(*words)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    print(time.process_time() - begun[0])

@@ -19,7 +19,8 @@ from torch.distributed import TCPStore
 HERE = Path(__file__).parent
 # Whatever a run imports: what is missing here each process imports again.
 IMPORTED = [
-    "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.nn.backbones", "caco.methods.nnclr",
+    "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.engine.embedding", "caco.nn.backbones",
+    "caco.methods.nnclr",
     "caco.methods.swav",
     "caco.methods.dino", "caco.methods.byol", "caco.methods.simsiam", "caco.methods.mocov3", "caco.methods.vicreg",
     "caco.methods.infomin", "caco.methods.cpcv2", "caco.banks.learnable", "caco.banks.fifo", "caco.data.sets.folders",
@@ -118,6 +119,13 @@ def caco_train(*overrides: str) -> None:
     from caco.train import main
 
     sys.argv = ["caco-train", *overrides]
+    main()
+
+
+def caco_embed(*words: str) -> None:
+    from caco.embed import main
+
+    sys.argv = ["caco-embed", *words]
     main()
 
 

@@ -3,13 +3,16 @@ it was stopped.
 """
 
 import json
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
+from interrupted import embed_killed
 from PIL import Image
-from processes import ranks
+from processes import Process, ranks
+from processes import caco_embed as caco_embed_command
 from tiny import train
 
 import caco
@@ -124,6 +127,28 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path, folder, we
     assert caco_embed(*common, f"to={tmp_path / f'stopped.{kind}'}") == 0
     assert seen == [8, 8]  # three of the five batches were kept
     assert (tmp_path / f"whole.{kind}").read_bytes() == (tmp_path / f"stopped.{kind}").read_bytes()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["npz", "parquet"])
+def test_killed_at_whatever_instants_it_goes_on_to_the_same_bytes(tmp_path, folder, weights, kind):
+    """Ended from outside, again and again, while it computes features and writes them."""
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}", "batch=1"]
+    code, cost, told = Process(embed_killed, 600.0, *common, f"to={tmp_path / f'whole.{kind}'}").end()
+    assert code == 0, told
+    draw, kept = np.random.default_rng(0), []
+    for share in draw.uniform(0, 0.25, 6):
+        killed = [*common, f"to={tmp_path / f'killed.{kind}'}"]
+        code, _, told = Process(embed_killed, share * float(cost), *killed).end()
+        assert code == -signal.SIGPROF, told
+        kept.append(sum(path.stat().st_size for path in tmp_path.glob(".killed.*/features/*.partial")))
+    assert kept == sorted(kept) and 0 < kept[-1], kept
+    code, _, told = Process(caco_embed_command, *killed).end()
+    assert code == 0 and f"features of {len(list(folder.rglob('*.png')))} images" in told, told
+    assert (tmp_path / f"whole.{kind}").read_bytes() == (tmp_path / f"killed.{kind}").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"killed.{kind}", f"whole.{kind}"]
 
 
 def test_a_second_time_it_is_said_and_another_file_is_never_written_over(tmp_path, folder, weights, capsys):

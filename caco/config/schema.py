@@ -110,6 +110,13 @@ class EvaluateRoot:
 
 
 @dataclass
+class StoredImages:
+    channels: int | None = MISSING
+    mean: list[float] | None = MISSING
+    std: list[float] | None = MISSING
+
+
+@dataclass
 class ExportRoot:
     """As Root, of conf/export.yaml."""
 
@@ -119,6 +126,7 @@ class ExportRoot:
     weights_digest: str | None = MISSING
     to: str | None = MISSING
     layouts: list[str] = MISSING
+    data: StoredImages = field(default_factory=StoredImages)
     backbone: Any = MISSING
     augmentation: Any = MISSING
 

@@ -106,8 +106,18 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
             problems.append(f"{key}: expected {', '.join(inner)}, got {shortened(tree[key], 60)}")
         elif key in tree:
             problems += [f"{key}.{name}: is missing" for name in inner if name not in tree[key]]
+    structured = [
+        key
+        for key, field in root.__dataclass_fields__.items()
+        if hasattr(field.default_factory, "__dataclass_fields__")
+    ]
     for key in COMPONENTS:
-        if key in known and key in tree and not (isinstance(tree[key], dict) and "_target_" in tree[key]):
+        if (
+            key in known
+            and key not in structured
+            and key in tree
+            and not (isinstance(tree[key], dict) and "_target_" in tree[key])
+        ):
             problems.append(f"{key}: expected a component with a _target_, got {shortened(tree[key], 60)}")
     if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
         problems.append(
@@ -272,7 +282,7 @@ def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
         demand(
             "layouts", bool(tree["layouts"]) and set(tree["layouts"]) <= set(EXPORTS), f"some of {', '.join(EXPORTS)}"
         )
-        return problems
+        return problems + _stored_images(tree)
     demand("batch", tree["batch"] >= 1, "at least 1 image")
     demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
     demand("device", tree["device"] in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
@@ -297,6 +307,21 @@ def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
                 " features"
             )
     return problems
+
+
+def _stored_images(tree: dict[str, Any]) -> list[str]:
+    """Of an export: what only weights from elsewhere leave open, and what all of these have to say together."""
+    channels, mean, std = (tree["data"][key] for key in ("channels", "mean", "std"))
+    if channels is None and mean is None and std is None:
+        return []
+    if tree["run"] is not None:
+        return ["data: a run has noted channels, mean and std of its images; leave them out with run="]
+    if channels is None or channels < 1 or not len(mean or ()) == len(std or ()) == channels:
+        return [
+            "data: expected data.channels=N with data.mean and data.std, a value for each of the N channels, got"
+            f" {channels}, {mean} and {std}"
+        ]
+    return []
 
 
 def _components(node: Any, path: str = "") -> list[str]:

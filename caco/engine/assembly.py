@@ -29,7 +29,6 @@ from caco.engine.same_images import images_read, other_images
 from caco.engine.trainer import Trainer
 from caco.errors import UserError, require_contract
 from caco.evals.evaluation import Evaluation
-from caco.evals.record import say_sometimes
 from caco.launch import labels
 from caco.methods.base import Method, Needs
 from caco.methods.treatments import Treatment
@@ -42,7 +41,7 @@ from caco.runs.checkpoint import Checkpoints
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import flat, run_hash
 from caco.runs.paths import expanded
-from caco.saying import doing
+from caco.saying import Sometimes, doing
 from caco.schedules import RunShape
 from caco.tracking.base import Tracker
 
@@ -209,7 +208,7 @@ def run_training(
     if len(set(hashes)) > 1:
         raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
     tracker = build_tracker(cfg)
-    say = say_sometimes(main)
+    say = Sometimes(main)
     with doing("reading the images"):
         splits = build_splits(cfg)
         splits.pretrain.look(say)  # all ranks together: of a large set the digest takes its time

@@ -25,9 +25,8 @@ from caco.engine.channels import backbone_of, noted, views_of
 from caco.engine.evaluating import load_pretrained
 from caco.errors import UserError
 from caco.evals.features import FeatureStore
-from caco.evals.record import say_sometimes
 from caco.runs.paths import expanded
-from caco.saying import clock
+from caco.saying import Sometimes, clock, doing
 
 ROWS = 8192  # that are written at once
 
@@ -58,7 +57,9 @@ def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: P
         backbone = backbone_of(cfg.backbone, channels_of(cfg))
         load_pretrained(cfg, location, backbone)
         backbone.to(device).to(memory_format=torch.channels_last).eval()
-        splits, say = build_splits(cfg), say_sometimes(main)
+        say = Sometimes(main, bars=True)
+        with doing("reading the images"):
+            splits = build_splits(cfg)
         views = views_of(cfg, splits, run_dir=None if location is None else location.run_dir, say=say)
         sources = [
             source for source in dict.fromkeys([splits.pretrain, splits.train, splits.test]) if source is not None

@@ -17,11 +17,11 @@ from caco.engine.assembly import build_splits, build_tracker, pick_device, refus
 from caco.engine.channels import backbone_of, views_of
 from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
-from caco.evals.record import Record, say_sometimes
+from caco.evals.record import Record
 from caco.nn import weights
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.paths import expanded
-from caco.saying import doing
+from caco.saying import Sometimes, doing
 
 
 def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.nn.Module) -> tuple[Path, int]:
@@ -76,7 +76,7 @@ def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path
     path, step = load_pretrained(cfg, location, backbone)
     with doing("reading the images"):
         splits = build_splits(cfg)
-    say = say_sometimes(distributed.is_main())
+    say = Sometimes(distributed.is_main(), bars=True)
     views = views_of(cfg, splits, run_dir=None if location is None else location.run_dir, say=say)
     for source in (splits.pretrain, splits.train, splits.test):
         if source is not None:

@@ -6,6 +6,7 @@ import contextlib
 import re
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from caco import metrics
-from caco.saying import clock, doing
+from caco.saying import clock, doing, is_under_way
 
 
 def beginning(
@@ -126,7 +127,8 @@ def _setting(key: str, path: str) -> str:
 
 
 class Progress:
-    """Steps done, images per second, time left.
+    """Steps done, images per second, time left; and of a step that takes longer than the pause between two lines, what
+    it is about.
 
     Args:
         total: steps of the run; done: steps that an earlier process made.
@@ -142,6 +144,11 @@ class Progress:
         self.paused = 0.0
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if enabled and terminal else None
+        self._said = self.started
+        self._at = "waiting for its images", self.started  # what the step under way is about, and since when
+        self._over = threading.Event()
+        if enabled:
+            threading.Thread(target=self._watch, name="caco-progress", daemon=True).start()
         self._first = contextlib.ExitStack()  # open until a step is done
         self._await_the_first()
 
@@ -170,11 +177,29 @@ class Progress:
             self._await_the_first()
         self.paused += time.monotonic() - since
 
+    def computing(self) -> None:
+        """The images of the next step are here."""
+        self._at = "computing", time.monotonic()
+
+    def _pause_s(self) -> float:
+        """Between two lines: ever longer, so that a long run's log stays readable."""
+        return min(max(5.0, self.elapsed() / 20), 300.0)
+
+    def _watch(self, every_s: float = 1.0) -> None:
+        while not self._over.wait(every_s):
+            now, (what, since) = time.monotonic(), self._at
+            if is_under_way():  # and speaks for itself
+                self._at = what, now
+            elif self.bar is not None:
+                self.bar.refresh()
+            elif now - max(since, self._said) >= self._pause_s():
+                self.say(f"step {self._done + 1}/{self.total}: {what}, {clock(now - since)} so far")
+
     def step(self, step: int, where: str, loss: float | None) -> None:
         """`step` steps are done; `where` says in words where in the run that is. `loss` is given where it is known
         already.
         """
-        self._done = step
+        self._done, self._at = step, ("waiting for its images", time.monotonic())
         self._first.close()
         if self.bar is not None:
             self.bar.update(1)
@@ -186,17 +211,18 @@ class Progress:
             rate = self.images_per_second(step)
             left = (self.total - step) * self.batch / rate
             self.say(f"step {step}/{self.total} ({where}): loss {loss:.4f}, {rate:.0f} images/s, {clock(left)} left")
-            # Lines come ever more rarely, so that a long run's log stays readable.
-            self.next_line = time.monotonic() + min(max(5.0, self.elapsed() / 20), 300.0)
+            self.next_line = time.monotonic() + self._pause_s()
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         elif self.enabled:
+            self._said = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        self._over.set()
         self._first.close()
         if self.bar is not None:
             self.bar.close()

@@ -211,6 +211,7 @@ class Trainer:
             ) as profile,
         ):
             for now, batch in self.batches():
+                progress.computing()
                 self.optimisation.prepare(now, None if now.epoch is not None else self.phase(now.step).lr_factor)
                 self.method.train()
                 self.method.before_step(now, self.images)

@@ -72,6 +72,7 @@ class FeatureFiles:
                     dtype = str(features_bD.dtype).removeprefix("torch.")
                     write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
                 file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
+                file.flush()  # a kill costs the batch that it falls into, and no others
 
             if done < num_images:
                 make(done, take)

@@ -24,7 +24,7 @@ from caco.errors import UserError
 from caco.evals.extraction import Precision, for_each_batch, in_one, network_digest
 from caco.evals.feature_files import FeatureFiles, key_of
 from caco.runs.checkpoint import Checkpoints
-from caco.saying import Say, counting, silent
+from caco.saying import Say, counted, silent
 
 
 class FeatureStore:
@@ -247,14 +247,14 @@ class FeatureStore:
     def _each_batch(
         self, network: nn.Module, batches: Iterable, take: Callable, what: str, total: int, first: int = 0
     ) -> None:
-        count = counting(self.say, what, total, first)
-
-        def take_and_count(features_bD: Tensor, labels_b: Tensor) -> None:
-            take(features_bD, labels_b)
-            count(len(features_bD))
-
         settings: dict[str, Any] = {"device": self.device, "precision": self.precision, "all_ranks": self.all_ranks}
-        for_each_batch(network, batches, take_and_count, **settings)
+        with counted(self.say, what, total, first) as count:
+
+            def take_and_count(features_bD: Tensor, labels_b: Tensor) -> None:
+                take(features_bD, labels_b)
+                count(len(features_bD))
+
+            for_each_batch(network, batches, take_and_count, **settings)
 
     def _reading(self) -> dict[str, Any]:
         """How images are read, as `plain_batches` takes it."""

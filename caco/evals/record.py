@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
-from tqdm import tqdm
 
 from caco import metrics
 from caco.config import folders
@@ -18,7 +17,6 @@ from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import flat, is_neutral, plain
-from caco.saying import Say
 from caco.tracking import recorded
 from caco.tracking.base import Tracker
 from caco.tracking.ledger import Ledger
@@ -203,19 +201,3 @@ def _of_set(key: str, beginnings: dict[str, str]) -> str:
     measure = key.rpartition("/")[2]
     named = [name for name in beginnings if len(beginnings) == 1 or measure.startswith(f"{name}_")]
     return beginnings[max(named, key=len)] if named else ""
-
-
-def say_sometimes(enabled: bool, *, seconds: float = 5.0) -> Say:
-    """say(text, passing=False) for stderr, past a bar that is there: a passing line only if none was said for some
-    seconds.
-    """
-    last = [0.0]
-
-    def say(text: str, passing: bool = False) -> None:
-        now = time.monotonic()
-        if enabled and not (passing and now - last[0] < seconds):
-            last[0] = now
-            tqdm.write(f"caco: {text}", file=sys.stderr)
-            sys.stderr.flush()
-
-    return say

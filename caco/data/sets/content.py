@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from caco.errors import FileError
-from caco.saying import Say, counting, silent
+from caco.saying import Say, counted, silent
 
 BLOCK = 4096
 LOOK_BYTES = 16
@@ -47,9 +47,8 @@ def in_threads(
         what `work` does, the first of its errors.
     """
     results: list[T] = []
-    count_on = counting(say, what, count)
     chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
-    with ThreadPoolExecutor(min(threads, max(1, len(chunks)))) as pool:
+    with ThreadPoolExecutor(min(threads, max(1, len(chunks)))) as pool, counted(say, what, count) as count_on:
         try:
             for made in pool.map(lambda chunk: [work(i) for i in chunk], chunks):
                 results += made

@@ -2,7 +2,7 @@
 WebDataset's shards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from caco import distributed
 from caco.data.sets.content import LOOK_BYTES, digest_of, in_threads, look_at
 from caco.data.sets.reading import UnreadableImage, rgb
-from caco.data.sets.sources import Source
+from caco.data.sets.sources import Arrays, Source, all_decoded, picked
 from caco.data.sets.stored import shown, stored
 from caco.saying import Say, silent
 
@@ -24,16 +24,19 @@ class EncodedImages(Source):
             processes.
         names: bytes [M], what each position is called in the digest and in errors.
         at: int64 [N], the positions that this set has; None: all.
-        channels: as of Source.
+        channels, damaged: as of Source. decoded: each image's array, where they are in memory.
     """
 
     def __init__(
         self, content: Callable[[int], Any], names: np.ndarray, *, name: str, labels: np.ndarray | None = None,
         classes: list[str] | None = None, at: np.ndarray | None = None, channels: int | None = None,
+        decoded: Arrays | None = None, damaged: Mapping[int, UnreadableImage] = {},
     ):  # fmt: skip
         self._content, self._names, self._at = content, names, np.arange(len(names)) if at is None else at
         self.name, self.classes, self.channels = name, classes, channels
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self._decoded, self.damaged = decoded, damaged
+        self.arrays = decoded if channels is None else None
         self._looks: np.ndarray | None = None
         assert self.labels is None or len(self.labels) == len(self._at)
 
@@ -41,24 +44,47 @@ class EncodedImages(Source):
         return len(self._at)
 
     def image(self, index: int) -> Image.Image:
-        return rgb(self._encoded(index), self._called(index)) if self.channels is None else shown(self.pixels(index))
+        if self.channels is not None:
+            return shown(self.pixels(index))
+        if index in self.damaged:
+            raise UnreadableImage(str(self.damaged[index]))
+        if self.arrays is not None:
+            return Image.fromarray(self.arrays[index])
+        return rgb(self._encoded(index), self._called(index))
 
     def pixels(self, index: int) -> np.ndarray:
         if self.channels is None:
             return np.asarray(self.image(index))
+        if index in self.damaged:
+            raise UnreadableImage(str(self.damaged[index]))
+        if self._decoded is not None:
+            return self._decoded[index]
         return stored(bytes(self._encoded(index)), self._called(index), self.channels)
 
     def part(self, indices: np.ndarray, name: str) -> "EncodedImages":
         labels = None if self.labels is None else self.labels[indices]
+        decoded = None if self._decoded is None else picked(self._decoded, indices)
+        damaged = {place: self.damaged[index] for place, index in enumerate(indices.tolist()) if index in self.damaged}
         return EncodedImages(
-            self._content,
-            self._names,
-            name=name,
-            labels=labels,
-            classes=self.classes,
-            at=self._at[indices],
-            channels=self.channels,
-        )
+            self._content, self._names, name=name, labels=labels, classes=self.classes, at=self._at[indices],
+            channels=self.channels, decoded=decoded, damaged=damaged,
+        )  # fmt: skip
+
+    def in_memory(self, max_mb: int) -> "EncodedImages":
+        made = all_decoded(self, max_mb, self._decoded_bytes)
+        if made is None:
+            return self
+        decoded, damaged = made
+        return EncodedImages(
+            self._content, self._names, name=self.name, labels=self.labels, classes=self.classes, at=self._at,
+            channels=self.channels, decoded=decoded, damaged=damaged,
+        )  # fmt: skip
+
+    def _decoded_bytes(self, index: int) -> int:
+        try:
+            return self.pixels(index).nbytes
+        except UnreadableImage:
+            return 0  # it will be named when it is read
 
     def digest(self) -> str:
         self._look_at_all(silent)

@@ -337,8 +337,15 @@ def _finish(
     in_memory_mb: int,
 ) -> Splits:
     splits = reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
-    pretrain = splits.pretrain.in_memory(in_memory_mb)
-    held_out = None if splits.test is None else splits.test.in_memory(in_memory_mb)
+    return in_memory(splits, in_memory_mb)
+
+
+def in_memory(splits: Splits, max_mb: int) -> Splits:
+    """The same splits, each decoded once if that takes no more than `max_mb`; what is trained on is evaluated with, if
+    it has labels.
+    """
+    pretrain = splits.pretrain.in_memory(max_mb)
+    held_out = None if splits.test is None else splits.test.in_memory(max_mb)
     return Splits(pretrain, pretrain if pretrain.labels is not None else None, held_out)
 
 

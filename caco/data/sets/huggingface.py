@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from caco.data.sets.encoded import EncodedImages
-from caco.data.sets.folders import existing_root, reduced, require_statistics_of
+from caco.data.sets.folders import existing_root, in_memory, reduced, require_statistics_of
 from caco.data.sets.sources import Splits
 from caco.errors import FileError, UserError
 from caco.installed import is_installed
-from caco.ranges import AboveZero, Count, Finite, NumChannels, ProperShare, Seed
+from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, ProperShare, Seed
+from caco.saying import doing
 
 _TESTS = ("test", "validation", "val", "valid")
 
@@ -23,6 +24,7 @@ def huggingface(
     limit: Count | None = None,
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
+    in_memory_mb: Natural = 256,
     channels: NumChannels | None = None,
     mean: list[Finite] | None = None,
     std: list[AboveZero] | None = None,
@@ -34,7 +36,7 @@ def huggingface(
         image_column: of encoded images (a feature Image); None takes the only one.
         label_column: of whole numbers, class labels or texts; None takes `label`, or the only one of class labels, or
             has no labels.
-        limit, validation_fraction, seed, channels, mean, std: as of `folder`.
+        limit, validation_fraction, seed, in_memory_mb, channels, mean, std: as of `folder`.
     Raises:
         FileError: no root given, or nothing there that was saved so.
         UserError: `datasets` is not installed, or there is no such column.
@@ -43,7 +45,8 @@ def huggingface(
     top = existing_root(root, example="data=huggingface")
     if not is_installed("datasets"):
         raise UserError("data=huggingface: Hugging Face's datasets is not installed; to have it: pip install datasets")
-    import datasets
+    with doing("loading Hugging Face's datasets"):
+        import datasets
 
     try:
         read: Any = datasets.load_from_disk(str(top))
@@ -54,13 +57,15 @@ def huggingface(
     parts: dict[str, Any] = dict(read) if isinstance(read, datasets.DatasetDict) else {"train": read}
     if "train" not in parts:
         raise UserError(f"{top}: expected a part called train, got {', '.join(parts)}")
-    train = _source(parts["train"], "huggingface/train", image_column, label_column, channels)
+    columns = image_column, label_column, channels
     name = next((name for name in _TESTS if name in parts), None)
-    test = None if name is None else _source(parts[name], f"huggingface/{name}", image_column, label_column, channels)
+    with doing(f"opening the data set in {top}"):
+        train = _source(parts["train"], "huggingface/train", *columns)
+        test = None if name is None else _source(parts[name], f"huggingface/{name}", *columns)
     if test is not None and (test.classes or []) != (train.classes or []):
         raise UserError(f"{top}: expected the same classes in train and {name}, got {train.classes} and {test.classes}")
     splits = reduced(train, test, name="huggingface", limit=limit, validation_fraction=validation_fraction, seed=seed)
-    return dataclasses.replace(splits, mean=mean, std=std)
+    return dataclasses.replace(in_memory(splits, in_memory_mb), mean=mean, std=std)
 
 
 def _source(

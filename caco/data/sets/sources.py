@@ -219,7 +219,7 @@ class ImagesInMemory(Source):
 
     def part(self, indices: np.ndarray, name: str) -> "ImagesInMemory":
         labels = None if self.labels is None else self.labels[indices]
-        return ImagesInMemory(_pick(self.arrays, indices), name=name, labels=labels, classes=self.classes)
+        return ImagesInMemory(picked(self.arrays, indices), name=name, labels=labels, classes=self.classes)
 
     def digest(self) -> str:
         state = hashlib.blake2b(digest_size=8)
@@ -290,7 +290,7 @@ class ImageFiles(Source):
 
     def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
-        decoded = None if self._decoded is None else _pick(self._decoded, indices)
+        decoded = None if self._decoded is None else picked(self._decoded, indices)
         damaged = {place: self.damaged[index] for place, index in enumerate(indices.tolist()) if index in self.damaged}
         of = self._looks, self._at[indices]
         return ImageFiles(
@@ -301,21 +301,10 @@ class ImageFiles(Source):
 
     def in_memory(self, max_mb: int) -> "ImageFiles":
         """The same set decoded once, if that takes no more than `max_mb`; else itself."""
-        budget = max_mb * 2**20
-        sample = np.unique(np.linspace(0, len(self) - 1, 16).astype(int))
-        if budget == 0 or np.mean([self._decoded_bytes(i) for i in sample]) * len(self) > budget:
+        made = all_decoded(self, max_mb, self._decoded_bytes)
+        if made is None:
             return self
-        decoded, used, damaged = list[np.ndarray](), 0, dict[int, UnreadableImage]()
-        for i in range(len(self)):
-            try:
-                decoded.append(self.pixels(i))
-            except UnreadableImage as error:
-                damaged[i] = error
-                decoded.append(np.zeros((1, 1, self.channels or 3), np.uint8))
-            used += decoded[-1].nbytes
-            if used > budget:
-                return self
-        of = self._looks, self._at
+        (decoded, damaged), of = made, (self._looks, self._at)
         return ImageFiles(
             self.root, self._files, name=self.name, labels=self.labels, classes=self.classes, decoded=decoded,
             damaged=damaged, of=of,
@@ -346,6 +335,31 @@ class ImageFiles(Source):
         return self._looks.of(self._at)[0]
 
 
+def all_decoded(
+    source: Source, max_mb: int, bytes_of: Callable[[int], int]
+) -> tuple[list[np.ndarray], dict[int, UnreadableImage]] | None:
+    """Each image's array, and what is said of those that cannot be read; None where these take more than `max_mb`.
+
+    Args:
+        bytes_of: how many an image takes when it is decoded; asked of some.
+    """
+    budget = max_mb * 2**20
+    sample = np.unique(np.linspace(0, len(source) - 1, 16).astype(int))
+    if budget == 0 or np.mean([bytes_of(i) for i in sample]) * len(source) > budget:
+        return None
+    decoded, used, damaged = list[np.ndarray](), 0, dict[int, UnreadableImage]()
+    for i in range(len(source)):
+        try:
+            decoded.append(source.pixels(i))
+        except UnreadableImage as error:
+            damaged[i] = error
+            decoded.append(np.zeros((1, 1, source.channels or 3), np.uint8))
+        used += decoded[-1].nbytes
+        if used > budget:
+            return None
+    return decoded, damaged
+
+
 def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, balanced: bool) -> np.ndarray:
     """`count` of `total` positions, ascending; a smaller count is a subset of a larger one.
 
@@ -369,7 +383,7 @@ def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, bala
     return np.sort(draw[np.argsort(turn[draw], kind="stable")][:count])
 
 
-def _pick(images: Arrays, indices: np.ndarray) -> Arrays:
+def picked(images: Arrays, indices: np.ndarray) -> Arrays:
     if isinstance(images, np.ndarray):
         return images[indices]
     return [images[i] for i in indices]

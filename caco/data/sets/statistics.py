@@ -6,7 +6,7 @@ from caco import distributed
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views.channels import numbers
 from caco.errors import UserError
-from caco.saying import Say, counting, silent
+from caco.saying import Say, counted, silent
 
 MOST_IMAGES = (
     4096  # spread evenly over the set: of more, mean and spread hardly change, and the time would be without bound
@@ -24,13 +24,14 @@ def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[f
     chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), MOST_IMAGES)).round().astype(np.int64)).tolist()
     rank, world = distributed.rank(), distributed.world()
     own = chosen[rank::world]
-    count = counting(say, f"images of {source.name} looked at for their mean and standard deviation", len(own))
+    what = f"images of {source.name} looked at for their mean and standard deviation"
 
     def each() -> list[tuple[int, np.ndarray, np.ndarray] | None]:
         found = []
-        for index in own:
-            found.append(_of_one(source, index))
-            count(1)
+        with counted(say, what, len(own)) as count:
+            for index in own:
+                found.append(_of_one(source, index))
+                count(1)
         return found
 
     parts = distributed.together(each)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from caco.data.sets.encoded import EncodedImages
-from caco.data.sets.folders import existing_root, reduced, require_statistics_of
+from caco.data.sets.folders import existing_root, in_memory, reduced, require_statistics_of
 from caco.data.sets.sources import EXTENSIONS, Splits
 from caco.data.sets.stored import EXTENSIONS as STORED
 from caco.errors import FileError, UserError
 from caco.installed import is_installed
-from caco.ranges import AboveZero, Count, Finite, NumChannels, ProperShare, Seed
+from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, ProperShare, Seed
+from caco.runs.directory import is_first_rank
+from caco.saying import Sometimes, counting, doing
 
 _TESTS = ("test", "val", "validation", "valid")
 
@@ -28,6 +30,7 @@ def webdataset(
     limit: Count | None = None,
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
+    in_memory_mb: Natural = 256,
     channels: NumChannels | None = None,
     mean: list[Finite] | None = None,
     std: list[AboveZero] | None = None,
@@ -41,7 +44,7 @@ def webdataset(
     Args:
         label: the ending of the file that holds the sample's class, a whole number (cls); or NAME.json's key, as
             json:KEY; null: no labels.
-        limit, validation_fraction, seed, channels, mean, std: as of `folder`.
+        limit, validation_fraction, seed, in_memory_mb, channels, mean, std: as of `folder`.
     Raises:
         FileError: no root given, no shards there, or one that is no tar file.
         UserError: WebDataset is not installed; a sample without an image or a label.
@@ -52,12 +55,15 @@ def webdataset(
         raise UserError("data=webdataset: WebDataset is not installed; to have it: pip install webdataset")
     train_shards, test_shards, test_name = _shards(top)
     extensions = EXTENSIONS if channels is None else EXTENSIONS + STORED
-    train = _source(train_shards, top, "webdataset/train", label, extensions, channels)
-    test = (
-        None if not test_shards else _source(test_shards, top, f"webdataset/{test_name}", label, extensions, channels)
-    )
+    with doing(f"listing the contents of the shards below {top}"):
+        train = _source(train_shards, top, "webdataset/train", label, extensions, channels)
+        test = (
+            None
+            if not test_shards
+            else _source(test_shards, top, f"webdataset/{test_name}", label, extensions, channels)
+        )
     splits = reduced(train, test, name="webdataset", limit=limit, validation_fraction=validation_fraction, seed=seed)
-    return dataclasses.replace(splits, mean=mean, std=std)
+    return dataclasses.replace(in_memory(splits, in_memory_mb), mean=mean, std=std)
 
 
 def _shards(top: Path) -> tuple[list[Path], list[Path], str]:
@@ -83,6 +89,7 @@ def _source(
 
     places, names, labels = [], list[bytes](), list[int]()
     endings = tuple(extension.removeprefix(".") for extension in extensions)
+    count = counting(Sometimes(is_first_rank()), f"shards of {name} whose contents are listed", len(shards))
     for number, shard in enumerate(shards):
         for sample in group_by_keys(_members(shard)):
             called = f"{shard.relative_to(top)}/{sample['__key__']}"
@@ -96,6 +103,7 @@ def _source(
             names.append(f"{called}.{images[0]}".encode())
             if label is not None:
                 labels.append(_label(shard, sample, label, called))
+        count(1)
     place = np.array(places, np.int64).reshape(-1, 3)
     if not len(place):
         raise UserError(f"{shards[0]}: expected samples with images in it, got none")
