@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 Say = Callable[..., None]  # say(text, passing=False): a passing line may be left out
 _SECONDS = 5.0
+_BAR_AFTER_SECONDS = 1.0
 _under_way: list[object] = []  # what `doing` is around, the innermost last
 
 
@@ -86,7 +87,7 @@ def counted(say: Say, what: str, total: int, done: int = 0) -> Iterator[Count]:
         return
     from tqdm import tqdm  # here and not above: refusals do not wait for it
 
-    settings: dict[str, Any] = {"unit": "", "delay": 1, "leave": False, "dynamic_ncols": True}
+    settings: dict[str, Any] = {"unit": "", "delay": _BAR_AFTER_SECONDS, "leave": False, "dynamic_ncols": True}
     with tqdm(total=total, initial=done, desc=f"caco: {what}", **settings) as bar:
 
         def count(more: int, note: str = "") -> None:

@@ -136,6 +136,8 @@ class Progress:
         enabled: rank 0 alone speaks.
     """
 
+    _tick_s = 1.0
+
     def __init__(self, *, total: int, done: int, batch: int, enabled: bool):
         self.total, self.batch, self.enabled = total, batch, enabled
         self.first, self.started = done, time.monotonic()
@@ -185,8 +187,8 @@ class Progress:
         """Between two lines: ever longer, so that a long run's log stays readable."""
         return min(max(5.0, self.elapsed() / 20), 300.0)
 
-    def _watch(self, every_s: float = 1.0) -> None:
-        while not self._over.wait(every_s):
+    def _watch(self) -> None:
+        while not self._over.wait(self._tick_s):
             now, (what, since) = time.monotonic(), self._at
             if is_under_way():  # and speaks for itself
                 self._at = what, now

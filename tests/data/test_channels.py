@@ -3,12 +3,16 @@ alone.
 """
 
 import json
+import signal
 
 import numpy as np
 import pytest
 import torch
+from interrupted import train_killed
 from PIL import Image
+from processes import Process, caco_train
 from scipy import ndimage
+from test_trainer import assert_same, final, record
 from tiny import TINY
 
 from caco import distributed
@@ -355,6 +359,68 @@ def test_a_run_notes_what_it_measured_and_is_evaluated_and_exported_with_it(spec
     assert "measured on" not in capfd.readouterr().err  # the run's own are taken
     card = (tmp_path / "out" / "README.md").read_text()
     assert "5 channels as stored" in card and str(noted["mean"]) in card
+
+
+@LONG
+def test_a_run_on_grey_of_16_bits_killed_at_whatever_instants_goes_on_to_the_same_bits(tmp_path):
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        file = tmp_path / "images" / f"{number:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 65536, (16, 16), dtype=np.uint16)).save(file)
+    command = [
+        *RUN, "data.channels=1", f"data.root={tmp_path / 'images'}", "eval=[]", "epochs=3", "checkpoint.every_steps=2",
+        "loader.num_workers=1",
+    ]  # fmt: skip
+    command = [word for word in command if not word.startswith("eval.")]
+    code, _, told = Process(caco_train, *command, f"hydra.run.dir={tmp_path}/whole").end()
+    assert code == 0 and "mean and standard deviation of each channel, measured on" in told, told
+    command.append(f"hydra.run.dir={tmp_path}/killed")
+    for seconds in draw.uniform(0.001, 0.05, 4):
+        code, _, told = Process(train_killed, seconds, *command).end()
+        assert code == -signal.SIGPROF and not (tmp_path / "killed" / "summary.json").exists(), told
+    code, _, told = Process(caco_train, *command).end()
+    assert code == 0 and "measured on" not in told, told
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
+    assert record(tmp_path / "whole") == record(tmp_path / "killed")
+    assert (tmp_path / "whole/channels.json").read_bytes() == (tmp_path / "killed/channels.json").read_bytes()
+
+
+def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_they_are(tmp_path, monkeypatch, capsys):
+    import timm
+    from safetensors.torch import load_file
+
+    from caco import export
+
+    network = timm.create_model("resnet18", num_classes=0, in_chans=2)
+    torch.save(network.state_dict(), tmp_path / "two.pth")
+
+    def exported(*words):
+        monkeypatch.setattr("sys.argv", ["caco", *words, "layouts=[timm]", f"to={tmp_path / 'out'}"])
+        try:
+            export.main()
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    weights = [f"weights={tmp_path / 'two.pth'}", "backbone=resnet18"]
+    said = ["data.channels=2", "data.mean=[0.3,0.1]", "data.std=[0.2,0.5]"]
+    for words, expected in (
+        (weights, "conv1.weight"),
+        (
+            [*weights, *said[:2]],
+            "data: expected data.channels=N with data.mean and data.std, a value for each of the N",
+        ),
+    ):
+        code, told = exported(*words)
+        assert code == 2 and expected in told, told
+    assert not (tmp_path / "out").exists()
+    assert exported(*weights, *said)[0] == 0
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items())
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    about = timm.data.resolve_model_data_config(again)
+    assert (again.conv1.in_channels, list(about["mean"]), list(about["std"])) == (2, [0.3, 0.1], [0.2, 0.5])
 
 
 def test_a_beton_is_refused_with_the_reason(spectra, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from caco import saying
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.folders import folder
 from caco.data.sets.huggingface import huggingface
@@ -136,6 +137,28 @@ def test_a_damaged_image_is_called_by_where_it_stands(read, make, tmp_path):
     wrong = [i for i in range(4) if source.labels[i] == 1 and source._called(i).endswith(("row 3", "003.png"))]
     with pytest.raises(UnreadableImage, match="huggingface/train row 3: |000001.tar/003.png: "):
         source.pixels(wrong[0])
+
+
+@pytest.mark.parametrize(("read", "make"), [pytest.param(huggingface, saved, marks=LONG), (webdataset, sharded)])
+def test_kept_in_memory_they_are_the_images_that_they_were(read, make, tmp_path):
+    root = str(make({"train": [*IMAGES["train"], (b"no image", 1)]}, tmp_path / "set"))
+    held, files = read(root=root).train, read(root=root, in_memory_mb=0).train
+    assert files.arrays is None and len(held.arrays) == len(files) == 11 and held.digest() == files.digest()
+    (wrong,) = held.damaged
+    for i in set(range(11)) - {wrong}:
+        assert np.array_equal(held.pixels(i), files.pixels(i)) and np.array_equal(held.arrays[i], files.pixels(i))
+    with pytest.raises(UnreadableImage) as of_files:
+        files.pixels(wrong)
+    with pytest.raises(UnreadableImage) as of_memory:
+        held.part(np.array([wrong, 0]), "some").pixels(0)
+    assert str(of_files.value) == str(of_memory.value)
+
+
+def test_shards_that_take_long_say_how_far_they_are(of_webdataset, monkeypatch, capsys):
+    monkeypatch.setattr(saying, "_SECONDS", 0.0)
+    webdataset(root=str(of_webdataset))
+    told = capsys.readouterr().err
+    assert "caco: shards of webdataset/train whose contents are listed: 1 of 2, " in told and " left" in told
 
 
 @LONG

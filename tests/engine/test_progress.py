@@ -2,8 +2,11 @@
 printed.
 """
 
+import contextlib
+import io
 import re
 import shlex
+import sys
 import time
 
 import pytest
@@ -12,7 +15,7 @@ from tiny import TINY
 
 from caco import results, saying
 from caco.config import composition, continued, pretrained, validation
-from caco.engine.progress import ended_before, ending
+from caco.engine.progress import Progress, ended_before, ending
 from caco.runs.files import read_json
 
 
@@ -28,6 +31,47 @@ def test_what_takes_long_says_what_it_is_and_what_does_not_says_nothing(monkeypa
     with saying.doing("saving"):
         time.sleep(0.2)
     assert capsys.readouterr().err == "", "over in time; and of several processes the first one alone speaks"
+
+
+def test_of_two_that_take_long_the_inner_one_speaks(monkeypatch, capsys):
+    monkeypatch.setattr(saying, "_SECONDS", 0.1)
+    with saying.doing("reading the images"), saying.doing("opening the set"):
+        time.sleep(0.35)
+    assert set(capsys.readouterr().err.splitlines()) == {"caco: opening the set: 0:00:00 so far"}
+    assert not saying.is_under_way()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_is_counted_is_a_bar_with_the_time_left_on_a_terminal_alone(monkeypatch):
+    monkeypatch.setattr(saying, "_BAR_AFTER_SECONDS", 0)
+    for stream, bars, is_drawn in ((Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with saying.counted(saying.Sometimes(True, bars=bars), "features of images", 100, 20) as count:
+            time.sleep(0.15)
+            count(40)
+        drawn = re.findall(r"caco: features of images: +60%.*60/100 \[00:00<00:00", stream.getvalue())
+        assert bool(drawn) == is_drawn and (is_drawn or stream.getvalue() == "")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_step_that_takes_long_says_what_it_is_about(monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stderr", stream := Terminal() if terminal else io.StringIO())
+    monkeypatch.setattr(Progress, "_tick_s", 0.02)
+    monkeypatch.setattr(Progress, "_pause_s", lambda self: 0.1)
+    with contextlib.closing(Progress(total=9, done=3, batch=4, enabled=True)) as progress:
+        time.sleep(0.2)
+        assert "step" not in stream.getvalue() or terminal, "of the first step another line speaks"
+        progress.step(4, "epoch 1 of 2", 0.5)
+        time.sleep(0.3)
+        progress.computing()
+        time.sleep(0.3)
+    lines = [line for line in stream.getvalue().splitlines() if "so far" in line]
+    expected = [f"step 5/9: {what}, 0:00:00 so far" for what in ("waiting for its images", "computing")]
+    assert sorted(set(lines)) == ([] if terminal else sorted(expected)), "on a terminal the bar's clock runs on"
 
 
 def test_a_failure_inside_is_that_failure():

@@ -3,6 +3,8 @@ nothing in them run.
 """
 
 import argparse
+import sys
+import types
 from pathlib import Path
 
 import families
@@ -236,6 +238,34 @@ def test_what_lightlys_own_modules_save(tmp_path, kind):
     backbone = timm.create_model("resnet18", num_classes=0)
     load_backbone(saved(tmp_path / "lightly.ckpt", content), "lightly:twin" if kind == "dino" else None, backbone)
     assert_holds(backbone, expected)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # solo-learn's own
+@pytest.mark.parametrize("kind", ["BarlowTwins", "MoCoV2Plus"])
+def test_what_solo_learns_own_modules_save(tmp_path, monkeypatch, kind):
+    """pip install --no-deps solo-learn einops. It imports pl_bolts, which today's Lightning has outgrown, for one class:
+    a schedule, of which nothing is in a checkpoint.
+    """
+    for name in ("pl_bolts", "pl_bolts.optimizers", "pl_bolts.optimizers.lr_scheduler"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["pl_bolts.optimizers.lr_scheduler"].LinearWarmupCosineAnnealingLR = object
+    methods = pytest.importorskip("solo.methods", exc_type=ImportError)
+    settings = {
+        "num_classes": 10, "max_epochs": 1, "batch_size": 4, "optimizer": "sgd", "lars": False, "lr": 0.1,
+        "weight_decay": 0.0, "classifier_lr": 0.1, "exclude_bias_n_norm": False, "accumulate_grad_batches": 1,
+        "extra_optimizer_args": {}, "scheduler": "none", "min_lr": 0.0, "warmup_start_lr": 0.0, "warmup_epochs": 0.0,
+        "num_large_crops": 2, "num_small_crops": 0, "eta_lars": 0.001, "grad_clip_lars": False, "encoder": "resnet18",
+        "backbone_args": {"cifar": False, "zero_init_residual": False}, "proj_hidden_dim": 64, "proj_output_dim": 16,
+        "lamb": 0.005, "scale_loss": 0.02, "temperature": 0.2, "queue_size": 32, "base_tau_momentum": 0.99,
+        "final_tau_momentum": 1.0, "momentum_classifier": None,
+    }  # fmt: skip
+    module = getattr(methods, kind)(**settings)
+    module.encoder.load_state_dict(noise(module.encoder.state_dict()))
+    content = {**families.LIGHTNING, "state_dict": module.state_dict()}
+    backbone = timm.create_model("resnet18", num_classes=0)
+    assert "solo-learn" in load_backbone(saved(tmp_path / "solo.ckpt", content), None, backbone)
+    assert_holds(backbone, module.encoder.state_dict())
 
 
 def torchvision_children():
