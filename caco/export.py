@@ -52,11 +52,10 @@ def main() -> None:
 def _export(cfg: DictConfig) -> None:
     location = None if cfg.run is None else pretrained.locate(cfg.run)
     require_writable(expanded(cfg.to), "to")
-    from caco.engine.channels import backbone_of, noted
+    from caco.engine.channels import backbone_of, stated
     from caco.engine.evaluating import load_pretrained  # here and not above: it imports torch
 
-    given = {key: value for key, value in plain(cfg)["data"].items() if value is not None}
-    images = given if location is None else dict(noted(location.run_dir))
+    images = stated(cfg, None if location is None else location.run_dir)
     backbone = backbone_of(cfg.backbone, images.get("channels"))
     path, step = load_pretrained(cfg, location, backbone)
     run = (

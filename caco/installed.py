@@ -1,6 +1,5 @@
 """What is installed here, and the command that installs what is not. For every floor: imports nothing of caco."""
 
-import importlib.metadata
 import importlib.util
 import json
 import shlex
@@ -58,6 +57,8 @@ def checkout() -> Path | None:
     if (parent / "pyproject.toml").is_file():
         return parent
     # A launcher's job runs a copy of the package (caco/launch/snapshot.py); pip knows what that is a copy of.
+    import importlib.metadata  # here and not above: refusals need none of it
+
     try:
         origin = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:

@@ -20,7 +20,7 @@ from caco.data.views.augmentation import Views
 from caco.data.views.channels import ChannelViews
 from caco.data.views.transform import Preprocessing, Transform
 from caco.engine.assembly import pick_device
-from caco.engine.channels import backbone_of, noted
+from caco.engine.channels import backbone_of, stated
 from caco.engine.evaluating import load_pretrained
 from caco.errors import UserError
 from caco.evals.base import Evaluator
@@ -57,7 +57,7 @@ def load(run: str | Path | None = None, **chosen: Any) -> Loaded:
     with torch.random.fork_rng(
         devices=[]
     ):  # what is drawn here is overwritten, and must not move the caller's generator
-        images = {} if location is None else noted(location.run_dir)
+        images = stated(cfg, None if location is None else location.run_dir)
         backbone = backbone_of(cfg.backbone, images.get("channels"))
     load_pretrained(cfg, location, backbone)
     recipe: Views = instantiate(cfg.augmentation)

@@ -123,6 +123,6 @@ def _recorded(run_dir: Path, root: schema.AnyRoot, chosen: dict[str, Any]) -> di
         1, min(tree["batch"], 512)
     )  # as in training: then features, and what is counted on them, are the same
     taken = ("name", "backbone", "augmentation", "data", "loader", "tracking", "precision", "device", "seed", "batch")
-    if root is schema.EmbedRoot:  # its images are others
+    if root is not schema.EvaluateRoot:  # an embedding's images are others, and an export reads none
         tree.pop("data", None)
     return {key: tree[key] for key in taken if key in root.__dataclass_fields__ and key in tree and key not in chosen}

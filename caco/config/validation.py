@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caco import metrics
@@ -49,13 +49,12 @@ def check(
         UserError: one line per problem, each with the key, what was expected and what was got.
     """
     try:
-        missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
         tree = plain(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise UserError("a setting is made of itself, by ${...} in a circle; write its value out") from error
-    if missing:
+    if missing := sorted(key for key, value in flat(tree).items() if value == "???"):
         raise UserError("\n".join(f"{key}: must be given, as {key}=..." for key in missing))
     problems = _shape(tree, root) + _senseless(tree)
     if not problems:

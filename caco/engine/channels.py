@@ -78,6 +78,15 @@ def note(views: Views, run_dir: Path) -> None:
         write_json(run_dir / FILE, {"channels": views.channels, "mean": views.mean, "std": views.std})
 
 
+def stated(cfg: DictConfig, run_dir: Path | None) -> dict[str, Any]:
+    """channels, mean and std of a backbone's images, where these are as they are stored; else nothing. Of a run as it
+    has noted them, of weights from elsewhere as an export's `data` says.
+    """
+    if run_dir is not None:
+        return dict(noted(run_dir))
+    return {key: value for key, value in plain(cfg)["data"].items() if value is not None}
+
+
 def noted(run_dir: Path) -> Mapping[str, Any]:
     """channels, mean and std of a run's images, where these are as they are stored; else nothing."""
     return read_json(run_dir / FILE)

@@ -106,9 +106,16 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """cfg as dicts, lists and scalars, interpolations resolved, without Hydra's own part; `???` stays a string."""
     if not isinstance(cfg, DictConfig):
         return dict(cfg)
-    # Key by key: hydra.run.dir asks for the hash while it is being resolved, so `hydra` must not be touched.
-    job = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return OmegaConf.to_container(job, resolve=True)  # type: ignore[return-value]
+    # Key by key: hydra.run.dir asks for the hash while it is being resolved, so `hydra` must not be touched; and a copy
+    # of the rest is the larger part of a refusal's time.
+    return {str(key): _resolved(cfg, str(key)) for key in cfg if key != "hydra"}
+
+
+def _resolved(cfg: DictConfig, key: str) -> Any:
+    if OmegaConf.is_missing(cfg, key):
+        return "???"
+    value = cfg[key]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def read_yaml(file: Path) -> DictConfig:

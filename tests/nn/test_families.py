@@ -244,8 +244,8 @@ def test_what_lightlys_own_modules_save(tmp_path, kind):
 @pytest.mark.filterwarnings("ignore")  # solo-learn's own
 @pytest.mark.parametrize("kind", ["BarlowTwins", "MoCoV2Plus"])
 def test_what_solo_learns_own_modules_save(tmp_path, monkeypatch, kind):
-    """pip install --no-deps solo-learn einops. It imports pl_bolts, which today's Lightning has outgrown, for one class:
-    a schedule, of which nothing is in a checkpoint.
+    """pip install --no-deps solo-learn einops. It imports pl_bolts, which today's Lightning has outgrown, for one
+    class: a schedule, of which nothing is in a checkpoint.
     """
     for name in ("pl_bolts", "pl_bolts.optimizers", "pl_bolts.optimizers.lr_scheduler"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
