@@ -136,8 +136,8 @@ def is_under_way() -> bool:
 
 def _write(line: str) -> None:
     """Past a bar that is there."""
-    tqdm = sys.modules.get("tqdm")
-    if tqdm is None:
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # None, too, while the main thread still imports it
+    if bars is None:
         print(line, file=sys.stderr, flush=True)
     else:
-        tqdm.tqdm.write(line, file=sys.stderr)
+        bars.write(line, file=sys.stderr)

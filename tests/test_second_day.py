@@ -27,7 +27,7 @@ def typed(text):
 def told_alike(line):
     """A pattern of what the page shows, whatever a machine's speed, rounding and paths are."""
     parts = re.split(r"(\.\.\.|-?\d[\d.:,]*)", line)
-    return "".join(".*" if i % 2 else re.sub(r"\\? +", " +", re.escape(part)) for i, part in enumerate(parts))
+    return "".join(".*" if i % 2 else re.sub(r"(\\ )+", " +", re.escape(part)) for i, part in enumerate(parts))
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+import types
 
 import pytest
 from processes import Process, caco_train
@@ -39,6 +40,14 @@ def test_of_two_that_take_long_the_inner_one_speaks(monkeypatch, capsys):
         time.sleep(0.35)
     assert set(capsys.readouterr().err.splitlines()) == {"caco: opening the set: 0:00:00 so far"}
     assert not saying.is_under_way()
+
+
+def test_a_line_is_said_too_while_the_bars_are_still_being_imported(monkeypatch, capsys):
+    monkeypatch.setattr(saying, "_SECONDS", 0.1)
+    monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))
+    with saying.doing("loading PyTorch"):
+        time.sleep(0.25)
+    assert "caco: loading PyTorch: 0:00:00 so far" in capsys.readouterr().err
 
 
 class Terminal(io.StringIO):
