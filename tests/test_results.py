@@ -24,6 +24,7 @@ def write(folder, *, size=64, seed=0, score=None, summary=None, failure=None, st
     params = {"method": method, "bank": "tiny", "pn": "both", "eval": "['knn']",
     "eval.knn._target_": "caco.evals.knn.KNN", "bank.size": str(size), "seed": str(seed), "epochs": "2",
               "method._target_": "caco.methods.contrastive.Contrastive", "batch": "64", "data.root": f"/data/{seed}",
+              "bank.seed": str(seed), "data.seed": "0",
               "weights": "null"}  # fmt: skip
     about = {
         "params": params,

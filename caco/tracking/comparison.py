@@ -143,12 +143,16 @@ def rows_of(runs: Sequence[Outline], *, over_seeds: bool) -> list[Row]:
     if not over_seeds:
         return [Row([run]) for run in runs]
     together: dict[Any, list[Outline]] = {}
+    # Another seed, as a bank's, may follow the run's, or stand for itself and be 0 as the run's is by chance.
+    equal: dict[str, set[Any]] = {}
     for run in runs:
-        follows = {
-            key
-            for key, value in run.settings.items()
-            if key == "seed" or (key.endswith(".seed") and value == run.settings.get("seed"))
-        }
+        for key, value in run.settings.items():
+            if key.endswith(".seed") and value == run.settings.get("seed"):
+                equal.setdefault(key, set()).add(value)
+    following = {key for key, values in equal.items() if len(values) > 1}
+    for run in runs:
+        seed = run.settings.get("seed")
+        follows = {"seed", *(key for key in following if run.settings.get(key) == seed)}
         own = {key: value for key, value in run.settings.items() if key not in follows and not is_neutral(key)}
         together.setdefault((run.state, repr(sorted(own.items())) if run.summary else run.run_dir), []).append(run)
     return [Row(some) for some in together.values()]
