@@ -15,6 +15,7 @@ from scipy import ndimage
 from test_trainer import assert_same, final, record
 from tiny import TINY
 
+import caco
 from caco import distributed
 from caco.config.composition import compose, job_config
 from caco.config.validation import check
@@ -420,6 +421,15 @@ def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_the
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     about = timm.data.resolve_model_data_config(again)
     assert (again.conv1.in_channels, list(about["mean"]), list(about["std"])) == (2, [0.3, 0.1], [0.2, 0.5])
+
+    loaded, preprocess = caco.load(
+        weights=tmp_path / "two.pth",
+        backbone="resnet18",
+        **{"data.channels": 2, "data.mean": [0.3, 0.1], "data.std": [0.2, 0.5]},
+    )
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
+    pixels = preprocess(np.full((260, 260, 2), 0.5, np.float32))
+    assert pixels.shape[0] == 2 and pixels.flatten(1).mean(1).tolist() == pytest.approx([1.0, 0.8], abs=1e-3)
 
 
 def test_a_beton_is_refused_with_the_reason(spectra, tmp_path):
