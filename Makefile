@@ -1,9 +1,9 @@
-# Everything from a bare Debian: make demo | make test | make test-long | make lint | make dashboard. Each sets up first what it
-# needs and is not there yet; make setup alone sets up everything. Again when the dependencies change, and with make -B at any time.
+# Everything from a bare Debian: make demo | make test | make test-long | make lint | make dashboard | make docs. Each sets up first
+# what it needs and is not there yet; make setup alone sets up everything. Again when the dependencies change, and with make -B at any time.
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo demo-record demo-check gpu-check lint test test-long dashboard clean
+.PHONY: setup demo demo-record demo-check gpu-check lint test test-long dashboard docs clean
 
 SET_UP = @AGAIN="$(findstring B,$(firstword -$(MAKEFLAGS)))" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
@@ -40,6 +40,12 @@ lint: setup
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
+
+# The documentation site, build/site: docs/*.md, the README, and references made from conf/, docstrings and records.
+docs:
+	$(SET_UP) docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+	@echo "build/site/index.html; with a search: .venv/bin/python -m http.server -d build/site"
 
 # Everything that a promise to a user rests on; of one part: make test ARGS=tests/slurm.
 test: setup

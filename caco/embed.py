@@ -24,7 +24,8 @@ caco: a folder of images as a file of features.
 
 Features are those of the backbone on the plain view, as evaluations see it; they are computed batch by batch in bounded
 memory. The same command again goes on where it stopped, to the same bytes. Every image below data.root is read, in the
-order of the names; another `data=`, images to train on first and then those to test.
+order of the names; another `data=`, images to train on first and then those to test. docs/library.md does
+the same in Python, docs/weights.md says what weights= reads.
 
 Groups, chosen by group=option:
 

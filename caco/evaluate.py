@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from caco import errors
 from caco.config import folders, pretrained
-from caco.config.refusals import groups
 from caco.errors import UserError
 from caco.installed import version
 from caco.runs import directory
@@ -32,6 +31,7 @@ Results go into the run's ledger, summary.json and MLflow run, and into its fold
 folder of their own (to=FOLDER). The same command again goes on where it stopped, and does nothing twice.
 `--cfg` prints the whole configuration and starts nothing. A run's own components are found where it had them,
 or in the folder that `--config-dir DIR` names, as other components of your own.
+docs/evaluation.md has the protocols, docs/weights.md what weights= reads, docs/glossary.md the words.
 
 Groups, chosen by group=option:
 
@@ -55,10 +55,7 @@ def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Cal
             print(f"caco {version()}")
             return
         if {"-h", "--help"} & set(flags) or not overrides:
-            listed = "\n".join(
-                f"  {group}: {', '.join(options)}" for group, options in groups().items() if group in of_command
-            )
-            print(help_text.format(groups=listed), end="")
+            print(help_text.format(groups=folders.listed(of_command)), end="")
             return
         if set(flags) - {"--cfg"}:
             raise UserError(f"{', '.join(flags)}: expected key=value, --config-dir DIR, --cfg or --help")

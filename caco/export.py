@@ -32,6 +32,8 @@ caco: export a trained backbone.
   torchvision   torchvision.pth: load_state_dict(..., strict=False) of torchvision's resnet18, resnet34, resnet50
   detectron2    detectron2.pkl: MODEL.WEIGHTS of detectron2's R-50 and the like, for detection on VOC and COCO
 
+docs/evaluation.md says more of each, docs/weights.md what weights= reads.
+
 Groups, chosen by group=option:
 
 {groups}

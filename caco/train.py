@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from caco import errors, metrics
 from caco.config import composition, continued, folders, refusals, signatures, validation
@@ -325,23 +325,15 @@ caco: pre-train with cooperative-adversarial contrastive learning.
   python -m caco.train bank=12M batch=4096          the last row of Table VI
   python -m caco.train -m bank=4M,8M seed=0,1,2     a sweep of six runs
 
-The same command again resumes its run. `--cfg job` prints the whole configuration and starts nothing,
-`--config-dir DIR` adds options and components of your own (README: "Your own method, ..."), `--hydra-help` lists
-Hydra's own flags.
+The same command again resumes its run. `--cfg job` prints every setting with its value and starts nothing; each is
+set by key=value, as batch=256, epochs=100, seed=1, bank.size=4096, optimizer.lr=0.1. `--config-dir DIR` adds options
+and components of your own (docs/own.md), `--hydra-help` lists Hydra's own flags. docs/options.md says what each group
+is, docs/glossary.md what the words mean, docs/how_to.md how to do what is often asked; `make docs` makes a site of it.
 
 Groups, chosen by group=option:
 
 {groups}
-
-What that makes, each set by key=value:
-
-{values}"""
-
-
-def help_text(overrides: list[str]) -> str:
-    """Ours and not Hydra's, which takes seconds: it copies its whole configuration once per group."""
-    groups = "\n".join(f"  {name}: {', '.join(options)}" for name, options in refusals.groups().items() if options)
-    return HELP.format(groups=groups, values=OmegaConf.to_yaml(composition.job_config(composition.compose(overrides))))
+"""
 
 
 @errors.shown(interrupted="the same command goes on from the last checkpoint")
@@ -359,7 +351,7 @@ def main() -> None:
     of_sweep: list[Path] | None = None  # the runs of one that has begun
     try:
         if args.help:
-            print(help_text(args.overrides), end="")
+            print(HELP.format(groups=folders.listed()), end="")
             return
         launched = is_launched(args.overrides)
         if starts and not elsewhere:
@@ -377,7 +369,7 @@ def main() -> None:
         root = "config" if elsewhere else continued.root(args.overrides)
         hydra.main(config_path=str(composition.CONF), config_name=root, version_base="1.3")(job)()
     except refusals.COMPOSITION_ERRORS as error:
-        if starts and not elsewhere and not args.help:
+        if starts and not elsewhere:
             raise
         raise UserError(refusals.explain(error, args.overrides)) from error
     except SweepFailed as error:

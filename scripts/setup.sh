@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv step by step, as far as is needed for: setup.sh demo | dashboard | all. Called by make.
+# Sets up .venv step by step, as far as is needed for: setup.sh demo | dashboard | docs | all. Called by make.
 # A step that is done is not done again until what it is made from changes, or AGAIN is set (make -B).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -100,6 +100,9 @@ do_caco() {
 about_mlflow() { echo "MLflow, which shows runs in a browser (100 MB; 180 MB without the other steps)"; }
 do_mlflow() { pip_install 100 @mlflow; }
 
+about_docs() { echo "mkdocs-material and mkdocstrings, which make the documentation site (30 MB; 95 MB without the other steps)"; }
+do_docs() { pip_install 30 @docs hydra-core omegaconf numpy pillow scipy; }
+
 about_rest() { echo "FFCV, submitit, pycocotools and what the tests and make lint need (210 MB)"; }
 do_rest() {
   local missing
@@ -139,9 +142,10 @@ is_done() {
 case "${1:-}" in
   demo) steps=(python torch needs caco) ;;
   dashboard) steps=(python mlflow) ;; # runs of another machine can be looked at without PyTorch
-  all) steps=(python system torch needs caco mlflow rest) ;;
+  docs) steps=(python docs) ;; # pages are made from files and records, without PyTorch
+  all) steps=(python system torch needs caco mlflow docs rest) ;;
   *)
-    say "error: expected demo, dashboard or all, got '${1:-}'"
+    say "error: expected demo, dashboard, docs or all, got '${1:-}'"
     exit 2
     ;;
 esac

@@ -1,6 +1,7 @@
 """`python -m caco.train` as a user types it."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -60,11 +61,16 @@ def test_a_refusal_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_names_groups_options_and_values_without_torch(tmp_path):
-    done = caco("--help", "preset=demo", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+def test_help_fits_a_screen_names_every_option_and_points_further_without_torch(tmp_path, repo_root):
+    done = caco("--help", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
     assert "  pn: both, both_blended, both_weighted, negative, none, positive\n" in done.stdout
-    assert "data:\n  _target_: caco.data.sets.folders.digits\n" in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120
+    options = {path.stem for path in (repo_root / "conf").glob("*/*.yaml")}
+    assert options <= set(done.stdout.replace(",", " ").split())
+    pages = re.findall(r"docs/\w+\.md", done.stdout)
+    assert "docs/glossary.md" in pages and all((repo_root / page).is_file() for page in pages)
     assert "| torch\n" not in done.stderr and "| hydra\n" in done.stderr
 
 

@@ -161,7 +161,7 @@ def test_a_float32_run_on_two_ranks_begins_with_the_loss_of_one(tmp_path):
 
 @pytest.mark.long
 def test_torchrun_starts_the_ranks_of_a_run(tmp_path):
-    """The command of the README, interpreters of its own included."""
+    """The command of docs/machines.md, interpreters of its own included."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "caco.train", *TINY, *BANK]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The commands of docs/runs.md and of README's lines about runs, typed on runs that are there."""
+"""The commands of docs/runs.md, typed on runs that are there."""
 
 import re
 import shlex
@@ -31,13 +31,8 @@ def runs(tmp_path_factory):
 
 
 def test_what_continues_a_run_composes(runs, repo_root):
-    commands = [
-        words
-        for page in ("README.md", "docs/runs.md")
-        for words in printed(repo_root / page, "caco.train")
-        if "continue_from=RUN" in words
-    ]
-    assert len(commands) == 3
+    commands = [words for words in printed(repo_root / "docs/runs.md", "caco.train") if "continue_from=RUN" in words]
+    assert len(commands) == 2
     for words in commands:
         words = [word.replace("RUN", str(runs / "runs/one")) for word in words]
         cfg = composition.job_config(composition.compose(words, continued.root(words)))
@@ -47,8 +42,8 @@ def test_what_continues_a_run_composes(runs, repo_root):
 
 def test_every_table_is_shown(runs, repo_root, monkeypatch, capsys):
     monkeypatch.chdir(runs)
-    commands = [words for page in ("README.md", "docs/runs.md") for words in printed(repo_root / page, "caco.results")]
-    assert len(commands) == 6
+    commands = printed(repo_root / "docs/runs.md", "caco.results")
+    assert len(commands) == 5
     for words in commands:
         results.main([word for word in words if word != "method=caco"])  # an option that only a command line records
         assert "runs/one" in capsys.readouterr().out

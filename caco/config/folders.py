@@ -9,6 +9,7 @@ import difflib
 import importlib
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -131,6 +132,16 @@ def groups() -> dict[str, list[str]]:
     return {
         name: sorted({file.stem for root in (CONF, *_own) for file in (root / name).glob("*.yaml")}) for name in names
     }
+
+
+def listed(names: Iterable[str] | None = None) -> str:
+    """The groups and their options as `--help` shows them, as wide as a terminal: those named, or all that have any."""
+    known = groups()
+    return "\n".join(
+        textwrap.fill(f"  {name}: {', '.join(known[name])}", 118, subsequent_indent="      ", break_on_hyphens=False)
+        for name in (known if names is None else names)
+        if known[name]
+    )
 
 
 def files(folder: Path) -> list[Path]:

@@ -135,9 +135,8 @@ class Contrastive(Method):
         encoder: images to unit embeddings; its `.backbone` is what evaluators see.
         bank: a bank, or None where no source reads one.
         positives, negatives: sources (`caco/methods/sources.py`).
-        treatment: what is made of the negatives in the training (`caco/methods/treatments.py`); None: plain, as in the
-            warm start
-        always.
+        treatment: what is made of the negatives in the training (`caco/methods/treatments.py`); None: plain. In the
+            warm start they are always plain.
         temperature: tau of the loss.
         momentum, final_momentum: the twin's m at the start and the end of its cosine; None for no twin: then keys are
             the encoder's own embeddings and carry gradients (SimCLR).
@@ -147,8 +146,7 @@ class Contrastive(Method):
         warm_start_steps, warm_start_passes: how long that is: so many steps, or so many times as many as keys need to
             go over the bank's rows once. Neither: as published, one pass where the bank is learned, else none.
         warm_start_key: the view whose keys are positives and fill the bank there, for queries of the first: the
-            "second", or the
-            "last", which in multi-crop is the smallest (AdCo's code).
+            "second", or the "last", which in multi-crop is the smallest (AdCo's code).
     """
 
     @held

@@ -80,7 +80,7 @@ class Prediction(nn.Module):
         self.distances, self.scale = list(distances), scale
 
     def forward(self, z_BHWF: Tensor) -> list[list[Tensor]]:
-        """[direction][distance]: [B, H - k, W, D], of the patches from row k of the turned grid on."""
+        """By direction, then by distance: [B, H - k, W, D], of the patches from row k of the turned grid on."""
         made = []
         for turns, (context, predictors) in enumerate(zip(self.contexts, self.predictors, strict=True)):
             c_BFHW = context(torch.rot90(z_BHWF, turns, (1, 2)).permute(0, 3, 1, 2))

@@ -8,11 +8,12 @@ was cut and went on are trained for a few steps (digits, a narrow ResNet, one th
 but its times, every tensor of the last checkpoint and every metric of summary.json are compared. Exit code 0: all
 equal; 1: something differs, is missing or failed; 2: the question makes no sense. A refactoring shows `--steps 50` over
 all cases. Not compared: speed, words, CUDA, large images, evaluate and export.
-
-This is no study of a method, but it stands on the same floor as experiments: above every command, and importing nothing
-of caco, because the code that it runs is another commit's (experiments/compare/worker.py). That code is reached as a
-user reaches it, by its command line and the files of a run, so that what is behind them may be moved about freely.
 """
+
+# This is no study of a method, but it stands on the same floor as experiments: above every command, and importing
+# nothing of caco, because the code that it runs is another commit's (experiments/compare/worker.py). That code is
+# reached as a user reaches it, by its command line and the files of a run, so that what is behind them may be moved
+# about freely.
 
 import argparse
 import contextlib

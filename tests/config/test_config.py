@@ -333,7 +333,7 @@ def test_refusals_come_without_torch():
     cases += [["bach=3"], ["bank=12N"], ["batch=1"], ["pn=none", "bank=1M"]]
     code = f"""
         import sys
-        from caco.train import check_command, help_text
+        from caco.train import check_command
         from caco.errors import UserError
         for overrides in {cases!r}:
             try:
@@ -342,7 +342,6 @@ def test_refusals_come_without_torch():
                 continue
             sys.exit(f"accepted {{overrides}}")
         check_command([], multirun=False)
-        help_text([])
         heavy = sorted({{"torch", "torchvision", "timm", "mlflow", "sklearn", "submitit"}} & set(sys.modules))
         sys.exit(f"imported {{heavy}}" if heavy else 0)
     """

@@ -156,10 +156,8 @@ def test_a_method_whose_batch_must_stay_whole_is_not_cut(tmp_path):
 
 @pytest.fixture
 def printed(repo_root, tmp_path, monkeypatch):
-    """The README's files under mine/, written here; and its commands that use them."""
-    section = (
-        (repo_root / "README.md").read_text(encoding="utf-8").partition("## Your own method")[2].partition("\n## ")[0]
-    )
+    """The files under mine/ of docs/own.md, written here; and its commands that use them."""
+    section = (repo_root / "docs/own.md").read_text(encoding="utf-8")
     for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL):
         file = tmp_path / re.search(r"^# (mine/.*)$", block, re.MULTILINE)[1]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -177,13 +175,13 @@ def typed(monkeypatch, *words):
     return [row for row in record(Path("run")) if row["kind"] == "train"]
 
 
-def test_the_readme_s_method_trains_as_printed(printed, monkeypatch):
+def test_the_page_s_method_trains_as_printed(printed, monkeypatch):
     rows = typed(monkeypatch, *printed[0])
     assert printed[0][-1] == "method=predicting"
     assert len({row["loss"] for row in rows}) == len(rows) >= 4 and rows[0]["twin_momentum"] == 0.99
 
 
-def test_the_readme_s_source_trains_and_chooses_as_printed(printed, monkeypatch):
+def test_the_page_s_source_trains_and_chooses_as_printed(printed, monkeypatch):
     assert printed[1][-1] == "pn=halfway" and len(typed(monkeypatch, *printed[1])) >= 4
     from halfway import Halfway  # found through the folder
 

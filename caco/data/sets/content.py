@@ -44,7 +44,7 @@ def in_threads(
     """work(0), ..., work(count - 1), by some threads at once; `what` is said with how far they are, now and then.
 
     Raises:
-        what `work` does, the first of its errors.
+        Exception: the first one that `work` raised.
     """
     results: list[T] = []
     chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]

@@ -1,0 +1,184 @@
+"""The configuration reference, made from conf/: every group, every option, its header, and each setting with its
+default and its comment.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from caco.config.folders import CONF, groups
+from scripts.site import components, docstrings
+from scripts.site.text import code, comment, prose
+
+FOLDER = "reference/configuration"
+ROOTS = {
+    "config.yaml": "Every training (`caco.train`)",
+    "evaluate.yaml": "Every evaluation (`caco.evaluate`)",
+    "embed.yaml": "A folder as features (`caco.embed`)",
+    "export.yaml": "An export (`caco.export`)",
+    "learned_bank.yaml": "The bank that learns",
+}
+
+
+class Setting(NamedTuple):
+    """A line of a YAML file: the whole name, the value as it stands there, the comment."""
+
+    name: str
+    value: str
+    comment: str
+
+
+def pages() -> dict[str, str]:
+    made = {f"{FOLDER}/index.md": _index()}
+    for group, options in groups().items():
+        made[f"{FOLDER}/{group}.md"] = _group(group, options)
+    return made
+
+
+def nav() -> list[Any]:
+    return [f"{FOLDER}/index.md", *({group: f"{FOLDER}/{group}.md"} for group in groups())]
+
+
+def _index() -> str:
+    lines = [
+        "# Configuration",
+        "A group is chosen by `group=option`, a setting by `key=value`. This reference is made from the files of"
+        " `conf/` when the site is built, so it is as new as they are: what stands here as a default is what a run"
+        " takes."
+        " [What can be chosen](../../options.md) is the overview.",
+        "## Groups",
+        *(
+            f"- [`{group}`]({group}.md): {', '.join(f'[{option}]({group}.md#{option})' for option in options)}"
+            for group, options in groups().items()
+        ),
+    ]
+    for file, title in ROOTS.items():
+        lines += [f"## {title} {{ #{file.removesuffix('.yaml')} }}", _file(CONF / file, "")]
+    return "\n\n".join(lines).replace("\n\n- ", "\n- ").replace("## Groups\n- ", "## Groups\n\n- ")
+
+
+def _group(group: str, options: list[str]) -> str:
+    listed = "eval=[NAME,NAME]" if group == "eval" else f"{group}=NAME"
+    lines = [
+        f"# {group}",
+        f"Chosen by `{listed}`, one of: {', '.join(f'[{option}](#{option})' for option in options)}.",
+    ]
+    for option in options:
+        name = f"eval=[{option}]" if group == "eval" else f"{group}={option}"
+        lines += [f"## {name} {{ #{option} }}", _file(CONF / group / f"{option}.yaml", group)]
+    return "\n\n".join(lines)
+
+
+def _file(path: Path, group: str) -> str:
+    """Header, what it begins with, what it makes, and its settings."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    header = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        header.append(line)
+    package = next((line.partition("@package ")[2].strip() for line in header if "@package " in line), group)
+    prefix = "" if package in ("_global_", "") else f"{package}."
+    parts = [comment(line for line in header if "@package " not in line)]
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if isinstance(root, yaml.MappingNode):
+        content = yaml.safe_load(text)
+        parts += [_begins_with(content["defaults"])] if path.parent != CONF and "defaults" in content else []
+        settings = list(_settings(root, lines, prefix, text))
+        made_by = {"bank": "caco.banks.learnable.LearnableBank"} if "/learned_bank@bank" in text else {}
+        made_by |= {
+            setting.name.rpartition(".")[0]: setting.value
+            for setting in settings
+            if setting.name.rpartition(".")[2] == "_target_"
+        }
+        for setting in settings:
+            if setting.name.rpartition(".")[2] == "_target_":
+                where = setting.name.removesuffix("._target_").removesuffix("_target_")
+                parts.append(f"{f'`{where}` is' if where else 'This is'} made by {components.link(setting.value)}.")
+        rows = [setting for setting in settings if setting.name.rpartition(".")[2] != "_target_"]
+        if rows:
+            table = ["| setting | default | what it is |", "|---|---|---|"]
+            for name, value, about in rows:
+                where, _, key = name.rpartition(".")
+                about = about or docstrings.arguments(made_by.get(where, "")).get(key, "") or _of_root().get(name, "")
+                table.append(f"| {code(name)} | {code(value)} | {prose(about)} |")
+            parts.append("\n".join(table))
+    return "\n\n".join(part for part in parts if part)
+
+
+@functools.cache
+def _of_root() -> dict[str, str]:
+    """The comments of conf/config.yaml, by name: other files give its settings other values."""
+    text = (CONF / "config.yaml").read_text(encoding="utf-8")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    return {setting.name: setting.comment for setting in _settings(root, text.splitlines(), "", text)}
+
+
+def _begins_with(defaults: list[Any]) -> str:
+    """The list of defaults of an option: what it takes from other groups."""
+    words = []
+    for entry in defaults:
+        if isinstance(entry, dict):
+            for key, value in entry.items():
+                group = key.removeprefix("override ").removeprefix("/")
+                chosen = f"[{','.join(value)}]" if isinstance(value, list) else value
+                words.append(f"`{group}={'null' if chosen is None else chosen}`")
+        elif entry == "/learned_bank@bank":
+            words.append("[the bank that learns](index.md#learned_bank)")
+        elif entry != "_self_":
+            words.append(f"`{entry}`")
+    return f"It begins with {', '.join(words)}." if words else ""
+
+
+def _settings(node: yaml.MappingNode, lines: list[str], prefix: str, text: str) -> Iterator[Setting]:
+    own = {key.value for key, _ in node.value}
+    merged = [
+        pair for key, value in node.value if key.value == "<<" for pair in value.value if pair[0].value not in own
+    ]
+    for key, value in [*merged, *(pair for pair in node.value if pair[0].value != "<<")]:
+        name = f"{prefix}{key.value}"
+        if name in ("defaults", "hydra"):
+            continue
+        is_block = isinstance(value, yaml.MappingNode) and not value.flow_style and value.value
+        about = _comment_of(key, lines)
+        if is_block:
+            if about:
+                yield Setting(name, "...", about)
+            yield from _settings(value, lines, f"{name}.", text)
+        else:
+            shown = text[value.start_mark.index : value.end_mark.index]
+            yield Setting(name, re.sub(r"\s+", " ", re.sub(r"(?m)\s#.*$", "", shown)).strip() or "null", about)
+
+
+def _comment_of(key: yaml.ScalarNode, lines: list[str]) -> str:
+    """Beside the setting, above it in its own column, and below it in a column further right."""
+    at, column = key.start_mark.line, key.start_mark.column
+    found = re.search(r"(?:^|\s)#\s?(.*)$", _without_strings(lines[at]))
+    words = [lines[at][found.start(1) :]] if found else []
+    for line in lines[at + 1 :]:
+        if not line.lstrip().startswith("#") or len(line) - len(line.lstrip()) <= column:
+            break
+        words.append(line.strip().lstrip("# "))
+    above = []
+    for line in reversed(lines[:at]):
+        if not line.startswith(" " * column + "#") or (column == 0 and _is_header(lines, line)):
+            break
+        above.append(line.strip().lstrip("# "))
+    return " ".join([*reversed(above), *words])
+
+
+def _is_header(lines: list[str], line: str) -> bool:
+    first = next((number for number, one in enumerate(lines) if not one.startswith("#")), len(lines))
+    return line in lines[:first]
+
+
+def _without_strings(line: str) -> str:
+    """With what stands in quotes blanked, so that a # there begins no comment."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"", lambda match: " " * len(match[0]), line.partition(" #")[0]) + (
+        " #" + line.partition(" #")[2] if " #" in line else ""
+    )
