@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -16,6 +17,8 @@ namespace {
 constexpr int PANEL = 16;            // rows, or columns, that lie side by side in a packed panel
 constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every MR
 constexpr int TOP = 4;               // candidates kept for each key
+constexpr int KEPT = 16;             // of a search in whole numbers
+constexpr float LENGTH = 32700.0f;   // of a vector in 16 bits: none of its numbers rounds to more than 32767
 constexpr int64_t MOST_ROW_SHARES = 64;
 constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -52,13 +55,14 @@ struct Update {
     bool normalise;
 };
 
-// Put those of a row of scores that are good enough into the TOP best; equal scores stay in the order of their rows.
-void insert(const float* row, int64_t valid, int64_t first, float* values, int64_t* index) {
+// Put those of a row of scores that are good enough into the T best; equal scores stay in the order of their rows.
+template <int T>
+inline void insert(const float* row, int64_t valid, int64_t first, float* values, int64_t* index) {
     for (int64_t j = 0; j < valid; j++) {
-        int at = TOP;
+        int at = T;
         while (at > 0 && row[j] > values[at - 1]) at--;
-        for (int to = TOP - 1; to > at; to--) values[to] = values[to - 1], index[to] = index[to - 1];
-        if (at < TOP) values[at] = row[j], index[at] = first + j;
+        for (int to = T - 1; to > at; to--) values[to] = values[to - 1], index[to] = index[to - 1];
+        if (at < T) values[at] = row[j], index[at] = first + j;
     }
 }
 
@@ -115,6 +119,44 @@ void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int
 }
 
 // The rounding of a float32 sum of D products of unit vectors, at its very worst.
-float sum_error(int64_t D) { return (D + 8) * 1.1920929e-7f; }
+inline float sum_error(int64_t D) { return (D + 8) * 1.1920929e-7f; }
+
+// A vector in whole numbers: its length before, what one of them stands for, and the length of what rounding took.
+struct Rounded {
+    float norm, step, lost;
+};
+
+// Words of 32 bits that hold D numbers.
+template <typename Number>
+int64_t words_of(int64_t D) {
+    return round_up(D, 4 / (int64_t)sizeof(Number)) * (int64_t)sizeof(Number) / 4;
+}
+
+// Keys in whole numbers, zeros beyond the last: see integers.h.
+struct WholeKeys {
+    std::vector<int32_t> words, before;
+    std::vector<Rounded> of;
+
+    // How far behind the best a row's score, in steps of key i, may be while it can be the nearest: twice the bound, where the most that
+    // rounding took from a row of unit length is `lost`.
+    float reach(int64_t i, float lost, int64_t D) const {
+        const Rounded& key = of[i];
+        return 2.002f * (key.lost + (key.norm + key.lost) * (lost + sum_error(D))) / key.step;
+    }
+};
+
+// How queries and rows are shared out: every thread has its queries; where those are few, the rows are cut too.
+struct Shares {
+    Shares(int64_t G, int64_t R, int64_t D, int& threads) {
+        if ((double)G * R * D < 4.0e6) threads = 1;  // less work than starting a thread
+        queries = std::max<int64_t>(48, round_up((G + threads - 1) / threads, 12));
+        query_shares = (G + queries - 1) / queries;
+        const int64_t blocks = (R + block_rows(D) - 1) / block_rows(D);
+        const int64_t wanted = std::min<int64_t>({blocks, MOST_ROW_SHARES, (threads + query_shares - 1) / query_shares});
+        rows = (blocks + wanted - 1) / wanted * block_rows(D);
+        row_shares = (R + rows - 1) / rows;
+    }
+    int64_t queries, query_shares, rows, row_shares;
+};
 
 }  // namespace

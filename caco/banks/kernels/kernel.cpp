@@ -21,11 +21,10 @@
 #include "amx_nearest.h"
 #include "amx_update.h"
 #include "bank.h"
+#include "nearest.h"
 #include "sets.h"
 
 namespace {
-
-enum Set { PLAIN, AVX2, AVX512, AMX, WIDE };  // as caco/instructions.py numbers them
 
 int best_set() {
 #if defined(__x86_64__)
@@ -47,32 +46,6 @@ int chosen(int asked) {
     if (asked == WIDE) return best >= AVX2 ? WIDE : PLAIN;
     return asked < 0 ? best : std::min(asked, best);
 }
-
-#if defined(__x86_64__)
-#define DISPATCH(set, call)                     \
-    switch (set) {                              \
-        case AVX512: avx512::call; break;       \
-        case WIDE: wide::call; break;           \
-        case AVX2: avx2::call; break;           \
-        default: plain::call;                   \
-    }
-#else
-#define DISPATCH(set, call) plain::call
-#endif
-
-// How queries and rows are shared out: every thread has its queries; where those are few, the rows are cut too.
-struct Shares {
-    Shares(int64_t G, int64_t R, int64_t D, int& threads) {
-        if ((double)G * R * D < 4.0e6) threads = 1;  // less work than starting a thread
-        queries = std::max<int64_t>(48, round_up((G + threads - 1) / threads, 12));
-        query_shares = (G + queries - 1) / queries;
-        const int64_t blocks = (R + block_rows(D) - 1) / block_rows(D);
-        const int64_t wanted = std::min<int64_t>({blocks, MOST_ROW_SHARES, (threads + query_shares - 1) / query_shares});
-        rows = (blocks + wanted - 1) / wanted * block_rows(D);
-        row_shares = (R + rows - 1) / rows;
-    }
-    int64_t queries, query_shares, rows, row_shares;
-};
 
 }  // namespace
 
@@ -144,27 +117,10 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
 int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index, float* error,
                  int threads, int set) try {
     set = chosen(set);
-    Forward f{k, w, D, false, 0, 0, 0, 0};
 #if defined(HAS_AMX)
-    if (set == AMX) return !amx::nearest(f, G, R, values, index, error, threads);
+    if (set == AMX) return !amx::nearest(Forward{k, w, D, false, 0, 0, 0, 0}, G, R, values, index, error, threads);
 #endif
-    const Shares shares(G, R, D, threads);
-    const int64_t share = shares.queries, padded = shares.query_shares * share;
-    std::vector<float> best(padded * shares.row_shares * TOP, -3.0e38f);
-    std::vector<int64_t> rows(padded * shares.row_shares * TOP, -1);
-    Buffer padded_k(padded * D);
-    memcpy(padded_k.at, k, G * D * sizeof(float));
-    f.q = padded_k.at;
-    const bool done = in_parallel(threads, shares.query_shares * shares.row_shares, [&](int64_t part) {
-        const int64_t qs = part % shares.query_shares, rs = part / shares.query_shares;
-        const int64_t at = (rs * padded + qs * share) * TOP;
-        const int64_t last = round_up(std::min(G, (qs + 1) * share), 12), last_row = std::min(R, (rs + 1) * shares.rows);
-        DISPATCH(set, nearest_part(f, qs * share, last, rs * shares.rows, last_row, &best[at], &rows[at]));
-    });
-    if (!done) return 1;
-    merge(best, rows, padded, shares.row_shares, G, TOP, values, index);
-    std::fill_n(error, G, sum_error(D));
-    return 0;
+    return !nearest(k, G, w, R, D, values, index, error, threads, set);
 } catch (const std::bad_alloc&) {
     return 1;
 }

@@ -201,11 +201,16 @@ TARGET static void nearest_part(const Forward& f, int64_t first_query, int64_t l
                     alignas(64) float row[PANEL];
 #pragma GCC unroll 4
                     for (int v = 0; v < NV; v++) store(row + v * V, s[r][v]);
-                    insert(row, valid, start + panel * PANEL, values, index + (i + r) * TOP);
+                    insert<TOP>(row, valid, start + panel * PANEL, values, index + (i + r) * TOP);
                 }
             }
         }
     }
+}
+
+// Of a key and a row of any norm.
+TARGET static inline void cosine_of(const float* k, const float* w, int64_t D, float* cosine) {
+    *cosine = dot(k, w, D) * (1.0f / sqrtf(dot(w, w, D)));
 }
 
 // One row's velocity and the row. t: the sum of the queries, each by its weight and its probability.
