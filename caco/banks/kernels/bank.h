@@ -17,7 +17,7 @@ namespace {
 constexpr int PANEL = 16;            // rows, or columns, that lie side by side in a packed panel
 constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every MR
 constexpr int TOP = 4;               // candidates kept for each key
-constexpr int KEPT = 16;             // of a search in whole numbers
+constexpr int KEPT = 32;             // of a search in whole numbers
 constexpr float LENGTH = 32700.0f;   // of a vector in 16 bits: none of its numbers rounds to more than 32767
 constexpr int64_t MOST_ROW_SHARES = 64;
 constexpr float LOG2_E = 1.44269504088896341f;

@@ -1,7 +1,8 @@
 // The search for the nearest row in whole numbers, for one instruction set, in a namespace that has its name. What rounding takes from
 // rows and keys is measured, so it is known which rows can be the nearest: few. sets.h includes this once for each: V numbers of 32
 // bits fill a vector, a tile of scores is MR keys by 16 rows, TARGET is the attribute of every function, NUMBER what is rounded to, and
-// ADD_PRODUCTS(sum, rows, key) adds to each lane the products of the numbers that lie in it.
+// ADD_PRODUCTS(sum, rows, key) adds to each lane the products of the numbers that lie in it,
+// ABOVE(x, bar) is not 0 where any lane of x is above.
 //
 // The bound. For a key k, a unit row m, and what they are rounded to, k' and m' (the whole numbers times their steps):
 //   |k.m - k'.m'| <= |k - k'| + |k'| |m - m'|.
@@ -23,6 +24,7 @@
 #define MR 3
 #define NUMBER int16_t
 #define ADD_PRODUCTS(sum, rows, key) sum + rows * key
+#define ABOVE(x, bar) any(x > bar)
 #endif
 
 namespace {
@@ -144,18 +146,22 @@ TARGET static void nearest_part(const WholeKeys& keys, const float* w, int64_t D
             for (int64_t i = 0; i < padded; i += MR) {
                 words s[MR][NV];
                 scores(&keys.words[i * depth], &keys.before[i], depth, &panels[panel * depth], s);
+                reals x[MR][NV];
+                int above[MR], any = 0;
 #pragma GCC unroll 16
                 for (int r = 0; r < MR; r++) {
-                    reals x[NV];
-                    words above = words{};
+                    above[r] = 0;
 #pragma GCC unroll 4
                     for (int v = 0; v < NV; v++) {
-                        x[v] = __builtin_convertvector(s[r][v], reals) * scale[v] + beyond[v];
-                        above |= x[v] > bar[i + r];
+                        x[r][v] = __builtin_convertvector(s[r][v], reals) * scale[v] + beyond[v];
+                        above[r] |= ABOVE(x[r][v], (reals{} + bar[i + r]));
                     }
-                    if (!any(above)) continue;
+                    any |= above[r];
+                }
+                for (int r = 0; any && r < MR; r++) {
+                    if (!above[r]) continue;
                     alignas(64) float scored[PANEL];
-                    memcpy(scored, x, sizeof scored);
+                    memcpy(scored, x[r], sizeof scored);
                     insert<KEPT>(scored, PANEL, start + panel, best + (i + r) * KEPT, index + (i + r) * KEPT);
                     bar[i + r] = raised(i + r);
                 }
@@ -174,3 +180,4 @@ TARGET static void nearest_part(const WholeKeys& keys, const float* w, int64_t D
 #undef MR
 #undef NUMBER
 #undef ADD_PRODUCTS
+#undef ABOVE

@@ -28,6 +28,7 @@
 #define MR 6
 #define NUMBER int16_t
 #define ADD_PRODUCTS(sum, rows, key) sum + (words)_mm256_madd_epi16((__m256i)rows, (__m256i)key)
+#define ABOVE(x, bar) _mm256_movemask_ps((__m256)(x > bar))
 #include "integers.h"
 
 #define SET wide
@@ -48,6 +49,7 @@
 #define MR 12
 #define NUMBER int16_t
 #define ADD_PRODUCTS(sum, rows, key) (words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)rows, (__m512i)key)
+#define ABOVE(x, bar) _mm512_cmp_ps_mask((__m512)x, (__m512)bar, _CMP_GT_OQ)
 #include "integers.h"
 
 #define SET vnni_bytes
@@ -56,6 +58,7 @@
 #define MR 12
 #define NUMBER int8_t
 #define ADD_PRODUCTS(sum, rows, key) (words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)rows, (__m512i)key)
+#define ABOVE(x, bar) _mm512_cmp_ps_mask((__m512)x, (__m512)bar, _CMP_GT_OQ)
 #include "integers.h"
 #endif
 
