@@ -2,7 +2,8 @@
 
 One direction of one step: the key chooses its row, loss and query gradient, gradient of the rows, velocity, rows. The
 published way is benchmarks/published.py. Ours is caco/banks: fused in the precision of a bf16 run and of an fp32 run,
-and streamed by PyTorch alone (what serves where no kernel was built). They take turns in one process, so that a
+and streamed by PyTorch alone (what serves where no kernel was built). Beside them what PyTorch has for parts of such a
+step, benchmarks/contenders.py. They take turns in one process, so that a
 drifting machine hits all. What has no unit here is left out: without AMX tiles a bf16 run's bank is an fp32 run's.
 
     python benchmarks/bank.py --json bank.json    all parts; minutes
@@ -33,7 +34,7 @@ import caco  # noqa: F401, I001 - before torch, which it tells which instruction
 import torch
 from torch.nn import functional as F
 
-from benchmarks import step
+from benchmarks import contenders, step
 from benchmarks.common import (
     CLOCKS,
     Report,
@@ -55,6 +56,7 @@ from caco import instructions
 from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
 
+PYPI = "memory-efficient InfoNCE from PyPI"
 PARTS = ("speed", "memory", "step", "curve")
 CURVE = [(256, K, 128) for K in (8192, 32768, 131072)] + [(N, 65536, 128) for N in (128, 512)]
 FULL_CURVE = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [
@@ -131,21 +133,32 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
     published.step(q, k)
     difference = (bank.rows.weight - published.w_KD).abs().max().item()
     assert difference < (1e-3 if how.device.type == "cuda" else 1e-5), f"the two disagree by {difference}"
+    others = contenders_that_serve(report, published, q, k, how)
     works = {"published": partial(how.seconds, partial(published.step, q, k))}
+    works |= {name: partial(how.seconds, partial(other.step, q, k)) for name, other in others.items()}
     works |= {way: partial(how.seconds, partial(ours, way, bank, q, k)) for way in ways}
     works |= {f"{name}_peak_gflops": partial(matrix_peak, dtype, how) for name, dtype in peaks.items()}
     times = turns(works, how.runs, warm=0)
     figures: dict = {"published_seconds": spread(times["published"])["median"]}
     figures |= {f"{name}_peak_gflops": max(times[f"{name}_peak_gflops"]) for name in peaks}
-    for way in ways:
+    for way in [*ways, *others]:
         taken = spread(times[way])["median"]
         ratio = ratios(times["published"], times[way])
         gflops = 5 * 2 * N * K * D / taken / 1e9
         figures[way] = {"seconds": taken, **named(ratio, "ratio"), "gflops": gflops}
         report.row(
             f"step of {way}, N {N}, K {K:,}, D {D}", f"{formatted(ratio, digits=1)} times as fast as the published",
-            f"{taken:.3f} s to {figures['published_seconds']:.2f} s; {gflops:.0f} GFLOP/s",
+            f"{taken:.3f} s to {figures['published_seconds']:.2f} s; {gflops:.0f} GFLOP/s, "
+            f"{100 * gflops / figures['fp32_peak_gflops']:.0f} % of the fp32 product's",
         )  # fmt: skip
+    if "linear_cross_entropy" in others:
+        over = ratios(times["linear_cross_entropy"], times["streamed"])
+        figures["streamed"] |= named(over, "vs_linear_cross_entropy")
+        report.row(
+            f"streamed to linear_cross_entropy, D {D}",
+            f"{formatted(over, digits=1)} times as fast",
+            f"its best chunk: {others['linear_cross_entropy'].chunk}",
+        )
     report.row(
         "the best matrix product",
         ", ".join(f"{name} {figures[f'{name}_peak_gflops']:.0f} GFLOP/s" for name in peaks),
@@ -158,6 +171,28 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
             f"the {best} bank's share of the {best} product's rate", f"{100 * figures['share_of_peak']:.0f} %", ""
         )
     return figures | {"best": ways[0], "turns": times}
+
+
+def contenders_that_serve(
+    report: Report, published: Published, q: torch.Tensor, k: torch.Tensor, how: How
+) -> dict[str, Published]:
+    """Held to the published step; linear_cross_entropy, whose rows move otherwise, to its loss."""
+    report.leave_out(PYPI, contenders.lacks(PYPI, how.device))
+    others: dict[str, Published] = {}
+    for name, made in contenders.CONTENDERS.items():
+        if report.leave_out(name, contenders.lacks(name, how.device)):
+            continue
+        other, again = made(published.w_KD), Published(published.w_KD)
+        if isinstance(other, contenders.LinearCrossEntropy):
+            difference = (other.loss(q, k)[0] - again.loss(q, k)[0]).abs().item()
+            other.choose(how.seconds, q, k)
+        else:
+            other.step(q, k)
+            again.step(q, k)
+            difference = (other.w_KD - again.w_KD).abs().max().item()
+        assert difference < 1e-4, f"{name} and the published step disagree by {difference}"
+        others[name] = other
+    return others
 
 
 def extra_memory(way: str, N: int, K: int, D: int, device: torch.device) -> float:

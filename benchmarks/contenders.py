@@ -1,0 +1,91 @@
+"""What PyTorch itself has for such a step, set beside the bank by bank.py: published.py's, with its two heaviest parts
+served by fused functions of PyTorch.
+
+Loss and gradients are the bank's own or, where a function cannot give them, what it gives at the same cost: its
+docstring says so.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.published import TAU, Published
+
+CHUNKS = (None, "auto", 128, 512)  # queries at a time, of linear_cross_entropy
+
+
+class LinearCrossEntropy(Published):
+    """torch.nn.functional.linear_cross_entropy. The rows take the gradient of the loss: where they are positives it is
+    not CaCo's, which needs each query's probability, and the function with chunks gives only the mean of the losses.
+    """
+
+    chunk: int | str | None = None
+
+    def loss(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        norm_K1 = self.w_KD.norm(dim=1, keepdim=True)
+        m_KD = (self.w_KD / norm_K1).requires_grad_()
+        with torch.no_grad():
+            label_N = (k_ND @ m_KD.T).argmax(1)
+        loss = F.linear_cross_entropy(q_ND / TAU, m_KD, label_N, options=self.options())
+        loss.backward()
+        gradient_KD, m_KD = m_KD.grad, m_KD.detach()
+        along_K1 = torch.linalg.vecdot(gradient_KD, m_KD)[:, None]
+        return loss, gradient_KD.sub_(along_K1 * m_KD).div_(norm_K1)
+
+    def options(self) -> "torch.nn.LinearCrossEntropyOptions | None":
+        if self.chunk is None:
+            return None
+        return torch.nn.LinearCrossEntropyOptions(batch_chunk_size=None if self.chunk == "auto" else int(self.chunk))
+
+    def step(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
+        self.update(self.loss(q_ND, k_ND)[1])
+
+    def choose(self, seconds: Callable[[Callable], float], q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
+        """The chunk with which a step takes least."""
+        taken = {}
+        for self.chunk in CHUNKS:
+            taken[self.chunk] = seconds(lambda: self.step(q_ND, k_ND))
+        self.chunk = min(taken, key=lambda chunk: taken[chunk])
+
+
+class Attention(Published):
+    """What torch.nn.functional.scaled_dot_product_attention calls on a CPU: the queries attend to the rows, which are
+    their values too. Its output is a part of the query's gradient, its logarithm of sums of the loss, and the gradient
+    of its values is that of the rows. The step is the bank's.
+    """
+
+    def step(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
+        N, parts = len(q_ND), torch.get_num_threads()  # its backward pass has no more threads than heads
+        parts = parts if N % parts == 0 else 1
+        with torch.no_grad():
+            norm_K1 = self.w_KD.norm(dim=1, keepdim=True)
+            m_KD = self.w_KD / norm_K1
+            label_N = (k_ND @ m_KD.T).argmax(1)
+            q = q_ND.view(1, parts, N // parts, -1)
+            m = m_KD.expand(1, parts, -1, -1)
+            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out, log_sum = attend(q, m, m, scale=1 / TAU)
+            own_N = torch.linalg.vecdot(q_ND, m_KD[label_N]) / TAU
+            loss_N = log_sum.flatten() - own_N
+            q_ND.grad = (out.view(N, -1) - m_KD[label_N]) / (N * TAU)
+            toward_KD = attend_backward(q / N, q, m, m, out, log_sum, 0.0, False, scale=1 / TAU)[2].sum((0, 1))
+            toward_KD.index_add_(0, label_N, (1 - 2 * (-loss_N).exp())[:, None] * q_ND / N)
+            along_K1 = torch.linalg.vecdot(toward_KD, m_KD)[:, None]
+            self.update(-(toward_KD - along_K1 * m_KD) / (norm_K1 * TAU))
+
+
+attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+CONTENDERS: dict[str, type[Published]] = {"linear_cross_entropy": LinearCrossEntropy, "attention": Attention}
+
+
+def lacks(name: str, device: torch.device) -> str | None:
+    """Why a contender is left out, or None."""
+    if device.type != "cpu":
+        return "set beside the bank on CPUs only"
+    if name == "linear_cross_entropy" and not hasattr(F, name):
+        return f"PyTorch {torch.__version__} has none"
+    if name == "memory-efficient InfoNCE from PyPI":
+        return "memeff and cut-cross-entropy are Triton kernels, for GPUs; info-nce-pytorch and infonce hold the matrix"
+    return None
