@@ -34,7 +34,7 @@ import caco  # noqa: F401, I001 - before torch, which it tells which instruction
 import torch
 from torch.nn import functional as F
 
-from benchmarks import contenders, step
+from benchmarks import step
 from benchmarks.common import (
     CLOCKS,
     Report,
@@ -51,6 +51,7 @@ from benchmarks.common import (
     spread,
     turns,
 )  # fmt: skip
+from benchmarks.contenders import CONTENDERS, LinearCrossEntropy, lacks
 from benchmarks.published import LR, MOMENTUM, TAU, Published
 from caco import instructions
 from caco.banks.kernels import fused
@@ -177,13 +178,13 @@ def contenders_that_serve(
     report: Report, published: Published, q: torch.Tensor, k: torch.Tensor, how: How
 ) -> dict[str, Published]:
     """Held to the published step; linear_cross_entropy, whose rows move otherwise, to its loss."""
-    report.leave_out(PYPI, contenders.lacks(PYPI, how.device))
+    report.leave_out(PYPI, lacks(PYPI, how.device))
     others: dict[str, Published] = {}
-    for name, made in contenders.CONTENDERS.items():
-        if report.leave_out(name, contenders.lacks(name, how.device)):
+    for name, made in CONTENDERS.items():
+        if report.leave_out(name, lacks(name, how.device)):
             continue
         other, again = made(published.w_KD), Published(published.w_KD)
-        if isinstance(other, contenders.LinearCrossEntropy):
+        if isinstance(other, LinearCrossEntropy):
             difference = (other.loss(q, k)[0] - again.loss(q, k)[0]).abs().item()
             other.choose(how.seconds, q, k)
         else:

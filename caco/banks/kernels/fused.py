@@ -4,7 +4,9 @@ It uses the best instruction set of the processor, or the one that CACO_INSTRUCT
 AMX tiles, for loss and motion, a vector is the sum of two bfloat16 where `bf16` is False (cosines to 2^-14, mostly to
 1e-5), and one bfloat16 where `bf16` is True (cosines to 2^-7, mostly to 1e-3; exponentials to 0.7 %, without bias);
 sums are float32. Positives are looked for with one, whatever `bf16` says, and with two where one leaves too many rows
-in question. Every other set is float32 throughout.
+in question. Every other set is float32 throughout, but for the search: AVX2 looks for positives in 16 bits, AVX-512 in
+8 and then 16 bits where the processor adds up their products in one instruction (AVX512_VNNI), with a proven bound
+(integers.h), and float32 for the rows in question.
 
 On CUDA the same passes are Triton's (triton_kernels.py), where they work and CACO_INSTRUCTIONS is not torch.
 
@@ -122,7 +124,7 @@ def forward(
 @or_on_cuda
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines
-    are within a bound of the exact ones, [G]; rows further than twice that behind the best may be left out (-1)."""
+    are within a bound of the exact ones, [G]; rows that cannot be the nearest may be left out (-1)."""
     kernel = library()
     assert kernel is not None, "see `supports`"
     shape = len(k_GD), kernel.caco_top(instructions.number())

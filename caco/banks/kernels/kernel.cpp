@@ -5,7 +5,8 @@
 // fixed shift takes the place of a running maximum. Called through ctypes by caco/banks/kernels/fused.py; float32.
 //
 // One binary serves every machine: the loops (loops.h) are compiled for plain vectors, for AVX2 with FMA and for AVX-512 (sets.h), the
-// passes on AMX tiles (amx_*.h) beside them, and the best that the processor has is taken when it is called.
+// passes on AMX tiles (amx_*.h) and the searches in whole numbers (integers.h, nearest.h) beside them, and the best that the processor
+// has is taken when it is called.
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // some compilers' own intrinsics
@@ -113,7 +114,7 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
 }
 
 // The T rows of the largest cosines for each of G keys, best first, equal ones by index: values and index [G, T], and a bound
-// on the error of each key's values [G]. Rows further than twice that behind the best may be left out (-3e38 and -1).
+// on the error of each key's values [G]. Rows that cannot be the nearest may be left out (-3e38 and -1).
 int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index, float* error,
                  int threads, int set) try {
     set = chosen(set);
