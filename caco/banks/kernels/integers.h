@@ -148,7 +148,7 @@ TARGET static void nearest_part(const WholeKeys& keys, const float* w, int64_t D
                 words s[MR][NV];
                 scores(&keys.words[i * depth], &keys.before[i], depth, &panels[panel * depth], s);
                 reals x[MR][NV];
-                int above[MR], any = 0;
+                int above[MR], found = 0;
 #pragma GCC unroll 16
                 for (int r = 0; r < MR; r++) {
                     above[r] = 0;
@@ -157,9 +157,9 @@ TARGET static void nearest_part(const WholeKeys& keys, const float* w, int64_t D
                         x[r][v] = __builtin_convertvector(s[r][v], reals) * scale[v] + beyond[v];
                         above[r] |= ABOVE(x[r][v], (reals{} + bar[i + r]));
                     }
-                    any |= above[r];
+                    found |= above[r];
                 }
-                for (int r = 0; any && r < MR; r++) {
+                for (int r = 0; found && r < MR; r++) {
                     if (!above[r]) continue;
                     alignas(64) float scored[PANEL];
                     memcpy(scored, x[r], sizeof scored);
