@@ -68,7 +68,7 @@ def test_the_demo_gets_what_it_needs_and_everything_else_comes_later_and_nothing
     assert made("demo") == ([], "")
     assert made("dashboard")[0] == [MLFLOW]
     installed, told = made("setup")
-    assert len(installed) == 2 and installed[0].startswith("30 @docs ") and installed[1].endswith(REST)
+    assert len(installed) == 2 and installed[0].startswith("@docs ") and installed[1].endswith(REST)
     assert made("setup") == ([], "") == made("demo")
 
 

@@ -23,7 +23,8 @@ class Page(HTMLParser):
 
     def __init__(self, file: Path):
         super().__init__()
-        self.links, self.places = [], set()
+        self.links: list[str] = []
+        self.places: set[str] = set()
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):

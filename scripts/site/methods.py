@@ -27,7 +27,7 @@ def pages() -> dict[str, str]:
 @functools.cache
 def measured() -> list[tuple[Table, Scale, Sequence[Found]]]:
     """The tables and scales of which some run is recorded."""
-    found = []
+    found: list[tuple[Table, Scale, Sequence[Found]]] = []
     for name in scales():
         if not (RECORDS / f"{name}.json").is_file():
             continue
