@@ -1,5 +1,5 @@
-"""The commands that the files of conf/ print: each can be typed, and those that claim to be a published recipe compose
-it.
+"""The commands of conf/ that claim to be a published recipe compose it. That each can be typed is
+tests/test_printed_commands.py's.
 """
 
 import re
@@ -7,7 +7,6 @@ import shlex
 
 import pytest
 
-from caco.config import validation
 from caco.config.composition import CONF, compose, instantiate
 from caco.methods.terms import Term, terms_of
 
@@ -17,28 +16,6 @@ COMMAND = re.compile(r"python -m caco\.train((?: [^\s(]\S*)*)")
 def printed(file):
     """The overrides of each command in a file of conf/, which ends with its line or at two spaces."""
     return [shlex.split(words) for words in COMMAND.findall((CONF / file).read_text())]
-
-
-FILES = [path.relative_to(CONF) for path in sorted(CONF.rglob("*.yaml"))]
-EVERY = [
-    (str(file), words) for file in FILES for words in printed(file) if "-m" not in words
-]  # -m: several runs, not one
-
-
-def test_they_are_found():
-    assert printed("config.yaml") == [
-        [], ["schedule.unit=epoch", "precision=fp32", "eval.knn.choice=first"], ["preset=demo"],
-        ["bank=12M", "batch=4096"],
-    ]  # fmt: skip
-    assert len(EVERY) > 40 and len({file for file, _ in EVERY}) > 35
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("file", "words"), EVERY, ids=[f"{file} {number}" for number, (file, _) in enumerate(EVERY)])
-def test_each_can_be_typed(file, words):
-    words = [word for word in words if word != "data.root=PATH"]
-    cfg = compose(words)
-    validation.check(cfg, overrides=words, choices=dict(cfg.hydra.runtime.choices))
 
 
 def terms(cfg):
