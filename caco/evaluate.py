@@ -22,8 +22,9 @@ from caco.train import say_if_mlflow_is_missing
 HELP = """\
 caco: evaluate a trained backbone.
 
-  python -m caco.evaluate run=RUN eval=[knn,linear]       a run's directory, a checkpoint file or an MLflow run id
+  python -m caco.evaluate run=RUN eval=[knn,probe]        a run's directory, a checkpoint file or an MLflow run id
   python -m caco.evaluate run=RUN eval=[transfer] eval.transfer.root=PATH
+  python -m caco.evaluate run=RUN eval=[linear]           of 4,096 labelled images or more; else eval.linear.batch=256
   python -m caco.evaluate run=RUN eval=[knn,semi] baselines=true
   python -m caco.evaluate weights=FILE format=moco backbone=resnet50 data=imagenet data.root=PATH
 

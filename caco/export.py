@@ -24,11 +24,11 @@ HELP = """\
 caco: export a trained backbone.
 
   python -m caco.export run=RUN to=FOLDER                      model.safetensors and a model card
-  python -m caco.export run=RUN to=FOLDER layouts=[safetensors,timm,torchvision,detectron2]
+  python -m caco.export run=RUN to=FOLDER layouts=[safetensors,timm,torchvision,detectron2]    of a plain ResNet all
   python -m caco.export weights=FILE format=moco backbone=resnet50 to=FOLDER layouts=[detectron2]
 
   safetensors   model.safetensors: the backbone's tensors by timm's names; caco itself reads it with format=timm
-  timm          besides, config.json: timm.create_model("local-dir:FOLDER")
+  timm          besides, config.json: timm.create_model("local-dir:FOLDER", pretrained=True)
   torchvision   torchvision.pth: load_state_dict(..., strict=False) of torchvision's resnet18, resnet34, resnet50
   detectron2    detectron2.pkl: MODEL.WEIGHTS of detectron2's R-50 and the like, for detection on VOC and COCO
 
@@ -190,7 +190,8 @@ def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) 
         "safetensors": 'safetensors.torch.load_file("model.safetensors")          # timm\'s names, no classifier',
         "timm": 'timm.create_model("local-dir:FOLDER", pretrained=True)      # this folder',
         "torchvision": (
-            'torchvision.models.resnet50().load_state_dict(torch.load("torchvision.pth"), strict=False)  # all but fc'
+            f'torchvision.models.{node.get("name")}().load_state_dict(torch.load("torchvision.pth"), strict=False)'
+            "  # all but fc"
         ),
         "detectron2": (
             "# detectron2: MODEL.WEIGHTS detectron2.pkl, INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False,\n#"

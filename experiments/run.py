@@ -83,9 +83,14 @@ class Run:
             write_json(path, {"table": table, "row": row, "scale": scale})
 
 
-def runs_of(chosen: Sequence[Experiment], seeds: Sequence[int] | None) -> list[Run]:
-    """The runs of these rows, each once: seed by seed, so that whole tables come first."""
-    recorded = {run["config_hash"] for path in sorted(RECORDS.glob("*.json")) for run in record.read(path)}
+def runs_of(chosen: Sequence[Experiment], seeds: Sequence[int] | None, *, here: bool = False) -> list[Run]:
+    """The runs of these rows, each once: seed by seed, so that whole tables come first.
+
+    Args:
+        here: those that have a record in experiments/records count as not done.
+    """
+    records = [] if here else sorted(RECORDS.glob("*.json"))
+    recorded = {run["config_hash"] for path in records for run in record.read(path)}
     # Of an earlier version's run the hash in the directory's name is another one; the record knows today's.
     scale_dir = Path("runs") / chosen[0].scale.id
     known = record.read(scale_dir / "record.json") if (scale_dir / "record.json").is_file() else []
@@ -277,6 +282,7 @@ def main() -> None:
         "--dry-run", action="store_true", help="list every run's state, command and cost; start nothing"
     )
     parser.add_argument("--retry", action="store_true", help="also what has failed before")
+    parser.add_argument("--here", action="store_true", help="also what the records of experiments/records have")
     sys.exit(_main(parser.parse_args(words)))
 
 
@@ -299,7 +305,7 @@ def _main(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{table.id}: scale {scale.id} measures nothing of it ({', '.join(table.columns)}); scale=paper does"
         )
-    runs = runs_of(chosen, numbers(own["seed"]) if "seed" in own else None)
+    runs = runs_of(chosen, numbers(own["seed"]) if "seed" in own else None, here=arguments.here)
     if arguments.dry_run:
         launcher = build_launcher(chosen[0], launcher_words)
         show(runs, launcher.ranks if launcher else 1)
@@ -307,7 +313,11 @@ def _main(arguments: argparse.Namespace) -> int:
     done = [run for run in runs if run.state in ("done", "recorded")]
     failed = [run for run in runs if run.state == "failed" and not arguments.retry]
     left = [run for run in runs if run not in done and run not in failed]
-    say(f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done)} done already, {len(left)} to do")
+    recorded = sum(run.state == "recorded" for run in done)
+    say(
+        f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done) - recorded} done already, {len(left)} to do"
+        + f", {recorded} in the records of experiments/records, which --here trains here, too" * (recorded > 0)
+    )
     if left:
         if scale.toy_sets is not None and any(
             word.endswith(f".root={scale.toy_sets}") for run in left for word in run.overrides

@@ -1,6 +1,7 @@
 """Exports come back: through caco, timm, torchvision, and by the names that detectron2 expects."""
 
 import pickle
+import re
 
 import pytest
 import safetensors.torch
@@ -119,6 +120,16 @@ def test_the_card_says_where_it_comes_from_what_it_gave_and_how_to_load_it(expor
     ):
         assert said in card, said
     assert "MODEL.PIXEL_MEAN [102.0, 127.5, 153.0]" in card and "| loss" not in card
+
+
+def test_each_line_of_python_in_the_card_loads_the_weights_as_printed(resnet, exported, images, monkeypatch):
+    monkeypatch.chdir(exported)
+    (block,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
+    lines = [line.replace("FOLDER", str(exported)) for line in block.splitlines() if not line.startswith("#")]
+    tensors, model, fits = (eval(line) for line in lines)
+    assert tensors.keys() == resnet.state_dict().keys() and fits.missing_keys == ["fc.weight", "fc.bias"]
+    assert torch.equal(features(model, images), features(resnet, images)), "weights that were trained, not new ones"
+    assert 'timm.create_model("local-dir:FOLDER", pretrained=True)' in export.HELP
 
 
 @pytest.mark.parametrize("own", [{}, {"patch_size": 8, "register_tokens": 2, "pool": "mean", "variant": "dino"}])

@@ -83,13 +83,16 @@ def test_what_another_table_has_trained_is_not_trained_again(here, trainings):
     assert len(trainings.commands) == 1
 
 
-def test_what_somebody_else_has_recorded_is_not_trained_again(here, trainings, tmp_path, monkeypatch):
+def test_what_somebody_else_has_recorded_is_not_trained_again(here, trainings, tmp_path, monkeypatch, capsys):
     both = next(experiments(load_table("7"), load_scale("smoke"), rows=["both"]))
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "smoke.json").touch()
-    monkeypatch.setattr(record, "read", lambda path: [{"config_hash": both.hash(0)}])
+    monkeypatch.setattr(record, "read", lambda path: [{"config_hash": both.hash(0), "name": "theirs"}])
     assert here("table7", "scale=smoke", "rows=both", "seed=0,1") == 0
     assert trainings.rows == [("both", "1")]
+    assert "2 runs, 0 done already, 1 to do, 1 in the records of experiments/records" in capsys.readouterr().err
+    assert here("table7", "scale=smoke", "rows=both", "seed=0,1", "--here") == 0
+    assert trainings.rows == [("both", "1"), ("both", "0")], "on request it is"
 
 
 def test_one_that_fails_does_not_stop_the_others_and_is_tried_again_on_request_alone(here, trainings, capsys):
