@@ -288,7 +288,8 @@ def experiments_run(words, monkeypatch):
 
     monkeypatch.setattr(run, "estimate", lambda experiment, world: "")
     more = [] if any(word.startswith("seed=") for word in words) else ["seed=0"]
-    sys.argv += [*more, *(() if "--dry-run" in words else ("--dry-run",))]
+    sys.argv[2:2] = more
+    sys.argv += [] if "--dry-run" in words else ["--dry-run"]
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 0
