@@ -96,7 +96,7 @@ def _of_python(text: str) -> Iterator[tuple[int, str, bool]]:
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            value = "".join(part.value if isinstance(part, ast.Constant) else HOLE for part in node.values)
+            value = "".join(str(part.value) if isinstance(part, ast.Constant) else HOLE for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
             value = node.value
         else:
@@ -129,8 +129,8 @@ def _words(program: str, rest: str, is_code: bool) -> list[str]:
         return words
     taken: list[str] = []
     for word in rest.split():
-        bare = word.rstrip(".,:;)")
-        if not (_WORD.fullmatch(bare) or HOLE in bare or (program in _FIRST and not taken)):
+        bare = word.rstrip(".,:;)") or word
+        if not (_WORD.fullmatch(bare) or HOLE in bare or bare == "..." or (program in _FIRST and not taken)):
             break
         taken.append(bare)
         if bare != word:
