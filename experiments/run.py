@@ -2,7 +2,7 @@
 
 What is done, here or in a record, is skipped; what was begun goes on; what has failed is tried again with --retry. Runs
 lie in runs/SCALE/, and runs/SCALE/record.json holds what has come out so far: send it to others, and merge theirs by
-`python -m experiments.record --merge`.
+`python -m experiments.record --merge MINE THEIRS --into FILE`.
 """
 
 import argparse

@@ -106,7 +106,7 @@ def _of_python(text: str) -> Iterator[tuple[int, str, bool]]:
         for number, line in enumerate(re.sub(r"`[^`]+`", "", value).splitlines()):
             is_code = bool(re.match(r"\s{2,}(python|torchrun|make) ", line))
             for part in re.split(r"\s{3,}", line.strip()) if is_code else [line]:
-                yield node.lineno + number, part, is_code
+                yield node.lineno + number, part, bool(re.match(r"(python|torchrun|make) ", part.strip()) and is_code)
 
 
 def _in(text: str, is_code: bool) -> Iterator[tuple[str, tuple[str, ...]]]:

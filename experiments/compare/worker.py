@@ -53,7 +53,7 @@ def with_small_bank(overrides: list[str], conf: Path) -> list[str]:
 
 
 def train(overrides: list[str]) -> None:
-    """What `python -m caco.train OVERRIDES hydra.run.dir=run` does.
+    """What `python -m caco.train ... hydra.run.dir=run` does.
 
     Raises:
         RuntimeError: caco refused, in whatever words it wrote.
