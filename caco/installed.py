@@ -19,6 +19,8 @@ def version() -> str:
     project = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if project.is_file():
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    import importlib.metadata  # here and not above: refusals need none of it
+
     try:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:

@@ -21,7 +21,12 @@ DOCUMENTED = {
     "_fields_",
     "_target_",
 }  # public in spite of their names: os, namedtuple, ctypes, Hydra
-ALLOWED = {("caco/train.py", "hydra._internal.utils")}  # held by the test of the command line below
+ALLOWED = {
+    ("caco/train.py", "hydra._internal.utils"),  # held by the test of the command line below
+    # Of attention no public function gives the sums that the bank needs; a contender in a benchmark, held by its test.
+    ("benchmarks/contenders.py", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"),
+    ("benchmarks/contenders.py", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"),
+}
 
 
 def is_private(name: str) -> bool:

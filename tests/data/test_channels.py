@@ -422,11 +422,8 @@ def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_the
     about = timm.data.resolve_model_data_config(again)
     assert (again.conv1.in_channels, list(about["mean"]), list(about["std"])) == (2, [0.3, 0.1], [0.2, 0.5])
 
-    loaded, preprocess = caco.load(
-        weights=tmp_path / "two.pth",
-        backbone="resnet18",
-        **{"data.channels": 2, "data.mean": [0.3, 0.1], "data.std": [0.2, 0.5]},
-    )
+    data = {"data.channels": 2, "data.mean": [0.3, 0.1], "data.std": [0.2, 0.5]}
+    loaded, preprocess = caco.load(weights=tmp_path / "two.pth", backbone="resnet18", **data)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
     pixels = preprocess(np.full((260, 260, 2), 0.5, np.float32))
     assert pixels.shape[0] == 2 and pixels.flatten(1).mean(1).tolist() == pytest.approx([1.0, 0.8], abs=1e-3)

@@ -183,7 +183,7 @@ def shown_by(table, scale="mini"):
     return {row.hash(seed): row.row_id for row in rows for seed in (0, 1, 2)}
 
 
-def recorded(name="mini"):
+def recorded(name="mini_november"):
     """The runs of a committed record, as it stands in the file."""
     content = json.loads((RECORDS / f"{name}.json").read_text())
     return [run | {"config": {**content["config"], **run["config"]}} for run in content["runs"]]
@@ -200,6 +200,8 @@ def test_the_committed_runs_of_table_7_are_those_that_it_asks_for_today():
 @pytest.mark.long
 def test_so_are_those_of_every_table():
     today = {table: shown_by(table) for table in tables()}
-    for run in recorded():
+    labelled = [run for run in recorded("mini") if "experiment" in run]
+    assert len(labelled) >= 30
+    for run in labelled:
         config = renamed.Names(renamed.nested(run["config"])).config
         assert today[run["experiment"]["table"]][run_hash(config)] == run["experiment"]["row"]
