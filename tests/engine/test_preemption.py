@@ -21,6 +21,14 @@ def whole(tmp_path_factory):
     return run_dir
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Under nohup SIGHUP is ignored, which `Stop` leaves so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 # Steps 0 and 1 fill the bank. A signal during a step is seen by the next one's message.
 @pytest.mark.parametrize("step, signum", [(0, signal.SIGTERM), (1, signal.SIGUSR2), (6, signal.SIGHUP)])
 def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(tmp_path, monkeypatch, whole, step, signum):
