@@ -59,7 +59,9 @@ class ImageBank(nn.Module, Bank):
     ):
         super().__init__()
         if size is None:
-            raise UserError("a bank by image needs size, the number of images; in a configuration null stands for it")
+            raise UserError(
+                "a bank by image needs size, the number of images; in a configuration size=null stands for that number"
+            )
         if dim % parts:
             raise UserError(f"bank.parts: expected a divisor of dim, {dim}; got {parts}")
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=False, norms=norms)
@@ -99,7 +101,7 @@ class ImageBank(nn.Module, Bank):
         assert objective is None, "no method treats the negatives of a bank by image"
         if self.parts > 1:
             raise UserError(
-                "a bank whose rows have several parts is contrasted with drawn rows alone; expected"
+                "a bank whose rows have several parts can be contrasted with drawn rows only; expected"
                 " method.num_noise=NUMBER, got null"
             )
         # The fused kernels normalise the rows themselves. Once all rows are unit, that differs from taking the rows as
@@ -165,8 +167,8 @@ class ImageBank(nn.Module, Bank):
         """
         if index_G is None:
             raise UserError(
-                "a bank by image is written by index, which this method does not give; expected method=instdisc, pirl"
-                " or cmc"
+                "a bank by image is updated by the images' indices, which this method does not pass to it; expected"
+                " method=instdisc, pirl or cmc"
             )
         own_G = (index_G >= self.rows.first) & (index_G < self.rows.last)
         row_P, number_G = torch.unique(index_G[own_G] - self.rows.first, return_inverse=True)

@@ -51,7 +51,9 @@ class ClassWeights(nn.Module, Bank):
     ):
         super().__init__()
         if size is None:
-            raise UserError("class weights need size, the number of images; in a configuration null stands for it")
+            raise UserError(
+                "class weights need size, the number of images; in a configuration size=null stands for that number"
+            )
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=True, norms="normal")
         with torch.no_grad():
             self.rows.weight.mul_(spread)

@@ -80,7 +80,7 @@ class LearnableBank(nn.Module, Bank):
         learnable = pull > 0 or push > 0
         if renewed_after_steps is not None and not learnable:
             raise UserError(
-                "bank.renewed_after_steps: rows that do not learn are not renewed; expected null, got"
+                "bank.renewed_after_steps: rows that do not learn cannot be renewed; expected null, got"
                 f" {renewed_after_steps}"
             )
         self.rows = Rows(
@@ -233,8 +233,8 @@ class LearnableBank(nn.Module, Bank):
             return
         if keys_GD is None and self.rows.renewed_after_steps and not self.keys:
             raise UserError(
-                "update: rows that are renewed become keys of the step; expected keys_GD, or a step whose `loss` was"
-                " given keys"
+                "update: this bank renews rows with keys of the step; expected keys_GD, or keys given to `loss` since"
+                " the last update"
             )
         motion.move(
             self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors),

@@ -70,8 +70,8 @@ def _refuse_unfit(
     expected = rows.weight.shape[1]
     if q_BD.ndim != 2 or q_BD.shape != k_BD.shape or q_BD.shape[1] != expected or not len(q_BD):
         problems.append(
-            f"queries and keys: expected [B, {expected}] both, as wide as the bank's rows; got {list(q_BD.shape)} and"
-            f" {list(k_BD.shape)}"
+            f"queries and keys: expected shape [B, {expected}] for both, as wide as the bank's rows; got"
+            f" {list(q_BD.shape)} and {list(k_BD.shape)}"
         )
     elif extra_BE is not None and (extra_BE.ndim != 2 or len(extra_BE) != len(q_BD)):
         problems.append(f"extra: expected cosines [{len(q_BD)}, E]; got {list(extra_BE.shape)}")
@@ -81,22 +81,24 @@ def _refuse_unfit(
         problems.append(f"positive: expected row or key; got {positive!r}")
     if rows.weight.dtype not in (torch.float32, torch.float64):
         problems.append(
-            f"the bank's rows: expected float32, got {str(rows.weight.dtype).removeprefix('torch.')}: small steps are"
-            " lost in it; leave the bank out of .half() and .bfloat16(), and take autocast (in Lightning bf16-mixed)"
+            f"the bank's rows: expected float32, got {str(rows.weight.dtype).removeprefix('torch.')}, which would lose"
+            " small steps; do not apply .half() or .bfloat16() to the bank, but use autocast (in Lightning bf16-mixed)"
         )
     if rows.weight.device != q_BD.device:
         problems.append(
-            f"the bank lies on {rows.weight.device} and the queries on {q_BD.device}: move it, as bank.to(device)"
+            f"the bank is on {rows.weight.device} and the queries are on {q_BD.device}: move the bank, as"
+            " bank.to(device)"
         )
     device = q_BD.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
         problems.append(
-            "autocast: expected bfloat16, or none; got float16, whose loss scaling would scale the motion of the rows"
+            "autocast: expected bfloat16 or no autocast; got float16, whose loss scaling would scale the motion of the"
+            " rows too"
         )
     if (rows.first, rows.last) != distributed.shard(rows.size):
         problems.append(
-            f"this bank was made before the process group of {distributed.world()} ranks, so each holds all of its"
-            " rows: make it afterwards (in Lightning in configure_model)"
+            f"this bank was made before the process group of {distributed.world()} ranks, so each rank holds all rows:"
+            " make the bank after the process group (in Lightning in configure_model)"
         )
     if problems:
         raise UserError("\n".join(problems))

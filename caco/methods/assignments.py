@@ -66,9 +66,9 @@ def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tens
         r_K = 1 / num_labels / distributed.sum_(p_NK.T @ c_N)
         if not r_K.isfinite().all():  # the same on every rank
             raise UserError(
-                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have no probability for any image, to the power"
-                f" {power}: the network has collapsed, or method.power is too high; try a lower one, or a lower"
-                " optimizer.lr"
+                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have a probability of 0 for every image, once raised"
+                f" to the power {power}: the network has collapsed, or method.power is too high; try a lower"
+                " method.power, or a lower optimizer.lr"
             )
         next_N = 1 / num_images / (p_NK @ r_K)
         if count % 10 == 0:

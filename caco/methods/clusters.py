@@ -161,5 +161,5 @@ def check(num_images: int, numbers: list[int], library: str) -> None:
         )
     if library == "faiss" and not is_installed("faiss"):
         raise UserError(
-            "method.library=faiss: it is not installed; to have it: pip install faiss-cpu; or method.library=sklearn"
+            "method.library=faiss: faiss is not installed; run pip install faiss-cpu, or choose method.library=sklearn"
         )

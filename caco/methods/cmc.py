@@ -55,7 +55,7 @@ class CMC(InstDisc):
         )  # fmt: skip
         if num_noise is None:
             raise UserError(
-                "method.num_noise: this method's bank is contrasted with drawn rows alone; expected a number, got null"
+                "method.num_noise: this method can contrast with drawn rows only; expected a number, got null"
             )
         groups = getattr(encoder.projector, "groups", 1)
         if (groups, bank.parts) != (2, 2):

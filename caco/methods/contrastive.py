@@ -202,8 +202,8 @@ class Contrastive(Method):
             raise UserError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
         if positives.of_both_kinds and treatment is not None:
             raise UserError(
-                f"{type(positives).__name__} has positives of two kinds, and negatives that are treated go with one;"
-                f" got {type(treatment).__name__}, expected negatives=plain"
+                f"{type(positives).__name__} gives positives of two kinds, but a treatment of the negatives needs"
+                f" positives of one kind; got {type(treatment).__name__}, expected negatives=plain"
             )
         require_treatable(treatment, negatives, bank)
         if warm_start_steps is not None and warm_start_passes is not None:
@@ -213,8 +213,8 @@ class Contrastive(Method):
             )
         if warm_start_passes and bank is None:
             raise UserError(
-                f"warm_start.passes go over the rows of a bank, and this method has none; got {warm_start_passes}: say "
-                "warm_start.steps=N and warm_start.passes=null"
+                f"warm_start.passes counts passes over a bank, but this method has no bank; got {warm_start_passes}:"
+                " set warm_start.steps=N and warm_start.passes=null"
             )
         if warm_start_passes is None and warm_start_steps is None:
             warm_start_passes = 0 if bank is None else bank.default_warm_start_passes
@@ -438,8 +438,8 @@ class Contrastive(Method):
             return super().warning(statistics)
         return (
             f"The bank has collapsed: {wrong}. Its positives and negatives teach the encoder little in this state. What"
-            " helps: a longer warm start (warm_start.steps), a lower rate of the rows (bank.lr) or one that ends at 0"
-            " (bank.final_lr=0), less push (bank.push), fewer rows (bank.size)."
+            " helps: a longer warm start (warm_start.steps), a lower learning rate of the rows (bank.lr) or one that"
+            " ends at 0 (bank.final_lr=0), less push (bank.push), fewer rows (bank.size)."
         )
 
     def statistics(self) -> dict[str, float]:

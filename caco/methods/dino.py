@@ -144,9 +144,9 @@ class DINO(Method):
         if wrong is None:
             return super().warning(statistics)
         return (
-            f"The teacher has collapsed: {wrong}. What helps: a last layer that stays longer at first"
-            " (method.last_layer_frozen_epochs), a lower method.teacher_temperature where target_entropy is near log"
-            " K, a higher method.momentum with small batches (0.9995 at 256), a lower optimizer.lr."
+            f"The teacher has collapsed: {wrong}. What helps: a last layer that is frozen for longer at the start"
+            " (method.last_layer_frozen_epochs), a lower method.teacher_temperature if target_entropy is near log K, a"
+            " higher method.momentum with small batches (0.9995 at 256), a lower optimizer.lr."
         )
 
     def costs(self, sizes: list[int]) -> Costs:

@@ -68,11 +68,13 @@ class InstDisc(Method):
         super().__init__()
         if num_noise is None and loss == "nce":
             raise UserError(
-                "method.num_noise: null, for all rows, goes with method.loss=softmax; method.loss=nce needs a number"
+                "method.num_noise: null, which stands for all rows, needs method.loss=softmax; method.loss=nce needs a"
+                " number"
             )
         if bank.size != num_images:
             raise UserError(
-                f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows"
+                f"this method needs a bank with a row for each of the {num_images} training images; got {bank.size}"
+                " rows"
             )
         self.encoder, self.bank = encoder, bank
         self.seed, self.temperature, self.form, self.num_noise = seed, temperature, loss, num_noise

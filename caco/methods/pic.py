@@ -62,12 +62,13 @@ class PIC(Method):
         super().__init__()
         if order != "epoch" and (window_size < batch or window_stride < 1):
             raise UserError(
-                f"method needs a window_size of at least the batch, {batch}, and a window_stride of at least 1; got"
-                f" {window_size} and {window_stride}"
+                f"this method needs a method.window_size of at least the batch, {batch}, and a method.window_stride of"
+                f" at least 1; got {window_size} and {window_stride}"
             )
         if bank.size != num_images:
             raise UserError(
-                f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows"
+                f"this method needs a bank with a row for each of the {num_images} training images; got {bank.size}"
+                " rows"
             )
         self.encoder, self.bank = encoder, bank
         self.num_images, self.batch, self.seed, self.temperature = num_images, batch, seed, temperature

@@ -88,8 +88,8 @@ class PIRL(InstDisc):
         """The patches are contrasted first, because the first call estimates Z."""
         if batch.patches is None:
             raise UserError(
-                "this method takes patches of each image, and its batches have none; expected an augmentation that cuts"
-                " a view"
+                "this method needs patches of each image, but its batches have none; expected an augmentation that cuts"
+                " a view into patches"
             )
         features_NF = self.backbone(batch.patches.flatten(0, 1))
         g_BD = F.normalize(at_least_float32(self.jigsaw(features_NF)), dim=1)

@@ -80,8 +80,8 @@ class SeLa(Method):
             )
         if not isinstance(encoder.projector, Projector):
             raise UserError(
-                "projector: the heads are the last layer of a caco.nn.heads.Projector; expected one, got"
-                f" {type(encoder.projector).__name__}"
+                "projector: this method's heads are the last layer of a caco.nn.heads.Projector; expected such a"
+                f" projector, got {type(encoder.projector).__name__}"
             )
         if not isinstance(encoder.projector[-1], nn.Linear):
             raise UserError(

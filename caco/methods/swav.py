@@ -86,8 +86,8 @@ class SwAV(Method):
     def phases(self, run: RunShape) -> list[Phase]:
         if 0 < self.queue.shape[1] < run.batch:
             raise UserError(
-                f"method.queue_size: expected 0 for no queue, or at least the batch, {run.batch}, of which it holds"
-                f" whole ones; got {self.queue.shape[1]}"
+                f"method.queue_size: expected 0 for no queue, or at least the batch, {run.batch}, because the queue"
+                f" takes whole batches; got {self.queue.shape[1]}"
             )
         return super().phases(run)
 
@@ -151,8 +151,8 @@ class SwAV(Method):
             return super().warning(statistics)
         return (
             f"The embedding has collapsed: {wrong}. What helps: harder assignments (method.epsilon=0.03), prototypes"
-            " that stay longer at first (method.prototypes_frozen_steps), fewer of them (method.num_prototypes), a"
-            " lower optimizer.lr, easier views."
+            " that are frozen for longer at the start (method.prototypes_frozen_steps), fewer prototypes"
+            " (method.num_prototypes), a lower optimizer.lr, easier views."
         )
 
     def costs(self, sizes: list[int]) -> Costs:

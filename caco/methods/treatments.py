@@ -89,9 +89,9 @@ def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: B
     name = type(treatment).__name__
     if treatment.needs_bank_rows and not negatives.bank_rows:
         raise UserError(
-            f"negatives: {name} makes negatives of the bank's rows, and these are no negatives with"
-            f" {type(negatives).__name__}; expected method=mocov2, method=adco, pn=both or pn=negative, whose negatives"
-            " they are, or another treatment: plain, debiased, hard, margin"
+            f"negatives: {name} makes further negatives from the bank's rows, but with {type(negatives).__name__} the"
+            " rows are no negatives; expected method=mocov2, method=adco, pn=both or pn=negative, where the rows are"
+            " negatives, or another treatment: plain, debiased, hard, margin"
         )
     if (
         treatment.objective is not None
@@ -99,7 +99,7 @@ def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: B
         and "objective" not in inspect.signature(bank.score).parameters
     ):
         raise UserError(
-            f"negatives: {name} is another loss than InfoNCE, and {type(bank).__name__}.score takes no `objective` "
+            f"negatives: {name} has a loss other than InfoNCE, but {type(bank).__name__}.score takes no `objective` "
             "(caco/banks/base.py); expected negatives=plain, or a bank that passes it on to caco.banks.reweighted.score"
         )
 
@@ -211,7 +211,7 @@ class Mixed(Treatment):
         seed: Seed = 0,
     ):
         if pairs + with_query == 0:
-            raise UserError("one of negatives.pairs and negatives.with_query must be above 0; got 0 of both")
+            raise UserError("one of negatives.pairs and negatives.with_query must be above 0; got 0 for both")
         self.pairs, self.with_query, self.warmup_epochs, self.seed = pairs, with_query, warmup_epochs, seed
         self.candidates, self.drawn, self.synthetic = hardest, 2 * pairs + with_query, pairs + with_query
 

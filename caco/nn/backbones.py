@@ -204,7 +204,7 @@ def small_resnet(
 def _must_be_known(name: str) -> None:
     if not timm.is_model(name):
         raise UserError(
-            f"backbone.name must be a model of timm; got {name!r}; near: {', '.join(_near(name, 5)) or 'none'}"
+            f"backbone.name must be a model of timm; got {name!r}; similar names: {', '.join(_near(name, 5)) or 'none'}"
         )
 
 
@@ -227,7 +227,7 @@ def refuse_unfit(sizes: Sequence[int], **settings: Any) -> None:
             continue
         name = settings["name"]
         message = (
-            f"backbone.name={name} makes no features [images, width] of images of {size} x {size} pixels: {problem}."
+            f"backbone.name={name} gives no features [images, width] for images of {size} x {size} pixels: {problem}."
         )
         if settings.get("image_size") != max(sizes) and all(
             why_unfit(s, **settings | {"image_size": max(sizes)}) is None for s in sizes
@@ -245,7 +245,9 @@ def refuse_unfit(sizes: Sequence[int], **settings: Any) -> None:
             if len(near) == 3:
                 break
         raise UserError(
-            f"{message} Near are {', '.join(near)}" if near else f"{message} See docs/backbones.md for those that do"
+            f"{message} Similar models that fit: {', '.join(near)}"
+            if near
+            else f"{message} See docs/backbones.md for models that do"
         )
 
 
@@ -274,7 +276,7 @@ def _why_unfit(size: int, settings: tuple[tuple[str, Any], ...]) -> str | None:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'none given'}".rstrip(".")
     shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if shape != [2, model.num_features]:
-        return f"it gives {shape} for two"
+        return f"it gives {shape} for two images"
     return None
 
 

@@ -63,8 +63,8 @@ class GroupedProjector(Head):
         super().__init__()
         if in_dim % groups or dim % groups:
             raise UserError(
-                f"projector needs 2 groups or more, which share its {in_dim} features and its dim evenly; got"
-                f" dim={dim}, groups={groups}"
+                f"projector.groups: expected a number of 2 or more that divides both the {in_dim} features and"
+                f" projector.dim; got dim={dim}, groups={groups}"
             )
         self.each = nn.ModuleList(
             Projector(

@@ -17,8 +17,8 @@ def with_channels(network: nn.Module, channels: int) -> nn.Module:
     )
     if first is None or first.in_channels != 3 or not isinstance(first.padding, tuple):
         raise UserError(
-            f"a network for {channels} of the channels needs a first convolution of three; {type(network).__name__} has"
-            " none"
+            f"a network for {channels} of the channels needs a first convolution that takes three channels, which is"
+            f" then replaced; {type(network).__name__} has none"
         )
     size, stride, padding = (_pair(values) for values in (first.kernel_size, first.stride, first.padding))
     new = nn.Conv2d(channels, first.out_channels, size, stride, padding, bias=first.bias is not None)

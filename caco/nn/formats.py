@@ -359,7 +359,7 @@ def reading(content: Mapping[Any, Any], choice: str | None = None) -> Reading:
     file = File(content, choice)
     family = next(family for family in FAMILIES if family.holds(file))
     if family.refuses is not None:
-        raise UserError(f"by its keys it is of {family.says}: {family.refuses}")
+        raise UserError(f"by its keys it is a file of {family.says}: {family.refuses}")
     named, left, unknown = dict[str, Tensor](), dict[str, int](), list[str]()
     for name, tensor in family.state(file).items():
         for theirs, ours in family.rules:
@@ -374,7 +374,7 @@ def reading(content: Mapping[Any, Any], choice: str | None = None) -> Reading:
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"by its keys it is of {family.says}, which has no place for {len(unknown)} of them:"
+            f"by its keys it is a file of {family.says}, which has no place for {len(unknown)} of them:"
             f" {', '.join(unknown[:3])}" + (", ..." if len(unknown) > 3 else "")
         )
     if family.evaluated == "twin":

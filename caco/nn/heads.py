@@ -74,7 +74,8 @@ class Projector(nn.Sequential, Head):
     ):
         if not (last_affine or last_batch_norm):
             raise UserError(
-                "projector.last_affine=false is of the last BatchNorm, and last_batch_norm=false leaves that out"
+                "projector.last_affine=false is for the last BatchNorm, which last_batch_norm=false leaves out;"
+                " expected projector.last_batch_norm=true, or projector.last_affine=true"
             )
         widths = [in_dim] + [hidden_dim] * (layers - 1) + [dim]
         biases = [bias] * (layers - 1) + [bias if last_bias is None else last_bias]

@@ -205,7 +205,7 @@ def in_groups(module: M, device: torch.device, norm_groups: int | str, *, images
             )
         if norm_groups == 1 or groups * world == 1:
             raise UserError(
-                "shuffle_keys: with one group of images it changes nothing; expected more norm_groups, got"
+                "shuffle_keys: shuffling changes nothing with one group of images; expected more norm_groups, got"
                 f" {norm_groups}"
             )
         for twin in twins:

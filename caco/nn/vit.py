@@ -93,8 +93,8 @@ def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **optio
         raise UserError(f"backbone.variant: expected timm or dino, got {variant!r}")
     if not name.startswith("vit_"):
         raise UserError(
-            "backbone.name must be a ViT of timm's for patch_size, register_tokens, pool, variant and MoCo v3's; got"
-            f" {name!r}"
+            "backbone.name must be a ViT of timm's for MoCo v3's backbone and for the settings patch_size,"
+            f" register_tokens, pool and variant; got {name!r}"
         )
     try:
         model = timm.create_model(name, pretrained=False, **options)
@@ -132,6 +132,6 @@ def _refuse_parts(sides: tuple[int, int], embed: nn.Module, images: tuple[Tensor
             {max(1, pixels // side + more) * side for pixels, side in zip(shape, sides, strict=True) for more in (0, 1)}
         )
         raise UserError(
-            f"a ViT with patches of {sides[0]} pixels takes images of whole patches; got {shape[0]} x {shape[1]}"
-            f" pixels, near are {' and '.join(map(str, near))}"
+            f"a ViT with patches of {sides[0]} pixels takes images that consist of whole patches; got {shape[0]} x"
+            f" {shape[1]} pixels, the nearest fitting sides are {' and '.join(map(str, near))}"
         )

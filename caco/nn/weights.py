@@ -138,7 +138,7 @@ def read(path: Path | str, format: str | None) -> Reading:
     family, _, choice = (format or "").partition(":")
     if family and family not in FORMATS or choice and choice not in CHOICES:
         raise UserError(
-            f"format: expected one of {', '.join(FORMATS)}, with :online or :twin after it or not; got {format!r}"
+            f"format: expected one of {', '.join(FORMATS)}, or one of them followed by :online or :twin; got {format!r}"
         )
     content = _content(Path(path))
     try:
@@ -151,7 +151,7 @@ def read(path: Path | str, format: str | None) -> Reading:
         RuntimeError,
     ) as error:  # tensors that have to be joined are missing, or their shapes do not go together
         raise UserError(
-            f"weights={path}: its keys are those of a family, and its tensors are not"
+            f"weights={path}: its keys are those of a known family, but its tensors do not fit together"
             f" ({str(error).splitlines()[0][:100]})"
         ) from error
     if not found.named:
@@ -176,8 +176,8 @@ def _chosen(found: Reading, choice: str, path: Path | str) -> Reading:
     if choice == "twin":
         if not below(named, TWIN + BACKBONE):
             raise UserError(
-                f"weights={path}: format=...:twin expects a momentum twin, or an average of the weights; {found.family}"
-                " has none here"
+                f"weights={path}: format=...:twin expects a file with a momentum twin or an average of the weights;"
+                f" this file of {found.family} has none"
             )
         encoder = below(named, TWIN)
         named = {name: tensor for name, tensor in named.items() if not name.startswith("encoder.")} | encoder
@@ -203,8 +203,8 @@ class _Inert:
 INERT = ("argparse.Namespace", "numpy.dtype") + tuple(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core"))
 ELSEWHERE = {
     ".pkl": (
-        "a .pkl, which runs code when it is read: BYOL's and detectron2's. Take a converted file, or the one it was"
-        " made from"
+        "a .pkl file, which runs code when it is read (BYOL and detectron2 use them). Take a converted file, or the"
+        " file that it was made from"
     ),
     ".index": "a checkpoint of TensorFlow's: convert it first (github.com/tonylins/simclr-converter does SimCLR's)",
 }
@@ -293,8 +293,8 @@ def _fill_backbone(
         f" tensors{whose}"
     ]
     if len(own) > len(tensors):
-        parts.append(f"{len(own) - len(tensors)} counters of batches are missing, and not needed")
-    parts += [f"{others} are of other parts that caco knows"] if others > 0 else []
+        parts.append(f"{len(own) - len(tensors)} counters of BatchNorm's batches are missing, but not needed")
+    parts += [f"{others} tensors belong to other parts that caco knows"] if others > 0 else []
     parts += [f"left out: {', '.join(f'{count} ({kind})' for kind, count in left.items())}"] if left else []
     return "; ".join(parts)
 

@@ -51,7 +51,7 @@ def _loaded() -> ctypes.CDLL | None:
     kernel = instructions.compiled(instructions.BANK)
     if kernel is None:
         print(
-            "caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, slower",
+            "caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, which is slower",
             file=sys.stderr,
         )
         return None
@@ -60,8 +60,8 @@ def _loaded() -> ctypes.CDLL | None:
     # must not stand in silently.
     if wanted is not None and used != wanted:
         raise ValueError(
-            f"{instructions.VARIABLE}={wanted}: the bank's kernel has no more than {used} here. The compiler that built"
-            " it knew no more (AMX needs GCC 11), or the system keeps AMX tiles from this process"
+            f"{instructions.VARIABLE}={wanted}: the bank's kernel can use at most {used} here. The compiler that built"
+            " it knew no better instructions (AMX needs GCC 11), or the system does not let this process use AMX tiles"
         )
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
     for name, arguments in SIGNATURES.items():
@@ -92,7 +92,8 @@ def on_cuda(device: torch.device, width: int) -> ModuleType | None:
     except Exception as error:  # of any type: there may be no Triton, no compiler, or an unknown or too small GPU
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         print(
-            f"caco: the bank's Triton kernels do not serve here ({why}); PyTorch streams the bank instead, slower",
+            f"caco: the bank's Triton kernels cannot be used here ({why}); PyTorch streams the bank instead, which is"
+            " slower",
             file=sys.stderr,
         )
         return None

@@ -346,7 +346,7 @@ def trial(device: torch.device, D: int) -> None:
         Exception: whatever Triton's compiler and the driver raise.
     """
     if D > WIDEST:
-        raise ValueError(f"they are made for widths up to {WIDEST}; got {D}")
+        raise ValueError(f"the kernels are made for widths up to {WIDEST}; got {D}")
     N, R, tau, bank_tau, settings = 70, 300, 0.3, 0.2, {"lr": 3.0, "momentum": 0.9}
     generator = torch.Generator().manual_seed(0)
     q, k, w, v = (F.normalize(torch.randn(rows, D, generator=generator), dim=1).to(device) for rows in (N, N, R, R))
@@ -375,5 +375,5 @@ def trial(device: torch.device, D: int) -> None:
             off = ((got - exact).norm() / exact.norm()).item()
             if not off < tolerance:
                 raise ArithmeticError(
-                    f"a result of theirs is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}"
+                    f"a kernel's result is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}"
                 )
