@@ -20,8 +20,8 @@ from caco.banks.rows import Rows
 
 @torch.no_grad()
 def hardest(q_BD: Tensor, rows: Rows, count: int, left_out_B: Tensor | None = None) -> Tensor:
-    """The `count` rows with the largest cosines with each query, as indices over the whole bank, int64 [B, H], the
-    largest cosine first. A bank with fewer rows gives all of them. A collective.
+    """For each query the `count` rows with the largest cosines, as indices over the whole bank, int64 [B, H], the
+    largest cosine first. If there are fewer rows, all of them. A collective.
 
     Args:
         q_BD: unit queries of this rank.

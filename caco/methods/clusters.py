@@ -74,8 +74,9 @@ def k_means(
     `restarts` random choices, and the best result counts.
 
     The same vectors and seed give the same result: scikit-learn is held to one thread, because with several the order
-    of its sums varies. The published code uses Faiss, which draws other random numbers, and of more than 1000 vectors a
-    cluster takes only as many, at random.
+    of its sums varies. The published code uses Faiss, which draws other random numbers; if there are more than 1000
+    vectors a cluster, Faiss takes only so many, at random.
+
 
     Args:
         x: the vectors, [N, D].

@@ -162,8 +162,8 @@ class Contrastive(Method):
         reduction: of the loss's terms, "sum" or "mean"; see `pair_terms`.
         warm_start_temperature, warm_start_momentum: tau and the twin's m in the warm start, the steps before epoch 0.
         warm_start_steps, warm_start_passes: length of the warm start: a number of steps, or how many times its keys go
-            over all rows of the bank. With neither, one pass for a bank that its keys fill and that is learned, as
-            published, else none.
+            over all rows of the bank. With neither there is one pass, as published, for a learned bank that is filled
+            by keys, and no warm start otherwise.
         warm_start_key: in the warm start the first view queries, and this view's keys are the positives and fill the
             bank: the "second", or the "last", which in multi-crop is the smallest (AdCo's code).
 

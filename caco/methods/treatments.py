@@ -196,6 +196,8 @@ class Mixed(Treatment):
         seed: of the draws.
 
     Source: arXiv 2010.01028.
+    Raises:
+        UserError: neither pairs nor mixtures with the query are wanted.
     """
 
     needs_bank_rows = True

@@ -20,6 +20,8 @@ class Prototypes(nn.Module):
     Args:
         dim: width D.
         number: K.
+    Raises:
+        UserError: fewer than 2 prototypes.
     """
 
     def __init__(self, *, dim: int, number: int):

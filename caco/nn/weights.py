@@ -88,7 +88,7 @@ def initialise(method: Initialised, path: Path | str, format: str | None) -> str
             loaded.append("twin")
     if bank is not None:
         rows = {name: tensor for name, tensor in below(named, "bank.").items() if name not in OWN_OF_A_RUN}
-        whole = (getattr(bank, "size"), bank.get_parameter("rows.weight").shape[1])  # of all ranks' shards
+        whole = (getattr(bank, "size"), bank.get_parameter("rows.weight").shape[1])  # of the bank over all ranks
         shape = tuple(rows["rows.weight"].shape) if "rows.weight" in rows else None
         why_not = (
             "the file has none" if shape is None
