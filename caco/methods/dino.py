@@ -42,8 +42,9 @@ class DINO(Method):
             ViT-S runs).
         last_layer_frozen_epochs: number of epochs at the start in which the prototypes stay as they were drawn.
         temperature: tau, the student's.
-        teacher_temperature: tau_t, reached linearly from `first_teacher_temperature` over the first
-            `teacher_temperature_epochs` epochs. It changes only between epochs, whatever `schedule.unit` says.
+        teacher_temperature: the final tau_t. It changes only between epochs, whatever `schedule.unit` says.
+        first_teacher_temperature: tau_t of epoch 0, from which it changes linearly to `teacher_temperature`.
+        teacher_temperature_epochs: number of epochs of that change; 0: no change.
         momentum, final_momentum: the teacher's m at the start and the end of its cosine.
         centre_momentum: the share of the old centre that is kept in a step; the centre starts at 0.
 
