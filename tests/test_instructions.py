@@ -234,7 +234,7 @@ def test_a_kernel_that_was_built_without_the_level_is_refused(monkeypatch):
     monkeypatch.setattr(instructions, "used", lambda part: "avx512")
     fused._loaded.cache_clear()
     with pytest.raises(
-        ValueError, match="CACO_INSTRUCTIONS=amx: the bank's kernel has no more than avx512 here.*AMX needs GCC 11"
+        ValueError, match="CACO_INSTRUCTIONS=amx: the bank's kernel can use at most avx512 here.*AMX needs GCC 11"
     ):
         fused.library()
 

@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_refused_and_all_of_it_at_once(monkeypatch):
     bank, (q, k) = LearnableBank(size=K, dim=D), embeddings(8, dtype=torch.float32)
     with pytest.raises(UserError) as refusal:
         bank.loss(q[:, :4], k, temperature=0.0, positive="view")
-    expected = [f"expected [B, {D}] both, as wide as the bank's rows; got [8, 4] and [8, 6]",
+    expected = [f"expected shape [B, {D}] for both, as wide as the bank's rows; got [8, 4] and [8, 6]",
     "temperature: expected a number above 0; got 0.0",
                 "positive: expected row or key; got 'view'"]  # fmt: skip
     assert [wanted in line for wanted, line in zip(expected, str(refusal.value).splitlines(), strict=True)] == [

@@ -45,8 +45,8 @@ def test_where_the_kernels_do_not_work_one_line_says_why_and_pytorch_streams(mon
         fused.on_cuda.cache_clear()
     assert (
         capsys.readouterr().err
-        == "caco: the bank's Triton kernels do not serve here (RuntimeError: no kernel image is available); "
-        "PyTorch streams the bank instead, slower\n"
+        == "caco: the bank's Triton kernels cannot be used here (RuntimeError: no kernel image is available); "
+        "PyTorch streams the bank instead, which is slower\n"
     )
 
 

@@ -319,7 +319,7 @@ def test_how_long_the_warm_start_is(bank, settings, steps):
     ("settings", "message"),
     [
         ({"warm_start_steps": 5, "warm_start_passes": 1}, "warm_start: expected steps or passes, got both, 5 and 1"),
-        ({"warm_start_passes": 1}, "warm_start.passes go over the rows of a bank, and this method has none; got 1"),
+        ({"warm_start_passes": 1}, "warm_start.passes counts passes over a bank, but this method has no bank; got 1"),
         ({"warm_start_steps": -1}, "warm_start_steps: expected int from 0 or None, got -1"),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_row_moves_halfway_to_its_image_s_embedding_and_the_last_of_two_counts
         [torch.tensor([half, half]), torch.tensor([0.0, 1.0]), torch.tensor([0.6, 0.8]), last / last.norm()]
     )
     assert torch.allclose(bank.rows.weight, expected)
-    with pytest.raises(ValueError, match="a bank by image is written by index"):
+    with pytest.raises(ValueError, match="a bank by image is updated by the images' indices"):
         bank.update(lr=0.0, keys_GD=keys)
 
 

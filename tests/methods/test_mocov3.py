@@ -159,7 +159,7 @@ def test_its_feature_is_the_class_token_s_at_any_size_of_whole_patches(vit):
 @pytest.mark.parametrize(
     ("name", "heads", "message"),
     [
-        ("resnet50", 12, "must be a ViT of timm's"),
+        ("resnet50", 12, "must be a ViT of timm's for MoCo v3's backbone"),
         ("vit_smal", 12, "must be a model of timm"),
         ("vit_wee_patch16_reg1_gap_256", 8, "a ViT with a class token"),
         ("vit_wee_patch16_reg1_gap_256", 12, "no vit_wee_patch16_reg1_gap_256 with .*num_heads=12"),

@@ -100,7 +100,7 @@ def test_the_order_of_an_image_s_patches_is_part_of_what_is_embedded():
 
 
 def test_batches_without_patches_and_weights_without_a_meaning_are_refused():
-    with pytest.raises(ValueError, match="takes patches of each image, and its batches have none"):
+    with pytest.raises(ValueError, match="needs patches of each image, but its batches have none"):
         pirl()(batch_of(fifty.views_of(0, 1)), now())
     with pytest.raises(ValueError, match="patches_weight: expected float from 0 up to 1, got 1.5"):
         pirl(patches_weight=1.5)

@@ -114,7 +114,7 @@ def test_the_other_view_is_the_positive_at_first_and_the_row_at_last():
 
 def test_positives_of_both_kinds_go_with_plain_negatives_alone():
     with pytest.raises(
-        UserError, match="OtherViewThenRow has positives of two kinds.*got Reweighted, expected negatives=plain"
+        UserError, match="OtherViewThenRow gives positives of two kinds.*got Reweighted, expected negatives=plain"
     ):
         build_method(compose("pn=both_blended", "negatives=hard"))
 
@@ -193,5 +193,5 @@ def test_in_one_s_own_loop_rows_become_the_keys_that_the_loss_was_given():
 
 
 def test_rows_that_do_not_learn_are_not_renewed():
-    with pytest.raises(UserError, match="bank.renewed_after_steps: rows that do not learn are not renewed"):
+    with pytest.raises(UserError, match="bank.renewed_after_steps: rows that do not learn cannot be renewed"):
         LearnableBank(size=K, dim=D, seed=0, pull=0.0, push=0.0, renewed_after_steps=2)

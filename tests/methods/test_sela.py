@@ -86,7 +86,7 @@ def test_a_label_that_no_image_has_any_probability_of_is_said():
     logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.tensor(
         [0.0, 0.0, -2000.0]
     )
-    with pytest.raises(ValueError, match="1 of 3 labels have no probability for any image"):
+    with pytest.raises(ValueError, match="1 of 3 labels have a probability of 0 for every image"):
         assignments.balanced_labels(F.log_softmax(logits, 1), power=25, tolerance=0.1)
 
 

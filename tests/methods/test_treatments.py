@@ -242,7 +242,7 @@ def test_mixing_is_refused_where_no_row_of_a_bank_is_a_negative(setting):
     with pytest.raises(
         ValueError,
         match=(
-            "Mixed makes negatives of the bank's rows, and these are no negatives with BatchKeys; expected"
+            "Mixed makes further negatives from the bank's rows, but with BatchKeys the rows are no negatives; expected"
             " method=mocov2"
         ),
     ):
@@ -257,7 +257,7 @@ def test_a_bank_that_knows_no_other_loss_is_refused_with_one_and_serves_without(
     def make(treatment):
         return build(sources.OtherView(), sources.BankRows(), Old(size=K, dim=WIDTH, seed=0), treatment=treatment)
 
-    with pytest.raises(ValueError, match="Margin is another loss than InfoNCE, and Old.score takes no `objective`"):
+    with pytest.raises(ValueError, match="Margin has a loss other than InfoNCE, but Old.score takes no `objective`"):
         make(Margin())
     for treatment in (None, Mixed(**MIXED)):
         method, views = make(treatment)
@@ -270,7 +270,7 @@ def test_a_bank_that_knows_no_other_loss_is_refused_with_one_and_serves_without(
         ({"hardest": 0}, "hardest: expected int from 1, got 0"),
         (
             {"pairs": 0, "with_query": 0},
-            r"one of negatives\.pairs and negatives\.with_query must be above 0; got 0 of both",
+            r"one of negatives\.pairs and negatives\.with_query must be above 0; got 0 for both",
         ),
         ({"warmup_epochs": -1}, "warmup_epochs: expected int from 0, got -1"),
     ],

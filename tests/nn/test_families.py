@@ -108,7 +108,7 @@ def test_the_twins_backbone_is_taken_where_it_is_asked_for_and_only_where_there_
     load_backbone(path, f"{format}:twin", backbone)
     assert not torch.equal(backbone.conv1.weight, net["conv1.weight"])
     with pytest.raises(
-        UserError, match="expects a momentum twin, or an average of the weights; one network has none here"
+        UserError, match="expects a file with a momentum twin or an average of the weights; this file of one network"
     ):
         load_backbone(saved(tmp_path / "bare.pth", net), "timm:twin", backbone)
 
@@ -325,7 +325,7 @@ class Anything:
         {"a": torch.ones(1)}) | {"other": torch.ones(1)}},
          "solo-learn, which has no place for 1 of them: other"),
         ({"blocks.0.ls1.gamma": torch.ones(1), "mask_token": torch.ones(1), "register_tokens": torch.ones(1)},
-        "its tensors are not"),
+        "its tensors do not fit together"),
         (families.swav({"conv1.weight": torch.ones(128, 3, 7, 7)}), "another architecture than the backbone's"),
     ],
 )  # fmt: skip

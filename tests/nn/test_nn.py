@@ -57,14 +57,14 @@ def test_a_vit_takes_crops_of_two_sizes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: timm_backbone(name="resnet5"), "'resnet5'; near: .*resnet50"),
+        (lambda: timm_backbone(name="resnet5"), "'resnet5'; similar names: .*resnet50"),
         (lambda: timm_backbone(name="vit_tiny_patch16_224", cifar_stem=True), "cifar_stem is for ResNets"),
         (lambda: timm_backbone(name="vit_tiny_patch16_224", zero_init_last=True), "zero_init_last is for ResNets"),
         (lambda: small_resnet(width=7), "even width.*got width=7"),
         (lambda: small_resnet(blocks=[1, 1]), r"4 stages; got width=16, blocks=\[1, 1\]"),
         (lambda: small_resnet(stem_stride=4), "must be 1 or 2; got 4"),
         (lambda: Projector(in_dim=4, dim=0), "dim: expected int from 1 up to 1048576, got 0"),
-        (lambda: Projector(in_dim=4, last_affine=False), "last_affine=false is of the last BatchNorm"),
+        (lambda: Projector(in_dim=4, last_affine=False), "last_affine=false is for the last BatchNorm"),
         (lambda: feature_width(nn.Linear(2, 2)), "num_features; Linear has None"),
     ],
 )

@@ -218,13 +218,13 @@ def test_groups_are_shared_out():
             MomentumTwin(nn.BatchNorm1d(2)),
             "rank",
             True,
-            "^shuffle_keys: with one group of images it changes nothing; .* got rank",
+            "^shuffle_keys: shuffling changes nothing with one group of images; .* got rank",
         ),
         (
             MomentumTwin(nn.BatchNorm1d(2)),
             1,
             True,
-            "^shuffle_keys: with one group of images it changes nothing; .* got 1",
+            "^shuffle_keys: shuffling changes nothing with one group of images; .* got 1",
         ),
     ],
 )

@@ -220,7 +220,7 @@ OWN = {"method": {f"encoder.backbone.{name}": value for name, value in resnet().
         ({"epoch": 3, "arch": "resnet50"}, "moco", "expected a network's state_dict; got epoch, arch"),
         (torch.ones(3), "moco", "expected a network's state_dict; got Tensor"),
         (OWN, "moco3", "expected one of caco, adco, moco, torchvision, timm, "),
-        (OWN, "moco:key", "with :online or :twin after it or not; got 'moco:key'"),
+        (OWN, "moco:key", "or one of them followed by :online or :twin; got 'moco:key'"),
     ],
 )
 def test_another_format_is_refused_with_what_the_keys_look_like(tmp_path, content, format, expected):
