@@ -1,5 +1,5 @@
-"""Sets whose encoded images lie inside other files, which another library reads: Hugging Face `datasets` and
-WebDataset's shards.
+"""Sets whose encoded images lie inside other files that another library reads: Hugging Face `datasets` and the shards
+of WebDataset.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,14 +17,17 @@ from caco.saying import Say, silent
 
 
 class EncodedImages(Source):
-    """Images by position, decoded as those in files are.
+    """Encoded images that are reached by position. They are decoded in the same way as images in files.
 
     Args:
-        content: position -> the encoded image, bytes or a view of them; may be called by threads and in forked
-            processes.
-        names: bytes [M], what each position is called in the digest and in errors.
-        at: int64 [N], the positions that this set has; None: all.
-        channels, damaged: as of Source. decoded: each image's array, where they are in memory.
+        content: position -> the encoded image, bytes or a view of bytes. Threads and forked processes call it.
+        names: bytes [M], the name of each position, for the digest and for errors.
+        name: name of the set.
+        labels: int64 [N], or None.
+        classes: classes[label] is the name of a class.
+        at: int64 [N], the positions that this set has; None takes all.
+        channels, damaged: as in `Source`.
+        decoded: each image's array, if the images are in memory.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class EncodedImages(Source):
         try:
             return self.pixels(index).nbytes
         except UnreadableImage:
-            return 0  # it will be named when it is read
+            return 0  # the error comes when the image is read
 
     def digest(self) -> str:
         self._look_at_all(silent)
@@ -92,7 +95,7 @@ class EncodedImages(Source):
         return digest_of(self._names[self._at], self._looks, self.labels)
 
     def look(self, say: Say = silent) -> None:
-        if distributed.is_main():  # which alone is asked for digests
+        if distributed.is_main():  # only this rank computes digests
             self._look_at_all(say)
 
     def _look_at_all(self, say: Say) -> None:

@@ -88,8 +88,7 @@ class Patches:
 
     @property
     def numbers(self) -> int:
-        """How many random numbers an image takes: each window's position down and across, and its place in the order.
-        """
+        """How many random numbers an image takes: each window's shifts down and right, and its place in the order."""
         return 3 * self.grid**2
 
 
