@@ -1,5 +1,6 @@
 """Measures the bank's positives with labels that the training never sees: how often a key's positive row stands for the
 key's own class.
+
 Shapes: A anchors, N training images, R rows, D embedding width.
 """
 
