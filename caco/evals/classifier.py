@@ -69,7 +69,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.milestones and self.schedule != "steps":
-            raise UserError(f"milestones: belong to schedule=steps; got {list(self.milestones)} with {self.schedule}")
+            raise UserError(
+                f"milestones: expected none without schedule=steps, got {list(self.milestones)} with {self.schedule}"
+            )
         if self.nesterov and self.larc:
             raise UserError("nesterov: expected false with larc")
 

@@ -132,7 +132,7 @@ class Domain(Evaluator):
                 store.refuse_shared(store.splits.pretrain, self._pacs.part([target]))
             except UserError as error:
                 raise UserError(
-                    f"{error}. An encoder that was pre-trained on domains of PACS is tested on one that it has not"
+                    f"{error}. Test an encoder that was pre-trained on domains of PACS only on a domain that it has not"
                     " seen: eval.domain.targets=[DOMAIN]"
                 ) from error
         like, crop = store.views, View(scale=[1.0, 1.0])  # `Views` needs a kind of view, but none is drawn

@@ -149,5 +149,5 @@ def _attach(evaluator: Evaluator, method: nn.Module | None) -> None:
         evaluator.attach(method)
     elif evaluator.needs_method:
         raise UserError(
-            "looks into the method that trains, and here is a backbone alone; have it measured while training"
+            "needs the method that trains the backbone, but only a backbone was given; measure it during training"
         )

@@ -316,6 +316,7 @@ def require_classes(train: Source, test: Source) -> None:
         names = [test.classes[c] if test.classes else str(c) for c in unseen]
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise UserError(
-            f"{test.name}: expected no class that {train.name} has no image of, got {len(names)}: {shown}. Nothing can"
-            " be right about their images: give training images of them, or take the class out of the test images"
+            f"{test.name}: expected no class that {train.name} has no image of, got {len(names)}: {shown}. No"
+            " image of these classes could be classified correctly: add training images of them, or remove them from"
+            " the test images"
         )

@@ -83,7 +83,8 @@ class Linear(Evaluator):
         if len(labels) < self.recipe.batch:
             raise UserError(
                 f"batch: expected at most the {len(labels)} training images, got {self.recipe.batch}; take a smaller"
-                " one, with which the rate goes (lr * batch / reference_batch), or eval=[probe], which has no batch"
+                " batch (the learning rate, lr * batch / reference_batch, follows it), or eval=[probe], which has no"
+                " batch"
             )
         self._store, self._seed = store, seed
         self._test_labels = torch.from_numpy(test_labels)

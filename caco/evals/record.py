@@ -133,8 +133,8 @@ class Record:
         for key in named.keys() & self._of_training.keys():
             if named[key] != self._of_training[key]:
                 print(
-                    f"caco: {key}: training measured {self._of_training[key]:.6g}, which stays; the {named[key]:.6g} of"
-                    f" this evaluation is in {self._file(name, made_from)} alone",
+                    f"caco: {key}: training measured {self._of_training[key]:.6g}, which is kept; the {named[key]:.6g}"
+                    f" of this evaluation is in {self._file(name, made_from)} only",
                     file=sys.stderr,
                 )
         new = {key: value for key, value in named.items() if key not in self._of_training}

@@ -107,7 +107,7 @@ class Transfer(Evaluator):
             except MissingSet as error:
                 missing.append(str(error))
         for line in missing:
-            store.say(f"transfer goes on without {line}")
+            store.say(f"transfer skips a set that is not there: {line}")
         if not self._found:
             raise UserError("none of the sets is there:\n" + "\n".join(missing))
         found = distributed.all_objects([one.name for one in self._found])

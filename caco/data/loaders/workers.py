@@ -109,8 +109,8 @@ class Workers:
         except OSError as error:
             self.close()
             raise UserError(
-                f"num_workers={self._num_workers}: this machine starts no more processes ({error.strerror}); expected"
-                " fewer num_workers"
+                f"num_workers={self._num_workers}: this machine cannot start more processes ({error.strerror});"
+                " use fewer num_workers"
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -178,8 +178,8 @@ class _Worker:
             if ready:
                 raise self.ended()
             raise UserError(
-                f"a process has read images for {PATIENCE_S} s without an end. Does the storage that they are on still"
-                " answer? Then give the same command again"
+                f"a worker process has been reading images for {PATIENCE_S} s without a result. Does the storage that"
+                " they are on still answer? Then give the same command again"
             )
         try:
             made = _unpacked(self.connection.recv(), slot)
@@ -198,8 +198,8 @@ class _Worker:
         code = self.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         return UserError(
-            f"a process that reads images was ended from outside, {how}, perhaps for want of memory: fewer num_workers"
-            " or a smaller prefetch need less. Then give the same command again"
+            f"a worker process that reads images was ended from outside, {how}, perhaps because memory ran out: fewer"
+            " num_workers or a smaller prefetch need less memory. Then give the same command again"
         )
 
 
@@ -283,8 +283,8 @@ def _shared(num_bytes: int) -> memoryview:
         return memoryview(mmap.mmap(-1, num_bytes))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"expected {num_bytes / 2**30:.1f} GiB of memory for the batches that are made ahead, got none ({error}):"
-            " fewer num_workers or a smaller prefetch need less"
+            f"expected {num_bytes / 2**30:.1f} GiB of memory for batches that are made in advance, got none"
+            f" ({error}): fewer num_workers or a smaller prefetch need less"
         ) from error
 
 

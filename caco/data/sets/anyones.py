@@ -43,8 +43,9 @@ def rgb(image: Any, name: str) -> Image.Image:
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         raise UserError(
-            f"{name}: expected an image of Pillow's or an array uint8 [H, W, 3], got {type(image).__name__}: take off"
-            " what makes it that (a dataset's transform); caco resizes and normalises by itself"
+            f"{name}: expected an image of Pillow's or an array uint8 [H, W, 3], got {type(image).__name__}:"
+            " remove the transform that converts it, for example that of a dataset; caco resizes and normalises images"
+            " itself"
         )
     if image.mode not in ("RGB", "L", "P", "1", "RGBA", "CMYK", "YCbCr"):
         raise UserError(f"{name}: expected an image of 8 bits, RGB or grey, got Pillow's mode {image.mode}")

@@ -256,10 +256,11 @@ def _sidecar(file: Path) -> dict[str, Any]:
             isinstance(facts[key], kind) for key, kind in kinds.items() if key in facts
         )
         if not right or not all(isinstance(name, str) for name in facts.get("classes") or ()):
-            raise ValueError("other facts than python -m caco.write notes")
+            raise ValueError("entries that python -m caco.write does not write")
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: expected what python -m caco.write notes beside {file.name}, got {error}. Write both again."
+            f"{path}: expected the file that python -m caco.write writes beside {file.name}, got {error}. Write"
+            " both again."
         ) from error
     return facts
 

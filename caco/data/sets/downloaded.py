@@ -172,7 +172,8 @@ def _idx(top: Path, prefix: str, kind: str, dimensions: int) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise FileError(
-            f"data=fashion_mnist: {path} is no file of Fashion-MNIST as published ({error}); install or fetch it again"
+            f"data=fashion_mnist: {path} is not the published file of Fashion-MNIST ({error}); install or download"
+            " it again"
         ) from error
 
 

@@ -147,8 +147,8 @@ def require_statistics_of(channels: int | None, mean: list[float] | None, std: l
         mean is not None and (channels is None or not len(mean) == len(std or ()) == channels)
     ):
         raise UserError(
-            f"data.mean and data.std: expected both, a value for each of data.channels={channels}, or neither, which"
-            f" has them measured; got {mean} and {std}"
+            f"data.mean and data.std: expected both, with a value for each of data.channels={channels}, or neither, so"
+            f" that they are measured; got {mean} and {std}"
         )
 
 
@@ -441,5 +441,5 @@ def _check_known(names: list[str], known: list[str], *, where: str) -> None:
 
 def _expect_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise FileError(f"expected a folder {path}, got none: data.root must hold it")
+        raise FileError(f"expected a folder {path}, but it does not exist; data.root must contain it")
     return path

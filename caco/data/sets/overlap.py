@@ -72,8 +72,8 @@ class Overlap:
             shown = "; ".join(f"{_called(train, i)} is {_called(test, j)}" for i, j in pairs[:3])
             raise UserError(
                 f"{len(pairs)} of the {len(test)} images of {test.name} are images of {train.name} too"
-                f" ({shown}{'; ...' if len(pairs) > 3 else ''}): expected test images that nothing was trained on. Take"
-                " them out, or evaluate all the same with overlap=allow"
+                f" ({shown}{'; ...' if len(pairs) > 3 else ''}): expected test images that are not trained on."
+                " Remove them from one of the sets, or evaluate anyway with overlap=allow"
             )
 
     def refuse_in(self, splits: Splits) -> None:
@@ -104,7 +104,7 @@ class Overlap:
         """A hash of each of these images, of its content or its pixels as `whole` gives them. Each is computed once."""
         _, known = self._hashes.setdefault((id(source), whole.__name__), (source, {}))
         todo = [i for i in indices.tolist() if i not in known]
-        what = f"images of {source.name} compared whole with others like them"
+        what = f"images of {source.name} compared as a whole"
         known.update(zip(todo, self._shared_out(source, todo, lambda s, i: _hash(whole(s, i)), what), strict=True))
         return [known[i] for i in indices.tolist()]
 
@@ -142,7 +142,7 @@ def _content(source: Source, index: int) -> bytes:
     path = source.path(index)
     if path is not None:
         return Path(path).read_bytes()
-    assert source.packed is not None, "what has looks lies in files"
+    assert source.packed is not None, "a set with looks has its images in files"
     (row,) = source.packed.rows(np.array([index]))
     return ctypes.string_at(int(row["data"]), int(row["bytes"]))
 

@@ -141,9 +141,9 @@ def _check(image: Image.Image, content: bytes | memoryview, size: tuple[int, int
     if image.mode not in MODES or signed:
         kind = f"{image.mode}, signed" if signed else image.mode
         raise Refused(
-            f"one of Pillow's mode {kind}, whose values do not fit into 8 bits a channel: say how many channels such"
-            " images have, data.channels=N, and they are read as they are stored, or convert them first, by the range"
-            " that they use"
+            f"one of Pillow's mode {kind}, whose values do not fit into 8 bits a channel: set data.channels=N, the"
+            " number of their channels, to read such images as they are stored, or convert them to 8 bits first,"
+            " according to the range that they use"
         )
 
 

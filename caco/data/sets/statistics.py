@@ -25,7 +25,7 @@ def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[f
     chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), MOST_IMAGES)).round().astype(np.int64)).tolist()
     rank, world = distributed.rank(), distributed.world()
     own = chosen[rank::world]
-    what = f"images of {source.name} looked at for their mean and standard deviation"
+    what = f"images of {source.name} read for their mean and standard deviation"
 
     def each() -> list[tuple[int, np.ndarray, np.ndarray] | None]:
         found = []
@@ -40,8 +40,8 @@ def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[f
     known = [one for one in ordered if one is not None]
     if not known:
         raise UserError(
-            f"{source.name}: expected images that can be read, got none among {len(chosen)} for their mean and standard"
-            " deviation"
+            f"{source.name}: expected readable images to measure mean and standard deviation, but none of"
+            f" {len(chosen)} images can be read"
         )
     weight_N = np.array([number for number, _, _ in known], np.float64)
     weight_N /= weight_N.sum()

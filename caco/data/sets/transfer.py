@@ -288,7 +288,7 @@ def _there(name: str, top: Path, torchvision_name: str | None, *, also: str = ""
 
 def _file(name: str, path: Path) -> Path:
     if not path.is_file():
-        raise MissingSet(f"{name}: expected {path}, got no such file: fetch the set whole")
+        raise MissingSet(f"{name}: expected {path}, got no such file: download the complete set")
     return path
 
 

@@ -54,7 +54,7 @@ def _entries(folder: Path) -> list[os.DirEntry]:
         of = error.filename or folder
         link = f", a link to {os.readlink(of)}" if os.path.islink(of) else ""
         raise FileError(
-            f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Mend or remove it."
+            f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Repair or remove it."
         ) from error
     return found
 
@@ -97,7 +97,9 @@ class Walk:
                     ahead.append((current / entry.name, f"{prefix}{entry.name}/"))
                 elif entry.name.lower().endswith(self._extensions):
                     if not entry.is_file():
-                        raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
+                        raise FileError(
+                            f"{entry.path}: expected an image, got something that is not a file. Remove it."
+                        )
                     found.append(prefix + entry.name)
                 else:
                     self.passed_by = entry.name.lower()
@@ -121,13 +123,13 @@ class Walk:
         identity = _identity(folder)
         if folder != self._top and identity in self._above:
             raise UserError(
-                f"{folder}: a link to {self._above[identity]}, which holds it: its images would come again, as those of"
-                " another class. Remove the link."
+                f"{folder} is a link to {self._above[identity]}, a folder above it, so images would occur twice, the"
+                " second time in another class. Remove the link."
             )
         if identity in self._seen:
             raise UserError(
-                f"{folder} and {self._seen[identity]} are one folder, by a link: its images would come twice. Remove"
-                " one of them."
+                f"{folder} and {self._seen[identity]} are the same folder, because of a link, so its images would occur"
+                " twice. Remove one of them."
             )
         self._seen[identity] = folder
 

@@ -52,7 +52,7 @@ class DenseLinear(Evaluator):
     on_all_ranks = True
     # Its own photographs, so a backbone for data.channels cannot be evaluated (caco/config/channels_needed.py).
     reads_photographs = True
-    departures = ("dense_linear: a protocol of caco's own; its numbers cannot be set beside those of fine-tuning.",)
+    departures = ("dense_linear: a protocol of caco's own; its numbers cannot be compared with those of fine-tuning.",)
 
     @held
     def __init__(
@@ -100,7 +100,7 @@ class DenseLinear(Evaluator):
         """
         store = self._store
         if isinstance(backbone, RawPixels):
-            store.say(f"{self.protocol} goes on without raw pixels, which have no maps of features")
+            store.say(f"{self.protocol} skips the baseline of raw pixels, which has no feature maps")
             return
         maps = Maps(backbone, purpose="dense_linear")
         with as_evaluated(backbone), torch.no_grad():

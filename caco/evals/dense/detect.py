@@ -72,12 +72,12 @@ class Detect(Evaluator):
     departures = (
         (
             "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors"
-            " and regions, and the order of images, are drawn otherwise; a step's images are not grouped by their"
+            " and regions, and the order of images, are drawn in another way; a step's images are not grouped by their"
             " aspect ratio, and all ranks pad to one size; losses of regions and masks are means over all ranks, as on"
             " one GPU with all images; orientation tags of image files are not read; VOC's recalls are compared with"
-            " tenths exactly. None of this was measured."
+            " tenths exactly. The effect of these differences was not measured."
         ),
-        "detect: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
+        "detect: on GPUs PyTorch's float32 convolutions use TF32 unless this is turned off.",
     )
 
     @held
@@ -191,7 +191,7 @@ class Detect(Evaluator):
         """
         store, views = self._store, self._store.views
         if isinstance(backbone, RawPixels):
-            store.say(f"{self.protocol} goes on without raw pixels, which have no stages to fine-tune")
+            store.say(f"{self.protocol} skips the baseline of raw pixels, which has no stages to fine-tune")
             return
         require_resnet(backbone, "detect")
         task = Training(self._set.train, self.short_sides, self.longest, masks=self.masks)

@@ -177,7 +177,7 @@ VOC_LAYOUT = """\
   VOCdevkit/VOC2007/Annotations/000005.xml, JPEGImages/000005.jpg, ImageSets/Main/trainval.txt and test.txt
   VOCdevkit/VOC2012/Annotations/2008_000008.xml, JPEGImages/2008_000008.jpg, ImageSets/Main/trainval.txt
 as VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar unpack in one folder;
-VOC2007 and VOC2012 may lie in root itself, and each archive in a folder of its own name, as mirrors have it"""
+VOC2007 and VOC2012 may be in root itself, and each archive in a folder of its own name, as mirrors have it"""
 
 
 def voc(root: Path) -> DetectionSet:
@@ -206,7 +206,7 @@ def voc(root: Path) -> DetectionSet:
             files = absent(top / folder, [name + extension for name in names])
             if files:
                 missing.append(
-                    f"{len(files)} of the {len(names)} files of VOC {part} in {top / folder}, {files[0]} for one"
+                    f"{len(files)} of the {len(names)} files of VOC {part} in {top / folder}, {files[0]} for example"
                 )
         found[part] = (top, names)
     refuse_missing("VOC", root, missing, VOC_LAYOUT)
@@ -252,7 +252,7 @@ def _read_voc(path: Path, image: str, gathering: _Gathering, number: dict[str, i
 COCO_LAYOUT = """\
   annotations/instances_train2017.json and instances_val2017.json, train2017/000000000009.jpg, val2017/000000000139.jpg
 as annotations_trainval2017.zip, train2017.zip and val2017.zip unpack in one folder, which is root or root/coco
-(coco2017, COCO); the images may lie in images/train2017 and images/val2017, as mirrors have it"""
+(coco2017, COCO); the images may be in images/train2017 and images/val2017, as mirrors have it"""
 
 
 def coco(root: Path) -> DetectionSet:
@@ -278,7 +278,7 @@ def coco(root: Path) -> DetectionSet:
             parts[split] = _coco_part(annotations)
             names = [image["file_name"] for image in parts[split]["images"]]
             if files := absent(folder, names):
-                missing.append(f"{len(files)} of the {len(names)} images in {folder}, {files[0]} for one")
+                missing.append(f"{len(files)} of the {len(names)} images in {folder}, {files[0]} for example")
             parts[split]["folder"] = folder
     refuse_missing("COCO 2017", root, missing, COCO_LAYOUT)
     categories = sorted(parts["train2017"]["categories"], key=lambda category: category["id"])

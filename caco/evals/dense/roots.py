@@ -48,4 +48,4 @@ def refuse_missing(name: str, root: Path, missing: Sequence[str], layout: str) -
     """
     if missing:
         listed = "".join(f"\n  {line}" for line in missing)
-        raise UserError(f"root: {name} is not whole below {root}. Missing:{listed}\nExpected below root:\n{layout}")
+        raise UserError(f"root: {name} is incomplete below {root}. Missing:{listed}\nExpected below root:\n{layout}")

@@ -70,10 +70,10 @@ class Segment(Evaluator):
         (
             "segment_fcn16: MoCo's code for it was not published. Where the paper is silent, the scale is drawn evenly"
             " from its range, small images are padded with the mean colour and the label 255, weight decay is on all"
-            " weights, new layers start with He's spread and the last with 0.01, and scores are bilinear between the"
-            " pixels at which places stand. None of this was measured."
+            " weights, new layers are initialised with He's standard deviation and the last one with 0.01, and scores"
+            " are interpolated bilinearly between places. The effect of these choices was not measured."
         ),
-        "segment_fcn16: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
+        "segment_fcn16: on GPUs PyTorch's float32 convolutions use TF32 unless this is turned off.",
     )
 
     @held
@@ -142,7 +142,7 @@ class Segment(Evaluator):
         """
         store = self._store
         if isinstance(backbone, RawPixels):
-            store.say(f"{self.protocol} goes on without raw pixels, which have no stages to fine-tune")
+            store.say(f"{self.protocol} skips the baseline of raw pixels, which has no stages to fine-tune")
             return
         require_resnet(backbone, "segment")
         made_from = {

@@ -24,7 +24,7 @@ NUM_IMAGES = {"train": 1_464, "trainaug": 10_582, "val": 1_449}  # as published
 LAYOUT = """\
   VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg, SegmentationClass/2007_000032.png,
   ImageSets/Segmentation/train.txt and val.txt
-as VOCtrainval_11-May-2012.tar unpacks; VOC2012 may lie in root itself or be it. For train=trainaug, one of
+as VOCtrainval_11-May-2012.tar unpacks; VOC2012 may be in root itself, or be root. For train=trainaug, one of
   VOCdevkit/VOC2012/SegmentationClassAug/2008_000002.png, with the list ImageSets/Segmentation/trainaug.txt or without
   benchmark_RELEASE/dataset/cls/2008_000002.mat, img/2008_000002.jpg, train.txt and val.txt, as SBD's benchmark.tgz
     unpacks; dataset may also be root/dataset, root/SBD, VOCdevkit/VOCaug/dataset or root itself"""
@@ -144,7 +144,7 @@ def voc2012(root: Path, train: Literal["trainaug", "train"]) -> SegmentationSet:
     test_pairs = _pairs(root, top, test, labels, missing)
     shared = sorted({name for names, _ in parts for name in names} & set(test))
     if shared:
-        missing.append(f"a list to train on without images of val.txt: {len(shared)} are in both, {shared[0]} for one")
+        missing.append(f"a training list without images of val.txt: {len(shared)} are in both, {shared[0]} for example")
     roots.refuse_missing("VOC 2012", root, missing, LAYOUT)
     return SegmentationSet(_images(root, f"voc2012/{train}", train_pairs), _images(root, "voc2012/val", test_pairs))
 
@@ -196,7 +196,7 @@ def _pairs(root: Path, top: Path, names: list[str], labels: Path, missing: list[
         of_sbd = set(lost) - set(lost := roots.absent(sbd / "img", lost))
     for folder, gone in ((photos, lost), (labels, roots.absent(labels, [name + extension for name in names]))):
         if gone:
-            missing.append(f"{folder} ({len(gone)} of {len(names)} files, {gone[0]} for one)")
+            missing.append(f"{folder} ({len(gone)} of {len(names)} files, {gone[0]} for example)")
 
     def photo(name: str) -> Path:
         return sbd / "img" / name if sbd is not None and name in of_sbd else photos / name
