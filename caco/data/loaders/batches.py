@@ -211,7 +211,7 @@ class Compiled:
     """Makes all views of a batch in one compiled call, in memory that is reused: normalised floats for a CPU, bytes for
     a GPU.
 
-    If the recipe has patches or operations that are not compiled, these follow in Python, and the results are bytes on
+    If steps follow that are not compiled (patches, operations in `then`, other colour spaces), the results are bytes on
     both.
     """
 

@@ -72,8 +72,8 @@ class Recipe:
         reference_images: number of images in a step for which steps, rate and warmup_steps are given.
         milestones: ascending shares of the steps; after each of them the rate is multiplied by `decay`.
         decay: see milestones.
-        warmup_steps, warmup_start: during so many steps, given for `reference_images`, the rate rises linearly from
-            warmup_start times its value.
+        warmup_steps, warmup_start: in the first warmup_steps steps (given for `reference_images`) the rate rises
+            linearly; it starts at warmup_start times its value.
         momentum: of SGD.
         weight_decay, decay_norms: weight decay of the weights. It also applies to the scales and shifts of
             normalisation layers if decay_norms is True.
