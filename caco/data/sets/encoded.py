@@ -11,7 +11,7 @@ from PIL import Image
 from caco import distributed
 from caco.data.sets.content import LOOK_BYTES, digest_of, in_threads, look_at
 from caco.data.sets.reading import UnreadableImage, rgb
-from caco.data.sets.sources import Arrays, Source, all_decoded, picked
+from caco.data.sets.sources import Arrays, Source, all_decoded, decoded_image, picked
 from caco.data.sets.stored import shown, stored
 from caco.saying import Say, silent
 
@@ -47,22 +47,15 @@ class EncodedImages(Source):
         return len(self._at)
 
     def image(self, index: int) -> Image.Image:
-        if self.channels is not None:
-            return shown(self.pixels(index))
-        if index in self.damaged:
-            raise UnreadableImage(str(self.damaged[index]))
-        if self.arrays is not None:
-            return Image.fromarray(self.arrays[index])
-        return rgb(self._encoded(index), self._called(index))
+        made = decoded_image(self, index, self._decoded, self._read)
+        return shown(made) if isinstance(made, np.ndarray) else made
 
     def pixels(self, index: int) -> np.ndarray:
-        if self.channels is None:
-            return np.asarray(self.image(index))
-        if index in self.damaged:
-            raise UnreadableImage(str(self.damaged[index]))
-        if self._decoded is not None:
-            return self._decoded[index]
-        return stored(bytes(self._encoded(index)), self._called(index), self.channels)
+        return np.asarray(decoded_image(self, index, self._decoded, self._read))
+
+    def _read(self, index: int) -> Image.Image | np.ndarray:
+        content, name = self._encoded(index), self._called(index)
+        return rgb(content, name) if self.channels is None else stored(bytes(content), name, self.channels)
 
     def part(self, indices: np.ndarray, name: str) -> "EncodedImages":
         labels = None if self.labels is None else self.labels[indices]

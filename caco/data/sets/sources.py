@@ -288,20 +288,15 @@ class ImageFiles(Source):
         return self.root / os.fsdecode(self._files[index])
 
     def image(self, index: int) -> Image.Image:
-        if self.channels is not None:
-            return shown(self.pixels(index))
-        if index in self.damaged:
-            raise UnreadableImage(str(self.damaged[index]))
-        if self.arrays is not None:
-            return Image.fromarray(self.arrays[index])
-        return read_image(self.path(index))
+        made = decoded_image(self, index, self._decoded, self._read)
+        return shown(made) if isinstance(made, np.ndarray) else made
 
     def pixels(self, index: int) -> np.ndarray:
-        if self.channels is None:
-            return np.asarray(self.image(index))
-        if index in self.damaged:
-            raise UnreadableImage(str(self.damaged[index]))
-        return self._decoded[index] if self._decoded is not None else read_stored(self.path(index), self.channels)
+        return np.asarray(decoded_image(self, index, self._decoded, self._read))
+
+    def _read(self, index: int) -> Image.Image | np.ndarray:
+        path = self.path(index)
+        return read_image(path) if self.channels is None else read_stored(path, self.channels)
 
     def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
@@ -348,6 +343,25 @@ class ImageFiles(Source):
 
     def looks(self) -> np.ndarray:
         return self._looks.of(self._at)[0]
+
+
+def decoded_image(
+    source: Source, index: int, in_memory: Arrays | None, read: Callable[[int], Image.Image | np.ndarray]
+) -> Image.Image | np.ndarray:
+    """The image at a position of a set that may be in memory: RGB for photographs; an array [H, W, channels] for a set
+    with `channels`.
+
+    Args:
+        in_memory: each image's array; None if the images are not in memory.
+        read: position -> the image, if it has to be read.
+    Raises:
+        UnreadableImage: the image is among the set's damaged ones, or `read` raised it.
+    """
+    if index in source.damaged:
+        raise UnreadableImage(str(source.damaged[index]))
+    if in_memory is None:
+        return read(index)
+    return Image.fromarray(in_memory[index]) if source.channels is None else in_memory[index]
 
 
 def all_decoded(
