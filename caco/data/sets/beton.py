@@ -136,7 +136,9 @@ def beton(
     """Read what `python -m caco.write ... out=ROOT` wrote: train.beton and, if they exist, test.beton and
     pretrain.beton.
 
-    Arguments as in `caco.data.sets.folders.folder`.
+    Args:
+        root: the folder.
+        limit, validation_fraction, seed: see caco.data.sets.folders.folder.
     Raises:
         FileError: no root was given, or train.beton is not there.
     """

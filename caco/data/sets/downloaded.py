@@ -54,7 +54,14 @@ def cifar100(
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
 ) -> Splits:
-    """CIFAR-100 with its fine labels; arguments as in `cifar10`."""
+    """CIFAR-100 with its fine labels: 50,000 training and 10,000 test images of 32 pixels.
+
+    Args:
+        root: the folder that has cifar-100-python/, or to which it is downloaded.
+        download, limit, validation_fraction, seed: as in `cifar10`.
+    Raises:
+        FileError: the set is not there and cannot be downloaded.
+    """
     from torchvision.datasets import CIFAR100
 
     return _cifar(CIFAR100, "cifar100", root, download, limit, validation_fraction, seed)

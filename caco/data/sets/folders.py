@@ -172,7 +172,8 @@ def cifar10_jpeg75(
     """CIFAR-10 re-encoded as JPEG (quality 75, 4:2:0) and unpacked: train/ and test/ of class folders. Its pixels
     differ from CIFAR-10's, so results differ too.
 
-    Arguments as in `folder`.
+    Args:
+        root, limit, validation_fraction, seed: as in `folder`.
     """
     return folder(
         root=root,
@@ -195,7 +196,8 @@ def imagenet(
 ) -> Splits:
     """ImageNet (ILSVRC 2012): train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; 1,281,167 and 50,000 images.
 
-    Arguments as in `folder`.
+    Args:
+        root, class_list, limit, validation_fraction, seed: as in `folder`.
     """
     names = None if class_list is None else _read_class_list(class_list)
     return _imagenet(existing_root(root, example="data=imagenet"), "imagenet", names, limit, validation_fraction, seed)
@@ -206,7 +208,8 @@ def imagenet100(
 ) -> Splits:
     """The 100 ImageNet classes of CMC (arXiv 1906.05849), read from a copy of ImageNet; 5,000 validation images.
 
-    Arguments as in `folder`.
+    Args:
+        root, limit, validation_fraction, seed: as in `folder`.
     """
     top = existing_root(root, example="data=imagenet100")
     return _imagenet(top, "imagenet100", list(IMAGENET100_CLASSES), limit, validation_fraction, seed)
@@ -224,7 +227,9 @@ def tiny_imagenet(
     """Tiny-ImageNet as unpacked: train/<wnid>/images/*.JPEG, val/images/ with val_annotations.txt; 64 px, 200 classes.
 
     100,000 training images and 10,000 validation images, which serve as test images. Its test/ has no labels and is not
-    read. Arguments as in `folder`.
+    read.
+    Args:
+        root, limit, validation_fraction, seed, in_memory_mb: as in `folder`.
     """
     top = existing_root(root, example="data=tiny_imagenet")
     train = class_folders(_expect_folder(top / "train"), "tiny-imagenet/train")
