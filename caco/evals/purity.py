@@ -78,7 +78,7 @@ class Purity(Evaluator):
             UserError: the method has no bank.
         """
         if getattr(method, "bank", None) is None:
-            raise UserError("needs the bank of the method, but this method has none; leave this evaluator out")
+            raise UserError("needs a bank, and this method has none; leave it out")
         parts = dict(method.named_children())
         self._bank = cast(Bank, parts["bank"])
         self._key_encoder = parts["twin"].get_submodule("encoder") if "twin" in parts else parts["encoder"]
