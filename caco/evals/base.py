@@ -98,9 +98,8 @@ class Evaluator(Protocol):
 
     def inputs(self) -> list[Any]:
         """Everything besides the constructor's arguments and the store's images that the numbers depend on, as plain
-        values: other sets of images, by name and digest. Called after `build`. caco.evaluate uses it to avoid computing
-            a
-        result twice."""
+        values; other sets of images by name and digest. Called after `build`. caco.evaluate uses it to avoid computing
+        a result twice."""
         return []
 
     def image_sets(self) -> dict[str, str]:

@@ -29,10 +29,12 @@ class Record:
     evaluations/NAME-KEY.json holds an evaluator's results and everything that decides them, of which KEY is a hash. So
     a repeated evaluation takes its results from that file. Ledger, MLflow and summary.json get the same numbers under
     these names:
+
     - NAME for results on the run's own data;
     - DATA/NAME for another data set, or DATA-DIGEST/NAME if the data set is the same but its images are others;
     - SET-DIGEST/NAME for an evaluator's own set, if this directory first knew other images under the set's name;
     - untrained/NAME and pixels/NAME for the baselines.
+
     Results that training measured at this step are kept. If an evaluation with the same protocol gives another number,
     because of another seed, precision or batch, that number is only in its file.
 
