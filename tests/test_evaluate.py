@@ -141,8 +141,8 @@ def test_another_number_of_the_same_name_never_replaces_training_s(here, knn_run
         out, err = capsys.readouterr()
         assert out.split() == ["knn20_20pct_top1", f"{number:.6g}"]
         assert (
-            err == f"caco: knn20_20pct_top1: training measured {before['knn20_20pct_top1']:.6g}, which stays; the"
-            f" {number:.6g} of this evaluation is in {kept} alone\n"
+            err == f"caco: knn20_20pct_top1: training measured {before['knn20_20pct_top1']:.6g}, which is kept; the"
+            f" {number:.6g} of this evaluation is in {kept} only\n"
         )
 
 

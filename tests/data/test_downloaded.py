@@ -180,7 +180,7 @@ def test_fashion_mnist_is_read_as_debian_has_it_and_as_torchvision_does(tmp_path
 def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path, damage):
     write_fashion(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damage)
-    with pytest.raises(FileError, match="t10k-images-idx3-ubyte.gz is no file of Fashion-MNIST as published"):
+    with pytest.raises(FileError, match="t10k-images-idx3-ubyte.gz is not the published file of Fashion-MNIST"):
         fashion_mnist(root=str(tmp_path))
 
 

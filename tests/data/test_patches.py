@@ -208,7 +208,7 @@ def views_of(views: dict, **settings) -> Views:
         (lambda: Patches(grid=1, size=4, stride=4), "grid: expected int from 2, got 1"),
         (lambda: Patches(grid=3, size=4, stride=4, jitter=-1), "jitter: expected int from 0, got -1"),
         (lambda: Patches(grid=2, size=4, stride=4, each=View(count=2)),
-        "a view without patches, count and size of its own"),
+        "a view without patches, count or size"),
         (lambda: View(size=20, patches=Patches(grid=3, size=8, stride=7)), "patches that reach over 22 pixels"),
         (lambda: View(patches=Patches(grid=2, size=4, stride=4)), "a view of count 1 with a size of its own"),
         (lambda: View(then={"mine": len}),  # type: ignore[dict-item]  # what a YAML may say, and is refused

@@ -134,9 +134,7 @@ def test_what_has_more_than_eight_bits_is_cut_to_its_high_ones_or_refused(tmp_pa
     ):
         with pytest.raises(
             UnreadableImage,
-            match=(
-                "whose values do not fit into 8 bits a channel: say how many channels such images have, data.channels=N"
-            ),
+            match=("whose values do not fit into 8 bits a channel: set data.channels=N, the number of their channels"),
         ):
             rgb(content, "deep")
     Image.fromarray(GRAY).save(tmp_path / "signed.tif", tiffinfo={339: 2})

@@ -97,7 +97,8 @@ def test_a_worker_that_is_killed_is_one_sentence_and_the_next_epoch_goes_on(not_
     worker = next(child for child in multiprocessing.active_children() if child not in others)
     worker.kill()
     with pytest.raises(
-        UserError, match="a process that reads images was ended from outside, by SIGKILL, perhaps for want of memory"
+        UserError,
+        match="a worker process that reads images was ended from outside, by SIGKILL, perhaps because memory ran out",
     ):
         list(running)
     assert set(multiprocessing.active_children()) <= set(others)
@@ -123,7 +124,8 @@ def test_storage_that_does_not_answer_is_not_waited_for_for_ever(not_compiled, n
         lambda: list(plain_batches(slow, two_views, batch=8, num_workers=1)),
     ):
         with pytest.raises(
-            UserError, match=r"a process has read images for 0\.3 s without an end. Does the storage .* still answer"
+            UserError,
+            match=r"a worker process has been reading images for 0\.3 s without a result. Does the storage .* answer",
         ):
             made()
     for worker in set(multiprocessing.active_children()) - set(others):
@@ -157,7 +159,7 @@ def test_processes_that_cannot_be_started_are_one_sentence(not_compiled, noise_s
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", refuse)
-    with pytest.raises(UserError, match="num_workers=2: this machine starts no more processes .*; expected fewer"):
+    with pytest.raises(UserError, match="num_workers=2: this machine cannot start more processes .*; use fewer"):
         batches(noise_source(8), two_views, workers=2)
 
 

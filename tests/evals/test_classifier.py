@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_what_to_do(colours, store_of):
     [
         ({"epochs": 0}, "epochs: expected int from 1, got 0"),
         ({"schedule": "linear"}, r"schedule: expected cosine \| steps, got 'linear'"),
-        ({"milestones": [3]}, "milestones: belong to schedule=steps"),
+        ({"milestones": [3]}, "milestones: expected none without schedule=steps"),
         ({"when": "now"}, r"when: expected epoch \| end, got 'now'"),
     ],
 )

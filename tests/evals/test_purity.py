@@ -48,7 +48,7 @@ def test_two_ranks_with_half_of_the_rows_each_find_what_one_does(tmp_path):
 
 def test_without_a_bank_or_without_a_training_it_is_refused():
     with pytest.raises(
-        UserError, match="^eval.purity: looks into the method that trains, and here is a backbone alone"
+        UserError, match="^eval.purity: needs the method that trains the backbone, but only a backbone was given"
     ):
         purity_worker.evaluation().require(Toy(rows=8).backbone)
     method = Toy(rows=8)

@@ -107,7 +107,7 @@ def test_sets_that_are_there_are_scored_and_missing_ones_named(store_of, tmp_pat
         results["transfer_size-8_num_strengths-5/colours_mean_per_class"] == 100.0
         and results["transfer_size-8_num_strengths-5/colours_gradient"] < 2e-5
     )
-    assert told[0] == f"transfer goes on without dtd: expected {tmp_path}/dtd, got no such folder"
+    assert told[0] == f"transfer skips a set that is not there: dtd: expected {tmp_path}/dtd, got no such folder"
     with pytest.raises(ValueError, match="none of the sets is there:\ndtd: expected"):
         built(store_of(), tmp_path, "dtd")
     with pytest.raises(

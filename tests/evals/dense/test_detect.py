@@ -208,7 +208,7 @@ def test_a_missing_root_a_set_that_is_not_whole_a_vit_and_shared_images_are_refu
         Detect(**FEW).build(store_of(), seed=0)
     with pytest.raises(UserError, match=r"as eval.detect_coco_2x.root=PATH, got None. .*\n .*instances_train2017.json"):
         Detect(**FEW | {"name": "detect_coco_c4_2x", "dataset": "coco"}).build(store_of(), seed=0)
-    with pytest.raises(UserError, match="VOC is not whole below"):
+    with pytest.raises(UserError, match="VOC is incomplete below"):
         Detect(root=str(tmp_path), **FEW).build(store_of(), seed=0)
     write_voc(tmp_path)
     evaluator = Detect(root=str(tmp_path), **FEW)

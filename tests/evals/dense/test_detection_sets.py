@@ -91,8 +91,8 @@ def test_voc_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
     with pytest.raises(UserError) as some:
         voc(tmp_path)
     message = str(some.value)
-    assert "1 of the 5 files of VOC 2007 trainval" in message and "000002.jpg for one" in message
-    assert "1 of the 3 files of VOC 2012 trainval" in message and "2008_000001.xml for one" in message
+    assert "1 of the 5 files of VOC 2007 trainval" in message and "000002.jpg for example" in message
+    assert "1 of the 3 files of VOC 2012 trainval" in message and "2008_000001.xml for example" in message
     assert "ImageSets/Main/test.txt (VOC 2007 test)" in message and "Expected below root:" in message
 
 

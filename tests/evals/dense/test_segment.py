@@ -299,7 +299,7 @@ def test_raw_pixels_are_left_out_and_said_so(voc):
     store.overlap = "allow"
     segment = Segment(root=str(voc), **FEW)
     segment.build(store, seed=0)
-    assert list(segment.run(RawPixels(32))) == [] and "goes on without raw pixels" in said[-1]
+    assert list(segment.run(RawPixels(32))) == [] and "skips the baseline of raw pixels" in said[-1]
     assert (
         said[0] == "segment: VOC 2012, 6 images to train on (published: 1,464), 4 images to test on (published: 1,449)"
     )

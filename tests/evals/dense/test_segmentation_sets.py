@@ -77,7 +77,7 @@ def test_sbd_adds_its_images_without_vocs_val_and_vocs_own_labels_stay(tmp_path,
 def test_photos_that_voc_has_need_not_lie_in_sbd_too(tmp_path):
     top = toy_voc.write_voc(tmp_path)
     toy_voc.write_sbd(tmp_path / "SBD", train=FURTHER, val=[VAL[0]], photos=False)
-    with pytest.raises(UserError, match=rf"JPEGImages \(2 of 2 files, {FURTHER[0]}.jpg for one\)"):
+    with pytest.raises(UserError, match=rf"JPEGImages \(2 of 2 files, {FURTHER[0]}.jpg for example\)"):
         voc2012(tmp_path, "trainaug")
     for name in FURTHER:
         toy_voc.drawn(name)[0].save(top / "JPEGImages" / f"{name}.jpg")
@@ -110,7 +110,7 @@ def test_a_list_to_train_on_that_has_test_images_is_refused(tmp_path):
     for name in (*TRAIN, *VAL):
         toy_voc.write_image(top, name, folder="SegmentationClassAug")
     toy_voc.write_list(top / "ImageSets" / "Segmentation" / "trainaug.txt", [*TRAIN, VAL[2]])
-    with pytest.raises(UserError, match=rf"without images of val.txt: 1 are in both, {VAL[2]} for one"):
+    with pytest.raises(UserError, match=rf"without images of val.txt: 1 are in both, {VAL[2]} for example"):
         voc2012(tmp_path, "trainaug")
 
 
@@ -136,8 +136,8 @@ def test_all_that_is_missing_is_said_at_once_with_the_layout(tmp_path):
     (top / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(TRAIN))
     with pytest.raises(UserError) as some:
         voc2012(tmp_path, "train")
-    assert f"SegmentationClass (1 of 6 files, {TRAIN[3]}.png for one)" in str(some.value)
-    assert f"JPEGImages (1 of 4 files, {VAL[1]}.jpg for one)" in str(some.value)
+    assert f"SegmentationClass (1 of 6 files, {TRAIN[3]}.png for example)" in str(some.value)
+    assert f"JPEGImages (1 of 4 files, {VAL[1]}.jpg for example)" in str(some.value)
 
 
 @pytest.mark.parametrize(

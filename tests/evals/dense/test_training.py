@@ -237,5 +237,7 @@ def test_a_root_that_is_not_there_and_all_that_is_missing_are_refused_at_once(tm
     assert roots.existing(str(tmp_path), "segment", "") == tmp_path
     assert roots.absent(tmp_path, ["a.txt", "b.txt"]) == ["b.txt"] and roots.absent(tmp_path / "none", ["c"]) == ["c"]
     roots.refuse_missing("VOC", tmp_path, [], "layout")
-    with pytest.raises(UserError, match=r"root: VOC is not whole below .*\n  one\n  two\nExpected below root:\nlayout"):
+    with pytest.raises(
+        UserError, match=r"root: VOC is incomplete below .*\n  one\n  two\nExpected below root:\nlayout"
+    ):
         roots.refuse_missing("VOC", tmp_path, ["one", "two"], "layout")
