@@ -270,11 +270,11 @@ BASE = ["data=folder", "data.root=/nowhere", "data.channels=4", "tracking=ledger
         ),
         (
             ["augmentation.mean=[0.5,0.5,0.5]"],
-            "augmentation.mean: is of photographs; with data.channels=4 say data.mean",
+            "augmentation.mean: applies to photographs only; with data.channels=4 set data.mean",
         ),
         (["augmentation=infomin", "method=infomin"], "~augmentation.views.both.then"),
         (["augmentation=cmc", "method=cmc"], "augmentation.colours: expected rgb with data.channels=4"),
-        (["eval=[transfer]", "eval.transfer.root=/nowhere"], "eval.transfer: reads photographs of its own"),
+        (["eval=[transfer]", "eval.transfer.root=/nowhere"], "eval.transfer: this evaluator reads its own photographs"),
         (["backbone.in_channels=4"], "in_channels"),
     ],
 )
@@ -409,7 +409,7 @@ def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_the
         (weights, "conv1.weight"),
         (
             [*weights, *said[:2]],
-            "data: expected data.channels=N with data.mean and data.std, a value for each of the N",
+            "data: expected data.channels=N together with data.mean and data.std of N values each",
         ),
     ):
         code, told = exported(*words)

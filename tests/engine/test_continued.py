@@ -177,14 +177,14 @@ def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path, repo_root,
 
 def test_another_command_refuses_it():
     with pytest.raises(
-        UserError, match="^continue_from: expected null: caco.train alone continues a run, got 'runs/x'"
+        UserError, match="^continue_from: expected null: only caco.train can continue a run, got 'runs/x'"
     ):
         validation.check(composition.job_config(composition.compose(["continue_from=runs/x"])))
 
 
 def test_without_a_run_it_says_nothing_of_one():
     with pytest.raises(
-        UserError, match="continued_schedule: expected null, as there is no continue_from=RUN, got 'planned'"
+        UserError, match="continued_schedule: expected null, because no continue_from=RUN is given, got 'planned'"
     ):
         validation.check(composition.job_config(composition.compose(["continued_schedule=planned"])))
 

@@ -27,7 +27,7 @@ REFUSED = [
     ("seed={a:1}", "seed: "),
     ("name=null", "name: "),
     ("~schedule.unit", "~schedule.unit"),
-    ("data.root=", "data.root= has no value after the =: is a variable of the shell unset"),
+    ("data.root=", "data.root= has no value after the =: Is a shell variable unset"),
     ("data.root=''", "has no value after the ="),
     ("hydra.run.dir=", "hydra.run.dir= has no value after the ="),
     ("augmentation.mean=[1,2]", "augmentation.mean: expected list of float, 3 of them, got [1, 2]"),
@@ -60,7 +60,7 @@ REFUSED = [
     ("launcher=local launcher.parallel=0", "launcher.parallel: expected int from 1"),
     ("eval.knn.temperature=0", "eval.knn.temperature: expected float above 0, got 0"),
     ("bank=8M bank=12M", "bank"),
-    ("data.root=/bilder/größe(1)", "Hydra takes such a value in quotes of its own, within the shell's: "),
+    ("data.root=/bilder/größe(1)", "Hydra needs quotes around such a value, and the shell needs its own around those: "),
 ]
 
 
