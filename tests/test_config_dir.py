@@ -153,7 +153,7 @@ def test_evaluate_says_what_is_missing_and_takes_it_from_elsewhere(monkeypatch, 
     )
     assert said in capsys.readouterr().err
     assert typed(monkeypatch, evaluate, "run=run", "eval=[spread]") == 2
-    assert f"Perhaps it was in {tmp_path / 'own'}, which is not there any more" in capsys.readouterr().err
+    assert f"Perhaps it was in {tmp_path / 'own'}, which no longer exists" in capsys.readouterr().err
     assert typed(monkeypatch, evaluate, "run=run", "--config-dir", "moved", "eval=[spread]") == 0
 
 

@@ -159,10 +159,10 @@ def test_a_second_time_it_is_said_and_another_file_is_never_written_over(tmp_pat
     capsys.readouterr()
     assert caco_embed(*common, f"to={to}") == 0 and "finished already on 20" in capsys.readouterr().err
     assert caco_embed(*common, "augmentation.plain_crop=0.5", f"to={to}") == 2
-    assert "is there already, of another plain_view; choose another name" in capsys.readouterr().err
+    assert "exists and was made from another plain_view; choose another name" in capsys.readouterr().err
     assert to.read_bytes() == content
     to.write_bytes(b"mine")
-    assert caco_embed(*common, f"to={to}") == 2 and "is no file of caco.embed's" in capsys.readouterr().err
+    assert caco_embed(*common, f"to={to}") == 2 and "was not written by caco.embed" in capsys.readouterr().err
     assert to.read_bytes() == b"mine" and [path.name for path in tmp_path.iterdir()] == ["features.npz"]
 
 

@@ -247,7 +247,7 @@ def test_senseless_values_of_the_root_are_refused(override, expected, whole):
 
 def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
     expected = (
-        "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1"
+        "schedule: set one of final_fraction, final_lr and drops, and the others to null (drops to []); got 0.01, 0.1"
         " and []"
     )
     assert expected in refusal("schedule.final_lr=0.1")

@@ -56,7 +56,7 @@ def refused(root, *overrides):
 def test_a_folder_without_labels_is_measured_by_what_needs_none(images, capsys):
     assert derived(images / "flat", "batch=16") == ["eval=[geometry]", "derived=[eval]"]
     assert (
-        "nobody gave eval: it is [geometry], as the images have no labels, which knn and probe need"
+        "eval is not set; it becomes [geometry], because the images have no labels, which knn and probe need"
         in capsys.readouterr().err
     )
 
@@ -113,7 +113,7 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
         (
             "flat",
             ["eval=[]"],
-            ["batch: expected at most the 30 images of folder to train on, got 1,024; batch=16 leaves 1 steps"],
+            ["batch: expected at most 30, the number of training images of folder, got 1,024; batch=16 leaves 1 steps"],
         ),
         ("empty", ["eval=[]"], ["{root}: expected images"]),
         ("flat", ["preset=demo", "data=folder", "batch=16"], ["eval=[knn,probe]: expected labelled"]),
