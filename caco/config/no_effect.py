@@ -1,5 +1,4 @@
-"""Refuses what a command line asks for when the composed configuration would ignore it. Needs neither torch nor data.
-"""
+"""Refuses what a command line asks for when the composed configuration would ignore it. Needs neither torch nor data."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -161,8 +161,7 @@ def _evaluator(name: str, node: Mapping[str, Any], labels: np.ndarray, given: Gi
         fits = total // world * world
         if given(key) or (share and given(f"eval.{name}.{share}")) or fits < 2:
             found.problems.append(
-                f"{key}: expected at most {there:,}, the number of labelled training images used, got"
-                f" {node[setting]:,}"
+                f"{key}: expected at most {there:,}, the number of labelled training images used, got {node[setting]:,}"
             )
             continue
         if part != 1:

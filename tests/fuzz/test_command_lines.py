@@ -60,7 +60,10 @@ REFUSED = [
     ("launcher=local launcher.parallel=0", "launcher.parallel: expected int from 1"),
     ("eval.knn.temperature=0", "eval.knn.temperature: expected float above 0, got 0"),
     ("bank=8M bank=12M", "bank"),
-    ("data.root=/bilder/größe(1)", "Hydra needs quotes around such a value, and the shell needs its own around those: "),
+    (
+        "data.root=/bilder/größe(1)",
+        "Hydra needs quotes around such a value, and the shell needs its own around those: ",
+    ),
 ]
 
 

@@ -295,7 +295,10 @@ def test_a_missing_file_is_refused(tmp_path):
         ),
         (["weights={file}", "format=moco:key"], "with :online or :twin after it or not, got 'moco:key'"),
         (["format=moco"], "format: expected null, because no weights=FILE is given, got 'moco'"),
-        (["weights_digest=0123"], "weights_digest: expected this key left out; it follows from weights=FILE, got '0123'"),
+        (
+            ["weights_digest=0123"],
+            "weights_digest: expected this key left out; it follows from weights=FILE, got '0123'",
+        ),
     ],
 )
 def test_weights_and_format_go_together_and_are_checked_before_anything_starts(tmp_path, overrides, expected):
