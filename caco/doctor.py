@@ -374,9 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{signs[finding.state]:7}{finding.part:8}{finding.what}")
         if finding.do:
             print(f"{'':15}{finding.do}")
-    print(
-        f"\nto be fixed: {', '.join(stops)}" if stops else "\ncaco can train here: python -m caco.train preset=smoke"
-    )
+    print(f"\nto be fixed: {', '.join(stops)}" if stops else "\ncaco can train here: python -m caco.train preset=smoke")
     return int(bool(stops))
 
 

@@ -210,7 +210,7 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
         lines.insert(
             5,
             "the bank's passes    in PyTorch, block by block: each query's positive is left out of its sums, which no"
-            " kernel does"
+            " kernel does",
         )
     if cfg.bank is not None:
         by_image = cfg.bank.size is None

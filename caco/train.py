@@ -371,9 +371,7 @@ def main() -> None:
             sys.argv += checked.derived  # Hydra reads these words
         if launched:
             if elsewhere:
-                raise UserError(
-                    "launcher: jobs compose the root conf/config.yaml; use launcher=none, or no other root"
-                )
+                raise UserError("launcher: jobs compose the root conf/config.yaml; use launcher=none, or no other root")
             offer_launcher()
         root = "config" if elsewhere else continued.root(args.overrides)
         hydra.main(config_path=str(composition.CONF), config_name=root, version_base="1.3")(job)()

@@ -35,7 +35,7 @@ from caco.runs.files import read_json, write_json
 @pytest.mark.parametrize("launcher", ["none", pytest.param("local", marks=pytest.mark.long)])
 def test_a_sweep_whose_jobs_would_share_a_directory_is_refused_and_told_what_works(varied, differ, shown, launcher):
     command = ["data=cifar10", "tracking=ledger", varied, f"launcher={launcher}"]
-    with pytest.raises(UserError, match="^[23] jobs of this sweep have one directory, runs/caco/") as refused:
+    with pytest.raises(UserError, match="^[23] jobs of this sweep have the same directory, runs/caco/") as refused:
         train.check_command(command, multirun=True)
     assert f"they differ in {differ} alone" in str(refused.value) and f"hydra.sweep.subdir='{shown}'" in str(
         refused.value

@@ -1,4 +1,4 @@
-"""Checks that the other settings suit data.channels=N: images used with the channels they are stored with, not as RGB."""
+"""Checks that other settings suit data.channels=N: images used with the channels they are stored with, not as RGB."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Refuses what a command line asks for when the composed configuration would ignore it. Needs neither torch nor data."""
+"""Refuses command-line settings that the composed configuration would ignore. Needs neither torch nor data."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,4 @@
-"""The contract of a tracker. Imports no torch, so runs can be looked at and sent on from machines without it.
-"""
+"""The contract of a tracker. Imports no torch, so runs can be looked at and sent on from machines without it."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping

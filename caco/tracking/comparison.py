@@ -173,8 +173,7 @@ def sort(rows: list[Row], by: str | None, *, reverse: bool, known: set[str]) -> 
 
 
 def results_of(runs: Sequence[Outline]) -> list[str]:
-    """The metrics that a table shows by default: the accuracies or, if there are none, the loss.
-    """
+    """The metrics that a table shows by default: the accuracies or, if there are none, the loss."""
     found = metrics.accuracies(set().union(*(run.summary for run in runs)))
     return found or (["loss"] if any("loss" in run.summary for run in runs) else [])
 

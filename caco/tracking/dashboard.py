@@ -134,8 +134,7 @@ def recoloured(runs: list[Any]) -> dict[str, str]:
 
 
 def prepare(client: Any, experiment: Any) -> None:
-    """Save our view of an experiment if it has changed, and give each of its runs its own colour.
-    """
+    """Save our view of an experiment if it has changed, and give each of its runs its own colour."""
     runs = client.search_runs([experiment.experiment_id], max_results=1000, order_by=["attributes.start_time ASC"])
     for run_id, colour in recoloured(runs).items():
         client.set_tag(run_id, "mlflow.runColor", colour)

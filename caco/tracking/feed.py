@@ -296,8 +296,7 @@ class Feed:
 
 
 def new_files(run_dir: Path, mark: Watermark) -> dict[str, str]:
-    """The artifacts of a run directory that MLflow lacks, each with its state: configuration, environment, figures.
-    """
+    """The artifacts of a run directory that MLflow lacks, each with its state: configuration, environment, figures."""
     paths = [run_dir / "config.yaml", run_dir / "environment.json", *sorted((run_dir / "figures").glob("[!.]*"))]
     found = {p.relative_to(run_dir).as_posix(): p.stat() for p in paths if p.is_file()}
     states = {name: f"{status.st_size} bytes of {status.st_mtime_ns}" for name, status in found.items()}

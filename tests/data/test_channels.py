@@ -432,7 +432,7 @@ def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_the
 def test_a_beton_is_refused_with_the_reason(spectra, tmp_path):
     from caco.write import write_splits
 
-    with pytest.raises(UserError, match="a .beton holds photographs, RGB of 8 bits"):
+    with pytest.raises(UserError, match="a .beton file holds photographs as 8-bit RGB"):
         write_splits(folder(root=str(spectra), channels=5), tmp_path)
 
 

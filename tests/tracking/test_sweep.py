@@ -222,7 +222,7 @@ def test_what_is_no_figures_name_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="expected a run directory"):
         add_figure(tmp_path, name, b"")
     (tmp_path / "tracking.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"name: expected a file's, ending in .png"):
+    with pytest.raises(ValueError, match=r"name: expected a file name ending in .png"):
         add_figure(tmp_path, name, b"")
 
 
