@@ -224,8 +224,8 @@ def test_the_same_command_says_which_run_it_does_not_go_on_with(command, tmp_pat
     new = old.with_name(f"words-{run_hash(cfg)}")
     open_run(new, cfg)
     told = (
-        f"caco: {old} is the same run made by an earlier version of caco (commit a06a4e77ef), which cannot be continued: it"
-        f" starts anew in {new}\n"
+        f"caco: {old} is the same run made by an earlier version of caco (commit a06a4e77ef), which cannot be"
+        f" continued: it starts anew in {new}\n"
     )
     assert capsys.readouterr().err == told
     open_run(new, cfg)

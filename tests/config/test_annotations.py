@@ -175,8 +175,8 @@ def f(
     ]
     assert argument_mismatches({"k": 1, "m": "0.5", "x": [0, 1]}, taken, "o", "f") == [
         (
-            "o.m: expected float from 0 below 1 or None, got the text '0.5'; to use an environment variable as a number, write"
-            " '${oc.decode:${oc.env:NAME}}'"
+            "o.m: expected float from 0 below 1 or None, got the text '0.5'; to use an environment variable as a"
+            " number, write '${oc.decode:${oc.env:NAME}}'"
         ),
         "o.x.1: expected float from 0 below 1, got 1 (int)",
     ]

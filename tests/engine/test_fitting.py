@@ -137,7 +137,8 @@ def test_one_refusal_names_all_that_is_wrong_with_settings_and_folder(images):
 def test_a_sweep_whose_jobs_would_need_different_values_is_refused(images):
     with pytest.raises(
         UserError,
-        match="^the jobs of this sweep would need different values of settings that are not set: schedule.warmup_epochs=0.5",
+        match="^the jobs of this sweep would need different values of settings that are not set:"
+        " schedule.warmup_epochs=0.5",
     ):
         words = ["data=folder", f"data.root={images / 'flat'}", "batch=16", "eval=[]", "epochs=5,50"]
         train.check_command(words, multirun=True, look=True)
