@@ -235,8 +235,7 @@ class _SumForAll(torch.autograd.Function):
 
 def sum_for_all(x: Tensor) -> Tensor:
     """Sum over the ranks, if every rank then computes the same from it. The gradients are then equal on all ranks, so
-    the
-    sum that `sum_with_gradient` would make of them needs no message."""
+    the sum that `sum_with_gradient` would make of them needs no message."""
     return x if world() == 1 else _SumForAll.apply(x)
 
 

@@ -2,6 +2,7 @@
 
 This file is the oracle against which every faster implementation is tested. Equation numbers are those of arXiv
 2203.14370.
+
 Shapes: B queries, K bank rows, D embedding width, E extra columns (logits of vectors that are no bank rows).
 Symbols: q query, k momentum key, m unit bank row, w stored bank row (any norm), p probability, tau temperature.
 Everywhere `positive_B` is int64: a value below K names a bank row, K + e names extra column e.
@@ -200,8 +201,7 @@ def nearest_row_weights(k_BD: Tensor, m_KD: Tensor, count: int, temperature: flo
 
 def mean_activation_divergence(q_BD: Tensor, m_KD: Tensor, tau: float) -> Tensor:
     """KL(p || 1/K) = sum_j p_j log(K p_j) with p_j = mean_i p_ij: 0 if all rows are equally probable on average, log K
-    if
-    one row has all the probability.
+    if one row has all the probability.
     """
     mean_K = probabilities(q_BD, m_KD, tau).mean(0)
     return torch.special.xlogy(mean_K, mean_K * len(m_KD)).sum()
@@ -274,8 +274,7 @@ def sinkhorn(score_BK: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
     """Soft codes that use every prototype equally often: SwAV's assignment of a batch, as its code computes it.
 
     Q = exp(s / epsilon) over its sum. Then, in turn: each prototype's column is divided by K times its sum, each
-    image's
-    row by B times its sum. At the end Q is multiplied by B.
+    image's row by B times its sum. At the end Q is multiplied by B.
 
     Source: SwAV, Eqs. 3 to 5 and its distributed_sinkhorn. Returns [B, K], rows sum to 1.
     """

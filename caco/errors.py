@@ -16,12 +16,9 @@ class UserError(ValueError):
     """Something that the user asked for or supplied does not work: a setting, a file, a disk, a machine.
 
     The message must be understandable alone: what happened, what was expected and given, what to do. Every command
-    shows
-    it without a traceback and ends with exit code 2. Any other exception is a bug and keeps its traceback. The user's
-    own
-    components may raise UserError too. Mistakes that only a programmer can make, such as a tensor of a wrong shape,
-    raise
-    a plain ValueError.
+    shows it without a traceback and ends with exit code 2. Any other exception is a bug and keeps its traceback. The
+    user's own components may raise UserError too. Mistakes that only a programmer can make, such as a tensor of a wrong
+    shape, raise a plain ValueError.
     """
 
 
@@ -95,8 +92,7 @@ def show(error: Exception) -> None:
 
 def require_contract(key: str, part: object, contract: type) -> None:
     """Refuse a part that lacks a member of its contract (a Protocol), before it is used: mypy does not see the user's
-    own
-    components.
+    own components.
 
     Raises:
         UserError: names the missing members, and the class to derive from.
@@ -119,8 +115,7 @@ def _without_secrets(kind: type[BaseException], error: BaseException, trace: Tra
 @contextlib.contextmanager
 def shown(*, interrupted: str = "") -> Iterator[None]:
     """A context for a command. A UserError, or an error of the machine such as a full disk or a read-only folder, is
-    shown
-    as a message and ends the process with exit code 2; Ctrl-C ends it with 130.
+    shown as a message and ends the process with exit code 2; Ctrl-C ends it with 130.
 
     Args:
         interrupted: says what becomes of the work that Ctrl-C ends.

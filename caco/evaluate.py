@@ -48,8 +48,7 @@ def main() -> None:
 
 def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Callable[[DictConfig], None]) -> None:
     """Run the command line of a root in conf/: show help or the configuration, or compose it, check it and call `act`.
-    Exit
-    code 2 on a refusal."""
+    Exit code 2 on a refusal."""
     with errors.shown(interrupted="the same command goes on with what is left to do"):
         overrides = folders.take(sys.argv[1:])
         flags = [item for item in overrides if item.startswith("-")]

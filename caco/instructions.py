@@ -2,10 +2,9 @@
 
 By default each uses the best that the processor has. The environment variable CACO_INSTRUCTIONS=plain, avx2, avx512 or
 amx limits all of them to that level. CACO_INSTRUCTIONS=torch turns off caco's compiled parts and the Triton kernels,
-and
-leaves PyTorch at its best. PyTorch and its libraries read their own variables when they are loaded, so `import caco`
-sets
-these, and must come before `import torch`. Child processes inherit them: loader workers, ranks, the jobs of a sweep.
+and leaves PyTorch at its best. PyTorch and its libraries read their own variables when they are loaded, so `import
+caco` sets these, and must come before `import torch`. Child processes inherit them: loader workers, ranks, the jobs of
+a sweep.
 
 Imports only fast modules.
 """
@@ -28,8 +27,7 @@ BANK, VIEWS = "caco.banks.kernels._kernel", "caco.data.views._views"  # the comp
 LEVEL: str | None = None  # the level asked for: one of LEVELS, "torch", or None for the best; set by `apply`
 
 # The numbers of the levels in kernel.cpp and views.cpp. wide: the kernel's AVX-512 tile in AVX2 instructions; only
-# tests
-# use it.
+# tests use it.
 _NUMBERS = {name: number for number, name in enumerate((*LEVELS, "wide"))}
 
 # The flags in /proc/cpuinfo that a level needs beyond those of the level before.

@@ -32,8 +32,7 @@ from caco.runs.identity import read_yaml
 class Loaded(NamedTuple):
     """backbone: from images float32 [B, 3, H, W] to features [B, D], on the CPU and in eval mode. preprocess: from a
     Pillow image or an array, or a batch of them, to such images. For a run on images as they are stored
-    (data.channels=N)
-    it takes arrays [H, W, N] of the numbers in the files.
+    (data.channels=N) it takes arrays [H, W, N] of the numbers in the files.
     """
 
     backbone: nn.Module

@@ -221,8 +221,7 @@ def knn_metric(evaluators: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 def objective(summary: Mapping[str, Any], evaluators: Mapping[str, Mapping[str, Any]]) -> float | None:
     """The number that a search (Optuna) maximises, from the run's own evaluations: k-NN accuracy, else that of a probe,
-    else
-    None.
+    else None.
     """
     probes = (f"{probe(**node)}_top1" for node in evaluators.values() if node["_target_"] == "caco.evals.probe.Probe")
     return next(
@@ -237,8 +236,7 @@ def accuracies(names: Iterable[str]) -> list[str]:
 
 def missing_at_the_end(summary: Mapping[str, Any]) -> list[str]:
     """Why results are missing in a run that reached its end: one line for each evaluator that failed at the end.
-    Earlier
-    failures do not count.
+    Earlier failures do not count.
     """
     return [one["message"] for one in summary.get("failed_evaluations", ()) if one["step"] == summary["steps"]]
 

@@ -7,8 +7,7 @@
 
 Counted from the configuration, on tensors without contents; neither data nor a GPU is needed. Time is arithmetic at an
 assumed speed plus messages at an assumed bandwidth, one after the other, as in the trainer; loading, evaluation and
-saving
-are not included. Evaluations that fine-tune for hours have lines of their own."""
+saving are not included. Evaluations that fine-tune for hours have lines of their own."""
 
 import functools
 import sys
@@ -152,8 +151,7 @@ def _images(cfg: DictConfig) -> int:
 
 def evaluations(cfg: DictConfig, *, world: int, tflops: float, measured: bool) -> list[str]:
     """A line for each part of the work of the run's evaluators that estimate it; if `measured`, also the time of one
-    image on
-    this machine.
+    image on this machine.
     """
     device = pick_device(cfg.device)
 

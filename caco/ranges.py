@@ -37,8 +37,7 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         """Whether a number is in the range. True for anything that is not a number, because other types say what it
-        should
-        be.
+        should be.
         """
         if not isinstance(value, Real):
             return True

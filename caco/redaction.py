@@ -59,8 +59,7 @@ def names_secret(key: str) -> bool:
 
 def completed(address: str, known: str | None) -> str | None:
     """An address that was recorded without its password, completed with that of `known` if both name the same place,
-    else
-    None.
+    else None.
 
     An address without a hidden password is returned as it is.
     """

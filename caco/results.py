@@ -1,8 +1,7 @@
 """`python -m caco.results runs/`: show runs as a table in the terminal. Imports no torch.
 
 Without --columns, the table shows the results and those settings that differ between the runs. Unfinished runs are
-shown
-with their state, runs of earlier versions with today's names.
+shown with their state, runs of earlier versions with today's names.
 """
 
 import argparse

@@ -59,8 +59,7 @@ def counting(say: Say, what: str, total: int, done: int = 0) -> Count:
 
 class Sometimes:
     """A `say` that prints to standard error, above a progress bar if there is one. A passing line is left out if
-    another
-    line was printed within the last seconds.
+    another line was printed within the last seconds.
 
     Args:
         enabled: whether this process prints; of several that work together only the first does.
@@ -99,8 +98,7 @@ def counted(say: Say, what: str, total: int, done: int = 0) -> Iterator[Count]:
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
     """A context for slow work that prints nothing itself: after five seconds a line says what is being done, and then,
-    ever
-    more rarely, for how long it has been going on.
+    ever more rarely, for how long it has been going on.
 
     Shorter work prints nothing. While an inner `doing` is open, only that one prints. Of several processes that work
     together only the first prints.

@@ -40,8 +40,7 @@ class RunShape:
 
     def placed(self, table: Table) -> Table:
         """A number for each step of the run, from a table over `of_schedules`. The steps before it, which an earlier
-        run
-        made, get the table's first number.
+        run made, get the table's first number.
         """
         return table[:1] * (self.steps - len(table)) + table
 

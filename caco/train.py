@@ -255,8 +255,7 @@ def run_directory(cfg: DictConfig, multirun: bool) -> Path:
 
 def compose_what_can_be(overrides: list[str], root: str, problems: list[str]) -> tuple[DictConfig | None, list[str]]:
     """The configuration made from those overrides that can be composed, and these overrides. For each other override,
-    an
-    explanation is added to `problems`.
+    an explanation is added to `problems`.
     """
     words = list(overrides)
     while True:
@@ -310,8 +309,7 @@ def name_sweep(overrides: list[str], num_jobs: int) -> None:
 
 def show_sweep(folders: list[Path]) -> None:
     """Print the runs of a sweep side by side, whatever became of each; nothing if the sweep was refused before its
-    first
-    run.
+    first run.
     """
     runs = comparison.outlines(dict.fromkeys(folders), recorded.outline)
     if runs:

@@ -148,8 +148,7 @@ def listed(names: Iterable[str] | None = None) -> str:
 
 def files(folder: Path) -> list[Path]:
     """The files that count as part of a user's folder: those at its top, those directly in its subfolders, and all
-    files
-    in subfolders that hold Python, at any depth.
+    files in subfolders that hold Python, at any depth.
 
     So the folder may also hold runs or images, which do not count.
     """

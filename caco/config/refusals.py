@@ -46,8 +46,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def refuse_unwritable(overrides: Sequence[str]) -> None:
     """Refuse overrides that cannot be written down, and overrides without a value such as `data.root=$UNSET`, which
-    would
-    otherwise mean the working directory or no directory at all.
+    would otherwise mean the working directory or no directory at all.
+
     Raises:
         UserError: an override has no value, holds a secret such as a password, or is not valid text in this locale.
     """
@@ -131,8 +131,7 @@ def culprit(said: str, overrides: Sequence[str]) -> str | None:
 
 def _quoted(override: str | None) -> str:
     """A hint how to quote a value that Hydra's grammar cannot read unquoted (a path with blanks, umlauts, parentheses,
-    =
-    or ~), as it is typed in a shell; "" if quoting does not make it readable."""
+    = or ~), as it is typed in a shell; "" if quoting does not make it readable."""
     key, equals, value = (override or "").partition("=")
     if not equals or not value:
         return ""

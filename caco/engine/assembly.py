@@ -152,8 +152,7 @@ def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
 
 def refuse_different_steps(step: int | None, run_dir: Path) -> None:
     """Check that all ranks loaded the same checkpoint. Each rank reads the checkpoints itself, and on one machine a
-    file
-    may still be missing or be damaged. A collective.
+    file may still be missing or be damaged. A collective.
 
     Args:
         step: the step of the checkpoint that this rank has loaded, or None.

@@ -30,8 +30,7 @@ def backbone_of(node: DictConfig | dict[str, Any], channels: int | None) -> nn.M
     """The backbone that a configuration names, with `channels` input channels; None means three.
 
     A backbone that has an argument `in_channels` is given the number. In any other, torchvision's or the user's own,
-    the
-    first convolution is replaced.
+    the first convolution is replaced.
 
     Raises:
         UserError: the backbone has no first convolution of three channels.
@@ -48,8 +47,7 @@ def views_of(cfg: DictConfig, splits: Splits, *, run_dir: Path | None, say: Say 
     """The views of the recipe, for the images of these splits. A collective.
 
     For images as they are stored, mean and standard deviation come from data.mean and data.std; else from what the run
-    in
-    run_dir has recorded (see `note`); else they are measured on the training images and printed.
+    in run_dir has recorded (see `note`); else they are measured on the training images and printed.
 
     Raises:
         UserError: the recipe does not suit such images, or no training image can be read.

@@ -133,8 +133,7 @@ def run_once(
 
     def forward(images: int) -> tuple[torch.Tensor, int]:
         """The output, and the bytes of everything kept for the backward pass: for the weights and what is made from
-        them,
-        the same for any number of images, and for the images.
+        them, the same for any number of images, and for the images.
         """
         held: list[torch.Tensor] = []  # holding meta tensors costs no memory and keeps their storages distinct
 
@@ -184,8 +183,7 @@ def sent_bytes(one: dict[str, float], batch: int, size: int, dim: int, world: in
     round the ring twice.
 
     Of the bank only queries, keys and their sums travel, whatever its size. If further negatives are made from its
-    rows,
-    each row needed travels once; the estimate assumes as many different rows as there can be.
+    rows, each row needed travels once; the estimate assumes as many different rows as there can be.
     """
     part, ring = (world - 1) * batch / world, 2 * (world - 1) / world
     term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums

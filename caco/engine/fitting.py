@@ -174,8 +174,7 @@ def _evaluator(name: str, node: Mapping[str, Any], labels: np.ndarray, given: Gi
 
 def images_of(data: Mapping[str, Any]) -> Splits | None:
     """The images of a `data` that is read from a folder, without opening any of them; None for any other `data`. The
-    list
-    of the folder's files is kept, so that a run in this process does not walk over the folder again.
+    list of the folder's files is kept, so that a run in this process does not walk over the folder again.
 
     Raises:
         UserError: the folder does not exist, or its layout is not the expected one.

@@ -270,8 +270,7 @@ class Optimisation:
 
         Args:
             lr_factor: factor on the base rate in a phase before the training, whose weight decays are those of the
-                first
-                training step; None in the training.
+                first training step; None in the training.
         """
         training_step = now.step_in_phase if lr_factor is None else 0
         factor = self.lr_factor[training_step] if lr_factor is None else lr_factor

@@ -3,8 +3,8 @@ after the loop has saved.
 
 SLURM sends SIGUSR2 ahead of a time limit or a preemption (`--signal`). SIGTERM comes from `scontrol requeue`, from
 preemption on clusters that send nothing else, from `scancel`, and from any user's `kill`. SIGHUP comes when the
-terminal
-is closed or the connection to it is lost; under nohup, with which a run is meant to go on then, SIGHUP stays ignored.
+terminal is closed or the connection to it is lost; under nohup, with which a run is meant to go on then, SIGHUP stays
+ignored.
 """
 
 import contextlib

@@ -10,8 +10,7 @@ def images_read(evaluation: Evaluation) -> dict[str, Any]:
     """The digests of the images that a run's evaluations read, for images.json in the run's directory.
 
     These images and their place are no part of a run's identity, so this record keeps results of two different test
-    sets
-    out of one curve.
+    sets out of one curve.
     """
     if not evaluation.evaluators:
         return {}

@@ -16,8 +16,7 @@ from caco.engine.assembly import build_encoder, pick_device
 
 def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int = 3) -> dict[str, float]:
     """The speed of this machine, each the best of a few runs: "tflops" of the encoder, forward and backward, and, where
-    a
-    query meets whole rows of a bank, "bank_tflops" of scoring against the bank and moving it.
+    a query meets whole rows of a bank, "bank_tflops" of scoring against the bank and moving it.
 
     Args:
         images: number of images, of the first view's size, that go through the encoder.

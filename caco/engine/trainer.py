@@ -340,8 +340,7 @@ class Trainer:
 
     def evaluate_if_due(self, progress: Progress) -> None:
         """Run the evaluators that are due on the backbone. A collective. If an evaluator fails, this is reported, and
-        the
-        training goes on.
+        the training goes on.
         """
         if self.evaluation_due is None:
             return

@@ -51,8 +51,7 @@ def _export_ranks() -> None:
 
 def environment_of_jobs(code: Path) -> dict[str, str]:
     """The environment variables with which a job imports caco from `code`, and not, as `python -m` would prefer, from
-    the
-    directory in which it starts.
+    the directory in which it starts.
 
     They also tell a job its sweep and its instruction set, because sbatch may pass no environment on.
     """

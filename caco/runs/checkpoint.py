@@ -99,8 +99,7 @@ def load(path: Path) -> dict:
 
 def contents(path: Path) -> object:
     """The object that torch.save wrote into a file, with tensors on the CPU. No code from the file is run, and a
-    damaged
-    file is refused as in `load`.
+    damaged file is refused as in `load`.
     """
     try:
         with open(path, "rb") as file:

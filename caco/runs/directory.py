@@ -35,8 +35,7 @@ _MOMENT_S = 1.0
 
 def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Mapping[str, str] = {}) -> None:
     """Reserve run_dir for this run as long as this process lives. Writes environment.json into it, and config.yaml if
-    the
-    run is new.
+    the run is new.
 
     Args:
         code: what the run uses besides caco, for environment.json.

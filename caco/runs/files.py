@@ -66,8 +66,7 @@ def remove_left_behind(folder: Path, *, of_others: tuple[str, ...] = (), others_
     Args:
         folder: a folder into which no other process writes now, except for `of_others`.
         of_others: names that other processes write there, or ("*",) for all names. Files of these names are removed
-            only
-            if they have not changed for `others_s` seconds.
+            only if they have not changed for `others_s` seconds.
         others_s: seconds.
     """
     for path in folder.iterdir() if folder.is_dir() else ():

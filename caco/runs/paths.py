@@ -65,8 +65,7 @@ def require_writable(folder: Path, key: str) -> None:
 
 def read_text(file: Path) -> str:
     """The content of a user's text file in any of the usual encodings: UTF-8 with or without byte order mark, UTF-16
-    with
-    one, else Latin-1.
+    with one, else Latin-1.
 
     Raises:
         FileError: the file cannot be read.

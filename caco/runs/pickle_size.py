@@ -2,10 +2,8 @@
 
 A tuple that holds another tuple twice, which holds another twice, and so on, takes little space in a file. If it is a
 key of a dict or in a set, hashing it walks all of its 2^n paths, in C code that nothing can interrupt. Thousands of
-huge
-integers with the same hash are as slow. Nothing from the file is run here: the standard library's `pickletools` lists
-the
-instructions, and what each takes from the stack and puts there.
+huge integers with the same hash are as slow. Nothing from the file is run here: the standard library's `pickletools`
+lists the instructions, and what each takes from the stack and puts there.
 """
 
 import pickletools
@@ -21,8 +19,7 @@ _FILLED = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS")
 
 def check(file: IO[bytes], name: str) -> None:
     """Check one pickle, up to its STOP. A file that is no valid pickle passes, because its reader will fail on it at
-    the
-    same place.
+    the same place.
 
     Args:
         name: how a message calls the file.

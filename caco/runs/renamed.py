@@ -1,11 +1,9 @@
 """The table of all renamed things, through which runs and records of earlier versions appear under today's names.
 
 A commit that renames a configuration key, the target of a `_target_`, a metric or a kind of row must add a line here.
-All
-renames since commit a06a4e7 are listed. tests/old_runs holds runs made by an earlier version; a rename that none of
-them
-shows needs one more such run. A checkpoint of an earlier version cannot be continued under new names, so continuing is
-refused (caco/runs/directory.py).
+All renames since commit a06a4e7 are listed. tests/old_runs holds runs made by an earlier version; a rename that none of
+them shows needs one more such run. A checkpoint of an earlier version cannot be continued under new names, so
+continuing is refused (caco/runs/directory.py).
 """
 
 import copy

@@ -17,8 +17,7 @@ class Tracker(Protocol):
     Rank 0 alone calls it, in this order: start; then log and, at each checkpoint, state_dict, as often as needed;
     log_model if the run reached its end; finish, also if the run failed. The callers are the Trainer and caco.evaluate,
     which adds an evaluation's results to a run. Only a full disk may disturb the training: a server that is down, slow
-    or
-    wrong costs one warning and no time.
+    or wrong costs one warning and no time.
 
     package: a package that the tracker needs besides caco's own requirements. It is read from the tracker's source
     before anything is imported.
@@ -54,8 +53,7 @@ class Tracker(Protocol):
     @abstractmethod
     def log(self, step: int, values: Row, kind: str = "train") -> None:
         """Add one row, which survives the death of the process once this returns. Takes microseconds, because the
-        training
-        loop calls it.
+        training loop calls it.
 
         Raises:
             OSError: the disk is full; names the file.

@@ -1,6 +1,5 @@
 """Compares runs side by side: selects, sorts and groups them over seeds, as a table of what differs between them.
-Imports
-no torch.
+Imports no torch.
 """
 
 import csv
@@ -138,8 +137,7 @@ def differing(runs: Sequence[Outline]) -> list[str]:
 
 def rows_of(runs: Sequence[Outline], *, over_seeds: bool) -> list[Row]:
     """One row for each run; or one for all runs in the same state whose settings differ only in the seed. Runs without
-    a
-    summary stay in rows of their own.
+    a summary stay in rows of their own.
     """
     if not over_seeds:
         return [Row([run]) for run in runs]

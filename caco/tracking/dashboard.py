@@ -1,9 +1,8 @@
 """python -m caco.tracking.dashboard [RUNS] : see all runs in a browser. Also `make dashboard`.
 
 Brings MLflow up to date with the run directories: sends what it missed, and ends runs whose process is gone. Then
-starts
-MLflow's server on the store that runs are tracked in, prints its address, and keeps server and store up to date until
-Ctrl-C. Runs do not depend on it.
+starts MLflow's server on the store that runs are tracked in, prints its address, and keeps server and store up to date
+until Ctrl-C. Runs do not depend on it.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """python -m caco.tracking.export RUN_DIR ... : write runs' curves as CSV or TensorBoard files, or send them to W&B.
 
-  python -m caco.tracking.export runs/NAME --csv curves.csv       one line per number: run, kind, step, time, name,
-  value
+  python -m caco.tracking.export runs/NAME --csv curves.csv       a line per number: run, kind, step, time, name, value
   python -m caco.tracking.export runs/ --tensorboard              then: tensorboard --logdir runs
   python -m caco.tracking.export runs/ --wandb PROJECT            --offline: without a network, for a later wandb sync
 

@@ -1,6 +1,5 @@
 """Feeds a run's ledger to MLflow, each row once, and maintains the run that stands for a sweep. Imports MLflow only
-when
-used.
+when used.
 """
 
 import contextlib
@@ -328,8 +327,7 @@ def refresh_sweep(client: Any, experiment_id: str, parent_id: str) -> list[str]:
 
 def _sweep_lock(run_dir: Path) -> contextlib.AbstractContextManager:
     """The lock that the jobs of a sweep share, whose run directories are side by side: they make one parent run, and
-    the
-    last one to end closes it."""
+    the last one to end closes it."""
     return locked(run_dir.absolute().parent / ".mlflow-sweep.lock", wait_s=60)
 
 

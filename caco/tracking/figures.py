@@ -20,8 +20,7 @@ def add_figure(run_dir: Path, name: str, figure: Any) -> Path:
     path.
 
     If the server is not reachable, the figure stays there and `python -m caco.tracking.sync` sends it later. A figure
-    of
-    the same name is replaced.
+    of the same name is replaced.
 
     Args:
         name: a file name, such as "bank_use.png".

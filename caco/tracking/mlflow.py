@@ -27,8 +27,7 @@ class MLflowTracker(Tracker):
     """Tracks a run in its ledger, and in one MLflow run that a thread feeds from the ledger.
 
     log() writes to the ledger and never waits for MLflow. A server that is down, slow or dies costs one warning;
-    `python
-    -m caco.tracking.sync RUN_DIR` later sends exactly what it missed.
+    `python -m caco.tracking.sync RUN_DIR` later sends exactly what it missed.
 
     Args:
         uri: a database or a server. null: MLFLOW_TRACKING_URI or, without it, sqlite:///mlflow.db in the working

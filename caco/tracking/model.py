@@ -10,12 +10,10 @@ from typing import Any
 
 def save_model(backbone: Any, run_dir: Path) -> Path:
     """Write `backbone`, a torch module from images [B, C, H, W] to features [B, D], to run_dir/model, completely or not
-    at
-    all.
+    at all.
 
     `mlflow.pytorch.load_model` returns it as a module that can be trained further. Loading needs timm but not caco; for
-    a
-    backbone of the user's own it also needs that backbone's file on Python's import path.
+    a backbone of the user's own it also needs that backbone's file on Python's import path.
     """
     target, aside = run_dir / "model", run_dir / f".model.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)

@@ -44,8 +44,7 @@ def short_sweep(title: str, keys: Sequence[str]) -> str:
 
 def colours() -> Iterator[str]:
     """An endless sequence of colours, without repetition among the first thousand: ten that are easy to tell apart,
-    then
-    hues around the colour circle.
+    then hues around the colour circle.
     """
     yield from _COLOURS
     seen, number = {*_COLOURS, OF_SWEEPS}, 0

@@ -52,8 +52,7 @@ class Reader:
 
     def points_of(self, rows: list[dict[str, Any]]) -> list[Point]:
         """The rows' finite numbers. Points that were sent before a roll-back are left out; points that may have been
-        sent
-        keep their earlier time and value.
+        sent keep their earlier time and value.
         """
         found = []
         for row in rows:

@@ -1,6 +1,5 @@
 """The store in which MLflow keeps runs, a database or a server: how it is named, reached and created. Imports MLflow
-only
-when used.
+only when used.
 """
 
 import logging
@@ -93,8 +92,7 @@ def _database(uri: str) -> Path | None:
 
 def import_mlflow() -> None:
     """Import MLflow, with time limits for a server that does not answer; environment variables that the user has set
-    are
-    kept.
+    are kept.
 
     Call it in the main thread before any fork: a worker that is forked while another thread imports can hang for ever.
     """

@@ -1,11 +1,9 @@
 """python -m caco.tracking.sync RUN_DIR ... : send to MLflow what it lacks of these runs, each row once.
 
 Works on runs that were tracked with tracking=ledger, that lost their server, or that were killed; at any time, any
-number
-of times, also while they are running. A run whose process is gone is ended as KILLED (or FINISHED, if it has a summary)
-and does not stay RUNNING for ever. For a run on another machine, SLURM tells whether its job still exists; without
-SLURM,
-a run that has written nothing for a day counts as gone.
+number of times, also while they are running. A run whose process is gone is ended as KILLED (or FINISHED, if it has a
+summary) and does not stay RUNNING for ever. For a run on another machine, SLURM tells whether its job still exists;
+without SLURM, a run that has written nothing for a day counts as gone.
 """
 
 import argparse

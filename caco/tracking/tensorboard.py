@@ -1,6 +1,5 @@
 """Tracks a run in its ledger and, fed from it, in TensorBoard event files in the run directory. To see them:
-tensorboard
---logdir runs
+tensorboard --logdir runs
 """
 
 import contextlib
@@ -19,8 +18,7 @@ FOLDER = "tensorboard"  # within a run directory
 
 class TensorBoardTracker(FedTracker):
     """Tracks a run in its ledger and in event files. Whenever a run begins or goes on, these are rewritten from the
-    whole
-    ledger, because TensorBoard would show a point that was rolled back for ever. What is missed, `python -m
+    whole ledger, because TensorBoard would show a point that was rolled back for ever. What is missed, `python -m
     caco.tracking.export RUN_DIR --tensorboard` writes later.
 
     Args:

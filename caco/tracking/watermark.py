@@ -21,8 +21,8 @@ class Watermark:
     """What MLflow, or another receiver, has of a run directory.
 
     `attempted` advances before a batch is sent, `sent` after it has arrived. After a kill in between it is unknown
-    whether
-    the rows arrived: they are sent again, with their old times and values, and MLflow keeps one of two equal points.
+    whether the rows arrived: they are sent again, with their old times and values, and MLflow keeps one of two equal
+    points.
     """
 
     FILE: ClassVar[str] = "mlflow"  # name of the side file and of its lock, without .json and .lock
