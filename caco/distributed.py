@@ -286,6 +286,7 @@ def all_objects(value: Any) -> list[Any]:
 def shard(size: int) -> tuple[int, int]:
     """The first of this rank's contiguous rows, and the one after its last. If the rows cannot be divided evenly, the
     first ranks have one more.
+
     Raises:
         UserError: fewer rows than ranks.
     """

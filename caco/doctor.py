@@ -308,7 +308,7 @@ def dataset_at(root: Path) -> str:
     train = _classes(root / "train")
     tests = {name: _classes(root / name) for name in ("test", "val")}
     if len([name for name in train if re.fullmatch(r"n\d{8}", name)]) >= 1000:
-        # Without classes in val/, its images are not sorted into class folders.
+        # If val/ is not sorted into class folders, some training images take the place of its images.
         return "imagenet" if tests["val"] else "folder data.validation_fraction=0.1"
     if train and any(tests.values()):
         return "folder"

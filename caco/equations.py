@@ -255,6 +255,7 @@ def margin_loss(
 ) -> Tensor:
     """(CE(cosines) + alpha CE(cosines moved by epsilon: the positive's down, the negatives' up)) / (1 + alpha), [B];
     with alpha None only the second CE.
+
     Source: arXiv 2106.11230, implicit feature modification.
     """
     positive, others, _ = _positive_and_negatives(q_BD, m_KD, positive_B, extra_BE)

@@ -61,9 +61,7 @@ def of_the_machine(error: BaseException | None) -> OSError | None:
 
 
 def is_for_user(error: BaseException) -> bool:
-    """Whether only the error's message is shown. With CACO_TRACEBACK=1 in the environment no error is, all keep
-    theirs.
-    """
+    """Whether only the error's message is shown. CACO_TRACEBACK=1 in the environment asks for every traceback."""
     if os.environ.get("CACO_TRACEBACK") == "1":
         return False
     return isinstance(error, UserError) or of_the_machine(error) is not None

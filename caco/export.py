@@ -21,7 +21,7 @@ from caco.runs.paths import expanded, require_writable
 from caco.tracking import recorded
 
 HELP = """\
-caco: export a trained backbone to files of other programs.
+caco: export a trained backbone to files for other programs.
 
   python -m caco.export run=RUN to=FOLDER                      model.safetensors and a model card
   python -m caco.export run=RUN to=FOLDER layouts=[safetensors,timm,torchvision,detectron2]    a plain ResNet: all four

@@ -1,5 +1,5 @@
-"""What is installed here, and the command that installs what is missing. Every part of caco may use it: imports
-none.
+"""What is installed here, and the command that installs what is missing. Imports nothing of caco, so every part of caco
+may use it.
 """
 
 import importlib.util

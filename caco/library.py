@@ -74,7 +74,6 @@ def views(recipe: str = "caco", **settings: Any) -> Transform:
         settings: arguments of `Views` that replace the recipe's: size, mean, std, plain_crop, ...
     Raises:
         UserError: there is no such recipe.
-        UserError: there is no such recipe.
     """
     return Transform(_made("augmentation", recipe, settings))
 

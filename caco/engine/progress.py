@@ -128,7 +128,7 @@ def _setting(key: str, path: str) -> str:
 
 class Progress:
     """Shows the steps done, images per second and the time left. During a step that takes longer than the pause between
-    two lines, it shows what the step is waiting for.
+    two lines, it shows what the step is doing.
 
     Args:
         total: number of steps of the run; done: number of steps made by earlier processes.

@@ -7,7 +7,8 @@ from caco.evals.evaluation import Evaluation
 
 
 def images_read(evaluation: Evaluation) -> dict[str, Any]:
-    """The digests of the images that a run's evaluations read, for images.json in the run's directory.
+    """The digests of the images that a run's evaluations read besides the images it is trained on, for images.json in
+    the run's directory.
 
     These images and their place are no part of a run's identity, so this record keeps results of two different test
     sets out of one curve.

@@ -339,8 +339,8 @@ class Trainer:
             self._record({"epoch": epoch, "message": warning}, "warning")
 
     def evaluate_if_due(self, progress: Progress) -> None:
-        """Run the evaluators that are due on the backbone. A collective. If an evaluator fails, this is reported, and
-        the training goes on.
+        """Run the evaluators that are due on the backbone; accuracies are in percent. A collective. If an evaluator
+        fails, this is reported, and the training goes on.
         """
         if self.evaluation_due is None:
             return
