@@ -158,7 +158,7 @@ def test_without_mlflow_a_run_says_once_that_the_ledger_keeps_everything(
     assert (
         capsys.readouterr().err
         == f"caco: MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {told}` "
-        f"sends it later, once MLflow is there ({command_to_install('mlflow')})\n"
+        f"sends it later, once MLflow is installed ({command_to_install('mlflow')})\n"
     )
     assert trackers(tmp_path) == {"caco.tracking.ledger.LedgerTracker"}, "what the run records is what it did"
 

@@ -148,8 +148,8 @@ def test_evaluate_says_what_is_missing_and_takes_it_from_elsewhere(monkeypatch, 
     (tmp_path / "own").rename("moved")
     assert typed(monkeypatch, evaluate, "run=run", "eval=[knn]") == 2
     said = (
-        f"backbone._target_: mine.Flat is not installed here; the run had it from {tmp_path / 'own'}, which is not"
-        " there any more: say --config-dir DIR, where that is now"
+        f"backbone._target_: mine.Flat is not installed here; the run had it from {tmp_path / 'own'}, which no longer"
+        " exists: say --config-dir DIR with its present place"
     )
     assert said in capsys.readouterr().err
     assert typed(monkeypatch, evaluate, "run=run", "eval=[spread]") == 2
@@ -261,10 +261,10 @@ BAD_FILES = {
     "a root of caco's": ("config.yaml", "batch: 3",
     "{own}/config.yaml: caco has its own config.yaml and would use that one"),
     "Python's own name": ("code.py", "",
-    "{own}/code.py: Python would import its own by the name code; give yours another one"),
-    "an installed name": ("timm/__init__.py", "", "/timm/__init__.py by the name timm; give yours another one"),
+    "{own}/code.py: Python would import its own under the name code; give yours another name"),
+    "an installed name": ("timm/__init__.py", "", "/timm/__init__.py under the name timm; give yours another name"),
     "caco's name": ("caco.py", "",
-    f"{{own}}/caco.py: Python would import {caco.__file__} by the name caco; give yours another one"),
+    f"{{own}}/caco.py: Python would import {caco.__file__} under the name caco; give yours another name"),
 }  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def test_the_folder_may_be_the_one_that_one_works_in(monkeypatch, capsys):
     assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 0
     Path("code.py").touch()
     assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 2
-    assert "code.py: Python would import its own by the name code" in capsys.readouterr().err
+    assert "code.py: Python would import its own under the name code" in capsys.readouterr().err
     assert sys.path == path
 
 

@@ -178,8 +178,11 @@ def test_a_runs_own_views_and_labels_of_other_data(tmp_path, folder):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["to=features.csv"], "to: expected a file to write to, as to=FILE.npz or to=FILE.parquet, got 'features.csv'"),
-        (["loader.corrupt=skip", "to=x.npz"], "would get another's features"),
+        (
+            ["to=features.csv"],
+            "to: expected the file to write to, as to=FILE.npz or to=FILE.parquet, got 'features.csv'",
+        ),
+        (["loader.corrupt=skip", "to=x.npz"], "would get the features of another image"),
         (["data.root=nowhere", "to=x.npz"], "data=images needs images"),
     ],
 )

@@ -217,7 +217,7 @@ def test_a_runs_backbone_is_exported_from_the_command_line(tmp_path, monkeypatch
     assert all(torch.equal(value, trained[f"encoder.backbone.{name}"]) for name, value in written.items())
 
     for arguments, expected in (
-        ([f"run={tmp_path / 'run'}"], "to: expected a folder to write to"),
+        ([f"run={tmp_path / 'run'}"], "to: expected the folder to write to"),
         (
             [f"run={tmp_path / 'run'}", "to=x", "layouts=[onnx]"],
             "layouts: expected some of safetensors, timm, torchvision, detectron2",

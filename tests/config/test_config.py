@@ -218,7 +218,7 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
         ("epochs=0", "at least 1"),
         ("max_steps=0", "null or at least 1"),
         *(
-            (f"norm_groups={wrong}", "1, rank, or a divisor of batch, 1024")
+            (f"norm_groups={wrong}", "1, rank, or a divisor of batch=1024")
             for wrong in ("3", "0", "1024", "ranks", "true", "1.0")
         ),
         ("shuffle_keys=true", "false with norm_groups=1"),

@@ -349,7 +349,7 @@ def test_a_run_notes_what_it_measured_and_is_evaluated_and_exported_with_it(spec
     assert noted["channels"] == len(noted["mean"]) == len(noted["std"]) == 5
     said = capfd.readouterr().err
     assert "mean and standard deviation of each channel, measured on folder/train" in said
-    assert "views have no saturation, hue, grey" in said
+    assert "the recipe's saturation, hue, grey are left out of the views" in said
 
     for command, arguments in (
         (evaluate, ["eval=[knn_all]", "eval.knn.k=2", "baselines=true"]),

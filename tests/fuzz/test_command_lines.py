@@ -20,7 +20,7 @@ def test_lines_follow_from_their_numbers():
 
 REFUSED = [
     ("data=" + "x" * 300, "no such option. There are: beton"),
-    ("hydra.run.dir=" + "x" * 300, "its name is too long for a file system"),
+    ("hydra.run.dir=" + "x" * 300, "this name is too long for a file system"),
     ("schedule.final_lr='${name}'", "schedule.final_lr: "),
     ("batch='${nope}'", "batch=${nope}: Interpolation key 'nope' not found"),
     ("batch='${batch}'", "batch=${batch}: Recursive interpolation detected"),

@@ -167,7 +167,7 @@ def test_what_fails_costs_one_warning_and_nothing_of_the_run(tmp_path, make, cap
 def test_wandb_is_not_begun_where_nobody_has_logged_in(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match="nobody has logged in .* tracking.mode=offline"):
+    with pytest.raises(UserError, match="there is no login .* tracking.mode=offline"):
         WandbTracker(project="caco")
 
 

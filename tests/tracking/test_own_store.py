@@ -127,7 +127,7 @@ def test_a_store_whose_folder_is_gone_is_not_made_anew_somewhere(tmp_path, new_s
     (tmp_path / "store").rename(tmp_path / "moved")
     assert main([str(tmp_path / "run")]) == 1
     assert (
-        "is in a folder that does not exist here: make the folder for a new store, or choose another one with --uri"
+        "is in a folder that does not exist here: make the folder for a new store, or choose another store with --uri"
         in told(capsys)
     )
     assert not (tmp_path / "store").exists()
