@@ -87,7 +87,7 @@ def warmup_and_cosine(
 
     def value(t: int) -> float:
         if t < warmup and start is None and end == "last":
-            return highest * min(1.0, (t + 1) / max(warmup, 1))  # equals the line below, but with less rounding
+            return highest * min(1.0, (t + 1) / max(warmup, 1))  # the same as below, without its rounding error
         if t < warmup:
             return highest * min(1.0, first + (1 - first) * t / units)
         return final + (highest - final) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / rest))

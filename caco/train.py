@@ -178,9 +178,8 @@ class Checked:
     """What `check_command` found out about a command line that can be run.
 
     unfinished: number of its jobs that are not finished already. folders: the directory of each job; empty for a
-        search,
-    which draws its jobs later. derived: the overrides for values that were derived (caco/engine/fitting.py), including
-    the override of `derived`, which records their names.
+    search, which draws its jobs later. derived: the overrides for values that were derived (caco/engine/fitting.py),
+    including the override of `derived`, which records their names.
     """
 
     unfinished: int = 0
