@@ -27,7 +27,7 @@ REFUSED = [
     ("seed={a:1}", "seed: "),
     ("name=null", "name: "),
     ("~schedule.unit", "~schedule.unit"),
-    ("data.root=", "data.root= has no value after the =: Is a shell variable unset"),
+    ("data.root=", "data.root= has no value after the =. Is a shell variable unset"),
     ("data.root=''", "has no value after the ="),
     ("hydra.run.dir=", "hydra.run.dir= has no value after the ="),
     ("augmentation.mean=[1,2]", "augmentation.mean: expected list of float, 3 of them, got [1, 2]"),
@@ -106,5 +106,5 @@ def test_the_quoting_that_a_refusal_shows_is_taken(path):
     refusal = outcome("config", ["tracking=ledger", "data=folder", f"data.root={path}"])
     if refusal is None:
         return  # taken as it is
-    shown = shlex.split(refusal.rpartition("within the shell's: ")[2])
+    shown = shlex.split(refusal.rpartition("its own around those: ")[2])
     assert outcome("config", ["tracking=ledger", "data=folder", *shown]) is None

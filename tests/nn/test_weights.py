@@ -293,7 +293,7 @@ def test_a_missing_file_is_refused(tmp_path):
             ["weights={file}", "format=moco3"],
             "format: expected null, to detect the format from the keys of weights={file}, or one of caco, adco, moco, ",
         ),
-        (["weights={file}", "format=moco:key"], "with :online or :twin after it or not, got 'moco:key'"),
+        (["weights={file}", "format=moco:key"], "optionally followed by :online or :twin, got 'moco:key'"),
         (["format=moco"], "format: expected null, because no weights=FILE is given, got 'moco'"),
         (
             ["weights_digest=0123"],
