@@ -174,7 +174,7 @@ def test_without_mlflow_nothing_is_said_where_tracking_was_chosen(here, no_mlflo
 def test_mlflow_named_and_missing_is_refused_before_anything_is_made(here, no_mlflow, command, capsys, tmp_path):
     assert here(*command, "preset=demo") == 2
     said = capsys.readouterr().err
-    assert f"MLflow is not installed; to have it: {command_to_install('mlflow')}" in said and said.count("\n") == 1
+    assert f"MLflow is not installed; to install it: {command_to_install('mlflow')}" in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

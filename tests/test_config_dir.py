@@ -283,7 +283,7 @@ def test_without_the_folder_a_refusal_says_how_to_name_it(monkeypatch, capsys):
     assert typed(monkeypatch, train, "--config-dir", "nowhere", "method=agree") == 2
     assert (
         capsys.readouterr().err
-        == f"caco: --config-dir: expected a folder, got {Path('nowhere').absolute()}, which is not there\n"
+        == f"caco: --config-dir: expected a folder, got {Path('nowhere').absolute()}, which does not exist\n"
     )
     assert typed(monkeypatch, train, "--config-dir", "own", "-cd", "other", "method=agree") == 2
     assert capsys.readouterr().err == "caco: --config-dir: expected one folder, got own, other\n"

@@ -230,7 +230,7 @@ def test_without_mlflow_a_run_that_was_tracked_there_is_evaluated_into_its_ledge
     assert told in capsys.readouterr().err
     assert "knn20_20pct_top1" in evals(run_dir)[-1]
     assert here(f"run={run_dir}", "eval=[knn]", "tracking=mlflow") == 2
-    assert "tracking=mlflow: MLflow is not installed; to have it: " in capsys.readouterr().err
+    assert "tracking=mlflow: MLflow is not installed; to install it: " in capsys.readouterr().err
 
 
 def test_weights_from_elsewhere_get_a_folder_of_their_own(here, run_dir, tmp_path):

@@ -221,7 +221,7 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
             (f"norm_groups={wrong}", "1, rank, or a divisor of batch=1024")
             for wrong in ("3", "0", "1024", "ranks", "true", "1.0")
         ),
-        ("shuffle_keys=true", "false with norm_groups=1"),
+        ("shuffle_keys=true", "false, because norm_groups=1"),
         ("seed=-1", "0 to 2**32 - 1"),
         ("name=a/b", "letters, digits"),
         ("name=..", "letters, digits"),
@@ -371,7 +371,7 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
     cfg = copy.deepcopy(whole)
     OmegaConf.update(cfg, "eval.again", {**cfg.eval.knn, "block": 64}, force_add=True)
     with pytest.raises(
-        UserError, match=r"eval\.again: its results would be called knn20_20pct, as those of eval\.knn are"
+        UserError, match=r"eval\.again: its results would be called knn20_20pct, the same as those of eval\.knn are"
     ):
         validation.check(cfg)
     cfg.eval.again.k = 5
@@ -390,7 +390,7 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
             "warm_start.passes: counts passes over the rows of a bank, and this configuration has no bank, got 2",
         ),
         (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
-        (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has none; leave it out"),
+        (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has no warm start; leave it out"),
         (
             ["pn=positive", "bank_learning.final_lr=0"],
             "bank_learning.final_lr: the bank of this configuration takes no final_lr: none of its rows learn",
