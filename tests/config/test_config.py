@@ -371,7 +371,7 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
     cfg = copy.deepcopy(whole)
     OmegaConf.update(cfg, "eval.again", {**cfg.eval.knn, "block": 64}, force_add=True)
     with pytest.raises(
-        UserError, match=r"eval\.again: its results would be called knn20_20pct, the same as those of eval\.knn are"
+        UserError, match=r"eval\.again: its results would be called knn20_20pct, the same as those of eval\.knn: leave one"
     ):
         validation.check(cfg)
     cfg.eval.again.k = 5
