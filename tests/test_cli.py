@@ -158,7 +158,7 @@ def test_without_mlflow_a_run_says_once_that_the_ledger_keeps_everything(
     assert (
         capsys.readouterr().err
         == f"caco: MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {told}` "
-        f"sends it later, once MLflow is there ({command_to_install('mlflow')})\n"
+        f"sends it later, once MLflow is installed ({command_to_install('mlflow')})\n"
     )
     assert trackers(tmp_path) == {"caco.tracking.ledger.LedgerTracker"}, "what the run records is what it did"
 
@@ -174,7 +174,7 @@ def test_without_mlflow_nothing_is_said_where_tracking_was_chosen(here, no_mlflo
 def test_mlflow_named_and_missing_is_refused_before_anything_is_made(here, no_mlflow, command, capsys, tmp_path):
     assert here(*command, "preset=demo") == 2
     said = capsys.readouterr().err
-    assert f"MLflow is not installed; to have it: {command_to_install('mlflow')}" in said and said.count("\n") == 1
+    assert f"MLflow is not installed; to install it: {command_to_install('mlflow')}" in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

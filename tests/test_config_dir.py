@@ -148,12 +148,12 @@ def test_evaluate_says_what_is_missing_and_takes_it_from_elsewhere(monkeypatch, 
     (tmp_path / "own").rename("moved")
     assert typed(monkeypatch, evaluate, "run=run", "eval=[knn]") == 2
     said = (
-        f"backbone._target_: mine.Flat is not installed here; the run had it from {tmp_path / 'own'}, which is not"
-        " there any more: say --config-dir DIR, where that is now"
+        f"backbone._target_: mine.Flat is not installed here; the run had it from {tmp_path / 'own'}, which no longer"
+        " exists: say --config-dir DIR with its present place"
     )
     assert said in capsys.readouterr().err
     assert typed(monkeypatch, evaluate, "run=run", "eval=[spread]") == 2
-    assert f"Perhaps it was in {tmp_path / 'own'}, which is not there any more" in capsys.readouterr().err
+    assert f"Perhaps it was in {tmp_path / 'own'}, which no longer exists" in capsys.readouterr().err
     assert typed(monkeypatch, evaluate, "run=run", "--config-dir", "moved", "eval=[spread]") == 0
 
 
@@ -231,7 +231,7 @@ MISTAKES = {
     (
         "method=agree",
         "config_dir=elsewhere",
-    ): "config_dir: expected it not to be set; --config-dir DIR does, got 'elsewhere'",
+    ): "config_dir: expected this key left out; use --config-dir DIR instead, got 'elsewhere'",
 }
 
 
@@ -253,18 +253,18 @@ BAD_FILES = {
     "no YAML": ("method/bad.yaml", "method: [1\nbank: 2\n", "{own}/method/bad.yaml, line 2: "),
     "no Python": ("mine.py", "class Agree:\n    def f(:\n", "{own}/mine.py, line 2: invalid syntax: def f(:"),
     "another group's folder": ("methods/bad.yaml", METHOD + "mine.Agree",
-    "{own}/methods/bad.yaml would have to lie in a folder method/ there"),
+    "{own}/methods/bad.yaml would have to be in a folder method/ there"),
     "a package further down": ("method/bad.yaml", "# mine\n" + METHOD,
-    "{own}/method/bad.yaml: # @package has to be its first line"),
+    "{own}/method/bad.yaml: # @package must be in the first line"),
     "an option of caco's": ("method/caco.yaml", METHOD,
-    "{own}/method/caco.yaml: caco has method/caco.yaml already and would take its own"),
+    "{own}/method/caco.yaml: caco has its own method/caco.yaml and would use that one"),
     "a root of caco's": ("config.yaml", "batch: 3",
-    "{own}/config.yaml: caco has config.yaml already and would take its own"),
+    "{own}/config.yaml: caco has its own config.yaml and would use that one"),
     "Python's own name": ("code.py", "",
-    "{own}/code.py: Python would import its own by the name code; give yours another one"),
-    "an installed name": ("timm/__init__.py", "", "/timm/__init__.py by the name timm; give yours another one"),
+    "{own}/code.py: Python would import its own under the name code; give yours another name"),
+    "an installed name": ("timm/__init__.py", "", "/timm/__init__.py under the name timm; give yours another name"),
     "caco's name": ("caco.py", "",
-    f"{{own}}/caco.py: Python would import {caco.__file__} by the name caco; give yours another one"),
+    f"{{own}}/caco.py: Python would import {caco.__file__} under the name caco; give yours another name"),
 }  # fmt: skip
 
 
@@ -283,13 +283,13 @@ def test_without_the_folder_a_refusal_says_how_to_name_it(monkeypatch, capsys):
     assert typed(monkeypatch, train, "--config-dir", "nowhere", "method=agree") == 2
     assert (
         capsys.readouterr().err
-        == f"caco: --config-dir: expected a folder, got {Path('nowhere').absolute()}, which is not there\n"
+        == f"caco: --config-dir: expected a folder, got {Path('nowhere').absolute()}, which does not exist\n"
     )
     assert typed(monkeypatch, train, "--config-dir", "own", "-cd", "other", "method=agree") == 2
     assert capsys.readouterr().err == "caco: --config-dir: expected one folder, got own, other\n"
     assert typed(monkeypatch, train, "preset=smoke", "backbone._target_=mine.Flat") == 2
     assert (
-        "mine.Flat is not installed here; a file of your own is found in the folder that --config-dir names"
+        "mine.Flat is not installed here; to use a file of your own, name its folder with --config-dir"
         in capsys.readouterr().err
     )
 
@@ -301,7 +301,7 @@ def test_the_folder_may_be_the_one_that_one_works_in(monkeypatch, capsys):
     assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 0
     Path("code.py").touch()
     assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 2
-    assert "code.py: Python would import its own by the name code" in capsys.readouterr().err
+    assert "code.py: Python would import its own under the name code" in capsys.readouterr().err
     assert sys.path == path
 
 

@@ -150,7 +150,7 @@ def test_the_native_parts_are_built_where_a_compiler_is_and_the_level_at_which_t
         "turned off by CACO_INSTRUCTIONS=torch: caco.banks.kernels._kernel, caco.data.views._views",
     )
     monkeypatch.setattr(instructions, "LEVEL", None)
-    assert only(doctor.cpu()).what.endswith("; the best serves, CACO_INSTRUCTIONS is not set")
+    assert only(doctor.cpu()).what.endswith("; the best is used, because CACO_INSTRUCTIONS is not set")
 
 
 def test_a_driver_whose_gpus_torch_does_not_see_is_no_machine_without_gpus(monkeypatch):

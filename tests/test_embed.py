@@ -159,10 +159,10 @@ def test_a_second_time_it_is_said_and_another_file_is_never_written_over(tmp_pat
     capsys.readouterr()
     assert caco_embed(*common, f"to={to}") == 0 and "finished already on 20" in capsys.readouterr().err
     assert caco_embed(*common, "augmentation.plain_crop=0.5", f"to={to}") == 2
-    assert "is there already, of another plain_view; choose another name" in capsys.readouterr().err
+    assert "exists and was made from another plain_view; choose another name" in capsys.readouterr().err
     assert to.read_bytes() == content
     to.write_bytes(b"mine")
-    assert caco_embed(*common, f"to={to}") == 2 and "is no file of caco.embed's" in capsys.readouterr().err
+    assert caco_embed(*common, f"to={to}") == 2 and "was not written by caco.embed" in capsys.readouterr().err
     assert to.read_bytes() == b"mine" and [path.name for path in tmp_path.iterdir()] == ["features.npz"]
 
 
@@ -178,8 +178,11 @@ def test_a_runs_own_views_and_labels_of_other_data(tmp_path, folder):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["to=features.csv"], "to: expected a file to write to, as to=FILE.npz or to=FILE.parquet, got 'features.csv'"),
-        (["loader.corrupt=skip", "to=x.npz"], "would get another's features"),
+        (
+            ["to=features.csv"],
+            "to: expected the file to write to, as to=FILE.npz or to=FILE.parquet, got 'features.csv'",
+        ),
+        (["loader.corrupt=skip", "to=x.npz"], "would get the features of another image"),
         (["data.root=nowhere", "to=x.npz"], "data=images needs images"),
     ],
 )

@@ -128,7 +128,7 @@ def test_the_class_comes_without_anything_heavy():
         (errno.ENOSPC, "Make room there"), (errno.EDQUOT, "a larger quota"),
         (errno.EROFS, "a place that can be written to"),
         (errno.EACCES, "a place that you may use"), (errno.EIO, "the disk or the network storage fails"),
-        (errno.ESTALE, "see that it is mounted"),
+        (errno.ESTALE, "check that it is mounted"),
     ],
 )  # fmt: skip
 def test_what_a_machine_cannot_do_is_one_sentence_with_exit_code_2(number, advice, capsys):

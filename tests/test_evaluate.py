@@ -230,7 +230,7 @@ def test_without_mlflow_a_run_that_was_tracked_there_is_evaluated_into_its_ledge
     assert told in capsys.readouterr().err
     assert "knn20_20pct_top1" in evals(run_dir)[-1]
     assert here(f"run={run_dir}", "eval=[knn]", "tracking=mlflow") == 2
-    assert "tracking=mlflow: MLflow is not installed; to have it: " in capsys.readouterr().err
+    assert "tracking=mlflow: MLflow is not installed; to install it: " in capsys.readouterr().err
 
 
 def test_weights_from_elsewhere_get_a_folder_of_their_own(here, run_dir, tmp_path):
@@ -278,8 +278,8 @@ def test_the_parts_that_the_run_recorded_are_taken_unless_chosen_anew(run_dir):
         ([], "expected run=RUN or weights=FILE, got neither"),
         (["run={run}", "weights={file}", "format=caco"], "expected run=RUN or weights=FILE, got both"),
         (["run=nowhere"], "run: expected a run's directory, a checkpoint file or an MLflow run id, got nowhere"),
-        (["run={run}/checkpoints"], "with config.yaml, got {run}/checkpoints, which has none"),
-        (["run={run}/config.yaml"], "expected a checkpoint file where its run left it"),
+        (["run={run}/checkpoints"], "with a config.yaml, got {run}/checkpoints, which has none"),
+        (["run={run}/config.yaml"], "expected a checkpoint file inside its run's directory"),
         (["run={run}", "eval=[knn,linaer]"], "eval=linaer: no such option; did you mean linear"),
         (["run={run}", "eval=[]"], "eval: expected at least one evaluator"),
         (["run={run}", "eval.linear.epoch=3"], "eval.linear.epoch: no such key; did you mean epochs?"),

@@ -132,6 +132,6 @@ def test_resume(tmp_path):
     train(tmp_path / "run", *command, "max_steps=2")
     shutil.copytree(tmp_path / "set", tmp_path / "copy")
     exchange(tmp_path / "set" / "train", tmp_path / "set" / "other")
-    with pytest.raises(UserError, match="expected a checkpoint made with these data .*; got one made with others"):
+    with pytest.raises(UserError, match="expected a checkpoint made with these data .*; got one made with other data"):
         train(tmp_path / "run", *command, "max_steps=2")
     train(tmp_path / "run", *command, "max_steps=2", f"data.root={tmp_path / 'copy'}")  # a copy elsewhere is these data

@@ -189,7 +189,7 @@ def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_wri
 def test_a_network_of_images_in_another_colour_space_says_so(resnet, tmp_path):
     about = {**ABOUT, "augmentation": {**ABOUT["augmentation"], "colours": "lab"}}
     with pytest.raises(
-        ValueError, match="takes images in lab, which no layout but safetensors can say; got safetensors, timm"
+        ValueError, match="takes images in lab, which only safetensors can record; got safetensors, timm"
     ):
         export.export(resnet, RESNET, ["safetensors", "timm"], tmp_path / "to", about)
     assert not (tmp_path / "to").exists()
@@ -217,7 +217,7 @@ def test_a_runs_backbone_is_exported_from_the_command_line(tmp_path, monkeypatch
     assert all(torch.equal(value, trained[f"encoder.backbone.{name}"]) for name, value in written.items())
 
     for arguments, expected in (
-        ([f"run={tmp_path / 'run'}"], "to: expected a folder to write to"),
+        ([f"run={tmp_path / 'run'}"], "to: expected the folder to write to"),
         (
             [f"run={tmp_path / 'run'}", "to=x", "layouts=[onnx]"],
             "layouts: expected some of safetensors, timm, torchvision, detectron2",

@@ -118,7 +118,7 @@ def test_a_run_directory_below_a_file_is_one_sentence(tmp_path):
     code, _, told = Process(caco_train, *TINY, *SHORT, f"hydra.run.dir={tmp_path}/file/run").end()
     assert (
         code == 2
-        and told.endswith(f"{tmp_path}/file is no folder; choose another one with hydra.run.dir\n")
+        and told.endswith(f"{tmp_path}/file is not a folder; choose another one with hydra.run.dir\n")
         and "Traceback" not in told
     )
 

@@ -212,8 +212,8 @@ def test_going_on_with_one_is_refused_in_a_sentence_that_says_whose_it_is_and_wh
     assert (
         code == 2
         and err
-        == f"caco: {tmp_path / TINY} holds a run of an earlier version of caco (commit a06a4e77ef), which this version"
-        " shows, evaluates and exports but cannot go on with: finish it with that version, or choose another"
+        == f"caco: {tmp_path / TINY} holds a run of an earlier version of caco (commit a06a4e77ef); this version"
+        " can show, evaluate and export it but not continue it: finish it with that version, or choose another"
         " hydra.run.dir to train anew\n"
     )
 
@@ -224,8 +224,8 @@ def test_the_same_command_says_which_run_it_does_not_go_on_with(command, tmp_pat
     new = old.with_name(f"words-{run_hash(cfg)}")
     open_run(new, cfg)
     told = (
-        f"caco: {old} is this run by an earlier version of caco (commit a06a4e77ef) and cannot be gone on with: it"
-        f" starts anew in {new}\n"
+        f"caco: {old} is the same run made by an earlier version of caco (commit a06a4e77ef), which cannot be"
+        f" continued: it starts anew in {new}\n"
     )
     assert capsys.readouterr().err == told
     open_run(new, cfg)

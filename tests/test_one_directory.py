@@ -35,9 +35,9 @@ from caco.runs.files import read_json, write_json
 @pytest.mark.parametrize("launcher", ["none", pytest.param("local", marks=pytest.mark.long)])
 def test_a_sweep_whose_jobs_would_share_a_directory_is_refused_and_told_what_works(varied, differ, shown, launcher):
     command = ["data=cifar10", "tracking=ledger", varied, f"launcher={launcher}"]
-    with pytest.raises(UserError, match="^[23] jobs of this sweep have one directory, runs/caco/") as refused:
+    with pytest.raises(UserError, match="^[23] jobs of this sweep have the same directory, runs/caco/") as refused:
         train.check_command(command, multirun=True)
-    assert f"they differ in {differ} alone" in str(refused.value) and f"hydra.sweep.subdir='{shown}'" in str(
+    assert f"they differ only in {differ}, which" in str(refused.value) and f"hydra.sweep.subdir='{shown}'" in str(
         refused.value
     )
     assert train.check_command([*command, f"hydra.sweep.subdir={shown}"], multirun=True).unfinished == len(
@@ -88,7 +88,7 @@ def test_what_a_search_draws_is_held_to_it_too(monkeypatch, tmp_path):
 
     drawn("loader.num_workers=1")
     drawn("loader.num_workers=1")  # the same once more: its result is there
-    with pytest.raises(UserError, match="differ in loader.num_workers alone"):
+    with pytest.raises(UserError, match="differ only in loader.num_workers"):
         drawn("loader.num_workers=2")
 
 

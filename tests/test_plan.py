@@ -139,7 +139,7 @@ def test_treatments_of_negatives_by_hand():
 )
 def test_the_report_says_where_no_kernel_serves(overrides, streams):
     told = plan.report(compose(*overrides), world=1, images=None, speeds={})
-    assert ("the bank's passes    PyTorch's, in blocks" in told) == streams
+    assert ("the bank's passes    in PyTorch, block by block" in told) == streams
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
@@ -233,11 +233,11 @@ def test_the_paper_s_run_without_its_data():
     ("overrides", "options", "message"),
     [
         (["batch=64"], {"world": 3}, "multiple of the 3 processes that share it, got 64"),
-        (["bank.size=3"], {"world": 4}, "a bank of 3 rows cannot be shared by 4 ranks: expected a row for each"),
+        (["bank.size=3"], {"world": 4}, "a bank of 3 rows cannot be shared by 4 ranks: expected at least one row each"),
         (["norm_groups=2"], {"world": 4}, "^norm_groups: expected 1, rank, or a multiple of the 4 processes"),
         (["batch=2048"], {}, "at most the 1400 images, got 2048"),
         ([], {"tflops": 0}, "must be positive; got 1, 0, 0 and"),
-        (["data=folder"], {}, "say images=N, or where they lie"),
+        (["data=folder"], {}, "give images=N, or data.root=PATH"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(overrides, options, message):

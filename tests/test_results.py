@@ -91,8 +91,8 @@ def test_runs_are_chosen_and_sorted_by_settings_and_metrics(runs, capsys):
     [
         (["--where", "sed=1"], "sed: no run here has such a setting or metric; did you mean seed"),
         (["--where", "seed"], "--where seed: expected KEY=VALUE"),
-        (["--where", "seed<many"], "expected a number behind <, got many"),
-        (["--where", "seed=7"], "none of the 4 runs there is such that seed=7"),
+        (["--where", "seed<many"], "expected a number after <, got many"),
+        (["--where", "seed=7"], "none of these 4 runs meets the conditions seed=7"),
         (["--columns", "k"], "k: no run here has"),
     ],
 )

@@ -135,7 +135,7 @@ def test_the_program_supplies_what_yaml_cannot_hold(module):
     assert argument_mismatches({}, taken, "optimizer", "f") == missing
     assert argument_mismatches({}, taken, "optimizer", "f", supplied=["rate", "views"]) == []
     assert argument_mismatches({"rate": 1}, taken, "optimizer", "f", supplied=["rate", "views"]) == [
-        "optimizer.rate: the program sets it, it cannot be chosen"
+        "optimizer.rate: the program sets this argument itself; leave it out"
     ]
 
 
@@ -175,8 +175,8 @@ def f(
     ]
     assert argument_mismatches({"k": 1, "m": "0.5", "x": [0, 1]}, taken, "o", "f") == [
         (
-            "o.m: expected float from 0 below 1 or None, got the text '0.5'; a variable is read as a number by"
-            " '${oc.decode:${oc.env:NAME}}'"
+            "o.m: expected float from 0 below 1 or None, got the text '0.5'; to use an environment variable as a"
+            " number, write '${oc.decode:${oc.env:NAME}}'"
         ),
         "o.x.1: expected float from 0 below 1, got 1 (int)",
     ]

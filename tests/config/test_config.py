@@ -218,10 +218,10 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
         ("epochs=0", "at least 1"),
         ("max_steps=0", "null or at least 1"),
         *(
-            (f"norm_groups={wrong}", "1, rank, or a divisor of batch, 1024")
+            (f"norm_groups={wrong}", "1, rank, or a divisor of batch=1024")
             for wrong in ("3", "0", "1024", "ranks", "true", "1.0")
         ),
-        ("shuffle_keys=true", "false with norm_groups=1"),
+        ("shuffle_keys=true", "false, because norm_groups=1"),
         ("seed=-1", "0 to 2**32 - 1"),
         ("name=a/b", "letters, digits"),
         ("name=..", "letters, digits"),
@@ -247,7 +247,7 @@ def test_senseless_values_of_the_root_are_refused(override, expected, whole):
 
 def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
     expected = (
-        "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1"
+        "schedule: set one of final_fraction, final_lr and drops, and the others to null (drops to []); got 0.01, 0.1"
         " and []"
     )
     assert expected in refusal("schedule.final_lr=0.1")
@@ -262,8 +262,8 @@ def test_all_problems_of_the_tree_are_told_at_once():
     "overrides, expected",
     [
         (["pn=none", "bank=12M"], "bank=12M: pn=none has no bank"),
-        (["pn=none", "bank.size=100"], "bank.size: this setting has no bank"),
-        (["pn=none", "+bank.size=100"], "bank: this setting has none"),
+        (["pn=none", "bank.size=100"], "bank.size: this configuration has no bank"),
+        (["pn=none", "+bank.size=100"], "bank: expected a component with a _target_, or null"),
     ],
 )
 def test_a_bank_for_a_setting_without_one_is_refused_not_ignored(overrides, expected):
@@ -302,8 +302,8 @@ def test_pn_belongs_to_caco(own_conf):
     other = {"method": recipe["method"], "bank": recipe["bank"]}
     (own_conf / "method" / "other.yaml").write_text("# @package _global_\n" + yaml.safe_dump(other))
     accept("method=other")
-    assert "pn belongs to method=caco" in refusal("method=other", "pn=positive")
-    assert "belongs to method=caco, and the method is other" in refusal("method=other", "+pn=positive")
+    assert "pn applies to method=caco only" in refusal("method=other", "pn=positive")
+    assert "applies to method=caco only, and the method is other" in refusal("method=other", "+pn=positive")
 
 
 def test_what_must_be_given_is_named(whole):
@@ -371,7 +371,7 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
     cfg = copy.deepcopy(whole)
     OmegaConf.update(cfg, "eval.again", {**cfg.eval.knn, "block": 64}, force_add=True)
     with pytest.raises(
-        UserError, match=r"eval\.again: its results would be called knn20_20pct, as those of eval\.knn are"
+        UserError, match=r"eval\.again: its results would be called knn20_20pct, the same as those of eval\.knn: leave one"
     ):
         validation.check(cfg)
     cfg.eval.again.k = 5
@@ -387,17 +387,17 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
         ),
         (
             ["pn=none", "warm_start.passes=2"],
-            "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2",
+            "warm_start.passes: counts passes over the rows of a bank, and this configuration has no bank, got 2",
         ),
         (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
-        (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has none; leave it out"),
+        (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has no warm start; leave it out"),
         (
             ["pn=positive", "bank_learning.final_lr=0"],
-            "bank_learning.final_lr: this setting's bank takes no final_lr: nothing learns in it",
+            "bank_learning.final_lr: the bank of this configuration takes no final_lr: none of its rows learn",
         ),
         (
             ["+bank_learning.wobble=1"],
-            "bank_learning.wobble: this setting's bank takes no wobble: there are lr, lr_reference_batch, ",
+            "bank_learning.wobble: the bank of this configuration takes no wobble: it takes lr, lr_reference_batch, ",
         ),
         (["pn=negative", "bank_learning.lr=fast"], "bank.lr: expected float from 0, got 'fast'"),
     ],

@@ -78,7 +78,9 @@ def test_a_new_setting_is_one_argument_and_one_line_whatever_is_chosen(extended)
     assert not any("wobble" in (bank or {}) for bank in others)
     assert (by_block["wobble"], by_hand["wobble"]) == (2, 3)
     assert wrong == "bank.wobble: expected float, got 'much' (str)"
-    assert useless.startswith("bank_learning.wobble: this setting's bank takes no wobble: nothing learns in it")
+    assert useless.startswith(
+        "bank_learning.wobble: the bank of this configuration takes no wobble: none of its rows learn"
+    )
 
 
 @pytest.mark.parametrize("chosen", [["pn=both"], ["pn=negative"], ["method=adco"]])
@@ -103,7 +105,9 @@ def test_runs_are_found_where_they_were_when_the_block_stood_three_times(overrid
 
 
 def test_a_setting_that_no_bank_takes_is_refused():
-    with pytest.raises(UserError, match="bank_learning.wobble: this setting's bank takes no wobble: there are lr, "):
+    with pytest.raises(
+        UserError, match="bank_learning.wobble: the bank of this configuration takes no wobble: it takes lr, "
+    ):
         check(compose(["+bank_learning.wobble=1"]), overrides=["+bank_learning.wobble=1"])
 
 

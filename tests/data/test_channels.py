@@ -270,11 +270,11 @@ BASE = ["data=folder", "data.root=/nowhere", "data.channels=4", "tracking=ledger
         ),
         (
             ["augmentation.mean=[0.5,0.5,0.5]"],
-            "augmentation.mean: is of photographs; with data.channels=4 say data.mean",
+            "augmentation.mean: applies to photographs only; with data.channels=4 set data.mean",
         ),
         (["augmentation=infomin", "method=infomin"], "~augmentation.views.both.then"),
         (["augmentation=cmc", "method=cmc"], "augmentation.colours: expected rgb with data.channels=4"),
-        (["eval=[transfer]", "eval.transfer.root=/nowhere"], "eval.transfer: reads photographs of its own"),
+        (["eval=[transfer]", "eval.transfer.root=/nowhere"], "eval.transfer: this evaluator reads its own photographs"),
         (["backbone.in_channels=4"], "in_channels"),
     ],
 )
@@ -349,7 +349,7 @@ def test_a_run_notes_what_it_measured_and_is_evaluated_and_exported_with_it(spec
     assert noted["channels"] == len(noted["mean"]) == len(noted["std"]) == 5
     said = capfd.readouterr().err
     assert "mean and standard deviation of each channel, measured on folder/train" in said
-    assert "views have no saturation, hue, grey" in said
+    assert "the recipe's saturation, hue, grey are left out of the views" in said
 
     for command, arguments in (
         (evaluate, ["eval=[knn_all]", "eval.knn.k=2", "baselines=true"]),
@@ -409,7 +409,7 @@ def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_the
         (weights, "conv1.weight"),
         (
             [*weights, *said[:2]],
-            "data: expected data.channels=N with data.mean and data.std, a value for each of the N",
+            "data: expected data.channels=N together with data.mean and data.std of N values each",
         ),
     ):
         code, told = exported(*words)
@@ -432,7 +432,7 @@ def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_the
 def test_a_beton_is_refused_with_the_reason(spectra, tmp_path):
     from caco.write import write_splits
 
-    with pytest.raises(UserError, match="a .beton holds photographs, RGB of 8 bits"):
+    with pytest.raises(UserError, match="a .beton file holds photographs as 8-bit RGB"):
         write_splits(folder(root=str(spectra), channels=5), tmp_path)
 
 

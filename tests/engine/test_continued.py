@@ -149,7 +149,7 @@ def test_where_it_lies_is_no_part_of_it_and_which_run_it_is_and_how_it_goes_on_a
         (["epochs=4"], "continued_schedule: expected restart .* or planned .* got None"),
         (["epochs=4", "continued_schedule=new"], "continued_schedule: expected restart .*, got 'new'"),
         (["epochs=1", "continued_schedule=planned"], "epochs: expected more than the 1.5 .*, got 1"),
-        (["epochs=4", "continued_schedule=restart"], "has ended within an epoch, after 1.5, .*; expected planned"),
+        (["epochs=4", "continued_schedule=restart"], "ended within an epoch, after 1.5 epochs, .*; expected planned"),
         (["epochs=4", "continued_schedule=planned", "batch=32", "method=byol", "seed=1"],
          "continue_from: batch=32, method=byol, seed=1 cannot differ .*format=caco$"),
         (["epochs=4", "continued_schedule=planned", "continued_epochs=1"], "continued_epochs=1 cannot differ"),
@@ -163,7 +163,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(cut, words, expected):
 def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path, repo_root, cut):
     with pytest.raises(UserError, match="^continue_from: expected a run's directory"):
         compose(tmp_path / "none", "epochs=4")
-    with pytest.raises(UserError, match="^continue_from: .* of an earlier version of caco"):
+    with pytest.raises(UserError, match="^continue_from: .* by an earlier version of caco"):
         compose(repo_root / "tests/old_runs/old/tiny", "epochs=4")
     with pytest.raises(UserError, match="^continue_from: a run is continued from its end; expected its directory"):
         compose(sorted((cut / "checkpoints").glob("*.pt"))[-1], "epochs=4")
@@ -171,20 +171,20 @@ def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path, repo_root,
     (copied / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "environment.json", "checkpoints/step_000000008.pt"):
         (copied / name).write_bytes((cut / name).read_bytes())
-    with pytest.raises(UserError, match="unfinished is not finished; its own command goes on with it: "):
+    with pytest.raises(UserError, match="unfinished is not finished; to finish it, give its own command again: "):
         compose(copied, "epochs=4")
 
 
 def test_another_command_refuses_it():
     with pytest.raises(
-        UserError, match="^continue_from: expected null: caco.train alone continues a run, got 'runs/x'"
+        UserError, match="^continue_from: expected null: only caco.train can continue a run, got 'runs/x'"
     ):
         validation.check(composition.job_config(composition.compose(["continue_from=runs/x"])))
 
 
 def test_without_a_run_it_says_nothing_of_one():
     with pytest.raises(
-        UserError, match="continued_schedule: expected null, as there is no continue_from=RUN, got 'planned'"
+        UserError, match="continued_schedule: expected null, because no continue_from=RUN is given, got 'planned'"
     ):
         validation.check(composition.job_config(composition.compose(["continued_schedule=planned"])))
 

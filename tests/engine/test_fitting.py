@@ -56,7 +56,7 @@ def refused(root, *overrides):
 def test_a_folder_without_labels_is_measured_by_what_needs_none(images, capsys):
     assert derived(images / "flat", "batch=16") == ["eval=[geometry]", "derived=[eval]"]
     assert (
-        "nobody gave eval: it is [geometry], as the images have no labels, which knn and probe need"
+        "eval is not set; it becomes [geometry], because the images have no labels, which knn and probe need"
         in capsys.readouterr().err
     )
 
@@ -113,7 +113,7 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
         (
             "flat",
             ["eval=[]"],
-            ["batch: expected at most the 30 images of folder to train on, got 1,024; batch=16 leaves 1 steps"],
+            ["batch: expected at most 30, the number of training images of folder, got 1,024; batch=16 leaves 1 steps"],
         ),
         ("empty", ["eval=[]"], ["{root}: expected images"]),
         ("flat", ["preset=demo", "data=folder", "batch=16"], ["eval=[knn,probe]: expected labelled"]),
@@ -137,7 +137,8 @@ def test_one_refusal_names_all_that_is_wrong_with_settings_and_folder(images):
 def test_a_sweep_whose_jobs_would_need_different_values_is_refused(images):
     with pytest.raises(
         UserError,
-        match="^the jobs of this sweep would need different values of what nobody gave: schedule.warmup_epochs=0.5",
+        match="^the jobs of this sweep would need different values of settings that are not set:"
+        " schedule.warmup_epochs=0.5",
     ):
         words = ["data=folder", f"data.root={images / 'flat'}", "batch=16", "eval=[]", "epochs=5,50"]
         train.check_command(words, multirun=True, look=True)

@@ -63,7 +63,7 @@ def test_a_profiled_run_has_shares_and_a_trace_and_is_the_run_that_it_would_be(t
         "twin, forward",
         "bank, loss",
         "bank, loss, backward",
-        "bank, rows move",
+        "bank, motion of rows",
         "optimiser",
     } <= set(found["percent"])
     assert sum(found["percent"].values()) == pytest.approx(100)

@@ -88,7 +88,7 @@ def test_a_final_rate_is_the_same_at_every_batch():
 
 @pytest.mark.parametrize("both", [{"final_fraction": 0.1, "final_lr": 0.1}, {"final_fraction": None}])
 def test_one_final_rate_is_given(both):
-    with pytest.raises(ValueError, match="schedule needs one of final_fraction, final_lr and drops"):
+    with pytest.raises(ValueError, match="schedule needs exactly one of final_fraction, final_lr and drops"):
         OptimizerSchedule(**both)
 
 

@@ -318,7 +318,7 @@ def test_accumulated_runs_learn_and_go_on_to_the_same_bits(tmp_path, monkeypatch
         (["accumulate=64"], "leaves at least 2 in each part; got 64"),
         (
             ["accumulate=2", "pn=none"],
-            "the images of a batch meet one another in this method's loss.* expected null, got 2",
+            "this method's loss compares the images of a batch with one another.* expected null, got 2",
         ),
     ],
 )

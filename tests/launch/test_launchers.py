@@ -63,7 +63,7 @@ def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tm
     assert (about["run_name"], about["sweep"]["jobs"], about["sweep"]["keys"]) == ("batch=64", 2, ["batch"])
     written = (run / "ledger.jsonl").stat().st_mtime_ns
     again = caco(*sweep, cwd=tmp_path)
-    assert "caco/b64: is done already" in again.stderr and again.returncode == 1
+    assert "caco/b64: is finished already" in again.stderr and again.returncode == 1
     assert (run / "ledger.jsonl").stat().st_mtime_ns == written
 
 
@@ -95,7 +95,8 @@ def test_what_this_machine_or_the_ranks_cannot_do_is_refused():
     Local(**LOCAL | {"tasks_per_job": 64}).check(compose("bank.size=100"))  # the first of them have a row more
     here = torch.cuda.device_count()
     with pytest.raises(
-        ValueError, match=f"launcher.gpus_per_job: expected at most {here}, as this machine has, got {here + 1}"
+        ValueError,
+        match=f"launcher.gpus_per_job: expected at most {here}, the number of this machine's GPUs, got {here + 1}",
     ):
         Local(**LOCAL | {"gpus_per_job": here + 1, "tasks_per_job": 1}).check(cfg)
 

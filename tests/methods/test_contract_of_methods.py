@@ -150,7 +150,9 @@ def test_its_values_and_scalars_are_logged_under_its_own_names(runs, toy):
 
 
 def test_a_method_whose_batch_must_stay_whole_is_not_cut(tmp_path):
-    with pytest.raises(ValueError, match="accumulate: the images of a batch meet one another in this method's loss"):
+    with pytest.raises(
+        ValueError, match="accumulate: this method's loss compares the images of a batch with one another"
+    ):
         run_training(configured(toys.Toy, "accumulate=2"), tmp_path)
 
 

@@ -243,7 +243,10 @@ def test_the_published_recipe():
 
 def test_views_and_images_that_it_cannot_take_are_refused(tmp_path):
     told = refused("preset=demo", "method=cpcv2")
-    assert "no view here is cut into patches; choose one of cpcv2, cpcv2_cifar. Images of fewer than 24 pixels" in told
+    assert (
+        "no view of this augmentation is cut into patches; choose one of cpcv2, cpcv2_cifar."
+        " Images with sides below 24 pixels" in told
+    )
     small = ["method=cpcv2", *OF_PATCHES["cpcv2"], "projector=small", "projector.dim=8", "optimizer=sgd"]
     with pytest.raises(UserError, match="takes 25 patches of each image; got a grid of 6 x 6"):
         run_training(compose(*small, "method.grid=5", "method.distances=[3]", bank=False), tmp_path)

@@ -214,7 +214,10 @@ def refused(*overrides):
 
 def test_views_without_patches_are_refused_before_anything_is_built_with_those_that_have_some():
     told = refused("preset=demo", "method=infomin")
-    assert "augmentation: this method takes patches of each image, and no view here is cut into patches" in told
+    assert (
+        "augmentation: this method takes patches of each image, and no view of this augmentation is cut into patches"
+        in told
+    )
     assert "choose one of infomin, infomin_cifar, pirl, pirl_cifar." in told
     assert "as the digits, are too small for patches" in told and "cpcv2" not in told
     told = refused("method=mocov2", "augmentation=infomin", "data.root=/tmp")

@@ -46,7 +46,7 @@ def test_views_in_rgb_are_refused_at_once_with_those_that_are_not():
         validation.check(cfg)
     told = str(error.value)
     assert "needs colours=lab, ydbdr, ycbcr; got rgb; choose one of cmc, cmc_cifar, cmc_ydbdr" in told
-    assert "Grey images, as the digits" in told
+    assert "Grey images, such as the digits" in told
 
 
 def test_grey_images_are_refused_by_looking_at_them_and_coloured_ones_train(tmp_path):

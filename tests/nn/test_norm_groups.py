@@ -250,7 +250,7 @@ def test_a_group_for_each_rank_asks_for_the_same_ranks_again(tmp_path, monkeypat
     train(tmp_path, *command)
     refuse_other_groups(1)
     with pytest.raises(
-        ValueError, match="had 2 groups, one for each process, and would go on with 1; start 2 processes"
+        ValueError, match="had 2 groups, one for each process, and would have 1 from here on; start 2 processes"
     ):
         refuse_other_groups(2)
     seen = []

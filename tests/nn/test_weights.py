@@ -288,14 +288,17 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (["weights=none.pth", "format=moco"], "weights: expected a file that is there and can be read, got 'none.pth'"),
+        (["weights=none.pth", "format=moco"], "weights: expected a file that exists and can be read, got 'none.pth'"),
         (
             ["weights={file}", "format=moco3"],
-            "format: expected null, for what the keys of weights={file} say, or one of caco, adco, moco, ",
+            "format: expected null, to detect the format from the keys of weights={file}, or one of caco, adco, moco, ",
         ),
-        (["weights={file}", "format=moco:key"], "with :online or :twin after it or not, got 'moco:key'"),
-        (["format=moco"], "format: expected null, as there is no weights=FILE, got 'moco'"),
-        (["weights_digest=0123"], "weights_digest: expected it not to be set; weights=FILE does, got '0123'"),
+        (["weights={file}", "format=moco:key"], "optionally followed by :online or :twin, got 'moco:key'"),
+        (["format=moco"], "format: expected null, because no weights=FILE is given, got 'moco'"),
+        (
+            ["weights_digest=0123"],
+            "weights_digest: expected this key left out; it follows from weights=FILE, got '0123'",
+        ),
     ],
 )
 def test_weights_and_format_go_together_and_are_checked_before_anything_starts(tmp_path, overrides, expected):

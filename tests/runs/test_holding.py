@@ -78,7 +78,7 @@ def test_a_holder_on_another_machine_is_seen_where_locks_are_not_shared(tmp_path
     process = holder(tmp_path, "elsewhere", "no locks")
     with pytest.raises(UserError, match=f"in use: process {process.pid} on elsewhere trains or evaluates there now"):
         hold(tmp_path)
-    assert "looking for 2 s whether it lives" in capsys.readouterr().err
+    assert "checking for 2 s whether that process still runs" in capsys.readouterr().err
 
 
 def test_a_holder_on_another_machine_that_was_killed_is_not_waited_for_long(tmp_path, holder, no_locks):
@@ -119,7 +119,7 @@ def test_what_srun_alone_starts_several_times_is_not_two_writers(tmp_path, holde
     assert is_first_rank()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     holder(tmp_path)
-    with pytest.raises(UserError, match="srun has started 2 of them, each a run of its own: say srun --ntasks=1"):
+    with pytest.raises(UserError, match="srun has started 2 processes, each a run of its own: use srun --ntasks=1"):
         hold(tmp_path)
 
 

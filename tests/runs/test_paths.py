@@ -30,7 +30,7 @@ def test_without_a_home_that_is_said(monkeypatch):
 def test_a_directory_that_cannot_be_is_refused_with_its_cause(tmp_path, monkeypatch):
     require_writable(tmp_path / "a" / "b", "to")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"cannot be made: {tmp_path}/file is no folder; choose another one with to"):
+    with pytest.raises(UserError, match=f"cannot be made: {tmp_path}/file is not a folder; choose another one with to"):
         require_writable(tmp_path / "file" / "x", "to")
     with pytest.raises(UserError, match="too long for a file system; choose another one with hydra.run.dir"):
         require_writable(tmp_path / ("x" * 300), "hydra.run.dir")

@@ -36,7 +36,7 @@ KNN = {"_target_": "caco.evals.knn.KNN", "k": 20, "temperature": 0.2, "fraction"
 def test_every_target_of_then_is_a_target_of_today(target):
     assert signatures.find(renamed.target(target)) is not None
     assert validation._component({"_target_": target}, "x") == [
-        f"x._target_: {target} is called {renamed.target(target)} now"
+        f"x._target_: {target} is now called {renamed.target(target)}; use that name"
     ]
 
 
@@ -65,7 +65,7 @@ def test_every_new_name_in_the_table_is_there_and_no_old_one_is():
 def test_a_former_key_is_refused_by_its_new_name(old, new):
     with pytest.raises(refusals.COMPOSITION_ERRORS) as error:
         refusals.compose([f"{old}=3"])
-    assert refusals.explain(error.value, [f"{old}=3"]) == f"{old}: is called {new} now"
+    assert refusals.explain(error.value, [f"{old}=3"]) == f"{old}: is now called {new}; use that name"
 
 
 def test_names_of_today_stay_as_they_are():

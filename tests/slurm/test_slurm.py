@@ -239,7 +239,7 @@ def test_a_copy_of_the_code_is_recorded_by_the_commit_that_it_says(interrupted):
 def test_the_same_sweep_again_has_nothing_to_do(interrupted):
     first, _ = interrupted
     code, errors = swept(first.folder, *NAMES, "--config-dir", "own")
-    assert code == 0 and errors.count("is done already") == 3
+    assert code == 0 and errors.count("is finished already") == 3
     assert not shown("squeue", "--noheader")
 
 

@@ -161,13 +161,13 @@ def test_what_fails_costs_one_warning_and_nothing_of_the_run(tmp_path, make, cap
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 3
     first, last = (record.getMessage() for record in caplog.records if record.name.startswith("caco"))
     assert "no such thing; training goes on, the ledger keeps all" in first
-    assert f"lacks a part of this run; send it: python -m caco.tracking.export {tmp_path}" in last
+    assert f"lacks a part of this run; to send it: python -m caco.tracking.export {tmp_path}" in last
 
 
 def test_wandb_is_not_begun_where_nobody_has_logged_in(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match="nobody has logged in .* tracking.mode=offline"):
+    with pytest.raises(UserError, match="there is no login .* tracking.mode=offline"):
         WandbTracker(project="caco")
 
 

@@ -126,7 +126,10 @@ def test_a_store_whose_folder_is_gone_is_not_made_anew_somewhere(tmp_path, new_s
     track(tmp_path / "run", new_store(tmp_path / "store"), steps=1).finish("FINISHED", {})
     (tmp_path / "store").rename(tmp_path / "moved")
     assert main([str(tmp_path / "run")]) == 1
-    assert "was in a folder that is not here: make it for a new store, or choose another one with --uri" in told(capsys)
+    assert (
+        "is in a folder that does not exist here: make the folder for a new store, or choose another store with --uri"
+        in told(capsys)
+    )
     assert not (tmp_path / "store").exists()
 
 

@@ -67,7 +67,7 @@ def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, 
 def test_without_mlflow_one_is_told_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(
-        UserError, match=f"^MLflow is not installed; to have it: {re.escape(command_to_install('mlflow'))}$"
+        UserError, match=f"^MLflow is not installed; to install it: {re.escape(command_to_install('mlflow'))}$"
     ):
         MLflowTracker(uri=None, experiment="x")
 

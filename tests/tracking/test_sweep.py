@@ -148,7 +148,11 @@ def test_without_a_place_to_write_the_sampler_ends_with_one_warning(tmp_path, ca
     sampler = Sampler(Ledger(tmp_path / "absent" / "system.jsonl"), 0.001)
     sampler.start()
     sampler.join(240)
-    assert not sampler.is_alive() and len(caplog.messages) == 1 and "system metrics end here" in caplog.messages[0]
+    assert (
+        not sampler.is_alive()
+        and len(caplog.messages) == 1
+        and "system metrics are no longer recorded" in caplog.messages[0]
+    )
 
 
 def test_the_final_backbone_comes_back_from_mlflow_and_is_sent_once(look, tmp_path, caplog):
@@ -222,7 +226,7 @@ def test_what_is_no_figures_name_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="expected a run directory"):
         add_figure(tmp_path, name, b"")
     (tmp_path / "tracking.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"name: expected a file's, ending in .png"):
+    with pytest.raises(ValueError, match=r"name: expected a file name ending in .png"):
         add_figure(tmp_path, name, b"")
 
 
