@@ -194,7 +194,7 @@ def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(traine
     share = (label[picked.numpy()] == splits.test.labels).mean()
     chance = (label[None] == splits.test.labels[:, None]).mean()
     told = re.search(
-        r"Of all (\d+) test images, (\d+)% have a positive of their class .*at random: (\d+)%\); they share (\d+) rows",
+        r"Of all (\d+) test images, (\d+)% have a positive of their class .*at random: (\d+)%\)\. .* choose (\d+) diff",
         said,
     )
     images, right, by_chance, shared = map(int, told.groups())

@@ -101,7 +101,8 @@ def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trai
         (["--scale", "smok"], "smok: no such scale; did you mean smoke?"),
         (
             ["--scale", "imagenet100"],
-            "no results among 0; this makes some: python -m experiments.run table7 scale=imagenet100",
+            "no results for its tables among 0 runs; this command makes some: python -m experiments.run table7"
+            " scale=imagenet100",
         ),
         (["--sweep", "nowhere"], "nowhere: expected a sweep's folder"),
     ],

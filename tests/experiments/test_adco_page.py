@@ -40,7 +40,7 @@ def test_the_toy_sets_are_whole_in_the_published_layouts_and_no_test_image_is_tr
     assert len(pacs.every) == 4 * 7 * 25 and pacs.train.sum() == 4 * 7 * 20
     with pytest.raises(SystemExit):
         command.main()
-    assert "expected a folder that is not there yet" in capsys.readouterr().err
+    assert "expected a folder that does not exist yet" in capsys.readouterr().err
     whole.draw(root)  # of a table that is run again
     assert [path.name for path in tmp_path.iterdir()] == ["toys"]
 
