@@ -1,9 +1,9 @@
-"""Which of timm's models serve as backbones: each one of timm.list_models() is made once, on tensors without contents,
-and docs/backbones.md is written from what came of it.
+"""Find out which of timm's models can be backbones, and write docs/backbones.md. Each model of timm.list_models() is
+built once, on tensors without contents.
 
-  python scripts/timm_models.py          goes on where it stopped (docs/backbones.csv); some 30 minutes on an idle core;
-                                         Ctrl-C ends it
-  python scripts/timm_models.py NAME...  these names alone, shown and not written down
+  python scripts/timm_models.py          continues after the last model in docs/backbones.csv; takes some 30 minutes on
+                                         an idle core; Ctrl-C stops it
+  python scripts/timm_models.py NAME...  tries only these models, and prints the results without writing them
 """
 
 import collections
@@ -86,7 +86,7 @@ def page(rows: list[dict[str, str]], num_models: int) -> str:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    for name in dir(nn.init):  # values mean nothing here, and drawing them takes half of the time
+    for name in dir(nn.init):  # initial weights do not matter, and drawing them takes half of the time
         if name.endswith("_") and not name.startswith("_"):
             setattr(nn.init, name, lambda tensor, *_, **__: tensor)
     torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def main() -> None:
                     rows.append(tried(name))
                     writer.writerow(rows[-1])
                     file.flush()
-    finally:  # Ctrl-C, too: the page says of how many it is
+    finally:  # also after Ctrl-C: the page says how many models were tried
         PAGE.write_text(page(rows, len(names)))
 
 

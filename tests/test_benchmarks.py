@@ -143,7 +143,7 @@ def test_reading_compares_features_with_decoding_and_looks_with_reading(run):
         figures[name][of]["median"] > 0
         for name, of in (("features", "vs_decode"), ("digests", "vs_read"), ("overlap", "vs_read"))
     )
-    assert "features / decoding alone, images a second" in printed
+    assert "features / decoding alone, images per second" in printed
 
 
 def test_made_photographs_have_the_texture_of_real_ones(tmp_path):
@@ -260,7 +260,7 @@ def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_s
     }
     assert (
         "failed with exit code 3" in results["fails"]
-        and "ended by its limit" in results["hangs"]
+        and "stopped at its time limit" in results["hangs"]
         and results["works"] == "done"
     )
     assert (tmp_path / "works.json").read_text() == "{}" and not (tmp_path / "other.stage.json").exists()
