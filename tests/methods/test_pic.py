@@ -1,4 +1,6 @@
-"""PIC's loss, class weights and order of images are those of its sheet; written out here anew."""
+"""PIC's loss, class weights and order of images are as published; the expected values are computed independently
+here.
+"""
 
 import math
 
@@ -35,7 +37,9 @@ def loss_by_hand(v, weights, images, tau=TAU):
 
 
 def test_loss_and_gradients_of_encoder_and_class_weights_are_autograd_s():
-    """In one batch an image is twice, as a stand-in is, and most classes are nobody's."""
+    """One image is twice in the batch, as happens when it replaces an unreadable one, and most classes have no
+    image.
+    """
     method = pic()
     (view,), images = fifty.views_of(0, 1), [4, 4, 6, 0, 20, 1, 2, 3]
     batch = batch_of([view])
@@ -86,7 +90,7 @@ def test_small_views_leave_the_class_weights_alone_and_count_as_much():
 
 
 class _Cut(torch.nn.Module):
-    """Takes views of 2 and of 3 pixels."""
+    """A backbone for views of 2 and of 3 pixels."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -97,7 +101,7 @@ class _Cut(torch.nn.Module):
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """One SGD for all: the classifier is a parameter of the loop's, with the encoder's rate, decay and momentum."""
+    """One SGD for all parameters: the classifier has the same rate, weight decay and momentum as the encoder."""
     method, peak, final = pic(), 0.05, 1e-6
     w = fifty.weights_of(method.encoder)
     w = {f"encoder.{name}": value for name, value in w.items()}
@@ -160,7 +164,7 @@ def test_any_part_of_the_sequence_is_the_whole_one_s_and_no_batch_holds_an_image
     whole = images_in_windows(0, 960, kind=kind, **WINDOWS)
     assert np.array_equal(images_in_windows(104, 400, kind=kind, **WINDOWS), whole[104:400])
     assert all(len(set(batch)) == 8 for batch in whole.reshape(-1, 8).tolist())
-    five = images_in_windows(0, 300, kind=kind, **{**WINDOWS, "batch": 5})  # 30 of 32 in each visit
+    five = images_in_windows(0, 300, kind=kind, **{**WINDOWS, "batch": 5})  # 30 of the 32 images of a visit
     assert all(len(set(batch)) == 5 for batch in five.reshape(-1, 5).tolist())
 
 

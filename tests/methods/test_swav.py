@@ -1,5 +1,5 @@
-"""SwAV assigns fairly over all ranks, predicts across views and keeps its queue as its sheet says; written out here
-anew.
+"""SwAV's balanced assignment over all ranks, its prediction across views and its queue are as published; the expected
+values are computed independently here.
 """
 
 import copy
@@ -30,7 +30,7 @@ def swav(**settings):
 
 
 def codes_by_loops(scores, epsilon, iterations=3):
-    """The assignment in plain numbers: columns to 1/K each, rows to 1/B each, in turn; at last every row to 1."""
+    """The assignment by loops: scale the columns to 1/K and the rows to 1/B in turn; finally scale each row to 1."""
     q = [[math.exp(s / epsilon) for s in row] for row in scores.tolist()]
     images, prototypes = len(q), len(q[0])
     total = sum(map(sum, q))
@@ -43,8 +43,8 @@ def codes_by_loops(scores, epsilon, iterations=3):
 
 
 def test_an_assignment_by_hand():
-    """exp(s / epsilon) of [[2, 1], [4, 1]]: columns over (6, 2), rows over (5/6, 7/6): [[.4, .6], [4/7, 3/7]], which
-    sum to 1.
+    """For exp(s / epsilon) = [[2, 1], [4, 1]], dividing the columns by (6, 2) and the rows by (5/6, 7/6) gives [[.4,
+    .6], [4/7, 3/7]], whose rows sum to 1.
     """
     score = torch.tensor([[2.0, 1.0], [4.0, 1.0]], dtype=torch.float64).log() * 0.05
     by_hand = torch.tensor([[0.4, 0.6], [4 / 7, 3 / 7]], dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_the_assignment_is_the_equation_s_and_uses_every_prototype_alike():
 
 
 def test_a_small_epsilon_is_no_infinity_in_float32():
-    """exp(1 / 0.01) is none in float32, and users of small images take it."""
+    """exp(1 / 0.01) overflows float32, but recipes for small images use this epsilon."""
     score = torch.cat([cosines(50), torch.ones(1, K, dtype=torch.float64)]).float()
     codes = assignments.balanced(score, epsilon=0.01, iterations=3)
     assert codes.dtype == torch.float32 and codes.isfinite().all()
@@ -86,7 +86,9 @@ def test_two_ranks_assign_as_one(tmp_path):
 
 
 def scores_by_hand(method, views):
-    """Two large views and a small one: the trunk by size, the head once, the unit sphere, prototypes."""
+    """Scores of two large views and a small one. The backbone takes the views of one size together, the head takes all;
+    embeddings are normalised and multiplied by the prototypes.
+    """
     large, small = torch.cat(views[:2]), views[2]
     features = torch.cat([method.encoder.backbone(large), method.encoder.backbone(small)])
     z = method.encoder.projector(features)
@@ -95,8 +97,8 @@ def scores_by_hand(method, views):
 
 
 def loss_by_hand(scores, codes, temperature=0.1):
-    """1/2 sum over the assigned views c, 1/(V - 1) sum over v != c, mean over images of -sum_k q log p, one number at a
-    time.
+    """The loss, one number at a time: -sum_k q log p, averaged over images, over the other views v != c and over the
+    two assigned views c.
     """
     total = 0.0
     for c in range(2):
@@ -128,7 +130,7 @@ def test_loss_and_gradients_are_those_of_the_sheet():
 
 
 def test_lightly_computes_the_same_loss_with_and_without_a_queue():
-    """Theirs appends the queue behind the batch and divides by no K; both make no difference."""
+    """lightly appends the queue after the batch and does not divide by K; neither makes a difference."""
     theirs = pytest.importorskip("lightly.loss").SwaVLoss()
     for settings in ({}, {"queue_size": 2 * B, "queue_start_epoch": 0}):
         method, views = swav(**settings), views_of(0, B)
@@ -144,8 +146,8 @@ def test_lightly_computes_the_same_loss_with_and_without_a_queue():
 
 
 def test_the_queue_by_hand():
-    """Ten rows hold two batches of four. Filled from its epoch on, newest in front; used once full, with today's
-    prototypes.
+    """A queue of ten rows holds two batches of four. It is filled from its first epoch on, with the newest in front,
+    and used when it is full, with the current prototypes.
     """
     method = swav(queue_size=10, queue_start_epoch=1)
     embeddings = []
@@ -164,7 +166,7 @@ def test_the_queue_by_hand():
         codes = []
         for c in range(2):
             rows = scores[c].detach()
-            if step == 3:  # the first that finds it full, of steps 2 and 1
+            if step == 3:  # the first step with a full queue, filled by steps 2 and 1
                 old = torch.cat([embeddings[2][c], embeddings[1][c]])
                 rows = torch.cat([old @ other.prototypes.weight.T, rows]).detach()
             codes.append(codes_by_loops(rows, 0.05)[-4:])
@@ -179,11 +181,11 @@ def test_the_queue_by_hand():
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Five steps an epoch; the queue of two batches from epoch 2 on; prototypes frozen for 7 steps; LARC with a warm-up
-    of an epoch.
+    """Five steps per epoch, a queue of two batches from epoch 2 on, prototypes frozen for 7 steps, and LARC with a
+    warm-up of one epoch.
     """
     method = swav(prototypes_frozen_steps=7, queue_size=2 * B, queue_start_epoch=2)
-    net = copy.deepcopy(method)  # its networks; its state is kept below
+    net = copy.deepcopy(method)  # only its networks are used; the loop below keeps its own state
     peak, final, decay, frozen = 0.6, 0.0006, 1e-2, {}
 
     def remember(step):
