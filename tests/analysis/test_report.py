@@ -1,4 +1,4 @@
-"""`python -m analysis.report`: one page that needs nothing else."""
+"""`python -m analysis.report`: one self-contained page."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from analysis import report
 
 
 class Page(HTMLParser):
-    """Texts of the cells, addresses that a browser would fetch, tags left open, identifiers and links."""
+    """The page's cell texts, addresses that a browser would fetch, unclosed tags, identifiers and links."""
 
     def __init__(self, text):
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trai
 
     run_dir, _ = trained
 
-    def of_a_run(arguments):  # what these figures show has tests of its own
+    def of_a_run(arguments):  # other tests check these figures
         assert arguments.run == run_dir
         Image.new("RGB", (4, 4)).save(arguments.out / f"{arguments.figure}.png")
         return [arguments.out / f"{arguments.figure}.png"], []

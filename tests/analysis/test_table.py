@@ -1,4 +1,4 @@
-"""`python -m analysis.table`: the statistics by hand, what is missing by name, and nothing that only looks like a
+"""`python -m analysis.table`: statistics are checked by hand, missing results are named, and nothing else is shown as a
 result.
 """
 
@@ -29,7 +29,7 @@ def here(command):
 
 
 def cells(sheet, label):
-    """header (with its group) -> text, of a row."""
+    """{(group, header): text} of a row."""
     groups = [name for name, size in sheet.groups for _ in range(size)]
     row = next(row for row in sheet.rows if row[0] == label)
     named = {}
@@ -53,7 +53,7 @@ def test_mean_and_sample_standard_deviation():
 
 
 def test_a_gain_is_taken_seed_by_seed():
-    """Differences 1, 2, 3: t = 2 / (1 / sqrt 3), two degrees of freedom."""
+    """The differences 1, 2, 3 give t = 2 / (1 / sqrt(3)) with two degrees of freedom."""
     ours, reference = {0: 11.0, 1: 22.0, 2: 33.0, 5: 99.0}, {2: 30.0, 1: 20.0, 0: 10.0, 7: 0.0}
     gain = Gain.of(ours, reference)
     assert gain.spread == Spread(2.0, 1.0, 3)
@@ -69,7 +69,7 @@ def test_without_common_seeds_there_is_no_gain_and_without_spread_no_test():
 
 
 def test_hours_are_images_over_the_rate_and_the_warm_start_is_no_part_of_an_epoch(result):
-    """50 steps of 64 images at 3,600 a second; 8 of them fill 512 rows; two processes share the rest."""
+    """50 steps of 64 images at 3,600 images per second; 8 of them fill 512 rows, and two processes train together."""
     one = result("both", 0, knn=50.0)
     assert one.config["bank.size"] == 512 and one.summary["steps"] == 50
     assert train_hours(one) == pytest.approx(50 * 64 / 3600 / 3600, rel=1e-12)
@@ -80,7 +80,7 @@ def test_hours_are_images_over_the_rate_and_the_warm_start_is_no_part_of_an_epoc
 
 @pytest.mark.parametrize("rate", [0.0, None])
 def test_of_a_run_whose_rate_is_unknown_so_are_the_hours(result, rate):
-    """A run that was killed between its last save and its summary was once recorded with a rate of 0."""
+    """An older version recorded a rate of 0 for a run that was killed between its last save and its summary."""
     one = result("both", 0, knn=50.0, rate=rate)
     if rate is None:
         del one.summary["images_per_second"]

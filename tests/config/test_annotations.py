@@ -1,4 +1,4 @@
-"""Which plain values fit which annotation, and what is said when one does not."""
+"""Which plain values fit which type annotation, and the message for a value that does not."""
 
 import ast
 
@@ -150,7 +150,7 @@ def test_annotations_of_libraries_are_understood():
 
 
 def test_numbers_are_held_to_their_declared_range_and_lists_to_their_length(tmp_path, monkeypatch):
-    """Read from the source, through an alias and in a list; what is expected is said in words."""
+    """Ranges are read from the source, also through an alias and in a list; the message states them in words."""
     from caco.config import signatures
 
     source = """

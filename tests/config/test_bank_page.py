@@ -1,4 +1,4 @@
-"""What docs/bank.md prints."""
+"""The commands that docs/bank.md prints."""
 
 import pytest
 from test_negatives import commands

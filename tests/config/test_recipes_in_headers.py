@@ -1,5 +1,5 @@
-"""The commands of conf/ that claim to be a published recipe compose it. That each can be typed is
-tests/test_printed_commands.py's.
+"""Commands in conf/ that claim to be a published recipe compose that recipe. tests/test_printed_commands.py tests that
+every command can be run.
 """
 
 import re
@@ -14,7 +14,7 @@ COMMAND = re.compile(r"python -m caco\.train((?: [^\s(]\S*)*)")
 
 
 def printed(file):
-    """The overrides of each command in a file of conf/, which ends with its line or at two spaces."""
+    """The overrides of each command in a file of conf/; a command ends with its line or at two spaces."""
     return [shlex.split(words) for words in COMMAND.findall((CONF / file).read_text())]
 
 

@@ -1,4 +1,4 @@
-"""An evaluation that is scheduled during training and fails costs its own numbers and nothing else."""
+"""If an evaluation during training fails, only its own results are missing; the run continues."""
 
 import pytest
 from processes import Process, caco_train
@@ -22,7 +22,7 @@ BOTH = [
 
 @pytest.fixture
 def failing(monkeypatch):
-    """failing(2): the k-NN fails at its second call, until the test's end."""
+    """failing(2) makes the k-NN evaluator fail at its second call."""
 
     def make(*numbers, error=MemoryError("no memory for the neighbours")):
         original, calls = KNN.run, []
@@ -40,7 +40,7 @@ def failing(monkeypatch):
 
 def test_a_failed_evaluation_is_named_and_the_run_goes_on_as_if_it_had_not_been(tmp_path, failing, capfd):
     whole = train(tmp_path / "whole", *BOTH)
-    failing(3)  # before training; after the warm start; after epoch 1
+    failing(3)  # the first two evaluations are before training and after the warm start
     summary = train(tmp_path / "failed", *BOTH)
     message = "eval.knn failed after 1 of 2 epochs: no memory for the neighbours"
     told = capfd.readouterr().err
@@ -63,7 +63,7 @@ def test_a_failed_evaluation_is_named_and_the_run_goes_on_as_if_it_had_not_been(
 
 
 def test_the_checkpoint_is_saved_before_the_evaluation_whatever_the_cadence(tmp_path, monkeypatch):
-    """An evaluation may end the process itself: out of memory, a time limit."""
+    """An evaluation may kill the process, by lack of memory or a time limit."""
     original = KNN.run
 
     def run(self, backbone):
@@ -103,7 +103,7 @@ def test_results_that_are_missing_at_the_end_are_said_and_made_by_the_same_comma
 
 
 def test_a_command_whose_run_lacks_results_ends_with_exit_code_3(tmp_path):
-    # A rate that makes the loss infinite: nobody could have said so before.
+    # With this rate the loss becomes infinite, which cannot be known before the run.
     linear = [
         "eval=[linear]",
         "eval.linear.epochs=1",

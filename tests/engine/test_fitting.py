@@ -1,5 +1,5 @@
-"""Any folder of images: what does not fit is named at once, what follows from it is derived, and what somebody gave is
-left alone.
+"""Training on any folder of images: settings that follow from the images are derived, settings that the user gave are
+kept, and settings that do not fit the images are refused at once.
 """
 
 import os
@@ -41,7 +41,7 @@ def images(tmp_path_factory):
 
 
 def derived(root, *overrides):
-    """What was derived for a folder, as overrides, the mark among them."""
+    """The overrides that were derived for a folder, including the one that marks them as derived."""
     return train.check_command(
         ["data=folder", f"data.root={root}", "tracking=ledger", *overrides], multirun=False, look=True
     ).derived
@@ -144,7 +144,7 @@ def test_a_sweep_whose_jobs_would_need_different_values_is_refused(images):
 
 
 def test_no_configuration_that_ran_before_gets_another_identity():
-    """Only what would be refused is derived, and the list of it is no part of a run."""
+    """Only settings that would be refused are derived, and the list of them is not part of a run's identity."""
     cfg = plain(composition.job_config(composition.compose(["preset=demo"])))
     assert not {"derived", "continued_run"} & identity(cfg).keys()
     given = fitting.Given(["preset=demo"], ["demo"])

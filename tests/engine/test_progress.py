@@ -1,6 +1,4 @@
-"""What a person sees of a run: no long silence that is not explained, and at its end commands that work as they are
-printed.
-"""
+"""What a run prints: a message whenever something takes long, and at the end commands that work as printed."""
 
 import contextlib
 import io

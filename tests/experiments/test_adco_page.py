@@ -1,5 +1,5 @@
-"""AdCo's page at the smallest scale: segmentation, detection and PACS, on toy sets that are drawn, beside what the page
-prints.
+"""The table of AdCo's project page at the smallest scale: segmentation, detection and PACS on toy sets, beside the
+numbers that the page prints.
 """
 
 import json
@@ -27,7 +27,7 @@ def shown(monkeypatch, capsys, *arguments) -> str:
 
 
 def test_the_toy_sets_are_whole_in_the_published_layouts_and_no_test_image_is_trained_on(tmp_path, monkeypatch, capsys):
-    """As typed: `python -m experiments.toy_sets FOLDER`."""
+    """The sets are made by `python -m experiments.toy_sets FOLDER`."""
     root = tmp_path / "toys"
     monkeypatch.setattr(sys, "argv", ["toy_sets", str(root)])
     command.main()
@@ -41,12 +41,12 @@ def test_the_toy_sets_are_whole_in_the_published_layouts_and_no_test_image_is_tr
     with pytest.raises(SystemExit):
         command.main()
     assert "expected a folder that does not exist yet" in capsys.readouterr().err
-    whole.draw(root)  # of a table that is run again
+    whole.draw(root)  # a second call, as when a table is run again
     assert [path.name for path in tmp_path.iterdir()] == ["toys"]
 
 
 def test_nothing_but_their_form_tells_the_shapes_apart(tmp_path):
-    """No class has a colour of its own: a mean over the pixels tells nothing."""
+    """No class has a typical colour, so the mean over the pixels does not reveal the class."""
     pacs_set.write_pacs(tmp_path, train=30, crossval=1)
     pacs = read(tmp_path, key="root", say=lambda text: None)
     photos = pacs.part(["photo"], "train")
@@ -69,7 +69,7 @@ def test_what_smoke_calls_its_results_is_what_its_evaluators_call_them():
 
 
 def test_the_table_shows_the_page_s_four_numbers_as_inferred_before_anything_is_run(monkeypatch, capsys, tmp_path):
-    """30.21 in a row of its own: it is of networks that never saw ImageNet."""
+    """30.21 has its own row, because it is from networks that were not trained on ImageNet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("analysis.results.RECORDS", tmp_path)
     printed = shown(monkeypatch, capsys)
@@ -85,7 +85,7 @@ def test_the_table_shows_the_page_s_four_numbers_as_inferred_before_anything_is_
 def test_one_command_evaluates_it_all_on_toy_sets_and_the_table_shows_ours_beside_the_page_s(
     monkeypatch, capsys, tmp_path
 ):
-    """On a machine without any data; nothing is made twice."""
+    """This works on a machine without any data, and nothing is made twice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
     monkeypatch.setattr("analysis.results.RECORDS", tmp_path / "records")
