@@ -1,5 +1,5 @@
-"""What images are known by: a digest that a copy keeps and an exchange changes, a cache key that every new file
-changes, in the time of one reading."""
+"""How caco recognises images: the digest stays the same for a copy and changes if images are exchanged; the cache key
+changes with every new file; both take no longer than reading each file once."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from caco.errors import FileError, UserError
 
 @pytest.fixture
 def bitmaps(tmp_path):
-    """Two folders of BMP images of the same names and sizes, of other pixels."""
+    """Two folders of BMP images with the same names and sizes but different pixels."""
     for folder, shift in (("one", 0), ("two", 100)):
         (tmp_path / folder / "c").mkdir(parents=True)
         for i in range(6):
@@ -123,8 +123,8 @@ def test_a_file_that_is_gone_is_named(tmp_path, write_images):
 
 
 def test_a_look_reads_no_more_than_the_file(tmp_path, write_images, monkeypatch):
-    """1.3 million files take at most what reading them once takes: counted in bytes and openings, as a test's clock
-    says little.
+    """For 1.3 million files, computing digests must not take longer than reading them once. The test counts bytes and
+    open calls, because time in a test says little.
     """
     write_images(tmp_path / "c", 40, size=80)
     counted = {"bytes": 0, "open": 0}

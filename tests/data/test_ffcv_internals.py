@@ -1,5 +1,5 @@
-"""What caco/data/loaders/ffcv_internals.py takes for granted of FFCV, which promises none of it: where a test fails, it
-says what breaks.
+"""Private details of FFCV that caco/data/loaders/ffcv_internals.py relies on. FFCV does not promise them, so a failing
+test says what will break.
 """
 
 import inspect

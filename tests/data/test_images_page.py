@@ -1,4 +1,4 @@
-"""docs/images.md: every command can be typed, and what it names is there."""
+"""docs/images.md: every command is accepted, and what the page names exists."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""docs/views.md: every command is typed, and the operation of one's own trains as printed."""
+"""docs/views.md: every command is accepted, and the page's example of a user's own operation trains as printed."""
 
 import re
 import shlex

@@ -1,4 +1,6 @@
-"""Domain generalisation: three domains teach, their crossval lists choose, all images of the fourth are the test."""
+"""Domain generalisation: train on three domains, choose settings with their crossval lists, and test on all images of
+the fourth.
+"""
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ QUICK = {"size": 16, "num_strengths": 5}
 
 
 class Means(nn.Module):
-    """Means of the channels in the four quarters: twelve noisy numbers."""
+    """A backbone whose features are the channel means in the four quarters, twelve noisy numbers."""
 
     num_features = 12
 

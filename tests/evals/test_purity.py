@@ -1,4 +1,4 @@
-"""Purity: a key's row and the class that it stands for, found by hand."""
+"""eval=purity: the row of a key, and the class that the row stands for, found by hand."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_a_row_stands_for_the_class_of_the_training_image_whose_key_is_nearest(s
     store = store_of(train=60, test=30)
     method = Toy(rows=8)
     found = measured(store, method)
-    # By hand, a row and an image at a time.
+    # Computed by hand, one row and one image at a time.
     train, test = store.splits.train, store.splits.test
     keys = {
         split: torch.nn.functional.normalize(store.outputs(method.encoder, source, store.views).double(), dim=1)

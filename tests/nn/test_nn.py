@@ -1,4 +1,4 @@
-"""Backbones, projectors and the twin are what the paper's recipe says."""
+"""Backbones, projectors and the twin follow the paper's recipe."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from caco.nn.twin import MomentumTwin
 
 
 def test_resnet50_is_torchvision_s_resnet50():
-    """The published code trains torchvision's; timm's must have the same parameters and initial scale."""
+    """The published code trains torchvision's ResNet-50; timm's must have the same parameters and initial scale."""
     import torchvision
 
     ours, theirs = timm_backbone(name="resnet50"), torchvision.models.resnet50()

@@ -1,4 +1,4 @@
-"""BatchNorm of groups of the batch, and keys that are embedded in another order."""
+"""BatchNorm over groups of the batch, and keys that are embedded in a shuffled order."""
 
 import copy
 
@@ -34,8 +34,8 @@ def layer_with_a_past(kind=nn.BatchNorm2d, **settings):
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("shape", [(), (4, 5)])
 def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(views, shape):
-    """Eight images in four groups; the second view's rows follow the first's, and an image is in one group with all of
-    its views.
+    """Eight images in four groups. The rows of the second view follow those of the first, and an image is in one group
+    with all of its views.
     """
     plain = layer_with_a_past(nn.BatchNorm2d if shape else nn.BatchNorm1d)
     ours = GroupedBatchNorm(copy.deepcopy(plain), groups=4, images=8)
@@ -66,7 +66,7 @@ def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(vi
 
 
 def test_it_computes_what_moco_s_notebook_computes_of_the_same_groups():
-    """There a view of the batch has the groups as channels: group g is every fourth image from g on."""
+    """The notebook turns groups into channels: group g has every fourth image from image g on."""
     layer = layer_with_a_past()
     ours = GroupedBatchNorm(copy.deepcopy(layer), groups=4, images=8)
     x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
@@ -124,7 +124,7 @@ def twin_of(network, *, images, groups=2):
 
 
 class Mean(nn.Sequential):
-    """Images [B, 3, H, W] to features [B, 8]."""
+    """A backbone from images [B, 3, H, W] to features [B, 8]."""
 
     num_features = 8
 
@@ -157,7 +157,7 @@ def test_keys_meet_other_statistics_and_come_back_in_order(views):
 
 
 def test_two_parts_of_one_group_each_are_two_groups_of_the_whole():
-    """With `accumulate` the groups are of what goes through at once."""
+    """With `accumulate`, each part of the batch is divided into groups on its own."""
     losses, gradients = [], []
     for groups, parts in ((4, 1), (2, 2)):
         cfg = compose("method=mocov2", *SMALL)

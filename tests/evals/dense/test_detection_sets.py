@@ -1,4 +1,4 @@
-"""The readers of PASCAL VOC and COCO 2017, against torchvision's own on toy sets in the real layouts."""
+"""The readers of PASCAL VOC and COCO 2017, compared with torchvision's readers on toy sets in the real layouts."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_voc_reads_what_torchvision_reads(tmp_path):
 @pytest.mark.parametrize("inside", ["", "mirror"])
 def test_voc_is_found_where_mirrors_have_it(tmp_path, inside):
     write_voc(tmp_path / "published")
-    if inside:  # each archive unpacked in a folder of its own
+    if inside:  # each archive is unpacked in its own folder
         root = tmp_path / inside
         write_voc(root, train12=0, test=0, inside="VOCtrainval_06-Nov-2007/VOCdevkit")
         write_voc(root, train07=0, test=0, inside="VOCtrainval_11-May-2012/VOCdevkit")
@@ -69,7 +69,7 @@ def test_voc_is_found_where_mirrors_have_it(tmp_path, inside):
         shutil.rmtree(root / "VOCtrainval_06-Nov-2007" / "VOCdevkit" / "VOC2012")
         shutil.rmtree(root / "VOCtest_06-Nov-2007" / "VOCdevkit" / "VOC2012")
     else:
-        root = tmp_path / "published" / "VOCdevkit"  # VOC2007 and VOC2012 in root itself
+        root = tmp_path / "published" / "VOCdevkit"  # root itself contains VOC2007 and VOC2012
     found = voc(root)
     assert (len(found.train), len(found.test)) == (8, 4)
     assert [found.train.boxes.tolist(), found.test.names.tolist()] == [
@@ -182,7 +182,7 @@ def test_what_a_set_is_called_changes_with_its_objects(tmp_path):
 
 
 def test_the_toy_sets_hold_what_they_are_to_show(tmp_path):
-    """What the tests above rely on: a crowd, an image without truth, a grey one, ids with gaps, one image with a single
+    """The tests above need a crowd, an image without objects, a grey image, ids with gaps, and an image with one
     object.
     """
     write_coco(tmp_path)

@@ -1,5 +1,5 @@
-"""The loop of the dense evaluators: resumed to the bit, the same on unequal ranks and any number of workers, scaled as
-published.
+"""The training loop of the dense evaluators: it resumes to the same bits, gives the same result on unequal ranks and
+with any number of workers, and scales the recipe as published.
 """
 
 import re
@@ -80,8 +80,8 @@ def test_workers_change_nothing():
 
 
 def test_two_ranks_with_unequal_images_equal_one_process(tmp_path):
-    """Of three images a step one rank has one, the other two, of other shapes: loss and BatchNorm's mean are of all
-    pixels.
+    """Each step has three images of different shapes, one on one rank and two on the other; loss and BatchNorm's mean
+    are over the pixels of all three.
     """
     codes, outputs = ranks(2, pixelwise.write_weights, str(tmp_path / "two.pt"))
     assert codes == [0, 0], outputs[0][1][-3000:]
@@ -194,7 +194,7 @@ def test_a_test_image_that_cannot_be_read_ends_it_or_is_left_out_by_name(capsys)
 
 
 def test_what_one_rank_cannot_read_ends_all(tmp_path):
-    """At once, and not when the others have waited for as long as a collective waits."""
+    """They end at once, and not only when a collective of the other ranks times out."""
     codes, outputs = ranks(2, pixelwise.read_what_one_rank_cannot, str(tmp_path))
     assert codes == [0, 0], outputs
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["photo_1.jpg: expected an image"] * 2
