@@ -1,5 +1,5 @@
-"""Damaged checkpoints of a run: what is loaded is to the bit what was saved, and where nothing is whole that is
-said.
+"""Damaged checkpoints of a run: what is loaded equals what was saved, to the bit, or a message says that no checkpoint
+is intact.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def prepare(folder: Path) -> tuple[Path, dict[int, bytes]]:
 
 
 def another(whole: bytes, rng: np.random.Generator) -> bytes:
-    """What is no checkpoint at all."""
+    """Content that is not a checkpoint at all."""
     out = io.BytesIO()
     match int(rng.integers(0, 6)):
         case 0:
@@ -67,7 +67,7 @@ def same(a, b) -> bool:
 
 def case(prepared: tuple[Path, dict[int, bytes]], rng: np.random.Generator) -> str:
     folder, whole = prepared
-    forged = False  # a file with right checksums that nobody's disk makes: it may hold anything
+    forged = False  # whether the file has correct checksums for other content, which no broken disk produces
     for step, content in whole.items():
         if step == 2 or rng.integers(0, 4) == 0:
             is_other = rng.integers(0, 3) == 0
