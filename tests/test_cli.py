@@ -1,4 +1,4 @@
-"""`python -m caco.train` as a user types it."""
+"""`python -m caco.train` on the command line."""
 
 import os
 import re
@@ -19,7 +19,8 @@ from caco.installed import command_to_install, version
 
 
 def caco(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess:
-    environment |= {"PYTHONPATH": str(Path(train.__file__).parents[1])}  # a checkout need not be installed to be tested
+    # so that a checkout can be tested without installing it
+    environment |= {"PYTHONPATH": str(Path(train.__file__).parents[1])}
     command = [sys.executable, "-m", "caco.train", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **environment}
@@ -37,8 +38,8 @@ def test_a_mistake_costs_seconds_one_line_and_exit_code_2(tmp_path):
 
 
 def test_one_refusal_names_everything_and_leaves_nothing_behind(tmp_path):
-    """Two typos, a wrong type, a wrong value, a folder that is not there; of settings and images alike, before torch is
-    imported.
+    """The command has two typos, a wrong type, a wrong value and a folder that does not exist; all are reported
+    together, before torch is imported.
     """
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     wrong = ["data=folder", "data.root=nowhere", "bach=3", "bank=13M", "epochs=five", "method.temperature=-1"]
@@ -93,7 +94,7 @@ SWEEPS = [
 
 @pytest.mark.parametrize("overrides", SWEEPS)
 def test_the_jobs_that_are_checked_are_those_that_hydra_then_runs(overrides):
-    """Its sweeper says so in a private place; that one job more or less was checked would show nowhere else."""
+    """Hydra's sweeper splits a sweep in a private function; no other test would notice a job more or less."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     expected = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)[0]
@@ -116,9 +117,9 @@ def here(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fitting, "images_of", lambda data: None)  # there are none, and what trains them is not started
+    monkeypatch.setattr(fitting, "images_of", lambda data: None)  # there are no images, and training is not started
     for name, value in {"HYDRA_FULL_ERROR": "0", "CACO_SWEEP": "null"}.items():
-        monkeypatch.setenv(name, value)  # main sets it; this puts it back afterwards
+        monkeypatch.setenv(name, value)  # main() sets it; monkeypatch restores it afterwards
     return main
 
 
@@ -132,14 +133,14 @@ def test_bare_command_without_imagenet_says_in_two_lines_what_to_do(here, capsys
 
 @pytest.fixture
 def no_mlflow(monkeypatch):
-    """As where it is not installed; train itself does nothing."""
+    """Make MLflow look as if it was not installed, and training do nothing."""
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
     train.say_once.cache_clear()
 
 
 def trackers(folder: Path) -> set[str]:
-    """The classes that the runs below a folder have recorded."""
+    """The tracker classes that the runs below a folder have recorded."""
     return {OmegaConf.load(file).tracking._target_ for file in folder.rglob("config.yaml")}
 
 
@@ -305,5 +306,5 @@ def test_the_version_is_cacos_and_not_hydras(here, capsys, monkeypatch):
 
 
 def test_jobs_are_pickled_by_name():
-    """Not as part of __main__, which a launcher's process does not have."""
+    """A job must not refer to __main__, which is another module in a launcher's process."""
     assert train.job.__module__ == "caco.train"

@@ -1,4 +1,6 @@
-"""`python -m caco.doctor` says what works here, what does not, and what to do; each against a machine made that way."""
+"""`python -m caco.doctor` reports what works on this machine, what does not, and what to do; each finding is tested
+with a simulated machine.
+"""
 
 import importlib.util
 import json
@@ -137,7 +139,9 @@ def test_a_native_part_that_setup_py_has_and_the_package_has_not_is_named(tmp_pa
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, as the native parts do")
 def test_the_native_parts_are_built_where_a_compiler_is_and_the_level_at_which_they_serve_is_said(monkeypatch):
-    """setup.py goes on without them, and the tests of them are skipped: so that would be seen nowhere else."""
+    """setup.py continues without them, and their tests are skipped then, so no other test would notice that they fail
+    to build.
+    """
     monkeypatch.setattr(instructions, "LEVEL", "plain")
     assert only(doctor.native()) == Finding(
         "native", "works", "caco.banks.kernels._kernel (plain), caco.data.views._views (plain)"

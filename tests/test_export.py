@@ -1,4 +1,4 @@
-"""Exports come back: through caco, timm, torchvision, and by the names that detectron2 expects."""
+"""Exported weights can be loaded again: by caco, timm and torchvision, and with the names that detectron2 expects."""
 
 import pickle
 import re
@@ -29,7 +29,7 @@ RESNET = {"_target_": "caco.nn.backbones.timm_backbone", "name": "resnet18", "ci
 def resnet():
     torch.manual_seed(0)
     backbone = timm_backbone(name="resnet18").eval()
-    with torch.no_grad():  # statistics that are not those of a new network
+    with torch.no_grad():  # statistics that differ from those of a new network
         for name, buffer in backbone.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(0, 0.1)
@@ -87,7 +87,7 @@ def test_detectron2s_names_and_back(resnet, exported):
     content = pickle.loads((exported / "detectron2.pkl").read_bytes())
     assert content["matching_heuristics"] is True and content["__author__"] == "caco"
     names = content["model"].keys()
-    # Of its ResNets, as detectron2.modeling.backbone.resnet builds them.
+    # The names of its ResNets, as detectron2.modeling.backbone.resnet builds them.
     assert {
         "stem.conv1.weight",
         "stem.conv1.norm.running_mean",

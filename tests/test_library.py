@@ -1,5 +1,5 @@
-"""What a program of one's own calls: backbones with their preprocessing, views of images and batches, evaluators of any
-network on any images.
+"""caco as a library in other programs: backbones with their preprocessing, views of images and batches, and evaluators
+for any network and any images.
 """
 
 import shlex
@@ -111,7 +111,7 @@ def test_what_is_no_image_of_eight_bits_is_refused(wrong, expected):
 
 
 class Tuples:
-    """A dataset of PyTorch's kind: tuples of an image and its label."""
+    """A PyTorch dataset of (image, label) tuples."""
 
     def __init__(self, source):
         self.source = source
@@ -126,7 +126,7 @@ class Tuples:
 
 
 class Flat(nn.Module):
-    """Any network: no timm, no num_features."""
+    """A network that is not from timm and has no num_features."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +231,7 @@ def test_load_gives_weights_from_elsewhere(tmp_path):
         caco.load("nowhere")
 
 
-# The pages.
+# The pages of the documentation.
 
 
 def blocks(page, language):
@@ -272,7 +272,7 @@ def test_the_pages_commands_can_be_typed(tmp_path, monkeypatch, page):
     typed = [shlex.split(line.partition(" #")[0])[3:] for line in lines]
     assert typed
     for (program, *words), line in zip(typed, lines, strict=True):
-        if any(word.startswith("run=") for word in words):  # of no run that is here: its settings are given
+        if any(word.startswith("run=") for word in words):  # the run does not exist here, so its settings are given
             words = ["weights=FILE", "backbone=resnet50", *(word for word in words if not word.startswith("run="))]
         cfg = pretrained.compose(program.removeprefix("caco."), words)
         assert cfg.weights is not None, line

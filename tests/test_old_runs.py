@@ -1,8 +1,7 @@
-"""Runs that commit a06a4e7 made (tests/old_runs) show in everything that reads runs; only going on with them is
-refused.
+"""Everything that reads runs can read those made by commit a06a4e7 (tests/old_runs); only resuming them is refused.
 
-What that version called a number is in its files: `knn_top1`, of whatever protocol, and training's overwritten by an
-evaluation.
+That version used the name `knn_top1` for k-NN with any protocol, and a later evaluation overwrote the value from
+training.
 """
 
 import shlex
@@ -23,12 +22,13 @@ from caco.tracking.ledger import read_rows
 
 OLD = Path(__file__).parent / "old_runs"
 TINY, BOTH = Path("runs/old/tiny"), Path("runs/smoke/table7-both-seed0-e6e4f8f369")
-TRAINED, EVALUATED = 30.22670025188917, 40.302267002518896  # k-NN over 20 % of each class; over all, afterwards
+# k-NN over 20 % of each class; over all images, evaluated later
+TRAINED, EVALUATED = 30.22670025188917, 40.302267002518896
 
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """A module's main() beside a copy of the old runs in runs/: (exit code, output, errors)."""
+    """A module's main() in a folder with a copy of the old runs in runs/; returns (exit code, output, errors)."""
     shutil.copytree(OLD, tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("caco.runs.directory._locks", {})
@@ -175,7 +175,7 @@ def test_mlflow_and_the_dashboard_get_todays_names(command):
 
 
 def test_a_store_that_the_old_version_filled_is_read_and_gets_todays_names_besides():
-    """Of MLflow's run no more than what it said then."""
+    """The MLflow run has nothing but what the old version logged."""
     from types import SimpleNamespace
 
     from analysis import results
@@ -201,13 +201,13 @@ def test_a_store_that_the_old_version_filled_is_read_and_gets_todays_names_besid
 
 
 def commanded(run_dir):
-    """The overrides that make this very run today."""
+    """The overrides that make the same run with today's version."""
     words = shlex.split(read_json(run_dir / "environment.json")["command"])[3:]
     return [word.replace("bank_learning.filling_passes", "warm_start.passes") for word in words]
 
 
 def test_going_on_with_one_is_refused_in_a_sentence_that_says_whose_it_is_and_what_to_do(command, tmp_path):
-    (TINY / "summary.json").unlink()  # as if it had been killed after its last save
+    (TINY / "summary.json").unlink()  # as if the run had been killed after its last save
     code, _, err = command(caco_train, *commanded(TINY))
     assert (
         code == 2
