@@ -44,7 +44,7 @@ CASES |= {
     f"method={m} negatives={name}": [*CASES[f"method={m}"], *TREATED[name]]
     for m, name in (("adco", "hard"), ("adco", "mixed"), ("nnclr", "margin"))
 }
-# Without small views the tests are fast. With small views, the fast tier tests only CaCo, and the long tier the rest.
+# With small views, the fast tier tests only CaCo and SwAV; the long tier tests all methods.
 LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
 LONG |= {case for case in CASES if " negatives=" in case and case != "pn=both negatives=hard"} | {
     "method=ifm",

@@ -32,7 +32,7 @@ QUICK = ["eval=[knn,probe,linear]", "eval.knn.fraction=1", "eval.linear.epochs=1
 def finished(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     train(run_dir, *TRAINING)
-    # Without what the command line does before and after `train`.
+    # The command line of caco.train writes this file before it trains.
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(compose(*TRAINING), resolve=True))
     return run_dir
 

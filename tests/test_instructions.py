@@ -39,7 +39,7 @@ EXPECTED = "expected plain, avx2, avx512, amx or torch"
 @pytest.fixture
 def started(monkeypatch):
     """started(variables, flags) runs `import caco` with these environment variables on a processor with these flags,
-    before torch is imported; returns the resulting environment.
+    before torch is imported; returns the resulting environment and the level that is in use.
     """
     monkeypatch.setattr(instructions, "LEVEL", None)
     monkeypatch.setattr(instructions.platform, "machine", lambda: "x86_64")
