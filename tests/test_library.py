@@ -2,7 +2,6 @@
 for any network and any images.
 """
 
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import nn
 import caco
 from caco import library
 from caco.banks.learnable import LearnableBank
-from caco.config import pretrained
 from caco.config.composition import compose as composed
 from caco.config.composition import instantiate
 from caco.data.loaders.torch_loader import TorchLoader
@@ -256,23 +254,3 @@ def test_the_pages_loops_run_as_they_stand(monkeypatch):
         evaluated.replace('"knn_all", ', ""),
         names | {"backbone": Flat(), "images": images(8, 16), "labels": [0, 1] * 4},
     )
-
-
-@pytest.mark.parametrize("page", ["docs/library.md", "docs/weights.md", "README.md"])
-def test_the_pages_commands_can_be_typed(tmp_path, monkeypatch, page):
-    monkeypatch.chdir(tmp_path)
-    for name in ("FILE", "dino_deitsmall16_pretrain_full_checkpoint.pth"):
-        (tmp_path / name).write_bytes(b"1")
-    lines = [
-        line
-        for block in blocks(page, "console")
-        for line in block.splitlines()
-        if "caco.embed" in line or "weights" in page
-    ]
-    typed = [shlex.split(line.partition(" #")[0])[3:] for line in lines]
-    assert typed
-    for (program, *words), line in zip(typed, lines, strict=True):
-        if any(word.startswith("run=") for word in words):  # the run does not exist here, so its settings are given
-            words = ["weights=FILE", "backbone=resnet50", *(word for word in words if not word.startswith("run="))]
-        cfg = pretrained.compose(program.removeprefix("caco."), words)
-        assert cfg.weights is not None, line

@@ -9,7 +9,7 @@ How far each command is run, which is as far as a mistake in its words can show:
 - all others: their argument parser accepts the words; `make` has the target; files and folders that are named exist.
 
 Some pages also have a test that runs their commands from end to end (tests/test_second_day.py, test_runs_page.py,
-tests/evals/dense/test_page.py, tests/config/test_bank_page.py, tests/data/test_images_page.py).
+tests/evals/dense/test_page.py).
 """
 
 import argparse
