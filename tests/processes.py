@@ -62,7 +62,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        assert self._process.pid is not None, "it has been started"
+        assert self._process.pid is not None, "the process was started"
         return self._process.pid
 
     def running(self) -> bool:
@@ -81,7 +81,7 @@ class Process:
         self._folder.cleanup()
         if hangs:
             pytest.fail(f"a process has not ended within {PATIENCE_S} s; its standard error:\n{errors}")
-        assert code is not None, "it has ended"
+        assert code is not None, "the process has ended"
         return code, output, errors
 
 

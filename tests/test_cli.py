@@ -32,7 +32,7 @@ def test_a_mistake_costs_seconds_one_line_and_exit_code_2(tmp_path):
     done = caco("preset=demo", "bach=3", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 5, "of computing, whatever else the machine does: about one, and torch alone takes two to five"
+    assert seconds < 5, "expected about one second of processor time; importing torch alone takes two to five"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "caco: bach: no such key; did you mean batch?\n"
 
@@ -45,7 +45,7 @@ def test_one_refusal_names_everything_and_leaves_nothing_behind(tmp_path):
     wrong = ["data=folder", "data.root=nowhere", "bach=3", "bank=13M", "epochs=five", "method.temperature=-1"]
     done = caco(*wrong, cwd=tmp_path)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert ended.ru_utime - begun.ru_utime < 8, "of computing; 1.3 to 2.2 s by the clock where it was measured"
+    assert ended.ru_utime - begun.ru_utime < 8, "this limits processor time; 1.3 to 2.2 s by the clock were measured"
     starts = ["caco: bank=13M: no such option", "bach: no such key; did you mean batch?",
     "epochs: expected int, got 'five'",
               "method.temperature: expected float above 0",
@@ -161,7 +161,7 @@ def test_without_mlflow_a_run_says_once_that_the_ledger_keeps_everything(
         == f"caco: MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {told}` "
         f"sends it later, once MLflow is there ({command_to_install('mlflow')})\n"
     )
-    assert trackers(tmp_path) == {"caco.tracking.ledger.LedgerTracker"}, "what the run records is what it did"
+    assert trackers(tmp_path) == {"caco.tracking.ledger.LedgerTracker"}, "the run must record the tracker that it used"
 
 
 def test_without_mlflow_nothing_is_said_where_tracking_was_chosen(here, no_mlflow, capsys):
@@ -288,12 +288,14 @@ def test_what_is_wrong_with_one_run_is_kept_in_its_directory(here, monkeypatch, 
     assert here("seed=0", "hydra.run.dir=refused") == 2
     with pytest.raises(ValueError, match="a bug"):
         here("seed=1", "hydra.run.dir=bug")
-    assert not (tmp_path / "refused").exists(), "refused before it wrote anything: nothing is left behind"
+    assert not (tmp_path / "refused").exists(), (
+        "a run that was refused before it wrote anything must leave no directory"
+    )
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "job.json").write_text("{}")
     here("seed=0", "hydra.run.dir=job")
     assert (tmp_path / "job" / "failure.txt").read_text() == "no such images\n", (
-        "a sweep reads there why a job of its failed"
+        "a sweep reads the reason of a failed job in failure.txt"
     )
     assert "Traceback" in (tmp_path / "bug" / "failure.txt").read_text()
 

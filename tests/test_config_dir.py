@@ -239,7 +239,9 @@ MISTAKES = {
 def test_own_parts_have_the_early_refusals_of_all_others(monkeypatch, capsys, tmp_path, words):
     assert typed(monkeypatch, train, "--config-dir", "own", *RUN, *words) == 2
     assert f"caco: {MISTAKES[words]}" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists() and "mine" not in sys.modules, "nothing was made, and nothing imported"
+    assert not (tmp_path / "runs").exists() and "mine" not in sys.modules, (
+        "a refusal must come before anything is written or imported"
+    )
 
 
 METHOD = "# @package _global_\nbank: null\nmethod:\n  _target_: "

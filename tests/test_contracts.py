@@ -71,7 +71,7 @@ def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
     train(tmp_path, *overrides, bank=bank)
     whole, rows = final(tmp_path), record(tmp_path)
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(set(losses)) == 7, "every step gives another loss"
+    assert len(set(losses)) == 7, "every step must give a different loss"
     (tmp_path / "checkpoints" / "step_000000007.pt").unlink()
     (tmp_path / "summary.json").unlink()
     train(tmp_path, *overrides, bank=bank)
@@ -100,7 +100,7 @@ def test_bank_and_twin_move_only_when_told(case):
         method.after_step(now(bank_lr=0.5))
         assert not torch.equal(rows, method.bank.rows.weight)
     assert all(p.grad is not None for group in method.parameter_groups() for p in group.parameters), (
-        "every parameter takes part"
+        "every parameter must get a gradient"
     )
 
 

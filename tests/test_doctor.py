@@ -54,8 +54,10 @@ def test_the_command_says_what_is_here_and_what_stops_one_by_its_exit_code(tmp_p
     assert states["data", "data=folder data.validation_fraction=0.1 data.root=mine"] == "works"
     assert states["data", "absent: no such folder"] == "broken"
     assert {"python", "caco", "torch", "gpu", "ffcv", "slurm", "mlflow", "disk", "data"} <= {part for part, _ in states}
-    assert all(found["do"] for found in told["findings"] if found["state"] != "works"), "each with what to do"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"], "nothing was written"
+    assert all(found["do"] for found in told["findings"] if found["state"] != "works"), (
+        "every finding that does not work must say what to do"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"], "the doctor must write nothing"
 
 
 def test_what_is_absent_stops_only_those_who_need_it():

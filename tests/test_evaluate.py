@@ -139,7 +139,7 @@ def test_another_number_of_the_same_name_never_replaces_training_s(here, knn_run
         assert (read_json(knn_run / "summary.json"), evals(knn_run)) == (before, rows)
         (kept,) = (knn_run / "evaluations").glob("knn-*.json")
         (number,) = read_json(kept)["results"].values()
-        assert number != before["knn20_20pct_top1"], "else this shows nothing"
+        assert number != before["knn20_20pct_top1"], "the numbers must differ, or the test would show nothing"
         out, err = capsys.readouterr()
         assert out.split() == ["knn20_20pct_top1", f"{number:.6g}"]
         assert (
@@ -178,9 +178,9 @@ def test_nothing_is_done_twice_and_a_cut_command_goes_on(here, run_dir, monkeypa
         {"probe_top1"},
         {"linear_epochs-1_batch-256_top1", "linear_epochs-1_batch-256_top5"},
     ]
-    assert capsys.readouterr().out.count("knn20_top1") == 2, "each command tells all results"
+    assert capsys.readouterr().out.count("knn20_top1") == 2, "each command must print all results"
     assert here(f"run={run_dir}", *QUICK, "eval.knn.k=5") == 0
-    assert done[3:] == ["knn"], "another question is answered anew"
+    assert done[3:] == ["knn"], "another setting must be evaluated again"
 
 
 def test_a_result_whose_row_was_lost_is_written_again_without_work(here, run_dir, monkeypatch):

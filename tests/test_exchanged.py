@@ -110,10 +110,10 @@ def test_transfer(tmp_path, evaluated):
     exchange(tmp_path / "sets" / "own" / "test", tmp_path / "sets" / "own" / "other")
     results = evaluated(*command)[1]
     (other,) = (key for key in results if key.startswith("pixels/own-") and key.endswith("own_top1"))
-    assert results[name] == 100.0, "of the images that were known by that name first"
+    assert results[name] == 100.0, "the earlier result must be that of the first images"
     assert results[other] == 0.0
     of_copies = evaluated(*command[:1], f"eval.transfer.root={tmp_path / 'copies'}", *command[2:])[1]
-    assert of_copies == results, "a copy elsewhere is the same set"
+    assert of_copies == results, "a copy in another folder counts as the same set"
 
 
 def test_overlap(tmp_path, evaluated, capsys):

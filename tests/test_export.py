@@ -128,7 +128,7 @@ def test_each_line_of_python_in_the_card_loads_the_weights_as_printed(resnet, ex
     lines = [line.replace("FOLDER", str(exported)) for line in block.splitlines() if not line.startswith("#")]
     tensors, model, fits = (eval(line) for line in lines)
     assert tensors.keys() == resnet.state_dict().keys() and fits.missing_keys == ["fc.weight", "fc.bias"]
-    assert torch.equal(features(model, images), features(resnet, images)), "weights that were trained, not new ones"
+    assert torch.equal(features(model, images), features(resnet, images)), "the loaded weights must be the trained ones"
     assert 'timm.create_model("local-dir:FOLDER", pretrained=True)' in export.HELP
 
 

@@ -70,7 +70,7 @@ def test_the_version_is_that_of_the_project_also_where_nothing_is_installed(as_i
     assert caco.__version__ == declared
     assert f"\nversion: {declared}\n" in (ROOT / "CITATION.cff").read_text()
     (as_if_in("checkout") / "pyproject.toml").write_text('[project]\nversion = "7.1"\n')
-    assert installed.version() == "7.1", "whatever pip has noted of another checkout"
+    assert installed.version() == "7.1", "pip's record of another checkout must not matter"
     as_if_in("copy")
     monkeypatch.setattr(installed, "DISTRIBUTION", "caco-that-nobody-installed")
     assert installed.version() == "unknown"
@@ -98,7 +98,9 @@ def test_a_checkout_in_an_environment_of_ones_own_gets_them_from_pip_by_its_path
 def test_a_checkout_that_make_has_set_up_gets_them_from_make(as_if_in, monkeypatch, tmp_path):
     folder = as_if_in("clone", prefix=str(tmp_path / "clone" / ".venv"), pyproject=True)
     assert command_to_install("slurm") == f"make -C {folder} setup"
-    assert command_to_install() == f"make -B -C {folder} setup", "caco itself is there: only -B does it again"
+    assert command_to_install() == f"make -B -C {folder} setup", (
+        "caco itself is installed, so only make -B installs it again"
+    )
     monkeypatch.chdir(folder)
     assert command_to_install("slurm") == "make setup"
     (folder / ".venv").mkdir()
@@ -127,7 +129,7 @@ def test_every_part_that_a_message_names_is_one_of_the_distribution():
     text = "\n".join(source.read_text() for source in sources)
     named = {part.split("'")[0].split('"')[0] for part in text.replace('"', "'").split("command_to_install('")[1:]}
     assert named == {"slurm", "ffcv", "mlflow", "analysis"} <= set(project["optional-dependencies"])
-    assert "caco[" not in text, "that would be another project's"
+    assert "caco[" not in text, "the distribution is caco-ssl; caco[...] would be another project's"
 
 
 def test_a_folder_of_a_modules_name_does_not_install_it(monkeypatch, tmp_path):

@@ -93,7 +93,7 @@ def test_without_it_or_with_torch_alone_pytorchs_own_variables_stay_as_they_are(
 
 def test_a_variable_that_says_otherwise_is_refused_and_one_that_says_the_same_is_not(started):
     ours, _ = started({"CACO_INSTRUCTIONS": "plain"})
-    assert started(ours) == (ours, "plain"), "a child process inherits them all"
+    assert started(ours) == (ours, "plain"), "a child process inherits all variables and must accept them"
     message = (
         "CACO_INSTRUCTIONS=avx2 sets ATEN_CPU_CAPABILITY=avx2, but the environment has ATEN_CPU_CAPABILITY=default;"
         " unset one of the two"
@@ -180,7 +180,7 @@ def test_a_program_that_catches_the_refusal_goes_on():
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "Refused\n")
-    assert done.stderr.endswith("ZeroDivisionError: division by zero\n"), "other errors are shown as ever"
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n"), "other errors must be shown as usual"
 
 
 CAPABILITY = {"plain": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512", "amx": "AVX512"}
@@ -207,7 +207,7 @@ def test_the_forced_level_is_the_one_in_use(level, monkeypatch):
         assert any(f"Intel {name}" in isa for name in ONEDNN[serves]) and (serves == "amx" or "AMX" not in isa)
         product = next(line for line in told if line.startswith("MKL_VERBOSE SGEMM"))
         assert ("CNR:COMPATIBLE" in product) == (level == "plain"), (
-            "which keeps MKL from AVX2 on processors that are not Intel's"
+            "MKL must be kept from AVX2 on processors that are not Intel's"
         )
 
     if level == "torch":
@@ -219,7 +219,9 @@ def test_the_forced_level_is_the_one_in_use(level, monkeypatch):
         for each in has:
             monkeypatch.setattr(instructions, "LEVEL", each)
             bits[each] = bank_bits()
-        assert len(set(bits.values())) == len(has), "levels that cannot be told apart would prove nothing"
+        assert len(set(bits.values())) == len(has), (
+            "each level must give different bits, or the test would prove nothing"
+        )
         assert found["compiled"]["bank_bits"] == bits[level]
         # The views need more of AVX-512 than other parts, so on the first processors with AVX-512 they use AVX2.
         best = "avx512" if {"avx512vbmi", "avx512_vnni"} <= instructions.flags() else "avx2"

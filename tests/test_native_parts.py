@@ -89,6 +89,6 @@ def test_what_the_linker_may_share_runs_on_every_processor(part):
     code = read("objdump", "-d", "--no-show-raw-insn")
     functions = dict(re.findall(r"^[0-9a-f]+ <(\S+)>:\n((?:.+\n)+)", code, re.MULTILINE))
     assert shared & functions.keys() and any("%ymm" in body for body in functions.values()), (
-        "the part was read and it has AVX"
+        "the compiled part must have been read and must contain AVX code"
     )
     assert [name for name in shared & functions.keys() if re.search(r"%[yz]mm|\tv[a-z]+ ", functions[name])] == []

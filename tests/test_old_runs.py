@@ -78,7 +78,7 @@ def test_tables_and_figures_count_them(command):
     assert command(figure, "4", "--scale", "smoke")[0] == 0
     rows = Path("figures/smoke-table7-figure-4.csv").read_text().splitlines()
     assert len([row for row in rows if row.startswith("both,knn20_top1,")]) == 3, (
-        "before the first epoch and after each of two"
+        "expected values before the first epoch and after each of two"
     )
 
 
@@ -131,7 +131,7 @@ def test_an_evaluation_gives_training_s_number_by_training_s_name_and_another_pr
     before = recorded.read(TINY)
     code, out, err = command(evaluate, f"run={TINY}", "eval=[knn]")
     assert (code, out.split(), err) == (0, ["knn20_20pct_top1", "30.2267"], "")
-    assert recorded.read(TINY) == before, "nothing new was measured"
+    assert recorded.read(TINY) == before, "the evaluation must measure nothing again"
     code, out, _ = command(evaluate, f"run={TINY}", "eval=[knn]", "eval.knn.k=5")
     after = recorded.read(TINY).summary
     assert code == 0 and out.split()[0] == "knn5_20pct_top1"
@@ -169,7 +169,7 @@ def test_mlflow_and_the_dashboard_get_todays_names(command):
     assert not [name for name in run.data.metrics if name.endswith("/knn_top1") or name.startswith("filling/")]
     assert run.data.params["method.warm_start_passes"] == "8" and run.data.params["bank"] == "tiny"
     assert "metrics.`eval/knn20_20pct_top1`" in dashboard.columns([run])
-    assert "complete" in command(sync, str(TINY))[1], "and is not sent again"
+    assert "complete" in command(sync, str(TINY))[1], "the run must not be sent again"
     code, out, _ = command(table, "7", "--scale", "smoke", "--mlflow", uri)
     assert code == 0 and "81.86" in out
 
@@ -190,11 +190,11 @@ def test_a_store_that_the_old_version_filled_is_read_and_gets_todays_names_besid
     assert one.summary["knn20_top1"] == summary["knn_top1"] and one.config["method.warm_start_momentum"] == 0.999
     record = read_json(OLD / "smoke" / "record.json")["runs"]
     assert one.hash == recorded.Names.of(OLD / BOTH.relative_to("runs")).with_hash(summary)["config_hash"]
-    assert one.hash not in [run["config_hash"] for run in record], "today's"
+    assert one.hash not in [run["config_hash"] for run in record], "the record must have today's hashes"
 
     mark = Watermark(run_id="1", sent=10, attempted=10)
     mark.todays_names(OLD / BOTH.relative_to("runs"))
-    assert (mark.sent, mark.has_todays_names) == (0, True), "every row once more"
+    assert (mark.sent, mark.has_todays_names) == (0, True), "every row must be sent once more"
     mark.sent = 10
     mark.todays_names(OLD / BOTH.relative_to("runs"))
     assert mark.sent == 10
@@ -231,4 +231,4 @@ def test_the_same_command_says_which_run_it_does_not_go_on_with(command, tmp_pat
     open_run(new, cfg)
     cfg.seed = 1
     open_run(old.with_name("words-another"), cfg)
-    assert capsys.readouterr().err == "", "neither when it goes on, nor of another run"
+    assert capsys.readouterr().err == "", "there must be no message when the run resumes, nor for another run"

@@ -157,10 +157,10 @@ def test_a_run_is_never_evaluated_on_two_test_sets(pictures, tmp_path):
         UserError, match="evaluated on other images so far .the test images: test: digest [0-9a-f]+, now [0-9a-f]+"
     ):
         run_training(other, run_dir)
-    assert (run_dir / "config.yaml").read_text() == before, "the record is of what was done"
+    assert (run_dir / "config.yaml").read_text() == before, "the refused command must not change the run's record"
     shutil.move(first, tmp_path / "moved")
     moved = compose(*command, f"data.labelled_root={tmp_path / 'moved'}", bank=False)
-    assert run_training(moved, run_dir)["steps"] == 2, "the same images elsewhere are the same"
+    assert run_training(moved, run_dir)["steps"] == 2, "the same images in another folder must be accepted"
 
 
 @pytest.fixture
@@ -213,5 +213,5 @@ def test_a_run_goes_on_with_a_copy_of_an_evaluators_set_and_not_with_another_one
     assert "those of eval.transfer" in (other_images(of({"cars": "a"}), of({"cars": "b"}), is_done=True) or "")
     assert other_images(of({"cars": "a"}), of({"cars": "a"}), is_done=True) is None
     assert other_images(of([["cars", "key with times"]]), of({"cars": "a"}), is_done=True) is None, (
-        "as earlier versions wrote it"
+        "a key as earlier versions wrote it must be accepted"
     )

@@ -132,7 +132,7 @@ def test_treatments_of_negatives_by_hand():
         == (2 * (queries + 64 * 8 + candidates + places) + rows) / 2
     )
     far = plan.plan(compose("bank.size=100000000", *settings), world=2)
-    assert far["sent_bytes_per_step"] < plain["sent_bytes_per_step"] + 1e6, "no message grows with the bank"
+    assert far["sent_bytes_per_step"] < plain["sent_bytes_per_step"] + 1e6, "the bytes sent must not grow with the bank"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_bank_by_image_has_as_many_rows_as_images_and_a_query_meets_those_that
     assert plan.plan(everything, world=8)["bank_flops_per_step"] == 2 * 2 * 256 * 1_281_167 * 128
     assert plan.plan(cfg, images=10_000_000)["bank_bytes"] == 10_000_000 * 520
     learned = plan.plan(composition.job_config(composition.compose(["method=pic", "batch=512"])), world=8)
-    assert learned["bank_bytes"] == 160_146 * (2 * 128 * 4 + 8), "PIC's class weights have a velocity"
+    assert learned["bank_bytes"] == 160_146 * (2 * 128 * 4 + 8), "PIC's class weights need memory for a velocity"
     assert learned["bank_flops_per_step"] == 2 * 4 * 512 * 1_281_167 * 128
     told = plan.report(cfg, world=8, images=None, speeds={})
     assert "images, rows" in told and "\n   1,281,167 " in told and "\n 100,000,000 " in told

@@ -122,7 +122,7 @@ def test_a_run_on_two_ranks_is_that_of_one_is_recorded_once_and_goes_on_with_one
     one, two = record(tmp_path / "one"), record(tmp_path / "two")
     assert [(row["kind"], row["step"]) for row in one] == [(row["kind"], row["step"]) for row in two]
     assert losses(two) == pytest.approx(losses(one), abs=FLOAT64)
-    assert "caco: finished in" in outputs[0][1] and "caco" not in outputs[1][1], "rank 0 alone speaks"
+    assert "caco: finished in" in outputs[0][1] and "caco" not in outputs[1][1], "only rank 0 may print"
 
     newest = final(tmp_path / "two")["method"]
     for later in sorted((tmp_path / "two" / "checkpoints").glob("*.pt"))[1:]:
@@ -157,7 +157,7 @@ def test_a_float32_run_on_two_ranks_begins_with_the_loss_of_one(tmp_path):
         begun[world] = losses(record(tmp_path / str(world)))
     assert begun[2][0] == pytest.approx(begun[1][0], abs=1e-4)
     assert len(set(begun[2])) == len(begun[2]) == 3
-    assert record(tmp_path / "2")[-1]["kind"] == "eval", "evaluated by both"
+    assert record(tmp_path / "2")[-1]["kind"] == "eval", "the run on two ranks must be evaluated"
 
 
 @pytest.mark.long
@@ -279,7 +279,9 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
         assert codes == [0] * world, outputs[0][1]
         rows.append(final(tmp_path / str(world))["method"]["bank.rows.weight"][:64])
     nearest = (rows[0] @ rows[1].T).argmax(1)
-    assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
+    assert (nearest == torch.arange(64)).float().mean() > 0.5, (
+        "most keys must be nearest to their own row; by chance it would be one in 64"
+    )
 
 
 PLANNED_METHODS = (

@@ -187,7 +187,7 @@ def test_a_thousand_runs_take_seconds_and_no_torch(tmp_path):
     )
     begun = time.monotonic()
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
-    assert time.monotonic() - begun < 15, "on a machine that has other work; 1.8 s where it was measured"
+    assert time.monotonic() - begun < 15, "1.8 s were measured; a busy machine may take longer"
 
 
 @pytest.mark.long

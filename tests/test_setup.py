@@ -88,7 +88,7 @@ def test_a_commit_is_checked_by_the_commands_of_make_lint():
     rule = re.search(r"^lint:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [hook["entry"] for hook in local["hooks"]] == [line.strip() for line in rule[1].splitlines()]
-    assert local["repo"] == "local", "nothing is fetched"
+    assert local["repo"] == "local", "the hooks must be local, so that nothing is downloaded"
     assert {(hook["language"], hook["pass_filenames"]) for hook in local["hooks"]} == {("system", False)}
 
 

@@ -89,7 +89,7 @@ def test_every_method_stands_there_with_what_was_published_and_what_was_measured
         site / "reference/methods.html"
     ).places
     caco = page.partition('<h2 id="caco">')[2].partition("<h2 ")[0]
-    assert "Top-1 71.3" in caco, "Table VII"
+    assert "Top-1 71.3" in caco, "the number of Table VII must be on the page"
     recorded = json.loads((ROOT / "experiments" / "records" / "mini.json").read_text())["runs"]
     measured = [run["summary"] for run in recorded if run["name"].startswith("table7-both")]
     knn, probe = (statistics.mean(one[name] for one in measured) for name in ("knn20_top1", "probe_top1"))

@@ -41,7 +41,7 @@ def test_figure_4_shows_the_rows_whose_positives_are_learned(found, tmp_path):
     figure.draw("4", found, tmp_path)
     figure.draw("4", found, tmp_path / "again")
     for again in (tmp_path / "again").iterdir():
-        assert again.read_bytes() == (tmp_path / again.name).read_bytes(), "the same results are the same files"
+        assert again.read_bytes() == (tmp_path / again.name).read_bytes(), "the same results must give the same bytes"
     data = kept(tmp_path, "smoke-table7-figure-4")
     assert {row["row"] for row in data} == {"both"}
     values = {(row["metric"], row["epochs"], row["seed"]): float(row["value"]) for row in data}

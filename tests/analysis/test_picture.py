@@ -43,7 +43,7 @@ def colours(path: Path) -> int:
     with Image.open(path) as image:
         assert image.format == "PNG"
         counted = image.convert("RGB").getcolors(2**24)
-        assert counted is not None, "no picture has more colours"
+        assert counted is not None, "the picture has more colours than getcolors can count"
         return len(counted)
 
 
@@ -196,7 +196,9 @@ def test_each_line_says_what_its_images_have_in_common_and_frames_those_of_anoth
 def test_the_most_chosen_rows_take_half_of_the_images_or_are_as_many_as_asked_for():
     uses_K = torch.tensor([0, 3, 10, 3, 0, 2, 2])
     assert model.most_chosen(uses_K, least=1).tolist() == [2]
-    assert model.most_chosen(uses_K + 1, least=1).tolist() == [2, 1], "11 of 27 are not half"
+    assert model.most_chosen(uses_K + 1, least=1).tolist() == [2, 1], (
+        "11 of 27 uses are less than half, so a second row is needed"
+    )
     assert model.most_chosen(uses_K, least=3).tolist() == [2, 1, 3]
     assert model.most_chosen(uses_K, least=9).tolist() == [2, 1, 3, 5, 6], "a row that no image chooses is never shown"
 
@@ -207,7 +209,7 @@ def test_near_duplicates_are_shown_once():
     )
     assert model.far_apart(m_RD, 8).tolist() == [0, 2, 3]
     assert model.far_apart(m_RD, 2).tolist() == [0, 2]
-    assert model.far_apart(m_RD[:2], 8).tolist() == [0], "a bank that has collapsed is one line"
+    assert model.far_apart(m_RD[:2], 8).tolist() == [0], "a collapsed bank is shown as one row"
 
 
 def test_a_large_set_is_sampled_and_the_picture_says_so(run, monkeypatch):
@@ -274,7 +276,7 @@ def test_what_came_before_epoch_0_is_left_of_it():
     )
     assert picture.curve_of(ledger[:3], "knn20_top1", 20) == picture.Curve(
         "knn20_top1", [-2.0, 0.0], [50.0, 60.0], 40, True
-    ), "killed after its warm start"
+    ), "a run that was killed after its warm start"
     assert picture.curve_of(ledger[:1], "knn20_top1", 20) == picture.Curve("knn20_top1", [0.0], [50.0], 0, True)
     assert picture.curve_of(ledger[1:2], "knn20_top1", 20) is None
 

@@ -55,7 +55,7 @@ def whole(path):
     page = Page(path.read_text(encoding="utf-8"))
     assert page.open == []
     assert all(address.startswith("data:image/png;base64,") for address in page.fetched)
-    assert page.links <= {f"#{id}" for id in page.ids}, "a link that leads nowhere, or out of the page"
+    assert page.links <= {f"#{id}" for id in page.ids}, "every link must lead to a place in the page"
     return page
 
 
@@ -73,7 +73,9 @@ def test_a_scales_page_holds_tables_figures_records_and_configurations(here, res
     assert len(page.fetched) == 3  # figure 4, bank, compute
     assert {run.hash for run in runs} <= set(page.cells) and "bank.size" in page.cells
     assert {"table7", "rivals", "figures", "records", "configurations"} <= page.ids
-    assert "Barlow Twins" in page.cells and "Table R" in text, "whose CaCo is the row of Table VII"
+    assert "Barlow Twins" in page.cells and "Table R" in text, (
+        "table rivals must be shown, because its CaCo is a row of Table VII"
+    )
 
 
 def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trained, tmp_path, monkeypatch):

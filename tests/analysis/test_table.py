@@ -210,7 +210,7 @@ def test_what_others_published_at_a_scale_stands_in_a_column_of_theirs():
     assert {(row["row"], row["theirs"]) for row in rows} == {("simclr", "84.7"), ("byol", "86.9"), ("caco_256", "")}
     times = table.sheet(load_table("4"), lightly, find(load_table("4"), lightly, [], rows=["mocov2"]))
     assert not any("published by others" in group for group, size in times.groups if size), (
-        "of accuracies, not of hours"
+        "others published accuracies, not hours"
     )
 
 

@@ -136,7 +136,7 @@ def test_statistics_by_hand():
     assert values["near_duplicates"] == 50.0  # the first two rows point the same way
     assert values["row_norm_mean"] == pytest.approx(2.0, abs=1e-4)
     assert values["row_norm_std"] == pytest.approx(0.5**0.5, abs=1e-4)
-    assert "rows_used" not in rows.statistics(), "use is counted anew after each report"
+    assert "rows_used" not in rows.statistics(), "counts of use start again after each report"
 
 
 def test_use_is_not_counted_in_evaluation():

@@ -99,7 +99,9 @@ def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, pu
     atol = ROWS[path] / (bank_tau or tau) if path in ROWS else 1e-4
     assert torch.allclose(bank.rows.weight.double(), w, atol=atol)
     assert torch.allclose(bank.rows.velocity.double(), v, atol=atol)
-    assert (w - bank.rows.weight[0].double()).abs().max() > 0.1, "rows that all agree would prove nothing"
+    assert (w - bank.rows.weight[0].double()).abs().max() > 0.1, (
+        "the rows must differ from one another, or the test would prove nothing"
+    )
 
 
 def test_equal_rows_go_to_the_lowest_index_however_many_there_are(path):
@@ -124,12 +126,16 @@ def test_the_nearest_rows_cosines_are_within_the_bound_that_comes_with_them(path
     rows[700:800] = rows[13] + 3e-3 * noise[100:]
     keys = torch.cat([F.normalize(rows[[12, 13]], dim=1), unit(60, 40, seed=2).float()])
     value, row, error = fused.nearest(keys, rows)
-    assert value.shape[1] == (16 if path.startswith("amx") else 4), "more cost time where a float32 tells rows apart"
+    assert value.shape[1] == (16 if path.startswith("amx") else 4), (
+        "more candidates would only cost time where float32 can tell rows apart"
+    )
     exact = keys.double() @ F.normalize(rows.double(), dim=1).T
     named = row >= 0
     off = (value.double() - exact.gather(1, row.clamp(min=0))).abs()
     assert named[:, 0].all() and (off <= error[:, None])[named].all()
-    assert 1e-3 * error.max() < off[named].max() and error.max() < 0.01, "a bound that far off would tell nothing"
+    assert 1e-3 * error.max() < off[named].max() and error.max() < 0.01, (
+        "the bound must be near the real errors, or it would be useless"
+    )
     # A row that is not among the candidates is too far to be the nearest, unless all candidates may be the nearest.
     crowded = value[:, -1] >= value[:, 0] - 2 * error
     assert crowded.nonzero().tolist() == [[0]]

@@ -77,7 +77,9 @@ def test_rows_that_rounding_puts_in_the_wrong_order(bits, D):
     behind = ((k - lost) * F.normalize(w[:24].double(), dim=1)).sum(1) - (
         (k - lost) * F.normalize(w[24:48].double(), dim=1)
     ).sum(1)
-    assert (behind > 0.9 * lost.norm(dim=1)).all(), "keys whose order rounding keeps prove nothing"
+    assert (behind > 0.9 * lost.norm(dim=1)).all(), (
+        "rounding must change the order of each key's rows, or the test would prove nothing"
+    )
     assert torch.equal(scoring.most_probable_row(k, w, 0), right)
 
 

@@ -163,7 +163,7 @@ def test_hand_arithmetic_of_two_negatives():
     hard = (weights * torch.stack([e, e / e])).sum()
     lowest = 2 * (-2 * e / e).exp()
     assert 0 < (e + 1 - 1.34 * e) / 0.33 < lowest and e + 1 - 1.8 * e < 0, (
-        "of the last two shares, what is left and what is too much"
+        "the last two shares must leave something below the clamp, and nothing at all"
     )
     cases = [
         (0.0, 1.0, hard),
@@ -241,7 +241,7 @@ def stays_close(name, kind, bank_tau, tolerance):
         bank.update(lr=0.7, keys_GD=q)
     assert torch.allclose(bank.rows.velocity.double(), v, atol=tolerance / (bank_tau or tau))
     assert torch.allclose(bank.rows.weight.double(), w, atol=tolerance / (bank_tau or tau))
-    assert v.abs().max() > 0.05, "rows at rest would prove nothing"
+    assert v.abs().max() > 0.05, "the rows must have moved, or the test would prove nothing"
 
 
 def test_kernels_serve_where_no_positive_is_a_row_and_pytorch_where_one_is(monkeypatch):
@@ -269,7 +269,7 @@ def test_kernels_serve_where_no_positive_is_a_row_and_pytorch_where_one_is(monke
                 (0.2, 0.5),
                 (0.25, 0.0),
                 (0.5, 1.0),
-            ], "two passes; two temperatures each, and the rows move with the last"
+            ], "expected two passes with two temperatures each, and the rows to move with the last"
         served.clear()
     assert served == []
 

@@ -138,7 +138,9 @@ def test_products_of_bfloat16_change_sums_and_motion_by_less_than_a_hundredth():
         (0.9 * v - velocity, -gradient),
         (w - moved, 0.9 * v + gradient),
     ]:
-        assert 1e-6 < (got - exact).norm() / exact.norm() < 1e-2, "bfloat16 rounds to 2^-9; exact would not be bfloat16"
+        assert 1e-6 < (got - exact).norm() / exact.norm() < 1e-2, (
+            "bfloat16 rounds to 2^-9; an exact result would not be bfloat16"
+        )
 
 
 @pytest.mark.parametrize("crowded", ["everywhere", "one place"])

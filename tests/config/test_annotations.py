@@ -127,7 +127,9 @@ def test_the_program_supplies_what_yaml_cannot_hold(module):
 
     taken = signature(module, module.nodes["f"])
     supplied = [name for name, item in taken.parameters.items() if not is_plain(item.annotation, module)]
-    assert supplied == ["parameters", "device", "backbone", "extra"], "views is a group of settings"
+    assert supplied == ["parameters", "device", "backbone", "extra"], (
+        "views is a group of settings, so it is not supplied by the program"
+    )
     missing = [
         "optimizer.rate: f needs it, expected float, got nothing",
         "optimizer.views: f needs it, expected list of View, got nothing",

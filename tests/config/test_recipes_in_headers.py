@@ -42,7 +42,7 @@ def test_adco_s_multi_crop_has_one_key_and_adds_five_losses_up():
     cfg = compose(words)
     assert instantiate(cfg.augmentation).sizes == [224, 224, 192, 160, 128, 96]
     assert terms(cfg) == [Term(query, 1, 1.0) for query in (0, 2, 3, 4, 5)]
-    assert cfg.method.warm_start_key == "last", "the warm start's key is of the crop of 96 px"
+    assert cfg.method.warm_start_key == "last", "the key of the warm start is the smallest crop, of 96 px"
     assert (cfg.batch, cfg.method.warm_start_temperature, cfg.bank.pull) == (256, 0.12, 0.0)
 
 

@@ -76,7 +76,7 @@ def case(prepared: tuple[Path, dict[int, bytes]], rng: np.random.Generator) -> s
         (folder / f"step_{step:09d}.pt").write_bytes(content)
     with open(os.devnull, "w") as nobody, contextlib.redirect_stderr(nobody):
         newest = Checkpoints(folder).load_newest()
-    assert newest is not None, "there are files, and none was taken for a checkpoint"
+    assert newest is not None, "there are checkpoint files, so the run must not start from scratch"
     loaded, path = newest
     assert forged or same(loaded, state(int(path.stem[-9:]))), f"{path} is not what was saved"
     return f"step {int(path.stem[-9:])} read"

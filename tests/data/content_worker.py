@@ -52,7 +52,7 @@ def overlap(folder: str, out: str) -> None:
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     train, test = (class_folders(Path(folder) / name, name) for name in ("train", "test"))
     decoded = train.in_memory(1)
-    assert decoded.arrays is not None, "they fit into a megabyte"
+    assert decoded.arrays is not None, "the images must be kept in memory"
     in_memory = ImagesInMemory(decoded.arrays, name="memory")
     Path(f"{out}{distributed.rank()}").write_text(f"{shared_images(train, test)} {shared_images(in_memory, test)}")
     distributed.stop()

@@ -42,7 +42,7 @@ def test_the_manager_of_the_file_has_the_members_that_are_replaced():
         " open a .beton"
     )
     assert "ptr_to_size" not in inspect.getsource(os_cache) and "ptr_to_size" in inspect.getsource(base), (
-        "the tables of pages that `_MappedFile` leaves out are needed now"
+        "FFCV now needs the tables of pages that `_MappedFile` leaves out"
     )
 
 

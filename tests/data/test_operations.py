@@ -90,7 +90,9 @@ def test_magnitudes_by_hand(photo):
     assert same(ours.apply(photo, "solarize", 10.0, negative=False, bicubic=False), photo)
     assert same(ours.apply(photo, "posterize", 10.0, negative=False, bicubic=False), ImageOps.posterize(photo, 4))
     assert same(ours.apply(photo, "posterize", 9.99, negative=False, bicubic=False), ImageOps.posterize(photo, 3))
-    assert not np.asarray(ours.apply(photo, "posterize", 2.49, negative=False, bicubic=False)).any(), "no bits are left"
+    assert not np.asarray(ours.apply(photo, "posterize", 2.49, negative=False, bicubic=False)).any(), (
+        "posterize to 0 bits must leave a black image"
+    )
     of_autoaugment = RandAugment(posterize_bits=[4, 8])
     assert same(of_autoaugment.apply(photo, "posterize", 10.0, negative=False, bicubic=False), photo)
     assert same(
@@ -173,7 +175,7 @@ def test_photometric_is_pirl_s_four_operations_together(photo):
     bits, thresholds = (
         {f(u) for u in np.linspace(0, 0.9999, 5000)} for f in (lambda u: 4 + int(5 * u), lambda u: int(257 * u))
     )
-    assert bits == {4, 5, 6, 7, 8} and thresholds == set(range(257)), "both ends included, as published"
+    assert bits == {4, 5, 6, 7, 8} and thresholds == set(range(257)), "both ends of the ranges must occur, as published"
 
 
 def test_grayscale_is_a_view_s_own(photo):
@@ -199,7 +201,9 @@ def test_the_sampled_blur_is_torch_s_convolution_of_the_reflected_image(photo, u
 
 def test_the_elastic_deformation_without_strength_is_none_and_its_shear_is_one(photo):
     lattice = [0.5] * 18
-    assert same(Elastic(p=1.0, shear=0.0)(photo, [0.0, 0.7, *lattice]), photo), "the normal of 1/2 is 0"
+    assert same(Elastic(p=1.0, shear=0.0)(photo, [0.0, 0.7, *lattice]), photo), (
+        "the random number 1/2 gives the normal value 0"
+    )
     sheared = np.asarray(Elastic(p=1.0, shear=0.3)(photo, [0.0, 1.0, *lattice])).astype(float)
     pixels = np.asarray(photo).astype(float)
     for row in range(24):
@@ -221,7 +225,7 @@ def test_the_elastic_deformation_moves_pixels_as_its_lattice_says():
     wash = Image.fromarray(np.stack([10 * x, 10 * y, 0 * x], -1).clip(0, 255).astype(np.uint8))
     one = norm.cdf(1.0)
     moved = np.asarray(Elastic(p=1.0, shear=0.0)(wash, [0.0, 0.5, *[0.5] * 9, *[one] * 9])).astype(int)
-    assert np.array_equal(moved[:, :22], np.asarray(wash)[:, 1:23]), "25 pixels x 0.04: one to the right"
+    assert np.array_equal(moved[:, :22], np.asarray(wash)[:, 1:23]), "25 pixels x 0.04 is one pixel to the right"
 
 
 def test_dropped_channels_are_even_and_one_stays(photo):

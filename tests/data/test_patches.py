@@ -83,7 +83,7 @@ def test_each_window_lies_anywhere_in_its_cell_and_nowhere_else():
             counts = np.bincount(offset[:, patch, axis], minlength=7)
             assert abs(counts / 3000 - 1 / 7).max() < 0.03, (patch, axis)
     assert abs(np.corrcoef(offset.reshape(3000, 18).T) - np.eye(18)).max() < 0.1, (
-        "drawn for each patch and axis by itself"
+        "the offsets of patches and axes must be independent"
     )
 
 

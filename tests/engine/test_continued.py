@@ -131,7 +131,7 @@ def test_its_files_name_the_run_it_continues(tmp_path, cut):
     assert (tags["continued_from"], tags["continued_run"]) == (str(cut), parent)
     assert (summary["continued_from"], summary["continued_run"]) == (str(cut), parent)
     rows = [row for row in record(tmp_path) if row["kind"] == "eval"]
-    assert [row["step"] for row in rows] == [8, 9], "its curve begins where the other ends"
+    assert [row["step"] for row in rows] == [8, 9], "the curve must start where that of the first run ends"
 
 
 def test_where_it_lies_is_no_part_of_it_and_which_run_it_is_and_how_it_goes_on_are(cut, long):

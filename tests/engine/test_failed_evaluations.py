@@ -44,7 +44,7 @@ def test_a_failed_evaluation_is_named_and_the_run_goes_on_as_if_it_had_not_been(
     summary = train(tmp_path / "failed", *BOTH)
     message = "eval.knn failed after 1 of 2 epochs: no memory for the neighbours"
     told = capfd.readouterr().err
-    assert f"caco: {message}" in told and "Traceback" in told, "a fault of the program's own is shown whole"
+    assert f"caco: {message}" in told and "Traceback" in told, "a bug is shown with its traceback"
     assert summary["failed_evaluations"] == [
         {"evaluator": "knn", "step": summary["failed_evaluations"][0]["step"], "message": message}
     ]
@@ -59,7 +59,7 @@ def test_a_failed_evaluation_is_named_and_the_run_goes_on_as_if_it_had_not_been(
     assert [row for row in rows if row["kind"] != "warning"] == lacking
     a, b = final(tmp_path / "whole"), final(tmp_path / "failed")
     assert_same(a["method"], b["method"])
-    assert "1 evaluation failed:" in told and "exit code" not in told, "the last one has its results"
+    assert "1 evaluation failed:" in told and "exit code" not in told, "the last evaluation has its results"
 
 
 def test_the_checkpoint_is_saved_before_the_evaluation_whatever_the_cadence(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_results_that_are_missing_at_the_end_are_said_and_made_by_the_same_comma
     monkeypatch.undo()
     again = train(tmp_path / "run", *BOTH)
     assert "failed_evaluations" not in again and again == read_json(tmp_path / "run" / "summary.json")
-    assert train(tmp_path / "run", *BOTH) == again, "and then nothing is made any more"
+    assert train(tmp_path / "run", *BOTH) == again, "a further call must compute nothing"
     assert [row["epochs"] for row in record(tmp_path / "run") if row["kind"] == "eval"] == [0.0, 0.0, 1.0, 2.0]
 
 
@@ -166,8 +166,8 @@ def test_a_linear_evaluation_while_training_goes_on_from_its_last_epoch(tmp_path
         k: v for k, v in resumed.items() if k != "images_per_second"
     }
     assert not list((tmp_path / "cut" / "evaluations" / "classifiers").iterdir()), (
-        "and is removed when its results are there"
+        "the classifiers' state must be removed when the results exist"
     )
     assert not (tmp_path / "cut" / "evaluations" / "features").exists(), (
-        "features of a training network are of one round"
+        "features of a network in training are not stored, because they are valid for one round only"
     )

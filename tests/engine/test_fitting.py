@@ -66,7 +66,9 @@ def test_a_warm_up_fits_a_short_run(images):
         "schedule.warmup_epochs=0.5",
         "derived=[schedule.warmup_epochs]",
     ]
-    assert derived(images / "flat", "batch=16", "eval=[]", "epochs=11") == [], "ten epochs of warm-up fit"
+    assert derived(images / "flat", "batch=16", "eval=[]", "epochs=11") == [], (
+        "eleven epochs have room for ten of warm-up, so nothing is derived"
+    )
 
 
 def test_classes_without_test_images_hold_some_out_and_evaluators_fit_what_is_left(images):
@@ -82,12 +84,12 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
     cfg = composition.job_config(composition.compose([*words, *extra]))
     assert list(cfg.derived) == ["schedule.warmup_epochs", "eval"] and list(cfg.eval) == ["geometry"]
     assert train.check_command([*words, *extra], multirun=False, look=True).derived == [], (
-        "as a launcher's job is told it"
+        "a job that gets the derived settings derives nothing"
     )
     said = composition.job_config(
         composition.compose([*words, *(item for item in extra if not item.startswith("derived"))])
     )
-    assert run_hash(cfg) == run_hash(said), "derived or given, it is one run"
+    assert run_hash(cfg) == run_hash(said), "derived and given settings make the same run"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_the_run_does_not_walk_over_the_folder_a_second_time(images, monkeypatch
     first = composition.instantiate(data)
     assert seen == [] and len(first.pretrain) == 72
     composition.instantiate(data)
-    assert len(seen) == 2, "and the next one looks again"
+    assert len(seen) == 2, "the next command reads the folder again"
 
 
 def test_ten_thousand_files_take_a_moment(tmp_path):

@@ -239,7 +239,9 @@ def test_adamw_decays_no_parameter_of_one_dimension():
     (all_decay,) = optimizers.adamw(
         [ParameterGroup(list(model().parameters()))], batch=256, decay_one_dimensional=True
     ).param_groups
-    assert (all_decay["weight_decay"], len(all_decay["params"])) == (0.05, 5), "MoCo v3's decays norms and biases too"
+    assert (all_decay["weight_decay"], len(all_decay["params"])) == (0.05, 5), (
+        "MoCo v3's AdamW also decays norms and biases"
+    )
 
 
 def test_a_clipped_trust_is_the_smaller_of_the_rate_and_the_factor():
@@ -343,7 +345,9 @@ def test_a_group_frozen_for_an_epoch_moves_with_the_first_step_of_the_second():
     for step in range(4):
         first.grad, second.grad = torch.ones(2), torch.ones(2)
         optimisation.step(Now(step, "training", step, False, *divmod(step, 3), {}))
-        assert (second == 1).all() == (step < 3) and (first != 1).all(), "neither gradient nor decay"
+        assert (second == 1).all() == (step < 3) and (first != 1).all(), (
+            "a frozen group gets neither gradient steps nor weight decay"
+        )
 
 
 def test_a_rate_that_drops_at_shares_of_the_run_rounded_to_whole_epochs():

@@ -186,14 +186,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     state = final(tmp_path / "bad")
     assert state["step"] == 6
     assert_same(state["method"], final(tmp_path / "good")["method"])
-    assert len(record(tmp_path / "bad")) == 6, "the step that failed is not in the record"
+    assert len(record(tmp_path / "bad")) == 6, "the ledger must not contain the failed step"
 
 
 def test_the_record_has_what_the_run_did(tmp_path):
     summary = train(tmp_path, "max_steps=44", "epochs=2", "log_every_steps=5")
     rows = record(tmp_path)
     kinds = [row["kind"] for row in rows]
-    assert kinds[0] == "eval" and kinds[-1] == "eval", "k-NN before and after"
+    assert kinds[0] == "eval" and kinds[-1] == "eval", "k-NN must run before and after the training"
     epochs = [row for row in rows if row["kind"] == "epoch"]
     assert [row["epoch"] for row in epochs] == [0, 1]
     for name in ("loss", "max_probability", "positive_probability", "bank/rows_used", "bank/use_entropy",

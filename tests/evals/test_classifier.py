@@ -172,7 +172,9 @@ def test_a_cut_evaluation_goes_on_from_its_last_epoch_to_the_same_bits(
     resumed = trained(tmp_path / "cut")
     assert epochs == [0, 1, 2, 2, 3]
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert epochs[-1] == 3 and trained(tmp_path / "cut") and len(epochs) == 5, "a finished one is not trained again"
+    assert epochs[-1] == 3 and trained(tmp_path / "cut") and len(epochs) == 5, (
+        "a finished classifier must not be trained again"
+    )
 
 
 def test_another_backbone_does_not_go_on_from_the_first_ones_classifier(tmp_path, colours, store_of):

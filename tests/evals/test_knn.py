@@ -167,7 +167,9 @@ def test_k_nn_among_the_first_is_by_another_name(colours, store_of):
     drawn, first = (KNN(k=3, fraction=0.5, choice=choice) for choice in ("random", "first"))
     for one in (drawn, first):
         one.build(store_of(), seed=0)
-    assert first._bank.tolist() == list(range(30)), "labels are 0, 1, 2, 0, ...: the first ten of each"
+    assert first._bank.tolist() == list(range(30)), (
+        "the labels are 0, 1, 2, 0, ..., so these are the first ten of each class"
+    )
     assert drawn._bank.tolist() != first._bank.tolist()
     assert [*dict(first.run(colours))] == ["knn3_50pct_first_top1"]
 

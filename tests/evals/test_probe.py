@@ -109,7 +109,7 @@ def test_the_probe_makes_no_second_copy_of_the_features_and_the_same_classifier(
     with Largest() as largest, pytest.warns(UserWarning, match="gradient"):
         standardised = Standardised.of(x)
         ours = fit(standardised, y, num_classes=10, l2=1e-3, max_iterations=3, block=100)
-    assert largest.elements < x.numel() / 4, "it works on blocks of rows, or of columns"
+    assert largest.elements < x.numel() / 4, "the probe must work on blocks of rows or columns"
     with pytest.warns(UserWarning, match="gradient"):
         whole = fit(
             (x.float() - standardised.mean_D) / standardised.scale_D,

@@ -34,9 +34,13 @@ def test_a_row_stands_for_the_class_of_the_training_image_whose_key_is_nearest(s
         "purity_images-17/positives": pytest.approx(100 * np.mean(right)),
         "purity_images-17/chance": pytest.approx(100 * np.mean(chance)),
     }
-    assert found["purity_images-17/positives"] not in (0, 100), "otherwise the comparison says nothing"
-    assert found["purity_images-17/chance"] != pytest.approx(100 / 3), "nor here"
-    assert int(method.bank.rows.uses.sum()) == 0, "looking is no choosing"
+    assert found["purity_images-17/positives"] not in (0, 100), (
+        "the purity must not be 0 or 100, or the comparison would mean nothing"
+    )
+    assert found["purity_images-17/chance"] != pytest.approx(100 / 3), (
+        "chance must not be that of even classes, or the comparison would mean nothing"
+    )
+    assert int(method.bank.rows.uses.sum()) == 0, "measuring purity must not count as use of rows"
 
 
 def test_two_ranks_with_half_of_the_rows_each_find_what_one_does(tmp_path):

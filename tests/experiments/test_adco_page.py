@@ -34,7 +34,7 @@ def test_the_toy_sets_are_whole_in_the_published_layouts_and_no_test_image_is_tr
     assert capsys.readouterr().out == f"VOCdevkit/, coco/ and pacs/ are in {root}\n"
     sets = [voc2012(root, "train"), voc(root), coco(root)]
     sizes = [(len(one.train), len(one.test)) for one in sets]
-    assert sizes == [(12, 6), (12, 6), (11, 6)], "of COCO's training images one has a crowd alone"
+    assert sizes == [(12, 6), (12, 6), (11, 6)], "one of COCO's training images has only a crowd and is left out"
     assert [shared_images(one.train.files, one.test.files) for one in sets] == [[], [], []]
     pacs = read(root, key="root", say=lambda text: None)
     assert len(pacs.every) == 4 * 7 * 25 and pacs.train.sum() == 4 * 7 * 20
@@ -55,7 +55,9 @@ def test_nothing_but_their_form_tells_the_shapes_apart(tmp_path):
         pixels = photos.image(index).resize((1, 1)).getpixel((0, 0))
         means[int(photos.labels[index])].append(sum(pixels) / 3)
     middles = [sum(values) / len(values) for values in means.values()]
-    assert max(middles) - min(middles) < 50, "the means over thirty images of values that spread by some 40"
+    assert max(middles) - min(middles) < 50, (
+        "the means of thirty images, whose values vary by about 40, must not differ by more"
+    )
 
 
 def test_what_smoke_calls_its_results_is_what_its_evaluators_call_them():

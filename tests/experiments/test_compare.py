@@ -168,7 +168,7 @@ def test_the_cases_are_every_file_of_methods_and_settings(repo_root):
             assert f"{group}={path.stem}" in cases
     assert {case.ranks for case in cases.values()} == {1, 2}
     assert [case.name for case in cases.values() if case.cut] == ["pn=both, cut and resumed"]
-    assert "epochs=3" in cases["pn=both"].overrides, "42 steps of two epochs would end before 50"
+    assert "epochs=3" in cases["pn=both"].overrides, "two epochs have only 42 steps, fewer than the 50 to compare"
 
 
 def test_a_commit_s_own_words_are_put_into_a_case_s_overrides():

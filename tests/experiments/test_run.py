@@ -92,7 +92,7 @@ def test_what_somebody_else_has_recorded_is_not_trained_again(here, trainings, t
     assert trainings.rows == [("both", "1")]
     assert "2 runs, 0 done already, 1 to do, 1 in the records of experiments/records" in capsys.readouterr().err
     assert here("table7", "scale=smoke", "rows=both", "seed=0,1", "--here") == 0
-    assert trainings.rows == [("both", "1"), ("both", "0")], "on request it is"
+    assert trainings.rows == [("both", "1"), ("both", "0")], "--here trains it again"
 
 
 def test_one_that_fails_does_not_stop_the_others_and_is_tried_again_on_request_alone(here, trainings, capsys):

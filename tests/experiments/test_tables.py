@@ -37,7 +37,7 @@ def test_every_published_number_of_the_seven_tables_is_in_its_yaml_and_no_other_
             continue
         if table.table not in NUMERALS:
             assert not any(row.published for row in table.rows.values()), (
-                "what the paper prints stands in its own tables"
+                "only the paper's own tables may have the paper's numbers"
             )
         for row in table.rows.values():
             # In Table VI the label has the size of the bank; published.csv has it in a separate column.
@@ -59,7 +59,9 @@ def test_the_numbers_of_adco_s_page_are_those_of_the_facts_and_are_called_inferr
         value for row in page.rows.values() for value in row.published.values()
     } == facts and "inferred" in page.title
     at_paper = experiment("adco_page", "adco", "paper")
-    assert at_paper.hash(0) == experiment("2", "adco", "paper").hash(0), "AdCo is trained once"
+    assert at_paper.hash(0) == experiment("2", "adco", "paper").hash(0), (
+        "both rows must be the same run, so that AdCo is trained once"
+    )
     assert all(at_paper.scale.evaluator_of(at_paper.scale.metrics[column][0]) for column in page.columns)
     on_pacs = experiment("adco_page", "adco_pacs", "paper").cfg
     assert (on_pacs.data.target, on_pacs.backbone.name, list(on_pacs.eval)) == (
@@ -145,7 +147,9 @@ def test_the_study_of_negatives_differs_in_their_treatment_alone_and_begins_with
     assert len(hashes) == len(rows) == 5
     same = [{key: value for key, value in plain(one.cfg).items() if key != "negatives"} for one in rows.values()]
     assert all(other == same[0] for other in same)
-    assert rows["mixed"].cfg.negatives.warmup_epochs < rows["mixed"].cfg.epochs, "some are mixed"
+    assert rows["mixed"].cfg.negatives.warmup_epochs < rows["mixed"].cfg.epochs, (
+        "mixing must begin before the end of the run"
+    )
 
 
 CHANGED_BY = {  # row -> the settings in which it differs from CaCo
@@ -283,7 +287,7 @@ def test_rivals_train_for_the_same_steps():
     assert {(one.sized("epochs"), one.sized("batch")) for one in at_mini} == {(10, 128)}
     assert all("data.limit=10000" in one.overrides(0) and one.why_not is None for one in at_mini)
     assert experiment("rivals", "caco", "mini").hash(0) == experiment("7", "both", "mini").hash(0), (
-        "CaCo is trained once"
+        "both rows must be the same run, so that CaCo is trained once"
     )
 
 

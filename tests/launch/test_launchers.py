@@ -115,7 +115,7 @@ def test_jobs_are_told_which_instructions_to_use(level, monkeypatch, tmp_path):
 
 def test_a_snapshot_is_the_code_and_knows_its_commit(tmp_path):
     code = snapshot(tmp_path)
-    assert snapshot(tmp_path) == code, "the same code is copied once"
+    assert snapshot(tmp_path) == code, "the same code must be copied only once"
     names = {path.relative_to(code).as_posix() for path in code.rglob("*.*") if path.is_file()}
     assert {
         "caco/engine/trainer.py",

@@ -157,7 +157,9 @@ def assert_same_training(losses, method, by_hand, w, twin=None):
     assert torch.allclose(
         torch.tensor(losses, dtype=torch.float64), torch.stack(by_hand).detach(), atol=1e-9, rtol=1e-9
     )
-    assert len({round(loss, 9) for loss in losses}) > STEPS - 2, "the first step, of rate 0, moves nothing"
+    assert len({round(loss, 9) for loss in losses}) > STEPS - 2, (
+        "only the first step, with rate 0, may leave the loss unchanged"
+    )
     for ours, theirs in ((weights_of(method), w), ({}, {}) if twin is None else (twin_of(method.twin), twin)):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():

@@ -234,7 +234,7 @@ def test_the_warm_start_may_take_its_key_from_the_last_view():
     warm_start_key=key)[0]
                   for key in ("second", "last"))  # fmt: skip
     assert torch.equal(two.warm_start_loss(large).loss, other.warm_start_loss(large).loss), (
-        "of two views the second is the last"
+        "with two views, the last view is the second"
     )
     assert not torch.equal(two.warm_start_loss(views).loss, other.warm_start_loss(views).loss)
     with pytest.raises(ValueError, match="warm_start_key: expected second . last, got 'first'"):

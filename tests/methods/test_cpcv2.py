@@ -173,7 +173,7 @@ def test_fifty_steps_are_those_of_a_plain_loop():
             for mine, its in zip(average.parameters(), net.encoder.parameters(), strict=True):
                 mine.copy_(0.9 * mine + 0.1 * its)
         theirs.append(loss.item())
-    assert 0 < was_cut < 50, "or the test could not see the clipping"
+    assert 0 < was_cut < 50, "some but not all gradients must be clipped, or the test would not notice clipping"
     assert ours == pytest.approx(theirs, abs=1e-8) and len({round(loss, 9) for loss in ours}) == 50
     for name, p in learned.items():
         assert torch.allclose(dict(method.named_parameters())[name], p, atol=1e-7), name
@@ -209,7 +209,9 @@ def test_layer_normalisation_is_over_channels_and_places_of_an_image_and_nowhere
         layers[0](x), centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt(), atol=1e-12
     )
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    assert torch.allclose(backbone(images)[:1], backbone(images[:1]), atol=1e-10), "an image's features are its own"
+    assert torch.allclose(backbone(images)[:1], backbone(images[:1]), atol=1e-10), (
+        "an image's features do not depend on the other images"
+    )
     with pytest.raises(UserError, match="backbone.layer_norm is for ResNets"):
         timm_backbone(name="vit_tiny_patch16_224", layer_norm=True)
 

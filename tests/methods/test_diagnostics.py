@@ -61,7 +61,7 @@ def test_the_rank_is_that_of_the_published_equation(shape):
 
 def test_what_a_step_and_an_epoch_say():
     signs = diagnostics.Signs()
-    assert signs.of_step(None) == {} and signs.of_epoch() == {}, "a method that hands out no embedding"
+    assert signs.of_step(None) == {} and signs.of_epoch() == {}, "a method without embeddings reports nothing"
     even = axes(5).float().requires_grad_()
     values = signs.of_step(even)
     assert set(values) == {"embedding_spread"} and values["embedding_spread"].item() == pytest.approx(1)
@@ -69,9 +69,9 @@ def test_what_a_step_and_an_epoch_say():
         "embedding_rank_me": pytest.approx(D, rel=1e-4)
     }
     signs.of_step(torch.full((4, D), torch.nan))
-    assert signs.of_epoch() == {}, "no reason to end a run"
+    assert signs.of_epoch() == {}, "missing values must not end a run"
     signs.of_step(torch.cat([torch.ones(diagnostics.MOST_ROWS, D), axes(9).float()]))
-    assert signs.of_epoch()["embedding_rank_me"] == pytest.approx(1, abs=1e-3), "of the first 512 rows alone"
+    assert signs.of_epoch()["embedding_rank_me"] == pytest.approx(1, abs=1e-3), "the rank uses only the first 512 rows"
 
 
 @pytest.mark.long

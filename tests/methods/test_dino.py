@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_the_sheet(norm_last_layer):
     assert len(learning) == len(list(other.encoder.parameters())) + (1 if norm_last_layer else 2)
     for p, q in zip(learning, [*other.encoder.parameters(), *other.prototypes.parameters()], strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-12)
-    assert all(p.grad is None for p in method.twin.parameters()), "the teacher learns nothing"
+    assert all(p.grad is None for p in method.twin.parameters()), "the teacher must not get gradients"
 
 
 def test_lightly_computes_the_same_loss_centre_and_temperatures():
@@ -134,7 +134,7 @@ def test_centre_and_teacher_move_after_the_step_from_raw_scores_and_new_weights(
     )
     at = now(twin_momentum=0.75, teacher_temperature=0.04)
     method(batch_of(views), at).loss.backward()
-    assert torch.equal(method.centre, centre), "a loss that may not be finite changes nothing"
+    assert torch.equal(method.centre, centre), "the centre must not change before the loss is known to be finite"
     with torch.no_grad():
         for p in (*method.encoder.parameters(), *method.prototypes.parameters()):
             p.sub_(0.1 * p.grad)
@@ -226,7 +226,9 @@ def test_fifty_steps_are_those_of_a_plain_loop():
                 for a, b in zip(t.parameters(), s.parameters(), strict=True):
                     a.copy_(m * a + (1 - m) * b)
             net.centre.copy_(0.9 * net.centre + 0.1 * raw.mean(0))
-    assert 50 < clipped < 50 * len(parameters), "or the clipping is not seen"
+    assert 50 < clipped < 50 * len(parameters), (
+        "some but not all gradients must be clipped, or the test would not notice clipping"
+    )
     assert ours == pytest.approx(theirs, abs=1e-8)
     assert abs(ours[-1] - ours[0]) > 0.1
     for (name, p), q in zip(method.named_parameters(), net.parameters(), strict=True):
@@ -244,7 +246,7 @@ def test_its_head_starts_as_published():
     method = DINO(encoder=Encoder(backbone=nn.Flatten(), projector=projector), num_prototypes=9)
     z = F.normalize(torch.randn(3, 256), dim=1)
     rows = torch.linalg.lstsq(torch.eye(256), method.prototypes(torch.eye(256))).solution.T
-    assert torch.allclose(rows.norm(dim=1), torch.ones(9), atol=1e-5), "g is 1"
+    assert torch.allclose(rows.norm(dim=1), torch.ones(9), atol=1e-5), "the rows must have the norm g = 1"
     assert torch.equal(method.prototypes(z), method.twin_prototypes(z)), "the teacher starts as a copy"
 
 
@@ -300,7 +302,9 @@ def test_a_vit_takes_both_sizes_and_its_teacher_drops_no_path():
     )
     method = DINO(encoder=Encoder(backbone=backbone, projector=projector), num_prototypes=K).train()
     views = [torch.randn(4, 3, side, side) for side in (32, 32, 16)]
-    assert torch.equal(method.twin(views[:2]), method.twin(views[:2])), "in training mode"
+    assert torch.equal(method.twin(views[:2]), method.twin(views[:2])), (
+        "in training mode the teacher drops no path, so its output is the same twice"
+    )
     assert not torch.equal(method.encoder(views[:2]), method.encoder(views[:2]))
     loss = method(batch_of(views), now()).loss
     loss.backward()

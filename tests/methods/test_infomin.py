@@ -194,7 +194,7 @@ def test_the_published_recipe():
         head = JigsawHead(in_dim=2048, hidden_dim=tree["method"]["jigsaw_hidden_dim"], dim=128)
     assert layers_of(encoder.projector) == layers_of(head.each) == "2048-2048b ReLU 2048-128b"
     assert tuple(head.together.weight.shape) == (128, 1152) and head.together.bias is not None
-    assert layers_of(JigsawHead(in_dim=2048, dim=128, layers=1).each) == "2048-128b", "PIRL's"
+    assert layers_of(JigsawHead(in_dim=2048, dim=128, layers=1).each) == "2048-128b", "PIRL's head has one layer"
     views = instantiate(cfg.augmentation)
     both = views.kinds.kinds[0][0]
     assert (

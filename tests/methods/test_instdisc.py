@@ -51,7 +51,7 @@ def test_the_draws_are_splitmix_s_of_stream_and_image_alone():
     rows = noise.noise_rows(stream, images, 50, 1_281_167)
     assert rows.tolist() == [drawn_by_hand(stream, image, 50, 1_281_167) for image in images.tolist()]
     assert torch.equal(noise.noise_rows(stream, images[1:2], 20, 1_281_167)[0], rows[1, :20]), (
-        "whoever draws, and however many"
+        "the draws do not depend on the batch or on their number"
     )
     assert not torch.equal(noise.noise_rows(mixed_seed(0, 8), images, 50, 1_281_167), rows)
 
@@ -137,7 +137,7 @@ def test_z_is_that_of_the_first_step_for_ever_and_in_the_state():
             Z = normaliser_by_hand(v, V, images, draws, TAU) if step == 0 else Z  # noqa: F821 - Z stays that of step 0
             expected = nce_by_hand(v, V, images, draws, TAU, Z)
             assert torch.allclose(method(batch_of([view], first=step), now(step=step)).loss, expected, atol=1e-12)
-        assert (method.bank.normaliser == 0) == (step == 0), "kept only after the step"
+        assert (method.bank.normaliser == 0) == (step == 0), "Z is stored only after the step"
         method.after_step(now(step=step))
         assert method.state_dict()["bank.normaliser"].item() == pytest.approx(Z, abs=1e-12)
     assert method.statistics()["bank/normaliser"] == pytest.approx(Z)

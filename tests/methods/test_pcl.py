@@ -132,7 +132,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_sheet():
         own = clustering.cluster[images].long()
         drawn = drawn_by_the_method(method, number, own)
         assert not set(drawn) & set(own.tolist()) and len(set(drawn)) == len(drawn), (
-            "without replacement, from those nobody is in"
+            "drawn without replacement from prototypes of no image in the batch"
         )
         free = K[number] - len(set(own.tolist()))
         loss = loss + proto_nce_by_hand(q, clustering, images, drawn, B + min(2, free)) / 2
@@ -155,7 +155,7 @@ def test_other_steps_draw_other_prototypes_all_as_often():
     counts = Counter(j for step in range(3000) for j in method._drawn(own, 8, step).tolist())
     assert set(counts) == {0, 1, 3, 4, 6, 7}
     assert all(abs(count - 1500) < 6 * math.sqrt(1500 / 2) for count in counts.values()), (
-        "three of the six that are free"
+        "each of the six free prototypes is drawn in half of the steps"
     )
 
 
@@ -184,7 +184,9 @@ def test_the_embeddings_are_the_twin_s_in_evaluation_mode_and_nothing_moves():
     theirs = KMeans(K[1], init="random", n_init=5, max_iter=20, tol=0, random_state=1, algorithm="lloyd").fit(x.numpy())
     assert torch.equal(largest.cluster, torch.from_numpy(theirs.labels_))
     means = torch.from_numpy(theirs.cluster_centers_)
-    assert torch.allclose(largest.centroids, means / means.norm(dim=1, keepdim=True), atol=1e-12), "unit only at last"
+    assert torch.allclose(largest.centroids, means / means.norm(dim=1, keepdim=True), atol=1e-12), (
+        "means are normalised only at the end"
+    )
     assert largest.width.tolist() == pytest.approx(widths_by_hand(x.tolist(), means.tolist(), theirs.labels_, TAU))
 
 

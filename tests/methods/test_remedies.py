@@ -162,7 +162,7 @@ def test_rows_that_no_key_has_chosen_for_so_many_steps_become_keys_in_order_and_
         bank.anchors.clear()
         bank.rows.renew(keys)
         if step == 0:
-            assert torch.equal(bank.rows.weight, before), "none has been idle for two steps"
+            assert torch.equal(bank.rows.weight, before), "no row has been idle for two steps yet"
     renewed = [
         1,
         4,

@@ -79,8 +79,10 @@ def test_labels_are_those_of_the_published_loop_and_balanced(power, tolerance):
     ours = assignments.balanced_labels(F.log_softmax(logits, 1), power=power, tolerance=tolerance)
     assert ours.tolist() == expected and count > 10
     counts = torch.bincount(ours, minlength=4)
-    assert counts.min() >= 20, "about thirty each"
-    assert torch.bincount(logits.argmax(1), minlength=4)[0] > 60, "where most would take the first"
+    assert counts.min() >= 20, "each label must have about thirty images"
+    assert torch.bincount(logits.argmax(1), minlength=4)[0] > 60, (
+        "without balancing, most images would take the first label"
+    )
 
 
 def test_a_label_that_no_image_has_any_probability_of_is_said():
@@ -110,9 +112,9 @@ def test_the_moments_are_dense_at_first():
     assert [step for step, made in enumerate(table) if made] == [0, 1, 4, 7]
     assert sum(sela(num_moments=0).schedules(run)["labels_made"]) == 0
     linear = sela(spacing="linear").schedules(run)["labels_made"]
-    assert [step for step, made in enumerate(linear) if made] == [0, 4, 8], "every 30.06 images"
+    assert [step for step, made in enumerate(linear) if made] == [0, 4, 8], "one moment every 30.06 images"
     crowded = sela(num_moments=100).schedules(run)["labels_made"]
-    assert crowded[:10] == [1.0] * 10, "one a step at most; the others wait"
+    assert crowded[:10] == [1.0] * 10, "at most one labelling per step; the others wait"
 
 
 def published_moments(epochs, batches, batch, num_images, moments):
@@ -177,7 +179,7 @@ def test_one_head_at_a_time():
     before, at = method.labels.clone(), now(labels_made=1.0)
     method.before_step(type(at)(9, "training", 9, False, 3, 0, at.values), images)
     assert torch.equal(method.labels[0], before[0]) and not torch.equal(method.labels[1], before[1]), (
-        "epoch 3 modulo two heads"
+        "in epoch 3 only head 3 modulo 2 = 1 is labelled"
     )
 
 
@@ -323,7 +325,9 @@ def test_its_configuration_is_the_published_one():
     assert not any("Norm" in kind for kind in kinds) and isinstance(backbone.norm, nn.Identity)
     x = torch.randn(2, 3, 64, 64)
     last = backbone.stages(backbone.stem(x))
-    assert torch.equal(backbone.eval()(x), backbone(x)) and (backbone.eval()(x) < 0).any(), "no ReLU before the pooling"
+    assert torch.equal(backbone.eval()(x), backbone(x)) and (backbone.eval()(x) < 0).any(), (
+        "there must be no ReLU before the pooling"
+    )
     assert last.shape[1] == 2048
     assert all(block.norm3.weight.abs().min() > 0 for stage in backbone.stages for block in stage.blocks)
     assert all(p.requires_grad for p in backbone.parameters())

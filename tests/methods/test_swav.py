@@ -160,7 +160,7 @@ def test_the_queue_by_hand():
         assert torch.allclose(method.prototypes.weight.norm(dim=1), torch.ones(K, dtype=torch.float64))
         other, before = copy.deepcopy(method), method.queue.clone()
         loss = method(batch_of(views), at).loss
-        assert torch.equal(method.queue, before), "a loss that may not be finite changes nothing"
+        assert torch.equal(method.queue, before), "the queue must not change before the loss is known to be finite"
         method.after_step(at)
         z, scores = scores_by_hand(other, views)
         codes = []
@@ -177,7 +177,7 @@ def test_the_queue_by_hand():
             rows = torch.cat([*(each[c] for each in newest), torch.zeros(10, D, dtype=torch.float64)])[:10]
             assert torch.allclose(method.queue[c], rows, atol=1e-12), step
     without = codes_by_loops(scores[0].detach(), 0.05)
-    assert (codes[0] - without).abs().max() > 1e-2, "or the test could not see the queue"
+    assert (codes[0] - without).abs().max() > 1e-2, "the queue must change the codes, or the test would not notice it"
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
@@ -240,14 +240,14 @@ def test_the_prototypes_use_is_counted_and_a_collapse_is_said():
     method = swav()
     method(batch_of(views_of(0, B)), now())
     counts = method.uses.clone()
-    assert counts.sum() == 2 * B, "the nearest prototype of each image in both assigned views"
+    assert counts.sum() == 2 * B, "one nearest prototype is counted for each image and assigned view"
     share = (counts / counts.sum())[counts > 0]
     statistics = method.statistics()
     assert statistics["prototypes/use_perplexity"] == pytest.approx(
         (-(share * share.log()).sum()).exp().item(), rel=1e-5
     )
     assert statistics["prototypes/used"] == 100 * len(share) / K
-    assert method.statistics() == {}, "each epoch anew"
+    assert method.statistics() == {}, "the counts start again in each epoch"
     even = assignments.use_statistics(torch.full((K,), 7))
     assert even == pytest.approx(
         {"prototypes/used": 100, "prototypes/use_perplexity": K, "prototypes/use_entropy": 100}
@@ -262,7 +262,7 @@ def test_the_prototypes_use_is_counted_and_a_collapse_is_said():
     outputs = collapsed(batch_of(views_of(0, B)), now())
     assert diagnostics.spread(outputs.embedding) == pytest.approx(0, abs=1e-9)
     assert outputs.metrics["target_entropy"] == pytest.approx(math.log(K)), (
-        "one embedding for all has an even code, which is easy to predict"
+        "equal embeddings get even codes, which are easy to predict"
     )
 
 
@@ -299,7 +299,7 @@ def test_its_configuration_is_the_published_one():
     ]
     assert all(group["weight_decay"] == 1e-6 and group["lr"] == pytest.approx(4.8) for group in optimizer.param_groups)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(method.parameters())), (
-        "biases and BatchNorm too"
+        "the optimiser must also have biases and BatchNorm"
     )
     assert method.prototypes.weight.shape == (3000, D) and method.queue.shape[1] == 0
     assert [type(layer) for layer in instantiate(cfg.projector, in_dim=4)] == [

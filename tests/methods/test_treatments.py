@@ -183,7 +183,7 @@ def test_draws_are_of_seed_step_direction_and_image_alone():
         Mixed(hardest=50, pairs=400, with_query=300, seed=1).draws(step_of(7), 2 * BATCH, 50),
     ):
         assert (other[0] == at).float().mean() < 0.05 and (other[1] == share).float().mean() < 0.05
-    assert (at[:BATCH] == at[BATCH:]).float().mean() < 0.05, "the two directions"
+    assert (at[:BATCH] == at[BATCH:]).float().mean() < 0.05, "the two directions draw differently"
     assert set(at.unique().tolist()) == set(range(50))
     # The mean of n uniform draws has the standard deviation sqrt(1 / 12 n) times the range; allow 4 of these.
     for values, middle in ((at / 49, 0.5), (share[:, :400], 0.5), (share[:, 400:] * 2, 0.5)):

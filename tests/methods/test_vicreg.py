@@ -50,7 +50,7 @@ def test_loss_and_gradient():
     for name, p in method.named_parameters():
         assert torch.allclose(p.grad, gradients[name], atol=1e-11), name
     terms = terms_of(*(embedding(w, view) for view in views))
-    assert terms[1] > 0, "some coordinate varies by less than 1"
+    assert terms[1] > 0, "the variance term must not be 0: some coordinate must vary by less than 1"
     for name, value in zip(("invariance", "variance", "covariance"), terms, strict=True):
         assert torch.allclose(outputs.metrics[name], value, atol=1e-12), name
 

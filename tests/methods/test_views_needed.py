@@ -33,7 +33,7 @@ def configured(*overrides):
 
 def test_a_class_s_needs_are_read_without_importing_it():
     assert signatures.declared("caco.methods.infomin.InfoMin", "needs") == {"patches": "shuffled"}
-    assert signatures.declared("caco.methods.nnclr.NNCLR", "needs") == {}, "of the base: none"
+    assert signatures.declared("caco.methods.nnclr.NNCLR", "needs") == {}, "the needs of the base class are none"
     assert signatures.declared(NAME, "needs") == {"whole_batch": True, "lightness_first": True}
     assert signatures.declared("caco.methods.terms.terms_of", "needs") is None
 

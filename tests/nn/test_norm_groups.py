@@ -47,7 +47,9 @@ def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(vi
         normalised = F.batch_norm(x[rows], mean, variance, plain.weight, plain.bias, True, 0.1)
         expected = expected.index_copy(0, torch.tensor(rows), normalised)
         over = x[rows].transpose(0, 1).flatten(1)
-        assert torch.allclose(mean, 0.9 * plain.running_mean + 0.1 * over.mean(1)), "torch's way, by hand"
+        assert torch.allclose(mean, 0.9 * plain.running_mean + 0.1 * over.mean(1)), (
+            "the running mean must follow torch's rule"
+        )
         means.append(mean), variances.append(0.9 * plain.running_var + 0.1 * over.var(1, correction=1))
     assert torch.allclose(out, expected, atol=1e-12)
     assert torch.allclose(ours.running_mean, torch.stack(means).mean(0), atol=1e-12)
@@ -62,7 +64,7 @@ def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(vi
     ):
         assert torch.allclose(a, b, atol=1e-12)
     learned = F.batch_norm(x, ours.running_mean, ours.running_var, ours.weight, ours.bias)
-    assert torch.allclose(ours.eval()(x), learned, atol=1e-12), "as every BatchNorm, once it has learned"
+    assert torch.allclose(ours.eval()(x), learned, atol=1e-12), "in evaluation mode it must be an ordinary BatchNorm"
 
 
 def test_it_computes_what_moco_s_notebook_computes_of_the_same_groups():
@@ -111,7 +113,7 @@ def test_every_layer_of_a_network_is_replaced_and_images_of_other_groups_change_
     others = torch.cat([images[:2], torch.randn_like(images[2:])])
     assert torch.equal(grouped(images)[:2], grouped(others)[:2])
     whole = over_all_ranks(copy.deepcopy(grouped), CPU)
-    assert not torch.allclose(whole(images)[:2], whole(others)[:2]), "a copy for fine-tuning has groups no more"
+    assert not torch.allclose(whole(images)[:2], whole(others)[:2]), "a copy for fine-tuning must not use groups"
     assert torch.equal(grouped(images)[:2], grouped(others)[:2])
 
 
@@ -149,11 +151,13 @@ def test_keys_meet_other_statistics_and_come_back_in_order(views):
     torch.manual_seed(3)
     assert torch.allclose(twin(given), expected, atol=1e-12)
     assert not torch.allclose(expected, copy.deepcopy(plain)(given), atol=1e-3), (
-        "neighbours have statistics of their own"
+        "in the given order, other images share the statistics"
     )
     first, second = twin(given), twin(given)
-    assert not torch.allclose(first, second, atol=1e-3), "an order is drawn anew"
-    assert torch.allclose(twin.eval()(given), twin.encoder(given), atol=1e-12), "in order"
+    assert not torch.allclose(first, second, atol=1e-3), "each call draws a new order"
+    assert torch.allclose(twin.eval()(given), twin.encoder(given), atol=1e-12), (
+        "in evaluation mode keys are not shuffled"
+    )
 
 
 def test_two_parts_of_one_group_each_are_two_groups_of_the_whole():
@@ -256,5 +260,5 @@ def test_a_group_for_each_rank_asks_for_the_same_ranks_again(tmp_path, monkeypat
     seen = []
     monkeypatch.setattr("caco.engine.assembly.refuse_other_groups", seen.append)
     train(tmp_path, *command)
-    assert seen == [1], "whoever goes on is asked"
+    assert seen == [1], "the number of ranks must be checked when the run resumes"
     assert distributed.world() == 1

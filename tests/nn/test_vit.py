@@ -35,8 +35,8 @@ def test_patches_of_14_registers_and_pooling(maker, register_tokens, pool):
         tokens = vit.forward_features(images)
         assert tokens.shape == (2, 1 + register_tokens + height * width // 14**2, 192)
         feature = tokens[:, 0] if pool == "cls" else tokens[:, 1 + register_tokens :].mean(1)
-        assert torch.allclose(vit(images), feature, atol=1e-6), "after the last norm"
-        assert torch.allclose(tokens.mean(-1), torch.zeros(()), atol=1e-5), "which has been"
+        assert torch.allclose(vit(images), feature, atol=1e-6), "the feature is taken after the last norm"
+        assert torch.allclose(tokens.mean(-1), torch.zeros(()), atol=1e-5), "the last norm must have been applied"
     frozen = {name for name, p in vit.named_parameters() if not p.requires_grad}
     assert frozen == ({"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"} if maker == "mocov3" else set())
     vit.train()(images).sum().backward()

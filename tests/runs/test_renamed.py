@@ -90,7 +90,7 @@ def test_the_passes_that_filled_a_bank_are_those_of_its_warm_start(initialisatio
     then = {"method": {"filling_momentum": 0.9}, "bank": {"initialisation": initialisation, "filling_passes": passes}}
     now = renamed.config(then)
     assert now == {"method": {"warm_start_momentum": 0.9, **expected}, "bank": {"initialisation": initialisation}}
-    assert then["bank"]["filling_passes"] == passes, "what was given is left as it is"
+    assert then["bank"]["filling_passes"] == passes, "the given configuration must not be changed"
 
 
 def test_leaves_make_the_configuration_that_they_are_of():
@@ -136,7 +136,9 @@ def test_a_linear_evaluation_that_left_the_last_batch_out_without_saying_so_says
     lightly = plain(compose(["eval=[linear_lightly]"]))["eval"]["linear_lightly"]
     assert lightly.pop("drop_last") is True
     row = training(linear_lightly_top1=2.0)
-    assert renamed.Names({"eval": {"linear_lightly": lightly}}).row(row) == row, "lightly's leaves it out"
+    assert renamed.Names({"eval": {"linear_lightly": lightly}}).row(row) == row, (
+        "lightly's protocol leaves the last batch out, so its name stays"
+    )
 
 
 def test_what_an_evaluation_overwrote_in_the_summary_is_training_s_again():

@@ -39,5 +39,5 @@ class HeldTracker(LedgerTracker):
         self._held.touch()
         deadline = time.monotonic() + PATIENCE_S
         while not stop.requested():
-            assert time.monotonic() < deadline, "nobody has interrupted the run"
+            assert time.monotonic() < deadline, "the test has not interrupted the run in time"
             time.sleep(0.02)

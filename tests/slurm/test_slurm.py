@@ -121,10 +121,12 @@ def test_a_preempted_job_of_two_ranks_goes_on_to_the_bits_of_a_run_left_alone(pr
     log = log_of(run_dir)
     step = log.partition("after step ")[2].partition(" ")[0]
     assert "it goes back into the queue" in log
-    assert f"going on from {run_dir}/checkpoints/step_{int(step):09d}.pt" in log, "no step is lost"
+    assert f"going on from {run_dir}/checkpoints/step_{int(step):09d}.pt" in log, (
+        "the run must resume from its last step"
+    )
     codes, outputs = ranks(2, caco_train, *RUN, f"hydra.run.dir={tmp_path}")
     assert codes == [0, 0], outputs[0][1]
-    assert len(final(run_dir)["random"]) == 2, "two tasks are two ranks of one run"
+    assert len(final(run_dir)["random"]) == 2, "two tasks must be two ranks of one run"
     assert_same(final(tmp_path), final(run_dir))
     assert record(tmp_path) == record(run_dir)
 
@@ -260,7 +262,9 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_submits_it_again(s
     code, errors = swept(tmp_path, *wrong)
     assert code == 1 and "caco: 1 of 2 jobs have failed:" in errors
     assert (sweep.run_dir("batch-16") / "summary.json").exists()
-    assert "going on from" in log_of(sweep.run_dir("batch-16")), "what the cancelled job had saved"
+    assert "going on from" in log_of(sweep.run_dir("batch-16")), (
+        "the job must resume from what the cancelled one had saved"
+    )
 
 
 # Refusals.

@@ -83,7 +83,7 @@ def eventually():
     def wait(condition):
         deadline = time.monotonic() + 240  # enough for a busy machine; usually it is much faster
         while not condition():
-            assert time.monotonic() < deadline, "did not happen in time"
+            assert time.monotonic() < deadline, "the condition did not become true in time"
             time.sleep(0.02)
 
     return wait

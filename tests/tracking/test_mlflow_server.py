@@ -142,10 +142,10 @@ def test_a_server_that_answers_late_or_never_takes_no_time_and_loses_nothing(
     wire.mode = mode
     assert log(tracker, 10, 300) < ONE_PERCENT
     if mode == "hangs":
-        assert sent(tracker) == 10, "300 rows were logged while the server has answered none of them"
+        assert sent(tracker) == 10, "the server must not have answered yet when 300 rows are logged"
     feeder = tracker._feeder
     tracker.finish("FINISHED", {})
-    assert feeder.is_alive(), "finish() has not waited for the server"
+    assert feeder.is_alive(), "finish() must not wait for the server"
     assert len(Ledger(tmp_path / "ledger.jsonl")) == 300
     assert f"python -m caco.tracking.sync {tmp_path}" in caplog.messages[-1]
     # The process ends, and with it the feeder.

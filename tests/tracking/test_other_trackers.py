@@ -143,7 +143,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_each_point_once(tmp_path, make
         assert sorted((row["train/step"], row["train/loss"]) for row in rows) == [
             (step, float(step)) for step in range(9)
         ]
-        assert len({run_id for _, run_id, _ in runs}) == 1, "one run, in as many files as it had processes"
+        assert len({run_id for _, run_id, _ in runs}) == 1, "one run may have several files, one for each process"
 
 
 @pytest.mark.parametrize("make", [tensorboard, pytest.param(wandb, marks=LONG)])
@@ -200,7 +200,7 @@ def test_the_curves_of_a_sweep_are_one_csv_with_every_digit(sweep, tmp_path, cap
 
 def test_runs_of_another_tracking_are_sent_later(sweep):
     assert export.main([str(sweep), "--tensorboard"]) == 0
-    assert export.main([str(sweep), "--tensorboard"]) == 0, "written anew, not doubled"
+    assert export.main([str(sweep), "--tensorboard"]) == 0, "the files must be written again, not doubled"
     assert scalars(sweep / "seed-0")["train/loss"] == [(step, 1 / (step + 1)) for step in range(3)]
     assert scalars(sweep / "seed-0")["final/knn20_top1"] == [(3, 91.5)]
 

@@ -46,11 +46,11 @@ def test_a_run_that_never_reached_its_server_is_sent_there_and_not_elsewhere(loo
     }
     assert own_uri(tmp_path / "run") == "http://127.0.0.1:9"
     assert main([str(tmp_path / "run")]) == 1 and "not sent: " in told(capsys)
-    assert not (tmp_path / "mlflow.db").exists(), "no other store was made"
+    assert not (tmp_path / "mlflow.db").exists(), "no other store may be created"
     assert main([str(tmp_path / "run"), "--uri", look.uri]) == 0
     assert told(capsys).startswith(f"{tmp_path / 'run'}: sent 3 rows of 3 to {look.uri} (FINISHED, run ")
     assert look.points("train/loss") == [(step, step / 7) for step in range(3)]
-    assert own_uri(tmp_path / "run") == look.uri, "another store was chosen, and that is written down"
+    assert own_uri(tmp_path / "run") == look.uri, "the newly chosen store must be recorded"
     assert main([str(tmp_path / "run")]) == 0 and f"complete (FINISHED, 3 rows in {look.uri})" in told(capsys)
 
 

@@ -58,15 +58,15 @@ def test_a_sweep_is_a_parent_whose_state_is_that_of_its_jobs(look, tmp_path):
     one = begin(look, tmp_path / "a", "both", state)
     assert status(look) == "RUNNING"
     one.finish("FINISHED", {})
-    assert status(look) == "SCHEDULED", "one of its two jobs has not begun"
+    assert status(look) == "SCHEDULED", "the sweep is scheduled while one of its two jobs has not begun"
     two = begin(look, tmp_path / "b", "none")
     two.finish("FAILED", {})
     assert status(look) == "FAILED" and parent(look).info.end_time is not None
     begin(look, tmp_path / "b", "none").finish("FINISHED", {})
     assert status(look) == "FINISHED"
-    assert children(look).keys() == {"pn=both", "pn=none"}, "once each, whatever happened to them"
+    assert children(look).keys() == {"pn=both", "pn=none"}, "each job must be there once, whatever happened to it"
     colours = {run.data.tags["mlflow.runColor"] for run in children(look).values()}
-    assert len(colours) == 2, "neighbours can be told apart in a chart"
+    assert len(colours) == 2, "neighbouring runs must have different colours in a chart"
 
 
 def test_jobs_of_another_sweep_and_lone_runs_are_not_its_children(look, tmp_path):

@@ -50,7 +50,7 @@ def test_an_untrained_network_of_colours_suffices_for_the_toy_images(voc):
 def test_places_are_drawn_among_those_with_a_label_and_read_at_their_pixels(voc):
     _, labels = voc2012(voc, "train").train.read(2)
     at = Maps(backbone(), purpose="it").places(128)
-    assert at.tolist() == [0, 16, 32, 48, 64, 80, 96, 112, 128], "the last stands on the padding"
+    assert at.tolist() == [0, 16, 32, 48, 64, 80, 96, 112, 128], "the last place is on the padding"
     cells, classes = drawn_places(labels, at, 128, 100, seed=1)
     expected = {}
     for row in range(8):
@@ -135,7 +135,7 @@ def test_killed_while_reading_it_goes_on_from_the_last_whole_batch(voc, tmp_path
     monkeypatch.setattr(module, "drawn_places", counted)
     assert of(DenseLinear(**settings), store_of(tmp_path)) == whole and len(read) == 2
     read.clear()
-    assert of(DenseLinear(**settings), store_of(tmp_path)) == whole and not read, "the features are there"
+    assert of(DenseLinear(**settings), store_of(tmp_path)) == whole and not read, "stored features must be used"
 
 
 def test_raw_pixels_and_other_networks(voc):

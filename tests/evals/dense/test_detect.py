@@ -107,7 +107,7 @@ def test_what_changes_the_weights_changes_the_checkpoint(tmp_path):
     for changed in ({}, {"test_side": 40}, {"short_sides": [48]}, {"region_samples": 12}):
         of(Detect(root=str(tmp_path), **FEW | changed), store_of(tmp_path / "kept"))
     assert len(list((tmp_path / "kept" / "classifiers").iterdir())) == 3, (
-        "the side of the test images is no matter of training"
+        "the size of test images must not change the checkpoint of training"
     )
 
 
@@ -129,7 +129,7 @@ def test_statistics_taken_anew_are_the_mean_over_training_batches(tmp_path):
     )
     before = norm.running_mean.clone()
     take_statistics(network, task, 4, 0, store, seed=5, precision="fp32")
-    assert torch.equal(norm.running_mean, before), "without batches those of training stay"
+    assert torch.equal(norm.running_mean, before), "without batches the statistics from training stay"
 
 
 @pytest.mark.parametrize("dataset", ["voc", "coco"])

@@ -54,7 +54,7 @@ def test_detections_of_a_difficult_truth_count_as_nothing_however_many():
     found = [(0, 0, 0.9, FAR), (0, 0, 0.8, FAR), (0, 0, 0.7, HERE)]
     assert voc(found, truth, num_difficult=1)["ap50"] == 100
     assert voc(found, truth)["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11), (
-        "were it not difficult, its second detection were wrong"
+        "if the object is not marked difficult, its second detection is wrong"
     )
 
 

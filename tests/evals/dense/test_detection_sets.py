@@ -46,7 +46,7 @@ def test_voc_reads_what_torchvision_reads(tmp_path):
             == [tuple(size) for size in images.sizes.tolist()]
         )
     assert found.train.difficult.sum() == 2 and found.test.difficult.sum() == 1, (
-        "difficult objects are kept, in training too"
+        "difficult objects are kept, also for training"
     )
     assert found.train.boxes.max() == WIDTH and found.train.objects(0).boxes.shape == (1, 4)
 
@@ -133,7 +133,7 @@ def test_coco_reads_what_torchvision_reads_but_crowds_and_empty_boxes(tmp_path, 
             )
             assert np.array_equal(images.files.image(index), image) and images.files.image(index).mode == "RGB"
     assert len(found.train) == 5 and len(found.test) == 4, (
-        "of the training images the one with a crowd alone is left out; val keeps all"
+        "the training image with only a crowd is left out; val keeps all images"
     )
     assert len(found.test.objects(2).labels) == 0
     assert found.truth == tmp_path / "annotations/instances_val2017.json"
@@ -178,7 +178,9 @@ def test_what_a_set_is_called_changes_with_its_objects(tmp_path):
     assert after[1] != before[1] and after[2:] == before[2:]
     crowd = tmp_path / "annotations/instances_val2017.json"
     crowd.write_text(crowd.read_text().replace('"iscrowd": 1', '"iscrowd": 0'))
-    assert coco(tmp_path).inputs()[3] != before[3], "the truth that is scored is all of its file"
+    assert coco(tmp_path).inputs()[3] != before[3], (
+        "the cache key must depend on the whole file, because all of it is scored"
+    )
 
 
 def test_the_toy_sets_hold_what_they_are_to_show(tmp_path):

@@ -121,7 +121,7 @@ def test_every_layer_learns_and_all_of_the_body_is_the_encoders(head):
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     norms = len(norms_of(encoder))
     assert len(norms_of(network)) == norms + (1 if head == "c4" else 8), (
-        "c4: the extra norm; fpn: two in each of four levels, none in the heads"
+        "c4 adds one norm, fpn two in each of four levels, and the heads none"
     )
     groups = Recipe(steps=1, images=1, rate=1.0, decay_norms=False).optimizer(network).param_groups
     assert {id(p) for p in groups[1]["params"]} == {id(p) for norm in norms_of(network) for p in norm.parameters()}

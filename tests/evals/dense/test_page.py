@@ -107,7 +107,7 @@ def test_every_other_command_can_be_typed(commands, files, monkeypatch, capsys):
             )
             assert all(node.root == "toys" for node in cfg.eval.values())
         elif program == "experiments.toy_sets":
-            assert words == ["TOYS"], "typed in tests/experiments/test_adco_page.py"
+            assert words == ["TOYS"], "tests/experiments/test_adco_page.py runs this command"
     assert set(kinds) == {"caco.evaluate", "caco.plan", "experiments.toy_sets"}
 
 

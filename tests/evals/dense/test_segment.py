@@ -63,7 +63,7 @@ def test_the_option_is_mocos_protocol():
 def test_conv5_has_dilation_2_in_all_blocks_and_a_stride_of_1_so_that_the_whole_has_16(name, threes_of_conv5):
     body = timm.create_model(name, num_classes=0)
     network = FCN16(body, channels=8, seed=0)
-    assert network.maps.stride == 16 and stride_and_width(body)[0] == 32, "a copy"
+    assert network.maps.stride == 16 and stride_and_width(body)[0] == 32, "the network must be changed in a copy"
     threes = [m for m in network.maps.backbone.layer4.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(threes) == threes_of_conv5 and all(
         (m.stride, m.dilation, m.padding) == ((1, 1), (2, 2), (2, 2)) for m in threes
@@ -73,7 +73,7 @@ def test_conv5_has_dilation_2_in_all_blocks_and_a_stride_of_1_so_that_the_whole_
     assert [(m.dilation[0], m.kernel_size[0], m.out_channels) for m in head] == [(6, 3, 8), (6, 3, 8), (1, 1, 21)]
     network.eval()
     with torch.no_grad():
-        assert network.maps(torch.zeros(1, 3, 129, 129)).shape[2:] == (9, 9), "places at 0, 16, ..., 128"
+        assert network.maps(torch.zeros(1, 3, 129, 129)).shape[2:] == (9, 9), "there are places at 0, 16, ..., 128"
         assert network(torch.zeros(1, 3, 50, 37)).shape == (1, 21, 50, 37)
 
 
@@ -190,7 +190,9 @@ def test_two_unequal_ranks_give_what_one_process_gives(voc, tmp_path):
     found, expected = json.loads((tmp_path / "scores.json").read_text()), segment_worker.scores(voc)
     assert expected["segment"]["pixel_accuracy"] < 50 < expected["dense_linear"]["miou"]
     for evaluator in expected:
-        assert found[evaluator] == pytest.approx(expected[evaluator], abs=0.1), "a few pixels of 48,000, by rounding"
+        assert found[evaluator] == pytest.approx(expected[evaluator], abs=0.1), (
+            "rounding may change a few of 48,000 pixels"
+        )
 
 
 def test_killed_it_goes_on_to_the_same_bits_and_the_backbone_stays(voc, tmp_path, monkeypatch):
@@ -228,7 +230,9 @@ def test_killed_it_goes_on_to_the_same_bits_and_the_backbone_stays(voc, tmp_path
             Crops, "example", lambda self, index, seed: crops.append(index) or whole_example(self, index, seed)
         )
         results, resumed = trained(tmp_path / "cut")
-    assert len(crops) == 3 * (11 - 8), "two steps of 16 images are eleven of 3; eight were saved"
+    assert len(crops) == 3 * (11 - 8), (
+        "two steps of 16 images become eleven of 3; the last three are made after the checkpoint at step eight"
+    )
     assert results == whole and all(torch.equal(resumed[name], weights[name]) for name in weights)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()) and network.training
 

@@ -103,11 +103,11 @@ def test_killed_between_two_checkpoints_it_goes_on_to_the_same_bits(tmp_path):
         trained(tmp_path, task=Mortal())
     rest, said = Brightness(), []
     resumed = trained(tmp_path, task=rest, said=said)
-    assert len(rest.asked) == 3 * 3, "steps 4, 5 and 6: the last checkpoint was after four"
+    assert len(rest.asked) == 3 * 3, "the run resumes with three steps, because the last checkpoint was after four"
     assert "step 4 of 7" in said[0] and said[-1].startswith("it: trained for 7 steps, loss ")
     assert same(resumed, trained())
     done = Brightness()
-    assert same(trained(tmp_path, task=done), resumed) and not done.asked, "a finished one is not trained again"
+    assert same(trained(tmp_path, task=done), resumed) and not done.asked, "a finished training must not be repeated"
 
 
 def test_what_decides_the_weights_decides_the_checkpoint_and_how_often_it_is_saved_does_not(tmp_path):
