@@ -67,7 +67,7 @@ TWO_WAYS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 @pytest.mark.parametrize("level", [10.0, 9.37, 2.6])
 @pytest.mark.parametrize("name", TIMMS)
-def test_an_operation_is_timm_s_at_the_sheet_s_magnitude(photo, name, level):
+def test_an_operation_is_timm_s_at_the_published_magnitude(photo, name, level):
     ours = RandAugment(enhancement="one_sided", fill=FILL)
     theirs, arguments = TIMMS[name]
     for negative in (False, True):

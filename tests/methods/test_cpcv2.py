@@ -123,7 +123,7 @@ def test_the_other_directions_look_from_the_other_sides():
 
 
 @pytest.mark.parametrize("settings", [{}, {"distances": [3], "directions": 1}, {"group_size": 2}])
-def test_loss_and_gradients_are_those_of_the_sheet(settings):
+def test_loss_and_gradients_are_those_of_the_publication(settings):
     method, batch = cpc(**settings), batch_at(0)
     net = copy.deepcopy(method)
     loss = method(batch, now()).loss

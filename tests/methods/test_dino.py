@@ -65,7 +65,7 @@ def taught_by_hand(method, views, centre, temperature):
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
-def test_loss_and_gradients_are_those_of_the_sheet(norm_last_layer):
+def test_loss_and_gradients_are_those_of_the_publication(norm_last_layer):
     method, views = dino(norm_last_layer=norm_last_layer), views_of(0, B)
     if not norm_last_layer:
         with torch.no_grad():

@@ -73,7 +73,7 @@ def loss_by_hand(q, q_jigsaw, k, queue):
     return total
 
 
-def test_loss_and_gradients_are_those_of_the_sheet():
+def test_loss_and_gradients_are_those_of_the_publication():
     method, batch = infomin(), batch_at(0)
     net, queue = copy.deepcopy(method), unit(method.bank.rows.weight.detach())
     outputs = method(batch, now())

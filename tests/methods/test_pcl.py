@@ -112,7 +112,7 @@ def proto_nce_by_hand(q, clustering, images, drawn, num_columns):
     return total / len(images)
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_sheet():
+def test_the_loss_and_its_gradient_are_those_of_the_publication():
     method, views = pcl(), fifty.views_of(0)
     method.before_epoch(now(), Images())
     assert all(clustering.width.mean() == pytest.approx(TAU) for clustering in method.clusterings)

@@ -111,7 +111,7 @@ def loss_by_hand(scores, codes, temperature=0.1):
     return total
 
 
-def test_loss_and_gradients_are_those_of_the_sheet():
+def test_loss_and_gradients_are_those_of_the_publication():
     method, views = swav(), views_of(0, B)
     other = copy.deepcopy(method)
     outputs = method(batch_of(views), now())

@@ -370,7 +370,7 @@ def test_files_of_other_programs_are_named(tmp_path, name, expected):
         load_backbone(tmp_path / name, None, resnet())
 
 
-def test_a_networks_tensors_are_as_many_as_the_sheet_of_layouts_counts():
+def test_a_networks_tensors_are_as_many_as_in_the_published_layouts():
     """Compares with the state dicts of whole ResNet-50s, so that the synthetic files have the real names and no
     others.
     """
