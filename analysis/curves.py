@@ -87,7 +87,7 @@ def _need(found: Sequence[Found], what: str, holds: Callable[[Found], Any]) -> l
     chosen = [row for row in found if holds(row)]
     if not chosen:
         commands = [f"  {row.experiment.command()}" for row in found if row.experiment.why_not is None]
-        raise UserError("\n".join([f"no results with {what}; these make them:", *commands]))
+        raise UserError("\n".join([f"no results with {what}; these commands make them:", *commands]))
     return chosen
 
 

@@ -91,6 +91,6 @@ def log_to_mlflow(paths: Iterable[Path], places: Iterable[tuple[str, str]]) -> i
             for path in paths:
                 client.log_artifact(run_id, str(path), "figures")
             done += 1
-        except Exception as error:  # noqa: BLE001 - databases, HTTP and artifact stores raise what they like
+        except Exception as error:  # noqa: BLE001 - databases, HTTP and artifact stores raise all kinds of exceptions
             _log.warning("MLflow at %s did not take the figure (%s)", uri, first_line(error))
     return done

@@ -30,7 +30,7 @@ HELD_OUT = 0.2  # of the 1,400 training images: 280 to evaluate with, 1,120 to l
 
 ACCURACIES = (f"{metrics.knn()}_top1", f"{metrics.probe()}_top1")  # what preset=demo measures
 
-# On held-out images, in every cell; k-NN in percent.
+# Goals for every cell, on held-out images; k-NN in percent.
 GOALS = {
     "k-NN of at least 97.0 at the end": lambda cell: cell.knn_end >= 97.0,
     "three points above the untrained network": lambda cell: cell.knn_end >= cell.knn_untrained + 3,

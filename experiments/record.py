@@ -144,8 +144,8 @@ def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], 
             ]
             if differing:
                 messages.append(
-                    f"{run['name']}: run twice, with another {differing[0]}; {first['name']} of the first record is"
-                    " kept"
+                    f"{run['name']}: recorded twice, with different values of {differing[0]}; {first['name']} of the"
+                    " first record is kept"
                 )
             else:  # one of the two may have been evaluated again after training, so keep the metrics of both
                 longer = max(first, run, key=lambda run: len(run["curve"]))

@@ -224,7 +224,7 @@ def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
         elif root == "launcher":
             launcher.append(word)
         elif root in NOT_PASSED_ON:
-            raise UserError(f"{word}: cannot be given here; the table and the scale say what is run, and where it lies")
+            raise UserError(f"{word}: cannot be given here, because the table and the scale choose it")
         else:
             further.append(word)
     return own, launcher, further
@@ -245,7 +245,7 @@ def need_data(chosen: Sequence[Experiment]) -> None:
     for experiment in chosen:
         data = experiment.cfg.data
         if "root" in data and (data.root is None or not (expanded(data.root).exists() or data.get("download"))):
-            where = "data.root=PATH must be given" if data.root is None else f"data.root={data.root}: there is nothing"
+            where = "data.root=PATH must be given" if data.root is None else f"data.root={data.root}: does not exist"
             raise UserError(f"{where}: scale {experiment.scale.id} reads {data._target_.rpartition('.')[2]}")
 
 
@@ -332,7 +332,7 @@ def _main(arguments: argparse.Namespace) -> int:
     recorded = sum(run.state == "recorded" for run in done)
     say(
         f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done) - recorded} done already, {len(left)} to do"
-        + f", {recorded} in the records of experiments/records, which --here trains here, too" * (recorded > 0)
+        + f", {recorded} in the records of experiments/records (--here trains them here, too)" * (recorded > 0)
     )
     if left:
         if scale.toy_sets is not None and any(

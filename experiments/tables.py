@@ -144,7 +144,7 @@ def _files(pattern: str) -> dict[str, Path]:
     for folder in (HERE, *(own / "experiments" for own in folders.own())):
         for path in sorted(folder.glob(pattern)):
             if found.setdefault(path.stem, path) != path:
-                raise UserError(f"{path}: there is {found[path.stem]} already; give yours another name")
+                raise UserError(f"{path}: {found[path.stem]} has the same name already; give yours another name")
     return dict(sorted(found.items()))
 
 
@@ -380,7 +380,7 @@ def experiments(
             raise UserError(f"{override}: no such key{refusals.nearest(root, known)}")
         if not is_neutral(key):
             raise UserError(
-                f"{override}: could change a number, and then this would not be scale {scale.id}; put it into a scale"
-                " of its own, experiments/scale/NAME.yaml"
+                f"{override}: could change a number, and then this would not be scale {scale.id} any more; make a scale"
+                " with it, experiments/scale/NAME.yaml"
             )
     return (Experiment(table, id, scale, tuple(further)) for id in table.rows if rows is None or id in rows)

@@ -40,7 +40,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_config(config: Any) -> Any:
-    """The reference's pages in the navigation: how many there are follows from conf/ and caco/."""
+    """Add the reference's pages to the navigation; which pages there are depends on conf/ and caco/."""
     if _is_there("CONTRIBUTING.md"):
         config.nav.append({"Contribute": "contributing.md"})
     config.nav.insert(

@@ -169,7 +169,7 @@ def test_a_begun_run_goes_on_where_it_is(here, trainings, tmp_path, capsys):
         (["table7", "scale=smoke", "weights=x.pt"], "weights=x.pt: cannot be given here"),
         (["table7", "scale=smoke", "rowss"], "rowss: expected key=value; did you mean rows?"),
         (["table7", "scale=mini", "rows=none"], "data.root=PATH must be given"),
-        (["table7", "scale=mini", "rows=none", "data.root=/nowhere"], "data.root=/nowhere: there is nothing"),
+        (["table7", "scale=mini", "rows=none", "data.root=/nowhere"], "data.root=/nowhere: does not exist"),
         (["table5", "scale=mini"], "scale mini measures nothing of it"),
         (["table3", "scale=mini"], "table3 has no row that can be run at scale mini"),
         (["table7", "scale=smoke", "rows=none", "trackin.uri=x"], "trackin.uri=x: no such key; did you mean tracking?"),
