@@ -146,7 +146,7 @@ def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
     _need(rows or list(found), "a bank", lambda row: any(series(row, metric) for metric, _ in BANK.values()))
     accuracy = _knn(rows)
     shown = {
-        f"{heading(accuracy)} accuracy": (accuracy, "test images, %"),
+        f"{heading(accuracy)} accuracy": (accuracy, "accuracy, %"),
         "mean probability of the most probable row": ("max_probability", "probability"),
         **BANK,
     }

@@ -154,8 +154,8 @@ def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[st
         )
         if not one and len(table.columns) <= 2 and table.compare != "ratio":
             notes.append(
-                f"Gains are differences to {table.rows[table.reference].label}, paired by seed; p is that of the paired"
-                " t test, two-sided, not corrected for the number of rows."
+                f'Gains are differences to row "{table.rows[table.reference].label}", paired by seed; p is that of the'
+                " paired t test, two-sided, not corrected for the number of rows."
             )
     same: dict[str, list[str]] = {}
     for row in found:
