@@ -1,5 +1,5 @@
-"""Benchmarks: each runs without an argument and ends with one table; what the machine has no unit for is said and not
-run.
+"""Benchmarks: each runs without an argument and ends with one table, and says what it leaves out because the machine
+lacks the hardware.
 """
 
 import json
@@ -27,7 +27,7 @@ NAMES = ["bank", "evals", "kernels", "loader", "reading", "step"]
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """run(name, ...): what a benchmark prints at its tests' size, and its figures."""
+    """run(name, ...) runs a benchmark at the size for tests; returns what it prints, and its figures."""
 
     def ran(name: str, *arguments: str) -> tuple[str, dict]:
         module, file = getattr(benchmarks, name), tmp_path / f"{name}.json"
@@ -44,7 +44,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def no_bf16(monkeypatch):
-    """A processor of AVX2, where a product of bfloat16 would take minutes: here it is an error."""
+    """Simulate an AVX2 processor, on which bfloat16 products would take minutes; they raise an error here."""
     monkeypatch.setattr(instructions, "flags", lambda: {"avx2", "fma"})
     monkeypatch.setattr(instructions, "used", lambda part: "avx2")
     product, autocast = torch.Tensor.__matmul__, torch.autocast
@@ -62,7 +62,7 @@ def no_bf16(monkeypatch):
 
 
 def test_without_an_argument_there_is_a_table_and_the_machine(run):
-    """The others: the tests below, and the long one."""
+    """The other benchmarks are tested below and in the long tier."""
     printed, figures = run("evals")
     progress, _, end = printed.partition("\n\n| ")
     assert re.match(r"\[ +\d+ s\] ", progress) and end.count("\n| ") > 1
@@ -75,15 +75,17 @@ def test_the_bank_leaves_out_bfloat16_where_it_has_no_unit(run, no_bf16):
     for what in ("the bf16 matrix product", "the bank in bf16", "the step in bf16"):
         before, _, after = printed.partition(f"left out: {what}: ")
         assert after and figures["left_out"][what] in after
-    assert printed.index("left out: the bf16 matrix product") < printed.index("turn 1 of 1")  # said before, not instead
+    assert printed.index("left out: the bf16 matrix product") < printed.index("turn 1 of 1")  # before anything is timed
     assert "bf16" not in figures["d128"] and "bf16_peak_gflops" not in figures["d128"]
-    way = "streamed" if instructions.LEVEL == "torch" else "fp32"  # PyTorch's blocks, or the kernel
+    way = "streamed" if instructions.LEVEL == "torch" else "fp32"  # PyTorch code in blocks, or the kernel
     assert figures["vs_published_d128"] == figures["d128"][way]["ratio"] and figures["d128"]["fp32_peak_gflops"] > 0
     assert figures["step"]["precision"] == "fp32" and figures["curve"][0]["way"] == way
 
 
 def test_what_pytorch_has_for_parts_of_the_step_is_set_beside_the_bank_or_said_to_be_left_out(run, monkeypatch):
-    """Both are held to the published step before they are timed: this fails where one computes something else."""
+    """Each contender is compared with the published step before it is timed, so this fails if one computes something
+    else.
+    """
     printed, figures = run("bank", "speed")
     for name in ("linear_cross_entropy", "attention"):
         assert (figures["d128"][name]["ratio"] > 0) == (f"step of {name}, " in printed) is True
@@ -143,11 +145,11 @@ def test_reading_compares_features_with_decoding_and_looks_with_reading(run):
         figures[name][of]["median"] > 0
         for name, of in (("features", "vs_decode"), ("digests", "vs_read"), ("overlap", "vs_read"))
     )
-    assert "features / decoding alone, images a second" in printed
+    assert "features / decoding alone, images per second" in printed
 
 
 def test_made_photographs_have_the_texture_of_real_ones(tmp_path):
-    """As many bytes as one of ImageNet's, 108,000 on average; nothing in them repeats."""
+    """A photograph has about as many bytes as an ImageNet image (108,000 on average), and no two are alike."""
     common.make_photos(tmp_path / "photos", 3, 500)
     sizes = [file.stat().st_size for file in sorted((tmp_path / "photos").iterdir())]
     assert all(80_000 < size < 140_000 for size in sizes) and len(set(sizes)) == 3
@@ -179,7 +181,7 @@ def test_each_runs_without_an_argument_from_any_folder(name, repo_root, tmp_path
 
 
 def test_their_imports_go_one_way(repo_root):
-    """common, published and contenders know no benchmark, and of those bank alone knows another."""
+    """common, published and contenders import no benchmark, and of the benchmarks only bank imports another one."""
     known = {
         file.stem: set(re.findall(r"^from benchmarks(?:\.(\w+))? import (\w+)?", file.read_text(), re.MULTILINE))
         for file in (repo_root / "benchmarks").glob("*.py")
@@ -260,7 +262,7 @@ def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_s
     }
     assert (
         "failed with exit code 3" in results["fails"]
-        and "ended by its limit" in results["hangs"]
+        and "stopped at its time limit" in results["hangs"]
         and results["works"] == "done"
     )
     assert (tmp_path / "works.json").read_text() == "{}" and not (tmp_path / "other.stage.json").exists()
@@ -269,13 +271,13 @@ def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_s
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, it is the check itself: make gpu-check")
 def test_the_stages_of_the_check_of_a_gpu_run_at_a_tiny_size_without_one(tmp_path, monkeypatch):
-    """Those of other benchmarks are seen with these, above; the three methods that learn differ in settings alone,
-    which are composed here.
+    """Stages that run another benchmark are tested with that benchmark, above. The methods that learn differ only in
+    their settings, so one is trained here and the settings of all are composed.
     """
     all_stages = benchmarks.gpu_check.STAGES
     chosen = {name: all_stages[name] for name in ("kernels", "learn-caco")}
     for stage in chosen.values():
-        monkeypatch.setattr(stage, "limit_s", 300)  # on two cores that others use too
+        monkeypatch.setattr(stage, "limit_s", 300)  # two cores, shared with other tests
     monkeypatch.setattr(benchmarks.gpu_check, "STAGES", chosen)
     assert benchmarks.gpu_check.stages(["A", "B"], tmp_path, None) == 0
     assert all(json.loads((tmp_path / f"{name}.json").read_text()) for name in chosen)

@@ -1,5 +1,5 @@
-"""Methods, sources, evaluators, images and backbones of the user's own, found through --config-dir (those in
-tests/own).
+"""A user's own methods, sources of positives, evaluators, images and backbones (those in tests/own), which caco finds
+through --config-dir.
 """
 
 import json
@@ -43,7 +43,7 @@ RUN = [
 
 
 def typed(monkeypatch, command, *arguments: str) -> int | str | None:
-    """The exit code of a command that is typed with these arguments, in this process."""
+    """Run a command with these arguments in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", [command.__file__, *arguments])
     try:
         command.main()
@@ -54,7 +54,7 @@ def typed(monkeypatch, command, *arguments: str) -> int | str | None:
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(monkeypatch, tmp_path):
-    """With a copy of tests/own, named own; what main() leaves in the process is put back."""
+    """Work in an empty folder with a copy of tests/own, named own; restores what main() changes in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setenv("CACO_SWEEP", "null")
@@ -65,7 +65,7 @@ def in_a_folder_of_its_own(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """What `caco-train --config-dir own method=agree ...` leaves behind: own and runs."""
+    """A folder in which `caco-train --config-dir own method=agree ...` has run: it has own/ and runs/."""
     home = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -78,7 +78,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """The finished run, moved here, and its folder with it."""
+    """The directory of the finished run, after it and own/ were moved to this folder."""
     shutil.copytree(finished / "run", tmp_path / "run")
     cfg = OmegaConf.load(tmp_path / "run" / "config.yaml")
     assert cfg.config_dir == str(finished / "own")
@@ -106,7 +106,7 @@ def test_a_run_is_made_of_own_parts_and_records_their_folder_and_files(finished)
 def test_where_the_folder_lies_does_not_make_another_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
         train, "run", lambda cfg, run_dir: write_config(run_dir, cfg)
-    )  # as training does once it goes on
+    )  # as training does when it resumes
     assert typed(monkeypatch, train, "--config-dir", "own", "method=agree", *RUN) == 0
     (tmp_path / "own").rename("moved")
     assert typed(monkeypatch, train, f"--config-dir={tmp_path / 'moved'}", "method=agree", *RUN) == 0
@@ -239,7 +239,9 @@ MISTAKES = {
 def test_own_parts_have_the_early_refusals_of_all_others(monkeypatch, capsys, tmp_path, words):
     assert typed(monkeypatch, train, "--config-dir", "own", *RUN, *words) == 2
     assert f"caco: {MISTAKES[words]}" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists() and "mine" not in sys.modules, "nothing was made, and nothing imported"
+    assert not (tmp_path / "runs").exists() and "mine" not in sys.modules, (
+        "a refusal must come before anything is written or imported"
+    )
 
 
 METHOD = "# @package _global_\nbank: null\nmethod:\n  _target_: "
@@ -296,7 +298,7 @@ def test_without_the_folder_a_refusal_says_how_to_name_it(monkeypatch, capsys):
 
 def test_the_folder_may_be_the_one_that_one_works_in(monkeypatch, capsys):
     monkeypatch.chdir("own")
-    monkeypatch.syspath_prepend(Path.cwd())  # as python -m does
+    monkeypatch.syspath_prepend(Path.cwd())  # as python -m does it
     path = list(sys.path)
     assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 0
     Path("code.py").touch()
@@ -367,7 +369,7 @@ def test_two_ranks_find_it(tmp_path):
 
 @pytest.mark.long
 def test_a_local_sweep_runs_the_folder_as_it_was_submitted(tmp_path):
-    """Two jobs, one after the other; before the second starts the folder is edited."""
+    """There are two jobs, one after the other, and the folder is edited before the second one starts."""
     command = [
         sys.executable,
         "-P",

@@ -1,5 +1,5 @@
-"""caco.embed: each image of a folder to its features, under its name, in two formats, to the same bytes however often
-it was stopped.
+"""caco.embed writes the features of each image of a folder under the image's name, in two formats, and gives the same
+bytes however often it was interrupted.
 """
 
 import json
@@ -33,7 +33,7 @@ WEIGHTS = [
 
 
 def caco_embed(*words):
-    """What `caco-embed` does with this command line; its exit code."""
+    """Run `caco-embed` with this command line; returns its exit code."""
     before, sys.argv = sys.argv, ["caco-embed", *map(str, words)]
     try:
         embed.main()
@@ -46,7 +46,7 @@ def caco_embed(*words):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Forty images in folders and beside them, of other sizes, some grey, one of an odd name."""
+    """Forty images of different sizes, some in subfolders, some grey, one with an unusual name."""
     root = tmp_path_factory.mktemp("folder")
     draw = np.random.default_rng(0)
     for number in range(40):
@@ -125,14 +125,14 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path, folder, we
     seen.clear()
     monkeypatch.setattr(type(small_resnet(width=8)), "forward", counted)
     assert caco_embed(*common, f"to={tmp_path / f'stopped.{kind}'}") == 0
-    assert seen == [8, 8]  # three of the five batches were kept
+    assert seen == [8, 8]  # three of the five batches had been stored
     assert (tmp_path / f"whole.{kind}").read_bytes() == (tmp_path / f"stopped.{kind}").read_bytes()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["npz", "parquet"])
 def test_killed_at_whatever_instants_it_goes_on_to_the_same_bytes(tmp_path, folder, weights, kind):
-    """Ended from outside, again and again, while it computes features and writes them."""
+    """The process is killed from outside several times, while it computes and writes features."""
     if kind == "parquet":
         pytest.importorskip("pyarrow")
     common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}", "batch=1"]
@@ -210,8 +210,8 @@ def test_two_ranks_write_what_one_does(tmp_path, folder, weights):
 
 
 def test_images_as_they_are_stored_are_embedded_and_prepared_as_their_run_has_them(tmp_path, monkeypatch, capsys):
-    """Four channels of 16 bits: caco.embed's features are those of caco.load's backbone and preprocessing; photographs
-    are refused.
+    """With four channels of 16 bits, caco.embed gives the same features as caco.load's backbone and preprocessing, and
+    refuses photographs.
     """
     generator = np.random.default_rng(0)
     for number in range(40):

@@ -1,4 +1,4 @@
-"""No password and no token reaches a file, a log, a parameter or a message."""
+"""Passwords and tokens never get into a file, a log, a parameter or a message."""
 
 import subprocess
 import sys

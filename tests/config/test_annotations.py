@@ -1,4 +1,4 @@
-"""Which plain values fit which annotation, and what is said when one does not."""
+"""Which plain values fit which type annotation, and the message for a value that does not."""
 
 import ast
 
@@ -127,7 +127,9 @@ def test_the_program_supplies_what_yaml_cannot_hold(module):
 
     taken = signature(module, module.nodes["f"])
     supplied = [name for name, item in taken.parameters.items() if not is_plain(item.annotation, module)]
-    assert supplied == ["parameters", "device", "backbone", "extra"], "views is a group of settings"
+    assert supplied == ["parameters", "device", "backbone", "extra"], (
+        "views is a group of settings, so it is not supplied by the program"
+    )
     missing = [
         "optimizer.rate: f needs it, expected float, got nothing",
         "optimizer.views: f needs it, expected list of View, got nothing",
@@ -150,7 +152,7 @@ def test_annotations_of_libraries_are_understood():
 
 
 def test_numbers_are_held_to_their_declared_range_and_lists_to_their_length(tmp_path, monkeypatch):
-    """Read from the source, through an alias and in a list; what is expected is said in words."""
+    """Ranges are read from the source, also through an alias and in a list; the message states them in words."""
     from caco.config import signatures
 
     source = """

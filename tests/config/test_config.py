@@ -1,4 +1,4 @@
-"""What a command line composes to, and what is refused before torch is imported."""
+"""The configuration that a command line composes to, and refusals that come before torch is imported."""
 
 import copy
 import subprocess
@@ -35,7 +35,7 @@ def whole():
 
 
 def refusal_of_value(whole, override: str) -> str:
-    """As refusal, without composing the rest again, which takes most of the time."""
+    """Like `refusal`, but without composing the rest of the configuration again, which takes most of the time."""
     cfg = copy.deepcopy(whole)
     key, _, value = override.partition("=")
     try:
@@ -52,8 +52,7 @@ def accept(*overrides: str) -> None:
     check_command(list(overrides), multirun=False)
 
 
-# Views that are cut into patches go with a method that takes them, and networks for lightness and colours with one that
-# has both.
+# Views that are cut into patches need a method that takes patches, and networks for lightness and colours need CMC.
 WITH_METHOD = {f"augmentation={name}{size}": name for name in ("infomin", "pirl", "cpcv2") for size in ("", "_cifar")}
 WITH_METHOD |= {"projector=cmc": "cmc"}
 
@@ -72,15 +71,15 @@ def test_every_folder_of_conf_is_a_group_of_the_root():
 
 
 @pytest.mark.parametrize("preset", refusals.groups()["preset"])
-@pytest.mark.parametrize("pn", ["none", "positive"])  # no bank, and one that learns nothing: the ones that differ most
+@pytest.mark.parametrize("pn", ["none", "positive"])  # no bank, and a bank that does not learn: these differ most
 def test_every_preset_goes_with_every_setting(preset, pn):
     accept(f"preset={preset}", f"pn={pn}", "eval=[]")
 
 
 @pytest.mark.parametrize("method", refusals.groups()["method"])
 def test_the_demo_goes_with_every_method(method):
-    """Digits are too small for patches, and grey: methods of patches and of colours take its other settings to
-    CIFAR.
+    """Digits are grey and too small for patches, so methods that need colours or patches use CIFAR with the demo's
+    other settings.
     """
     cifar = ["data=cifar10", f"augmentation={method}_cifar"] if method in WITH_METHOD.values() else []
     heads = ["backbone=cmc_small", "projector=cmc"] if method == "cmc" else []
@@ -272,7 +271,7 @@ def test_a_bank_for_a_setting_without_one_is_refused_not_ignored(overrides, expe
 
 @pytest.fixture
 def own_conf(tmp_path):
-    """A folder of options that are added to those of conf/."""
+    """A folder with options that are added to those of conf/ by --config-dir."""
     for group in ("method", "preset"):
         (tmp_path / group).mkdir()
     folders.use(tmp_path)

@@ -1,4 +1,4 @@
-"""A setting of the bank that learns has one home: an argument of its constructor, and a line of YAML."""
+"""A new setting of the learnable bank needs one argument of its constructor and one line of YAML, and nothing else."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ DO_NOT = (["pn=none"], ["pn=positive"])
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory, repo_root):
-    """A checkout in which somebody added `wobble`: one argument, one line. Called with command lines; their banks and
-    refusals.
+    """A checkout with a new setting `wobble`, which is one argument and one line of YAML. Call it with command lines to
+    get their banks or refusals.
     """
     folder = tmp_path_factory.mktemp("extended")
     for part in ("caco", "conf"):
@@ -100,7 +100,7 @@ def test_what_differs_between_settings_stays_different():
     [([], "360cfb256e"), (["pn=negative", "bank.lr=0.3"], "e247478005"), (["method=adco", "bank=12M"], "b6ed48d195")],
 )
 def test_runs_are_found_where_they_were_when_the_block_stood_three_times(overrides, expected):
-    """These hashes are names of directories: they change with a recipe, and with nothing else."""
+    """The hashes are part of directory names, so they may change only when a recipe changes."""
     assert run_hash(compose(overrides)) == expected
 
 

@@ -1,5 +1,5 @@
-"""Images as they are stored (data.channels=N): read without loss, measured, and viewed by (seed, epoch, image, view)
-alone.
+"""Images with the numbers that their files store (data.channels=N): they are read without loss, their mean and
+deviation are measured, and a view depends only on (seed, epoch, image, view).
 """
 
 import json
@@ -53,7 +53,7 @@ def wave(seed, count, size=12):
 
 @pytest.fixture(scope="module")
 def spectra(tmp_path_factory):
-    """A labelled folder of .npy files of five channels, float32."""
+    """A labelled folder of float32 .npy files with five channels."""
     root = tmp_path_factory.mktemp("spectra")
     for split, count in (("train", 10), ("test", 4)):
         for label in range(2):
@@ -139,8 +139,8 @@ def test_unsigned_numbers_count_as_0_to_1_and_others_as_they_are():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_views_of_three_channels_are_those_of_the_photograph_to_its_rounding(seed):
-    """The same draws, crops, resampling, turns and flips; what photographs round to 8 bits after each step, floats do
-    not.
+    """Draws, crops, resampling, rotations and flips are the same; but photographs are rounded to 8 bits after each
+    step, and floats are not.
     """
     pixels = ndimage.gaussian_filter(np.random.default_rng(seed).integers(0, 256, (40, 50, 3)).astype(float), (2, 2, 0))
     image = np.clip(128 + 4 * (pixels - 128), 30, 225).round().astype(np.uint8)
@@ -155,11 +155,11 @@ def test_brightness_contrast_and_solarization_by_hand():
     u = [0.0] * 39
     whole = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip_p": 0.0, "gray_p": 1.0}
     u[35], u[36] = 1.0, 0.0  # brightness 1 + 0.5, contrast 1 - 0.5
-    u[31:35] = [0.0, 0.1, 0.2, 0.3]  # in this order
+    u[31:35] = [0.0, 0.1, 0.2, 0.3]  # the order of the steps
     made = channels.draw(View(**whole, jitter=[0.5, 0.5, 0.9, 0.5], jitter_p=1.0), image, 2, u)
     assert np.allclose(made[0], [[1.5, 22.5], [4.5, 37.5]])  # times 1.5, then half way to the means 3 and 30
     made = channels.draw(View(**whole, jitter_p=0.0, solarize_p=1.0), image, 2, u)
-    assert made[0].tolist() == [[0, 10], [0, 10]]  # the upper half of each channel's range, turned over
+    assert made[0].tolist() == [[0, 10], [0, 10]]  # values in the upper half of each channel's range are inverted
 
 
 def test_a_view_depends_on_seed_epoch_image_and_view_alone(spectra):
@@ -215,7 +215,7 @@ def test_mean_and_deviation_are_those_of_all_pixels_on_any_number_of_ranks(spect
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         if rank:
             with pytest.raises(IndexError):
-                mean_and_std(source)  # the others have not been asked yet
+                mean_and_std(source)  # so far only one of the others was called
     assert mean_and_std(source) == (mean, std)
 
 
@@ -280,7 +280,7 @@ BASE = ["data=folder", "data.root=/nowhere", "data.channels=4", "tracking=ledger
 )
 def test_what_needs_red_green_and_blue_is_refused_before_anything_is_read(overrides, expected):
     cfg = None
-    with pytest.raises(Exception, match=expected):  # noqa: B017 - Hydra's own of a key that is not there
+    with pytest.raises(Exception, match=expected):  # noqa: B017 - Hydra's own error for an unknown key
         cfg = compose([*BASE, *overrides])
         check(job_config(cfg), overrides=[*BASE, *overrides], choices=dict(cfg.hydra.runtime.choices))
 
@@ -357,7 +357,7 @@ def test_a_run_notes_what_it_measured_and_is_evaluated_and_exported_with_it(spec
     ):
         monkeypatch.setattr("sys.argv", ["caco", f"run={run_dir}", *arguments])
         command.main()
-    assert "measured on" not in capfd.readouterr().err  # the run's own are taken
+    assert "measured on" not in capfd.readouterr().err  # the run's own values are used
     card = (tmp_path / "out" / "README.md").read_text()
     assert "5 channels as stored" in card and str(noted["mean"]) in card
 

@@ -1,4 +1,4 @@
-"""Symbolic links, and what else a folder of images may hold: each image comes once, under its own class, or it is said
+"""Symbolic links and other entries in a folder of images: each image is read once with its own class, or a message says
 why not.
 """
 

@@ -1,4 +1,6 @@
-"""A finished run that is trained longer: what goes on, by which schedule, under which name, and what cannot differ."""
+"""A finished run that is trained for more epochs (continue_from): what is carried over, with which schedules, under
+which name, and which settings must not differ.
+"""
 
 import math
 
@@ -16,7 +18,7 @@ from caco.runs.identity import read_yaml, run_hash
 
 STATE = ("step", "method", "optimizer", "random", "epoch_sums", "place")
 QUIET = ["eval=[]" if item == "eval=[knn]" else item for item in TINY if not item.startswith(("max_steps", "epochs"))]
-QUIET += ["data.limit=256"]  # four steps an epoch, after two of warm start
+QUIET += ["data.limit=256"]  # four steps per epoch, after two of the warm start
 CONSTANT = ["schedule.final_fraction=1", "method.final_momentum=0.99"]
 
 
@@ -52,7 +54,7 @@ def long(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory):
-    """The same run that ends in the middle of its second epoch."""
+    """The same run, but it ends in the middle of its second epoch."""
     return train(tmp_path_factory.mktemp("cut"), "epochs=3", "max_steps=8")
 
 
@@ -83,8 +85,8 @@ def test_it_is_killed_and_goes_on_to_the_same_bits(tmp_path, long, cut):
 
 @pytest.mark.long
 def test_restart_carries_everything_over(tmp_path):
-    """With rates that never change a restart changes nothing: weights, twin, bank, velocities, optimiser and random
-    state went over.
+    """With constant rates, a restart equals the uninterrupted run, so weights, twin, bank, velocities, optimiser and
+    random state were carried over.
     """
     whole = train(tmp_path / "whole", "epochs=3", *CONSTANT)
     short = train(tmp_path / "short", "epochs=2", *CONSTANT)
@@ -129,7 +131,7 @@ def test_its_files_name_the_run_it_continues(tmp_path, cut):
     assert (tags["continued_from"], tags["continued_run"]) == (str(cut), parent)
     assert (summary["continued_from"], summary["continued_run"]) == (str(cut), parent)
     rows = [row for row in record(tmp_path) if row["kind"] == "eval"]
-    assert [row["step"] for row in rows] == [8, 9], "its curve begins where the other ends"
+    assert [row["step"] for row in rows] == [8, 9], "the curve must start where that of the first run ends"
 
 
 def test_where_it_lies_is_no_part_of_it_and_which_run_it_is_and_how_it_goes_on_are(cut, long):

@@ -1,5 +1,5 @@
-"""Every command line is accepted or refused in words: the first lines of the fuzzer, and what each kind of fault it
-found looks like now.
+"""Every command line is accepted or refused with a message: the first lines of the fuzzer, and one line for each kind
+of fault that it has found.
 """
 
 import shlex
@@ -9,7 +9,7 @@ from command_lines import fault, faults, line, outcome
 
 
 def test_the_first_command_lines_are_accepted_or_refused_in_words():
-    """`python -m tests.fuzz.command_lines` goes through all of them."""
+    """`python -m tests.fuzz.command_lines` tests more of them."""
     seen = [(number, shlex.join(words), wrong) for number, _, words, wrong in faults(range(40))]
     assert [one for one in seen if one[2]] == [] and len(seen) == 40
 
@@ -105,6 +105,6 @@ def test_no_refusal_repeats_a_password_wherever_it_was_typed(root, typed):
 def test_the_quoting_that_a_refusal_shows_is_taken(path):
     refusal = outcome("config", ["tracking=ledger", "data=folder", f"data.root={path}"])
     if refusal is None:
-        return  # taken as it is
+        return  # accepted without quoting
     shown = shlex.split(refusal.rpartition("its own around those: ")[2])
     assert outcome("config", ["tracking=ledger", "data=folder", *shown]) is None

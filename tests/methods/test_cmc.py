@@ -1,4 +1,6 @@
-"""CMC's loss, two networks and two banks are those of its sheet; written out here anew."""
+"""CMC's loss, its two networks and its two banks are as published; the expected values are computed independently
+here.
+"""
 
 import fifty
 import pytest
@@ -17,7 +19,7 @@ from caco.nn.heads import Encoder
 
 
 class Groups(nn.Module):
-    """Two backbones of `fifty`'s kind, for 4 and for 8 pixels."""
+    """Two backbones like that of `fifty`, for the first 4 and the other 8 pixels."""
 
     num_features = 2 * fifty.FEATURES
 
@@ -49,8 +51,8 @@ def embedding_by_hand(w, channels, number, name):
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "softmax"}])
 def test_fifty_steps_are_those_of_a_plain_loop(settings):
-    """Each is contrasted with the other's bank, both with the same draws, each bank with a Z of its own; both banks
-    move halfway.
+    """Each half is contrasted with the bank of the other half. Both use the same draws, each bank has its own constant
+    Z, and rows of both banks move halfway to the new embedding.
     """
     method, peak = cmc(**settings), 0.05
     w, velocity = fifty.weights_of(method), {}

@@ -1,4 +1,4 @@
-"""Files of weights of a few bytes that would take hours to read are refused at once; what a training writes is not."""
+"""Small weight files that would take hours to read are refused at once; files that a training writes are not."""
 
 import io
 import pickle
@@ -16,8 +16,8 @@ from caco.nn.weights import read
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", ["key", "set", "numbers"])
 def test_a_file_whose_keys_would_take_hours_to_hash_is_refused_at_once(tmp_path, kind, zipped):
-    """A tuple that holds one tuple twice, 60 deep, has 2**60 paths; 60,000 multiples of Python's modulus have one
-    hash.
+    """Two such files: nested tuples that contain the same tuple twice, 60 levels deep, have 2**60 paths; and 60,000
+    multiples of Python's hash modulus all have the same hash.
     """
     nested = b"X\x01\0\0\0x" + 60 * b"q\x00h\x00\x86"
     numbers = b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"K\x01" for number in range(9, 60_000))
@@ -49,8 +49,8 @@ def test_a_pickle_before_a_zip_file_is_not_read(tmp_path):
 
 
 def test_what_is_shared_and_large_in_earnest_is_read(tmp_path):
-    """A name that 10,000 keys hold, long tuples, sets, a tensor in many places: nothing that a training writes is near
-    the limit.
+    """10,000 references to one name, long tuples, sets, and a tensor in many places: files that a training writes stay
+    far below the limit.
     """
     state = {("group", i): {"params": tuple(range(30)), "kind": "a" * 50, "seen": {1, 2, 2**70}} for i in range(2_000)}
     torch.save(

@@ -1,4 +1,4 @@
-"""Models of timm's that make no features of a run's images are refused before a weight is drawn, with what helps."""
+"""timm models that cannot make features from a run's images are refused before weights are drawn, with advice."""
 
 import pytest
 import timm

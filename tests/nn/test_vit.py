@@ -1,4 +1,4 @@
-"""ViTs with other patches, registers and pooling, and DINO's class token and positions."""
+"""ViTs with other patch sizes, registers and pooling, and DINO's class token and positions."""
 
 import copy
 import math
@@ -35,8 +35,8 @@ def test_patches_of_14_registers_and_pooling(maker, register_tokens, pool):
         tokens = vit.forward_features(images)
         assert tokens.shape == (2, 1 + register_tokens + height * width // 14**2, 192)
         feature = tokens[:, 0] if pool == "cls" else tokens[:, 1 + register_tokens :].mean(1)
-        assert torch.allclose(vit(images), feature, atol=1e-6), "after the last norm"
-        assert torch.allclose(tokens.mean(-1), torch.zeros(()), atol=1e-5), "which has been"
+        assert torch.allclose(vit(images), feature, atol=1e-6), "the feature is taken after the last norm"
+        assert torch.allclose(tokens.mean(-1), torch.zeros(()), atol=1e-5), "the last norm must have been applied"
     frozen = {name for name, p in vit.named_parameters() if not p.requires_grad}
     assert frozen == ({"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"} if maker == "mocov3" else set())
     vit.train()(images).sum().backward()
@@ -69,7 +69,7 @@ def test_mocov3_s_positions_are_of_the_patches_alone():
     assert bound * 0.99 < vit.patch_embed.proj.weight.abs().max() <= bound
 
 
-# DINO's.
+# DINO's ViT.
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def dino_vit():
 
 
 def test_every_tensor_starts_as_published(dino_vit):
-    """Class token, positions and linear layers: truncated normal of spread 0.02; biases 0; the patches' projection as
-    torch has it.
+    """Class token, positions and linear layers start from a truncated normal law with standard deviation 0.02, biases
+    at 0, and the patch projection with torch's default.
     """
     assert dino_vit.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
     assert dino_vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
@@ -95,7 +95,7 @@ def test_every_tensor_starts_as_published(dino_vit):
 
 
 def cubic(t):
-    """Keys' kernel with a = -0.75, which torch takes."""
+    """Keys' cubic kernel with a = -0.75, as in torch."""
     t, a = abs(t), -0.75
     if t <= 1:
         return (a + 2) * t**3 - (a + 3) * t**2 + 1
@@ -103,8 +103,8 @@ def cubic(t):
 
 
 def line(old, new):
-    """The matrix [new, old] that interpolates a line: place i of the new one is (i + 1/2) old / (new + 0.1) - 1/2 of
-    the old one.
+    """The matrix [new, old] that interpolates a line: position i of the new line is position (i + 1/2) old / (new +
+    0.1) - 1/2 of the old line.
     """
     weights = np.zeros((new, old))
     for i in range(new):

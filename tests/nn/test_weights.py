@@ -1,4 +1,6 @@
-"""Released checkpoints of every layout start a run, key by key; what does not fit is refused before a step is made."""
+"""Released checkpoints of every format can start a run, and every key is checked; a file that does not fit is refused
+before the first step.
+"""
 
 import os
 import subprocess
@@ -106,7 +108,7 @@ def test_torchvisions_names_are_timms_and_its_classifier_is_left_out(tmp_path):
     backbone = timm_backbone(name="resnet18")
     load_backbone(saved(tmp_path / "resnet18.pth", theirs), "torchvision", backbone)
     assert_holds(backbone, {name: v for name, v in theirs.items() if not name.startswith("fc.")})
-    for name in ("resnet34", "resnet50"):  # that they agree on these is all that loading rests on
+    for name in ("resnet34", "resnet50"):  # loading relies only on timm and torchvision agreeing on these
         with torch.device("meta"):
             shapes = {key: v.shape for key, v in getattr(torchvision.models, name)().state_dict().items()}
             ours = {key: v.shape for key, v in timm_backbone(name=name).state_dict().items()}
@@ -250,7 +252,8 @@ def test_damaged_files_are_refused_whatever_torch_makes_of_them(tmp_path):
         torch.save({"conv1.weight": torch.full((4,), 7.0)}, path, _use_new_zipfile_serialization=zipped)
         whole[zipped] = path.read_bytes()
     flipped = bytearray(whole[True])
-    flipped[whole[True].index(torch.tensor(7.0).numpy().tobytes())] = 1  # in a value: only a checksum shows it
+    # one bit of a value, which only a checksum can reveal
+    flipped[whole[True].index(torch.tensor(7.0).numpy().tobytes())] = 1
     for content in [
         b"",
         b"<html>404</html>",
@@ -320,7 +323,7 @@ FROM = ["bank_learning.initialisation=random", "max_steps=4", "eval=[]"]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A checkpoint of a run of a few steps."""
+    """The checkpoint of a run of a few steps."""
     run_dir = tmp_path_factory.mktemp("source")
     train(run_dir, *FROM)
     return run_dir / "checkpoints" / "step_000000004.pt"

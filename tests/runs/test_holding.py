@@ -1,5 +1,5 @@
-"""One directory has one writer, also on file systems without locks and under srun; what killed writers left is gone at
-the next start.
+"""A run directory has only one writer, also on file systems without locks and under srun; files that killed writers
+left are removed at the next start.
 """
 
 import errno
@@ -39,7 +39,9 @@ HOLDER = """
 
 @pytest.fixture
 def holder():
-    """holder(run_dir, host, locks): a process that holds it, on this machine ("here") or as if on another."""
+    """holder(run_dir, host, locks) starts a process that holds the directory, on this machine ("here") or as if on
+    another.
+    """
     started = []
 
     def start(run_dir, host="here", locks="locks"):
@@ -114,7 +116,9 @@ def test_of_two_that_write_at_once_without_locks_the_last_one_stays(tmp_path, no
 
 
 def test_what_srun_alone_starts_several_times_is_not_two_writers(tmp_path, holder, monkeypatch):
-    """Both processes write, as far as their environment tells: the second is refused, and told what srun has done."""
+    """By their environment variables, both processes are the only writer; the second is refused with a hint about
+    srun.
+    """
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert is_first_rank()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")

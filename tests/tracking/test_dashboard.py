@@ -1,5 +1,5 @@
-"""The dashboard is up to date and opens on what tells runs apart; tests/tracking/test_mlflow_server.py starts its
-server.
+"""The dashboard shows all runs, and opens with the columns in which they differ. tests/tracking/test_mlflow_server.py
+tests its server.
 """
 
 import itertools

@@ -1,5 +1,5 @@
-"""Where MLflow keeps runs: what may be named, that it is made once however many begin, and limits on how long it is
-waited for.
+"""The MLflow store: which addresses are accepted, that it is created only once even if many processes start, and limits
+on how long caco waits for it.
 """
 
 import re
