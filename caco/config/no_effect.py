@@ -14,6 +14,8 @@ from caco.config import folders, signatures
 from caco.config.schema import COMPONENTS
 from caco.runs.identity import flat, read_yaml
 
+LEARNING = "expected pn=both, pn=negative or method=adco"
+
 
 def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
     """What the command line asks for and the composed configuration does not do."""
@@ -40,12 +42,18 @@ def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[st
                 method = choices.get("method")
                 found.append(f"{override}: method={method} has a bank with a row for each training image; leave it out")
                 continue
+            if group == "bank_recipe" and "push" not in (tree.get("bank") or {}):
+                method = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
+                found.append(f"{override}: {method} has no bank that learns; {LEARNING}")
+                continue
             for key, wanted in settings_of(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
                 # A method's wishes for the root and for other components (its warm-up, its rate) are there to be
                 # changed by a preset.
                 own_of_option = key.split(".")[0] in (
-                    ("method", "bank") if group == "method" else (*COMPONENTS, "bank", "negatives", "eval")
+                    ("method", "bank")
+                    if group == "method"
+                    else (*COMPONENTS, "bank", "bank_learning", "negatives", "eval")
                 )
                 if own_of_option and not by_hand and leaves.get(key) != wanted and "${" not in str(wanted):
                     undone_by = presets[-1] if presets else "a later group"
@@ -91,9 +99,7 @@ def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
         parent, _, key = name.partition(".")
         if parent == "bank_learning" and key not in ("", *bank):
             taken = ", ".join(name for name in block if name in bank)
-            expected = (
-                f"there are {taken}" if taken else "nothing learns in it; expected pn=both, pn=negative or method=adco"
-            )
+            expected = f"there are {taken}" if taken else f"nothing learns in it; {LEARNING}"
             problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
     return problems
 

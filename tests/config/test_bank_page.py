@@ -10,7 +10,7 @@ from experiments.tables import experiments, load_scale, load_table
 @pytest.mark.long
 def test_the_docs_commands_are_accepted(repo_root):
     printed = commands((repo_root / "docs/bank.md").read_text(encoding="utf-8"))
-    assert [module for module, *_ in printed] == ["caco.train"] * 6 + ["experiments.run"]
+    assert [module for module, *_ in printed] == ["caco.train"] * 7 + ["experiments.run"]
     for module, *words in printed:
         if module == "caco.train":
             check_command(words, multirun=False)

@@ -105,3 +105,25 @@ def test_runs_are_found_where_they_were_when_the_block_stood_three_times(overrid
 def test_a_setting_that_no_bank_takes_is_refused():
     with pytest.raises(UserError, match="bank_learning.wobble: this setting's bank takes no wobble: there are lr, "):
         check(compose(["+bank_learning.wobble=1"]), overrides=["+bank_learning.wobble=1"])
+
+
+def test_one_word_makes_a_learned_bank_move_as_the_demo_s_does():
+    """bank_recipe=small gives any run the demo's motion of the bank; any of its values can still be changed."""
+    demo, published = compose(["preset=demo"]), compose([])
+    for chosen in ("pn=both", "pn=negative", "method=adco"):
+        assert compose([chosen, "bank_recipe=small"]).bank_learning == demo.bank_learning
+    changed = compose(["bank_recipe=small", "bank_learning.push=0.5"])
+    assert plain(changed)["bank"]["push"] == 0.5
+    assert plain(changed)["bank"]["final_lr"] == 0.0
+    assert compose(["preset=demo", "bank_recipe=published"]).bank_learning == published.bank_learning
+    assert run_hash(compose(["bank_recipe=published"])) == run_hash(published)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [(["pn=none"], "pn=none has no bank that learns"), (["method=mocov2"], "method=mocov2 has no bank that learns")],
+)
+def test_a_recipe_for_a_bank_that_does_not_learn_is_refused(chosen, said):
+    cfg = compose([*chosen, "bank_recipe=small"])
+    with pytest.raises(UserError, match=f"bank_recipe=small: {said}; expected pn=both, pn=negative or method=adco"):
+        check(cfg, overrides=[*chosen, "bank_recipe=small"], choices=dict(cfg.hydra.runtime.choices))
