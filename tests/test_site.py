@@ -79,7 +79,7 @@ def test_every_option_stands_there_with_all_its_settings(site):
             whole = f"<code>{name}</code>" in section
             assert whole or any(part.strip() in name.split(".") for part in flow), (file.name, name)
     settings = html.unescape(text(site, "reference/configuration/index.html"))
-    assert "cut a process's batch into so many passes, where memory is small" in settings
+    assert "split each process's batch into this many passes, to save memory" in settings
 
 
 @pytest.mark.long

@@ -105,9 +105,13 @@ def _file(path: Path, group: str) -> str:
         rows = [setting for setting in settings if setting.name.rpartition(".")[2] != "_target_"]
         if rows:
             table = ["| setting | default | meaning |", "|---|---|---|"]
+            of_views: dict[str, str] = {}  # comments of the first kind of view, which the other kinds do not repeat
             for name, value, about in rows:
                 where, _, key = name.rpartition(".")
                 about = about or docstrings.arguments(made_by.get(where, "")).get(key, "") or _of_root().get(name, "")
+                if where.rpartition(".")[0] == "augmentation.views":
+                    about = about or of_views.get(key, "")
+                    of_views.setdefault(key, about)
                 table.append(f"| {code(name)} | {code(value)} | {prose(about)} |")
             parts.append("\n".join(table))
     return "\n\n".join(part for part in parts if part)
