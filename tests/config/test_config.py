@@ -369,9 +369,8 @@ def test_a_warm_start_is_set_in_one_place():
 def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_starts(whole):
     cfg = copy.deepcopy(whole)
     OmegaConf.update(cfg, "eval.again", {**cfg.eval.knn, "block": 64}, force_add=True)
-    with pytest.raises(
-        UserError, match=r"eval\.again: its results would be called knn20_20pct, the same as those of eval\.knn: leave one"
-    ):
+    said = r"eval\.again: its results would be called knn20_20pct, the same as those of eval\.knn: leave one"
+    with pytest.raises(UserError, match=said):
         validation.check(cfg)
     cfg.eval.again.k = 5
     validation.check(cfg)
