@@ -105,12 +105,12 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
         (
             "split",
             ["batch=64", "eval.linear.batch=81", "eval=[linear]"],
-            ["eval.linear.batch: expected at most 80, the labelled"],
+            ["eval.linear.batch: expected at most 80, the number of labelled"],
         ),
         (
             "split",
             ["batch=64", "eval=[knn]", "eval.knn.fraction=0.1"],
-            ["eval.knn.k: expected at most 8, the labelled"],
+            ["eval.knn.k: expected at most 8, the number of labelled"],
         ),
         (
             "flat",
