@@ -193,13 +193,16 @@ def photos_at(given: Path | None, top: Path, count: int, width: int) -> Source:
 
 
 class Report:
-    """Collects the figures for --json, the rows of the table printed at the end, and what was left out and why."""
+    """Collects the figures for --json, the rows of the table printed at the end, what was left out and why, and notes
+    on in what contenders differ.
+    """
 
     def __init__(self, columns: Sequence[str]):
         self.columns = columns
         self.figures: dict[str, Any] = {}
         self.rows: list[Sequence[Any]] = []
         self.left_out: dict[str, str] = {}
+        self.notes: list[str] = []
 
     def leave_out(self, what: str, why: str | None) -> bool:
         """Return whether `why` gives a reason to leave out `what`; if so, print it at once and remember it."""
@@ -217,6 +220,8 @@ class Report:
         print("\n" + "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines))
         for what, why in self.left_out.items():
             print(f"left out: {what}: {why}")
+        for note in self.notes:
+            print(f"not the same: {note}")
         on = machine()
         facts = [f"{name}: {value}" for name, value in on.items()]
         print("; ".join([*facts, f"{time.perf_counter() - _started:.0f} s in total"]), flush=True)

@@ -8,21 +8,24 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import benchmarks.bank
 import benchmarks.evals
 import benchmarks.gpu_check
 import benchmarks.kernels
 import benchmarks.loader
+import benchmarks.peers
 import benchmarks.reading
 import benchmarks.step
 from benchmarks import common
 from caco import instructions
 from caco.train import check_command
 
-NAMES = ["bank", "evals", "kernels", "loader", "reading", "step"]
+NAMES = ["bank", "evals", "kernels", "loader", "peers", "reading", "step"]
 
 
 @pytest.fixture
@@ -161,6 +164,58 @@ def test_kernels_without_triton_say_so(run, monkeypatch):
     assert figures["left_out"] == {"every kernel": "Triton is not installed here"} and "kernels" not in figures
 
 
+@pytest.fixture
+def few_images(tmp_path):
+    """16 to train on and 10 to test with, of two classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 5)):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_peers_train_the_same_and_one_without_an_environment_is_left_out_by_name(run, few_images, monkeypatch):
+    """lightly from the environment of the tests; both trainings end with weights that the k-NN can read."""
+    pytest.importorskip("lightly")
+    peers = benchmarks.peers
+    monkeypatch.setattr(peers, "ENVIRONMENTS", few_images / "none")
+    lacks, python_of = peers.lacks, peers.python_of
+    monkeypatch.setattr(peers, "lacks", lambda peer: None if peer == "lightly" else lacks(peer))
+    monkeypatch.setattr(peers, "python_of", lambda peer: sys.executable if peer == "lightly" else python_of(peer))
+    printed, figures = run("peers", "--images", str(few_images), "--methods", "mocov2", "--workers", "0")
+    assert "MoCo v2, a tiny ResNet, batch 8: caco / lightly |" in printed
+    found = figures["mocov2_small_resnet"]
+    assert found["images"] == 16 and found["vs"]["lightly"]["median"] > 0
+    assert {name: len(top1) for name, top1 in found["knn_top1"].items()} == {"caco": 1, "lightly": 1}
+    why = f"it has no environment yet: {peers.MAKE}"
+    assert figures["left_out"] == {"stable-pretraining": why} and f"left out: stable-pretraining: {why}" in printed
+    assert figures["versions"]["lightly"]["torch"] == figures["versions"]["caco"]["torch"]
+
+
+@pytest.mark.long
+def test_stable_pretraining_trains_the_same(run, few_images):
+    if why := benchmarks.peers.lacks("stable-pretraining"):
+        pytest.skip(f"stable-pretraining: {why}")
+    printed, figures = run("peers", "--images", str(few_images), "--peers", "stable-pretraining", "--workers", "0")
+    for method in ("mocov2", "simclr"):
+        assert figures[f"{method}_small_resnet"]["vs"]["stable-pretraining"]["median"] > 0
+    assert "not the same: stable-pretraining: its MoCo v2 makes a third forward pass" in printed
+
+
+def test_peers_refuse_what_they_do_not_know_before_anything_starts(run, capsys, tmp_path):
+    for arguments, why in (
+        (["--methods", "byol"], "--methods: expected some of mocov2, simclr; got byol"),
+        (["--epochs", "1"], "--epochs: expected at least 2"),
+        (["--images", str(tmp_path / "none")], "--images: expected a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            run("peers", *arguments)
+        assert why in capsys.readouterr().err
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_each_runs_without_an_argument_from_any_folder(name, repo_root, tmp_path):
@@ -181,13 +236,15 @@ def test_each_runs_without_an_argument_from_any_folder(name, repo_root, tmp_path
 
 
 def test_their_imports_go_one_way(repo_root):
-    """common, published and contenders import no benchmark, and of the benchmarks only bank imports another one."""
+    """common, published, contenders and peer_loops import no benchmark, and of the benchmarks only bank imports another
+    one.
+    """
     known = {
         file.stem: set(re.findall(r"^from benchmarks(?:\.(\w+))? import (\w+)?", file.read_text(), re.MULTILINE))
         for file in (repo_root / "benchmarks").glob("*.py")
     }
     other = {
-        name: {module or first for module, first in found} - {"common", "published", "contenders"}
+        name: {module or first for module, first in found} - {"common", "published", "contenders", "peer_loops"}
         for name, found in known.items()
     }
     assert other == {
@@ -200,6 +257,8 @@ def test_their_imports_go_one_way(repo_root):
                 "evals",
                 "kernels",
                 "loader",
+                "peer_loops",
+                "peers",
                 "published",
                 "reading",
                 "step",
