@@ -178,7 +178,9 @@ def test_fashion_mnist_is_read_as_debian_has_it_and_as_torchvision_does(tmp_path
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"no gzip", gzip.compress(bytes([0, 0, 8, 3] + 40 * [0])), gzip.compress(b"\0" * 3)]
+    "damage",
+    [b"", b"no gzip", gzip.compress(bytes([0, 0, 8, 3] + 40 * [0]), mtime=0), gzip.compress(b"\0" * 3, mtime=0)],
+    ids=["empty", "no gzip", "too short", "no header"],
 )
 def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path, damage):
     write_fashion(tmp_path)
