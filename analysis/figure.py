@@ -25,6 +25,7 @@ from caco.config.refusals import nearest
 from caco.errors import UserError
 from caco.installed import command_to_install
 from caco.runs.files import read_json
+from caco.runs.paths import expanded
 from experiments.tables import load_scale, load_table
 
 OF_RESULTS = {"4": "7", "bank": "7", "size": "6", "compute": "7"}  # and the table whose rows they show
@@ -44,12 +45,12 @@ def main() -> None:
         "--x", choices=("flops", "images", "hours"), help="of the figure compute; flops where caco.plan is"
     )
     add_sources(parser)
-    parser.add_argument("--run", type=Path, metavar="DIR", help="of the figures 3 and 5")
+    parser.add_argument("--run", type=expanded, metavar="DIR", help="of the figures 3 and 5")
     parser.add_argument("--data-root", metavar="PATH", help="where that run's images are now")
     parser.add_argument("--queries", type=int, default=6, help="rows of figure 3")
     parser.add_argument("--images", type=int, default=2000, help="points of figure 5, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the images that are drawn, and of t-SNE")
-    parser.add_argument("--out", type=Path, default=Path("figures"))
+    parser.add_argument("--out", type=expanded, default=Path("figures"))
     parser.add_argument("--no-mlflow", action="store_true", help="do not log it to the MLflow runs that it shows")
     with errors.shown():
         arguments = parser.parse_args(folders.take(sys.argv[1:]))

@@ -24,6 +24,7 @@ from caco import errors, metrics
 from caco.config import composition, folders, refusals
 from caco.errors import UserError
 from caco.installed import command_to_install
+from caco.runs.paths import expanded
 from caco.tracking import recorded
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument(
         "run", nargs="+", metavar="RUN", help="a run's directory, or the overrides of caco.train that made it"
     )
-    parser.add_argument("--to", type=Path, metavar="FILE", help="by default picture.png in the run's directory")
+    parser.add_argument("--to", type=expanded, metavar="FILE", help="by default picture.png in the run's directory")
     parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
     parser.add_argument(
         "--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)"

@@ -11,13 +11,13 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from analysis import results
 from analysis.results import Found, Gain, Result, heading
 from caco import errors, metrics
 from caco.config import folders
 from caco.errors import UserError
+from caco.runs.paths import expanded
 from caco.sheets import Sheet, Spread, as_markdown, as_text, number, spread
 from experiments.tables import Scale, Table, load_scale, load_table, scales
 
@@ -305,7 +305,7 @@ def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Where results are read; the same for tables, figures and reports."""
-    parser.add_argument("--records", nargs="+", type=Path, metavar="FILE", help="these records and no others")
+    parser.add_argument("--records", nargs="+", type=expanded, metavar="FILE", help="these records and no others")
     parser.add_argument("--mlflow", metavar="URI", help="an MLflow store, as sqlite:///mlflow.db, in place of records")
     parser.add_argument("--experiment", help="in MLflow; by default the scale's name")
 

@@ -4,10 +4,13 @@ import contextlib
 import errno
 import io
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 from caco.redaction import redacted
 
@@ -62,13 +65,28 @@ def is_for_user(error: BaseException) -> bool:
     """Whether its message alone is shown. CACO_TRACEBACK=1 in the environment asks for the traceback of each error."""
     if os.environ.get("CACO_TRACEBACK") == "1":
         return False
-    return isinstance(error, UserError) or of_the_machine(error) is not None
+    return isinstance(error, UserError) or of_the_machine(error) is not None or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's and NumPy's own, PyTorch's for a processor, and for a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def message(error: BaseException) -> str:
     """What is shown of an error that is for the user."""
     if isinstance(error, UserError) and not (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
         return str(error)
+    if _is_out_of_memory(error):
+        got = " ".join(str(error).split())[:200] or "out of memory"
+        return (
+            f"there is not so much memory as this asks for ({got}); what was written before is untouched. A smaller"
+            " batch, bank or model needs less, and python -m caco.plan says how much"
+        )
     found = of_the_machine(error)
     if found is None or found.errno is None:  # of a sweep some of whose jobs have failed
         return str(error)
@@ -108,10 +126,74 @@ def _without_secrets(kind: type[BaseException], error: BaseException, trace: Tra
     print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+class _Lasting:
+    """Standard error whose reader may go (`2>&1 | head`, a connection without a terminal that is lost): what is said
+    then goes nowhere, and the work that says it goes on.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._or_nowhere():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._or_nowhere():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _or_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            _to_nowhere(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _to_nowhere(stream: io.TextIOWrapper) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _end_if_nobody_reads(stream: TextIO | None, *, failed: bool = False) -> None:
+    """End the process, quietly and as a signal would, where what it writes to standard output has no reader any
+    more.
+
+    Args:
+        failed: whether something has found a pipe without a reader, which need not be this one.
+    """
+    if stream is None:  # closed from the start (>&-)
+        return
+    try:
+        stream.flush()
+        gone = failed and _has_no_reader(stream)
+    except BrokenPipeError:
+        gone = True
+    if gone:
+        if isinstance(stream, io.TextIOWrapper):
+            _to_nowhere(stream)  # or the interpreter complains about what is left when it ends
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    asked = select.poll()
+    try:
+        asked.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # no file of the system's
+        return False
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in asked.poll(0))
+
+
 @contextlib.contextmanager
 def shown(*, interrupted: str = "") -> Iterator[None]:
     """Around a command: a UserError is shown in its own words and ends the process with exit code 2, and so is what the
-    machine cannot do (a full disk, a folder that is read-only); Ctrl-C ends it with 130.
+    machine cannot do (a full disk, a folder that is read-only); Ctrl-C ends it with 130. Who reads its standard error
+    may go; where nobody reads its results any more it ends with 141, as by SIGPIPE.
 
     Args:
         interrupted: what becomes of the work that Ctrl-C ends.
@@ -123,9 +205,15 @@ def shown(*, interrupted: str = "") -> Iterator[None]:
         ):  # in a locale without umlauts they are shown as \\xfc, which is better than not at all
             with contextlib.suppress(OSError):  # what was written before may not go out: a full disk, say
                 stream.reconfigure(errors="backslashreplace")
+    said_to = sys.stderr
+    if isinstance(said_to, io.TextIOWrapper):
+        sys.stderr = cast(TextIO, _Lasting(said_to))
     try:
         yield
+        _end_if_nobody_reads(sys.stdout)
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            _end_if_nobody_reads(sys.stdout, failed=True)
         if not is_for_user(error):
             raise
         show(error)
@@ -133,3 +221,5 @@ def shown(*, interrupted: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         print("caco: interrupted" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
         sys.exit(130)
+    finally:
+        sys.stderr = said_to

@@ -16,7 +16,7 @@ OF_SECRETS = (
     "holds a password or a token, and settings are written into files. Put it into the environment:"
     " MLFLOW_TRACKING_URI=ADDRESS, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 )
-_WORDS = r"password|passwd|pwd|secret|token|api_?key|access_?key|credentials?"
+_WORDS = r"password|passwd|pwd|secret|token|api_?key|access_?key|account_?key|private_?key|authorization|credentials?"
 # postgresql://user:PASSWORD@host; with an @ in the password too, up to the last one before the path; with what
 # SQLAlchemy takes in one besides: /, blanks, quotes within. A port is no password. As a folder's name an address has
 # one slash for two.
@@ -25,8 +25,11 @@ _IN_ADDRESS = re.compile(
     r"(?P<secret>[^\s/'\"]+|[^\s@'\"](?:[^\n@'\"]|(?<=[\w\\'\"])['\"](?=[\w\\'\"]))*)(?=@)"
 )
 # ?password=..., MLFLOW_TRACKING_TOKEN=..., "api_key: ..."
-_ASSIGNED = re.compile(rf"(?P<before>\b\w*(?:{_WORDS})[\"']?\s*[=:]\s*[\"']?)(?P<secret>[^\s&;,'\"}}]+)", re.IGNORECASE)
-_NAME = re.compile(rf"(?:^|[_.\-])(?:{_WORDS})$", re.IGNORECASE)
+_ASSIGNED = re.compile(
+    rf"(?P<before>\b\w*(?:{_WORDS})[\"']?\s*[=:]\s*[\"']?(?:(?:bearer|basic)\s+)?)(?P<secret>[^\s&;,'\"}}]+)",
+    re.IGNORECASE,
+)
+_NAME = re.compile(rf"(?:(?:^|[_.\-])(?:{_WORDS})|password)$", re.IGNORECASE)  # PGPASSWORD is libpq's
 _SHORTEST = 6  # of a value that is looked for as it is: shorter ones are words that occur by themselves
 
 

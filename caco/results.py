@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "folders",
         nargs="*",
-        type=Path,
+        type=expanded,
         default=[Path("runs")],
         metavar="FOLDER",
         help="a run, or a folder of runs; default: runs",
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=comparison.FORMATS, default="text")
     with shown():
         given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-        runs = comparison.outlines(directories([expanded(folder) for folder in given.folders]), outline)
+        runs = comparison.outlines(directories(given.folders), outline)
         total = len(runs)
         runs = comparison.chosen(runs, given.where)
         if not runs:

@@ -8,6 +8,7 @@ from typing import Literal
 from caco.errors import UserError
 
 Table = list[float]  # one number a step
+MOST_STEPS = 20_000_000  # whose tables take a gigabyte or two; ImageNet's 800 epochs at batch 256 are 4 million
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class RunShape:
     batch: int
     unit: Literal["step", "epoch"] = "step"
     restart_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps > MOST_STEPS:
+            raise UserError(
+                f"epochs: expected at most {MOST_STEPS // self.steps_per_epoch:,}, which are {MOST_STEPS:,} steps of"
+                f" {self.batch:,} images, got {self.epochs:,}"
+            )
 
     @property
     def steps(self) -> int:

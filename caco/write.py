@@ -26,11 +26,14 @@ from tqdm import tqdm
 from caco import errors
 from caco.data.loaders.workers import in_order
 from caco.data.sets import beton
+from caco.data.sets.reading import file_content
 from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.errors import UserError
+from caco.runs.files import locked
 from caco.runs.paths import expanded
 
 DEFAULT_QUALITY = 90
+_JPEGS_SIDE = 65_500  # pixels, of the library that writes them
 
 
 def write_splits(
@@ -65,6 +68,21 @@ def write_splits(
     parts = {"train": splits.train or splits.pretrain, "test": splits.test}
     if splits.train is not None and splits.pretrain is not splits.train:
         parts["pretrain"] = splits.pretrain
+    with locked(out / ".lock", wait_s=0):  # two writers would write into one file
+        try:
+            return _written(parts, out, mode, quality, max_resolution, num_workers)
+        finally:
+            (out / ".lock").unlink(missing_ok=True)
+
+
+def _written(
+    parts: dict[str, Source | None],
+    out: Path,
+    mode: str,
+    quality: int | None,
+    max_resolution: int | None,
+    num_workers: int | None,
+) -> list[Path]:
     written = []
     for split, source in parts.items():
         if source is None:
@@ -99,11 +117,16 @@ class _Encoder:
             return beton.RAW, image.height, image.width, image.tobytes()
         file = self.source.path(index)
         if fits and self.quality is None and file is not None:
-            content = file.read_bytes()
+            content = file_content(file)
             with Image.open(io.BytesIO(content)) as original:
                 if original.format == "JPEG" and original.mode in ("RGB", "L"):
                     return beton.JPEG, image.height, image.width, content
         encoded = io.BytesIO()
+        if max(image.size) > _JPEGS_SIDE:
+            return UnreadableImage(
+                f"{file or f'image {index} of {self.source.name}'}: {image.width} x {image.height} pixels, and a JPEG"
+                f" has {_JPEGS_SIDE:,} a side at most: take max_resolution={_JPEGS_SIDE}, or mode=raw"
+            )
         image.save(encoded, "JPEG", quality=self.quality or DEFAULT_QUALITY)
         return beton.JPEG, image.height, image.width, encoded.getvalue()
 

@@ -102,6 +102,15 @@ def test_what_cannot_be_is_refused(runs, capsys, arguments, expected):
     assert error.value.code == 2 and expected in capsys.readouterr().err
 
 
+def test_links_that_lead_back_give_no_run_twice(runs, capsys):
+    for name in ("up", "again", "once_more"):
+        (runs / name).symlink_to("..")
+    (runs / "latest").symlink_to("64-0")
+    began = time.process_time()
+    assert sum("64" in line for line in shown(capsys)) == 2
+    assert time.process_time() - began < 5
+
+
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         results.main([str(tmp_path)])

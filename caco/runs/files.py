@@ -51,7 +51,10 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is damaged, or may not be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -2,6 +2,7 @@
 refused in words.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def require_writable(folder: Path, key: str) -> None:
 
 def read_text(file: Path) -> str:
     """A text that a user supplies, in whatever encoding an editor writes: UTF-8 with or without its mark, UTF-16 with
-    one, else Latin-1.
+    one, else that of Windows in western Europe, or Latin-1.
 
     Raises:
         FileError: it cannot be read.
@@ -76,10 +77,10 @@ def read_text(file: Path) -> str:
         raise FileError(error.errno, error.strerror, str(file)) from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", errors="replace")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return content.decode(encoding)
+    return content.decode("latin-1")
 
 
 def with_home(overrides: Sequence[str]) -> list[str]:

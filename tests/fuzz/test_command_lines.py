@@ -59,7 +59,9 @@ REFUSED = [
     ),
     ("launcher=local launcher.parallel=0", "launcher.parallel: expected int from 1"),
     ("eval.knn.temperature=0", "eval.knn.temperature: expected float above 0, got 0"),
-    ("bank=8M bank=12M", "bank"),
+    ("bank=8M bank=12M", "bank: is chosen twice: bank=8M bank=12M; leave all but one out"),
+    ("preset=smoke preset=demo", "preset: is chosen twice: preset=smoke preset=demo; leave all but one out"),
+    ("preset=smoke eval=[knn] eval=[probe]", "eval: is chosen twice: eval=[knn] eval=[probe]"),
     ("data.root=/bilder/größe(1)", "Hydra takes such a value in quotes of its own, within the shell's: "),
 ]
 

@@ -223,6 +223,11 @@ def tiny_imagenet(
     if not annotations.is_file():
         raise FileError(f"expected the validation labels in {annotations}, got no such file: unpack the set again")
     rows = sorted(line.split("\t")[:2] for line in read_text(annotations).splitlines() if line.strip())
+    if wrong := [row for row in rows if len(row) != 2]:
+        raise UserError(
+            f"{annotations}: expected lines like `val_0.JPEG<tab>n03444034<tab>...`, got {wrong[0][0][:80]!r}: unpack"
+            " the set again"
+        )
     classes = train.classes or []
     _check_known(sorted({wnid for _, wnid in rows}), classes, where=str(annotations))
     number = {wnid: i for i, wnid in enumerate(classes)}
@@ -272,6 +277,7 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None, channe
             )
         files += [f"{folder_name}/{file}" for file in images]
         labels += [label] * len(images)
+    walk.refuse_repeats()
     return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes), channels=channels)
 
 
@@ -279,6 +285,7 @@ def unlabelled_images(top: Path, name: str, channels: int | None = None) -> Imag
     """All images below `top`, in sorted order, without labels; `channels` as of `folder`."""
     walk = Walk(top, _extensions(channels))
     files = walk.images_below(top)
+    walk.refuse_repeats()
     if not files:
         raise UserError(
             f"{top}: expected images ({', '.join(_extensions(channels))}) in it or in class folders, got"

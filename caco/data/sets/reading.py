@@ -4,6 +4,7 @@ in the file.
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ MAX_PIXELS = 178_956_970  # as Pillow's own limit; 537 MB as RGB
 MAX_WORK = 1_000_000_000  # pixels times scans of a JPEG, each of which passes over all pixels: a second or two
 MAX_SCANS = 500
 MAX_ASPECT = 512  # the longer side over the shorter: what is resized by the shorter side grows by it
+MAX_BYTES = 2**32  # of a file, and of an image as it is stored
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF's tag for the type of numbers
 
 
@@ -69,6 +71,12 @@ def file_content(path: Path) -> bytes:
         UnreadableImage: it cannot be read.
     """
     try:
+        size = os.stat(path).st_size
+        if size > MAX_BYTES:
+            raise UnreadableImage(
+                f"{path}: expected an image that can be read, got a file of {size:,} bytes, where at most"
+                f" {MAX_BYTES:,} are read. Remove it."
+            )
         return path.read_bytes()  # in one read: Pillow's own small ones take longer than decoding a small image
     except OSError as error:
         raise UnreadableImage(

@@ -3,6 +3,7 @@ nowhere.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -72,6 +73,8 @@ class Walk:
         self._top, self._extensions, self.passed_by = top, extensions, ""
         self._above = {_identity(folder): folder for folder in (top.resolve(), *top.resolve().parents)}
         self._seen: dict[tuple[int, int], Path] = {}
+        self._links: list[tuple[str, str]] = []  # to images below top, and what they lead to
+        self._real = functools.lru_cache(maxsize=4096)(os.path.realpath)  # links to many images lead to few folders
         self._images, self._next_line = 0, time.monotonic() + _QUIET_S
 
     def images_below(self, folder: Path) -> list[str]:
@@ -96,6 +99,8 @@ class Walk:
                 elif entry.name.lower().endswith(self._extensions):
                     if not entry.is_file():
                         raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
+                    if entry.is_symlink():
+                        self._note(entry.path)
                     found.append(prefix + entry.name)
                 else:
                     self.passed_by = entry.name.lower()
@@ -104,6 +109,33 @@ class Walk:
         if _keeping:
             _kept[looked_for] = found
         return found
+
+    def refuse_repeats(self) -> None:
+        """At the end of the walks, when all folders that they enter are known.
+
+        Raises:
+            UserError: a link to an image that they came by, too, and that would be there twice.
+        """
+        for link, image in self._links:
+            if _identity(Path(image).parent) in self._seen:
+                raise UserError(
+                    f"{link}: a link to {image}, which is among these images itself: it would come twice, perhaps as"
+                    " one of another class. Remove the link."
+                )
+
+    def _note(self, link: str) -> None:
+        """Of links to images elsewhere nothing: where files are kept by their content, as git-annex does, two images
+        that are equal are links to one file.
+        """
+        folder, name = os.path.split(os.path.join(os.path.dirname(link), os.readlink(link)))
+        image = os.path.join(self._real(folder), name)
+        if os.path.islink(image):
+            image = os.path.realpath(image)
+        top = self._real(str(self._top))
+        below = image.removeprefix(top.rstrip("/") + "/")
+        is_passed = below != image and not any(part.startswith(".") for part in below.split("/"))
+        if is_passed and image.lower().endswith(self._extensions):
+            self._links.append((link, image))
 
     def _say_how_far(self, found: int) -> None:
         if time.monotonic() >= self._next_line:
