@@ -85,12 +85,18 @@ def make(arguments: argparse.Namespace) -> Path:
         UserError: no run there, or one that has nothing to show.
     """
     run_dir = directory(arguments.run)
+    path = arguments.to or run_dir / "picture.png"
+    if arguments.images < 1:
+        raise UserError(f"--images: expected at least 1, got {arguments.images}")
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise UserError(
             f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}"
         ) from error
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds or path.is_dir():
+        raise UserError(f"--to: expected a file of one of the kinds {', '.join(sorted(kinds))}, got {path}")
     from analysis import model  # here and not above: it imports torch
 
     trained = model.load(run_dir, arguments.data_root)
@@ -100,7 +106,6 @@ def make(arguments: argparse.Namespace) -> Path:
     rows = None if trained.bank is None else model.bank_rows(trained, num_images=arguments.images)
     if curve is None and rows is None:
         raise UserError(f"{run_dir}: expected a bank or an evaluation by k-NN to draw, got a run with neither")
-    path = arguments.to or run_dir / "picture.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(trained, curve, pixels, rows, name=run_dir.resolve().name).savefig(path, dpi=DOTS_PER_INCH)
     return path

@@ -39,6 +39,7 @@ _OF_THE_MACHINE = {
     errno.EDQUOT: "make room there, or ask for a larger quota",
     errno.EFBIG: "files there, or those of this shell (ulimit -f), may not grow so large",
     errno.ENOTDIR: "choose a place below a folder",
+    errno.EISDIR: "give the name of a file",
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that you may use, or ask for the right to",
     errno.EPERM: "choose a place that you may use, or ask for the right to",

@@ -29,7 +29,7 @@ from caco.data.sets import beton
 from caco.data.sets.reading import file_content
 from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.errors import UserError
-from caco.runs.files import locked
+from caco.runs.files import alone_in
 from caco.runs.paths import expanded
 
 DEFAULT_QUALITY = 90
@@ -68,11 +68,8 @@ def write_splits(
     parts = {"train": splits.train or splits.pretrain, "test": splits.test}
     if splits.train is not None and splits.pretrain is not splits.train:
         parts["pretrain"] = splits.pretrain
-    with locked(out / ".lock", wait_s=0):  # two writers would write into one file
-        try:
-            return _written(parts, out, mode, quality, max_resolution, num_workers)
-        finally:
-            (out / ".lock").unlink(missing_ok=True)
+    with alone_in(out):
+        return _written(parts, out, mode, quality, max_resolution, num_workers)
 
 
 def _written(

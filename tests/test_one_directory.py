@@ -122,6 +122,14 @@ def test_a_job_that_is_refused_beside_the_results_of_another_has_failed(tmp_path
         follow(AtOnce(ends), [Job((), tmp_path / "run")], tmp_path)
 
 
+def test_a_job_that_could_not_say_why_it_failed_is_reported_all_the_same(tmp_path):
+    """A full disk leaves failure.txt empty."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(SweepFailed, match=r"have failed:\n.*\n    why is not known: .*failure\.txt is empty"):
+        follow(AtOnce(lambda job: (run_dir / "failure.txt").touch()), [Job((), run_dir)], tmp_path)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """pictures(name, shade): a labelled folder of two classes, with test images of this shade."""

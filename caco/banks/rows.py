@@ -1,5 +1,6 @@
 """What every bank has: rows, this rank's shard of them, and statistics of their use."""
 
+import os
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,19 @@ def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Norms = "u
     if norms == "uniform":
         return (2 * drawn - 1) * (3 / dim) ** 0.5
     return torch.nn.functional.normalize(drawn, dim=1) if norms == "unit" else drawn
+
+
+def _refuse_more_than_memory(rows: int, dim: int) -> None:
+    """Before they are drawn: a kernel that hands out more memory than it has ends processes, others too, when it is
+    written to.
+    """
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 2 * 4 * rows * dim  # drawn in parts, which are then joined
+    if needed > there and torch.get_default_device().type != "meta":
+        raise UserError(
+            f"bank.size: {rows:,} rows of {dim} numbers take {needed / 2**30:,.0f} GiB of memory while they are made,"
+            f" and this machine has {there / 2**30:,.0f}; take fewer, or more machines, whose processes share them out"
+        )
 
 
 def few_rows_chosen(statistics: dict[str, float]) -> str | None:
@@ -124,6 +138,7 @@ class Rows(nn.Module):
             )
         self.size, self.learnable = size, learnable
         self.first, self.last = distributed.shard(size)
+        _refuse_more_than_memory(self.last - self.first, dim)
         self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed, norms=norms), requires_grad=learnable)
         self.register_buffer("uses", torch.zeros(self.last - self.first, dtype=torch.int64))
         if learnable:

@@ -29,11 +29,12 @@ class Stopped(Exception):
 
 class Stop:
     """Within `with`, a signal to stop is noted instead of obeyed; the loop asks `requested` and ends at a step's
-    end.
+    end. Before the loop has begun there is nothing to save, and what is done then may take long: it is obeyed at once.
     """
 
     def __init__(self):
         self.signum: int | None = None
+        self.has_begun = False  # the loop, which says so
         self._before: dict[int, Handler] = {}
         self._terminals: list[int] = []
 
@@ -53,11 +54,24 @@ class Stop:
             signal.signal(signum, handler)
         os.close(self._nowhere)
 
-    def _note(self, signum: int, frame: object) -> None:
+    def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         for stream in self._terminals:
             if not os.isatty(stream):  # any more: what is printed there would be an error, before the run is saved
                 os.dup2(self._nowhere, stream)
+        if not self.has_begun:
+            self._obey(signum, frame)
+
+    def _obey(self, signum: int, frame: FrameType | None) -> None:
+        """As who handled the signal before, submitit say, would; else by ending this process."""
+        handler = self._before.get(signum)
+        if callable(handler):
+            handler(signum, frame)
+            return
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            name = signal.Signals(signum).name
+            print(f"caco: stopped by {name} before its first step here; the same command begins again", file=sys.stderr)
+        sys.exit(128 + signum)
 
 
 def leave(stopped: Stopped, *, is_first_rank: bool) -> NoReturn:

@@ -203,6 +203,7 @@ class Trainer:
         """
         progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
         before = self.time
+        self.stop.has_begun = True
         self.evaluate_if_due(progress)
         with (
             contextlib.closing(progress),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from caco.errors import FileError, UserError
 from caco.runs.files import locked, read_json, write_json
 
 
@@ -51,12 +52,25 @@ class FeatureFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{key_of(made_from)}.bin"
         with locked(path.with_suffix(".lock"), wait_s=24 * 3600):
-            if not path.is_file():
+            if not self._is_whole(path, num_images):
                 self._write(path, made_from, num_images, make, batch)
         about = read_json(path.with_suffix(".json"))
         dtype, width = getattr(torch, about["dtype"]), about["width"]
         flat = torch.from_file(str(path), shared=False, size=num_images * width, dtype=dtype)
         return flat.view(num_images, width)
+
+    def _is_whole(self, path: Path, num_images: int) -> bool:
+        """Whether the file is there, as its header says: neither was damaged from outside."""
+        header = path.with_suffix(".json")
+        try:
+            about = read_json(header)
+            row_bytes = about["width"] * getattr(torch, about["dtype"]).itemsize if about else 0
+        except (UserError, LookupError, TypeError, AttributeError):
+            row_bytes = 0
+        if row_bytes == 0:  # nothing is known of what is there
+            for file in (path, path.with_suffix(".partial"), header):
+                file.unlink(missing_ok=True)
+        return path.is_file() and path.stat().st_size == num_images * row_bytes
 
     def _write(self, path: Path, made_from: dict[str, Any], num_images: int, make: Callable, batch: int) -> None:
         partial, header = path.with_suffix(".partial"), path.with_suffix(".json")
@@ -71,8 +85,11 @@ class FeatureFiles:
                 if file.tell() == 0:
                     dtype = str(features_bD.dtype).removeprefix("torch.")
                     write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
-                file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
-                file.flush()  # a kill costs the batch that it falls into, and no others
+                try:
+                    file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
+                    file.flush()  # a kill costs the batch that it falls into, and no others
+                except OSError as error:  # a full disk's says not where
+                    raise FileError(error.errno, error.strerror, str(partial)) from error
 
             if done < num_images:
                 make(done, take)

@@ -63,6 +63,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}): remove it, or take it from a copy of the run") from error
 
 
+def last_line(file: Path) -> str:
+    """The last line of a text, "" where it has none: a full disk leaves failure.txt empty."""
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
 def remove_left_behind(folder: Path, *, of_others: tuple[str, ...] = (), others_s: float = 60.0) -> None:
     """Remove what a killed process was writing: `.NAME.PID` beside NAME, `NAME.partial`, and folders of the kind.
 
@@ -109,6 +115,21 @@ def locked(path: Path, *, wait_s: float) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """For the body, the only process that writes results into this folder: two would write into one file.
+
+    Raises:
+        BlockingIOError: another one does.
+    """
+    path = folder / ".lock"
+    with locked(path, wait_s=0):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def process_start(pid: int) -> str:

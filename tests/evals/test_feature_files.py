@@ -108,6 +108,29 @@ def test_a_file_that_a_kill_cut_off_is_gone_on_with_at_a_whole_batch(tmp_path, k
     assert about == {"width": 5, "dtype": "float32", "made_from": {"a": 1}}
 
 
+@pytest.mark.parametrize("damage", ["short", "long", "header", "no header", "another header"])
+def test_files_that_were_damaged_are_made_anew(tmp_path, damage):
+    numbers = torch.arange(6.0).view(3, 2)
+    asked = []
+
+    def make(first, take):
+        asked.append(first)
+        take(numbers[first:], torch.zeros(3 - first))
+
+    def get():
+        return FeatureFiles(tmp_path).get({"x": 1}, 3, make, batch=1).clone()
+
+    assert torch.equal(get(), numbers) and torch.equal(get(), numbers) and asked == [0]
+    (file,), (header,) = tmp_path.glob("*.bin"), tmp_path.glob("*.json")
+    if "header" in damage:
+        header.write_text("{" if damage == "header" else '{"width": 7, "dtype": "none"}')
+        if damage == "no header":
+            header.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-4] if damage == "short" else file.read_bytes() * 2)
+    assert torch.equal(get(), numbers) and asked == [0, 0]
+
+
 def test_a_networks_digest_is_of_its_structure_and_every_number(colours):
     twin = copy.deepcopy(colours)
     assert network_digest(colours) == network_digest(twin)
