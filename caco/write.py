@@ -68,6 +68,17 @@ def write_splits(
     parts = {"train": splits.train or splits.pretrain, "test": splits.test}
     if splits.train is not None and splits.pretrain is not splits.train:
         parts["pretrain"] = splits.pretrain
+    # What an earlier write left would be taken for a split of these images.
+    others = [
+        file
+        for split in ("train", "test", "pretrain")
+        if parts.get(split) is None and (file := out / f"{split}.beton").exists()
+    ]
+    if others:
+        raise UserError(
+            f"out: {', '.join(map(str, others))} is there of an earlier set, and this one has no such split: remove it,"
+            " or choose another folder"
+        )
     with alone_in(out):
         return _written(parts, out, mode, quality, max_resolution, num_workers)
 

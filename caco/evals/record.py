@@ -10,13 +10,14 @@ from torch import nn
 
 from caco import metrics
 from caco.config import folders
+from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.evals.feature_files import key_of
 from caco.runs import renamed
 from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import flat, is_neutral, plain
+from caco.runs.identity import flat, is_neutral, plain, run_hash
 from caco.tracking import recorded
 from caco.tracking.base import Tracker
 from caco.tracking.ledger import Ledger
@@ -28,7 +29,8 @@ class Record:
 
     evaluations/NAME-KEY.json holds what an evaluator gave, and of what; its key says of what, so the same question is
     answered from there. Ledger, MLflow and summary.json get the same numbers by name, those of other data than the
-    run's as DATA/NAME (DATA-DIGEST/NAME where only the images are others), of an evaluator's set as SET-DIGEST/NAME if
+    run's as DATA/NAME (DATA-DIGEST/NAME where only the images are others, or than the first ones of a folder that is no
+    run's), of an evaluator's set as SET-DIGEST/NAME if
     this directory first knew other images by the set's name, of the baselines as untrained/NAME and pixels/NAME. What
     training measured at this step stays: where an evaluation with the same protocol gives another number (another seed,
     precision, batch, ...), that one is in its file alone.
@@ -54,7 +56,13 @@ class Record:
         self._sets_of: dict[str, dict[str, str]] = {}
 
     def open(self) -> str:
-        """Open the ledger behind its last row; returns the status that the run had."""
+        """Open the ledger behind its last row; returns the status that the run had.
+
+        Raises:
+            UserError: the directory is no run's own, and holds results of other weights.
+        """
+        if not self.is_run:
+            self._refuse_other_weights()
         about = read_json(self.dir / "tracking.json")
         status = last_status(self.dir)[0] if about else "FINISHED"
         ledger = Ledger(self.dir / "ledger.jsonl")
@@ -73,6 +81,24 @@ class Record:
             sweep=about.get("sweep"),  # a job of a sweep stays one
         )
         return "FINISHED" if status == "RUNNING" else status
+
+    def _refuse_other_weights(self) -> None:
+        file, ours = self.dir / "images.json", self._whose_weights()
+        recorded = read_json(file)
+        if recorded.setdefault("weights", ours) != ours:
+            raise UserError(
+                f"{self.dir} holds results of other weights than {self.path}, and names would be the same: choose"
+                " another folder with to"
+            )
+        write_json(file, recorded)
+
+    def _whose_weights(self) -> str:
+        """The digest of a file from elsewhere; of a run, whose checkpoints are one series, its hash."""
+        if self.cfg.get("weights") is not None:
+            return str(self.cfg.weights_digest)
+        folders_above = self.path.absolute().parents[:3]
+        run_dir = next(folder for folder in folders_above if (folder / "config.yaml").is_file())
+        return run_hash(renamed.read_config(run_dir))
 
     def close(self, status: str) -> None:
         self.tracker.finish(status, read_json(self.dir / "summary.json"))
@@ -145,8 +171,18 @@ class Record:
             write_json(summary, {**recorded.read(self.dir).summary, **new})
 
     def _of_other_data(self) -> str:
-        """ "" on the images of the run's own evaluations; else what the names of the results begin with."""
-        if not self.is_run or not (self.dir / "config.yaml").is_file():
+        """ "" on the images of the run's own evaluations, or of the first in a folder that is no run's; else what the
+        names of the results begin with.
+        """
+        if not self.is_run:
+            file, ours = self.dir / "images.json", {key: one for key, one in self._images.items() if one is not None}
+            about = read_json(file)
+            if "images" not in about:
+                write_json(file, {**about, "images": ours})
+            first = about.get("images", ours)
+            others = [digest for split, digest in ours.items() if first.get(split, digest) != digest]
+            return f"{self._data_name()}-{others[-1]}/" if others else ""
+        if not (self.dir / "config.yaml").is_file():
             return ""
         recorded = read_json(self.dir / "images.json").get(
             "images", {}

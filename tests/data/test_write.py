@@ -10,6 +10,7 @@ from PIL import Image
 from caco import errors
 from caco.data.sets.folders import folder
 from caco.data.sets.sources import ImagesInMemory, Splits, UnreadableImage
+from caco.errors import UserError
 from caco.write import write_splits
 
 
@@ -39,3 +40,15 @@ def test_an_image_with_a_side_that_no_jpeg_has_is_named(tmp_path):
     source = folder(root=str(tmp_path / "images")).pretrain
     with pytest.raises(UnreadableImage, match=r"long\.png: 65501 x 200 pixels, and a JPEG has 65,500 a side at most"):
         write_splits(Splits(source, None, None), tmp_path / "out", num_workers=1)
+
+
+def test_a_split_of_an_earlier_set_is_not_left_beside_another_sets(tmp_path):
+    one = ImagesInMemory(np.zeros((2, 8, 8, 3), np.uint8), name="one", labels=np.arange(2))
+    write_splits(Splits(one, one, one), tmp_path, mode="raw", num_workers=1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(
+        UserError, match=r"out: .*/test\.beton is there of an earlier set, and this one has no such split"
+    ):
+        write_splits(Splits(one, one, None), tmp_path, mode="raw", num_workers=1)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    write_splits(Splits(one, one, one), tmp_path, mode="raw", num_workers=1)
