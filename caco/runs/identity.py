@@ -140,10 +140,12 @@ def read_recorded(file: Path) -> DictConfig:
         if not isinstance(cfg, DictConfig) or not file.read_bytes().strip():
             raise TypeError("it has no settings")
         plain(cfg)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, AttributeError, TypeError) as error:
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, AttributeError, TypeError, OSError) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # without, it is OmegaConf's, of a text that is a number
+            raise FileError(error.errno, error.strerror, str(file)) from error
         raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}): take it from a copy of the run") from error
-    except OSError as error:
-        raise FileError(error.errno, error.strerror, str(file)) from error
     return cfg
 
 
