@@ -17,7 +17,7 @@ from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import alone_in, remove_left_behind, write_text
 from caco.runs.identity import plain
-from caco.runs.paths import expanded, require_writable
+from caco.runs.paths import expanded, make_folder, require_writable
 from caco.tracking import recorded
 
 HELP = """\
@@ -106,7 +106,7 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
             if not fits:
                 expected = "a ResNet with its usual stem and BatchNorm (resnet18, resnet50, ...)"
                 raise UserError(f"layouts: {layout} expects {expected}, got {node}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "to")
     with alone_in(folder):
         remove_left_behind(folder, of_others=("*",))
         return _written(backbone, state, node, layouts, folder, about)

@@ -62,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not runs:
             raise UserError(f"none of the {total} runs there is such that {' and '.join(given.where)}")
         title = f"{len(runs)} runs" if len(runs) == total else f"{len(runs)} of {total} runs"
-        columns = given.columns.split(",") if given.columns else None
+        columns = None if given.columns is None else [name.strip() for name in given.columns.split(",") if name.strip()]
+        if columns == []:
+            raise UserError(f"--columns: expected names of settings and metrics, got {given.columns!r}")
         print(
             comparison.table(
                 runs,

@@ -30,7 +30,7 @@ from caco.data.sets.reading import file_content
 from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.errors import UserError
 from caco.runs.files import alone_in
-from caco.runs.paths import expanded
+from caco.runs.paths import expanded, make_folder
 
 DEFAULT_QUALITY = 90
 _JPEGS_SIDE = 65_500  # pixels, of the library that writes them
@@ -64,7 +64,7 @@ def write_splits(
             " train on them as they are, data=folder, which reads them in num_workers processes or keeps them in memory"
             " (data.in_memory_mb)"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "out")
     parts = {"train": splits.train or splits.pretrain, "test": splits.test}
     if splits.train is not None and splits.pretrain is not splits.train:
         parts["pretrain"] = splits.pretrain

@@ -94,6 +94,7 @@ def test_runs_are_chosen_and_sorted_by_settings_and_metrics(runs, capsys):
         (["--where", "seed<many"], "expected a number behind <, got many"),
         (["--where", "seed=7"], "none of the 4 runs there is such that seed=7"),
         (["--columns", "k"], "k: no run here has"),
+        (["--columns", ","], "--columns: expected names of settings and metrics, got ','"),
     ],
 )
 def test_what_cannot_be_is_refused(runs, capsys, arguments, expected):

@@ -64,6 +64,20 @@ def require_writable(folder: Path, key: str) -> None:
         return
 
 
+def make_folder(folder: Path, key: str) -> None:
+    """Make it, and those that hold it, where it is not there.
+
+    Args:
+        key: what chooses another one.
+    Raises:
+        FileError: it cannot be made, as in /proc or on a share that is gone.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder} cannot be made ({error.strerror}); choose another one with {key}") from error
+
+
 def read_text(file: Path) -> str:
     """A text that a user supplies, in whatever encoding an editor writes: UTF-8 with or without its mark, UTF-16 with
     one, else that of Windows in western Europe, or Latin-1.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from caco.errors import UserError
-from caco.runs.paths import expanded, read_text, require_writable, with_home
+from caco.runs.paths import expanded, make_folder, read_text, require_writable, with_home
 
 
 def test_a_tilde_is_the_home_folder_also_where_no_shell_has_seen_it(monkeypatch, tmp_path):
@@ -48,6 +48,11 @@ def test_a_directory_that_cannot_be_is_refused_with_its_cause(tmp_path, monkeypa
     with pytest.raises(UserError, match=f"this user may not write into {tmp_path}"):
         require_writable(tmp_path / "new", "to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_folder_that_cannot_be_made_after_all_is_named():
+    with pytest.raises(UserError, match=r"/proc/x/y cannot be made \(.*\); choose another one with to"):
+        make_folder(Path("/proc/x/y"), "to")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
