@@ -15,6 +15,7 @@ from caco.banks.base import Bank
 from caco.config import folders, signatures, views_needed
 from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate, target
+from caco.config.no_effect import settings_of
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
 from caco.data.sets import unfit
@@ -39,7 +40,7 @@ from caco.nn.norm import in_groups
 from caco.runs import directory
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import flat, run_hash
+from caco.runs.identity import flat, plain, run_hash
 from caco.runs.paths import expanded
 from caco.saying import Sometimes, doing
 from caco.schedules import RunShape
@@ -192,6 +193,24 @@ def _again(label: labels.Label, cfg: DictConfig) -> list[str]:
     ]
 
 
+def _set_otherwise(cfg: DictConfig, options: list[str]) -> list[str]:
+    """The settings of these options of `eval` that this run has not as their files say, as overrides: a command that
+    names the options alone would ask for another evaluation, or for one that does not go with the images.
+    """
+    leaves = flat({"eval": plain(cfg)["eval"]})
+    of_files = {
+        key: value
+        for option in options
+        if (file := folders.option_file("eval", option)) is not None
+        for key, value in settings_of("eval", file)
+    }
+    return [
+        f"{key}={leaves[key]}"
+        for key, wanted in of_files.items()
+        if isinstance(wanted, int | float) and isinstance(leaves.get(key), int | float) and leaves[key] != wanted
+    ]
+
+
 def run_training(
     cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: labels.Label | None = None
 ) -> dict[str, Any]:
@@ -315,7 +334,12 @@ def run_training(
             if is_done:
                 when = path.stat().st_mtime
                 message = ended_before(
-                    known, when=when, run_dir=run_dir, evaluators=_again(label, cfg), epochs=cfg.epochs
+                    known,
+                    when=when,
+                    run_dir=run_dir,
+                    evaluators=_again(label, cfg),
+                    epochs=cfg.epochs,
+                    settings=_set_otherwise(cfg, _again(label, cfg)),
                 )
             print(message, file=sys.stderr)
         if is_done:
@@ -380,6 +404,7 @@ def run_training(
                 seconds=seconds,
                 run_dir=run_dir,
                 evaluators=_again(label, cfg),
+                settings=_set_otherwise(cfg, _again(label, cfg)),
                 epochs=cfg.epochs,
                 commands=label.sweep is None,
             )

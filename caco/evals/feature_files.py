@@ -77,25 +77,27 @@ class FeatureFiles:
         about = read_json(header)
         row_bytes = about["width"] * getattr(torch, about["dtype"]).itemsize if about else 0
         done = partial.stat().st_size // row_bytes // batch * batch if about and partial.is_file() else 0
-        with open(partial, "r+b" if done else "wb") as file:
-            file.seek(done * row_bytes)
-            file.truncate()
+        try:
+            with open(partial, "r+b" if done else "wb") as file:
+                file.seek(done * row_bytes)
+                file.truncate()
 
-            def take(features_bD: Tensor, labels_b: Tensor) -> None:
-                if file.tell() == 0:
-                    dtype = str(features_bD.dtype).removeprefix("torch.")
-                    write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
-                try:
+                def take(features_bD: Tensor, labels_b: Tensor) -> None:
+                    if file.tell() == 0:
+                        dtype = str(features_bD.dtype).removeprefix("torch.")
+                        write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
                     file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
                     file.flush()  # a kill costs the batch that it falls into, and no others
-                except OSError as error:  # a full disk's says not where
-                    raise FileError(error.errno, error.strerror, str(partial)) from error
 
-            if done < num_images:
-                make(done, take)
-            file.flush()
-            os.fsync(file.fileno())
-            width = read_json(header)["width"]
-            dtype = getattr(torch, read_json(header)["dtype"])
-            assert file.tell() == num_images * width * dtype.itemsize, "every image gives one row"
+                if done < num_images:
+                    make(done, take)
+                file.flush()
+                os.fsync(file.fileno())
+                width = read_json(header)["width"]
+                dtype = getattr(torch, read_json(header)["dtype"])
+                assert file.tell() == num_images * width * dtype.itemsize, "every image gives one row"
+        except OSError as error:
+            if error.filename is not None or isinstance(error, UserError):
+                raise
+            raise FileError(error.errno, error.strerror, str(partial)) from error  # a full disk's says not where
         os.replace(partial, path)

@@ -72,6 +72,12 @@ def test_the_rate_scales_with_the_batch_only_when_asked():
     assert rates(final_lr=1.0, lr_reference_batch=1024)[5] == pytest.approx(2.0 / 16)
 
 
+@pytest.mark.parametrize("bank", [LearnableBank, FifoBank])
+def test_more_rows_than_the_machine_has_memory_for_are_refused_before_they_are_drawn(bank):
+    with pytest.raises(UserError, match=r"bank\.size: 2,000,000,000 rows of 128 numbers take 1,907 GiB of memory"):
+        bank(size=2_000_000_000, dim=128)
+
+
 def test_random_rows_are_unit_and_do_not_depend_on_how_they_are_shared_out():
     whole = random_rows(0, 10_000, 3, seed=5)
     assert torch.allclose(whole.norm(dim=1), torch.ones(10_000))
@@ -84,14 +90,6 @@ def test_random_rows_are_unit_and_do_not_depend_on_how_they_are_shared_out():
 @pytest.mark.parametrize(("reading", "initialisation", "norms"), [
     ("code", "random", "normal"), ("code", "keys", "unit"), ("paper", "random", "unit"), ("paper", "keys", "unit"),
 ])  # fmt: skip
-@pytest.mark.parametrize("bank", [LearnableBank, FifoBank])
-def test_more_rows_than_the_machine_has_memory_for_are_refused_before_they_are_drawn(bank):
-    with pytest.raises(
-        UserError, match=r"bank\.size: 2,000,000,000 rows of 128 numbers take 1,907 GiB of memory while"
-    ):
-        bank(size=2_000_000_000, dim=128)
-
-
 def test_random_rows_of_the_code_reading_have_the_norms_of_a_plain_normal_law(reading, initialisation, norms):
     chosen = composition.compose(
         [f"bank_learning.reading={reading}", f"bank_learning.initialisation={initialisation}"]

@@ -4,13 +4,16 @@ read.
 
 import copy
 import json
+import resource
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from caco import errors
 from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.errors import FileError
 from caco.evals.evaluation import Evaluation
 from caco.evals.extraction import network_digest
 from caco.evals.feature_files import FeatureFiles, key_of
@@ -129,6 +132,18 @@ def test_files_that_were_damaged_are_made_anew(tmp_path, damage):
     else:
         file.write_bytes(file.read_bytes()[:-4] if damage == "short" else file.read_bytes() * 2)
     assert torch.equal(get(), numbers) and asked == [0, 0]
+
+
+def test_a_full_disk_is_said_with_the_files_name(tmp_path):
+    numbers = torch.zeros(1000, 8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))  # an error, as a full disk is
+    try:
+        with pytest.raises(FileError) as error:
+            FeatureFiles(tmp_path).get({}, 1000, lambda first, take: take(numbers, torch.zeros(1000)), batch=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ".partial: File too large" in errors.message(error.value)
 
 
 def test_a_networks_digest_is_of_its_structure_and_every_number(colours):
