@@ -258,7 +258,7 @@ def _health(uri: str) -> urllib.request.Request:
     """
     parts = urllib.parse.urlsplit(uri.rstrip("/"))
     name, separator, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host, path=f"{parts.path}/health").geturl())
+    request = urllib.request.Request(urllib.parse.urlunsplit((parts.scheme, host, f"{parts.path}/health", "", "")))
     if separator:
         known = base64.b64encode(urllib.parse.unquote(name).encode()).decode()
         request.add_header("Authorization", f"Basic {known}")

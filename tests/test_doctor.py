@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,8 @@ def test_a_server_is_asked_with_the_password_in_its_address_and_without_showing_
 
 
 def test_a_small_dev_shm_hinders_nobody(monkeypatch):
-    usage = shutil.disk_usage
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(path)._replace(total=2**26))
+    usage = types.SimpleNamespace(total=2**26, free=2**40)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     assert only(doctor.disk()).state == "works"
 
 
