@@ -1,8 +1,8 @@
-"""What PyTorch itself has for such a step, set beside the bank by bank.py: published.py's, with its two heaviest parts
-served by fused functions of PyTorch.
+"""Variants of the published step in which fused functions of PyTorch compute the heaviest parts; bank.py compares the
+bank with them.
 
-Loss and gradients are the bank's own or, where a function cannot give them, what it gives at the same cost: its
-docstring says so.
+They compute the bank's loss and gradients or, if a function cannot, something of the same cost; their docstrings say
+which.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,14 @@ from torch.nn import functional as F
 
 from benchmarks.published import TAU, Published
 
-CHUNKS = (None, "auto", 128, 512)  # queries at a time, of linear_cross_entropy
+CHUNKS = (None, "auto", 128, 512)  # how many queries linear_cross_entropy handles at a time
 
 
 class LinearCrossEntropy(Published):
-    """torch.nn.functional.linear_cross_entropy. The rows take the gradient of the loss: where they are positives it is
-    not CaCo's, which needs each query's probability, and the function with chunks gives only the mean of the losses.
+    """The step with torch.nn.functional.linear_cross_entropy.
+
+    The rows follow the gradient of the loss. For positive rows this is not CaCo's gradient, which needs the probability
+    of each query; the function, when it works in chunks, returns only the mean of the losses.
     """
 
     chunk: int | str | None = None
@@ -42,7 +44,7 @@ class LinearCrossEntropy(Published):
         self.update(self.loss(q_ND, k_ND)[1])
 
     def choose(self, seconds: Callable[[Callable], float], q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
-        """The chunk with which a step takes least."""
+        """Set `chunk` to the one of CHUNKS with which a step takes the least time."""
         taken = {}
         for self.chunk in CHUNKS:
             taken[self.chunk] = seconds(lambda: self.step(q_ND, k_ND))
@@ -50,13 +52,15 @@ class LinearCrossEntropy(Published):
 
 
 class Attention(Published):
-    """What torch.nn.functional.scaled_dot_product_attention calls on a CPU: the queries attend to the rows, which are
-    their values too. Its output is a part of the query's gradient, its logarithm of sums of the loss, and the gradient
-    of its values is that of the rows. The step is the bank's.
+    """The step with the flash attention that torch.nn.functional.scaled_dot_product_attention calls on a CPU.
+
+    The queries attend to the rows, which serve as keys and values. The output gives the main part of the gradient of
+    the queries, the log-sum-exp gives the loss, and the gradient of the values gives that of the rows. The result is
+    the bank's step.
     """
 
     def step(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
-        N, parts = len(q_ND), torch.get_num_threads()  # its backward pass has no more threads than heads
+        N, parts = len(q_ND), torch.get_num_threads()  # as many heads as threads: the backward pass runs heads parallel
         parts = parts if N % parts == 0 else 1
         with torch.no_grad():
             norm_K1 = self.w_KD.norm(dim=1, keepdim=True)
@@ -81,11 +85,14 @@ CONTENDERS: dict[str, type[Published]] = {"linear_cross_entropy": LinearCrossEnt
 
 
 def lacks(name: str, device: torch.device) -> str | None:
-    """Why a contender is left out, or None."""
+    """Why a contender cannot run on this machine, or None if it can."""
     if device.type != "cpu":
-        return "set beside the bank on CPUs only"
+        return "compared with the bank on CPUs only"
     if name == "linear_cross_entropy" and not hasattr(F, name):
-        return f"PyTorch {torch.__version__} has none"
+        return f"PyTorch {torch.__version__} has no such function"
     if name == "memory-efficient InfoNCE from PyPI":
-        return "memeff and cut-cross-entropy are Triton kernels, for GPUs; info-nce-pytorch and infonce hold the matrix"
+        return (
+            "memeff and cut-cross-entropy are Triton kernels, for GPUs; info-nce-pytorch and infonce store the whole"
+            " matrix"
+        )
     return None

@@ -1,15 +1,16 @@
-"""The first quarter of an hour on a GPU: stages one after another, each with a time limit and a result file of its own.
+"""Check caco on a GPU within a quarter of an hour: stages that run one after another, each with a time limit and its
+own result file.
 
-    python benchmarks/gpu_check.py                           every stage, at a tiny size where there is no GPU; results
-                                                             in gpu-check/
-    python benchmarks/gpu_check.py pack data/cifar10         before, where the images are: 20,000 of them into
-                                                             gpu-data.zip (at most 25 MB)
-    python benchmarks/gpu_check.py A --to out                kernels, bank, model: at most four minutes on one H200
-    python benchmarks/gpu_check.py B --data gpu-data.zip     80 seconds of training and a k-NN for each method: at most
-                                                             six
+    python benchmarks/gpu_check.py                           run all stages (at a tiny size if there is no GPU); the
+                                                             results are in gpu-check/
+    python benchmarks/gpu_check.py pack data/cifar10         first, on the machine with the images: pack 20,000 of them
+                                                             into gpu-data.zip (at most 25 MB)
+    python benchmarks/gpu_check.py A --to out                kernels, bank and model: at most four minutes on one H200
+    python benchmarks/gpu_check.py B --data gpu-data.zip     for each of some methods, 80 seconds of training and a
+                                                             k-NN evaluation: at most six minutes
 
-Nothing is fetched, and nothing but torch and what caco needs has to be there. A stage that fails, or takes too long, is
-ended and written down, and the next one starts. Nobody has run it on a GPU yet: the limits are estimates."""
+Nothing is downloaded, and only torch and caco's other requirements must be installed. A stage that fails or exceeds its
+limit is stopped and recorded, and the next one starts. Nobody has run this on a GPU yet; the limits are estimates."""
 
 import argparse
 import os
@@ -23,10 +24,10 @@ from pathlib import Path
 
 if (
     not __package__
-):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.gpu_check has them
+):  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.gpu_check does
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
 import torch
 from torch.nn import functional as F
 
@@ -42,8 +43,9 @@ SHAPES = [
     (256, 4096, 128),
     (1000, 65_537, 128),
     (512, 8192, 256),
-]  # queries, rows, width; also numbers that no block divides
-BOUND = {"fp32": 2e-4, "bf16": 3e-2}  # of a loss at temperature 0.1, and of a row's step as a share of the largest
+]  # (queries, rows, width); among them numbers that no block size divides
+# Largest allowed error of the loss at temperature 0.1, and of the rows' steps relative to the largest step.
+BOUND = {"fp32": 2e-4, "bf16": 3e-2}
 LEARNING = {
     "caco": ["method=caco_small", "pn=both", "bank.size=1024", "warm_start.passes=32", "bank_learning.final_lr=0",
     "bank_learning.reading=paper",
@@ -64,10 +66,11 @@ class Stage:
     """A program with a time limit.
 
     Args:
-        set: A or B.
-        limit_s: after which it is ended.
-        arguments: of Python; "{to}" is its result file, "{data}" the images, "{run}" a folder of its own.
-        tiny: instead of them where there is no GPU.
+        set: "A" or "B".
+        limit_s: the program is stopped after this many seconds.
+        arguments: the command line after `python`; "{to}" stands for the result file, "{data}" for the images, "{run}"
+            for a folder for this stage.
+        tiny: the arguments to use instead if there is no GPU.
     """
 
     set: str
@@ -99,10 +102,10 @@ STAGES = {
 
 
 def kernels(device: torch.device, *, tiny: bool) -> dict:
-    """The bank's loss and step in both precisions against the equations in float64.
+    """Compare the bank's loss and update in both precisions with the equations in float64; returns the errors.
 
     Raises:
-        AssertionError: one is further away than its bound.
+        AssertionError: an error is larger than its bound.
     """
     found = {}
     for N, K, D in [(32, 129, 16)] if tiny else SHAPES:
@@ -138,7 +141,7 @@ def kernels(device: torch.device, *, tiny: bool) -> dict:
 
 
 def learn(name: str, seconds: float, data: Path | None, run: Path, *, tiny: bool) -> dict:
-    """Train for about so many seconds, in as many whole epochs as a first stretch says that they hold, and evaluate."""
+    """Train for about `seconds` seconds and evaluate; a short first run measures how many epochs fit into them."""
     images = ["data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "batch=64"]
     if not tiny:
         if data is None:
@@ -177,8 +180,9 @@ def learn(name: str, seconds: float, data: Path | None, run: Path, *, tiny: bool
 
 
 def pack(folder: Path, to: Path) -> None:
-    """20,000 images of class folders in train/ and test/, four of five of them to train on, drawn from one seed, as
-    they are.
+    """Pack 20,000 images from class folders in train/ and test/ into a zip, drawn with a fixed seed and not re-encoded.
+
+    Four fifths of them are training images.
     """
     chosen = list[Path]()
     for split, count in (("train", 4 * PACKED_IMAGES // 5), ("test", PACKED_IMAGES // 5)):
@@ -200,12 +204,12 @@ def pack(folder: Path, to: Path) -> None:
 
 
 def stages(sets: list[str], to: Path, data: Path | None) -> int:
-    """Run them; the number of those that did not succeed."""
+    """Run the stages of these sets; returns how many did not succeed."""
     lacking = lacks_gpu()
     to.mkdir(parents=True, exist_ok=True)
-    report = Report(["stage", "result", "seconds, of at most"])
+    report = Report(["stage", "result", "seconds, limit"])
     if lacking:
-        say(f"every stage at a tiny size: {lacking}")
+        say(f"every stage runs at a tiny size: {lacking}")
     wrong = 0
     for name, stage in STAGES.items():
         if stage.set not in sets:
@@ -227,7 +231,7 @@ def stages(sets: list[str], to: Path, data: Path | None) -> int:
                 ).returncode
                 result = "done" if code == 0 else f"failed with exit code {code}: see {log.name}"
             except subprocess.TimeoutExpired:
-                result = f"ended by its limit: see {log.name}"
+                result = f"stopped at its time limit: see {log.name}"
         taken = time.perf_counter() - started
         wrong += result != "done"
         write_json(
@@ -251,9 +255,11 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", nargs="*", help="A, B or both; pack FOLDER; a stage's own: kernels, learn METHOD")
-    options.add_argument("--to", type=Path, help="folder of the results, gpu-check; of pack the file, gpu-data.zip")
-    options.add_argument("--data", type=Path, help="what pack has made, for set B")
+    options.add_argument("what", nargs="*", help="A, B or both; or pack FOLDER; or one stage: kernels, or learn METHOD")
+    options.add_argument(
+        "--to", type=Path, help="the folder of the results (default: gpu-check); for pack the file (gpu-data.zip)"
+    )
+    options.add_argument("--data", type=Path, help="the file that pack made, for set B")
     options.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--seconds", type=float, default=80, help=argparse.SUPPRESS)
     options.add_argument("--json", type=Path, help=argparse.SUPPRESS)

@@ -1,4 +1,6 @@
-"""What every method and every P/N setting in conf/ promises, found there: a new one is held to it by being there."""
+"""What every method and every setting of pn in conf/ must do. The tests find the options in conf/, so they test new
+ones automatically.
+"""
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from tiny import FEW_PROTOTYPES, MIXED, OF_PATCHES, batch_of, compose, noise, no
 from caco.config.composition import CONF
 from caco.engine.assembly import build_method
 
-WITH_OTHER_NUMBERS = ("caco_small", "dino_vit", "mocov3_vit")  # CaCo, DINO and MoCo v3
+WITH_OTHER_NUMBERS = ("caco_small", "dino_vit", "mocov3_vit")  # variants of CaCo, DINO and MoCo v3
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem not in WITH_OTHER_NUMBERS)
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
-# A method chooses its own projector, optimiser and views; a test needs small ones.
+# Each method chooses its projector, optimiser and views; tests need small ones.
 SMALL = ["augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd"]
 MULTICROP = ["+augmentation.views.small._target_=caco.data.views.augmentation.View",
 "+augmentation.views.small.count=2",
@@ -29,7 +31,7 @@ QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
 CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]
 CASES["method=adco with shuffled keys"] = [*CASES["method=adco"], "norm_groups=4", "shuffle_keys=true"]
 CASES["rows renewed and in balance"] = ["bank_learning.renewed_after_steps=2", "bank_learning.balance=0.5"]
-# Each treatment of negatives, of a bank's rows that are positives too, of those that are none, and of a batch's.
+# Each treatment of negatives, with rows of a bank that has positives, with rows of one that has none, and with a batch.
 TREATED = {
     name: [f"negatives={name}", *(MIXED if name == "mixed" else [])] for name in ("debiased", "hard", "margin", "mixed")
 }
@@ -42,8 +44,7 @@ CASES |= {
     f"method={m} negatives={name}": [*CASES[f"method={m}"], *TREATED[name]]
     for m, name in (("adco", "hard"), ("adco", "mixed"), ("nnclr", "margin"))
 }
-# A method's own contract is fast to see; that small views change nothing of it is seen of CaCo, and of the rest in the
-# long tier.
+# With small views, the fast tier tests only CaCo and SwAV; the long tier tests all methods.
 LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
 LONG |= {case for case in CASES if " negatives=" in case and case != "pn=both negatives=hard"} | {
     "method=ifm",
@@ -59,7 +60,7 @@ def bank_of(overrides):
 
 
 def has_bank(overrides):
-    """One whose size is a test's to choose, and not the number of images."""
+    """Whether there is a bank whose size can be chosen, and does not follow from the number of images."""
     return bank_of(overrides) is not None and bank_of(overrides).size is not None
 
 
@@ -70,7 +71,7 @@ def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
     train(tmp_path, *overrides, bank=bank)
     whole, rows = final(tmp_path), record(tmp_path)
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(set(losses)) == 7, "every step gives another loss"
+    assert len(set(losses)) == 7, "every step must give a different loss"
     (tmp_path / "checkpoints" / "step_000000007.pt").unlink()
     (tmp_path / "summary.json").unlink()
     train(tmp_path, *overrides, bank=bank)
@@ -99,7 +100,7 @@ def test_bank_and_twin_move_only_when_told(case):
         method.after_step(now(bank_lr=0.5))
         assert not torch.equal(rows, method.bank.rows.weight)
     assert all(p.grad is not None for group in method.parameter_groups() for p in group.parameters), (
-        "every parameter takes part"
+        "every parameter must get a gradient"
     )
 
 
@@ -109,7 +110,7 @@ QUEUED = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for
 
 @pytest.mark.parametrize("case", QUEUED)
 def test_no_key_is_a_negative_of_its_own_image(case):
-    """A queue that hands keys back at once would hold a vector equal to the step's own key; none may."""
+    """A queue that returned this step's keys at once would contain a vector equal to the query's own key."""
     cfg = compose(*CASES[case], bank=has_bank(CASES[case]))
     method = build_method(cfg).train()
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Features on disk, found again by what they were made from."""
+"""Features on disk, stored under a hash of everything that they depend on."""
 
 import hashlib
 import json
@@ -15,18 +15,19 @@ from caco.runs.files import locked, read_json, write_json
 
 
 def key_of(made_from: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits of plain values."""
+    """A hash, 16 hexadecimal digits, of plain values."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class FeatureFiles:
-    """Features on disk, each file found again by what it was made from; bounded memory, whatever the set's size.
+    """Features in files; each is stored under a hash of what its features depend on. Memory is bounded, whatever the
+    size of the set.
 
-    A file is written from its first row to its last under another name and renamed when it is whole; one that a kill
-    cut off is gone on with. Two processes that want the same file make it once.
+    A file is written row by row under a temporary name and renamed when it is complete. After a kill, a partial file is
+    completed. If two processes want the same file, only one of them makes it.
 
     Args:
-        folder: where they are; made when needed.
+        folder: the folder of the files; it is made when needed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,12 +41,12 @@ class FeatureFiles:
         *,
         batch: int,
     ) -> Tensor:
-        """Features [num_images, D], mapped into memory and not read.
+        """Features [num_images, D], mapped from their file into memory.
 
         Args:
             made_from: plain values that decide every number.
-            make: `make(first, take)` calls take(features, labels) for each batch from image `first` on.
-            batch: rows are gone on with at a multiple of it, so that the same batches give the same bits.
+            make: `make(first, take)` has to call take(features, labels) for each batch, from image `first` on.
+            batch: a partial file is resumed at a multiple of it, so that the same batches give the same bits.
         Raises:
             OSError: the disk is full.
         """
@@ -60,14 +61,14 @@ class FeatureFiles:
         return flat.view(num_images, width)
 
     def _is_whole(self, path: Path, num_images: int) -> bool:
-        """Whether the file is there, as its header says: neither was damaged from outside."""
+        """Whether the file is there and has the size that its header says, so that neither was damaged from outside."""
         header = path.with_suffix(".json")
         try:
             about = read_json(header)
             row_bytes = about["width"] * getattr(torch, about["dtype"]).itemsize if about else 0
         except (UserError, LookupError, TypeError, AttributeError):
             row_bytes = 0
-        if row_bytes == 0:  # nothing is known of what is there
+        if row_bytes == 0:  # without a valid header the files cannot be used
             for file in (path, path.with_suffix(".partial"), header):
                 file.unlink(missing_ok=True)
         return path.is_file() and path.stat().st_size == num_images * row_bytes
@@ -87,7 +88,7 @@ class FeatureFiles:
                         dtype = str(features_bD.dtype).removeprefix("torch.")
                         write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
                     file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
-                    file.flush()  # a kill costs the batch that it falls into, and no others
+                    file.flush()  # a kill then costs only the batch in progress
 
                 if done < num_images:
                     make(done, take)
@@ -99,5 +100,7 @@ class FeatureFiles:
         except OSError as error:
             if error.filename is not None or isinstance(error, UserError):
                 raise
-            raise FileError(error.errno, error.strerror, str(partial)) from error  # a full disk's says not where
+            raise FileError(
+                error.errno, error.strerror, str(partial)
+            ) from error  # the error of a full disk does not name the file
         os.replace(partial, path)

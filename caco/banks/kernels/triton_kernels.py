@@ -1,18 +1,18 @@
-"""The bank's fused passes on CUDA, in Triton: those of caco/banks/kernels/fused.py, by the same names and signatures.
+"""The bank's fused passes on CUDA, in Triton, with the names and signatures of caco/banks/kernels/fused.py.
 
-Checked in Triton's interpreter, on a CPU, and compiled ahead of time for sm_80 and sm_90 (benchmarks/kernels.py): they
-never ran on a GPU. So the first use on a card tries them there (`trial`), and where that fails PyTorch streams the
-bank.
+The kernels have been checked in Triton's interpreter on a CPU and compiled ahead of time for sm_80 and sm_90
+(benchmarks/kernels.py). They have never run on a GPU. So the first use on a GPU compares them with the equations there
+(`trial`), and if that fails PyTorch streams the bank.
 
-A program owns a block of queries and a share of the rows (`forward`, `nearest`), or a block of rows and all queries
-(`update`). Shares are summed in their order and nothing is added atomically: the same card gives the same bits again.
-Products are bfloat16's with float32 sums where the run's precision is (`bf16`), else tf32x3: three products of the
-tensor cores that together keep float32's rounding, at two and a half times the peak of the plain float32 units (A100:
-156/3 against 19.5 TFLOP/s, H100: 495/3 against 67, as published). Float32's factors take twice four bytes an element,
-so their first product goes over the width in chunks; bfloat16's takes it whole.
+A Triton program owns a block of queries and a share of the rows (`forward`, `nearest`), or a block of rows and all
+queries (`update`). The shares are summed in a fixed order and nothing is added atomically, so the same GPU gives the
+same bits again. With `bf16` the products take bfloat16 factors and float32 sums. Otherwise they are tf32x3: three
+tensor-core products that together keep float32's rounding, at two and a half times the peak of the plain float32 units
+(published figures: A100 156/3 against 19.5 TFLOP/s, H100 495/3 against 67). Float32 factors take two times four bytes
+an element, so their first product goes over the width in chunks; with bfloat16 it takes the whole width at once.
 
-Shapes: N queries, S rows in one block, R rows, D width, D2 the power of two that holds it, C columns in one chunk, P
-shares of the rows, T candidates.
+Shapes: N queries, S rows in one block, R rows, D width, D2 the next power of two, C columns in one chunk, P shares of
+the rows, T candidates.
 """
 
 import functools
@@ -25,16 +25,16 @@ from torch.nn import functional as F
 
 from caco import equations as eq
 
-WIDEST = 256
+WIDEST = 256  # largest width D that the kernels are made for
 TOP = 4  # candidates for each key
 LOG2_E = 1.4426950408889634
-# How far a cosine of unit vectors is off whose factors were rounded to bfloat16: by 2^-9 each, and a little for their
-# sum.
+# Bound on the error of a cosine of unit vectors that were rounded to bfloat16: 2^-9 for each vector, and a little for
+# the sum.
 ROUNDING = 1.02 * 2**-8
 
-# Queries and rows in a block, warps, stages: of widths to 128 and above on every card, and of the same on sm_90 and
-# sm_100, which have more shared memory than 99 KiB. None spills a register on sm_80 or sm_90.
-SIZES = {  # kernel, bf16
+# (queries in a block, rows in a block, warps, stages), four times: for widths up to 128 and above, first for every GPU,
+# then for sm_90 and sm_100, which have more than 99 KiB of shared memory. None spills a register on sm_80 or sm_90.
+SIZES = {  # keys: kernel, bf16
     ("forward", True): ((64, 32, 4, 3), (64, 32, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2)),
     ("nearest", True): ((64, 64, 8, 2), (64, 32, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
     ("update", True): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 128, 8, 2), (32, 64, 8, 3)),
@@ -42,15 +42,15 @@ SIZES = {  # kernel, bf16
     ("nearest", False): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
     ("update", False): ((64, 32, 8, 2), (16, 32, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
 }
-CHUNK = 32  # of float32's width
+CHUNK = 32  # columns of a chunk of the width, with float32 factors
 
 
-# On the card.
+# On the GPU.
 
 
 @triton.jit
 def _block(x_ptr, first, last, ROWS: tl.constexpr, D: tl.constexpr, start, COLUMNS: tl.constexpr):
-    """Pointers to a block of x's rows and columns, and which of them there are."""
+    """Pointers to a block of x's rows and columns, and a mask of those that lie inside x."""
     row_S, column_C = tl.arange(0, ROWS), start + tl.arange(0, COLUMNS)
     there_SC = (row_S < last - first)[:, None] & (column_C < D)[None, :]
     return x_ptr + tl.cast(first, tl.int64) * D + (row_S[:, None] * D + column_C[None, :]), there_SC
@@ -67,7 +67,7 @@ def _products(
     a_ptr, first_a, last_a, A: tl.constexpr, b_ptr, first_b, last_b, B: tl.constexpr,
     D: tl.constexpr, D2: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of a's rows and one of b's, [A, B], and the squares of b's, [B]."""
+    """Products of a block of a's rows with a block of b's rows, [A, B], and the squared norms of b's rows, [B]."""
     dot_AB = tl.zeros((A, B), tl.float32)
     square_B = tl.zeros((B,), tl.float32)
     for start in range(0, D2, C):
@@ -96,7 +96,7 @@ def forward_kernel(
         there_S = row + tl.arange(0, BLOCK_R) < R
         dot_NS, square_S = _products(q_ptr, first_query, N, BLOCK_N, w_ptr, row, R, BLOCK_R, D, D2, C, PRECISION, TYPE)
         inverse_S, beyond_S = tl.where(there_S, tl.rsqrt(square_S), 0.0), tl.where(there_S, 0.0, float("-inf"))
-        # The mask and the shift are one term of a row, added as its logits are scaled.
+        # Mask and shift are joined into one number for each row, which is added as the logits are scaled.
         logit_NS = dot_NS * (inverse_S * scale)[None, :] + (beyond_S - shift)[None, :]
         peak_N = tl.maximum(peak_N, tl.max(logit_NS, 1))
         e_NS = tl.exp2(logit_NS)
@@ -126,7 +126,9 @@ def nearest_kernel(
     PRECISION: tl.constexpr,
     T: tl.constexpr,
 ):  # fmt: skip
-    """Each place in a block keeps its best row; the largest cosine that some place did not keep is told with them."""
+    """Each place in a block keeps its best row. Stored are the best T of these rows, and as a bound the largest cosine
+    of all other rows.
+    """
     share, first_query = tl.program_id(1), tl.program_id(0) * BLOCK_N
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
     best_NS = tl.full((BLOCK_N, BLOCK_R), float("-inf"), tl.float32)
@@ -169,7 +171,7 @@ def update_kernel(
     for query in range(0, N, BLOCK_N):
         query_N = query + tl.arange(0, BLOCK_N)
         there_N = query_N < N
-        log_sum_N = tl.load(log_sum_ptr + query_N, mask=there_N, other=float("inf"))  # so p is 0 beyond the last
+        log_sum_N = tl.load(log_sum_ptr + query_N, mask=there_N, other=float("inf"))  # makes p 0 after the last query
         weight_N = tl.load(weight_ptr + query_N, mask=there_N, other=0.0)
         positive_N = tl.load(positive_ptr + query_N, mask=there_N, other=-1)
         q_ND = _load(q_ptr, query, N, BLOCK_N, D, 0, D2)
@@ -181,8 +183,9 @@ def update_kernel(
             (push * weight_N)[None, :] * p_SN,
         )
         toward_SD = tl.dot(move_SN.to(TYPE), q_ND, toward_SD, input_precision=PRECISION)
-    # A zero that the compiler does not know: else it keeps the addresses from before the loop in registers all through
-    # it. The barriers keep it from reading everything at once, for the same reason.
+    # A zero that the compiler cannot know to be one: otherwise it would hold the addresses from before the loop in
+    # registers throughout the loop. The barriers keep it from reading everything at once, which would take registers
+    # too.
     zero = tl.program_id(2)
     w_at_SD, there_SD = _block(w_ptr, first_row, R, BLOCK_R, D, zero, D2)
     v_at_SD, _ = _block(v_ptr, first_row, R, BLOCK_R, D, zero, D2)
@@ -201,11 +204,11 @@ def update_kernel(
     tl.store(w_at_SD, w_SD, mask=there_SD)
 
 
-# On the host.
+# On the CPU.
 
 
 def constants(name: str, D: int, *, bf16: bool, hopper: bool) -> tuple[dict, dict]:
-    """What a kernel is compiled for, and how it is launched."""
+    """The constants that a kernel is compiled with, and the options that it is launched with."""
     D2 = max(16, triton.next_power_of_2(D))
     block_n, block_r, warps, stages = SIZES[name, bf16][2 * hopper + (D2 > 128)]
     shape = {"D": D, "D2": D2, "BLOCK_N": block_n, "BLOCK_R": block_r, "C": D2 if bf16 else min(CHUNK, D2)}
@@ -213,10 +216,10 @@ def constants(name: str, D: int, *, bf16: bool, hopper: bool) -> tuple[dict, dic
 
 
 def _launch(name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, bf16: bool, **flags) -> list[Tensor]:
-    """Start a kernel over blocks of queries and shares of rows; returns its outputs of every share.
+    """Launch a kernel over blocks of queries and shares of rows; returns its outputs for every share, [P, N, ...] each.
 
     Args:
-        outputs: type and shape, after [P, N], of each.
+        outputs: for each output its dtype and the dimensions after [P, N].
     """
     N, (R, D) = len(q_ND), w_RD.shape
     fixed, options = constants(name, D, bf16=bf16, hopper=_is_hopper(w_RD.device))
@@ -225,7 +228,7 @@ def _launch(name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, bf16: boo
         triton.cdiv(R, fixed["BLOCK_R"]),
         _processors(w_RD.device),
     )
-    # As many shares as leave the fewest processors idle in the last turn.
+    # The number of shares that leaves the fewest multiprocessors idle in the last round.
     shares = min(
         range(1, min(row_blocks, max(4, processors // blocks)) + 1),
         key=lambda P: triton.cdiv(blocks * P, processors) / P,
@@ -243,7 +246,7 @@ def _launch(name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, bf16: boo
 def forward(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """As fused.forward."""
+    """As `fused.forward`."""
     z, z2, peak, sums = _launch(
         "forward", q_GD, w_RD,
         [(torch.float64, ()), (torch.float64, ()), (torch.float32, ()), (torch.float32,
@@ -255,11 +258,11 @@ def forward(
 
 
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As fused.nearest, but the last value of each key is only a bound: no row that is not among the others has a
+    """As `fused.nearest`, but the last of each key's values is only a bound: no row outside the other candidates has a
     larger cosine.
 
-    The bank is searched in bfloat16, whatever the run's precision. What rounding may have hidden is searched in
-    float32, so the values are float32's.
+    The bank is searched in bfloat16, whatever the run's precision is. Keys for which rounding may have hidden the
+    nearest row are searched again in float32. The returned values are computed in float32.
     """
     row_GT, bound_G = _candidates(k_GD, w_RD, bf16=True)
     value_GT, row_GT = _in_order(k_GD, w_RD, row_GT)
@@ -277,7 +280,7 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _candidates(k_GD: Tensor, w_RD: Tensor, *, bf16: bool) -> tuple[Tensor, Tensor]:
-    """Rows of large cosines, [G, T] (-1: none), and the largest cosine of all others, [G]."""
+    """Rows with large cosines, [G, T] (-1 for no row), and a bound on the cosines of all other rows, [G]."""
     value, row, bound = _launch(
         "nearest", k_GD, w_RD, [(torch.float32, (TOP,)), (torch.int32, (TOP,)), (torch.float32, ())], [], bf16, T=TOP
     )
@@ -288,7 +291,9 @@ def _candidates(k_GD: Tensor, w_RD: Tensor, *, bf16: bool) -> tuple[Tensor, Tens
 
 
 def _in_order(k_GD: Tensor, w_RD: Tensor, row_GT: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates by their cosines in float32, best first, equal ones by row."""
+    """The candidates' cosines in float32 and their rows, the largest cosine first and equal ones by row, [G, T]
+    each.
+    """
     row_GT = row_GT.sort(dim=1).values
     w_GTD = w_RD[row_GT.clamp(min=0)]
     value_GT = (k_GD[:, None] * w_GTD).sum(2) / w_GTD.norm(dim=2)
@@ -301,11 +306,11 @@ def update(
     tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool,
     bf16: bool = False,
 ) -> None:  # fmt: skip
-    """As fused.update."""
+    """As `fused.update`."""
     assert w_RD.is_contiguous() and velocity_RD.is_contiguous()
     R, D = w_RD.shape
     fixed, options = constants("update", D, bf16=bf16, hopper=_is_hopper(w_RD.device))
-    with torch.cuda.device_of(w_RD):  # floats, as a kernel is compiled anew for integers
+    with torch.cuda.device_of(w_RD):  # the numbers as floats: Triton would compile the kernel anew for integers
         update_kernel[triton.cdiv(R, fixed["BLOCK_R"]),](
             _factors(q_ND, bf16), positive_N.clamp(-1, R).int(), log_sum_N * LOG2_E, weight_N.contiguous(), w_RD,
             velocity_RD,
@@ -333,15 +338,15 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def trial(device: torch.device, D: int) -> None:
-    """Run every kernel once and compare it with the equations in float64.
+    """Run every kernel once for width D and compare it with the equations in float64.
 
     Raises:
-        ValueError: wider than the kernels are made for.
-        ArithmeticError: they give something else here.
-        Exception: whatever compiler and driver raise.
+        ValueError: D is larger than the kernels are made for.
+        ArithmeticError: a kernel's result differs from the equations on this device.
+        Exception: whatever Triton's compiler and the driver raise.
     """
     if D > WIDEST:
-        raise ValueError(f"they are made for widths up to {WIDEST}; got {D}")
+        raise ValueError(f"the kernels are made for widths up to {WIDEST}; got {D}")
     N, R, tau, bank_tau, settings = 70, 300, 0.3, 0.2, {"lr": 3.0, "momentum": 0.9}
     generator = torch.Generator().manual_seed(0)
     q, k, w, v = (F.normalize(torch.randn(rows, D, generator=generator), dim=1).to(device) for rows in (N, N, R, R))
@@ -370,5 +375,5 @@ def trial(device: torch.device, D: int) -> None:
             off = ((got - exact).norm() / exact.norm()).item()
             if not off < tolerance:
                 raise ArithmeticError(
-                    f"a result of theirs is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}"
+                    f"a kernel's result is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}"
                 )
