@@ -31,19 +31,21 @@ class RunShape:
     unit: Literal["step", "epoch"] = "step"
     restart_epoch: int = 0
 
-    def __post_init__(self) -> None:
-        if self.steps > MOST_STEPS:
-            raise UserError(
-                f"epochs: expected at most {MOST_STEPS // self.steps_per_epoch:,}, which are {MOST_STEPS:,} steps of"
-                f" {self.batch:,} images, got {self.epochs:,}"
-            )
-
     @property
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
     def of_schedules(self) -> "RunShape":
-        """The part of the run over which schedules go from their start to their end."""
+        """The part of the run over which schedules go from their start to their end.
+
+        Raises:
+            UserError: the run has so many steps that the tables of its schedules would fill the memory.
+        """
+        if self.steps > MOST_STEPS:
+            raise UserError(
+                f"epochs: expected at most {MOST_STEPS // self.steps_per_epoch:,}, which are {MOST_STEPS:,} steps of"
+                f" {self.batch:,} images, got {self.epochs:,}"
+            )
         return replace(self, epochs=self.epochs - self.restart_epoch, restart_epoch=0)
 
     def placed(self, table: Table) -> Table:

@@ -371,6 +371,6 @@ def test_drops_without_a_meaning_are_refused(wrong):
 
 
 def test_a_run_of_more_steps_than_any_is_refused_before_a_table_of_them_is_made():
-    RunShape(20_000, 1000, 64)
+    RunShape(20_000, 1000, 64).of_schedules()
     with pytest.raises(UserError, match="epochs: expected at most 20,000, which are 20,000,000 steps of 64 images"):
-        RunShape(4_000_000_000, 1000, 64)
+        RunShape(4_000_000_000, 1000, 64).of_schedules()
