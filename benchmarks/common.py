@@ -25,6 +25,7 @@ from caco.banks.kernels import fused
 from caco.data.sets.folders import folder
 from caco.data.sets.sources import Source
 from caco.runs.environment import environment
+from caco.runs.files import write_text
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _started = time.perf_counter()
@@ -180,13 +181,18 @@ def photos_at(given: Path | None, top: Path, count: int, width: int) -> Source:
 
 
 class Report:
-    """Figures for --json, rows for the table that is printed last, and what was left out."""
+    """Figures for --json, rows for the table that is printed last, and what was left out.
 
-    def __init__(self, columns: Sequence[str]):
-        self.columns = columns
+    Args:
+        file: for the figures as they come, each row as it is made: of a run that is ended before its end.
+    """
+
+    def __init__(self, columns: Sequence[str], file: Path | None = None):
+        self.columns, self.file = columns, file
         self.figures: dict[str, Any] = {}
         self.rows: list[Sequence[Any]] = []
         self.left_out: dict[str, str] = {}
+        self._on: dict[str, dict[str, str]] = {}
 
     def leave_out(self, what: str, why: str | None) -> bool:
         """Whether `what` is left out, which it is where there is a reason; said before it would have run."""
@@ -197,6 +203,13 @@ class Report:
 
     def row(self, *cells: Any) -> None:
         self.rows.append(cells)
+        if self.file is not None:
+            self._write(self.file, {"unfinished": True, "rows": [[str(cell) for cell in row] for row in self.rows]})
+
+    def _write(self, file: Path, more: dict[str, Any]) -> None:
+        self._on = self._on or {"machine": machine(), "environment": environment()}
+        figures = self.figures | {"left_out": self.left_out} | self._on | more
+        write_text(file, json.dumps(figures, indent=1) + "\n")
 
     def end(self, file: Path | None) -> None:
         """Print all of it, and write the figures where asked to."""
@@ -208,5 +221,4 @@ class Report:
         facts = [f"{name}: {value}" for name, value in on.items()]
         print("; ".join([*facts, f"{time.perf_counter() - _started:.0f} s in all"]), flush=True)
         if file is not None:
-            figures = self.figures | {"left_out": self.left_out, "machine": on, "environment": environment()}
-            file.write_text(json.dumps(figures, indent=1) + "\n")
+            self._write(file, {})

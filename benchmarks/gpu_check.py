@@ -3,21 +3,32 @@
     python benchmarks/gpu_check.py                           every stage, at a tiny size where there is no GPU; results
                                                              in gpu-check/
     python benchmarks/gpu_check.py pack data/cifar10         before, where the images are: 20,000 of them into
-                                                             gpu-data.zip (at most 25 MB)
-    python benchmarks/gpu_check.py A --to out                kernels, bank, model: at most four minutes on one H200
-    python benchmarks/gpu_check.py B --data gpu-data.zip     80 seconds of training and a k-NN for each method: at most
-                                                             six
+                                                             gpu-data/images.zip (at most 25 MB)
+    python benchmarks/gpu_check.py A --to out                kernels, waits, bank, model: at most four minutes on one
+                                                             H200
+    python benchmarks/gpu_check.py B --to out                80 seconds of training and a k-NN for each method: at most
+                                                             six; with gpu-data/ carried along
 
-Nothing is fetched, and nothing but torch and what caco needs has to be there. A stage that fails, or takes too long, is
-ended and written down, and the next one starts. Nobody has run it on a GPU yet: the limits are estimates."""
+Nothing is fetched, and nothing but torch and what caco needs has to be there. A stage writes its figures as they come
+and is ended, with all that it has started, when its time is over; what it printed last is in its file too. What is in
+the way, such as images, is taken to a folder of its own and removed: the results are a small file for each stage and
+stages.json. Nobody has run it on a GPU yet: the limits are estimates."""
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,10 +45,16 @@ from benchmarks.common import Report, lacks_gpu, machine, say
 from caco import equations
 from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
+from caco.config import composition
+from caco.engine import trainer
+from caco.engine.assembly import run_training
 from caco.runs.files import read_json, write_json
+from caco.tracking.ledger import read_rows
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "gpu-data" / "images.zip"
 PACKED_IMAGES, PACKED_BYTES = 20_000, 25_000_000
+LOG_CHARACTERS = 6000  # of what a stage printed, the last ones
 SHAPES = [
     (256, 4096, 128),
     (1000, 65_537, 128),
@@ -57,6 +74,10 @@ TRAINING = [
     "projector=small", "optimizer=sgd", "optimizer.lr=0.06", "optimizer.weight_decay=5e-4",
     "schedule.warmup_epochs=1", "schedule.final_fraction=0", "eval=[knn_all]", "tracking=ledger",
 ]  # fmt: skip
+SMALL = ["data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "batch=64"]
+WAITING = ["caco", "mocov2", "adco", "swav", "dino", "byol", "instdisc"]  # methods of which it is seen where they wait
+NEEDED = ["hydra", "omegaconf", "timm", "torchvision", "numpy", "PIL", "safetensors", "psutil", "sklearn", "scipy",
+          "threadpoolctl", "tqdm"]  # fmt: skip
 
 
 @dataclass
@@ -66,7 +87,7 @@ class Stage:
     Args:
         set: A or B.
         limit_s: after which it is ended.
-        arguments: of Python; "{to}" is its result file, "{data}" the images, "{run}" a folder of its own.
+        arguments: of Python; "{to}" is its result file, "{data}" the folder of the images, "{run}" one of its own.
         tiny: instead of them where there is no GPU.
     """
 
@@ -80,31 +101,37 @@ def _program(name: str, *arguments: str) -> list[str]:
     return [str(HERE / f"{name}.py"), *arguments, "--json", "{to}"]
 
 
-MODEL = ["backbone=resnet50", "augmentation=caco", "batch=512", "bank=8M", "precision=bf16"]
+MODEL = ["backbone=resnet50", "augmentation=caco", "batch=512", "bank=8M", "precision=bf16", "--runs", "5"]
+LEARN_S, LEARN_LIMIT_S = 80, 117
 STAGES = {
     "kernels": Stage("A", 60, _program("gpu_check", "kernels"), _program("gpu_check", "kernels", "--tiny")),
+    "waits": Stage(
+        "A", 40, _program("gpu_check", "waits", "--run", "{run}"),
+        _program("gpu_check", "waits", "--run", "{run}", "--tiny"),
+    ),
     "bank": Stage(
-        "A", 90, _program("bank", "speed", "memory", "--device", "cuda", "--queries", "4096", "--rows", "65536"),
+        "A", 70, _program("bank", "speed", "memory", "--device", "cuda", "--queries", "4096", "--rows", "65536"),
         _program("bank", "speed", "memory", "--tiny"),
     ),
-    "model": Stage("A", 90, _program("step", *MODEL), _program("step", "--tiny")),
+    "model": Stage("A", 70, _program("step", *MODEL), _program("step", "--tiny")),
     **{
         f"learn-{name}": Stage(
-            "B", 118, _program("gpu_check", "learn", name, "--seconds", "80", "--data", "{data}", "--run", "{run}"),
-            _program("gpu_check", "learn", name, "--seconds", "1", "--run", "{run}", "--tiny"),
+            "B", LEARN_LIMIT_S, _program("gpu_check", "learn", name, "--data", "{data}", "--run", "{run}"),
+            _program("gpu_check", "learn", name, "--run", "{run}", "--tiny"),
         )
         for name in LEARNING
     },
 }  # fmt: skip
+Write = Callable[[dict], None]  # of what is known so far
 
 
-def kernels(device: torch.device, *, tiny: bool) -> dict:
+def kernels(device: torch.device, *, tiny: bool, write: Write = lambda known: None) -> dict:
     """The bank's loss and step in both precisions against the equations in float64.
 
     Raises:
         AssertionError: one is further away than its bound.
     """
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for N, K, D in [(32, 129, 16)] if tiny else SHAPES:
         for precision, bound in BOUND.items():
             generator = torch.Generator().manual_seed(0)
@@ -123,7 +150,10 @@ def kernels(device: torch.device, *, tiny: bool) -> dict:
             if gradient is not None:
                 step = before - bank.rows.weight.detach().double()
                 off["rows"] = ((step - 3.0 * gradient).abs().max() / (3.0 * gradient).abs().max()).item()
+            nearest = (k.double() @ F.normalize(before, dim=1).T).argmax(1)
+            off["rows chosen otherwise than in float64"] = (row != nearest).sum().item()
             found[f"N {N}, K {K}, D {D}, {precision}"] = off
+            write({"off": found})
             assert max(off.values()) <= bound, (
                 f"N {N}, K {K}, D {D}, {precision}: off by {off}, expected at most {bound}"
             )
@@ -137,43 +167,100 @@ def kernels(device: torch.device, *, tiny: bool) -> dict:
     return {"served_by": served, "off": found}
 
 
-def learn(name: str, seconds: float, data: Path | None, run: Path, *, tiny: bool) -> dict:
-    """Train for about so many seconds, in as many whole epochs as a first stretch says that they hold, and evaluate."""
-    images = ["data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "batch=64"]
+def waits(run: Path, *, tiny: bool, write: Write) -> dict:
+    """Where a step of the training waits for the GPU, and how often: of each method some steps of which none is looked
+    at, after the first ones, as PyTorch sees it (`torch.cuda.set_sync_debug_mode`).
+
+    Returns:
+        of each method, places in the source and how often they waited in so many steps; or why it could not be seen.
+    """
+    found: dict[str, dict] = {}
+    for name in WAITING[:1] if tiny else WAITING:
+        bank = ["bank.size=512"] if name in ("caco", "mocov2", "adco") else []
+        few = ["method.num_prototypes=64"] if name in ("swav", "dino") else []
+        steps = ["max_steps=30", "epochs=2", "log_every_steps=1000", "schedule.warmup_epochs=0", "eval=[]"]
+        own = ["optimizer=sgd", "projector=small", "tracking=ledger", *SMALL]
+        try:
+            with _watched() as seen:
+                _train(run / name, [f"method={name}", *own, *bank, *few, *steps])
+            found[name] = {"places": dict(seen)}
+        except Exception as error:  # noqa: BLE001 - of one method; the others are looked at too
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+        write({"waits": found})
+    return {"waits": found}
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[Counter[str]]:
+    """Counts warnings of PyTorch about waiting, in the steps from the 12th on; without a GPU there are none."""
+    seen: Counter[str] = Counter()
+    batches, gpu = trainer.Trainer.batches, torch.cuda.is_available()
+
+    def some(self):
+        for number, given in enumerate(batches(self)):
+            if gpu and number in (11, 20):  # an epoch of the digits has 21 steps
+                torch.cuda.set_sync_debug_mode("warn" if number == 11 else "default")
+            yield given
+
+    def note(message, category, filename, lineno, file=None, line=None) -> None:
+        if "synchroniz" in str(message):
+            seen[f"{Path(filename).name}:{lineno}"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        trainer.Trainer.batches = some  # type: ignore[method-assign]
+        try:
+            yield seen
+        finally:
+            trainer.Trainer.batches = batches  # type: ignore[method-assign]
+            if gpu:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def _train(folder: Path, overrides: list[str]) -> dict:
+    composition.register()
+    return run_training(composition.job_config(composition.compose(overrides)), folder)
+
+
+def learn(name: str, data: Path | None, run: Path, *, tiny: bool, write: Write) -> dict:
+    """Train for about 80 seconds, in as many whole epochs as some steps before say that they hold, and evaluate."""
+    started = time.perf_counter()
+    images = SMALL
     if not tiny:
         if data is None:
-            raise SystemExit(
-                "learn: expected --data gpu-data.zip, as `python benchmarks/gpu_check.py pack FOLDER` makes it"
-            )
-        with zipfile.ZipFile(data) as packed:
-            packed.extractall(run / "data")
-        images = [
-            "data=cifar10_jpeg75",
-            f"data.root={run / 'data'}",
-            "augmentation=cifar",
-            "backbone=resnet18_cifar",
-            "batch=256",
-        ]
+            raise SystemExit("learn: expected --data, a folder with train/ and test/, as pack takes it")
+        images = ["data=cifar10_jpeg75", f"data.root={data}", "augmentation=cifar", "backbone=resnet18_cifar",
+                  "batch=256", "loader.num_workers=8"]  # fmt: skip
 
     def train(folder: str, *overrides: str) -> dict:
         own = {key for key, _, _ in (override.partition("=") for override in overrides)}
         settings = [
             setting for setting in [*TRAINING, *LEARNING[name], *images] if setting.partition("=")[0] not in own
         ]
-        command = [sys.executable, "-m", "caco.train", *settings, *overrides, f"hydra.run.dir={run / folder}"]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        return read_json(run / folder / "summary.json")
+        return _train(run / folder, [*settings, *overrides])
 
-    first = train("first", "max_steps=40", "epochs=10", "warm_start.steps=0", "warm_start.passes=null")
-    epochs = max(2, int(seconds * first["images_per_second"] / (1400 if tiny else 4 * PACKED_IMAGES // 5)))
+    train("first", "max_steps=60", "epochs=10", "warm_start.steps=0", "warm_start.passes=null", "eval=[]")
+    speed = _images_per_second(run / "first" / "ledger.jsonl", batch=64 if tiny else 256)
+    # What is left until the stage is ended, without the images, the k-NN and the saving that follow.
+    seconds = 1 if tiny else min(LEARN_S, LEARN_LIMIT_S - 20 - (time.perf_counter() - started))
+    epochs = max(2, int(seconds * speed / (1400 if tiny else 4 * PACKED_IMAGES // 5)))
+    known = {"method": name, "images_per_second_at_first": speed, "epochs": epochs}
+    write(known)
     whole = train("whole", f"epochs={epochs}")
-    return {
-        "method": name,
+    return known | {
         "images_per_second": whole["images_per_second"],
         "knn": whole["knn20_top1"],
-        "epochs": epochs,
+        "training_s": time.perf_counter() - started,
         "summary": whole,
     }
+
+
+def _images_per_second(ledger: Path, *, batch: int) -> float:
+    """Of a short run, without its first steps, in which kernels are compiled."""
+    rows = [row for row in read_rows(ledger)[0] if row.get("kind") == "train"]
+    early, late = rows[len(rows) // 2], rows[-1]
+    return (late["step"] - early["step"]) * batch / max(late["time"] - early["time"], 1e-3)
 
 
 def pack(folder: Path, to: Path) -> None:
@@ -188,6 +275,7 @@ def pack(folder: Path, to: Path) -> None:
                 f"pack: expected at least {count:,} images in class folders below {folder / split}, got {len(files):,}"
             )
         chosen += random.Random(0).sample(files, count)
+    to.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(to, "w", zipfile.ZIP_STORED) as packed:
         for file in sorted(chosen):
             packed.write(file, file.relative_to(folder))
@@ -203,46 +291,58 @@ def stages(sets: list[str], to: Path, data: Path | None) -> int:
     """Run them; the number of those that did not succeed."""
     lacking = lacks_gpu()
     to.mkdir(parents=True, exist_ok=True)
-    report = Report(["stage", "result", "seconds, of at most"])
+    report = Report(["stage", "result", "seconds, of at most"], to / "stages.json")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise SystemExit(f"gpu_check: expected what caco needs to be installed; missing: {', '.join(missing)}")
     if lacking:
         say(f"every stage at a tiny size: {lacking}")
+    if data is None and DATA.exists():
+        data = DATA
     wrong = 0
-    for name, stage in STAGES.items():
-        if stage.set not in sets:
-            continue
-        if (
-            not lacking
-            and "{data}" in stage.arguments
-            and report.leave_out(name, None if data else "no --data gpu-data.zip")
-        ):
-            continue
-        places = {"{to}": str(to / f"{name}.json"), "{data}": str(data), "{run}": str(to / name)}
-        command = [sys.executable, *(places.get(word, word) for word in (stage.tiny if lacking else stage.arguments))]
-        say(f"{name}, at most {stage.limit_s} s: {' '.join(command[1:])}")
-        started = time.perf_counter()
-        with open(to / f"{name}.log", "w", encoding="utf-8") as log:
-            try:
-                code = subprocess.run(
-                    command, stdout=log, stderr=subprocess.STDOUT, timeout=stage.limit_s, env=_environment()
-                ).returncode
-                result = "done" if code == 0 else f"failed with exit code {code}: see {log.name}"
-            except subprocess.TimeoutExpired:
-                result = f"ended by its limit: see {log.name}"
-        taken = time.perf_counter() - started
-        wrong += result != "done"
-        write_json(
-            to / f"{name}.stage.json",
-            {
-                "stage": name,
-                "result": result,
-                "seconds": round(taken, 1),
-                "limit_s": stage.limit_s,
-                "machine": machine(),
-            },
-        )
-        report.row(name, result, f"{taken:.0f}, {stage.limit_s}")
+    with tempfile.TemporaryDirectory(prefix="caco-gpu-check-") as top:
+        unpacked = Path(top) / "data"
+        for name, stage in STAGES.items():
+            if stage.set not in sets:
+                continue
+            needs_data = not lacking and "{data}" in stage.arguments
+            if needs_data and report.leave_out(name, None if data else f"no {DATA.parent.name}/{DATA.name}: pack it"):
+                continue
+            if needs_data and data is not None and not unpacked.exists():
+                with zipfile.ZipFile(data) as packed:
+                    packed.extractall(unpacked)
+            places = {"{to}": str(to / f"{name}.json"), "{data}": str(unpacked), "{run}": str(Path(top) / name)}
+            chosen = stage.tiny if lacking else stage.arguments
+            command = [sys.executable, *(places.get(word, word) for word in chosen)]
+            say(f"{name}, at most {stage.limit_s} s: {' '.join(command[1:])}")
+            (to / f"{name}.json").unlink(missing_ok=True)
+            started, log = time.perf_counter(), Path(top) / f"{name}.log"
+            result = _run(command, log, stage.limit_s)
+            taken = time.perf_counter() - started
+            wrong += result != "done"
+            of_stage = {"result": result, "seconds": round(taken, 1), "limit_s": stage.limit_s, "machine": machine()}
+            of_stage |= {"printed_last": log.read_text(errors="replace")[-LOG_CHARACTERS:]}
+            write_json(to / f"{name}.json", read_json(to / f"{name}.json") | {"stage": {"name": name, **of_stage}})
+            report.row(name, result, f"{taken:.0f}, {stage.limit_s}")
+            shutil.rmtree(Path(top) / name, ignore_errors=True)
     report.end(to / "stages.json")
     return wrong
+
+
+def _run(command: list[str], log: Path, limit_s: int) -> str:
+    """How it ended; with it ends all that it has started."""
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+        )
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return "ended by its limit"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "done" if code == 0 else f"failed with exit code {code}"
 
 
 def _environment() -> dict[str, str]:
@@ -251,25 +351,26 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", nargs="*", help="A, B or both; pack FOLDER; a stage's own: kernels, learn METHOD")
-    options.add_argument("--to", type=Path, help="folder of the results, gpu-check; of pack the file, gpu-data.zip")
-    options.add_argument("--data", type=Path, help="what pack has made, for set B")
+    options.add_argument("what", nargs="*", help="A, B or both; pack FOLDER; a stage: kernels, waits, learn METHOD")
+    options.add_argument("--to", type=Path, help="folder of the results, gpu-check; of pack the file")
+    options.add_argument("--data", type=Path, help="what pack has made, for set B; gpu-data/images.zip without")
     options.add_argument("--run", type=Path, help=argparse.SUPPRESS)
-    options.add_argument("--seconds", type=float, default=80, help=argparse.SUPPRESS)
     options.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
-    what = arguments.what or ["A", "B"]
+    what, tiny = arguments.what or ["A", "B"], arguments.tiny
     if what[0] == "pack" and len(what) == 2:
-        return pack(Path(what[1]), arguments.to or Path("gpu-data.zip"))
+        return pack(Path(what[1]), arguments.to or DATA)
+
+    def write(known: dict) -> None:
+        write_json(arguments.json, known)
+
     if what == ["kernels"]:
-        return write_json(
-            arguments.json, kernels(torch.device("cpu" if arguments.tiny else "cuda"), tiny=arguments.tiny)
-        )
+        return write(kernels(torch.device("cpu" if tiny else "cuda"), tiny=tiny, write=write))
+    if what == ["waits"]:
+        return write(waits(arguments.run, tiny=tiny, write=write))
     if what[0] == "learn" and len(what) == 2 and what[1] in LEARNING:
-        return write_json(
-            arguments.json, learn(what[1], arguments.seconds, arguments.data, arguments.run, tiny=arguments.tiny)
-        )
+        return write(learn(what[1], arguments.data, arguments.run, tiny=tiny, write=write))
     if set(what) - {"A", "B"}:
         options.error(f"expected A, B or both, or pack FOLDER; got {' '.join(what)}")
     sys.exit(1 if stages(what, arguments.to or Path("gpu-check"), arguments.data) else 0)

@@ -19,6 +19,7 @@ MODULES = {
 FLOORS = [
     ["caco.redaction"],
     [
+        "caco.devices",
         "caco.errors",
         "caco.installed",
         "caco.instructions",

@@ -75,8 +75,7 @@ class Bank(Protocol):
 
     @abstractmethod
     def update(self, *, lr: float, keys_GD: Tensor) -> None:
-        """After an optimiser step, which only a finite loss is followed by: move the rows as was asked, or take the
-        step's keys.
+        """After an optimiser step: move the rows as was asked, or take the step's keys.
 
         Args:
             lr: of this step, from `rates`.

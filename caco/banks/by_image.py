@@ -68,6 +68,9 @@ class ImageBank(nn.Module, Bank):
                 self.rows.weight.copy_(self._unit(drawn) if norms == "unit" else drawn)
         self.register_buffer("normaliser", torch.zeros(parts, dtype=torch.float64))
         self.normaliser_of_step: dict[int, float] = {}  # by part, of the first step, until `update` keeps it
+        self._known: list[float] | None = [0.0] * parts  # `normaliser`, known to the host; None: to be read
+        self._are_unit = False  # whether the rows were found to be: then they stay it
+        self.register_load_state_dict_post_hook(_read_anew)
 
     def _unit(self, row_PD: Tensor) -> Tensor:
         """Rows whose parts are each of norm 1."""
@@ -103,8 +106,13 @@ class ImageBank(nn.Module, Bank):
         return scoring.score(
             q_BD, self.rows.weight, positive_B, first_row=self.rows.first, size=self.size, tau=temperature,
             extra_BE=extra_BE,
-            as_stored=not self.rows.are_unit(),
+            as_stored=not self._all_unit(),
         )  # fmt: skip
+
+    def _all_unit(self) -> bool:
+        """Whether every row is. A GPU is waited for until it is so, which it is once each image was seen."""
+        self._are_unit = self._are_unit or self.rows.are_unit()
+        return self._are_unit
 
     def contrast(
         self,
@@ -126,7 +134,9 @@ class ImageBank(nn.Module, Bank):
         """
         w_RD = self.rows.weight.detach()[:, part * self.width : (part + 1) * self.width]
         where = noise.Draw(self.rows.first, self.size, temperature, num_noise, stream)
-        normaliser = self.normaliser[part].item() or self.normaliser_of_step.get(part, 0.0)
+        if self._known is None:
+            self._known = self.normaliser.tolist()
+        normaliser = self._known[part] or self.normaliser_of_step.get(part, 0.0)
         if form == "nce" and not normaliser:
             self.normaliser_of_step[part] = normaliser = self.size * noise.mean_exponential(q_BD, w_RD, image_B, where)
         return noise.contrast(q_BD, w_RD, image_B, where, form=form, normaliser=normaliser or 1.0, epsilon=epsilon)
@@ -152,13 +162,25 @@ class ImageBank(nn.Module, Bank):
                 "a bank by image is written by index, which this method does not give; expected method=instdisc, pirl"
                 " or cmc"
             )
-        own_G = (index_G >= self.rows.first) & (index_G < self.rows.last)
-        row_P, number_G = torch.unique(index_G[own_G] - self.rows.first, return_inverse=True)
-        places_G = torch.arange(len(number_G), device=number_G.device)
-        last_P = places_G.new_zeros(len(row_P)).scatter_reduce(0, number_G, places_G, "amax")
-        keys_PD = keys_GD[own_G][last_P].to(self.rows.weight.dtype)
-        moved_PD = self.rows.weight[row_P].mul(self.momentum).add(keys_PD, alpha=1 - self.momentum)
-        self.rows.weight[row_P] = self._unit(moved_PD)
+        local_G = index_G - self.rows.first
+        own_G = (local_G >= 0) & (local_G < len(self.rows.weight))
+        place_G = torch.arange(len(own_G), device=own_G.device)
+        if len(self.rows.weight) < self.size:  # a key of another rank's row writes what the last own one writes
+            last = len(own_G) - 1 - own_G.flip(0).byte().argmax(0, keepdim=True)
+            source_G = torch.where(own_G, place_G, last)
+            local_G, keys_GD = local_G[source_G].clamp(0, len(self.rows.weight) - 1), keys_GD[source_G]
+        last_R = place_G.new_zeros(len(self.rows.weight)).scatter_reduce_(0, local_G, place_G, "amax")
+        keys_GD = keys_GD[last_R[local_G]].to(self.rows.weight.dtype)
+        old_GD = self.rows.weight[local_G]
+        moved_GD = self._unit(old_GD.mul(self.momentum).add(keys_GD, alpha=1 - self.momentum))
+        # The keys of one image write the same.
+        self.rows.weight[local_G] = torch.where(own_G.any(), moved_GD, old_GD)
         for part, normaliser in self.normaliser_of_step.items():
             self.normaliser[part] = normaliser
+            if self._known is not None:
+                self._known[part] = normaliser
         self.normaliser_of_step.clear()
+
+
+def _read_anew(bank: ImageBank, _: object) -> None:
+    bank._known, bank._are_unit = None, False

@@ -35,6 +35,8 @@ class FifoBank(nn.Module, Bank):
         self.size = size
         self.keys: list[Tensor] = []  # of the step in progress, those of all ranks, that `loss` was given
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
+        self._next: int | None = 0  # the same, known to the host; None: to be read
+        self.register_load_state_dict_post_hook(_read_anew)
 
     def rates(self, run: RunShape) -> Table:
         """A queue has no rate: 0 for every step."""
@@ -106,6 +108,11 @@ class FifoBank(nn.Module, Bank):
                 return
             keys_GD = torch.cat(self.keys)
         self.keys.clear()
-        start = int(self.next_row) + max(0, len(keys_GD) - self.size)
-        self.rows.write(keys_GD[-self.size :], start)
-        self.next_row.fill_((int(self.next_row) + len(keys_GD)) % self.size)
+        at = int(self.next_row) if self._next is None else self._next
+        self.rows.write(keys_GD[-self.size :], at + max(0, len(keys_GD) - self.size))
+        self._next = (at + len(keys_GD)) % self.size
+        self.next_row.fill_(self._next)
+
+
+def _read_anew(bank: FifoBank, _: object) -> None:
+    bank._next = None

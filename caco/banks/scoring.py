@@ -12,13 +12,14 @@ Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows 
 N the queries of all terms of a step.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks.kernels import fused
 from caco.errors import UserError
 
@@ -129,14 +130,17 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
         best_G = (k_GD.double() * m_GD).sum(1)
         top_G = distributed.max_(best_G.clone())
         # A rank without the maximum bids "beyond the bank", so the lowest index wins among equals.
-        bid_G = torch.where(best_G >= top_G - TIE, -(row_G + first_row), torch.iinfo(torch.int64).min)
+        bid_G = devices.where_or(best_G >= top_G - TIE, -(row_G + first_row), torch.iinfo(torch.int64).min)
         return distributed.own(-distributed.max_(bid_G), len(k_BD))
 
 
 def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     """Of this rank's rows. Which of those that rounding may have put in the wrong order is nearest, float64 says."""
     # Two rows may be in the wrong order if they are within twice the rounding of a cosine, at its very worst.
-    if not fused.supports(k_GD, w_RD):
+    supported = fused.supports(k_GD, w_RD)
+    if supported and (found_G := fused.nearest_row(k_GD, w_RD)) is not None:
+        return found_G
+    if not supported:
         row_G, many = _search(k_GD, w_RD, 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps)
     else:
         value_GT, row_GT, error_G = fused.nearest(k_GD, w_RD)
@@ -159,14 +163,18 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 
 
 def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> tuple[Tensor, Tensor]:
-    """The nearest row, and the keys that have another one within `close` of it."""
+    """The nearest row, and the keys that have another one within `close` of it. To see whether there are such keys, a
+    GPU is waited for, once.
+    """
     best_G2 = k_GD.new_full((len(k_GD), 2), -torch.inf)
     row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
     for block in blocks(len(w_RD), len(k_GD)):
         cosine_GS = k_GD @ unit_rows(w_RD[block])[0].T
-        # Only these keys' answers may change, few after some blocks: a place takes far longer to look for than a
-        # maximum.
-        near = (cosine_GS.amax(1) >= best_G2[:, 0] - close).nonzero()[:, 0]
+        near: slice | Tensor = slice(None)
+        if not devices.runs_ahead(k_GD.device):
+            # Only these keys' answers may change, few after some blocks: a place takes far longer to look for than a
+            # maximum.
+            near = (cosine_GS.amax(1) >= best_G2[:, 0] - close).nonzero()[:, 0]
         value_F2, index_F2 = cosine_GS[near].topk(min(2, cosine_GS.shape[1]), dim=1)
         row_G[near] = torch.where(value_F2[:, 0] > best_G2[near, 0], index_F2[:, 0] + block.start, row_G[near])
         best_G2[near] = torch.cat([best_G2[near], value_F2], 1).topk(2, dim=1).values
@@ -191,15 +199,16 @@ def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 
 
 def _shifts(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float, *, as_stored: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float | Tensor, *, as_stored: bool
 ) -> Sequence[float | Tensor]:
     """What to subtract from the logits so that their exponentials can be summed: one number, or one a query.
 
     A product with a row is at least -longest, the largest norm, so a row of the whole range between -longest/tau and
     longest/tau must stay above zero; at temperatures where that is wider than float32's exponents, the largest product
-    is looked for first.
+    is looked for first. So it is where the host does not know the largest norm.
     """
-    if q_GD.dtype == torch.float64 or 2 * longest / min(taus) <= HIGHEST - LOWEST:
+    known = isinstance(longest, float)
+    if known and (q_GD.dtype == torch.float64 or 2 * longest / min(taus) <= HIGHEST - LOWEST):
         return [max(0.0, longest / tau - HIGHEST) for tau in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     for block in blocks(len(w_RD), len(q_GD)):
@@ -264,17 +273,19 @@ class _StreamedScore(torch.autograd.Function):
             q_GD, positive_G = distributed.gather(q_BD), distributed.gather(positive_B)
             local_G = positive_G - first_row
             own_shard_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
-            longest = distributed.max_(w_RD.norm(dim=1).amax()).item() if as_stored else 1.0
+            longest: float | Tensor = distributed.max_(w_RD.norm(dim=1).amax()) if as_stored else 1.0
+            if isinstance(longest, Tensor) and not devices.runs_ahead(q_BD.device):
+                longest = longest.item()
             shifts = _shifts(q_GD, w_RD, taus, longest, as_stored=as_stored)
             z, peak_G, sums_GD = _sums(
                 q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16, as_stored=as_stored
             )
             top_G = distributed.max_(peak_G)
-            m_GD = rows_scored(w_RD[torch.where(own_shard_G, local_G, 0)], as_stored=as_stored)
-            m_GD = torch.where(own_shard_G[:, None], m_GD, 0.0)
+            m_GD = rows_scored(w_RD[local_G.masked_fill(~own_shard_G, 0)], as_stored=as_stored)
+            m_GD = devices.where_or(own_shard_G[:, None], m_GD, 0.0)
             *z, positive_cosine_G = distributed.sum_(torch.stack([*z, (q_GD * m_GD).sum(1).double()]))
-            if not (torch.isfinite(torch.stack(z)).all() and (top_G < 1.01 * longest).all()):  # the same on every rank
-                refuse(q_GD, w_RD, first_row)
+            usable = torch.isfinite(torch.stack(z)).all() & (top_G < 1.01 * longest).all()  # the same on every rank
+            z = held_to(usable, z, q_GD, w_RD, first_row)
             log_sum_G = [(x.log() + shift).to(q_GD.dtype) for x, shift in zip(z, shifts, strict=True)]
             log_sum_B = [distributed.own(x, B) for x in log_sum_G]
             positive_cosine_B = distributed.own(positive_cosine_G, B).to(q_BD.dtype)
@@ -315,10 +326,51 @@ class _StreamedScore(torch.autograd.Function):
             grad_extra_BE = None
             if extra_BE is not None and ctx.needs_input_grad[2]:
                 grad_extra_BE = (extra_BE / tau - log_sum_B[:, None]).exp_()
-                in_extra = (positive_B >= size).nonzero()[:, 0]
-                grad_extra_BE[in_extra, positive_B[in_extra] - size] -= 1
+                in_extra_B = (positive_B >= size).to(grad_extra_BE.dtype)
+                grad_extra_BE.scatter_add_(1, (positive_B - size).clamp(min=0)[:, None], -in_extra_B[:, None])
                 grad_extra_BE *= (grad_B / tau)[:, None]
         return grad_q_BD, None, grad_extra_BE, None, None, None, None, None, None
+
+
+class Held(NamedTuple):
+    """Of queries that were scored whether they could be, and their norms, which may say why they could not."""
+
+    usable: Tensor
+    norm_G: Tensor
+
+    def refuse_if_wrong(self) -> None:
+        """The rows may have moved since: of them no more is known than that some were wrong."""
+        if not self.usable:
+            _refuse_queries(self.norm_G)
+            raise UnusableError(
+                "rows of the bank have no direction: expected finite norms above zero; try a lower bank_learning.lr"
+            )
+
+
+_later: list[Held] | None = None
+
+
+@contextlib.contextmanager
+def looked_at_later() -> Iterator[list[Held]]:
+    """Meanwhile nothing is refused, for which a GPU has to be waited for: the loss of what cannot be scored is NaN, and
+    the list says why.
+    """
+    global _later
+    before, _later = _later, []
+    try:
+        yield _later
+    finally:
+        _later = before
+
+
+def held_to(usable: Tensor, z: list[Tensor], q_GD: Tensor, w_RD: Tensor, first_row: int) -> list[Tensor]:
+    """The sums, refused where they are not usable, now or later. A collective."""
+    if _later is not None:
+        _later.append(Held(usable, q_GD.norm(dim=1)))
+        return [x.masked_fill(~usable, torch.nan) for x in z]
+    if not usable:
+        refuse(q_GD, w_RD, first_row)
+    return z
 
 
 def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
@@ -333,10 +385,19 @@ def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
             f"whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
         )
     norm_G = q_GD.norm(dim=1)
+    _refuse_queries(norm_G)
+    raise _unusable(0, norm_G, 0)
+
+
+def _refuse_queries(norm_G: Tensor) -> None:
     wrong = (~((norm_G - 1).abs() < 1e-2)).nonzero()[:, 0]
-    number = int(wrong[0]) if len(wrong) else 0
-    raise UnusableError(
-        f"{len(wrong)} of {len(q_GD)} queries are not finite unit vectors; the first is query {number}, whose norm is "
+    if len(wrong):
+        raise _unusable(len(wrong), norm_G, int(wrong[0]))
+
+
+def _unusable(count: int, norm_G: Tensor, number: int) -> UnusableError:
+    return UnusableError(
+        f"{count} of {len(norm_G)} queries are not finite unit vectors; the first is query {number}, whose norm is "
         f"{float(norm_G[number])}: expected 1; try a lower optimizer.lr, or precision=fp32"
     )
 

@@ -1,10 +1,10 @@
 """The training loop, to be read from top to bottom.
 
-A step, in order: rates, before_step, forward, backward, finite check, optimiser, after_step, log, save, evaluate.
+A step, in order: rates, before_step, forward, backward, finite check (on a GPU that of the step before: see
+caco/engine/losses.py), optimiser, after_step, log, save, evaluate.
 """
 
 import contextlib
-import math
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from caco import distributed
-from caco.banks.scoring import UnusableError
+from caco.banks.scoring import Held
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.bound import BoundLoader
 from caco.data.loaders.images import Images
 from caco.engine.instruments import instruments, parts_of_a_step
+from caco.engine.losses import Losses, NonFiniteLossError, refused_at
 from caco.engine.optimizers import Optimisation
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import Progress
@@ -31,9 +32,7 @@ from caco.saying import clock, doing
 from caco.schedules import RunShape
 from caco.tracking.base import Row, Tracker
 
-
-class NonFiniteLossError(UserError):
-    """The loss is NaN or infinite; nothing was updated with it."""
+__all__ = ["NonFiniteLossError", "Trainer"]
 
 
 class Trainer:
@@ -122,7 +121,7 @@ class Trainer:
         if max_steps is not None:
             self.total_steps = min(self.total_steps, max_steps)
 
-        self.step, self.signs = 0, Signs()
+        self.step, self.signs, self.losses = 0, Signs(), Losses(device)
         self.epoch_sums: dict[str, torch.Tensor] = {}
         self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
         self.evaluation_due: Literal["epoch", "end"] | None = (
@@ -198,7 +197,7 @@ class Trainer:
         """Train from the current step to the end; returns the final metrics.
 
         Raises:
-            NonFiniteLossError: before anything is updated with it; the last checkpoint stays good.
+            NonFiniteLossError: the last checkpoint stays good.
             Stopped: some rank was told to stop; all have ended the same step and saved.
         """
         progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
@@ -216,18 +215,9 @@ class Trainer:
                 self.method.train()
                 self.method.before_step(now, self.images)
                 where = f"step {now.step + 1} ({self.described(now)})"
-                try:
+                with refused_at(where), self.losses.watching() as held:
                     outputs = self._forward_and_backward(batch, now)
-                except UnusableError as error:
-                    raise NonFiniteLossError(f"{error}; at {where}; the last checkpoint is good") from error
-                values = self._averaged(outputs)
-                stopping = values.pop("stop").item() > 0  # some rank was told to: all end with this step
-                # Every rank sees the same mean, so all stop together, and nothing has been updated yet.
-                if not math.isfinite(loss := values["loss"].item()):
-                    raise NonFiniteLossError(
-                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good;"
-                        " try a lower optimizer.lr, or precision=fp32"
-                    )
+                values = self._averaged(outputs, where, held)
                 distributed.mean_gradients(self.optimisation.parameters)
                 self.optimisation.step(now)
                 self.method.after_step(now)
@@ -241,12 +231,17 @@ class Trainer:
                 if profile is not None:
                     profile.step()
 
-                self._log(now, values, progress)
                 last = self.step == self.total_steps
                 ended = (
                     now.epoch if now.step_in_epoch == self.run.steps_per_epoch - 1 else None
                 )  # an epoch, with this step
                 phase_over = now.epoch is None and now.last_of_phase
+                saving = self.save_every_steps and self.step % self.save_every_steps == 0
+                due = last or (now.step + 1) % self.log_every_steps == 0
+                if due or ended is not None or phase_over or saving or self.losses.stop:
+                    self.losses.settle()
+                stopping = self.losses.stop  # some rank was told to: all end with this step
+                self._log(now, values, progress, due)
                 if ended is not None:
                     self._log_epoch(ended, progress)
                 if phase_over:
@@ -265,7 +260,7 @@ class Trainer:
                     or milestone
                     or self.evaluation_due is not None  # which may end the process: what it would lose is saved first
                     or (ended is not None and (ended + 1) % self.save_every_epochs == 0)
-                    or (self.save_every_steps and self.step % self.save_every_steps == 0)
+                    or saving
                 ):
                     self.save(milestone=milestone)
                 if stopping and not last:
@@ -299,12 +294,16 @@ class Trainer:
         embeddings = [part.embedding.detach() for part in parts if part.embedding is not None]
         return Outputs(loss, metrics | self.signs.of_step(torch.cat(embeddings) if embeddings else None))
 
-    def _averaged(self, outputs: Outputs) -> dict[str, torch.Tensor]:
-        """Loss and metrics as means over the ranks, and "stop", the part of them told to stop, in one message."""
+    def _averaged(self, outputs: Outputs, where: str, held: list[Held]) -> dict[str, torch.Tensor]:
+        """Loss and metrics as means over the ranks, and "stop", the part of them told to stop, in one message; looked
+        at in their turn. Every rank sees the same, so all stop together.
+        """
         names = ["loss", *outputs.metrics, "stop"]
-        stop = torch.tensor(float(self.stop.requested()), dtype=torch.float64, device=self.device)
+        stop = torch.full((), float(self.stop.requested()), dtype=torch.float64, device=self.device)
         together = torch.stack([outputs.loss.detach().double(), *(v.double() for v in outputs.metrics.values()), stop])
-        return dict(zip(names, distributed.sum_(together) / distributed.world(), strict=True))
+        together = distributed.sum_(together) / distributed.world()
+        self.losses.add(names, together, where, held)
+        return dict(zip(names[:-1], together, strict=False))
 
     # What is written down.
 
@@ -312,16 +311,16 @@ class Trainer:
         if distributed.is_main():
             self.tracker.log(self.step, row, kind=kind)
 
-    def _log(self, now: Now, values: dict[str, torch.Tensor], progress: Progress) -> None:
+    def _log(self, now: Now, values: dict[str, torch.Tensor], progress: Progress, due: bool) -> None:
         for name, value in values.items():
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
         self.epoch_sums["count"] = self.epoch_sums.get("count", 0.0) + torch.ones((), dtype=torch.float64)
-        is_due = (now.step + 1) % self.log_every_steps == 0 or self.step == self.total_steps
-        progress.step(self.step, self.described(now), values["loss"].item() if is_due or progress.bar is None else None)
-        if is_due:
+        newest = self.losses.numbers.get("loss")
+        progress.step(self.step, self.described(now), newest if due or progress.bar is None else None)
+        if due:
             row = {
                 **({} if now.epoch is None else {"epoch": now.epoch}),
-                **{name: value.item() for name, value in values.items()},
+                **self.losses.numbers,
                 "lr": self.optimisation.lr,
                 **now.values,
                 "images_per_second": progress.images_per_second(self.step),

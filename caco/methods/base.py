@@ -216,8 +216,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, now: Now) -> None:
-        """After the optimiser's step, which only a finite loss is followed by: bank, queue, centre, a twin that moves
-        after.
+        """After the optimiser's step: bank, queue, centre, a twin that moves after. Only a finite loss is followed by
+        it; on a GPU one step with another may be, before the run ends (caco/engine/losses.py).
         """
 
     def after_phase(self, now: Now) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks.base import Bank
 from caco.data.loaders.batches import Batch, mixed_seed
 from caco.data.loaders.images import Images
@@ -92,6 +92,8 @@ class PCL(Contrastive):
             Clusters(num_images=num_images, number=number, dim=dim) for number in num_clusters
         )
         self.register_buffer("made", torch.zeros((), dtype=torch.int64))
+        self._has_clusters: bool | None = False
+        self.register_load_state_dict_post_hook(_read_anew)
         self.seed, self.num_negatives, self.first_clustering_epoch = seed, num_negatives, first_clustering_epoch
         self.library, self.iterations, self.restarts = library, iterations, restarts
 
@@ -111,6 +113,13 @@ class PCL(Contrastive):
                 seed=(len(self.clusterings) * self.seed + number) % 2**31, library=self.library,
             )  # fmt: skip
         self.made += 1
+        self._has_clusters = True
+
+    def _are_made(self) -> bool:
+        """Whether there are clusters: known to the host, which reads it once from a state."""
+        if self._has_clusters is None:
+            self._has_clusters = bool(self.made)
+        return self._has_clusters
 
     def _clusterings(self) -> list[Clusters]:
         return [child for child in self.clusterings if isinstance(child, Clusters)]
@@ -142,7 +151,7 @@ class PCL(Contrastive):
             "positive_probability": (-score.loss_B.detach()).exp().mean(),
             "max_probability": score.max_probability_B.mean(),
         }
-        if self.made:
+        if self._are_made():
             prototype_loss = torch.stack([self._prototype_loss(q_BD, batch.index, now) for q_BD in q.values()]).mean()
             loss, metrics = loss + prototype_loss, metrics | {"prototype_loss": prototype_loss.detach()}
         return Outputs(loss, metrics, q[0])
@@ -154,24 +163,28 @@ class PCL(Contrastive):
         losses = []
         for number, clustering in enumerate(self._clusterings()):
             own_G = clustering.cluster[image_G].long()
-            others = self._drawn(own_G, len(clustering.centroids), mixed_seed(self.seed, now.step, number))
+            others, taken = self._drawn(own_G, len(clustering.centroids), mixed_seed(self.seed, now.step, number))
             column_E = torch.cat([own_G, others])
             with torch.autocast(q_BD.device.type, enabled=False):
                 logit_BE = q_BD @ clustering.centroids[column_E].T / clustering.width[column_E]
+                logit_BE = logit_BE.masked_fill(F.pad(taken, (len(own_G), 0)), -torch.inf)
                 losses.append(F.cross_entropy(logit_BE, label_B))
         return torch.stack(losses).mean()
 
-    def _drawn(self, own_G: Tensor, number: int, stream: int) -> Tensor:
-        """Clusters that no image of the batch is in, at random without replacement; the same on every rank."""
-        free = torch.ones(number, dtype=torch.bool)
-        free[own_G.cpu()] = False
+    def _drawn(self, own_G: Tensor, number: int, stream: int) -> tuple[Tensor, Tensor]:
+        """Clusters that no image of the batch is in, at random without replacement; the same on every rank. Where too
+        few are left, others follow, and a mask says which these are.
+        """
         order = torch.randperm(number, generator=torch.Generator().manual_seed(stream % 2**63))
-        return order[free[order]][: self.num_negatives].to(own_G.device)
+        order = devices.sent(order, own_G.device)
+        taken = torch.zeros(number, dtype=torch.bool, device=own_G.device).index_fill_(0, own_G, True)[order]
+        first = taken.byte().argsort(stable=True)[: self.num_negatives]
+        return order[first], taken[first]
 
     def statistics(self) -> dict[str, float]:
         """Of the queue; and of the clustering with the most clusters, how evenly its prototypes have images."""
         values = super().statistics()
-        if self.made:
+        if self._are_made():
             largest = max(self._clusterings(), key=lambda clustering: len(clustering.centroids))
             values |= assignments.use_statistics(
                 torch.bincount(largest.cluster.long(), minlength=len(largest.centroids))
@@ -192,3 +205,7 @@ class PCL(Contrastive):
         of_contrast = super().costs(sizes)
         count = len(self.clusterings)
         return replace(of_contrast, columns_per_image=count, prototypes=count * self.num_negatives)
+
+
+def _read_anew(method: PCL, _: object) -> None:
+    method._has_clusters = None

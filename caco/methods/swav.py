@@ -69,6 +69,8 @@ class SwAV(Method):
         self.register_buffer("queue", torch.zeros(NUM_ASSIGNED, queue_size, dim))
         self.register_buffer("uses", torch.zeros(num_prototypes, dtype=torch.int64))
         self.embeddings: list[Tensor] = []  # [B, D] of the step in progress, by assigned view, for the queue
+        self._pushed: list[int] | None = [0] * NUM_ASSIGNED  # see `_pushed_rows`; None: to be read
+        self.register_load_state_dict_post_hook(_read_anew)
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
@@ -107,10 +109,18 @@ class SwAV(Method):
         """Assignments [B, K] of one view's images, made together with the queue's once that is full."""
         num_images = len(score_BK)
         queue_RD = self._rows_in_use(view, num_images * distributed.world(), now)
-        if len(queue_RD) and queue_RD[-1].any():
+        if len(queue_RD) and self._pushed_rows()[view] >= len(queue_RD):
             part_RD = distributed.own(queue_RD, len(queue_RD) // distributed.world())
             score_BK = torch.cat([self.prototypes(part_RD).detach(), score_BK])  # old embeddings, today's prototypes
         return assignments.balanced(score_BK, epsilon=self.epsilon, iterations=self.sinkhorn_iterations)[-num_images:]
+
+    def _pushed_rows(self) -> list[int]:
+        """Of each view's queue, rows that hold an embedding; counted by the host, which reads them once from a
+        state.
+        """
+        if self._pushed is None:
+            self._pushed = self.queue.any(2).sum(1).tolist()
+        return self._pushed
 
     def _rows_in_use(self, view: int, batch: int, now: Now) -> Tensor:
         """The queue's rows of a view [R, D], a whole number of batches; none before its time."""
@@ -124,6 +134,8 @@ class SwAV(Method):
             if len(rows_RD):
                 z_GD = distributed.gather(z_BD)
                 rows_RD.copy_(torch.cat([z_GD, rows_RD[: -len(z_GD)]]))
+                pushed = self._pushed_rows()
+                pushed[view] = min(pushed[view] + len(z_GD), len(rows_RD))
         self.embeddings = []
 
     def statistics(self) -> dict[str, float]:
@@ -152,3 +164,7 @@ class SwAV(Method):
             summed_bytes=8 * num_prototypes * (NUM_ASSIGNED * self.sinkhorn_iterations + 1),
             together=True,
         )
+
+
+def _read_anew(method: SwAV, _: object) -> None:
+    method._pushed = None

@@ -122,6 +122,13 @@ def forward(
 
 
 @or_on_cuda
+def nearest_row(k_GD: Tensor, w_RD: Tensor) -> Tensor | None:
+    """Each key's nearest row in float64, the first of equals, int64 [G], where the device finds it without the host's
+    help; None on a CPU, where `nearest` says what is in doubt.
+    """
+    return None
+
+
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines
     are within a bound of the exact ones, [G]; rows that cannot be the nearest may be left out (-1)."""

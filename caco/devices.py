@@ -1,0 +1,30 @@
+"""What a training step says to a device that computes while the host goes on, so that neither waits for the other.
+
+A GPU has a queue: the host puts work into it and goes on. The host waits until the queue is empty where it wants a
+number (`item`, a tensor in an `if`), where a shape depends on one (`nonzero`, a mask as an index), and where it sends a
+tensor from memory that is not pinned: `torch.tensor(x, device=...)`, and `torch.where(mask, x, 0.0)`, which sends its
+number. A step of the training does none of these; tests/engine/test_waits.py holds every method to it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether what it is told is computed later, and asking it for a number means waiting for it."""
+    return device.type != "cpu"
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device; a GPU takes it when it gets there in its queue.
+
+    x: not to be written to again, unless its memory is pinned already.
+    """
+    if device.type == "cuda" and not x.is_pinned():
+        x = x.pin_memory()  # a copy; torch keeps it until the device has taken it
+    return x.to(device, non_blocking=True)
+
+
+def where_or(mask: Tensor, x: Tensor, number: float) -> Tensor:
+    """As torch.where(mask, x, number), which would send the number."""
+    return x.masked_fill(~mask, number)
