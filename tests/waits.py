@@ -5,6 +5,7 @@ reads a number from it, or makes a tensor whose shape depends on one, is an erro
 waits for and this device does not: a tensor of the host's that is sent over from memory that is not pinned.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ from tiny import noise
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from caco import devices
+from caco.banks import scoring
+from caco.banks.kernels import fused
 from caco.config.composition import instantiate
 from caco.data.loaders.batches import Batch
 from caco.engine import losses
@@ -93,12 +97,13 @@ def on_meta(monkeypatch: Any) -> None:
     """The device without values takes what a GPU takes: Triton's kernels, which do nothing there, and what is sent to
     it without waiting; what comes from it are ones.
     """
-    from caco import devices
-    from caco.banks.kernels import fused, triton_kernels
+    from caco.banks.kernels import triton_kernels
 
     def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device=device)
 
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # it knows no such device
+    monkeypatch.setattr(scoring, "low_precision", lambda device: True)
     monkeypatch.setattr(devices, "sent", sent)
     monkeypatch.setattr(losses, "Sent", Arrived)
     monkeypatch.setattr(fused, "supports", lambda *tensors: True)
@@ -132,4 +137,11 @@ def trainer_of(cfg: Any, *, steps: int, in_training: bool, num_images: int = 256
     )  # fmt: skip
     trainer.step = trainer.training_starts + 1 if in_training else 0
     trainer.evaluation_due = None
+    # What the host does before an epoch, and what it has read in the first one.
+    method.before_epoch = lambda now, images: None  # type: ignore[method-assign]
+    for part in method.modules():
+        known = {"_has_clusters": True, "_are_unit": True, "_known": [1.0] * getattr(part, "parts", 1)}
+        for name, value in known.items():
+            if hasattr(part, name):
+                setattr(part, name, value)
     return trainer

@@ -5,7 +5,7 @@ What is left, and why: docs/machines.md.
 
 import pytest
 import torch
-from test_contracts import CASES, LONG, has_bank
+from cases import CASES, LONG, has_bank
 from tiny import compose
 from waits import META, Over, WaitedError, Watch, on_meta, trainer_of
 
