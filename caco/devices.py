@@ -6,8 +6,13 @@ tensor from memory that is not pinned: `torch.tensor(x, device=...)`, and `torch
 number. A step of the training does none of these; tests/engine/test_waits.py holds every method to it.
 """
 
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -28,3 +33,28 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 def where_or(mask: Tensor, x: Tensor, number: float) -> Tensor:
     """As torch.where(mask, x, number), which would send the number."""
     return x.masked_fill(~mask, number)
+
+
+class Known(Generic[T]):
+    """What the host knows of a small tensor of a module's state, so that it is not read at every step: read anew where
+    somebody else has written to it, or `forget` was called, as it has to be when a state is loaded.
+
+    Args:
+        value: of the tensor as it was made.
+    """
+
+    def __init__(self, value: T):
+        self._value, self._version = value, 0
+
+    def of(self, x: Tensor, read: Callable[[Tensor], T]) -> T:
+        """The value of x, which `read` takes from it."""
+        if self._version != x._version:
+            self.note(x, read(x))
+        return self._value
+
+    def note(self, x: Tensor, value: T) -> None:
+        """After x was given this value."""
+        self._value, self._version = value, x._version
+
+    def forget(self) -> None:
+        self._version = -1

@@ -6,7 +6,7 @@ waits for and this device does not: a tensor of the host's that is sent over fro
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from caco import devices
 from caco.banks import scoring
+from caco.banks.by_image import ImageBank
 from caco.banks.kernels import fused
 from caco.config.composition import instantiate
 from caco.data.loaders.batches import Batch
@@ -24,6 +25,7 @@ from caco.engine import losses
 from caco.engine.assembly import build_method
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.trainer import Trainer
+from caco.methods.pcl import PCL
 from caco.schedules import RunShape
 
 META = torch.device("meta")
@@ -93,6 +95,15 @@ class _NoKernel:
         return lambda *args, **kwargs: None
 
 
+def _not_on_meta(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        if device is not None and torch.device(device) == META:
+            raise WaitedError("numbers of the host's are sent")
+        return make(data, *args, device=device, **kwargs)
+
+    return made
+
+
 def on_meta(monkeypatch: Any) -> None:
     """The device without values takes what a GPU takes: Triton's kernels, which do nothing there, and what is sent to
     it without waiting; what comes from it are ones.
@@ -103,6 +114,9 @@ def on_meta(monkeypatch: Any) -> None:
         return torch.empty(x.shape, dtype=x.dtype, device=device)
 
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # it knows no such device
+    # They copy a number where nobody sees it.
+    monkeypatch.setattr(torch, "tensor", _not_on_meta(torch.tensor))
+    monkeypatch.setattr(torch, "as_tensor", _not_on_meta(torch.as_tensor))
     monkeypatch.setattr(scoring, "low_precision", lambda device: True)
     monkeypatch.setattr(devices, "sent", sent)
     monkeypatch.setattr(losses, "Sent", Arrived)
@@ -140,8 +154,9 @@ def trainer_of(cfg: Any, *, steps: int, in_training: bool, num_images: int = 256
     # What the host does before an epoch, and what it has read in the first one.
     method.before_epoch = lambda now, images: None  # type: ignore[method-assign]
     for part in method.modules():
-        known = {"_has_clusters": True, "_are_unit": True, "_known": [1.0] * getattr(part, "parts", 1)}
-        for name, value in known.items():
-            if hasattr(part, name):
-                setattr(part, name, value)
+        if isinstance(part, ImageBank):
+            part._known.note(part.normaliser, [1.0] * part.parts)
+            part._are_unit = True
+        if isinstance(part, PCL):
+            part._has_clusters.note(part.made, True)
     return trainer

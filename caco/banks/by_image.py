@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from caco import devices
 from caco.banks import noise, scoring
 from caco.banks.base import Bank
 from caco.banks.reweighted import Objective
@@ -68,7 +69,7 @@ class ImageBank(nn.Module, Bank):
                 self.rows.weight.copy_(self._unit(drawn) if norms == "unit" else drawn)
         self.register_buffer("normaliser", torch.zeros(parts, dtype=torch.float64))
         self.normaliser_of_step: dict[int, float] = {}  # by part, of the first step, until `update` keeps it
-        self._known: list[float] | None = [0.0] * parts  # `normaliser`, known to the host; None: to be read
+        self._known = devices.Known([0.0] * parts)  # `normaliser`
         self._are_unit = False  # whether the rows were found to be: then they stay it
         self.register_load_state_dict_post_hook(_read_anew)
 
@@ -111,7 +112,8 @@ class ImageBank(nn.Module, Bank):
 
     def _all_unit(self) -> bool:
         """Whether every row is. A GPU is waited for until it is so, which it is once each image was seen."""
-        self._are_unit = self._are_unit or self.rows.are_unit()
+        if not (self._are_unit and devices.runs_ahead(self.rows.weight.device)):
+            self._are_unit = self.rows.are_unit()
         return self._are_unit
 
     def contrast(
@@ -134,9 +136,8 @@ class ImageBank(nn.Module, Bank):
         """
         w_RD = self.rows.weight.detach()[:, part * self.width : (part + 1) * self.width]
         where = noise.Draw(self.rows.first, self.size, temperature, num_noise, stream)
-        if self._known is None:
-            self._known = self.normaliser.tolist()
-        normaliser = self._known[part] or self.normaliser_of_step.get(part, 0.0)
+        known = self._known.of(self.normaliser, Tensor.tolist)
+        normaliser = known[part] or self.normaliser_of_step.get(part, 0.0)
         if form == "nce" and not normaliser:
             self.normaliser_of_step[part] = normaliser = self.size * noise.mean_exponential(q_BD, w_RD, image_B, where)
         return noise.contrast(q_BD, w_RD, image_B, where, form=form, normaliser=normaliser or 1.0, epsilon=epsilon)
@@ -175,12 +176,13 @@ class ImageBank(nn.Module, Bank):
         moved_GD = self._unit(old_GD.mul(self.momentum).add(keys_GD, alpha=1 - self.momentum))
         # The keys of one image write the same.
         self.rows.weight[local_G] = torch.where(own_G.any(), moved_GD, old_GD)
+        known = list(self._known.of(self.normaliser, Tensor.tolist))
         for part, normaliser in self.normaliser_of_step.items():
-            self.normaliser[part] = normaliser
-            if self._known is not None:
-                self._known[part] = normaliser
+            self.normaliser[part] = known[part] = normaliser
+        self._known.note(self.normaliser, known)
         self.normaliser_of_step.clear()
 
 
 def _read_anew(bank: ImageBank, _: object) -> None:
-    bank._known, bank._are_unit = None, False
+    bank._known.forget()
+    bank._are_unit = False

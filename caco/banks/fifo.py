@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks import own_loop, reweighted, scoring
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen
@@ -35,7 +35,7 @@ class FifoBank(nn.Module, Bank):
         self.size = size
         self.keys: list[Tensor] = []  # of the step in progress, those of all ranks, that `loss` was given
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
-        self._next: int | None = 0  # the same, known to the host; None: to be read
+        self._next = devices.Known(0)  # the same
         self.register_load_state_dict_post_hook(_read_anew)
 
     def rates(self, run: RunShape) -> Table:
@@ -108,11 +108,11 @@ class FifoBank(nn.Module, Bank):
                 return
             keys_GD = torch.cat(self.keys)
         self.keys.clear()
-        at = int(self.next_row) if self._next is None else self._next
+        at = self._next.of(self.next_row, int)
         self.rows.write(keys_GD[-self.size :], at + max(0, len(keys_GD) - self.size))
-        self._next = (at + len(keys_GD)) % self.size
-        self.next_row.fill_(self._next)
+        self.next_row.fill_((at + len(keys_GD)) % self.size)
+        self._next.note(self.next_row, (at + len(keys_GD)) % self.size)
 
 
 def _read_anew(bank: FifoBank, _: object) -> None:
-    bank._next = None
+    bank._next.forget()

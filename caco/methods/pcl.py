@@ -92,7 +92,7 @@ class PCL(Contrastive):
             Clusters(num_images=num_images, number=number, dim=dim) for number in num_clusters
         )
         self.register_buffer("made", torch.zeros((), dtype=torch.int64))
-        self._has_clusters: bool | None = False
+        self._has_clusters = devices.Known(False)
         self.register_load_state_dict_post_hook(_read_anew)
         self.seed, self.num_negatives, self.first_clustering_epoch = seed, num_negatives, first_clustering_epoch
         self.library, self.iterations, self.restarts = library, iterations, restarts
@@ -113,13 +113,11 @@ class PCL(Contrastive):
                 seed=(len(self.clusterings) * self.seed + number) % 2**31, library=self.library,
             )  # fmt: skip
         self.made += 1
-        self._has_clusters = True
+        self._has_clusters.note(self.made, True)
 
     def _are_made(self) -> bool:
-        """Whether there are clusters: known to the host, which reads it once from a state."""
-        if self._has_clusters is None:
-            self._has_clusters = bool(self.made)
-        return self._has_clusters
+        """Whether there are clusters."""
+        return self._has_clusters.of(self.made, bool)
 
     def _clusterings(self) -> list[Clusters]:
         return [child for child in self.clusterings if isinstance(child, Clusters)]
@@ -208,4 +206,4 @@ class PCL(Contrastive):
 
 
 def _read_anew(method: PCL, _: object) -> None:
-    method._has_clusters = None
+    method._has_clusters.forget()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caco import distributed
+from caco import devices, distributed
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
 from caco.errors import UserError
@@ -69,7 +69,7 @@ class SwAV(Method):
         self.register_buffer("queue", torch.zeros(NUM_ASSIGNED, queue_size, dim))
         self.register_buffer("uses", torch.zeros(num_prototypes, dtype=torch.int64))
         self.embeddings: list[Tensor] = []  # [B, D] of the step in progress, by assigned view, for the queue
-        self._pushed: list[int] | None = [0] * NUM_ASSIGNED  # see `_pushed_rows`; None: to be read
+        self._pushed = devices.Known([0] * NUM_ASSIGNED)  # see `_pushed_rows`
         self.register_load_state_dict_post_hook(_read_anew)
 
     @property
@@ -115,12 +115,8 @@ class SwAV(Method):
         return assignments.balanced(score_BK, epsilon=self.epsilon, iterations=self.sinkhorn_iterations)[-num_images:]
 
     def _pushed_rows(self) -> list[int]:
-        """Of each view's queue, rows that hold an embedding; counted by the host, which reads them once from a
-        state.
-        """
-        if self._pushed is None:
-            self._pushed = self.queue.any(2).sum(1).tolist()
-        return self._pushed
+        """Of each view's queue, rows that hold an embedding."""
+        return self._pushed.of(self.queue, lambda queue: queue.any(2).sum(1).tolist())
 
     def _rows_in_use(self, view: int, batch: int, now: Now) -> Tensor:
         """The queue's rows of a view [R, D], a whole number of batches; none before its time."""
@@ -129,13 +125,14 @@ class SwAV(Method):
 
     @torch.no_grad()
     def after_step(self, now: Now) -> None:
+        pushed = self._pushed_rows() if self.queue.numel() else []
         for view, z_BD in enumerate(self.embeddings):
             rows_RD = self._rows_in_use(view, len(z_BD) * distributed.world(), now)
             if len(rows_RD):
                 z_GD = distributed.gather(z_BD)
                 rows_RD.copy_(torch.cat([z_GD, rows_RD[: -len(z_GD)]]))
-                pushed = self._pushed_rows()
                 pushed[view] = min(pushed[view] + len(z_GD), len(rows_RD))
+        self._pushed.note(self.queue, pushed)
         self.embeddings = []
 
     def statistics(self) -> dict[str, float]:
@@ -167,4 +164,4 @@ class SwAV(Method):
 
 
 def _read_anew(method: SwAV, _: object) -> None:
-    method._pushed = None
+    method._pushed.forget()
