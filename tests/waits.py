@@ -26,6 +26,7 @@ from caco.engine.assembly import build_method
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.trainer import Trainer
 from caco.methods.pcl import PCL
+from caco.methods.sela import SeLa
 from caco.schedules import RunShape
 
 META = torch.device("meta")
@@ -153,6 +154,8 @@ def trainer_of(cfg: Any, *, steps: int, in_training: bool, num_images: int = 256
     trainer.evaluation_due = None
     # What the host does before an epoch, and what it has read in the first one.
     method.before_epoch = lambda now, images: None  # type: ignore[method-assign]
+    if isinstance(method, SeLa):
+        method.make_labels = lambda images, step, heads: None  # type: ignore[method-assign]
     for part in method.modules():
         if isinstance(part, ImageBank):
             part._known.note(part.normaliser, [1.0] * part.parts)
