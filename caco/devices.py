@@ -2,8 +2,8 @@
 
 A GPU has a queue: the host puts work into it and goes on. The host waits until the queue is empty where it wants a
 number (`item`, a tensor in an `if`), where a shape depends on one (`nonzero`, a mask as an index), and where it sends a
-tensor from memory that is not pinned: `torch.tensor(x, device=...)`, and `torch.where(mask, x, 0.0)`, which sends its
-number. A step of the training does none of these; tests/engine/test_waits.py holds every method to it.
+tensor from memory that is not pinned, as `torch.tensor(x, device=...)` does. A step of the training does none of these;
+tests/engine/test_waits.py holds every method to it.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 
 
 def where_or(mask: Tensor, x: Tensor, number: float) -> Tensor:
-    """As torch.where(mask, x, number), which would send the number."""
+    """As torch.where(mask, x, number), with a number that a kernel takes as an argument, so that nothing is sent."""
     return x.masked_fill(~mask, number)
 
 
